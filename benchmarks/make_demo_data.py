@@ -1,0 +1,33 @@
+"""Write the demo's images: `python -m benchmarks.make_demo_data --data DIR`.
+
+The file holds the first 2,000 test images of Fashion-MNIST: `images` uint8 (2000, 28, 28) and `labels` uint8 (2000,).
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.data import fashion_mnist
+
+COUNT = 2000
+OUT = Path(__file__).parents[1] / "fxmerge" / "assets" / f"fashion_mnist_{COUNT}.npz"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.make_demo_data", description="Write the demo's images.")
+    parser.add_argument("--data", required=True, metavar="DIR", help="folder that holds Fashion-MNIST")
+    parser.add_argument("--out", type=Path, default=OUT, metavar="FILE.npz")
+    args = parser.parse_args(argv)
+    try:
+        images, labels = fashion_mnist(args.data, "test")
+    except FileNotFoundError as error:
+        parser.exit(1, f"{error}\n")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(args.out, images=images[:COUNT].numpy(), labels=labels[:COUNT].numpy().astype(np.uint8))
+
+
+if __name__ == "__main__":
+    main()

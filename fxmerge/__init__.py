@@ -1,0 +1,41 @@
+"""fxmerge makes a trained PyTorch model structurally smaller, with no training and no data.
+
+    result = fxmerge.merge(model, example_inputs, ratio=0.5)
+    result.module          # a smaller torch.fx.GraphModule
+    print(result.report.text())
+"""
+
+from __future__ import annotations
+
+from . import verify
+from .decomposition import DECOMPOSITIONS
+from .allocation import ALLOCATORS
+from .errors import FxMergeError
+from .merge import Analysis, Result, analyze, apply, merge
+from .options import Options
+from .passes import MergePass
+from .plan import Plan
+from .rules import RULES, Module, Rule, per_channel
+from .selection import SELECTORS
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ALLOCATORS",
+    "DECOMPOSITIONS",
+    "RULES",
+    "SELECTORS",
+    "Analysis",
+    "FxMergeError",
+    "MergePass",
+    "Module",
+    "Options",
+    "Plan",
+    "Result",
+    "Rule",
+    "analyze",
+    "apply",
+    "merge",
+    "per_channel",
+    "verify",
+]

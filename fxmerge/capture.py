@@ -1,0 +1,168 @@
+"""Capture: a model and example inputs become a torch.fx graph that keeps the user's own names.
+
+The model is copied and traced in evaluation mode; the example inputs run once through both, so that the shapes are
+known and a graph that does not do what the model does is refused here and not discovered later.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from .errors import FxMergeError, source_line
+from .ir import Capture
+from .movement import leaves
+
+
+class _Tracer(fx.Tracer):
+    record_stack_traces = True
+
+
+def arguments(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments from what users pass: a tensor, a tuple of args, or a dict of kwargs."""
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, (tuple, list)):
+        return tuple(example_inputs), {}
+    if isinstance(example_inputs, Tensor):
+        return (example_inputs,), {}
+    raise FxMergeError(
+        f"example_inputs is a {type(example_inputs).__name__}; give a tensor, a tuple of positional arguments, "
+        "or a dict of keyword arguments"
+    )
+
+
+def check_model(model: Any) -> None:
+    """Refuse what is no trained module: another object, or weights that are not numbers."""
+    if not isinstance(model, nn.Module):
+        hint = "; call it to make an instance first" if isinstance(model, type) else ""
+        raise FxMergeError(f"model is a {type(model).__name__}, not a torch.nn.Module{hint}")
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        if isinstance(value, nn.parameter.UninitializedTensorMixin):
+            raise FxMergeError(f"{name} has no shape yet (a lazy module); run the model once on an example first")
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise FxMergeError(f"{name} holds NaN or infinity; a model with such weights cannot be merged")
+
+
+def capture(model: nn.Module, example_inputs: Any) -> Capture:
+    """Trace a model.
+
+    Raises FxMergeError where the model cannot be traced or does not take these inputs, naming module and source line.
+    """
+    check_model(model)
+    args, kwargs = arguments(model, example_inputs)
+    training = {name: m.training for name, m in model.named_modules()}
+    traced_model = copy.deepcopy(model).eval()
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            expected = copy.deepcopy(traced_model)(*args, **kwargs)
+        except Exception as error:
+            raise FxMergeError(
+                f"{type(model).__name__} does not run on these example inputs ({_shapes(args, kwargs)}): "
+                f"{type(error).__name__}: {_first_line(error)}; give inputs as the model's forward takes them"
+            ) from error
+        module = _trace(traced_model, args, kwargs)
+        values = _bind(module, args, kwargs)
+        torch.manual_seed(0)
+        recorder = _Recorder(module)
+        actual = recorder.run(*values)
+    _compare(type(model).__name__, expected, actual)
+    for name, traced in module.named_modules():
+        traced.training = training.get(name, model.training)
+    return Capture(module, tuple(values), recorder.shapes, recorder.dtypes, recorder.devices)
+
+
+def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
+    if isinstance(model, fx.GraphModule):
+        return model
+    given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+    left_out = {
+        name: parameter.default
+        for name, parameter in inspect.signature(model.forward).parameters.items()
+        if name not in given and parameter.default is not inspect.Parameter.empty
+    }
+    try:
+        graph = _Tracer().trace(model, concrete_args=left_out or None)
+    except Exception as error:
+        raise FxMergeError(
+            f"{type(model).__name__} cannot be traced by torch.fx: {_first_line(error)}{_where(error)}; "
+            "move the control flow that depends on values into a submodule that is a leaf, or merge the submodules "
+            "that can be traced one by one"
+        ) from error
+    return fx.GraphModule(model, graph, type(model).__name__)
+
+
+def _bind(module: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """The values of the placeholders, in order."""
+    values, positional = [], list(args)
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            if positional:
+                values.append(positional.pop(0))
+            elif node.target in kwargs:
+                values.append(kwargs[node.target])
+            else:
+                values.append(node.args[0] if node.args else None)
+    return values
+
+
+class _Recorder(fx.Interpreter):
+    """Runs the graph and notes the shape, dtype and device of every tensor, but keeps none."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.extra_traceback = False
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        self.devices: dict[str, torch.device] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        try:
+            value = super().run_node(n)
+        except Exception as error:
+            raise FxMergeError(
+                f"the traced graph fails at {n.name} ({n.target}): {_first_line(error)}; from {source_line(n) or '?'}"
+            ) from error
+        if isinstance(value, Tensor):
+            self.shapes[n.name] = tuple(value.shape)
+            self.dtypes[n.name], self.devices[n.name] = value.dtype, value.device
+        return value
+
+
+def _compare(name: str, expected: Any, actual: Any) -> None:
+    for one, other in zip(leaves(expected), leaves(actual), strict=False):
+        if isinstance(one, Tensor) and one.is_floating_point():
+            close = isinstance(other, Tensor) and one.shape == other.shape
+            if not close or not torch.allclose(one, other, rtol=1e-3, atol=1e-3 * float(one.abs().max()) + 1e-12):
+                raise FxMergeError(
+                    f"the traced graph of {name} does not give what the model gives on the example inputs; its forward "
+                    "depends on something that torch.fx cannot see (a global, a value, randomness)"
+                )
+
+
+def _shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    def show(value: Any) -> str:
+        return f"{tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+    return ", ".join([*map(show, args), *(f"{k}={show(v)}" for k, v in kwargs.items())])
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _where(error: Exception) -> str:
+    """The innermost line of the error's traceback that is not torch's own."""
+    frame, place = error.__traceback__, ""
+    while frame is not None:
+        path = frame.tb_frame.f_code.co_filename
+        if "/torch/" not in path and "/fxmerge/" not in path:
+            place = f" (at {path}:{frame.tb_lineno}, in {frame.tb_frame.f_code.co_name})"
+        frame = frame.tb_next
+    return place

@@ -1,0 +1,186 @@
+"""Constants: literal sizes in a graph (`view(b, 4, 16)`) that a merge makes wrong are recomputed, and proved.
+
+The narrowed graph is run once more on labels, those that survive. Each movement op must give exactly the survivors of
+what it gave before; if it does not as it stands, `movement.resized` proposes new literals, and the proposal must. An op
+that neither way works for names the channels that must stay.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from . import movement, rules
+from .ir import Capture, Lab, Param, Provenance
+from .labels import compact, numbers, simplify
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A node whose sizes cannot be made right, and the labels that must therefore stay."""
+
+    node: str
+    labels: Tensor
+
+
+def recompute(
+    captured: Capture, facts: Provenance, alive: Tensor
+) -> tuple[dict[str, movement.Call], list[Failure]]:
+    """(node -> its new call, failures) for a graph whose labels with `alive[label]` False have gone."""
+    return _Check(captured, facts, alive).run()
+
+
+class _Check:
+    def __init__(self, captured: Capture, facts: Provenance, alive: Tensor) -> None:
+        self.captured, self.facts, self.alive = captured, facts, alive
+        self.table = rules.table()
+        self.values: dict[str, Any] = {}
+        self.edits: dict[str, movement.Call] = {}
+        self.failures: list[Failure] = []
+
+    def run(self) -> tuple[dict[str, movement.Call], list[Failure]]:
+        for node in self.captured.module.graph.nodes:
+            if node.op != "output":
+                self.values[node.name] = self.step(node)
+        return self.edits, self.failures
+
+    def before(self, name: str) -> Any:
+        return Lab(self.facts.labels[name]) if name in self.facts.labels else self.facts.values.get(name)
+
+    def shrunk(self, value: Any) -> list[Any]:
+        """The survivors of a node's value: every rectangle that they can fill."""
+        if isinstance(value, Lab):
+            return [Lab(t) for t in compact(value.t, self.alive)]
+        if isinstance(value, tuple):
+            parts = [self.shrunk(v) for v in value]
+            return [tuple(p[0] for p in parts)] if all(parts) else []
+        return [value]
+
+    def step(self, node: fx.Node) -> Any:
+        before = self.before(node.name)
+        kind = self.facts.kinds[node.name]
+        if kind == "query" and node.op not in ("get_attr", "placeholder"):
+            return self.query(node, before)
+        if isinstance(before, Param) or not _labelled(before):
+            return before
+        expected = self.shrunk(before)
+        if kind == "movement":
+            return self.movement(node, before, expected)
+        self.freeze_scalars(node)
+        if not expected:
+            self.fail(node)
+            return before
+        return expected[0]
+
+    def arguments(self, call: fx.Node | movement.Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        def value(leaf: Any) -> Any:
+            return self.values[leaf.name] if isinstance(leaf, fx.Node) else leaf
+
+        return movement.tree(value, tuple(call.args)), movement.tree(value, dict(call.kwargs))
+
+    def query(self, node: fx.Node, before: Any) -> Any:
+        """Plain values that the graph computes from sizes follow by themselves."""
+        args, kwargs = self.arguments(node)
+        if node.target is getattr and args[1] in ("dtype", "device"):
+            return before
+        try:
+            return movement.run(node.target, *_plain(args, kwargs, self.captured, node))
+        except (TypeError, RuntimeError, ValueError, IndexError, AttributeError):
+            return before
+
+    def freeze_scalars(self, node: fx.Node) -> None:
+        """A scalar computed from a width that narrows (an attention scale) stays what it was."""
+
+        def original(leaf: Any) -> Any:
+            if isinstance(leaf, fx.Node) and leaf.name not in self.facts.labels:
+                old, new = self.facts.values.get(leaf.name), self.values.get(leaf.name)
+                if isinstance(old, (int, float)) and old != new:
+                    return old
+            return leaf
+
+        args, kwargs = movement.tree(original, tuple(node.args)), movement.tree(original, dict(node.kwargs))
+        if (args, kwargs) != (tuple(node.args), dict(node.kwargs)):
+            self.edits[node.name] = movement.Call(node.target, args, kwargs)
+
+    def movement(self, node: fx.Node, before: Any, expected: list[Any]) -> Any:
+        args, kwargs = self.arguments(node)
+        target = self.captured.module.get_submodule(str(node.target)) if node.op == "call_module" else node.target
+        for want in expected:
+            if _same(self.attempt(node, target, args, kwargs), want):
+                return want
+        name = self.table[rules.module_class(target, self.table) if node.op == "call_module" else target][0].name
+        for want in expected if node.op != "call_module" else []:
+            shapes = [movement.tree(lambda v: tuple(v.t.shape) if isinstance(v, Lab) else v, v) for v in (before, want)]
+            call = movement.Call(node.target, tuple(node.args), dict(node.kwargs))
+            proposal = movement.resized(name, call, shapes[0], shapes[1], lambda axis: self.survivors(node, axis))
+            if proposal is not None:
+                found = self.attempt(node, proposal.target, *self.arguments(proposal))
+                if _same(found, want):
+                    self.edits[node.name] = proposal
+                    return want
+        self.fail(node)
+        return expected[0] if expected else before
+
+    def attempt(self, node: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        try:
+            out = movement.run(target, *_plain(args, kwargs, self.captured, node, self.facts, self.alive))
+        except (TypeError, RuntimeError, ValueError, IndexError):
+            return None
+        return movement.tree(
+            lambda v: Lab(simplify(v)) if isinstance(v, Tensor) else v, tuple(out) if isinstance(out, list) else out
+        )
+
+    def survivors(self, node: fx.Node, axis: int) -> Tensor:
+        """Which places along an axis of the first operand survive, (size,)."""
+        source = node.args[0]
+        labels = self.facts.labels.get(source.name) if isinstance(source, fx.Node) else None
+        if labels is None:
+            return torch.ones(0, dtype=torch.bool)
+        others = [a for a in range(labels.dim()) if a != axis % labels.dim()]
+        mask = self.alive[labels]
+        return mask.amax(others) if others else mask
+
+    def fail(self, node: fx.Node) -> None:
+        held = [v.t for v in movement.leaves(self.before(node.name)) if isinstance(v, Lab)]
+        for source in node.all_input_nodes:
+            held += [v.t for v in movement.leaves(self.before(source.name)) if isinstance(v, Lab)]
+        labels = torch.cat([numbers(t) for t in held]).unique()
+        self.failures.append(Failure(node.name, labels[~self.alive[labels]]))
+
+
+def _labelled(value: Any) -> bool:
+    return any(isinstance(leaf, Lab) for leaf in movement.leaves(value))
+
+
+def _plain(
+    args: tuple[Any, ...], kwargs: dict[str, Any], captured: Capture, node: fx.Node, facts: Provenance | None = None,
+    alive: Tensor | None = None,
+) -> tuple[tuple[Any, ...], dict[str, Any]]:  # fmt: skip
+    def plain(value: Any) -> Any:
+        if isinstance(value, Lab):
+            return value.t
+        if isinstance(value, Param) and facts is not None and alive is not None:
+            known = facts.params.get(value.path)
+            if known is not None and known.elements is not None:
+                return (compact(known.elements, alive) or [known.elements])[0]
+        if isinstance(value, Param):
+            return value.value
+        if isinstance(value, Tensor) and facts is not None and node.target is not operator.getitem:
+            return torch.zeros(value.shape, dtype=torch.int64)
+        return value
+
+    return movement.tree(plain, args), movement.tree(plain, kwargs)
+
+
+def _same(found: Any, want: Any) -> bool:
+    if found is None:
+        return False
+    one, other = movement.leaves(found), movement.leaves(want)
+    return len(one) == len(other) and all(
+        a.t.shape == b.t.shape and bool((a.t == b.t).all()) if isinstance(a, Lab) and isinstance(b, Lab) else a == b
+        for a, b in zip(one, other, strict=True)
+    )

@@ -1,0 +1,54 @@
+"""Cost: parameters and floating-point operations of a model, counted by torch itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a model weighs and what one run on the example inputs costs."""
+
+    parameters: int
+    flops: int  # multiply and add count as two, as torch.utils.flop_counter has it
+    by_module: dict[str, tuple[int, int]]  # module path -> (parameters, flops)
+
+
+def cost(module: fx.GraphModule, args: Sequence[Any]) -> Cost:
+    """Count a graph module's parameters and FLOPs. Elementwise ops count as nothing, as is the custom."""
+    counter = FlopCounterMode(display=False)
+    flops: dict[str, int] = {}
+
+    class Counting(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            before = counter.get_total_flops()
+            value = super().run_node(n)
+            name = str(n.target) if n.op == "call_module" else n.name
+            flops[name] = flops.get(name, 0) + counter.get_total_flops() - before
+            return value
+
+    modes = {m: m.training for m in module.modules()}
+    module.eval()
+    interpreter = Counting(module)
+    interpreter.extra_traceback = False
+    with torch.no_grad(), counter:
+        interpreter.run(*args)
+    for m, training in modes.items():
+        m.training = training
+    owners: dict[str, tuple[int, int]] = {}
+    for name, sub in module.named_modules():
+        own = sum(p.numel() for p in sub.parameters(recurse=False))
+        if name and (own or flops.get(name)):
+            owners[name] = (own, flops.get(name, 0))
+    return Cost(parameters(module), counter.get_total_flops(), owners)
+
+
+def parameters(module: nn.Module) -> int:
+    """Elements of all parameters, shared ones once."""
+    return sum(p.numel() for p in module.parameters())

@@ -1,0 +1,168 @@
+"""Decomposition: how the channels that stay carry the ones that go, x ~ up @ (down @ x) + shift.
+
+Let row_i be what channel i is computed with in the group's common coordinates: its writers' weights, each times the
+gain of the BatchNorms behind it, so that x_i = row_i . input + b_i. From the rows' inner products alone:
+
+    cos_ij   = <row_i, row_j> / (|row_i| |row_j|)
+    S_ij     = |row_i| / |row_j|                      the scale at which j stands in for i
+    B_ij     = b_i - S_ij b_j                         the constant that S cannot carry
+
+With one writer and its BatchNorm this is Neuron Merging (Kim et al., NeurIPS 2020, section 3.2): |row_i| =
+|w_i| |gamma_i| / std_i gives S_ij = s (gamma_i / gamma_j)(std_j / std_i), and a pair of opposite gammas gets the
+opposite cosine, so it is no candidate. DECOMPOSITIONS maps a name to a function of `Evidence`; each fills (down, up).
+`push` carries `up` from the common coordinates through the per-channel affine maps on the way to one reader.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from scipy.cluster.vq import kmeans2
+from torch import Tensor
+
+from .ir import Evidence, PublishedForm
+from .linalg import coordinates, solve_ridge
+
+MIN_COSINE = 1e-9  # a partner must at least point the same way
+
+
+@dataclass(frozen=True)
+class Mapping:
+    """(down, up) in the common coordinates, and what was given up: `cosine` (n,) of each dropped channel's partner."""
+
+    down: Tensor  # (k, n)
+    up: Tensor  # (n, k)
+    cosine: Tensor  # (n,) 1 for kept channels, 0 for dropped ones that nobody carries
+
+
+def selection_rows(kept: Tensor, channels: int) -> Tensor:
+    """Rows of the identity at the kept channels: (k, n)."""
+    return torch.eye(channels, dtype=torch.float64)[kept]
+
+
+def prune(evidence: Evidence, kept: Tensor) -> Mapping:
+    down = selection_rows(kept, len(evidence.inner))
+    return Mapping(down, down.T.clone(), down.sum(0))
+
+
+def mostsim(evidence: Evidence, kept: Tensor) -> Mapping:
+    """Each dropped channel goes to its most similar kept one, with a scale (MostSim, Algorithms 1 to 3)."""
+    if evidence.published is not None:
+        cosine, scale, distance = _published_distance(evidence.published, kept, evidence.lam)
+    else:
+        cosine, scale, distance = _exact_distance(evidence, kept)
+    same_cell = evidence.cells[:, None] == evidence.cells[kept][None, :]
+    distance = torch.where(same_cell, distance, torch.inf)
+    best = distance.argmin(1)  # (n,)
+    rows = torch.arange(len(best))
+    found = torch.isfinite(distance[rows, best])
+    if evidence.threshold:
+        found &= cosine[rows, best] >= evidence.threshold
+    mapping = prune(evidence, kept)
+    dropped = torch.ones(len(best), dtype=torch.bool)
+    dropped[kept] = False
+    carried = rows[found & dropped]
+    mapping.up[carried, best[carried]] = scale[carried, best[carried]]
+    mapping.cosine[carried] = cosine[carried, best[carried]]
+    return mapping
+
+
+def _exact_distance(evidence: Evidence, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    inner, bias = evidence.inner, evidence.bias
+    norm = inner.diagonal().clamp(min=0).sqrt()
+    solid = norm > norm.max() * 1e-9  # a kept channel without weight can carry nobody
+    safe = torch.where(solid, norm, torch.ones_like(norm))
+    cosine = inner[:, kept] / (safe[:, None] * safe[kept][None, :])  # (n, k)
+    scale = norm[:, None] / safe[kept][None, :]
+    offset = (bias[:, None] - scale * bias[kept][None, :]).abs()
+    if not evidence.scalable:
+        # only an equal channel will do: 2<a,b> / (|a|^2 + |b|^2) is 1 just when a = b
+        cosine = cosine * 2 * scale / (1 + scale.square())
+        scale = torch.ones_like(scale)
+        offset = (bias[:, None] - bias[kept][None, :]).abs()
+    possible = solid[kept][None, :] & (cosine > MIN_COSINE)
+    distance = 1 - cosine
+    if evidence.centred:
+        relative = torch.where(possible, offset / scale.clamp(min=1e-300), torch.inf)
+        distance = evidence.lam * distance + (1 - evidence.lam) * _minmax(relative)
+    return cosine, scale, torch.where(possible, distance, torch.inf)
+
+
+def _minmax(values: Tensor) -> Tensor:
+    """Each row to [0, 1] over its finite entries; a row of equal values to 0."""
+    finite = torch.isfinite(values)
+    low = torch.where(finite, values, torch.inf).amin(1, keepdim=True)
+    high = torch.where(finite, values, -torch.inf).amax(1, keepdim=True)
+    span = high - low
+    return torch.where(finite & (span > 0), (values - low) / torch.where(span > 0, span, 1), torch.zeros_like(values))
+
+
+def _published_distance(form: PublishedForm, kept: Tensor, lam: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The published code's S and B: indices i, j exchanged and `var` for the standard deviation."""
+    norm = form.inner.diagonal().clamp(min=0).sqrt().clamp(min=1e-300)
+    cosine = form.inner[:, kept] / (norm[:, None] * norm[kept][None, :])
+    s = norm[:, None] / norm[kept][None, :]
+    gamma = torch.where(form.gamma.abs() > 1e-30, form.gamma, torch.full_like(form.gamma, 1e-30))
+    var = form.var.clamp(min=1e-30)
+    scale = s * (gamma[kept][None, :] / gamma[:, None]) * (var[:, None] / var[kept][None, :])
+    constant = form.mean - var * form.beta / gamma
+    offset = (gamma / var)[kept][None, :] * (s * constant[:, None] - form.mean[kept][None, :])
+    relative = (offset + form.beta[kept][None, :]).abs() / scale
+    return cosine, scale, lam * (1 - cosine) + (1 - lam) * _minmax(relative)
+
+
+def fold(evidence: Evidence, kept: Tensor) -> Mapping:
+    """k-means on the rows, started at the kept channels: a cluster's mean stands for its members (model folding)."""
+    n = len(evidence.inner)
+    points = coordinates(evidence.inner + evidence.bias[:, None] * evidence.bias[None, :])
+    place = torch.full((n,), -1)
+    place[kept] = torch.arange(len(kept))
+    cluster = torch.empty(n, dtype=torch.int64)
+    for cell in range(int(evidence.cells.max()) + 1):
+        inside = (evidence.cells == cell).nonzero().flatten()
+        seeds = inside[place[inside] >= 0]
+        found = kmeans2(points[inside].numpy(), points[seeds].numpy(), minit="matrix", iter=30)[1]
+        cluster[inside] = place[seeds][torch.from_numpy(found).long()]
+    up = torch.nn.functional.one_hot(cluster, len(kept)).double()
+    size = up.sum(0)
+    empty = size == 0  # a cluster that lost its members keeps its seed
+    down = torch.where(empty[:, None], selection_rows(kept, n), up.T / size.clamp(min=1)[:, None])
+    norm = evidence.inner.diagonal().clamp(min=1e-300).sqrt()
+    mean_norm = torch.einsum("kn,nm,km->k", down, evidence.inner, down).clamp(min=1e-300).sqrt()
+    cosine = (evidence.inner @ down.T)[torch.arange(n), cluster] / (norm * mean_norm[cluster])
+    return Mapping(down, up, cosine.clamp(-1, 1))
+
+
+def least_squares(mean: Tensor, covariance: Tensor, kept: Tensor, ridge: float = 1e-4) -> tuple[Tensor, Tensor]:
+    """up (n, k) = C[:,K] C[K,K]^-1 and shift (n,) = mean - up mean_K, for moments (n,), (n, n) at a reader."""
+    up = solve_ridge(covariance[kept][:, kept], covariance[kept], ridge).T.contiguous()
+    up[kept] = torch.eye(len(kept), dtype=up.dtype)
+    return up, mean - up @ mean[kept]
+
+
+def push(
+    up: Tensor, shift: Tensor, kept: Tensor, gain: Tensor, constant_gain: Tensor, constant: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(up, shift) behind a per-channel linear map y = gain x + constant (a convolution's gain on constants differs):
+
+        y_i = sum_j up_ij (gain_i / gain_j) (y_j - constant_j) + constant_gain_i shift_i + constant_i
+
+    A kept channel whose gain is 0 carries nobody but itself.
+    """
+    own = torch.arange(len(kept))
+    solid = gain[kept].abs() > gain.abs().max() * 1e-12
+    inverse = torch.where(solid, 1 / torch.where(solid, gain[kept], 1), torch.zeros_like(gain[kept]))
+    pushed = gain[:, None] * up * inverse[None, :]
+    pushed[kept, own] = torch.where(solid, pushed[kept, own], up[kept, own])
+    return pushed, constant_gain * shift + constant - pushed @ constant[kept]
+
+
+# `lstsq` keeps what `prune` keeps in the common coordinates; its up is solved at each reader from `least_squares`.
+DECOMPOSITIONS: dict[str, Callable[[Evidence, Tensor], Mapping]] = {
+    "prune": prune,
+    "mostsim": mostsim,
+    "fold": fold,
+    "lstsq": prune,
+}

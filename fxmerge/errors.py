@@ -1,0 +1,20 @@
+"""The one exception that users see, and how it names their source line."""
+
+from __future__ import annotations
+
+from torch import fx
+
+
+class FxMergeError(ValueError):
+    """What was asked cannot be done; the message says what, where, and what to do instead."""
+
+
+def source_line(node: fx.Node) -> str:
+    """The user's own line that made this node: `net.py:12, in forward: y = x[:, ::2]`, or ""."""
+    lines = (node.stack_trace or "").strip().splitlines()
+    for at in range(len(lines) - 1, -1, -1):
+        head = lines[at].strip()
+        if head.startswith('File "') and "/torch/" not in head:
+            code = f": {lines[at + 1].strip()}" if at + 1 < len(lines) else ""
+            return head.removeprefix('File "').replace('", line ', ":", 1) + code
+    return ""

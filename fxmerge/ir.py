@@ -1,0 +1,247 @@
+"""The frozen records that stages hand to each other, and nothing else.
+
+Vocabulary: a *label* is the number of one channel of one parameter; labels that must live or die together form an
+*atom*; a *group* is a set of atoms that are compared with, and merged into, each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx
+
+Kind = Literal["query", "movement", "per_channel", "writer", "carrier", "tie", "mixer", "unknown", "output", "input"]
+
+
+@dataclass(frozen=True)
+class Param:
+    """A parameter or buffer as an operand: its path in the graph module, and its value."""
+
+    path: str
+    value: Tensor
+
+
+@dataclass(frozen=True)
+class Lab:
+    """An activation as an operand: its label tensor (of the activation's shape)."""
+
+    t: Tensor
+
+
+@dataclass(frozen=True)
+class ParamLabels:
+    """Which label stands where in one parameter; the only index map that `rewrite` slices by.
+
+    axes:      axis -> labels along it; with groups > 1 axis 1 holds (groups, in/groups) labels, one row a group
+    elements:  or, for a raw parameter, a label for each element
+    """
+
+    path: str
+    axes: Mapping[int, Tensor] = field(default_factory=dict)
+    elements: Tensor | None = None
+    groups: int = 1
+    grouped: tuple[int, int] = (0, 1)  # (the axis that holds `groups` blocks one after another, the axis inside one)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One use of an op that owns parameters.
+
+    reads:    labels of the input channels, (groups, in/groups), or None
+    writes:   labels of the output channels, (out,), or None
+    carries:  labels of the per-channel parameters of a carrier, shaped like the parameter, or None
+    """
+
+    node: str
+    module: str  # what users call it: the module's path, or the parameter's for functional spellings
+    op: str
+    params: Mapping[str, str]  # slot ("weight", "bias", "running_var", ...) -> parameter path
+    reads: Tensor | None = None
+    writes: Tensor | None = None
+    carries: Tensor | None = None
+    groups: int = 1
+    transposed: bool = False
+    eps: float = 0.0
+
+
+@dataclass(frozen=True)
+class Tie:
+    """Labels that one node makes equal, position by position: (m,) and (m,)."""
+
+    node: str
+    left: Tensor
+    right: Tensor
+
+
+@dataclass(frozen=True)
+class Pin:
+    """Labels that may not be dropped, and why."""
+
+    labels: Tensor
+    reason: str
+    node: str
+    where: str  # the user's source line, or ""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows of labels, (blocks, size), each of which must lose equally many."""
+
+    labels: Tensor
+    node: str
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Which channel went where: what one run of the graph on labels found."""
+
+    labels: Mapping[str, Tensor]  # node -> label tensor
+    values: Mapping[str, Any]  # node -> what it evaluated to, where it is no tensor that depends on the input
+    kinds: Mapping[str, Kind]  # node -> what its rule is
+    sources: Mapping[str, tuple[str, ...]]  # node -> the nodes whose values it reads, in-place updates seen
+    commutes: Mapping[str, bool]  # node -> does a positive factor pass through it unchanged?
+    layers: tuple[Layer, ...]
+    params: Mapping[str, ParamLabels]
+    ties: tuple[Tie, ...]
+    pins: tuple[Pin, ...]
+    blocks: tuple[Block, ...]
+    mixers: tuple[tuple[str, Tensor], ...]  # (node, labels it couples inexactly)
+    label_count: int
+
+
+@dataclass(frozen=True)
+class Member:
+    """A layer's part in a group: which of its channels are the group's.
+
+    where:  (channels, copies) positions along the layer's axis; several where one channel stands several times, as
+            after a flatten. For a grouped reader a position counts through all groups.
+    steps:  writer: what its output passes on the way to the group's common coordinates;
+            reader: what the group passes from there to this reader
+    """
+
+    layer: Layer
+    role: Literal["write", "read", "carry"]
+    where: Tensor
+    steps: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Group:
+    """Channels that are compared with, and merged into, each other: n of them."""
+
+    name: str
+    atoms: Tensor  # (n,) the atom that each channel is
+    cells: Tensor  # (n,) channels merge within their cell only, and each cell loses equally many
+    writers: tuple[Member, ...]
+    carriers: tuple[Member, ...]
+    readers: tuple[Member, ...]
+    mixers: tuple[str, ...]
+    ties: tuple[str, ...]  # the nodes that tie several writers
+    internal: bool  # one writer, its readers on one path
+    scale_blocks: tuple[str, ...]  # nodes that a scale other than 1 does not commute with
+    partners: bool = True  # False: copies do not line up, so channels can be dropped but not merged
+
+    @property
+    def channels(self) -> int:
+        return len(self.atoms)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Channels that stay as they are: a value with a reason, not an exception."""
+
+    name: str  # the layer that writes them
+    channels: int
+    reason: str
+    where: str
+    parameters: int = 0  # elements of the parameters that hold them
+
+
+@dataclass(frozen=True)
+class Capture:
+    """A traced model: the graph module and what its example run showed."""
+
+    module: fx.GraphModule
+    args: tuple[Any, ...]
+    shapes: Mapping[str, tuple[int, ...]]  # node -> shape of the tensor that it gave
+    dtypes: Mapping[str, torch.dtype]
+    devices: Mapping[str, torch.device]
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """x ~ up @ (down @ x) + shift for one reader of a group; `kept` are the rows of I that `down` begins from.
+
+    down (k, n), up (n, k), shift (n,); float64
+    """
+
+    kept: Tensor
+    down: Tensor
+    up: Tensor
+    shift: Tensor
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """What may be merged with what, what may not, and the networkx graph that says so.
+
+    graph: a DiGraph. Nodes: groups (kind="group", channels=n) and layers (kind=op, module=path); edges layer -> group
+    (role="write"), group -> layer (role="read"), group -> layer (role="carry").
+    """
+
+    groups: tuple[Group, ...]
+    refusals: tuple[Refusal, ...]
+    atom: Tensor  # (label_count,) the atom of each label
+    graph: Any  # networkx.DiGraph
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The channels that a selector chooses from.
+
+    rows:     (n, d) what each channel's writers compute it with, a bias as one more column
+    kernels:  (n, in, k) the first writer's kernels by input channel
+    """
+
+    rows: Tensor
+    kernels: Tensor
+    seed: int = 0
+
+    def only(self, index: Tensor) -> Candidates:
+        return Candidates(self.rows[index], self.kernels[index], self.seed)
+
+
+@dataclass(frozen=True)
+class PublishedForm:
+    """One writer and its BatchNorm as the published code reads them: raw rows, and the variance for the deviation."""
+
+    inner: Tensor  # (n, n) inner products of the raw rows
+    gamma: Tensor
+    beta: Tensor
+    mean: Tensor
+    var: Tensor
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a decomposition knows of a group's n channels, float64.
+
+    inner:      (n, n) inner products of the rows
+    bias:       (n,) the constants, in the same coordinates
+    centred:    has the group a BatchNorm? then constants count apart from the rows (without one they are a column)
+    cells:      (n,) partners are looked for within a cell
+    scalable:   may a partner be scaled? (False behind GELU and its like)
+    published:  the published code's operands, where it has this form
+    """
+
+    inner: Tensor
+    bias: Tensor
+    centred: bool
+    cells: Tensor
+    scalable: bool
+    threshold: float
+    lam: float
+    published: PublishedForm | None = None

@@ -1,0 +1,93 @@
+"""Arithmetic of label tensors: which axis do labels vary along, and what is left when some of them go.
+
+A label tensor is an int64 tensor of an activation's shape. Its entry names the channel that stands there; 0 names
+nothing that could ever be dropped. The invariant that keeps the analysis cheap: an axis has stride 0 exactly when the
+labels do not vary along it, so a (32, 256, 56, 56) activation costs 256 integers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FIXED = 0  # the label of everything that can never be dropped
+
+
+def thin(labels: Tensor) -> Tensor:
+    """The same labels with every axis of stride 0 narrowed to length 1: a view, never a copy."""
+    for axis in range(labels.dim()):
+        if labels.stride(axis) == 0 and labels.size(axis) > 1:
+            labels = labels.narrow(axis, 0, 1)
+    return labels
+
+
+def simplify(labels: Tensor) -> Tensor:
+    """The same labels with stride 0 on every axis that they do not vary along (the module's invariant)."""
+    shape = labels.shape
+    if labels.numel() == 0:
+        return labels
+    labels = thin(labels)
+    for axis in range(labels.dim()):
+        if labels.size(axis) > 1:
+            first = labels.narrow(axis, 0, 1)
+            if bool((labels == first).all()):
+                labels = first
+    if labels.numel() < labels.untyped_storage().nbytes() // 16:  # do not keep a large tensor alive for a small view
+        labels = labels.clone()
+    return labels.expand(shape)
+
+
+def varying(labels: Tensor) -> tuple[int, ...]:
+    """The axes that the labels vary along."""
+    return tuple(a for a in range(labels.dim()) if labels.size(a) > 1 and labels.stride(a) != 0)
+
+
+def fixed(shape: Sequence[int]) -> Tensor:
+    """Labels of a tensor that holds no channel: FIXED everywhere."""
+    return torch.zeros((), dtype=torch.int64).expand(tuple(shape))
+
+
+def spread(channels: Tensor, shape: Sequence[int], axis: int) -> Tensor:
+    """Labels (C,) laid along `axis` of a tensor of that shape."""
+    view = [1] * len(shape)
+    view[axis] = -1
+    return simplify(channels.reshape(view).expand(tuple(shape)))
+
+
+def numbers(labels: Tensor) -> Tensor:
+    """The distinct labels, FIXED left out, ascending."""
+    found = torch.unique(thin(labels))
+    return found[found != FIXED]
+
+
+def compact(labels: Tensor, alive: Tensor) -> list[Tensor]:
+    """What is left of a label tensor when every label with `alive[label]` False has gone.
+
+    Returns the label tensors of the rectangles that the survivors can fill: one as a rule, none when they fill none,
+    several when blocks lost different channels but equally many along more than one axis (then the caller knows which
+    it is). Whole slices leave first; what is left ragged is closed up along one axis.
+    """
+    small = thin(labels)
+    mask = alive[small]
+    if bool(mask.all()):
+        return [labels]
+    for axis in range(small.dim()):
+        if small.size(axis) > 1:
+            others = [a for a in range(small.dim()) if a != axis]
+            stays = mask.amax(others) if others else mask
+            if not bool(stays.all()):
+                index = stays.nonzero().flatten()
+                small, mask = small.index_select(axis, index), mask.index_select(axis, index)
+    grown = [labels.size(a) if small.size(a) == 1 and labels.stride(a) == 0 else -1 for a in range(small.dim())]
+    if bool(mask.all()):
+        return [small.expand(grown)]
+    closed = []
+    for axis in reversed(range(small.dim())):
+        count = mask.sum(axis)
+        if small.size(axis) > 1 and bool((count == count.flatten()[0]).all()):
+            moved, kept = small.movedim(axis, -1), mask.movedim(axis, -1)
+            rows = moved[kept].reshape(*moved.shape[:-1], -1)
+            closed.append(rows.movedim(-1, axis).expand(grown))
+    return closed

@@ -1,0 +1,40 @@
+"""The linear algebra that several stages share: tensors in, tensors out, float64, no graphs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def gram(rows: Tensor) -> Tensor:
+    """Inner products of rows: (n, d) -> (n, n), float64."""
+    rows = rows.double()
+    return rows @ rows.T
+
+
+def distances(rows: Tensor) -> Tensor:
+    """Euclidean distances between rows: (n, d) -> (n, n), float64, zero on the diagonal."""
+    inner = gram(rows)
+    square = inner.diagonal()
+    found = (square[:, None] + square[None, :] - 2 * inner).clamp_(min=0).sqrt_()
+    return found.fill_diagonal_(0)
+
+
+def coordinates(inner: Tensor) -> Tensor:
+    """Points (n, r) whose inner products are `inner` (n, n): the rows of a square root, null directions left out."""
+    values, vectors = torch.linalg.eigh(inner)
+    solid = values > values[-1].clamp(min=0) * 1e-12
+    return vectors[:, solid] * values[solid].sqrt()
+
+
+def solve_ridge(normal: Tensor, right: Tensor, ridge: float) -> Tensor:
+    """X = (A + ridge * mean(diag A) I)^-1 B for symmetric positive semidefinite A (p, p) and B (p, q), float64.
+
+    Cholesky; where A is singular even so, the least-norm solution by eigenvalues.
+    """
+    shift = ridge * float(normal.diagonal().mean().clamp(min=0)) + torch.finfo(torch.float64).tiny
+    lifted = normal + shift * torch.eye(len(normal), dtype=normal.dtype, device=normal.device)
+    factor, failed = torch.linalg.cholesky_ex(lifted)
+    if not bool(failed):
+        return torch.cholesky_solve(right, factor)
+    return torch.linalg.pinv(lifted, hermitian=True) @ right

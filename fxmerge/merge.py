@@ -1,0 +1,251 @@
+"""The pipeline, from top to bottom; the stages' names are those of the files, the progress bar and the report.
+
+    capture -> provenance -> groups -> similarity -> allocation -> selection -> decomposition -> rewrite -> verify
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from . import cost, verify
+from .allocation import ALLOCATORS, check_patterns, ignored
+from .capture import capture
+from .constants import recompute
+from .decomposition import DECOMPOSITIONS, Mapping as Map, least_squares, push
+from .errors import FxMergeError, source_line
+from .groups import group
+from .ir import Capture, Decomposition, Group, Grouping, Provenance, Refusal
+from .movement import Call
+from .options import Options
+from .plan import GroupPlan, Partner, Plan
+from .progress import progress
+from .provenance import provenance
+from .report import AnalysisReport, Report
+from .rewrite import Merge, rewrite, survivors
+from .selection import select
+from .similarity import Statistics, moments, state, statistics
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What could be merged and what could not: nothing is changed."""
+
+    captured: Capture
+    facts: Provenance
+    grouping: Grouping
+    refusals: tuple[Refusal, ...]
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        return self.grouping.groups
+
+    @property
+    def graph(self) -> Any:
+        """Groups and layers as a networkx graph (see `groups.Grouping`)."""
+        return self.grouping.graph
+
+    @property
+    def report(self) -> AnalysisReport:
+        return AnalysisReport(self.groups, self.refusals, cost.cost(self.captured.module, self.captured.args))
+
+
+@dataclass(frozen=True)
+class Result:
+    """A merged model, and why it is as it is."""
+
+    module: fx.GraphModule
+    plan: Plan
+    report: Report
+    analysis: Analysis
+
+
+def analyze(model: nn.Module, example_inputs: Any, options: Options | None = None, **changes: Any) -> Analysis:
+    """Find a model's merge groups and refusals; nothing is changed.
+
+    example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
+    Raises FxMergeError for a model that cannot be traced or inputs that it does not take.
+    """
+    settled(options, changes)
+    captured = capture(model, example_inputs)
+    facts = provenance(captured)
+    grouping = group(facts)
+    return Analysis(captured, facts, grouping, grouping.refusals)
+
+
+def settled(options: Options | None, changes: dict[str, Any]) -> Options:
+    if options is not None and not isinstance(options, Options):
+        raise FxMergeError(f"options is a {type(options).__name__}; give fxmerge.Options(...) or keyword arguments")
+    return (options or Options()).replace(**changes)
+
+
+def merge(model: nn.Module, example_inputs: Any, options: Options | None = None, **changes: Any) -> Result:
+    """Make a trained model structurally smaller; `model` itself is never modified.
+
+    example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
+    options: `Options`, or its fields as keyword arguments.
+    Raises FxMergeError where it cannot be done, naming what and what to do instead.
+    """
+    return _merge(model, example_inputs, settled(options, changes), None)
+
+
+def apply(plan: Plan, model: nn.Module, example_inputs: Any) -> Result:
+    """Replay a plan on another copy of the model: the same channels stay, whatever the weights.
+
+    Raises FxMergeError where the model's groups are not the plan's.
+    """
+    return _merge(model, example_inputs, plan.options, {g.name: g for g in plan.groups})
+
+
+def _merge(
+    model: nn.Module, example_inputs: Any, options: Options, decided: Mapping[str, GroupPlan] | None
+) -> Result:
+    with progress() as stage:
+        stage("capture")
+        captured = capture(model, example_inputs)
+        stage("provenance")
+        facts = provenance(captured)
+        stage("groups")
+        grouping = group(facts)
+        if decided is None:
+            check_patterns(grouping.groups, [n for n, _ in captured.module.named_modules()], options)
+        groups, refusals = _in_scope(grouping, options)
+        tensors = state(captured.module)
+        reference = options.decomposition == "mostsim" and options.mostsim_scale == "reference"
+        stage("similarity")
+        known: dict[str, Statistics] = {}
+        stage("allocation")
+        counts = _replayed(groups, decided) if decided else ALLOCATORS["uniform"](groups, options)
+        for g in groups:
+            if counts[g.name] * (int(g.cells.max()) + 1) < g.channels:
+                stage(f"similarity {g.name}")
+                known[g.name] = statistics(
+                    g, captured, tensors, options.threshold, options.lam, reference, options.seed
+                )
+        stage("selection")
+        chosen: list[tuple[Group, Tensor]] = []
+        for g in groups:
+            if g.name in known:
+                kept = (
+                    torch.tensor(decided[g.name].kept) if decided
+                    else select(options.selection, known[g.name].candidates, g.cells, counts[g.name])
+                )  # fmt: skip
+                chosen.append((g, kept))
+        chosen, edits, refused = _provable(captured, facts, grouping, chosen)
+        refusals = (*refusals, *refused)
+        merges, plans = [], []
+        for g, kept in chosen:
+            stage(f"decomposition {g.name}")
+            mapping, merged = _decompose(g, kept, known[g.name], options)
+            merges.append(merged)
+            plans.append(_group_plan(g, kept, mapping))
+        stage("rewrite")
+        alive = survivors(facts, grouping.atom, chosen)
+        module = rewrite(captured.module, facts, alive, merges, edits)
+        stage("verify")
+        verdict = verify.compare(captured, module)
+        before, after = (cost.cost(m, captured.args) for m in (captured.module, module))
+    analysis = Analysis(captured, facts, grouping, refusals)
+    plan = Plan(options, tuple(plans))
+    report = Report(grouping.groups, refusals, before, after, plan, verdict)
+    return Result(module, plan, report, analysis)
+
+
+def _in_scope(grouping: Grouping, options: Options) -> tuple[list[Group], tuple[Refusal, ...]]:
+    """The groups that these options let in, and a refusal for each other."""
+    inside, out = [], list(grouping.refusals)
+    for g in grouping.groups:
+        why = ""
+        if ignored(g, options):
+            why = "is ignored, as the options say"
+        elif options.scope == "internal" and not g.internal:
+            why = "is not internal: it has several writers, several readers, or a mixer"
+        if why:
+            out.append(Refusal(g.name, g.channels, why, ""))
+        else:
+            inside.append(g)
+    return inside, tuple(out)
+
+
+def _replayed(groups: Sequence[Group], decided: Mapping[str, GroupPlan]) -> dict[str, int]:
+    known = {g.name: g for g in groups}
+    counts = {g.name: g.channels // (int(g.cells.max()) + 1) for g in groups}
+    for name, planned in decided.items():
+        if name not in known or known[name].channels != planned.channels:
+            has = f"has {known[name].channels} channels" if name in known else "is not there"
+            raise FxMergeError(f"the plan's group {name} of {planned.channels} channels {has} in this model")
+        counts[name] = len(planned.kept) // (int(known[name].cells.max()) + 1)
+    return counts
+
+
+def _provable(
+    captured: Capture, facts: Provenance, grouping: Grouping, chosen: list[tuple[Group, Tensor]]
+) -> tuple[list[tuple[Group, Tensor]], dict[str, Call], list[Refusal]]:
+    """Leave out groups whose narrowing makes a size in the graph wrong that cannot be put right."""
+    refused: list[Refusal] = []
+    nodes = {n.name: n for n in captured.module.graph.nodes}
+    while True:
+        edits, failures = recompute(captured, facts, survivors(facts, grouping.atom, chosen))
+        if not failures:
+            return chosen, edits, refused
+        failure = failures[0]
+        lost = set(grouping.atom[failure.labels].tolist())
+        guilty = [g for g, _ in chosen if lost & set(g.atoms.tolist())]
+        if not guilty:
+            raise FxMergeError(f"the sizes at {failure.node} cannot be made right; {source_line(nodes[failure.node])}")
+        for g in guilty:
+            why = f"the sizes at {failure.node} cannot follow"
+            refused.append(Refusal(g.name, g.channels, why, source_line(nodes[failure.node])))
+        chosen = [(g, kept) for g, kept in chosen if g not in guilty]
+
+
+def _decompose(group: Group, kept: Tensor, found: Statistics, options: Options) -> tuple[Map, Merge]:
+    """The group's (down, up) in its common coordinates, and what each reader absorbs of it."""
+    method = options.decomposition if group.partners and not _shared_reader(group) else "prune"
+    mapping = DECOMPOSITIONS[method](found.evidence, kept)
+    n = group.channels
+    carried = mapping.up.abs().sum(1) > 0
+    carried[kept] = False
+    readers = []
+    for number, steps in enumerate(found.readers):
+        if method == "lstsq":
+            up, shift = least_squares(*moments(found, number, options.seed), kept)
+            up = torch.where(group.cells[:, None] == group.cells[kept][None, :], up, 0)
+        else:
+            up, shift = mapping.up, torch.zeros(n, dtype=torch.float64)
+            if found.linear and method == "mostsim" and found.evidence.centred and not found.evidence.published:
+                bias = found.evidence.bias
+                shift = bias - up @ bias[kept]
+            for step in steps:
+                up, shift = push(up, shift, kept, step.gain, step.constant_gain, step.constant)
+                if step.function is not None:
+                    shift = torch.zeros_like(shift)  # a constant does not pass a nonlinear function
+            shift = torch.where(carried, shift, 0) if method == "mostsim" else torch.zeros_like(shift)
+        readers.append(Decomposition(kept, mapping.down, up, shift))
+    writers = found.writer_maps
+    return mapping, Merge(
+        group, kept, mapping.down, tuple(readers), tuple(w[0] for w in writers), tuple(w[1] for w in writers),
+        tuple(w[2] for w in writers),
+    )  # fmt: skip
+
+
+def _shared_reader(group: Group) -> bool:
+    """Is one weight read behind different steps? Then no one `up` is right for it."""
+    steps: dict[str, tuple[str, ...]] = {}
+    return any(steps.setdefault(r.layer.params["weight"], r.steps) != r.steps for r in group.readers)
+
+
+def _group_plan(group: Group, kept: Tensor, mapping: Map) -> GroupPlan:
+    dropped = torch.ones(group.channels, dtype=torch.bool)
+    dropped[kept] = False
+    scale, into = mapping.up.abs().max(1)
+    partners = tuple(
+        Partner(i, int(kept[into[i]]) if scale[i] > 0 else -1, float(mapping.up[i, into[i]]), float(mapping.cosine[i]))
+        for i in dropped.nonzero().flatten().tolist()
+    )
+    return GroupPlan(group.name, group.channels, tuple(kept.tolist()), partners)
+

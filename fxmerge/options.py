@@ -1,0 +1,94 @@
+"""Options: everything that users can set, in one frozen dataclass; the CLI's flags are its fields."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .decomposition import DECOMPOSITIONS
+from .errors import FxMergeError
+from .selection import SELECTORS
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "scope": ("internal", "all"),
+    "selection": tuple(SELECTORS),
+    "decomposition": tuple(DECOMPOSITIONS),
+    "mostsim_scale": ("exact", "reference"),
+    "refit": ("none",),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to merge. Raises FxMergeError for a value that makes no sense, naming the field."""
+
+    ratio: float = 0.5
+    """share of its channels that each group gives up, 0 <= ratio < 1"""
+    keep: Mapping[str, int | float] = field(default_factory=dict)
+    """{group name pattern: channels (int) or share (float) kept}, over ratio"""
+    ignore: tuple[str, ...] = ()
+    """patterns of module or group names that stay as they are"""
+    scope: str = "all"
+    """internal: groups with one writer and one reader, as in the paper; all: residual streams and shared groups too"""
+    selection: str = "l2"
+    """which channels stay"""
+    decomposition: str = "mostsim"
+    """how the channels that stay carry the others"""
+    threshold: float = 0.1
+    """mostsim: below this cosine a channel is dropped, not merged"""
+    lam: float = 0.85
+    """mostsim: weight of the cosine against the constant left over, 0 to 1, behind a BatchNorm"""
+    mostsim_scale: str = "exact"
+    """mostsim: exact, or reference: as the published code computes it"""
+    refit: str = "none"
+    """re-solve the readers afterwards"""
+    round_to: int = 1
+    """kept channels are a multiple of this"""
+    seed: int = 0
+    """everything random comes from it"""
+
+    def __post_init__(self) -> None:
+        self._number("ratio", 0, 1, "it is the share of channels to give up, 0 <= ratio < 1", below=True)
+        self._number("threshold", -1, 1, "it is a cosine")
+        self._number("lam", 0, 1, "it is a weight between 0 and 1")
+        for name in ("round_to", "seed"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < (1 if name == "round_to" else 0):
+                raise FxMergeError(f"{name} is {value!r}; give a {'positive ' if name == 'round_to' else ''}whole number")
+        if self.refit == "calibration":
+            raise FxMergeError("refit='calibration' needs batches of inputs, and refit is not part of this version")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise FxMergeError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")
+        if isinstance(self.ignore, str):
+            raise FxMergeError(f"ignore is the string {self.ignore!r}; give a sequence of patterns: ({self.ignore!r},)")
+        if not isinstance(self.keep, Mapping):
+            raise FxMergeError(f"keep is a {type(self.keep).__name__}; give {{group name pattern: channels or share}}")
+        for pattern, value in self.keep.items():
+            self._keep(pattern, value)
+        object.__setattr__(self, "ignore", tuple(self.ignore))
+        object.__setattr__(self, "keep", dict(self.keep))
+
+    def _number(self, name: str, low: float, high: float, what: str, below: bool = False) -> None:
+        value = getattr(self, name)
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if not is_number or not low <= value <= high or (below and value == high):
+            raise FxMergeError(f"{name} is {value!r}; {what}")
+
+    def _keep(self, pattern: str, value: Any) -> None:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if not number or value <= 0 or (isinstance(value, float) and value > 1):
+            raise FxMergeError(
+                f"keep[{pattern!r}] is {value!r}; give a whole number of channels from 1 up, or a share in (0, 1]"
+            )
+
+    def replace(self, **changes: Any) -> Options:
+        """The same options with some fields changed; an unknown field is an FxMergeError."""
+        known = [f.name for f in dataclasses.fields(self)]
+        for name in changes:
+            if name not in known:
+                raise FxMergeError(f"unknown option {name!r}; the options are {', '.join(known)}")
+        return dataclasses.replace(self, **changes)

@@ -1,0 +1,73 @@
+"""The plan: what was decided, as plain data that goes to JSON and comes back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import FxMergeError
+from .options import Options
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Partner:
+    """Where one dropped channel went: `into` kept channel `scale` times, or nowhere (into -1)."""
+
+    channel: int
+    into: int
+    scale: float
+    cosine: float
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """One group's decision: `kept` of its `channels`."""
+
+    name: str
+    channels: int
+    kept: tuple[int, ...]
+    partners: tuple[Partner, ...] = ()
+
+    @property
+    def similarity(self) -> float:
+        """Mean cosine of the dropped channels to what carries them, 0 for those that nothing carries; 1 if none went."""
+        return sum(p.cosine for p in self.partners) / len(self.partners) if self.partners else 1.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was decided: the options, and each group's kept channels."""
+
+    options: Options
+    groups: tuple[GroupPlan, ...]
+
+    def json(self) -> str:
+        """The plan as JSON text; `Plan.from_json` reads it back equal."""
+        return json.dumps({"fxmerge_plan": VERSION, **dataclasses.asdict(self)}, indent=1, sort_keys=True)
+
+    @staticmethod
+    def from_json(text: str) -> Plan:
+        """Read a plan. Raises FxMergeError for text that is no plan of a version known here."""
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise FxMergeError(f"this is not a plan: it is not JSON ({error})") from error
+        if not isinstance(data, dict) or data.get("fxmerge_plan") != VERSION:
+            raise FxMergeError(f"this is not a plan of version {VERSION}: no \"fxmerge_plan\": {VERSION} at its top")
+        try:
+            options = Options().replace(**data["options"])
+            return Plan(options, tuple(_group(g) for g in data["groups"]))
+        except (KeyError, TypeError) as error:
+            raise FxMergeError(f"this plan is damaged: {error!r}") from error
+
+
+def _group(data: dict[str, Any]) -> GroupPlan:
+    partners = tuple(Partner(**p) for p in data["partners"])
+    kept = tuple(int(k) for k in data["kept"])
+    if sorted(set(kept)) != list(kept) or not kept or kept[0] < 0 or kept[-1] >= data["channels"]:
+        raise FxMergeError(f"this plan is damaged: the kept channels of {data['name']} are no subset of its channels")
+    return GroupPlan(str(data["name"]), int(data["channels"]), kept, partners)

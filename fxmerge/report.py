@@ -1,0 +1,182 @@
+"""Report: the records of a merge as a table and as JSON."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .cost import Cost
+from .ir import Group, Refusal
+from .plan import GroupPlan, Plan
+from .verify import Verdict
+
+
+def _share(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.1f} %" if whole else "-"
+
+
+def _text(*tables: Table | str, width: int = 120) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    for table in tables:
+        console.print(table, highlight=False, markup=False)
+    return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
+
+
+def _right(table: Table, *names: str) -> None:
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+
+
+def refusal_table(refusals: Sequence[Refusal]) -> Table:
+    table = Table(title="Left as it was", title_justify="left")
+    table.add_column("layer", overflow="fold")
+    _right(table, "channels")
+    table.add_column("reason", overflow="fold")
+    table.add_column("source", overflow="fold")
+    for r in refusals:
+        table.add_row(r.name, str(r.channels), r.reason, r.where)
+    return table
+
+
+def _members(group: Group, role: str) -> list[str]:
+    members = {"writers": group.writers, "carriers": group.carriers, "readers": group.readers}[role]
+    return list(dict.fromkeys(m.layer.module for m in members))
+
+
+def _refusals_json(refusals: Sequence[Refusal]) -> list[dict[str, Any]]:
+    return [{"name": r.name, "channels": r.channels, "reason": r.reason, "where": r.where} for r in refusals]
+
+
+def _group_json(group: Group) -> dict[str, Any]:
+    return {
+        "name": group.name,
+        "channels": group.channels,
+        **{role: _members(group, role) for role in ("writers", "carriers", "readers")},
+        "mixers": list(group.mixers),
+        "ties": list(group.ties),
+        "internal": group.internal,
+        "scale_blocks": list(group.scale_blocks),
+    }
+
+
+@dataclass(frozen=True)
+class AnalysisReport:
+    """What could be merged, and what could not."""
+
+    groups: tuple[Group, ...]
+    refusals: tuple[Refusal, ...]
+    cost: Cost
+
+    def text(self, width: int = 120) -> str:
+        """Two tables: the groups with their members, and the refusals with their reasons."""
+        table = Table(title="Merge groups", title_justify="left")
+        table.add_column("group", overflow="fold")
+        _right(table, "channels")
+        for name in ("writers", "carriers", "readers"):
+            table.add_column(name, overflow="fold")
+        for g in self.groups:
+            table.add_row(g.name, str(g.channels), *(_listed(_members(g, r)) for r in ("writers", "carriers", "readers")))
+        total = f"{len(self.groups)} groups, {self.cost.parameters:,} parameters, {self.cost.flops:,} FLOPs"
+        return _text(table, *([refusal_table(self.refusals)] if self.refusals else []), total, width=width)
+
+    def json(self) -> str:
+        """JSON text: groups, refusals, parameters, flops."""
+        return json.dumps(
+            {
+                "parameters": self.cost.parameters,
+                "flops": self.cost.flops,
+                "groups": [_group_json(g) for g in self.groups],
+                "refusals": _refusals_json(self.refusals),
+            },
+            indent=1,
+        )
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a merge did, to whom, at what price."""
+
+    groups: tuple[Group, ...]
+    refusals: tuple[Refusal, ...]
+    before: Cost
+    after: Cost
+    plan: Plan
+    verdict: Verdict
+
+    def text(self, width: int = 120) -> str:
+        """Tables: what each group lost; what was left alone and why; totals."""
+        planned = {g.name: g for g in self.plan.groups}
+        table = Table(title="Merged", title_justify="left")
+        table.add_column("group", overflow="fold")
+        _right(table, "channels", "parameters", "FLOPs", "similarity kept")
+        table.add_column("note", overflow="fold")
+        for g in self.groups:
+            if g.name in planned:
+                table.add_row(*self._row(g, planned[g.name]))
+        return _text(table, *([refusal_table(self.refusals)] if self.refusals else []), self._totals(), width=width)
+
+    def _writer_cost(self, group: Group, cost: Cost) -> tuple[int, int]:
+        names = [m.layer.module for m in group.writers]
+        found = [cost.by_module.get(name, (0, 0)) for name in dict.fromkeys(names)]
+        return sum(p for p, _ in found), sum(f for _, f in found)
+
+    def _row(self, group: Group, plan: GroupPlan) -> list[str]:
+        (p0, f0), (p1, f1) = self._writer_cost(group, self.before), self._writer_cost(group, self.after)
+        merged = sum(p.into >= 0 for p in plan.partners)
+        note = []
+        if self.plan.options.decomposition == "mostsim" and group.scale_blocks:
+            note.append(f"scale 1 ({_listed(list(group.scale_blocks))})")
+        if self.plan.options.decomposition != "prune" and not group.partners:
+            note.append("dropped, not merged: its copies do not line up")
+        if self.plan.options.decomposition == "mostsim" and merged < len(plan.partners) and group.partners:
+            note.append(f"{len(plan.partners) - merged} dropped without a partner")
+        return [
+            group.name, f"{plan.channels} -> {len(plan.kept)}", f"{p0:,} -> {p1:,}", f"{f0:,} -> {f1:,}",
+            f"{plan.similarity:.2f}", "; ".join(note),
+        ]  # fmt: skip
+
+    def _totals(self) -> str:
+        before, after = self.before, self.after
+        return (
+            f"parameters {before.parameters:,} -> {after.parameters:,} ({_share(after.parameters, before.parameters)} left)"
+            f"\nFLOPs      {before.flops:,} -> {after.flops:,} ({_share(after.flops, before.flops)} left)"
+            f"\nrelative error of the outputs on the example inputs: {self.verdict.error:.3g}"
+        )
+
+    def json(self) -> str:
+        """JSON text; keys: parameters_before, parameters_after, flops_before, flops_after, error, groups, refusals."""
+        planned = {g.name: g for g in self.plan.groups}
+        groups = []
+        for g in self.groups:
+            plan = planned.get(g.name)
+            kept = list(plan.kept) if plan else list(range(g.channels))
+            groups.append(
+                {
+                    **_group_json(g),
+                    "kept": kept,
+                    "similarity": plan.similarity if plan else 1.0,
+                    "partners": [vars(p) for p in plan.partners] if plan else [],
+                }
+            )
+        return json.dumps(
+            {
+                "parameters_before": self.before.parameters,
+                "parameters_after": self.after.parameters,
+                "flops_before": self.before.flops,
+                "flops_after": self.after.flops,
+                "error": self.verdict.error,
+                "groups": groups,
+                "refusals": _refusals_json(self.refusals),
+            },
+            indent=1,
+        )

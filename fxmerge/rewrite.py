@@ -1,0 +1,196 @@
+"""Rewrite: the only stage that writes (refit aside), and it writes on a copy.
+
+Two moves, in this order. *Absorb*, at full width: a reader's columns W become W up at the kept places and its bias
+gains W shift; a writer's rows become down rows where the decomposition mixes them. *Slice*: every parameter drops the
+places whose labels have gone, by the one index map that provenance found; modules' own sizes and the graph's literal
+sizes follow.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from .ir import Decomposition, Group, Layer, Member, ParamLabels, Provenance
+from .movement import Call
+from .weights import columns, from_columns, gather, parameter, places
+
+# module attribute -> (parameter, axis, factor attribute): the sizes that a module keeps of its parameters
+_SIZES: dict[str, tuple[str, int]] = {
+    "in_features": ("weight", 1),
+    "out_features": ("weight", 0),
+    "num_features": ("weight", 0),
+    "num_parameters": ("weight", 0),
+    "out_channels": ("weight", 0),
+}
+
+
+@dataclass(frozen=True)
+class Merge:
+    """One group's part of a rewrite: a decomposition for each of its readers, and `down` for its writers.
+
+    row_gains:      for each writer, (n,): rows in the common coordinates are gain * weight rows
+    constant_gains, constants: likewise for its bias
+    """
+
+    group: Group
+    kept: Tensor
+    down: Tensor
+    readers: tuple[Decomposition, ...]
+    row_gains: tuple[Tensor, ...]
+    constant_gains: tuple[Tensor, ...]
+    constants: tuple[Tensor, ...]
+
+
+def survivors(facts: Provenance, atom: Tensor, kept: Sequence[tuple[Group, Tensor]]) -> Tensor:
+    """alive (label_count,): does the label's channel stay?"""
+    alive = torch.ones(int(atom.max()) + 1, dtype=torch.bool)
+    for group, index in kept:
+        alive[group.atoms] = False
+        alive[group.atoms[index]] = True
+    return alive[atom]
+
+
+def rewrite(
+    module: fx.GraphModule, facts: Provenance, alive: Tensor, merges: Sequence[Merge], edits: Mapping[str, Call]
+) -> fx.GraphModule:
+    """A merged copy of the graph module: fresh weights, fresh code, the same names and metadata."""
+    merged = copy.deepcopy(module)
+    held = dict(facts.params)
+    with torch.no_grad():
+        for merge in merges:
+            _absorb_writers(merged, held, merge)
+            _absorb_readers(merged, held, merge)
+        for labels in held.values():
+            if any(not bool(alive[t].all()) for t in places(labels)):
+                gather(merged, labels, lambda flat: alive[flat].nonzero().flatten())
+    for layer in facts.layers:
+        _resize_module(merged, layer)
+    _edit(merged, facts, edits)
+    merged.graph.lint()
+    merged.recompile()
+    return merged
+
+
+def _absorb_readers(module: fx.GraphModule, held: dict[str, ParamLabels], merge: Merge) -> None:
+    done: set[str] = set()
+    for reader, part in zip(merge.group.readers, merge.readers, strict=True):
+        path = reader.layer.params["weight"]
+        if path in done:
+            continue  # a module that is used twice absorbs once
+        done.add(path)
+        weight = parameter(module, path)
+        rows = columns(weight.double(), reader.layer)
+        own = rows[reader.where]  # (n, copies, out/groups * kernel)
+        if bool(part.shift.any()):
+            gained = _gained(reader, own, part.shift, weight)
+            _move_bias(module, held, reader.layer, lambda bias: bias + gained)  # noqa: B023
+        rows[reader.where[part.kept]] = torch.einsum("nk,ncx->kcx", part.up.to(rows), own)
+        weight.copy_(from_columns(rows, weight, reader.layer))
+
+
+def _gained(reader: Member, own: Tensor, shift: Tensor, weight: Tensor) -> Tensor:
+    """W shift, (out,): each place adds shift times the sum of its kernel to the outputs of its block."""
+    layer = reader.layer
+    out = weight.size(0) // layer.groups
+    each = torch.einsum("n,ncok->nco", shift.to(own), own.reshape(*own.shape[:2], out, -1))
+    block = reader.where // (columns(weight, layer).size(0) // layer.groups)  # (n, copies)
+    blocks = own.new_zeros(layer.groups, out)
+    return blocks.index_add_(0, block.flatten().to(own.device), each.flatten(0, 1)).flatten()
+
+
+def _move_bias(
+    module: fx.GraphModule, held: dict[str, ParamLabels], layer: Layer, change: Callable[[Tensor], Tensor]
+) -> None:
+    """Change a layer's bias, in float64; a layer without one gets one, whose places are the rows of its weight."""
+    if "bias" in layer.params:
+        bias = parameter(module, layer.params["bias"])
+        bias.copy_(change(bias.double()))
+        return
+    path = layer.params["weight"]
+    weight = parameter(module, path)
+    owner, _, name = path.rpartition(".")
+    home = module.get_submodule(owner)
+    node = next(n for n in module.graph.nodes if n.name == layer.node)
+    added = "bias" if node.op == "call_module" else f"{name}_bias"
+    old = home._parameters.get(added)
+    fresh = change(old.double() if old is not None else weight.new_zeros(weight.size(0)).double()).to(weight)
+    home._parameters[added] = nn.Parameter(fresh, requires_grad=weight.requires_grad)
+    added_path = f"{owner}.{added}".lstrip(".")
+    if path in held:
+        held[added_path] = ParamLabels(added_path, {0: held[path].axes[0]})
+    if node.op != "call_module" and old is None:
+        with module.graph.inserting_before(node):
+            fetched = module.graph.get_attr(added_path)
+        node.args, node.kwargs = node.args[:2] + (fetched,) + node.args[3:], {
+            k: v for k, v in node.kwargs.items() if k != "bias"
+        }
+
+
+def _absorb_writers(module: fx.GraphModule, held: dict[str, ParamLabels], merge: Merge) -> None:
+    """rows_k = (1 / gain_k) sum_i down_ki gain_i rows_i, and the constants likewise, in the common coordinates."""
+    n = merge.group.channels
+    if bool((merge.down == torch.eye(n, dtype=torch.float64)[merge.kept]).all()):
+        return
+    for writer, gain, constant_gain, constant in zip(
+        merge.group.writers, merge.row_gains, merge.constant_gains, merge.constants, strict=True
+    ):
+        weight = parameter(module, writer.layer.params["weight"])
+        rows = weight.double().flatten(1)
+        own = rows[writer.where]
+        inverse = torch.where(gain[merge.kept] == 0, 0.0, 1 / gain[merge.kept])
+        mix = inverse[:, None] * merge.down * gain[None, :]
+        rows[writer.where[merge.kept]] = torch.einsum("kn,ncx->kcx", mix, own)
+        weight.copy_(rows.reshape(weight.shape))
+
+        def mean_bias(bias: Tensor) -> Tensor:
+            whole = constant_gain[:, None] * bias[writer.where] + constant[:, None]  # noqa: B023
+            target = merge.down @ whole - constant[merge.kept][:, None]  # noqa: B023
+            divisor = constant_gain[merge.kept][:, None]  # noqa: B023
+            places = writer.where[merge.kept]  # noqa: B023
+            return bias.index_put((places,), torch.where(divisor == 0, 0.0, target / divisor))
+
+        _move_bias(module, held, writer.layer, mean_bias)
+
+
+def _resize_module(module: fx.GraphModule, layer: Layer) -> None:
+    """Right in_channels, num_features, ...; a functional depthwise convolution gets its groups as an argument."""
+    node = next(n for n in module.graph.nodes if n.name == layer.node)
+    groups = layer.groups
+    weight = parameter(module, layer.params["weight"]) if "weight" in layer.params else None
+    if layer.op == "depthwise" and weight is not None and layer.carries is not None:
+        groups = layer.groups * weight.size(0) // layer.carries.numel()
+    if node.op != "call_module":
+        if layer.op == "depthwise" and groups != layer.groups:
+            node.args, node.kwargs = node.args[:6], {**node.kwargs, "groups": groups}
+        return
+    owner = module.get_submodule(str(node.target))
+    if layer.op == "depthwise":
+        owner.groups = groups  # type: ignore[assignment]
+    sized = weight if weight is not None else getattr(owner, "running_mean", None)
+    for attribute, (_, axis) in _SIZES.items():
+        if isinstance(sized, Tensor) and isinstance(getattr(owner, attribute, None), int) and axis < sized.dim():
+            setattr(owner, attribute, sized.size(axis))
+    if isinstance(getattr(owner, "in_channels", None), int) and isinstance(sized, Tensor):
+        owner.in_channels = sized.size(1) * groups  # type: ignore[assignment]
+
+
+def _edit(module: fx.GraphModule, facts: Provenance, edits: Mapping[str, Call]) -> None:
+    by_name = {n.name: n for n in module.graph.nodes}
+
+    def here(leaf: object) -> object:
+        return by_name[leaf.name] if isinstance(leaf, fx.Node) else leaf
+
+    for name, call in edits.items():
+        node = by_name[name]
+        if node.op == "call_function" and isinstance(call.target, str):
+            node.op = "call_method"
+        node.target = call.target
+        node.args, node.kwargs = fx.map_arg(call.args, here), fx.map_arg(call.kwargs, here)
+    for node in [n for n in reversed(module.graph.nodes) if n.op in ("call_function", "call_method") and not n.users]:
+        if facts.kinds.get(node.name) == "query":
+            module.graph.erase_node(node)  # a size that nothing asks for any more

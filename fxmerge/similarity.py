@@ -1,0 +1,227 @@
+"""Similarity: what a group's channels have in common, from weights and BatchNorm alone.
+
+A writer computes channel i as row_i . input + bias_i, and what stands between it and the group's common coordinates
+are per-channel steps. Each step multiplies the rows by a gain (and, where it is a filter, by the filter itself: the
+inner product of two filtered rows is the product of the inner products) and moves the constants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from . import linalg
+from .ir import Candidates, Capture, Evidence, Group, Layer, Member, PublishedForm
+
+SAMPLES = 4096  # at least; rows of the Gaussian that stands for a group's pre-activations
+
+
+@dataclass(frozen=True)
+class Step:
+    """One thing that a group's n channels pass: y = gain x + constant channel by channel, or a nonlinear function.
+
+    features:   (n, m) of unit length, what channels must agree in beside the gain (a filter's shape, a slope), or None
+    """
+
+    node: str
+    gain: Tensor
+    constant_gain: Tensor
+    constant: Tensor
+    features: Tensor | None = None
+    function: Callable[[Tensor], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """A group's n channels as numbers: what to choose by, what to merge by, what each reader has before it."""
+
+    candidates: Candidates
+    evidence: Evidence
+    linear: bool  # no nonlinear step before the common coordinates
+    covariance: Tensor  # (n, n) of the common coordinates before their nonlinear steps, for white input
+    functions: tuple[Step, ...]  # the nonlinear steps before the common coordinates
+    readers: tuple[tuple[Step, ...], ...]  # for each reader, from the common coordinates on
+    writer_maps: tuple[tuple[Tensor, Tensor, Tensor], ...]  # for each writer, (n,) gain, gain on constants, constant
+
+
+def state(module: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer by path, shared ones under each of their paths."""
+    found = {k: v for k, v in module.named_parameters(remove_duplicate=False)}
+    found.update(module.named_buffers(remove_duplicate=False))
+    return {k: v.detach() for k, v in found.items()}
+
+
+def rows_of(member: Member, weight: Tensor) -> Tensor:
+    """The writer's rows for each channel, (n, copies * fan_in); a transposed weight has its output axis second."""
+    layer = member.layer
+    out_first = weight.movedim(1, 0) if layer.transposed else weight
+    return out_first.flatten(1)[member.where].flatten(1)
+
+
+def statistics(
+    group: Group, captured: Capture, tensors: Mapping[str, Tensor], threshold: float, lam: float, published: bool, seed: int
+) -> Statistics:
+    """Gather a group's statistics. `tensors` are the model's parameters and buffers by path."""
+    n = group.channels
+    carriers = {m.layer.node: m for m in group.carriers}
+    nodes = {node.name: node for node in captured.module.graph.nodes}
+
+    def steps_of(names: tuple[str, ...]) -> tuple[Step, ...]:
+        return tuple(_step(nodes[name], carriers.get(name), captured, tensors, n) for name in names)
+
+    inner, covariance = (torch.zeros(n, n, dtype=torch.float64) for _ in range(2))
+    bias = torch.zeros(n, dtype=torch.float64)
+    rows, maps, linear = [], [], True
+    functions: tuple[Step, ...] = ()
+    normed = any(_is_norm(name, carriers) for w in group.writers for name in w.steps)
+    form = None
+    for writer in group.writers:
+        raw = rows_of(writer, tensors[writer.layer.params["weight"]]).double()
+        constant = _bias(writer.layer, tensors)[writer.where]  # (n, copies)
+        behind_norm = any(_is_norm(name, carriers) for name in writer.steps)
+        rows.append(raw if behind_norm or "bias" not in writer.layer.params else torch.cat([raw, constant], 1))
+        steps = steps_of(writer.steps)
+        own = linalg.gram(raw if normed else rows[-1])
+        spread = linalg.gram(raw)
+        offset = constant.mean(1) if normed else torch.zeros(n, dtype=torch.float64)
+        gain, constant_gain = torch.ones(n, dtype=torch.float64), torch.ones(n, dtype=torch.float64)
+        moved = torch.zeros(n, dtype=torch.float64)
+        for name, step in zip(writer.steps, steps, strict=True):
+            factor = step.gain[:, None] * step.gain[None, :]
+            if step.features is not None:
+                factor = factor * linalg.gram(step.features)
+            own, spread = own * factor, spread * factor
+            offset = step.constant_gain * offset + step.constant
+            moved = step.constant_gain * moved + step.constant
+            gain, constant_gain = gain * step.gain, constant_gain * step.constant_gain
+            if _is_norm(name, carriers):
+                spread = _unit(spread, _gamma(carriers[name], tensors))
+            linear &= step.function is None
+        functions = tuple(s for s in steps if s.function is not None)
+        maps.append((gain, constant_gain, moved))
+        inner, bias, covariance = inner + own, bias + offset, covariance + spread
+        if published and len(group.writers) == 1 and writer.steps and _is_norm(writer.steps[0], carriers):
+            form = _published(linalg.gram(raw), carriers[writer.steps[0]], tensors)
+    first = group.writers[0]
+    weight = tensors[first.layer.params["weight"]]
+    out_first = weight.movedim(1, 0) if first.layer.transposed else weight
+    kernels = out_first.flatten(2)[first.where[:, 0]] if weight.dim() > 2 else out_first[first.where[:, 0]][:, :, None]
+    return Statistics(
+        Candidates(torch.cat([r.to(weight.dtype) for r in rows], 1), kernels, seed),
+        Evidence(inner, bias, normed, group.cells, not group.scale_blocks, threshold, lam, form),
+        linear, covariance, functions, tuple(steps_of(r.steps) for r in group.readers), tuple(maps),
+    )  # fmt: skip
+
+
+def moments(found: Statistics, reader: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Mean (n,) and covariance (n, n) of a group's channels as one reader sees them.
+
+    The common coordinates are Gaussian, with the rows' covariance (each BatchNorm's output has mean beta and deviation
+    |gamma|; without one the input counts as white); what follows is sampled, so that any activation will do.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    points = linalg.coordinates(found.covariance)
+    count = max(SAMPLES, 4 * len(points))
+    noise = torch.randn(count // 2, points.size(1), generator=generator, dtype=torch.float64)
+    values = torch.cat([noise, -noise]) @ points.T + found.evidence.bias
+    for step in (*found.functions, *found.readers[reader]):
+        values = step.function(values) if step.function is not None else values * step.gain + step.constant
+    mean = values.mean(0)
+    centred = values - mean
+    return mean, centred.T @ centred / count
+
+
+def _bias(layer: Layer, tensors: Mapping[str, Tensor]) -> Tensor:
+    out = layer.writes if layer.writes is not None else layer.carries
+    assert out is not None
+    return tensors[layer.params["bias"]].double() if "bias" in layer.params else torch.zeros(out.numel()).double()
+
+
+def _is_norm(node: str, carriers: Mapping[str, Member]) -> bool:
+    return node in carriers and carriers[node].layer.op == "batch_norm"
+
+
+def _slot(member: Member, slot: str, tensors: Mapping[str, Tensor], default: float) -> Tensor:
+    """A carrier's parameter for each channel, (n,): the mean over copies."""
+    path = member.layer.params.get(slot)
+    if path is None:
+        return torch.full((len(member.where),), default, dtype=torch.float64)
+    return tensors[path].double().flatten()[member.where].mean(1)
+
+
+def _gamma(member: Member, tensors: Mapping[str, Tensor]) -> Tensor:
+    return _slot(member, "weight", tensors, 1.0)
+
+
+def _unit(inner: Tensor, deviation: Tensor) -> Tensor:
+    """A covariance with the correlations of `inner` and the given deviations."""
+    scale = deviation.abs() / inner.diagonal().clamp(min=1e-300).sqrt()
+    return scale[:, None] * inner * scale[None, :]
+
+
+def _published(inner: Tensor, norm: Member, tensors: Mapping[str, Tensor]) -> PublishedForm:
+    return PublishedForm(
+        inner,
+        _gamma(norm, tensors),
+        _slot(norm, "bias", tensors, 0.0),
+        _slot(norm, "running_mean", tensors, 0.0),
+        _slot(norm, "running_var", tensors, 1.0),
+    )
+
+
+def _step(node: fx.Node, carrier: Member | None, captured: Capture, tensors: Mapping[str, Tensor], n: int) -> Step:
+    """What one node does to a group's channels."""
+    one, zero = torch.ones(n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
+    if carrier is None:
+        return Step(node.name, one, one, zero, None, _function(node, captured))
+    op = carrier.layer.op
+    if op == "batch_norm":
+        bn_std = (_slot(carrier, "running_var", tensors, 1.0) + carrier.layer.eps).sqrt()
+        gain = _gamma(carrier, tensors) / bn_std
+        constant = _slot(carrier, "bias", tensors, 0.0) - gain * _slot(carrier, "running_mean", tensors, 0.0)
+        return Step(node.name, gain, gain, constant)
+    weight = tensors[carrier.layer.params["weight"]].double()
+    if op == "depthwise":
+        filters = weight.flatten(1)[carrier.where].flatten(1)  # (n, copies * kernel)
+        gain = torch.linalg.vector_norm(filters, dim=1)
+        features = filters / gain.clamp(min=1e-300)[:, None]
+        constant = _bias(carrier.layer, tensors)[carrier.where].mean(1)
+        return Step(node.name, gain, filters.sum(1) / carrier.where.size(1), constant, features)
+    values = weight.flatten()[carrier.where]  # (n, copies)
+    mean = values.mean(1)
+    if op in ("scale", "scale/"):
+        values = values if op == "scale" else 1 / values
+        gain = torch.linalg.vector_norm(values, dim=1) / values.size(1) ** 0.5
+        gain = torch.where(values.mean(1) < 0, -gain, gain)
+        safe = torch.where(gain.abs() > 0, gain, 1)
+        return Step(node.name, gain, gain, zero, values / safe[:, None] / values.size(1) ** 0.5)
+    if op in ("offset", "offset-", "offset-r"):
+        sign = -1.0 if op == "offset-r" else 1.0
+        return Step(node.name, one * sign, one * sign, -mean if op == "offset-" else mean)
+    slopes = torch.cat([torch.ones_like(values), values], 1)  # PReLU and its like: agree in the slope
+    features = slopes / torch.linalg.vector_norm(slopes, dim=1, keepdim=True)
+    return Step(node.name, one, one, zero, features, lambda x: torch.where(x > 0, x, x * mean))
+
+
+def _function(node: fx.Node, captured: Capture) -> Callable[[Tensor], Tensor] | None:
+    """The node as a function of (samples, n), or None where it is linear for each channel (pooling, dropout)."""
+    source = node.args[0] if node.args else None
+    if not isinstance(source, fx.Node) or captured.shapes.get(source.name) != captured.shapes.get(node.name):
+        return None
+    module = captured.module.get_submodule(str(node.target)) if node.op == "call_module" else None
+    if isinstance(module, (nn.modules.dropout._DropoutNd, nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd)):
+        return None
+    if any(isinstance(a, fx.Node) for a in (*node.args[1:], *node.kwargs.values())):
+        return None
+
+    def apply(x: Tensor) -> Tensor:
+        if module is not None:
+            return module(x.clone()).to(x)  # type: ignore[no-any-return]
+        if node.op == "call_method":
+            return getattr(x.clone(), str(node.target))(*node.args[1:], **node.kwargs)  # type: ignore[no-any-return]
+        return node.target(x.clone(), *node.args[1:], **node.kwargs)  # type: ignore[operator,no-any-return]
+
+    return apply

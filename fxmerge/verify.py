@@ -1,0 +1,246 @@
+"""Verify: how we know that a merged model is right. Four oracles, as functions that tests and users call.
+
+    permutation     permute each group's channels everywhere it lives: the output must not change. Sees every missing
+                    tie and every wrong index.
+    overcoupling    leave one member of a group out of that permutation: the output must change. Sees ties too many.
+    duplicate       overwrite some channels with scaled copies of others, everywhere they live: `mostsim` must then
+                    give the same function with fewer channels. Sees wrong absorption.
+    compare         what every merge ends with: the merged model runs, gives the original's shapes, finite numbers.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from .errors import FxMergeError
+from .ir import Capture, Group, Grouping, Member, ParamLabels, Provenance
+from .movement import leaves, tree
+from .weights import gather, parameter, places
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Relative error of the merged model's outputs on the example inputs, |merged - original| / |original|."""
+
+    error: float
+
+
+def outputs(module: nn.Module, args: tuple[Any, ...]) -> list[Tensor]:
+    """The floating-point tensors that a model gives, in evaluation mode; its training flags stay as they were."""
+    modes = {m: m.training for m in module.modules()}
+    module.eval()
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            out = module(*args)
+        finally:
+            for m, training in modes.items():
+                m.training = training
+    return [v for v in leaves(out) if isinstance(v, Tensor) and v.is_floating_point()]
+
+
+def difference(one: list[Tensor], other: list[Tensor]) -> float:
+    """|one - other| / |one| over all tensors together; infinite where shapes differ or numbers are not finite."""
+    if [t.shape for t in one] != [t.shape for t in other]:
+        return float("inf")
+    apart = sum(float((a.double() - b.double()).square().sum()) for a, b in zip(one, other, strict=True))
+    whole = sum(float(a.double().square().sum()) for a in one)
+    found = (apart / max(whole, 1e-300)) ** 0.5
+    return found if found == found else float("inf")
+
+
+def compare(captured: Capture, merged: fx.GraphModule) -> Verdict:
+    """Run original and merged model on the example inputs. Raises FxMergeError where the merged one does not run."""
+    before = outputs(captured.module, captured.args)
+    try:
+        after = outputs(merged, captured.args)
+    except Exception as error:
+        raise FxMergeError(f"the merged model does not run ({error}); please report this model, and use ignore=") from error
+    if [t.shape for t in before] != [t.shape for t in after]:
+        raise FxMergeError("the merged model's outputs have other shapes; please report this model, and use ignore=")
+    return Verdict(difference(before, after))
+
+
+def in_float64(captured: Capture) -> tuple[fx.GraphModule, tuple[Any, ...]]:
+    """A float64 copy of a captured model and of its example inputs."""
+
+    def double(value: Any) -> Any:
+        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return copy.deepcopy(captured.module).double(), tree(double, captured.args)
+
+
+def permutation(captured: Capture, facts: Provenance, grouping: Grouping, seed: int = 0) -> dict[str, float]:
+    """Oracle 1: relative change of the float64 output when each group is permuted, by group; about 1e-15 is right."""
+    module, args = in_float64(captured)
+    before = outputs(module, args)
+    found = {}
+    for group in grouping.groups:
+        permuted = permute(module, facts, grouping, group, seed)
+        found[group.name] = difference(before, outputs(permuted, args))
+    return found
+
+
+def overcoupling(captured: Capture, facts: Provenance, grouping: Grouping, seed: int = 0) -> dict[tuple[str, str], float]:
+    """Oracle 3: relative change when one member stays unpermuted, by (group, member); 0 means that it need not be there.
+
+    Groups whose cells hold one channel are left out. Give a model with random BatchNorms: equal values hide a member.
+    """
+    module, args = in_float64(captured)
+    before = outputs(module, args)
+    found = {}
+    for group in grouping.groups:
+        if group.channels == int(group.cells.max()) + 1:
+            continue
+        for member in (*group.writers, *group.carriers, *group.readers):
+            axis = 1 if member.role == "read" else 0
+            left_out = {(path, axis) for slot, path in member.layer.params.items() if axis == 0 or slot == "weight"}
+            permuted = permute(module, facts, grouping, group, seed, left_out)
+            name = f"{member.layer.module} ({member.role})"
+            found[group.name, name] = difference(before, outputs(permuted, args))
+    return found
+
+
+def permute(
+    module: fx.GraphModule, facts: Provenance, grouping: Grouping, group: Group, seed: int = 0,
+    left_out: set[tuple[str, int]] | frozenset[tuple[str, int]] = frozenset(),
+) -> fx.GraphModule:  # fmt: skip
+    """A copy with one group's channels permuted at random within its cells, but for (parameter, axis) left out."""
+    generator = torch.Generator().manual_seed(seed)
+    source = torch.arange(int(grouping.atom.max()) + 1)  # atom -> the atom whose place it takes
+    for cell in range(int(group.cells.max()) + 1):
+        inside = group.atoms[group.cells == cell]
+        order = torch.randperm(len(inside), generator=generator)
+        if len(inside) > 1 and bool((order == torch.arange(len(inside))).all()):
+            order = order.roll(1)
+        source[inside] = inside[order]
+    moved = (source != torch.arange(len(source)))[grouping.atom]
+    permuted = copy.deepcopy(module)
+    for labels in facts.params.values():
+        if not any(bool(moved[t].any()) for t in places(labels)):
+            continue
+        axes = {a: t if (labels.path, a) not in left_out else torch.zeros_like(t) for a, t in labels.axes.items()}
+        if labels.elements is not None and (labels.path, 0) in left_out:
+            continue
+        kept = ParamLabels(labels.path, axes, labels.elements, labels.groups)
+        gather(permuted, kept, lambda flat: _sources(grouping.atom[flat], source))
+    return permuted
+
+
+def _sources(atoms: Tensor, source: Tensor) -> Tensor:
+    """For each place, the place to take from: copy q of an atom takes copy q of its source. (m,) -> (m,)"""
+    order = torch.argsort(atoms, stable=True)
+    inside = atoms[order]
+    first = torch.searchsorted(inside, torch.arange(len(source)))  # where each atom's copies begin, in order
+    copy_number = torch.empty_like(atoms)
+    copy_number[order] = torch.arange(len(atoms)) - first[inside]
+    return order[first[source[atoms]] + copy_number]
+
+
+def duplicate(
+    captured: Capture, facts: Provenance, grouping: Grouping, share: float = 0.3, seed: int = 0
+) -> tuple[fx.GraphModule, tuple[Any, ...], dict[str, Tensor]]:
+    """Oracle 2's model, in float64: some channels of each group become scaled copies of others, wherever they live.
+
+    Returns the model, its inputs, and by group the channels that `mostsim` must keep. A copy is smaller than its
+    original at every writer (scale 0.2 to 0.5), so that selection by norm must drop it; behind an activation that no
+    scale passes through, or a mixer, it is equal.
+    """
+    module, args = in_float64(captured)
+    generator = torch.Generator().manual_seed(seed)
+    kept: dict[str, Tensor] = {}
+    for group in grouping.groups:
+        if not group.partners or not group.readers:
+            continue
+        pairs: list[tuple[int, int]] = []
+        for cell in range(int(group.cells.max()) + 1):
+            index = (group.cells == cell).nonzero().flatten()
+            index = index[torch.randperm(len(index), generator=generator)]
+            count = int(len(index) * share)
+            pairs += list(zip(index[:count].tolist(), index[count:].tolist(), strict=False))
+        if pairs:
+            _overwrite(module, group, torch.tensor(pairs).T, generator)
+            gone = {i for i, _ in pairs}
+            kept[group.name] = torch.tensor([i for i in range(group.channels) if i not in gone])
+    return module, args, kept
+
+
+def _overwrite(module: fx.GraphModule, group: Group, pairs: Tensor, generator: torch.Generator) -> None:
+    """Make channel i = pairs[0] the copy of channel j = pairs[1] at every writer and carrier of the group."""
+
+    def factor() -> Tensor:
+        if group.scale_blocks:
+            return torch.ones(pairs.size(1), dtype=torch.float64)
+        return 0.2 + 0.3 * torch.rand(pairs.size(1), generator=generator, dtype=torch.float64)
+
+    carriers = {m.layer.node: m for m in group.carriers}
+    common = factor()
+    written: set[str] = set()
+    behind: dict[str, Tensor] = {}  # carrier -> the scale of a copy behind it
+    with torch.no_grad():
+        for writer in group.writers:
+            steps = [s for s in writer.steps if s in carriers]
+            scale = factor() if steps else common
+            if writer.layer.params["weight"] not in written:
+                written.add(writer.layer.params["weight"])
+                for slot in ("weight", "bias"):
+                    _copy(module, writer, slot, pairs, scale)
+            for at, step in enumerate(steps):
+                target = common if at == len(steps) - 1 else factor()
+                if step not in behind:
+                    behind[step] = _carry(module, carriers[step], pairs, scale, target)
+                scale = behind[step]
+        for reader in group.readers:
+            scale = common
+            for step in reader.steps:
+                if step in carriers:
+                    if step not in behind:
+                        behind[step] = _carry(module, carriers[step], pairs, scale, factor())
+                    scale = behind[step]
+        for node, carrier in carriers.items():
+            if node not in behind:
+                _carry(module, carrier, pairs, torch.ones_like(common), torch.ones_like(common))
+
+
+def _copy(module: nn.Module, member: Member, slot: str, pairs: Tensor, scale: Tensor) -> None:
+    path = member.layer.params.get(slot)
+    if path is not None:
+        value = parameter(module, path)
+        flat = value.view(-1) if member.layer.op.startswith(("scale", "offset")) else value
+        to, source = member.where[pairs[0]], member.where[pairs[1]]
+        flat[to] = flat[source] * scale.reshape(-1, *[1] * (flat[source].dim() - 1)).to(value)
+
+
+def _carry(module: nn.Module, carrier: Member, pairs: Tensor, before: Tensor, after: Tensor) -> Tensor:
+    """Let a carrier turn a copy of scale `before` into one of scale `after`; returns the scale that it gave."""
+    layer = carrier.layer
+    change: Mapping[str, Callable[[], Tensor]] = {
+        "batch_norm": lambda: after,
+        "depthwise": lambda: after,
+        "scale": lambda: after,
+        "scale/": lambda: after,
+    }
+    if layer.op == "batch_norm":
+        i, j = carrier.where[pairs[0]], carrier.where[pairs[1]]
+        _copy(module, carrier, "running_mean", pairs, before)
+        if "running_var" in layer.params:
+            var = parameter(module, layer.params["running_var"])
+            var[i] = before.square()[:, None].to(var) * (var[j] + layer.eps) - layer.eps
+        _copy(module, carrier, "weight", pairs, after)
+        _copy(module, carrier, "bias", pairs, after)
+    elif layer.op == "depthwise":
+        _copy(module, carrier, "weight", pairs, after / before)
+        _copy(module, carrier, "bias", pairs, after)
+    elif layer.op in ("scale", "scale/"):
+        _copy(module, carrier, "weight", pairs, after / before if layer.op == "scale" else before / after)
+    elif layer.op.startswith("offset"):
+        _copy(module, carrier, "weight", pairs, before)
+    else:
+        _copy(module, carrier, "weight", pairs, torch.ones_like(before))
+    return change.get(layer.op, lambda: before)()

@@ -1,0 +1,174 @@
+"""Rules of the ops that own per-channel parameters or meet two operands: writers, carriers and ties.
+
+A writer (linear, convolution) reads labels on its reduction axis, column j of the weight reading label l, and makes
+new ones on its output axis. A carrier (BatchNorm, depthwise convolution, a raw parameter) ties its own per-channel
+parameters to the labels that pass. A tie makes the labels of two operands equal, position by position.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .ir import Lab, Layer, Param
+from .labels import FIXED, numbers, simplify, spread, varying
+
+
+def _operands(ctx: Any, x: Any, weight: Any, bias: Any) -> str | None:
+    """Why these are not the operands of a writer, or None."""
+    if not isinstance(x, Lab):
+        return "has an input that does not depend on the model's input"
+    if not isinstance(weight, Param):
+        return "has a weight that is computed, not a parameter"
+    if bias is not None and not isinstance(bias, Param):
+        return "has a bias that is computed, not a parameter"
+    return None
+
+
+def _slots(**slots: Any) -> dict[str, str]:
+    return {slot: param.path for slot, param in slots.items() if isinstance(param, Param)}
+
+
+def linear(ctx: Any, input: Any, weight: Any, bias: Any = None) -> Any:
+    """y = x W' + b over the last axis. W: (out, in)."""
+    why = _operands(ctx, input, weight, bias)
+    if why:
+        return ctx.unknown(why)
+    axes = varying(input.t)
+    last = input.t.dim() - 1
+    if axes and last not in axes and input.t.size(last) > 1:
+        # A map over positions (an MLP-mixer's tokens), the same for every channel: it has no channels of its own.
+        ctx.freeze(weight, "maps positions, not channels")
+        ctx.freeze(bias, "maps positions, not channels")
+        return ctx.resized(input, ctx.shape)
+    reads, writes = ctx.along(input, last), ctx.axis(weight, 0)
+    ctx.tie(reads, ctx.axis(weight, 1))
+    if bias is not None:
+        ctx.tie(writes, ctx.axis(bias, 0))
+    ctx.layer("linear", _slots(weight=weight, bias=bias), reads=reads[None], writes=writes)
+    return Lab(spread(writes, ctx.shape, len(ctx.shape) - 1))
+
+
+def conv(
+    ctx: Any,
+    input: Any,
+    weight: Any,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Any:
+    """Convolution in 1, 2 or 3 dimensions. W: (out, in/groups, *kernel)."""
+    why = _operands(ctx, input, weight, bias)
+    if why:
+        return ctx.unknown(why)
+    axis = input.t.dim() - (weight.value.dim() - 2) - 1  # the batch axis may be missing
+    reads, slots = ctx.along(input, axis), _slots(weight=weight, bias=bias)
+    out, per_group = weight.value.shape[:2]
+    if groups > 1 and per_group == 1:
+        passed = reads.repeat_interleave(out // groups)
+        for param in (weight, bias):
+            if param is not None:
+                ctx.tie(passed, ctx.axis(param, 0))
+        ctx.layer("depthwise", slots, carries=passed, groups=groups)
+        return Lab(spread(passed, ctx.shape, axis))
+    writes = ctx.axis(weight, 0)
+    if bias is not None:
+        ctx.tie(writes, ctx.axis(bias, 0))
+    if groups > 1:
+        ctx.block(reads.view(groups, -1))
+        ctx.block(writes.view(groups, -1))
+    ctx.tie(reads, ctx.axis(weight, 1, groups))
+    ctx.layer("conv", slots, reads=reads.view(groups, -1), writes=writes, groups=groups)
+    return Lab(spread(writes, ctx.shape, axis))
+
+
+def carry(
+    ctx: Any, op: str, x: Lab, params: dict[str, Any], axis: int, eps: float = 0.0, others: tuple[Any, ...] = ()
+) -> Any:
+    """Tie per-channel parameters (C,) to the labels along an axis of x."""
+    if any(p is not None and not isinstance(p, Param) for p in params.values()):
+        return ctx.unknown("has per-channel constants that are computed, not parameters")
+    labels = ctx.along(x, axis)
+    for param in params.values():
+        if param is not None:
+            ctx.tie(labels, ctx.axis(param, 0))
+    ctx.layer(op, _slots(**params), carries=labels, eps=eps)
+    return x
+
+
+def batch_norm(
+    ctx: Any,
+    input: Any,
+    running_mean: Any = None,
+    running_var: Any = None,
+    weight: Any = None,
+    bias: Any = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Any:
+    """y = gamma (x - mean) / sqrt(var + eps) + beta over axis 1."""
+    if not isinstance(input, Lab) or input.t.dim() < 2:
+        return ctx.unknown("does not normalise an activation with channels on axis 1")
+    params = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+    return carry(ctx, "batch_norm", input, params, axis=1, eps=eps)
+
+
+def elementwise(ctx: Any, a: Any, b: Any, **kwargs: Any) -> Any:
+    """Two operands meet position by position: whatever channels both have there become one."""
+    if kwargs.get("out") is not None or ctx.shape is None:
+        return ctx.unknown("gives something other than one tensor")
+    if isinstance(a, Param) and isinstance(b, Param) or not (isinstance(a, Lab) or isinstance(b, Lab)):
+        return ctx.unknown("joins parameters, not activations")
+    if isinstance(a, Lab) and isinstance(b, Lab):
+        return _meet(ctx, a.t, b.t)
+    x, other = (a, b) if isinstance(a, Lab) else (b, a)
+    if isinstance(other, Param) and other.value.numel() > 1:
+        return _raw_parameter(ctx, x, other, first=other is a)
+    value = other.value if isinstance(other, Param) else other
+    if isinstance(value, Tensor) and _meets(x.t, value.shape):
+        return ctx.unknown("meets a constant tensor")
+    return ctx.resized(x, ctx.shape)
+
+
+def _meets(labels: Tensor, shape: Any) -> bool:
+    """Does an operand of that shape have a size of its own along an axis that the labels vary along?"""
+    offset = len(shape) - labels.dim()
+    return any(axis + offset >= 0 and shape[axis + offset] > 1 for axis in varying(labels))
+
+
+def _raw_parameter(ctx: Any, x: Lab, param: Param, first: bool) -> Any:
+    """x + p, x * p and their like: p carries what x brings wherever it has a size of its own."""
+    if not _meets(x.t, param.value.shape):
+        ctx.freeze(param, "is not per channel")
+        return ctx.resized(x, ctx.shape)
+    elements = ctx.elements(param)
+    op = {"add": "offset", "sub": "offset", "mul": "scale", "div": "scale"}.get(ctx.rule_name, ctx.rule_name)
+    sign = ("-" if ctx.rule_name == "sub" else "/" if ctx.rule_name == "div" else "") + ("r" if first else "")
+    ctx.layer(op + (sign if sign not in ("", "r") else ""), {"weight": param.path}, carries=elements)
+    return _meet(ctx, x.t, elements)
+
+
+def _meet(ctx: Any, a: Tensor, b: Tensor) -> Any:
+    dims = len(ctx.shape)
+    a, b = (t.reshape([1] * (dims - t.dim()) + list(t.shape)) if t.dim() < dims else t for t in (a, b))
+    a, b = simplify(a), simplify(b)
+    a_alone = [axis for axis in varying(a) if b.size(axis) == 1]
+    b_alone = [axis for axis in varying(b) if a.size(axis) == 1]
+    if a_alone and b_alone:
+        return ctx.unknown("spreads two kinds of channels over each other")
+    if b_alone:
+        a, b, a_alone = b, a, b_alone
+    shared = [axis for axis in varying(a) if b.size(axis) > 1]
+    if a_alone and not shared:  # b has no place along a's channels: nothing to tie, but one channel of b feeds many
+        ctx.pin(numbers(b), "is spread over the channels of another tensor")
+        return ctx.resized(Lab(a), ctx.shape)
+    if not varying(a) and not varying(b) and not numbers(a).numel() and not numbers(b).numel():
+        return Lab(a.expand(ctx.shape))
+    ctx.tie(a, b)
+    simplest = a if a_alone or len(varying(a)) <= len(varying(b)) or not bool((b != FIXED).any()) else b
+    return Lab(simplify(torch.broadcast_to(simplest, ctx.shape)))
