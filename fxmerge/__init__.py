@@ -1,15 +1,15 @@
 """fxmerge makes a trained PyTorch model structurally smaller, with no training and no data.
 
-    result = fxmerge.merge(model, example_inputs, ratio=0.5)
-    result.module          # a smaller torch.fx.GraphModule
-    print(result.report.text())
+result = fxmerge.merge(model, example_inputs, ratio=0.5)
+result.module          # a smaller torch.fx.GraphModule
+print(result.report.text())
 """
 
 from __future__ import annotations
 
 from . import verify
-from .decomposition import DECOMPOSITIONS
 from .allocation import ALLOCATORS
+from .decomposition import DECOMPOSITIONS
 from .errors import FxMergeError
 from .merge import Analysis, Result, analyze, apply, merge
 from .options import Options

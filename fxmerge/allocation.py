@@ -34,7 +34,8 @@ def uniform(groups: Sequence[Group], options: Options) -> dict[str, int]:
         elif isinstance(asked, int):
             if asked > group.channels or asked % cells:
                 blocks = f", in {cells} blocks of {size} that must keep equally many" if cells > 1 else ""
-                raise FxMergeError(f"keep asks for {asked} channels of {group.name}, which has {group.channels}{blocks}")
+                has = f"which has {group.channels}{blocks}"
+                raise FxMergeError(f"keep asks for {asked} channels of {group.name}, {has}")
             kept[group.name] = asked // cells
         else:
             kept[group.name] = rounded(size * asked, size, cells, options.round_to)

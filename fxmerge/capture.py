@@ -43,7 +43,7 @@ def check_model(model: Any) -> None:
         hint = "; call it to make an instance first" if isinstance(model, type) else ""
         raise FxMergeError(f"model is a {type(model).__name__}, not a torch.nn.Module{hint}")
     for name, value in [*model.named_parameters(), *model.named_buffers()]:
-        if isinstance(value, nn.parameter.UninitializedTensorMixin):
+        if torch.nn.parameter.is_lazy(value):
             raise FxMergeError(f"{name} has no shape yet (a lazy module); run the model once on an example first")
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise FxMergeError(f"{name} holds NaN or infinity; a model with such weights cannot be merged")

@@ -27,9 +27,7 @@ class Failure:
     labels: Tensor
 
 
-def recompute(
-    captured: Capture, facts: Provenance, alive: Tensor
-) -> tuple[dict[str, movement.Call], list[Failure]]:
+def recompute(captured: Capture, facts: Provenance, alive: Tensor) -> tuple[dict[str, movement.Call], list[Failure]]:
     """(node -> its new call, failures) for a graph whose labels with `alive[label]` False have gone."""
     return _Check(captured, facts, alive).run()
 
@@ -108,12 +106,13 @@ class _Check:
 
     def movement(self, node: fx.Node, before: Any, expected: list[Any]) -> Any:
         args, kwargs = self.arguments(node)
-        target = self.captured.module.get_submodule(str(node.target)) if node.op == "call_module" else node.target
+        inside = node.op == "call_module"  # its sizes are the module's own, which no call can change
+        target = self.captured.module.get_submodule(str(node.target)) if inside else node.target
         for want in expected:
             if _same(self.attempt(node, target, args, kwargs), want):
                 return want
-        name = self.table[rules.module_class(target, self.table) if node.op == "call_module" else target][0].name
-        for want in expected if node.op != "call_module" else []:
+        for want in [] if inside else expected:
+            name = self.table[node.target][0].name
             shapes = [movement.tree(lambda v: tuple(v.t.shape) if isinstance(v, Lab) else v, v) for v in (before, want)]
             call = movement.Call(node.target, tuple(node.args), dict(node.kwargs))
             proposal = movement.resized(name, call, shapes[0], shapes[1], lambda axis: self.survivors(node, axis))
@@ -148,7 +147,7 @@ class _Check:
         held = [v.t for v in movement.leaves(self.before(node.name)) if isinstance(v, Lab)]
         for source in node.all_input_nodes:
             held += [v.t for v in movement.leaves(self.before(source.name)) if isinstance(v, Lab)]
-        labels = torch.cat([numbers(t) for t in held]).unique()
+        labels = torch.unique(torch.cat([numbers(t) for t in held]))
         self.failures.append(Failure(node.name, labels[~self.alive[labels]]))
 
 

@@ -11,7 +11,8 @@ class FxMergeError(ValueError):
 
 def source_line(node: fx.Node) -> str:
     """The user's own line that made this node: `net.py:12, in forward: y = x[:, ::2]`, or ""."""
-    lines = (node.stack_trace or "").strip().splitlines()
+    trace = node.stack_trace or next((n.stack_trace for n in node.all_input_nodes if n.stack_trace), None)
+    lines = (trace or "").strip().splitlines()
     for at in range(len(lines) - 1, -1, -1):
         head = lines[at].strip()
         if head.startswith('File "') and "/torch/" not in head:

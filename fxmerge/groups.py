@@ -21,8 +21,9 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
-from .ir import Group, Grouping, Layer, Member, Pin, Provenance, Refusal
+from .ir import Group, Grouping, Lab, Layer, Member, Pin, Provenance, Refusal
 from .labels import thin
+from .movement import leaves
 
 Ints = NDArray[np.int64]
 
@@ -33,7 +34,7 @@ def atoms(facts: Provenance) -> Ints:
     right = torch.cat([t.right for t in facts.ties]) if facts.ties else left
     size = facts.label_count
     edges = coo_matrix((np.ones(len(left), dtype=np.int8), (left.numpy(), right.numpy())), shape=(size, size))
-    return connected_components(edges, directed=False)[1].astype(np.int64)  # type: ignore[no-any-return]
+    return connected_components(edges, directed=False)[1].astype(np.int64)
 
 
 def group(facts: Provenance) -> Grouping:
@@ -72,13 +73,14 @@ def _parts(facts: Provenance, atom: Ints, pinned: dict[int, Pin]) -> tuple[Ints,
     words = np.zeros(int(atom.max()) + 1, dtype=np.uint64)
     present: dict[str, Ints] = {}
     holders = [(name, thin(t)) for name, t in facts.labels.items()]
+    holders += [(name, thin(v.t)) for name, value in facts.values.items() for v in leaves(value) if isinstance(v, Lab)]
     for layer in facts.layers:
         holders += [("", t) for t in (layer.writes, layer.carries) if t is not None]
     for name, labels in holders:
         inside, counts = np.unique(atom[labels.numpy()], return_counts=True)
         words[inside] += counts.astype(np.uint64) * random.integers(1, 2**63, dtype=np.uint64)
         if name:
-            present[name] = inside
+            present[name] = np.union1d(present[name], inside) if name in present else inside
     return np.unique(words, return_inverse=True)[1].astype(np.int64), present
 
 
@@ -88,7 +90,7 @@ def _writer_order(facts: Provenance, atom: Ints) -> Ints:
     if not written:
         return np.zeros(0, dtype=np.int64)
     everything = np.concatenate(written)
-    return everything[np.sort(np.unique(everything, return_index=True)[1])]  # type: ignore[no-any-return]
+    return everything[np.sort(np.unique(everything, return_index=True)[1])]
 
 
 def _components(
@@ -96,7 +98,7 @@ def _components(
 ) -> tuple[Ints, dict[int, tuple[Ints, Ints]]]:
     """Join parts that share blocks: (the group of each atom or -1, group -> (its atoms in order, the cell of each))."""
     free = np.array([a for a in order.tolist() if a not in pinned], dtype=np.int64)
-    graph = nx.Graph()
+    graph: nx.Graph[tuple[str, int]] = nx.Graph()
     graph.add_nodes_from(("part", p) for p in dict.fromkeys(part[free].tolist()))
     rows = np.zeros(int(atom.max()) + 1, dtype=np.int64)  # a number for each combination of block rows
     for number, block in enumerate(facts.blocks):
@@ -159,23 +161,28 @@ class _Builder:
             at = lookup[held]
             places = np.flatnonzero(at >= 0)
             places = places[np.argsort(at[places], kind="stable")]
-            if len(places) % len(inside) == 0:
-                where = places.reshape(len(inside), -1)
-                partners &= _aligned(where, cell)
-                members[role].append(Member(layer, role, torch.from_numpy(where)))  # type: ignore[arg-type]
+            copies = np.bincount(at[places], minlength=len(inside))
+            for count in np.unique(copies[copies > 0]).tolist():  # one member for each number of copies
+                stands = np.flatnonzero(copies == count)
+                where = places[np.isin(at[places], stands)].reshape(len(stands), count)
+                partners &= _aligned(where, cell[stands])
+                members[role].append(Member(layer, role, torch.from_numpy(stands), torch.from_numpy(where)))  # type: ignore[arg-type]
         first = members["write"][0].layer.module if members["write"] else ""
         writers, readers, junctions, rigid = self._paths(number, members["write"], members["read"])
         nodes = self.nodes[number]
         ordered = [n for n in self.facts.kinds if n in nodes]
-        mixers = tuple(dict.fromkeys(n for n, labels in self.facts.mixers if n in nodes and self._holds(number, labels)))
+        mixed = [n for n, labels in self.facts.mixers if n in nodes and self._holds(number, labels)]
         blocked = [
-            n for n in ordered
-            if self.facts.kinds[n] in ("per_channel", "tie", "mixer", "carrier") and not self.facts.commutes.get(n, False)
-        ]  # fmt: skip
-        single = len(writers) == 1 and len(readers) == 1 and not junctions and not mixers
+            n
+            for n in ordered
+            if self.facts.kinds[n] in ("per_channel", "tie", "mixer", "carrier")
+            and not self.facts.commutes.get(n, False)
+        ]
+        single = len(writers) == 1 and len(readers) == 1 and not junctions and not mixed
         return Group(
             first, torch.from_numpy(inside), torch.from_numpy(cell), tuple(writers), tuple(members["carry"]),
-            tuple(readers), mixers, tuple(junctions), single, tuple(dict.fromkeys([*blocked, *rigid])), partners,
+            tuple(readers), tuple(dict.fromkeys(mixed)), tuple(junctions), single,
+            tuple(dict.fromkeys([*blocked, *rigid])), partners,
         )  # fmt: skip
 
     def _holds(self, number: int, labels: Tensor) -> bool:
@@ -197,7 +204,7 @@ class _Builder:
         self, number: int, writers: list[Member], readers: list[Member]
     ) -> tuple[list[Member], list[Member], list[str], list[str]]:
         """Members with their steps, the nodes where writers' outputs join, carriers that stand between such nodes."""
-        ends: list[tuple[Member, str, list[str]]] = []
+        ends: list[tuple[Member, str, list[str]]] = []  # (reader, the node its walk ended at, steps from there)
         for reader in readers:
             for source in dict.fromkeys(self.facts.sources[reader.layer.node]):
                 if source in self.nodes[number]:
@@ -223,7 +230,13 @@ class _Builder:
                     else:
                         rigid += [s for s in steps if self.facts.kinds[s] == "carrier"]
         placed_writers = [replace(w, steps=tuple(onto.get(w.layer.node, ()))) for w in writers]
-        placed = [replace(r, steps=tuple(steps)) for r, _, steps in ends]
+        placed = []
+        for reader, origin, steps in ends:
+            ahead = onto.get(origin, []) if (number, origin) in self.written_at else []
+            if steps[: len(ahead)] != ahead:  # it branches off before the common coordinates begin
+                rigid += ahead
+                steps, ahead = [], []
+            placed.append(replace(reader, steps=tuple(steps[len(ahead) :])))
         return placed_writers, placed, [n for n in self.facts.kinds if n in junctions], rigid
 
 
@@ -264,8 +277,8 @@ def _refusals(facts: Provenance, atom: Ints, pinned: dict[int, Pin]) -> tuple[Re
     return tuple(Refusal(name, channels, reason, where) for (name, reason, where), channels in found.items())
 
 
-def _graph(groups: list[Group]) -> nx.DiGraph:
-    graph = nx.DiGraph()
+def _graph(groups: list[Group]) -> nx.DiGraph[str]:
+    graph: nx.DiGraph[str] = nx.DiGraph()
     for g in groups:
         graph.add_node(g.name, kind="group", channels=g.channels)
         for role, members in (("write", g.writers), ("carry", g.carriers), ("read", g.readers)):

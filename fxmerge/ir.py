@@ -116,16 +116,24 @@ class Provenance:
 class Member:
     """A layer's part in a group: which of its channels are the group's.
 
-    where:  (channels, copies) positions along the layer's axis; several where one channel stands several times, as
-            after a flatten. For a grouped reader a position counts through all groups.
+    channels:  (m,) which of the group's n channels stand in this layer, ascending
+    where:  (m, copies) their places along the layer's axis; several where one channel stands several times, as after
+            a flatten. For a grouped reader a place counts through all of its groups.
     steps:  writer: what its output passes on the way to the group's common coordinates;
             reader: what the group passes from there to this reader
     """
 
     layer: Layer
     role: Literal["write", "read", "carry"]
+    channels: Tensor
     where: Tensor
     steps: tuple[str, ...] = ()
+
+    def local(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """(which entries of `index` stand in this layer, bool; the rows of `where` that those are)."""
+        at = torch.searchsorted(self.channels, index.contiguous()).clamp(max=len(self.channels) - 1)
+        here = self.channels[at] == index
+        return here, at[here]
 
 
 @dataclass(frozen=True)

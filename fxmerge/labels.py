@@ -58,8 +58,8 @@ def spread(channels: Tensor, shape: Sequence[int], axis: int) -> Tensor:
 
 def numbers(labels: Tensor) -> Tensor:
     """The distinct labels, FIXED left out, ascending."""
-    found = torch.unique(thin(labels))
-    return found[found != FIXED]
+    found: Tensor = torch.unique(thin(labels))
+    return found.masked_select(found != FIXED)
 
 
 def compact(labels: Tensor, alive: Tensor) -> list[Tensor]:

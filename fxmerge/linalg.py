@@ -24,7 +24,8 @@ def coordinates(inner: Tensor) -> Tensor:
     """Points (n, r) whose inner products are `inner` (n, n): the rows of a square root, null directions left out."""
     values, vectors = torch.linalg.eigh(inner)
     solid = values > values[-1].clamp(min=0) * 1e-12
-    return vectors[:, solid] * values[solid].sqrt()
+    points: Tensor = vectors[:, solid] * values[solid].sqrt()
+    return points
 
 
 def solve_ridge(normal: Tensor, right: Tensor, ridge: float) -> Tensor:
@@ -37,4 +38,5 @@ def solve_ridge(normal: Tensor, right: Tensor, ridge: float) -> Tensor:
     factor, failed = torch.linalg.cholesky_ex(lifted)
     if not bool(failed):
         return torch.cholesky_solve(right, factor)
-    return torch.linalg.pinv(lifted, hermitian=True) @ right
+    least: Tensor = torch.linalg.pinv(lifted, hermitian=True) @ right
+    return least

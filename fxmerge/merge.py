@@ -1,6 +1,6 @@
 """The pipeline, from top to bottom; the stages' names are those of the files, the progress bar and the report.
 
-    capture -> provenance -> groups -> similarity -> allocation -> selection -> decomposition -> rewrite -> verify
+capture -> provenance -> groups -> similarity -> allocation -> selection -> decomposition -> rewrite -> verify
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from . import cost, verify
 from .allocation import ALLOCATORS, check_patterns, ignored
 from .capture import capture
 from .constants import recompute
-from .decomposition import DECOMPOSITIONS, Mapping as Map, least_squares, push
+from .decomposition import DECOMPOSITIONS, least_squares, push
+from .decomposition import Mapping as Map
 from .errors import FxMergeError, source_line
 from .groups import group
 from .ir import Capture, Decomposition, Group, Grouping, Provenance, Refusal
@@ -101,9 +102,7 @@ def apply(plan: Plan, model: nn.Module, example_inputs: Any) -> Result:
     return _merge(model, example_inputs, plan.options, {g.name: g for g in plan.groups})
 
 
-def _merge(
-    model: nn.Module, example_inputs: Any, options: Options, decided: Mapping[str, GroupPlan] | None
-) -> Result:
+def _merge(model: nn.Module, example_inputs: Any, options: Options, decided: Mapping[str, GroupPlan] | None) -> Result:
     with progress() as stage:
         stage("capture")
         captured = capture(model, example_inputs)
@@ -115,7 +114,6 @@ def _merge(
             check_patterns(grouping.groups, [n for n, _ in captured.module.named_modules()], options)
         groups, refusals = _in_scope(grouping, options)
         tensors = state(captured.module)
-        reference = options.decomposition == "mostsim" and options.mostsim_scale == "reference"
         stage("similarity")
         known: dict[str, Statistics] = {}
         stage("allocation")
@@ -123,9 +121,7 @@ def _merge(
         for g in groups:
             if counts[g.name] * (int(g.cells.max()) + 1) < g.channels:
                 stage(f"similarity {g.name}")
-                known[g.name] = statistics(
-                    g, captured, tensors, options.threshold, options.lam, reference, options.seed
-                )
+                known[g.name] = statistics(g, captured, tensors, options)
         stage("selection")
         chosen: list[tuple[Group, Tensor]] = []
         for g in groups:
@@ -235,8 +231,13 @@ def _decompose(group: Group, kept: Tensor, found: Statistics, options: Options) 
 
 def _shared_reader(group: Group) -> bool:
     """Is one weight read behind different steps? Then no one `up` is right for it."""
-    steps: dict[str, tuple[str, ...]] = {}
-    return any(steps.setdefault(r.layer.params["weight"], r.steps) != r.steps for r in group.readers)
+    carriers = {m.layer.node for m in group.carriers}
+    seen: dict[str, list[str]] = {}
+    for reader in group.readers:
+        passed = [s for s in reader.steps if s in carriers]
+        if seen.setdefault(reader.layer.params["weight"], passed) != passed:
+            return True
+    return False
 
 
 def _group_plan(group: Group, kept: Tensor, mapping: Map) -> GroupPlan:
@@ -248,4 +249,3 @@ def _group_plan(group: Group, kept: Tensor, mapping: Map) -> GroupPlan:
         for i in dropped.nonzero().flatten().tolist()
     )
     return GroupPlan(group.name, group.channels, tuple(kept.tolist()), partners)
-

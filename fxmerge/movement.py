@@ -42,6 +42,7 @@ SPELLINGS: dict[str, tuple[Any, ...]] = {
     "channel_shuffle": (nn.ChannelShuffle, torch.channel_shuffle),
 }
 
+
 @dataclass(frozen=True)
 class Call:
     """One call: the target and its arguments, nodes or values alike."""
@@ -69,6 +70,8 @@ def tree(function: Callable[[Any], Any], value: Any) -> Any:
     """`value` with the function applied to each leaf of its lists, tuples, dicts and slices."""
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(tree(function, v) for v in value))
+    if isinstance(value, torch.Size):
+        return tuple(tree(function, v) for v in value)
     if isinstance(value, (list, tuple)):
         return type(value)(tree(function, v) for v in value)
     if isinstance(value, dict):
@@ -125,7 +128,7 @@ def _block(ctx: Any, labels: Tensor) -> None:
     axes = varying(labels)
     rows = labels[tuple(slice(None) if a in axes else 0 for a in range(labels.dim()))]
     rows = rows.reshape(-1, rows.size(-1))
-    if rows.unique().numel() == rows.numel() and not bool((rows == FIXED).any()):
+    if torch.unique(rows).numel() == rows.numel() and not bool((rows == FIXED).any()):
         ctx.block(rows)
 
 

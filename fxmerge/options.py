@@ -6,7 +6,9 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
+
+import tyro
 
 from .decomposition import DECOMPOSITIONS
 from .errors import FxMergeError
@@ -21,6 +23,14 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 
+_SCOPE = "internal: groups with one writer and one reader, as in the paper; all: residual and shared groups too"
+
+
+def _one_of(field_name: str, what: str) -> Any:
+    """Help for a field with fixed choices, which are told by `CHOICES` alone."""
+    return tyro.conf.arg(help=f"{what}; one of {', '.join(CHOICES[field_name])}")
+
+
 @dataclass(frozen=True)
 class Options:
     """How to merge. Raises FxMergeError for a value that makes no sense, naming the field."""
@@ -31,20 +41,17 @@ class Options:
     """{group name pattern: channels (int) or share (float) kept}, over ratio"""
     ignore: tuple[str, ...] = ()
     """patterns of module or group names that stay as they are"""
-    scope: str = "all"
-    """internal: groups with one writer and one reader, as in the paper; all: residual streams and shared groups too"""
-    selection: str = "l2"
-    """which channels stay"""
-    decomposition: str = "mostsim"
-    """how the channels that stay carry the others"""
+    scope: Annotated[str, _one_of("scope", _SCOPE)] = "all"
+    selection: Annotated[str, _one_of("selection", "which channels stay")] = "l2"
+    decomposition: Annotated[str, _one_of("decomposition", "how the channels that stay carry the others")] = "mostsim"
     threshold: float = 0.1
     """mostsim: below this cosine a channel is dropped, not merged"""
     lam: float = 0.85
     """mostsim: weight of the cosine against the constant left over, 0 to 1, behind a BatchNorm"""
-    mostsim_scale: str = "exact"
-    """mostsim: exact, or reference: as the published code computes it"""
-    refit: str = "none"
-    """re-solve the readers afterwards"""
+    mostsim_scale: Annotated[str, _one_of("mostsim_scale", "mostsim's scale; reference is the published code's")] = (
+        "exact"
+    )
+    refit: Annotated[str, _one_of("refit", "re-solve the readers afterwards")] = "none"
     round_to: int = 1
     """kept channels are a multiple of this"""
     seed: int = 0
@@ -57,7 +64,8 @@ class Options:
         for name in ("round_to", "seed"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < (1 if name == "round_to" else 0):
-                raise FxMergeError(f"{name} is {value!r}; give a {'positive ' if name == 'round_to' else ''}whole number")
+                least = "a whole number from 1 up" if name == "round_to" else "a whole number from 0 up"
+                raise FxMergeError(f"{name} is {value!r}; give {least}")
         if self.refit == "calibration":
             raise FxMergeError("refit='calibration' needs batches of inputs, and refit is not part of this version")
         for name, choices in CHOICES.items():

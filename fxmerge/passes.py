@@ -41,6 +41,8 @@ def _inputs(module: fx.GraphModule) -> tuple[torch.Tensor, ...]:
         if node.op == "placeholder":
             known = node.meta.get("val", node.meta.get("tensor_meta"))
             if known is None:
-                raise FxMergeError(f"input {node.name} has no shape in its metadata; give MergePass(..., example_inputs=...)")
+                raise FxMergeError(
+                    f"input {node.name} has no shape in its metadata; give MergePass(..., example_inputs=...)"
+                )
             found.append(torch.zeros(tuple(known.shape), dtype=known.dtype))
     return tuple(found)

@@ -34,7 +34,7 @@ class GroupPlan:
 
     @property
     def similarity(self) -> float:
-        """Mean cosine of the dropped channels to what carries them, 0 for those that nothing carries; 1 if none went."""
+        """Mean cosine of the dropped channels to what carries them, 0 where nothing does; 1 if none was dropped."""
         return sum(p.cosine for p in self.partners) / len(self.partners) if self.partners else 1.0
 
 
@@ -57,7 +57,7 @@ class Plan:
         except json.JSONDecodeError as error:
             raise FxMergeError(f"this is not a plan: it is not JSON ({error})") from error
         if not isinstance(data, dict) or data.get("fxmerge_plan") != VERSION:
-            raise FxMergeError(f"this is not a plan of version {VERSION}: no \"fxmerge_plan\": {VERSION} at its top")
+            raise FxMergeError(f'this is not a plan of version {VERSION}: no "fxmerge_plan": {VERSION} at its top')
         try:
             options = Options().replace(**data["options"])
             return Plan(options, tuple(_group(g) for g in data["groups"]))

@@ -64,7 +64,7 @@ class _Context:
         return Lab(simplify(torch.broadcast_to(small, tuple(shape))))
 
     def tie(self, left: Tensor, right: Tensor) -> None:
-        left, right = torch.broadcast_tensors(thin(left), thin(right))
+        left, right = torch.broadcast_tensors(thin(left), thin(right))  # type: ignore[no-untyped-call]
         left, right = left.flatten(), right.flatten()
         for one, other in ((left, right), (right, left)):
             if bool((one == FIXED).any()):
@@ -260,10 +260,10 @@ class _Run:
                 everything = torch.cat([t.flatten() for t in held])
                 where = source_line(node) if node is not None else ""
                 self.pins.append(Pin(numbers(everything), reason, node.name if node else "", where))
-        labels = {n.name: v.t for n, v in self.values.items() if isinstance(v, Lab)}
+        stands = {n.name: v.t for n, v in self.values.items() if isinstance(v, Lab)}
         values = {n.name: v for n, v in self.values.items() if not isinstance(v, (Lab, _Opaque))}
         return Provenance(
-            labels, values, self.kinds, self.sources, self.commutes, tuple(self.layers), params, tuple(self.ties),
+            stands, values, self.kinds, self.sources, self.commutes, tuple(self.layers), params, tuple(self.ties),
             tuple(self.pins), tuple(self.blocks), tuple(self.mixers), self.count,
         )  # fmt: skip
 

@@ -81,7 +81,8 @@ class AnalysisReport:
         for name in ("writers", "carriers", "readers"):
             table.add_column(name, overflow="fold")
         for g in self.groups:
-            table.add_row(g.name, str(g.channels), *(_listed(_members(g, r)) for r in ("writers", "carriers", "readers")))
+            members = [_listed(_members(g, role)) for role in ("writers", "carriers", "readers")]
+            table.add_row(g.name, str(g.channels), *members)
         total = f"{len(self.groups)} groups, {self.cost.parameters:,} parameters, {self.cost.flops:,} FLOPs"
         return _text(table, *([refusal_table(self.refusals)] if self.refusals else []), total, width=width)
 
@@ -147,8 +148,9 @@ class Report:
 
     def _totals(self) -> str:
         before, after = self.before, self.after
+        size = _share(after.parameters, before.parameters)
         return (
-            f"parameters {before.parameters:,} -> {after.parameters:,} ({_share(after.parameters, before.parameters)} left)"
+            f"parameters {before.parameters:,} -> {after.parameters:,} ({size} left)"
             f"\nFLOPs      {before.flops:,} -> {after.flops:,} ({_share(after.flops, before.flops)} left)"
             f"\nrelative error of the outputs on the example inputs: {self.verdict.error:.3g}"
         )

@@ -84,12 +84,14 @@ def _absorb_readers(module: fx.GraphModule, held: dict[str, ParamLabels], merge:
             continue  # a module that is used twice absorbs once
         done.add(path)
         weight = parameter(module, path)
-        rows = columns(weight.double(), reader.layer)
-        own = rows[reader.where]  # (n, copies, out/groups * kernel)
-        if bool(part.shift.any()):
-            gained = _gained(reader, own, part.shift, weight)
+        rows = columns(weight, reader.layer).to(torch.float64, copy=True)
+        own = rows[reader.where]  # (m, copies, out/groups * kernel)
+        shift, (here, local) = part.shift[reader.channels], reader.local(part.kept)
+        if bool(shift.any()):
+            gained = _gained(reader, own, shift, weight)
             _move_bias(module, held, reader.layer, lambda bias: bias + gained)  # noqa: B023
-        rows[reader.where[part.kept]] = torch.einsum("nk,ncx->kcx", part.up.to(rows), own)
+        up = part.up[reader.channels][:, here].to(rows)  # partners stand in the same layers: nothing is cut off
+        rows[reader.where[local]] = torch.einsum("mk,mcx->kcx", up, own)
         weight.copy_(from_columns(rows, weight, reader.layer))
 
 
@@ -126,9 +128,8 @@ def _move_bias(
     if node.op != "call_module" and old is None:
         with module.graph.inserting_before(node):
             fetched = module.graph.get_attr(added_path)
-        node.args, node.kwargs = node.args[:2] + (fetched,) + node.args[3:], {
-            k: v for k, v in node.kwargs.items() if k != "bias"
-        }
+        node.args = (*node.args[:2], fetched, *node.args[3:])
+        node.kwargs = {k: v for k, v in node.kwargs.items() if k != "bias"}
 
 
 def _absorb_writers(module: fx.GraphModule, held: dict[str, ParamLabels], merge: Merge) -> None:
@@ -140,19 +141,21 @@ def _absorb_writers(module: fx.GraphModule, held: dict[str, ParamLabels], merge:
         merge.group.writers, merge.row_gains, merge.constant_gains, merge.constants, strict=True
     ):
         weight = parameter(module, writer.layer.params["weight"])
-        rows = weight.double().flatten(1)
-        own = rows[writer.where]
-        inverse = torch.where(gain[merge.kept] == 0, 0.0, 1 / gain[merge.kept])
-        mix = inverse[:, None] * merge.down * gain[None, :]
-        rows[writer.where[merge.kept]] = torch.einsum("kn,ncx->kcx", mix, own)
+        rows = weight.flatten(1).to(torch.float64, copy=True)
+        here, local = writer.local(merge.kept)
+        down = merge.down[here][:, writer.channels]  # (k', m)
+        own_gain, own_constant = gain[writer.channels], constant[writer.channels]
+        inverse = torch.where(own_gain[local] == 0, 0.0, 1 / own_gain[local])
+        mix = inverse[:, None] * down * own_gain[None, :]
+        rows[writer.where[local]] = torch.einsum("km,mcx->kcx", mix.to(rows), rows[writer.where])
         weight.copy_(rows.reshape(weight.shape))
+        of_constants = constant_gain[writer.channels]
 
         def mean_bias(bias: Tensor) -> Tensor:
-            whole = constant_gain[:, None] * bias[writer.where] + constant[:, None]  # noqa: B023
-            target = merge.down @ whole - constant[merge.kept][:, None]  # noqa: B023
-            divisor = constant_gain[merge.kept][:, None]  # noqa: B023
-            places = writer.where[merge.kept]  # noqa: B023
-            return bias.index_put((places,), torch.where(divisor == 0, 0.0, target / divisor))
+            whole = of_constants[:, None] * bias[writer.where] + own_constant[:, None]  # noqa: B023
+            target = down @ whole - own_constant[local][:, None]  # noqa: B023
+            divisor = of_constants[local][:, None]  # noqa: B023
+            return bias.index_put((writer.where[local],), torch.where(divisor == 0, 0.0, target / divisor))  # noqa: B023
 
         _move_bias(module, held, writer.layer, mean_bias)
 
@@ -180,10 +183,10 @@ def _resize_module(module: fx.GraphModule, layer: Layer) -> None:
 
 
 def _edit(module: fx.GraphModule, facts: Provenance, edits: Mapping[str, Call]) -> None:
-    by_name = {n.name: n for n in module.graph.nodes}
+    by_name: dict[str, fx.Node] = {n.name: n for n in module.graph.nodes}
 
-    def here(leaf: object) -> object:
-        return by_name[leaf.name] if isinstance(leaf, fx.Node) else leaf
+    def here(node: fx.Node) -> fx.Node:
+        return by_name[node.name]
 
     for name, call in edits.items():
         node = by_name[name]

@@ -206,7 +206,7 @@ _ROWS: tuple[Rule, ...] = (
     per_channel("softshrink", nn.Softshrink, F.softshrink),
     per_channel("hardshrink", nn.Hardshrink, F.hardshrink),
     per_channel("tanhshrink", nn.Tanhshrink, F.tanhshrink),
-    per_channel("threshold", nn.Threshold, F.threshold, F.threshold_),
+    per_channel("threshold", nn.Threshold, F.threshold),
     per_channel("exp", torch.exp, "exp"),
     per_channel("log", torch.log, "log"),
     per_channel("sqrt", torch.sqrt, "sqrt"),
@@ -268,7 +268,7 @@ def table() -> dict[Any, tuple[Rule, Spelling]]:
 def module_class(module: nn.Module, known: dict[Any, tuple[Rule, Spelling]]) -> type[nn.Module] | None:
     """The class in the table whose forward this module runs: itself, or a base whose forward it did not override."""
     for cls in type(module).__mro__:
-        if cls in known and getattr(type(module), "forward", None) is cls.forward:
+        if cls in known and getattr(type(module), "forward", None) is getattr(cls, "forward", None):
             return cls
     return None
 

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from . import linalg
 from .ir import Candidates, Capture, Evidence, Group, Layer, Member, PublishedForm
+from .options import Options
 
 SAMPLES = 4096  # at least; rows of the Gaussian that stands for a group's pre-activations
 
@@ -49,22 +50,30 @@ class Statistics:
 
 def state(module: nn.Module) -> dict[str, Tensor]:
     """Every parameter and buffer by path, shared ones under each of their paths."""
-    found = {k: v for k, v in module.named_parameters(remove_duplicate=False)}
-    found.update(module.named_buffers(remove_duplicate=False))
-    return {k: v.detach() for k, v in found.items()}
+    held = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    return {path: value.detach() for path, value in held}
 
 
-def rows_of(member: Member, weight: Tensor) -> Tensor:
-    """The writer's rows for each channel, (n, copies * fan_in); a transposed weight has its output axis second."""
-    layer = member.layer
-    out_first = weight.movedim(1, 0) if layer.transposed else weight
-    return out_first.flatten(1)[member.where].flatten(1)
+def rows_of(member: Member, weight: Tensor, n: int) -> Tensor:
+    """The writer's rows for each channel, (n, copies * fan_in); a transposed weight has its output axis second.
+
+    Channels that the writer does not write have rows of zeros.
+    """
+    out_first = weight.movedim(1, 0) if member.layer.transposed else weight
+    own = out_first.flatten(1)[member.where].flatten(1)
+    return _spread(own, member, n, 0.0)
 
 
-def statistics(
-    group: Group, captured: Capture, tensors: Mapping[str, Tensor], threshold: float, lam: float, published: bool, seed: int
-) -> Statistics:
+def _spread(own: Tensor, member: Member, n: int, default: float) -> Tensor:
+    """(m, ...) of the channels that stand in a layer -> (n, ...) of the whole group."""
+    if len(own) == n:
+        return own
+    return own.new_full((n, *own.shape[1:]), default).index_copy_(0, member.channels, own)
+
+
+def statistics(group: Group, captured: Capture, tensors: Mapping[str, Tensor], options: Options) -> Statistics:
     """Gather a group's statistics. `tensors` are the model's parameters and buffers by path."""
+    published = options.decomposition == "mostsim" and options.mostsim_scale == "reference"
     n = group.channels
     carriers = {m.layer.node: m for m in group.carriers}
     nodes = {node.name: node for node in captured.module.graph.nodes}
@@ -79,8 +88,8 @@ def statistics(
     normed = any(_is_norm(name, carriers) for w in group.writers for name in w.steps)
     form = None
     for writer in group.writers:
-        raw = rows_of(writer, tensors[writer.layer.params["weight"]]).double()
-        constant = _bias(writer.layer, tensors)[writer.where]  # (n, copies)
+        raw = rows_of(writer, tensors[writer.layer.params["weight"]], n).double()
+        constant = _spread(_bias(writer.layer, tensors)[writer.where], writer, n, 0.0)  # (n, copies)
         behind_norm = any(_is_norm(name, carriers) for name in writer.steps)
         rows.append(raw if behind_norm or "bias" not in writer.layer.params else torch.cat([raw, constant], 1))
         steps = steps_of(writer.steps)
@@ -98,20 +107,21 @@ def statistics(
             moved = step.constant_gain * moved + step.constant
             gain, constant_gain = gain * step.gain, constant_gain * step.constant_gain
             if _is_norm(name, carriers):
-                spread = _unit(spread, _gamma(carriers[name], tensors))
+                spread = _unit(spread, _gamma(carriers[name], tensors, n))
             linear &= step.function is None
         functions = tuple(s for s in steps if s.function is not None)
         maps.append((gain, constant_gain, moved))
         inner, bias, covariance = inner + own, bias + offset, covariance + spread
         if published and len(group.writers) == 1 and writer.steps and _is_norm(writer.steps[0], carriers):
-            form = _published(linalg.gram(raw), carriers[writer.steps[0]], tensors)
+            form = _published(linalg.gram(raw), carriers[writer.steps[0]], tensors, n)
     first = group.writers[0]
     weight = tensors[first.layer.params["weight"]]
     out_first = weight.movedim(1, 0) if first.layer.transposed else weight
     kernels = out_first.flatten(2)[first.where[:, 0]] if weight.dim() > 2 else out_first[first.where[:, 0]][:, :, None]
+    kernels = _spread(kernels, first, n, 0.0)
     return Statistics(
-        Candidates(torch.cat([r.to(weight.dtype) for r in rows], 1), kernels, seed),
-        Evidence(inner, bias, normed, group.cells, not group.scale_blocks, threshold, lam, form),
+        Candidates(torch.cat([r.to(weight.dtype) for r in rows], 1), kernels, options.seed),
+        Evidence(inner, bias, normed, group.cells, not group.scale_blocks, options.threshold, options.lam, form),
         linear, covariance, functions, tuple(steps_of(r.steps) for r in group.readers), tuple(maps),
     )  # fmt: skip
 
@@ -144,16 +154,16 @@ def _is_norm(node: str, carriers: Mapping[str, Member]) -> bool:
     return node in carriers and carriers[node].layer.op == "batch_norm"
 
 
-def _slot(member: Member, slot: str, tensors: Mapping[str, Tensor], default: float) -> Tensor:
+def _slot(member: Member, slot: str, tensors: Mapping[str, Tensor], n: int, default: float) -> Tensor:
     """A carrier's parameter for each channel, (n,): the mean over copies."""
     path = member.layer.params.get(slot)
     if path is None:
-        return torch.full((len(member.where),), default, dtype=torch.float64)
-    return tensors[path].double().flatten()[member.where].mean(1)
+        return torch.full((n,), default, dtype=torch.float64)
+    return _spread(tensors[path].double().flatten()[member.where].mean(1), member, n, default)
 
 
-def _gamma(member: Member, tensors: Mapping[str, Tensor]) -> Tensor:
-    return _slot(member, "weight", tensors, 1.0)
+def _gamma(member: Member, tensors: Mapping[str, Tensor], n: int) -> Tensor:
+    return _slot(member, "weight", tensors, n, 1.0)
 
 
 def _unit(inner: Tensor, deviation: Tensor) -> Tensor:
@@ -162,13 +172,13 @@ def _unit(inner: Tensor, deviation: Tensor) -> Tensor:
     return scale[:, None] * inner * scale[None, :]
 
 
-def _published(inner: Tensor, norm: Member, tensors: Mapping[str, Tensor]) -> PublishedForm:
+def _published(inner: Tensor, norm: Member, tensors: Mapping[str, Tensor], n: int) -> PublishedForm:
     return PublishedForm(
         inner,
-        _gamma(norm, tensors),
-        _slot(norm, "bias", tensors, 0.0),
-        _slot(norm, "running_mean", tensors, 0.0),
-        _slot(norm, "running_var", tensors, 1.0),
+        _gamma(norm, tensors, n),
+        _slot(norm, "bias", tensors, n, 0.0),
+        _slot(norm, "running_mean", tensors, n, 0.0),
+        _slot(norm, "running_var", tensors, n, 1.0),
     )
 
 
@@ -179,31 +189,36 @@ def _step(node: fx.Node, carrier: Member | None, captured: Capture, tensors: Map
         return Step(node.name, one, one, zero, None, _function(node, captured))
     op = carrier.layer.op
     if op == "batch_norm":
-        bn_std = (_slot(carrier, "running_var", tensors, 1.0) + carrier.layer.eps).sqrt()
-        gain = _gamma(carrier, tensors) / bn_std
-        constant = _slot(carrier, "bias", tensors, 0.0) - gain * _slot(carrier, "running_mean", tensors, 0.0)
+        bn_std = (_slot(carrier, "running_var", tensors, n, 1.0) + carrier.layer.eps).sqrt()
+        gain = _gamma(carrier, tensors, n) / bn_std
+        constant = _slot(carrier, "bias", tensors, n, 0.0) - gain * _slot(carrier, "running_mean", tensors, n, 0.0)
         return Step(node.name, gain, gain, constant)
     weight = tensors[carrier.layer.params["weight"]].double()
     if op == "depthwise":
-        filters = weight.flatten(1)[carrier.where].flatten(1)  # (n, copies * kernel)
-        gain = torch.linalg.vector_norm(filters, dim=1)
-        features = filters / gain.clamp(min=1e-300)[:, None]
-        constant = _bias(carrier.layer, tensors)[carrier.where].mean(1)
+        own = weight.flatten(1)[carrier.where].flatten(1)  # (m, copies * kernel)
+        filters = _spread(own, carrier, n, 1.0)
+        gain, features = _split(filters)
+        constant = _spread(_bias(carrier.layer, tensors)[carrier.where].mean(1), carrier, n, 0.0)
         return Step(node.name, gain, filters.sum(1) / carrier.where.size(1), constant, features)
-    values = weight.flatten()[carrier.where]  # (n, copies)
+    neutral = 0.0 if op.startswith("offset") else 1.0
+    values = _spread(weight.flatten()[carrier.where], carrier, n, neutral)  # (n, copies)
     mean = values.mean(1)
     if op in ("scale", "scale/"):
-        values = values if op == "scale" else 1 / values
-        gain = torch.linalg.vector_norm(values, dim=1) / values.size(1) ** 0.5
-        gain = torch.where(values.mean(1) < 0, -gain, gain)
-        safe = torch.where(gain.abs() > 0, gain, 1)
-        return Step(node.name, gain, gain, zero, values / safe[:, None] / values.size(1) ** 0.5)
+        length, features = _split(values if op == "scale" else 1 / values)
+        gain = length / values.size(1) ** 0.5
+        flip = torch.where(mean < 0, -1.0, 1.0)
+        return Step(node.name, gain * flip, gain * flip, zero, features * flip[:, None])
     if op in ("offset", "offset-", "offset-r"):
         sign = -1.0 if op == "offset-r" else 1.0
         return Step(node.name, one * sign, one * sign, -mean if op == "offset-" else mean)
     slopes = torch.cat([torch.ones_like(values), values], 1)  # PReLU and its like: agree in the slope
-    features = slopes / torch.linalg.vector_norm(slopes, dim=1, keepdim=True)
-    return Step(node.name, one, one, zero, features, lambda x: torch.where(x > 0, x, x * mean))
+    return Step(node.name, one, one, zero, _split(slopes)[1], lambda x: torch.where(x > 0, x, x * mean))
+
+
+def _split(filters: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows as (length, direction): (n, m) -> (n,), (n, m)."""
+    length = torch.linalg.vector_norm(filters, dim=1)
+    return length, filters / length.clamp(min=1e-300)[:, None]
 
 
 def _function(node: fx.Node, captured: Capture) -> Callable[[Tensor], Tensor] | None:
@@ -212,7 +227,8 @@ def _function(node: fx.Node, captured: Capture) -> Callable[[Tensor], Tensor] | 
     if not isinstance(source, fx.Node) or captured.shapes.get(source.name) != captured.shapes.get(node.name):
         return None
     module = captured.module.get_submodule(str(node.target)) if node.op == "call_module" else None
-    if isinstance(module, (nn.modules.dropout._DropoutNd, nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd)):
+    pooling = nn.modules.pooling
+    if isinstance(module, (nn.modules.dropout._DropoutNd, pooling._MaxPoolNd, pooling._AvgPoolNd)):
         return None
     if any(isinstance(a, fx.Node) for a in (*node.args[1:], *node.kwargs.values())):
         return None

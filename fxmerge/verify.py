@@ -1,11 +1,11 @@
 """Verify: how we know that a merged model is right. Four oracles, as functions that tests and users call.
 
-    permutation     permute each group's channels everywhere it lives: the output must not change. Sees every missing
-                    tie and every wrong index.
-    overcoupling    leave one member of a group out of that permutation: the output must change. Sees ties too many.
-    duplicate       overwrite some channels with scaled copies of others, everywhere they live: `mostsim` must then
-                    give the same function with fewer channels. Sees wrong absorption.
-    compare         what every merge ends with: the merged model runs, gives the original's shapes, finite numbers.
+permutation     permute each group's channels everywhere it lives: the output must not change. Sees every missing
+                tie and every wrong index.
+overcoupling    leave one member of a group out of that permutation: the output must change. Sees ties too many.
+duplicate       overwrite some channels with scaled copies of others, everywhere they live: `mostsim` must then
+                give the same function with fewer channels. Sees wrong absorption.
+compare         what every merge ends with: the merged model runs, gives the original's shapes, finite numbers.
 """
 
 from __future__ import annotations
@@ -61,9 +61,12 @@ def compare(captured: Capture, merged: fx.GraphModule) -> Verdict:
     try:
         after = outputs(merged, captured.args)
     except Exception as error:
-        raise FxMergeError(f"the merged model does not run ({error}); please report this model, and use ignore=") from error
+        why = f"the merged model does not run ({error})"
+        raise FxMergeError(f"{why}; please report this model, and leave the layer out with ignore=") from error
     if [t.shape for t in before] != [t.shape for t in after]:
-        raise FxMergeError("the merged model's outputs have other shapes; please report this model, and use ignore=")
+        raise FxMergeError(
+            "the merged model's outputs have other shapes; please report this model, and leave layers out with ignore="
+        )
     return Verdict(difference(before, after))
 
 
@@ -87,8 +90,10 @@ def permutation(captured: Capture, facts: Provenance, grouping: Grouping, seed: 
     return found
 
 
-def overcoupling(captured: Capture, facts: Provenance, grouping: Grouping, seed: int = 0) -> dict[tuple[str, str], float]:
-    """Oracle 3: relative change when one member stays unpermuted, by (group, member); 0 means that it need not be there.
+def overcoupling(
+    captured: Capture, facts: Provenance, grouping: Grouping, seed: int = 0
+) -> dict[tuple[str, str], float]:
+    """Oracle 3: relative change when one member stays unpermuted, by (group, member); 0: it need not be a member.
 
     Groups whose cells hold one channel are left out. Give a model with random BatchNorms: equal values hide a member.
     """
@@ -140,7 +145,8 @@ def _sources(atoms: Tensor, source: Tensor) -> Tensor:
     first = torch.searchsorted(inside, torch.arange(len(source)))  # where each atom's copies begin, in order
     copy_number = torch.empty_like(atoms)
     copy_number[order] = torch.arange(len(atoms)) - first[inside]
-    return order[first[source[atoms]] + copy_number]
+    taken: Tensor = order[first[source[atoms]] + copy_number]
+    return taken
 
 
 def duplicate(
@@ -148,9 +154,9 @@ def duplicate(
 ) -> tuple[fx.GraphModule, tuple[Any, ...], dict[str, Tensor]]:
     """Oracle 2's model, in float64: some channels of each group become scaled copies of others, wherever they live.
 
-    Returns the model, its inputs, and by group the channels that `mostsim` must keep. A copy is smaller than its
-    original at every writer (scale 0.2 to 0.5), so that selection by norm must drop it; behind an activation that no
-    scale passes through, or a mixer, it is equal.
+    Returns the model, its inputs, and by group the channels that `mostsim` must keep. A copy is smaller than every
+    other channel at the writers, so that selection by norm must drop it; behind an activation that no scale passes
+    through, or a mixer, it is equal to its original, and the kept channels must be given.
     """
     module, args = in_float64(captured)
     generator = torch.Generator().manual_seed(seed)
@@ -174,10 +180,14 @@ def duplicate(
 def _overwrite(module: fx.GraphModule, group: Group, pairs: Tensor, generator: torch.Generator) -> None:
     """Make channel i = pairs[0] the copy of channel j = pairs[1] at every writer and carrier of the group."""
 
+    norms = torch.stack([_norms(module, w, group.channels) for w in group.writers])  # (writers, n)
+    smallest = norms.amin(1, keepdim=True)  # a copy shall be smaller than any other channel
+    below = (smallest / norms.where(norms.isfinite(), 0)).amin(0)[pairs[1]]
+
     def factor() -> Tensor:
         if group.scale_blocks:
             return torch.ones(pairs.size(1), dtype=torch.float64)
-        return 0.2 + 0.3 * torch.rand(pairs.size(1), generator=generator, dtype=torch.float64)
+        return below * (0.3 + 0.4 * torch.rand(pairs.size(1), generator=generator, dtype=torch.float64))
 
     carriers = {m.layer.node: m for m in group.carriers}
     common = factor()
@@ -208,12 +218,21 @@ def _overwrite(module: fx.GraphModule, group: Group, pairs: Tensor, generator: t
                 _carry(module, carrier, pairs, torch.ones_like(common), torch.ones_like(common))
 
 
+def _norms(module: nn.Module, writer: Member, n: int) -> Tensor:
+    """The length of a writer's row for each channel, (n,); infinite where it writes none."""
+    weight = parameter(module, writer.layer.params["weight"])
+    rows = (weight.movedim(1, 0) if writer.layer.transposed else weight).flatten(1)
+    own = torch.linalg.vector_norm(rows[writer.where].flatten(1), dim=1)
+    return torch.full((n,), torch.inf, dtype=own.dtype).index_copy_(0, writer.channels, own)
+
+
 def _copy(module: nn.Module, member: Member, slot: str, pairs: Tensor, scale: Tensor) -> None:
     path = member.layer.params.get(slot)
     if path is not None:
         value = parameter(module, path)
         flat = value.view(-1) if member.layer.op.startswith(("scale", "offset")) else value
-        to, source = member.where[pairs[0]], member.where[pairs[1]]
+        here, local = member.local(pairs[0])
+        to, source, scale = member.where[local], member.where[member.local(pairs[1])[1]], scale[here]
         flat[to] = flat[source] * scale.reshape(-1, *[1] * (flat[source].dim() - 1)).to(value)
 
 
@@ -227,11 +246,12 @@ def _carry(module: nn.Module, carrier: Member, pairs: Tensor, before: Tensor, af
         "scale/": lambda: after,
     }
     if layer.op == "batch_norm":
-        i, j = carrier.where[pairs[0]], carrier.where[pairs[1]]
+        here, local = carrier.local(pairs[0])
+        i, j = carrier.where[local], carrier.where[carrier.local(pairs[1])[1]]
         _copy(module, carrier, "running_mean", pairs, before)
         if "running_var" in layer.params:
             var = parameter(module, layer.params["running_var"])
-            var[i] = before.square()[:, None].to(var) * (var[j] + layer.eps) - layer.eps
+            var[i] = before[here].square()[:, None].to(var) * (var[j] + layer.eps) - layer.eps
         _copy(module, carrier, "weight", pairs, after)
         _copy(module, carrier, "bias", pairs, after)
     elif layer.op == "depthwise":

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ir import Lab, Layer, Param
+from .ir import Lab, Param
 from .labels import FIXED, numbers, simplify, spread, varying
 
 
@@ -122,7 +122,7 @@ def elementwise(ctx: Any, a: Any, b: Any, **kwargs: Any) -> Any:
     """Two operands meet position by position: whatever channels both have there become one."""
     if kwargs.get("out") is not None or ctx.shape is None:
         return ctx.unknown("gives something other than one tensor")
-    if isinstance(a, Param) and isinstance(b, Param) or not (isinstance(a, Lab) or isinstance(b, Lab)):
+    if (isinstance(a, Param) and isinstance(b, Param)) or not (isinstance(a, Lab) or isinstance(b, Lab)):
         return ctx.unknown("joins parameters, not activations")
     if isinstance(a, Lab) and isinstance(b, Lab):
         return _meet(ctx, a.t, b.t)

@@ -1,0 +1,105 @@
+"""The command line: `fxmerge demo | analyze SPEC | merge SPEC --out DIR`. Flags of `merge` are Options' fields."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from . import demo as demonstration
+from .errors import FxMergeError
+from .files import write_text, write_weights
+from .merge import analyze, merge
+from .options import Options
+from .specs import load
+
+
+@dataclasses.dataclass(frozen=True)
+class Input:
+    """Where the model comes from."""
+
+    spec: Annotated[str, tyro.conf.Positional]
+    """torchvision:resnet18, timm:NAME, package.module:factory, or path/to/file.py:factory"""
+    weights: Path | None = None
+    """a .safetensors file with the model's state_dict"""
+    shape: tuple[int, ...] = (1, 3, 224, 224)
+    """shape of the example input"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Demo:
+    """Shrink the LeNet-300-100 that ships with fxmerge and measure it on 2,000 Fashion-MNIST test images."""
+
+    json: bool = False
+    """print JSON instead of a table"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Analyze:
+    """Show what could be merged with what, and what not and why; nothing is changed."""
+
+    input: Annotated[Input, tyro.conf.arg(name="")]
+    json: bool = False
+    """print JSON instead of tables"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Merge:
+    """Merge a model and write plan.json, report.json and the merged weights.safetensors."""
+
+    input: Annotated[Input, tyro.conf.arg(name="")]
+    out: Path
+    """folder to write to, made if it is not there"""
+    options: Annotated[Options, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Options)
+    json: bool = False
+    """print JSON instead of tables"""
+
+
+Command = (
+    Annotated[Demo, tyro.conf.subcommand("demo")]
+    | Annotated[Analyze, tyro.conf.subcommand("analyze")]
+    | Annotated[Merge, tyro.conf.subcommand("merge")]
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit status is 1 for an FxMergeError, whose text goes to stderr, 2 for wrong usage."""
+    command: Any = tyro.cli(
+        Command,
+        args=arguments,
+        prog="fxmerge",
+        description="Make trained PyTorch models structurally smaller, without training and without data.",
+    )
+    try:
+        print(_run(command))
+    except FxMergeError as error:
+        print(f"fxmerge: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _run(command: Demo | Analyze | Merge) -> str:
+    if isinstance(command, Demo):
+        rows = demonstration.run()
+        return demonstration.as_json(rows) if command.json else demonstration.as_text(rows)
+    model, inputs = load(command.input.spec, command.input.weights, command.input.shape)
+    if isinstance(command, Analyze):
+        report = analyze(model, inputs).report
+        return report.json() if command.json else report.text(demonstration.width()).rstrip()
+    result = merge(model, inputs, command.options)
+    command.out.mkdir(parents=True, exist_ok=True)
+    write_weights(command.out / "weights.safetensors", result.module)
+    write_text(command.out / "plan.json", result.plan.json())
+    write_text(command.out / "report.json", result.report.json())
+    if command.json:
+        return result.report.json()
+    written = f"written: {command.out}/weights.safetensors, plan.json, report.json"
+    return result.report.text(demonstration.width()) + written
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,214 @@
+"""Options: what is nonsense is refused by name, what is good passes; how many channels a group keeps."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fxmerge
+from fxmerge import DECOMPOSITIONS, SELECTORS, FxMergeError, Options
+from fxmerge.allocation import ALLOCATORS, rounded
+from fxmerge.ir import Group
+
+NAN, INF = math.nan, math.inf
+
+NONSENSE: dict[str, list[Any]] = {
+    "ratio": [-0.1, 1, 1.0, 1.5, NAN, INF, "a", True, None, [0.5]],
+    "threshold": [-1.1, 1.1, NAN, "a", False, None],
+    "lam": [-0.1, 1.1, NAN, "a", True, None],
+    "round_to": [0, -1, 1.5, "8", True, None, NAN],
+    "seed": [-1, 0.5, "0", False, None],
+    "scope": ["some", "", None, 1, ["all"]],
+    "selection": ["l3", "L2", "", None, 2],
+    "decomposition": ["magic", "", None, 0],
+    "mostsim_scale": ["inexact", "", None],
+    "refit": ["calibration", "some", "", None, True],
+    "keep": [{"*": 0}, {"*": -1}, {"*": 1.5}, {"*": NAN}, {"*": 0.0}, {"*": "4"}, {"*": True}, {"*": None}, {5: 4},
+             4, "a", None, [("*", 4)]],
+    "ignore": ["conv1", "", 5, None, (5,)],
+}  # fmt: skip
+
+GOOD: dict[str, list[Any]] = {
+    "ratio": [0, 0.0, 0.5, 0.999],
+    "threshold": [-1, 0, 0.45, 1],
+    "lam": [0, 0.7, 1],
+    "round_to": [1, 8, 64],
+    "seed": [0, 7, 2**31],
+    "scope": ["internal", "all"],
+    "selection": list(SELECTORS),
+    "decomposition": list(DECOMPOSITIONS),
+    "mostsim_scale": ["exact", "reference"],
+    "refit": ["none"],
+    "keep": [{}, {"conv*": 4}, {"*": 0.5, "a": 1, "b": 1.0}],
+    "ignore": [(), ("conv1",), ["a", "b*"]],
+}
+
+
+def test_every_field_has_cases() -> None:
+    names = {f.name for f in dataclasses.fields(Options)}
+    assert set(NONSENSE) == names
+    assert set(GOOD) == names
+
+
+@pytest.mark.parametrize(("name", "value"), [(n, v) for n, values in NONSENSE.items() for v in values], ids=repr)
+def test_nonsense_is_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(FxMergeError, match=name):
+        Options(**{name: value})
+    with pytest.raises(FxMergeError, match=name):
+        Options().replace(**{name: value})
+
+
+@pytest.mark.parametrize(("name", "value"), [(n, v) for n, values in GOOD.items() for v in values], ids=repr)
+def test_good_values_pass(name: str, value: Any) -> None:
+    found = getattr(Options(**{name: value}), name)
+    assert found == (tuple(value) if name == "ignore" else value)
+    changed = Options(ratio=0.25, seed=3).replace(**{name: value})
+    assert getattr(changed, name) == found
+    for other in dataclasses.fields(Options):
+        if other.name not in (name, "ratio", "seed"):
+            assert getattr(changed, other.name) == getattr(Options(), other.name)
+
+
+def test_unknown_options_are_refused_and_the_known_are_listed() -> None:
+    model, x = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 2)), torch.zeros(1, 2)
+    for ask in (lambda: Options().replace(rate=0.5), lambda: fxmerge.merge(model, x, rate=0.5)):
+        with pytest.raises(FxMergeError, match="rate") as caught:
+            ask()
+        assert all(f.name in str(caught.value) for f in dataclasses.fields(Options))
+    with pytest.raises(FxMergeError, match="dict"):
+        fxmerge.merge(model, x, {"ratio": 0.5})  # type: ignore[arg-type]
+
+
+def test_options_are_frozen_and_replace_copies() -> None:
+    keep = {"a": 1}
+    options = Options(keep=keep)
+    keep["b"] = 2
+    assert options.keep == {"a": 1}
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        options.ratio = 0.1  # type: ignore[misc]
+    assert options.replace(ratio=0.1).ratio == 0.1
+    assert options.ratio == 0.5
+
+
+# keep, size, cells, round_to, what one cell keeps
+ROUNDED = [
+    (5.0, 10, 1, 1, 5), (0.2, 10, 1, 1, 1), (10.0, 10, 1, 1, 10), (3.4, 10, 1, 1, 3), (3.6, 10, 1, 1, 4),
+    (10 * (1 - 0.7), 10, 1, 1, 3),  # 3.0000000000000004
+    (32.0, 64, 1, 8, 32), (30.0, 64, 1, 8, 32), (27.0, 64, 1, 8, 24), (1.0, 64, 1, 8, 8), (64.0, 64, 1, 8, 64),
+    (3.0, 6, 1, 8, 6),  # too small for a multiple: as it is
+    (5.1, 10, 4, 8, 6), (4.9, 10, 4, 8, 4),  # 4 cells: each a multiple of 2
+    (5.0, 10, 8, 8, 5), (5.0, 10, 16, 8, 5),  # the cells are a multiple already
+    (4.0, 12, 3, 8, 8), (3.0, 12, 3, 8, 8),  # 3 cells: each a multiple of 8, at least 8
+    (5.1, 12, 6, 4, 6), (5.0, 12, 6, 9, 6),  # steps of 2 and of 3
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("keep", "size", "cells", "round_to", "expected"), ROUNDED)
+def test_rounded_by_hand(keep: float, size: int, cells: int, round_to: int, expected: int) -> None:
+    assert rounded(keep, size, cells, round_to) == expected
+
+
+@pytest.mark.parametrize("round_to", [1, 2, 3, 8, 16])
+@pytest.mark.parametrize("cells", [1, 2, 3, 4, 8])
+def test_rounded_is_a_multiple_or_all(round_to: int, cells: int) -> None:
+    for size in range(1, 40):
+        for share in (0.01, 0.3, 0.5, 0.77, 1.0):
+            found = rounded(size * share, size, cells, round_to)
+            assert 1 <= found <= size
+            assert found == size or found * cells % round_to == 0
+            below = max(m for m in range(size + 1) if m * cells % round_to == 0)
+            if share < 1 and found < below:  # no multiple is nearer
+                near = [m for m in range(1, size + 1) if m * cells % round_to == 0]
+                assert abs(found - size * share) <= min(abs(m - size * share) for m in near) + 1e-9
+
+
+def a_group(name: str, channels: int, cells: int = 1) -> Group:
+    owner = torch.arange(channels) % cells
+    return Group(name, torch.arange(channels), owner, (), (), (), (), (), True, ())
+
+
+GROUPS = [a_group("stem", 10), a_group("block.0.conv1", 16), a_group("block.1.conv1", 32, 4), a_group("tiny", 1)]
+
+# options, what one cell of each group keeps
+UNIFORM: list[tuple[dict[str, Any], list[int]]] = [
+    ({"ratio": 0}, [10, 16, 8, 1]),
+    ({"ratio": 0.5}, [5, 8, 4, 1]),
+    ({"ratio": 0.75}, [2, 4, 2, 1]),  # 2.5 may be 2 or 3, tiny keeps 1
+    ({"ratio": 0.999}, [1, 1, 1, 1]),
+    ({"ratio": 0.5, "keep": {"stem": 7}}, [7, 8, 4, 1]),
+    ({"ratio": 0.5, "keep": {"block.*": 8}}, [5, 8, 2, 1]),
+    ({"ratio": 0.5, "keep": {"block.*": 0.25}}, [5, 4, 2, 1]),
+    ({"ratio": 0.5, "keep": {"block.0.*": 3, "block.*": 16, "*": 1}}, [1, 3, 4, 1]),  # the first that matches wins
+    ({"ratio": 0.5, "keep": {"*": 1.0}}, [10, 16, 8, 1]),
+    ({"ratio": 0.5, "keep": {"stem": 10}}, [10, 8, 4, 1]),
+    ({"ratio": 0.5, "keep": {"stem": 1}}, [1, 8, 4, 1]),  # one channel, not a share of 1
+    ({"ratio": 0.5, "round_to": 8}, [8, 8, 4, 1]),
+    ({"ratio": 0.5, "round_to": 8, "keep": {"stem": 7}}, [7, 8, 4, 1]),  # a number is a number
+]
+
+
+@pytest.mark.parametrize("name", ALLOCATORS)
+@pytest.mark.parametrize(("fields", "expected"), UNIFORM)
+def test_allocation_by_hand(name: str, fields: dict[str, Any], expected: list[int]) -> None:
+    found = ALLOCATORS[name](GROUPS, Options(**fields))
+    if fields.get("ratio") == 0.75:
+        assert found.pop("stem") in (2, 3)
+        expected = expected[1:]
+    assert list(found.values()) == expected
+
+
+@pytest.mark.parametrize(("keep", "group"), [
+    ({"stem": 11}, "stem"),
+    ({"block.*": 17}, "block.0.conv1"),
+    ({"block.1.*": 6}, "block.1.conv1"),  # 4 cells cannot share 6
+    ({"block.1.*": 2}, "block.1.conv1"),
+    ({"*": 2}, "block.1.conv1"),
+])  # fmt: skip
+def test_what_keep_cannot_have_names_the_group(keep: dict[str, int], group: str) -> None:
+    with pytest.raises(FxMergeError, match=group):
+        ALLOCATORS["uniform"](GROUPS, Options(keep=keep))
+
+
+class Net(nn.Module):
+    """Two groups, first and second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(3, 8), nn.Linear(8, 6), nn.Linear(6, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(torch.relu(self.second(torch.relu(self.first(x)))))
+
+
+@pytest.mark.parametrize(("fields", "widths"), [
+    ({}, (4, 3)),
+    ({"keep": {"first": 5}}, (5, 3)),
+    ({"keep": {"s*": 1.0}}, (4, 6)),
+    ({"keep": {"*": 2}}, (2, 2)),
+    ({"ignore": ("first",)}, (8, 3)),  # the second group is written by `second` and read by `last`
+    ({"ratio": 0}, (8, 6)),
+    ({"round_to": 4}, (4, 4)),
+])  # fmt: skip
+def test_merged_widths(fields: dict[str, Any], widths: tuple[int, int]) -> None:
+    found = fxmerge.merge(Net(), torch.randn(2, 3), **fields).module
+    assert (found.first.out_features, found.second.out_features) == widths
+    assert (found.second.in_features, found.last.in_features) == widths
+
+
+@pytest.mark.parametrize("field", ["keep", "ignore"])
+def test_a_pattern_that_matches_nothing_lists_the_groups(field: str) -> None:
+    value: Any = {"fist": 2} if field == "keep" else ("fist",)
+    with pytest.raises(FxMergeError, match="fist") as caught:
+        fxmerge.merge(Net(), torch.randn(2, 3), **{field: value})
+    assert "first" in str(caught.value)
+    assert "second" in str(caught.value)
+
+
+def test_keep_too_many_names_the_group() -> None:
+    with pytest.raises(FxMergeError, match="second"):
+        fxmerge.merge(Net(), torch.randn(2, 3), keep={"second": 7})
