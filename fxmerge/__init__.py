@@ -14,8 +14,9 @@ from .errors import FxMergeError
 from .merge import Analysis, Result, analyze, apply, merge
 from .options import Options
 from .passes import MergePass
+from .perchannel import Module, Rule, per_channel
 from .plan import Plan
-from .rules import RULES, Module, Rule, per_channel
+from .rules import RULES
 from .selection import SELECTORS
 
 __version__ = "0.1.0"

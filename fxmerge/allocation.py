@@ -6,43 +6,85 @@ import math
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 
+import numpy as np
+import torch
+from scipy.optimize import Bounds, LinearConstraint, milp
+
 from .errors import FxMergeError
 from .ir import Group
 from .options import Options
 
 
 def rounded(keep: float, size: int, cells: int, round_to: int) -> int:
-    """Channels that one of a group's cells keeps: at least 1, and such that the group's width is a multiple.
+    """Channels that one of a group's equal cells keeps: at least 1, and such that the group's width is a multiple.
 
     Where the cell is too small for a multiple it stays as it is.
     """
     step = round_to // math.gcd(round_to, cells)
     if step == 1:
         return min(size, max(1, round(keep)))
-    return min(size, max(step, math.floor(keep / step + 0.5) * step))
+    multiple = min(math.floor(keep / step + 0.5), size // step)
+    return multiple * step if multiple else min(size, step)
 
 
-def uniform(groups: Sequence[Group], options: Options) -> dict[str, int]:
+def spread(group: Group, share: float, round_to: int, total: int | None = None) -> tuple[int, ...] | None:
+    """Channels that each cell of a group keeps, so that the rows of each block keep equally many.
+
+    share: of each cell, as nearly as the blocks allow; total: or exactly so many in all. None: no such numbers exist.
+    Equal cells keep equally many. Unequal ones (channels that were shuffled again and again) are an integer programme:
+    minimise sum |k_c - share n_c| subject to the blocks' equations.
+    """
+    sizes = torch.bincount(group.cells)
+    cells = len(sizes)
+    if bool((sizes == sizes[0]).all()) and (total is None or total % cells == 0):
+        size = int(sizes[0])
+        return (rounded(size * share, size, cells, round_to) if total is None else total // cells,) * cells
+    rows = []
+    for block in group.blocks:
+        first, *others = (torch.zeros(cells).index_fill_(0, torch.tensor(row), 1.0) for row in block)
+        rows += [other - first for other in others]
+    everything = torch.ones(cells)
+    # variables: k (cells), the excess |k - target| (cells), the multiple z of round_to
+    identity, nothing = np.eye(cells), np.zeros((cells, 1))
+    target = sizes.numpy() * share
+    constraints = [
+        LinearConstraint(np.hstack([identity, -identity, nothing]), ub=target),
+        LinearConstraint(np.hstack([-identity, -identity, nothing]), ub=-target),
+    ]
+    if rows:
+        equal = np.hstack([torch.stack(rows).numpy(), np.zeros((len(rows), cells + 1))])
+        constraints.append(LinearConstraint(equal, 0, 0))
+    whole = np.hstack([everything.numpy(), np.zeros(cells), [0.0 if total is not None else -round_to]])
+    constraints.append(LinearConstraint(whole[None], total or 0, total or 0))
+    bounds = Bounds(
+        np.concatenate([np.ones(cells), np.zeros(cells + 1)]),
+        np.concatenate([sizes.numpy(), np.full(cells + 1, np.inf)]),
+    )
+    cost = np.concatenate([np.zeros(cells), np.ones(cells), [0.0]])
+    integral = np.concatenate([np.ones(cells), np.zeros(cells), [1.0]])
+    found = milp(cost, constraints=constraints, bounds=bounds, integrality=integral, options={"time_limit": 10})
+    return tuple(int(k) for k in np.rint(found.x[:cells])) if found.x is not None else None
+
+
+def uniform(groups: Sequence[Group], options: Options) -> dict[str, tuple[int, ...]]:
     """Every group keeps the share 1 - ratio, or what `keep` says: {group: channels kept in each cell}."""
     kept = {}
     for group in groups:
-        cells = int(group.cells.max()) + 1
-        size = group.channels // cells
         asked = next((v for pattern, v in options.keep.items() if fnmatchcase(group.name, pattern)), None)
-        if asked is None:
-            kept[group.name] = rounded(size * (1 - options.ratio), size, cells, options.round_to)
-        elif isinstance(asked, int):
-            if asked > group.channels or asked % cells:
-                blocks = f", in {cells} blocks of {size} that must keep equally many" if cells > 1 else ""
+        if isinstance(asked, int):
+            counts = spread(group, asked / group.channels, 1, asked) if asked <= group.channels else None
+            if counts is None:
+                blocks = f" in {len(set(group.cells.tolist()))} cells that blocks tie together" if group.blocks else ""
                 has = f"which has {group.channels}{blocks}"
                 raise FxMergeError(f"keep asks for {asked} channels of {group.name}, {has}")
-            kept[group.name] = asked // cells
         else:
-            kept[group.name] = rounded(size * asked, size, cells, options.round_to)
+            share = 1 - options.ratio if asked is None else asked
+            counts = spread(group, share, options.round_to) or tuple(torch.bincount(group.cells).tolist())
+        kept[group.name] = counts
     return kept
 
 
-ALLOCATORS: dict[str, Callable[[Sequence[Group], Options], dict[str, int]]] = {"uniform": uniform}
+ALLOCATORS: dict[str, Callable[[Sequence[Group], Options], dict[str, tuple[int, ...]]]] = {"uniform": uniform}
 
 
 def check_patterns(groups: Sequence[Group], modules: Sequence[str], options: Options) -> None:

@@ -112,7 +112,7 @@ class _Check:
             if _same(self.attempt(node, target, args, kwargs), want):
                 return want
         for want in [] if inside else expected:
-            name = self.table[node.target][0].name
+            name = (self.table.get(node.target) or self.table[rules.dotted(node.target)])[0].name
             shapes = [movement.tree(lambda v: tuple(v.t.shape) if isinstance(v, Lab) else v, v) for v in (before, want)]
             call = movement.Call(node.target, tuple(node.args), dict(node.kwargs))
             proposal = movement.resized(name, call, shapes[0], shapes[1], lambda axis: self.survivors(node, axis))

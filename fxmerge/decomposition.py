@@ -15,6 +15,7 @@ opposite cosine, so it is no candidate. DECOMPOSITIONS maps a name to a function
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -50,11 +51,9 @@ def prune(evidence: Evidence, kept: Tensor) -> Mapping:
 def mostsim(evidence: Evidence, kept: Tensor) -> Mapping:
     """Each dropped channel goes to its most similar kept one, with a scale (MostSim, Algorithms 1 to 3)."""
     if evidence.published is not None:
-        cosine, scale, distance = _published_distance(evidence.published, kept, evidence.lam)
+        cosine, scale, distance = _published_distance(evidence.published, kept, evidence)
     else:
         cosine, scale, distance = _exact_distance(evidence, kept)
-    same_cell = evidence.cells[:, None] == evidence.cells[kept][None, :]
-    distance = torch.where(same_cell, distance, torch.inf)
     best = distance.argmin(1)  # (n,)
     rows = torch.arange(len(best))
     found = torch.isfinite(distance[rows, best])
@@ -82,12 +81,16 @@ def _exact_distance(evidence: Evidence, kept: Tensor) -> tuple[Tensor, Tensor, T
         cosine = cosine * 2 * scale / (1 + scale.square())
         scale = torch.ones_like(scale)
         offset = (bias[:, None] - bias[kept][None, :]).abs()
-    possible = solid[kept][None, :] & (cosine > MIN_COSINE)
+    possible = solid[kept][None, :] & (cosine > MIN_COSINE) & _same_cell(evidence, kept)
     distance = 1 - cosine
     if evidence.centred:
         relative = torch.where(possible, offset / scale.clamp(min=1e-300), torch.inf)
         distance = evidence.lam * distance + (1 - evidence.lam) * _minmax(relative)
     return cosine, scale, torch.where(possible, distance, torch.inf)
+
+
+def _same_cell(evidence: Evidence, kept: Tensor) -> Tensor:
+    return evidence.cells[:, None] == evidence.cells[kept][None, :]
 
 
 def _minmax(values: Tensor) -> Tensor:
@@ -99,31 +102,41 @@ def _minmax(values: Tensor) -> Tensor:
     return torch.where(finite & (span > 0), (values - low) / torch.where(span > 0, span, 1), torch.zeros_like(values))
 
 
-def _published_distance(form: PublishedForm, kept: Tensor, lam: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The published code's S and B: indices i, j exchanged and `var` for the standard deviation."""
+def _published_distance(form: PublishedForm, kept: Tensor, evidence: Evidence) -> tuple[Tensor, Tensor, Tensor]:
+    """The published code's S and B: indices i, j exchanged and `var` for the standard deviation.
+
+    What that code leaves to chance is guarded: a gamma of 0, where it divides by it, makes no candidate.
+    """
     norm = form.inner.diagonal().clamp(min=0).sqrt().clamp(min=1e-300)
     cosine = form.inner[:, kept] / (norm[:, None] * norm[kept][None, :])
     s = norm[:, None] / norm[kept][None, :]
-    gamma = torch.where(form.gamma.abs() > 1e-30, form.gamma, torch.full_like(form.gamma, 1e-30))
+    solid = form.gamma.abs() > form.gamma.abs().max() * 1e-9
+    gamma = torch.where(solid, form.gamma, torch.ones_like(form.gamma))
+    possible = solid[:, None] & solid[kept][None, :] & _same_cell(evidence, kept)
     var = form.var.clamp(min=1e-30)
     scale = s * (gamma[kept][None, :] / gamma[:, None]) * (var[:, None] / var[kept][None, :])
     constant = form.mean - var * form.beta / gamma
     offset = (gamma / var)[kept][None, :] * (s * constant[:, None] - form.mean[kept][None, :])
-    relative = (offset + form.beta[kept][None, :]).abs() / scale
-    return cosine, scale, lam * (1 - cosine) + (1 - lam) * _minmax(relative)
+    relative = torch.where(possible, (offset + form.beta[kept][None, :]).abs() / scale, torch.inf)
+    distance = evidence.lam * (1 - cosine) + (1 - evidence.lam) * _minmax(relative)
+    return cosine, scale, torch.where(possible, distance, torch.inf)
 
 
 def fold(evidence: Evidence, kept: Tensor) -> Mapping:
     """k-means on the rows, started at the kept channels: a cluster's mean stands for its members (model folding)."""
     n = len(evidence.inner)
     points = coordinates(evidence.inner + evidence.bias[:, None] * evidence.bias[None, :])
+    if points.size(1) == 0:  # no channel does anything: all are alike
+        points = torch.zeros(n, 1, dtype=torch.float64)
     place = torch.full((n,), -1)
     place[kept] = torch.arange(len(kept))
     cluster = torch.empty(n, dtype=torch.int64)
     for cell in range(int(evidence.cells.max()) + 1):
         inside = (evidence.cells == cell).nonzero().flatten()
         seeds = inside[place[inside] >= 0]
-        found = kmeans2(points[inside].numpy(), points[seeds].numpy(), minit="matrix", iter=30)[1]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # an empty cluster keeps its seed, below
+            found = kmeans2(points[inside].numpy(), points[seeds].numpy(), minit="matrix", iter=30)[1]
         cluster[inside] = place[seeds][torch.from_numpy(found).long()]
     up = torch.nn.functional.one_hot(cluster, len(kept)).double()
     size = up.sum(0)
@@ -157,6 +170,17 @@ def push(
     pushed = gain[:, None] * up * inverse[None, :]
     pushed[kept, own] = torch.where(solid, pushed[kept, own], up[kept, own])
     return pushed, constant_gain * shift + constant - pushed @ constant[kept]
+
+
+def cellwise_least_squares(mean: Tensor, covariance: Tensor, kept: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
+    """`least_squares` where channels are re-expressed by those of their own cell only."""
+    up, shift = torch.zeros(len(mean), len(kept), dtype=mean.dtype), torch.zeros_like(mean)
+    for cell in torch.unique(cells).tolist():
+        inside, columns = (cells == cell).nonzero().flatten(), (cells[kept] == cell).nonzero().flatten()
+        local = torch.searchsorted(inside, kept[columns])
+        own, moved = least_squares(mean[inside], covariance[inside][:, inside], local)
+        up[inside[:, None], columns[None, :]], shift[inside] = own, moved
+    return up, shift
 
 
 # `lstsq` keeps what `prune` keeps in the common coordinates; its up is solved at each reader from `least_squares`.

@@ -120,11 +120,6 @@ def _components(
     for number, inside_list in enumerate(by_group.values()):
         inside = np.array(inside_list, dtype=np.int64)
         cell = np.unique(np.stack([part[inside], rows[inside]]), axis=1, return_inverse=True)[1].reshape(-1)
-        sizes = np.bincount(cell)
-        if (sizes != sizes[0]).any():
-            for a in inside_list:
-                pinned[a] = Pin(torch.zeros(0), "its blocks cannot lose equally many channels", "", "")
-            continue
         of_group[inside] = number
         cells[number] = (inside, cell.astype(np.int64))
     return of_group, cells
@@ -182,8 +177,17 @@ class _Builder:
         return Group(
             first, torch.from_numpy(inside), torch.from_numpy(cell), tuple(writers), tuple(members["carry"]),
             tuple(readers), tuple(dict.fromkeys(mixed)), tuple(junctions), single,
-            tuple(dict.fromkeys([*blocked, *rigid])), partners,
+            tuple(dict.fromkeys([*blocked, *rigid])), self._blocks(number, lookup, cell), partners,
         )  # fmt: skip
+
+    def _blocks(self, number: int, lookup: Ints, cell: Ints) -> tuple[tuple[tuple[int, ...], ...], ...]:
+        """The group's blocks, each a row of cells for each row of labels; a cell stands in one row of each block."""
+        found = []
+        for block in self.facts.blocks:
+            rows = lookup[self.atom[block.labels.numpy()]]
+            if (self.of_group[self.atom[block.labels.numpy()]] == number).all():
+                found.append(tuple(tuple(np.unique(cell[row]).tolist()) for row in rows))
+        return tuple(dict.fromkeys(found))
 
     def _holds(self, number: int, labels: Tensor) -> bool:
         return bool((self.of_group[self.atom[labels.numpy()]] == number).any())

@@ -13,7 +13,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
-Kind = Literal["query", "movement", "per_channel", "writer", "carrier", "tie", "mixer", "unknown", "output", "input"]
+Kind = Literal[
+    "query", "movement", "per_channel", "writer", "carrier", "tie", "mixer", "contraction", "unknown", "output", "input"
+]
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ class Group:
 
     name: str
     atoms: Tensor  # (n,) the atom that each channel is
-    cells: Tensor  # (n,) channels merge within their cell only, and each cell loses equally many
+    cells: Tensor  # (n,) channels merge within their cell only
     writers: tuple[Member, ...]
     carriers: tuple[Member, ...]
     readers: tuple[Member, ...]
@@ -150,6 +152,7 @@ class Group:
     ties: tuple[str, ...]  # the nodes that tie several writers
     internal: bool  # one writer, its readers on one path
     scale_blocks: tuple[str, ...]  # nodes that a scale other than 1 does not commute with
+    blocks: tuple[tuple[tuple[int, ...], ...], ...] = ()  # blocks of rows of cells; a block's rows keep equally many
     partners: bool = True  # False: copies do not line up, so channels can be dropped but not merged
 
     @property
@@ -181,15 +184,26 @@ class Capture:
 
 @dataclass(frozen=True)
 class Decomposition:
-    """x ~ up @ (down @ x) + shift for one reader of a group; `kept` are the rows of I that `down` begins from.
+    """x ~ up @ x_kept + shift for one reader of a group: up (n, k), shift (n,), float64."""
 
-    down (k, n), up (n, k), shift (n,); float64
-    """
-
-    kept: Tensor
-    down: Tensor
     up: Tensor
     shift: Tensor
+
+
+@dataclass(frozen=True)
+class Merge:
+    """One group's part of a rewrite; without `down` and `readers` the channels that are not kept just go.
+
+    down:     (k, n) how its writers are mixed, None where they are only selected
+    readers:  what each reader absorbs
+    gains:    for each writer, (n,) gain on rows, (n,) gain on constants, (n,) constant in the common coordinates
+    """
+
+    group: Group
+    kept: Tensor
+    down: Tensor | None = None
+    readers: tuple[Decomposition, ...] = ()
+    gains: tuple[tuple[Tensor, Tensor, Tensor], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,8 @@ def compact(labels: Tensor, alive: Tensor) -> list[Tensor]:
     mask = alive[small]
     if bool(mask.all()):
         return [labels]
+    if not bool(mask.any()):
+        return []
     for axis in range(small.dim()):
         if small.size(axis) > 1:
             others = [a for a in range(small.dim()) if a != axis]

@@ -16,20 +16,20 @@ from . import cost, verify
 from .allocation import ALLOCATORS, check_patterns, ignored
 from .capture import capture
 from .constants import recompute
-from .decomposition import DECOMPOSITIONS, least_squares, push
+from .decomposition import DECOMPOSITIONS, cellwise_least_squares, push
 from .decomposition import Mapping as Map
 from .errors import FxMergeError, source_line
 from .groups import group
-from .ir import Capture, Decomposition, Group, Grouping, Provenance, Refusal
+from .ir import Capture, Decomposition, Group, Grouping, Merge, Provenance, Refusal
 from .movement import Call
 from .options import Options
 from .plan import GroupPlan, Partner, Plan
 from .progress import progress
 from .provenance import provenance
 from .report import AnalysisReport, Report
-from .rewrite import Merge, rewrite, survivors
+from .rewrite import Rewriter, survivors
 from .selection import select
-from .similarity import Statistics, moments, state, statistics
+from .similarity import candidates, moments, state, statistics
 
 
 @dataclass(frozen=True)
@@ -114,34 +114,27 @@ def _merge(model: nn.Module, example_inputs: Any, options: Options, decided: Map
             check_patterns(grouping.groups, [n for n, _ in captured.module.named_modules()], options)
         groups, refusals = _in_scope(grouping, options)
         tensors = state(captured.module)
-        stage("similarity")
-        known: dict[str, Statistics] = {}
         stage("allocation")
-        counts = _replayed(groups, decided) if decided else ALLOCATORS["uniform"](groups, options)
-        for g in groups:
-            if counts[g.name] * (int(g.cells.max()) + 1) < g.channels:
-                stage(f"similarity {g.name}")
-                known[g.name] = statistics(g, captured, tensors, options)
-        stage("selection")
+        counts = _replayed(groups, decided) if decided is not None else ALLOCATORS["uniform"](groups, options)
         chosen: list[tuple[Group, Tensor]] = []
         for g in groups:
-            if g.name in known:
-                kept = (
-                    torch.tensor(decided[g.name].kept) if decided
-                    else select(options.selection, known[g.name].candidates, g.cells, counts[g.name])
-                )  # fmt: skip
+            if sum(counts[g.name]) < g.channels:
+                stage(f"selection {g.name}")
+                if decided is not None:
+                    kept = torch.tensor(decided[g.name].kept)
+                else:
+                    kept = select(options.selection, candidates(g, tensors, options.seed), g.cells, counts[g.name])
                 chosen.append((g, kept))
         chosen, edits, refused = _provable(captured, facts, grouping, chosen)
         refusals = (*refusals, *refused)
-        merges, plans = [], []
+        rewriter, plans = Rewriter(captured.module, facts), []
         for g, kept in chosen:
             stage(f"decomposition {g.name}")
-            mapping, merged = _decompose(g, kept, known[g.name], options)
-            merges.append(merged)
+            mapping, merged = _decompose(g, kept, captured, tensors, options)
+            rewriter.absorb(merged)
             plans.append(_group_plan(g, kept, mapping))
         stage("rewrite")
-        alive = survivors(facts, grouping.atom, chosen)
-        module = rewrite(captured.module, facts, alive, merges, edits)
+        module = rewriter.finish(survivors(facts, grouping.atom, chosen), edits)
         stage("verify")
         verdict = verify.compare(captured, module)
         before, after = (cost.cost(m, captured.args) for m in (captured.module, module))
@@ -167,14 +160,18 @@ def _in_scope(grouping: Grouping, options: Options) -> tuple[list[Group], tuple[
     return inside, tuple(out)
 
 
-def _replayed(groups: Sequence[Group], decided: Mapping[str, GroupPlan]) -> dict[str, int]:
+def _replayed(groups: Sequence[Group], decided: Mapping[str, GroupPlan]) -> dict[str, tuple[int, ...]]:
     known = {g.name: g for g in groups}
-    counts = {g.name: g.channels // (int(g.cells.max()) + 1) for g in groups}
+    counts = {g.name: tuple(torch.bincount(g.cells).tolist()) for g in groups}
     for name, planned in decided.items():
         if name not in known or known[name].channels != planned.channels:
             has = f"has {known[name].channels} channels" if name in known else "is not there"
             raise FxMergeError(f"the plan's group {name} of {planned.channels} channels {has} in this model")
-        counts[name] = len(planned.kept) // (int(known[name].cells.max()) + 1)
+        kept = known[name].cells[list(planned.kept)]
+        counts[name] = tuple(torch.bincount(kept, minlength=len(counts[name])).tolist())
+        for block in known[name].blocks:
+            if len({sum(counts[name][cell] for cell in row) for row in block}) > 1:
+                raise FxMergeError(f"the plan keeps unequally many channels of the blocks of {name}")
     return counts
 
 
@@ -199,9 +196,14 @@ def _provable(
         chosen = [(g, kept) for g, kept in chosen if g not in guilty]
 
 
-def _decompose(group: Group, kept: Tensor, found: Statistics, options: Options) -> tuple[Map, Merge]:
+def _decompose(
+    group: Group, kept: Tensor, captured: Capture, tensors: Mapping[str, Tensor], options: Options
+) -> tuple[Map | None, Merge]:
     """The group's (down, up) in its common coordinates, and what each reader absorbs of it."""
-    method = options.decomposition if group.partners and not _shared_reader(group) else "prune"
+    method = options.decomposition
+    if method == "prune" or not group.partners or _shared_reader(group):
+        return None, Merge(group, kept)
+    found = statistics(group, captured, tensors, options)
     mapping = DECOMPOSITIONS[method](found.evidence, kept)
     n = group.channels
     carried = mapping.up.abs().sum(1) > 0
@@ -209,8 +211,7 @@ def _decompose(group: Group, kept: Tensor, found: Statistics, options: Options) 
     readers = []
     for number, steps in enumerate(found.readers):
         if method == "lstsq":
-            up, shift = least_squares(*moments(found, number, options.seed), kept)
-            up = torch.where(group.cells[:, None] == group.cells[kept][None, :], up, 0)
+            up, shift = cellwise_least_squares(*moments(found, number, options.seed), kept, group.cells)
         else:
             up, shift = mapping.up, torch.zeros(n, dtype=torch.float64)
             if found.linear and method == "mostsim" and found.evidence.centred and not found.evidence.published:
@@ -221,12 +222,8 @@ def _decompose(group: Group, kept: Tensor, found: Statistics, options: Options) 
                 if step.function is not None:
                     shift = torch.zeros_like(shift)  # a constant does not pass a nonlinear function
             shift = torch.where(carried, shift, 0) if method == "mostsim" else torch.zeros_like(shift)
-        readers.append(Decomposition(kept, mapping.down, up, shift))
-    writers = found.writer_maps
-    return mapping, Merge(
-        group, kept, mapping.down, tuple(readers), tuple(w[0] for w in writers), tuple(w[1] for w in writers),
-        tuple(w[2] for w in writers),
-    )  # fmt: skip
+        readers.append(Decomposition(up, shift))
+    return mapping, Merge(group, kept, mapping.down if method == "fold" else None, tuple(readers), found.writer_maps)
 
 
 def _shared_reader(group: Group) -> bool:
@@ -240,9 +237,12 @@ def _shared_reader(group: Group) -> bool:
     return False
 
 
-def _group_plan(group: Group, kept: Tensor, mapping: Map) -> GroupPlan:
+def _group_plan(group: Group, kept: Tensor, mapping: Map | None) -> GroupPlan:
     dropped = torch.ones(group.channels, dtype=torch.bool)
     dropped[kept] = False
+    if mapping is None:
+        nowhere = tuple(Partner(i, -1, 0.0, 0.0) for i in dropped.nonzero().flatten().tolist())
+        return GroupPlan(group.name, group.channels, tuple(kept.tolist()), nowhere)
     scale, into = mapping.up.abs().max(1)
     partners = tuple(
         Partner(i, int(kept[into[i]]) if scale[i] > 0 else -1, float(mapping.up[i, into[i]]), float(mapping.cosine[i]))

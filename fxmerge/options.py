@@ -73,6 +73,10 @@ class Options:
                 raise FxMergeError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")
         if isinstance(self.ignore, str):
             raise FxMergeError(f"ignore is the string {self.ignore!r}; give a sequence of patterns: ({self.ignore!r},)")
+        if not isinstance(self.ignore, (tuple, list, set, frozenset)) or not all(
+            isinstance(pattern, str) for pattern in self.ignore
+        ):
+            raise FxMergeError(f"ignore is {self.ignore!r}; give a sequence of patterns, each a string")
         if not isinstance(self.keep, Mapping):
             raise FxMergeError(f"keep is a {type(self.keep).__name__}; give {{group name pattern: channels or share}}")
         for pattern, value in self.keep.items():
@@ -88,6 +92,8 @@ class Options:
 
     def _keep(self, pattern: str, value: Any) -> None:
         number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if not isinstance(pattern, str):
+            raise FxMergeError(f"keep has the key {pattern!r}; give patterns of group names, each a string")
         if not number or value <= 0 or (isinstance(value, float) and value > 1):
             raise FxMergeError(
                 f"keep[{pattern!r}] is {value!r}; give a whole number of channels from 1 up, or a share in (0, 1]"

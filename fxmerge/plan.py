@@ -61,12 +61,15 @@ class Plan:
         try:
             options = Options().replace(**data["options"])
             return Plan(options, tuple(_group(g) for g in data["groups"]))
-        except (KeyError, TypeError) as error:
+        except FxMergeError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise FxMergeError(f"this plan is damaged: {error!r}") from error
 
 
 def _group(data: dict[str, Any]) -> GroupPlan:
-    partners = tuple(Partner(**p) for p in data["partners"])
+    kinds: dict[str, Any] = {"channel": int, "into": int, "scale": float, "cosine": float}
+    partners = tuple(Partner(**{k: kinds[k](v) for k, v in p.items()}) for p in data["partners"])
     kept = tuple(int(k) for k in data["kept"])
     if sorted(set(kept)) != list(kept) or not kept or kept[0] < 0 or kept[-1] >= data["channels"]:
         raise FxMergeError(f"this plan is damaged: the kept channels of {data['name']} are no subset of its channels")

@@ -217,7 +217,7 @@ class _Run:
                 key, why = None, "has parametrized weights"
             elif key is None:
                 why = f"is a {type(target).__name__}, which has no rule"
-        found = self.table.get(key)
+        found = self.table.get(key) or self.table.get(rules.dotted(target))
         operands = [*args, *kwargs.values()]
         ctx = _Context(self, node, found[0].name if found else str(node.target), target, operands)
         dynamic = any(isinstance(leaf, (Lab, Param, _Opaque)) for leaf in movement.leaves(operands))

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
 
-from .ir import Decomposition, Group, Layer, Member, ParamLabels, Provenance
+from .ir import Group, Layer, Member, Merge, ParamLabels, Provenance
 from .movement import Call
 from .weights import columns, from_columns, gather, parameter, places
 
@@ -29,23 +28,6 @@ _SIZES: dict[str, tuple[str, int]] = {
 }
 
 
-@dataclass(frozen=True)
-class Merge:
-    """One group's part of a rewrite: a decomposition for each of its readers, and `down` for its writers.
-
-    row_gains:      for each writer, (n,): rows in the common coordinates are gain * weight rows
-    constant_gains, constants: likewise for its bias
-    """
-
-    group: Group
-    kept: Tensor
-    down: Tensor
-    readers: tuple[Decomposition, ...]
-    row_gains: tuple[Tensor, ...]
-    constant_gains: tuple[Tensor, ...]
-    constants: tuple[Tensor, ...]
-
-
 def survivors(facts: Provenance, atom: Tensor, kept: Sequence[tuple[Group, Tensor]]) -> Tensor:
     """alive (label_count,): does the label's channel stay?"""
     alive = torch.ones(int(atom.max()) + 1, dtype=torch.bool)
@@ -55,30 +37,37 @@ def survivors(facts: Provenance, atom: Tensor, kept: Sequence[tuple[Group, Tenso
     return alive[atom]
 
 
-def rewrite(
-    module: fx.GraphModule, facts: Provenance, alive: Tensor, merges: Sequence[Merge], edits: Mapping[str, Call]
-) -> fx.GraphModule:
-    """A merged copy of the graph module: fresh weights, fresh code, the same names and metadata."""
-    merged = copy.deepcopy(module)
-    held = dict(facts.params)
-    with torch.no_grad():
-        for merge in merges:
-            _absorb_writers(merged, held, merge)
-            _absorb_readers(merged, held, merge)
-        for labels in held.values():
-            if any(not bool(alive[t].all()) for t in places(labels)):
-                gather(merged, labels, lambda flat: alive[flat].nonzero().flatten())
-    for layer in facts.layers:
-        _resize_module(merged, layer)
-    _edit(merged, facts, edits)
-    merged.graph.lint()
-    merged.recompile()
-    return merged
+class Rewriter:
+    """A merged copy in the making: `absorb` each group, then `finish`. The module it is made from is left alone."""
+
+    def __init__(self, module: fx.GraphModule, facts: Provenance) -> None:
+        self.module, self.facts = copy.deepcopy(module), facts
+        self.held = dict(facts.params)
+
+    def absorb(self, merge: Merge) -> None:
+        """At full width: let the kept channels' writers and readers take over what the others did."""
+        with torch.no_grad():
+            if merge.down is not None:
+                _absorb_writers(self.module, self.held, merge, merge.down)
+            _absorb_readers(self.module, self.held, merge)
+
+    def finish(self, alive: Tensor, edits: Mapping[str, Call]) -> fx.GraphModule:
+        """Slice every parameter, put sizes right, and recompile: fresh code, the same names and metadata."""
+        with torch.no_grad():
+            for labels in self.held.values():
+                if any(not bool(alive[t].all()) for t in places(labels)):
+                    gather(self.module, labels, lambda flat: alive[flat].nonzero().flatten())
+        for layer in self.facts.layers:
+            _resize_module(self.module, layer)
+        _edit(self.module, self.facts, edits)
+        self.module.graph.lint()
+        self.module.recompile()
+        return self.module
 
 
 def _absorb_readers(module: fx.GraphModule, held: dict[str, ParamLabels], merge: Merge) -> None:
     done: set[str] = set()
-    for reader, part in zip(merge.group.readers, merge.readers, strict=True):
+    for reader, part in zip(merge.group.readers, merge.readers, strict=bool(merge.readers)):
         path = reader.layer.params["weight"]
         if path in done:
             continue  # a module that is used twice absorbs once
@@ -86,7 +75,7 @@ def _absorb_readers(module: fx.GraphModule, held: dict[str, ParamLabels], merge:
         weight = parameter(module, path)
         rows = columns(weight, reader.layer).to(torch.float64, copy=True)
         own = rows[reader.where]  # (m, copies, out/groups * kernel)
-        shift, (here, local) = part.shift[reader.channels], reader.local(part.kept)
+        shift, (here, local) = part.shift[reader.channels], reader.local(merge.kept)
         if bool(shift.any()):
             gained = _gained(reader, own, shift, weight)
             _move_bias(module, held, reader.layer, lambda bias: bias + gained)  # noqa: B023
@@ -132,18 +121,13 @@ def _move_bias(
         node.kwargs = {k: v for k, v in node.kwargs.items() if k != "bias"}
 
 
-def _absorb_writers(module: fx.GraphModule, held: dict[str, ParamLabels], merge: Merge) -> None:
+def _absorb_writers(module: fx.GraphModule, held: dict[str, ParamLabels], merge: Merge, mixing: Tensor) -> None:
     """rows_k = (1 / gain_k) sum_i down_ki gain_i rows_i, and the constants likewise, in the common coordinates."""
-    n = merge.group.channels
-    if bool((merge.down == torch.eye(n, dtype=torch.float64)[merge.kept]).all()):
-        return
-    for writer, gain, constant_gain, constant in zip(
-        merge.group.writers, merge.row_gains, merge.constant_gains, merge.constants, strict=True
-    ):
+    for writer, (gain, constant_gain, constant) in zip(merge.group.writers, merge.gains, strict=True):
         weight = parameter(module, writer.layer.params["weight"])
         rows = weight.flatten(1).to(torch.float64, copy=True)
         here, local = writer.local(merge.kept)
-        down = merge.down[here][:, writer.channels]  # (k', m)
+        down = mixing[here][:, writer.channels]  # (k', m)
         own_gain, own_constant = gain[writer.channels], constant[writer.channels]
         inverse = torch.where(own_gain[local] == 0, 0.0, 1 / own_gain[local])
         mix = inverse[:, None] * down * own_gain[None, :]

@@ -1,9 +1,8 @@
 """RULES: what each op does to labels. One row for one mathematical op; its spellings stand in the row.
 
-A rule is a function `rule(ctx, *args, **kwargs)` with the op's own functional signature. Operands arrive as `Lab`
-(an activation's labels), `Param` (a parameter) or plain Python values and constant tensors. It returns what the op
-gives in the same terms, and tells `ctx` what it learnt: `ctx.tie`, `ctx.pin`, `ctx.block`, `ctx.layer`. An op without
-a row pins everything that it touches: unknown is never "elementwise".
+An op without a row pins everything that it touches: unknown is never "elementwise". The form of a rule is told in
+`perchannel.py`. A spelling is a module class (`Module(cls, attributes)` where the functional form takes attributes of
+it), a function, a method's name, or the dotted name of a function of a library that need not be there.
 
 To teach fxmerge an op of your own:
 
@@ -15,116 +14,29 @@ from __future__ import annotations
 import inspect
 import math
 import operator
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from . import movement, writers
-from .ir import Kind, Lab, Param
-
-Spelling = Any  # a module class, a function, a method name, or Module(...)
-
-
-@dataclass(frozen=True)
-class Module:
-    """A module class and the functional arguments that its attributes stand for."""
-
-    cls: type[nn.Module]
-    attributes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One op: its kind, what it does to labels, and every way of spelling it.
-
-    commutes: f(s x) = s f(x) for every s > 0 (ReLU, pooling, any linear map); False is the safe answer
-    """
-
-    name: str
-    kind: Kind
-    apply: Callable[..., Any]
-    spellings: tuple[Spelling, ...]
-    commutes: bool | Callable[..., bool] = field(default=False)
-
-
-def per_channel_rule(ctx: Any, x: Any, *rest: Any, **kwargs: Any) -> Any:
-    """Each channel is mapped by itself; axes that change size must not be the ones that labels vary along."""
-    others = [*rest, *kwargs.values()]
-    if not isinstance(x, Lab) or any(isinstance(a, (Lab, Param)) for a in others):
-        return ctx.unknown("takes more than one activation or parameter here")
-    shape = ctx.shape
-    if shape is None:
-        return ctx.unknown("gives something other than one tensor")
-    if tuple(shape) == tuple(x.t.shape):
-        return x
-    if len(shape) != x.t.dim():
-        return ctx.unknown("changes the number of axes")
-    return ctx.resized(x, shape)
-
-
-def per_channel(name: str, *spellings: Spelling, commutes: bool | Callable[..., bool] = False) -> Rule:
-    """A row for an op that treats every channel alike and alone: activations, pooling, dropout, ..."""
-    return Rule(name, "per_channel", per_channel_rule, spellings, commutes)
-
-
-def reduction_rule(ctx: Any, x: Any, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Any:
-    """A reduction over axes that labels do not vary along; over channels it pins (it would weigh them anew)."""
-    if not isinstance(x, Lab):
-        return ctx.unknown("reduces something that is no activation")
-    dims = range(x.t.dim()) if dim is None else ([dim] if isinstance(dim, int) else list(dim))
-    axes = {d % max(x.t.dim(), 1) for d in dims}
-    if axes & set(movement.varying_axes(x)):
-        return ctx.unknown("reduces over the channels")
-    out = x.t
-    for axis in sorted(axes, reverse=True):
-        out = out.narrow(axis, 0, 1) if keepdim else out.select(axis, 0)
-    if ctx.shape is None or tuple(out.shape) != tuple(ctx.shape):
-        return ctx.unknown("gives something other than one tensor")
-    return Lab(out)
-
-
-def _reduction(name: str, *spellings: Spelling, commutes: bool = False) -> Rule:
-    return Rule(name, "per_channel", reduction_rule, spellings, commutes)
-
-
-def softmax_rule(ctx: Any, x: Any, dim: int | None = None, *rest: Any, **kwargs: Any) -> Any:
-    """Softmax is per channel along any axis that labels do not vary along, and a mixer along one that they do."""
-    if not isinstance(x, Lab) or dim is None:
-        return ctx.unknown("does not say its axis")
-    if dim % x.t.dim() in movement.varying_axes(x):
-        ctx.mix(x.t)
-    return x
-
-
-def prelu_rule(ctx: Any, x: Any, weight: Any) -> Any:
-    if isinstance(weight, Param) and weight.value.numel() > 1 and isinstance(x, Lab):
-        return writers.carry(ctx, "prelu", x, {"weight": weight}, axis=min(1, x.t.dim() - 1))
-    return x
-
-
-def query_rule(ctx: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-    """Shapes, dtypes and devices: plain values, read off the operand."""
-    return ctx.query(x, *args, **kwargs)
-
-
-def _adds_nothing(ctx: Any, *args: Any, **kwargs: Any) -> bool:
-    """A sum commutes with scaling when every operand is an activation or a per-channel parameter."""
-    return all(not isinstance(a, (int, float)) or a == 0 for a in args[:2]) and not any(
-        isinstance(a, Tensor) for a in args
-    )
-
-
-def _one_factor(ctx: Any, *args: Any, **kwargs: Any) -> bool:
-    """A product commutes with scaling when just one operand is an activation, and stands above the line."""
-    labs = [isinstance(a, Lab) for a in args[:2]]
-    return labs == [True, False] or (labs == [False, True] and "div" not in ctx.rule_name)
-
+from . import contractions, movement, norms, writers
+from .perchannel import (
+    Module,
+    Rule,
+    Spelling,
+    adds_nothing,
+    one_factor,
+    per_channel,
+    prelu_rule,
+    query_rule,
+    reduction,
+    softmax_rule,
+)
 
 _CONV = ("weight", "bias", "stride", "padding", "dilation", "groups")
+_TRANSPOSED = ("weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
 _NORM = ("running_mean", "running_var", "weight", "bias", "eps")
 
 _ROWS: tuple[Rule, ...] = (
@@ -139,6 +51,20 @@ _ROWS: tuple[Rule, ...] = (
             *(F.conv1d, F.conv2d, F.conv3d),
         ),
     ),
+    Rule(
+        "conv_transpose",
+        "writer",
+        writers.conv_transpose,
+        (
+            *(Module(cls, _TRANSPOSED) for cls in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)),
+            *(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
+        ),
+    ),
+    Rule("embedding", "writer", writers.embedding, (Module(nn.Embedding, ("weight",)), F.embedding)),
+    # contractions: the two sides of the contracted axis are tied
+    Rule("matmul", "contraction", contractions.matmul, (operator.matmul, torch.matmul, "matmul", torch.bmm, "bmm")),
+    Rule("einsum", "contraction", contractions.einsum, (torch.einsum, torch.functional.einsum)),
+    Rule("attention", "contraction", contractions.attention, (F.scaled_dot_product_attention,)),
     # carriers: their own per-channel parameters follow the labels
     Rule(
         "batch_norm",
@@ -150,31 +76,42 @@ _ROWS: tuple[Rule, ...] = (
     Rule(
         "prelu", "carrier", prelu_rule, (Module(nn.PReLU, ("weight",)), F.prelu, torch.prelu, "prelu"), commutes=True
     ),
+    Rule(
+        "instance_norm",
+        "carrier",
+        norms.instance_norm,
+        (*(Module(c, _NORM) for c in (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)), F.instance_norm),
+    ),
     # ties: two labelled operands become equal, position by position
-    Rule("add", "tie", writers.elementwise, (operator.add, operator.iadd, torch.add, "add", "add_"), _adds_nothing),
+    Rule("add", "tie", writers.elementwise, (operator.add, operator.iadd, torch.add, "add", "add_"), adds_nothing),
     Rule(
         "sub",
         "tie",
         writers.elementwise,
         (operator.sub, operator.isub, torch.sub, torch.subtract, "sub", "sub_"),
-        _adds_nothing,
+        adds_nothing,
     ),
     Rule(
         "mul",
         "tie",
         writers.elementwise,
         (operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_"),
-        _one_factor,
+        one_factor,
     ),
     Rule(
         "div",
         "tie",
         writers.elementwise,
         (operator.truediv, operator.itruediv, torch.div, torch.true_divide, torch.divide, "div", "div_"),
-        _one_factor,
+        one_factor,
     ),
     Rule("maximum", "tie", writers.elementwise, (torch.maximum, "maximum")),
     Rule("minimum", "tie", writers.elementwise, (torch.minimum, "minimum")),
+    Rule("where", "tie", writers.choose, (torch.where, "where")),
+    Rule("compare", "tie", writers.elementwise,
+         (operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge, torch.eq, torch.ne, torch.lt,
+          torch.le, torch.gt, torch.ge, "eq", "ne", "lt", "le", "gt", "ge")),
+    Rule("masked_fill", "tie", writers.masked_fill, (torch.masked_fill, "masked_fill", "masked_fill_")),
     # activations that a positive factor passes through unchanged
     per_channel("relu", nn.ReLU, F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_", commutes=True),
     per_channel("leaky_relu", nn.LeakyReLU, F.leaky_relu, F.leaky_relu_, commutes=True),
@@ -183,6 +120,9 @@ _ROWS: tuple[Rule, ...] = (
     per_channel("neg", torch.neg, "neg", operator.neg, commutes=True),
     per_channel("identity", nn.Identity, "contiguous", "clone", torch.clone, "detach", "float", "double", "half",
                 "bfloat16", "to", "type_as", "cpu", "cuda", commutes=True),
+    per_channel("stochastic_depth", "torchvision.ops.stochastic_depth.stochastic_depth", commutes=True),
+    per_channel("zeros_like", torch.zeros_like, "zeros_like", commutes=True),
+    per_channel("ones_like", torch.ones_like),
     per_channel("dropout", nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
                 nn.FeatureAlphaDropout, F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout,
                 F.feature_alpha_dropout, torch.dropout, commutes=True),
@@ -229,14 +169,21 @@ _ROWS: tuple[Rule, ...] = (
                 F.adaptive_max_pool3d, commutes=True),
     per_channel("interpolate", nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d, F.interpolate,
                 F.upsample, commutes=True),
-    _reduction("mean", torch.mean, "mean", commutes=True),
-    _reduction("sum", torch.sum, "sum", commutes=True),
-    _reduction("amax", torch.amax, "amax", commutes=True),
-    _reduction("amin", torch.amin, "amin", commutes=True),
+    reduction("mean", torch.mean, "mean", commutes=True),
+    reduction("sum", torch.sum, "sum", commutes=True),
+    reduction("amax", torch.amax, "amax", commutes=True),
+    reduction("amin", torch.amin, "amin", commutes=True),
     # mixers: dropping a channel is not exact for the others
     Rule("softmax", "mixer", softmax_rule,
          (Module(nn.Softmax, ("dim",)), Module(nn.LogSoftmax, ("dim",)), F.softmax, F.log_softmax, torch.softmax,
           torch.log_softmax, "softmax", "log_softmax")),
+    Rule("layer_norm", "mixer", norms.layer_norm,
+         (Module(nn.LayerNorm, ("normalized_shape", "weight", "bias", "eps")), F.layer_norm, torch.layer_norm)),
+    Rule("rms_norm", "mixer", norms.rms_norm,
+         (*([Module(nn.RMSNorm, ("normalized_shape", "weight"))] if hasattr(nn, "RMSNorm") else []),
+          *([F.rms_norm] if hasattr(F, "rms_norm") else []))),
+    Rule("group_norm", "mixer", norms.group_norm,
+         (Module(nn.GroupNorm, ("num_groups", "weight", "bias", "eps")), F.group_norm)),
     # movement: executed on the labels as it stands
     *(Rule(name, "movement", movement.execute, spellings, True) for name, spellings in movement.SPELLINGS.items()),
     # shapes and other plain values
@@ -249,8 +196,13 @@ RULES: dict[str, Rule] = {row.name: row for row in _ROWS}
 
 
 def key(spelling: Spelling) -> Any:
-    """What a graph's node is looked up by: the module class, the function, or the method's name."""
+    """What a graph's node is looked up by: the module class, the function, the method's name or the dotted name."""
     return spelling.cls if isinstance(spelling, Module) else spelling
+
+
+def dotted(target: Any) -> str:
+    """A function's dotted name, `torchvision.ops.stochastic_depth.stochastic_depth`."""
+    return f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', '')}"
 
 
 def spellings() -> Iterator[tuple[Any, Rule, Spelling]]:

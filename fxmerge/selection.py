@@ -11,7 +11,7 @@ A selector takes `Candidates` (n channels as their writers make them) and a coun
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -56,7 +56,9 @@ def reprune(channels: Candidates, count: int) -> Tensor:
     member = torch.nn.functional.one_hot(torch.from_numpy(_exactly(tree, count)), count).to(rows)  # (n, k)
     means = (member.T @ rows) / member.sum(0)[:, None]
     off = (rows - member @ means).square().sum(1)  # (n,) to one's own cluster's mean
-    return torch.where(member > 0, off[:, None], torch.inf).argmin(0).sort().values.cpu()
+    off = torch.where(member > 0, off[:, None], torch.inf)
+    nearest = off <= off.amin(0) * (1 + 1e-9)  # of two that are equally near, the first, whatever the rounding
+    return nearest.to(torch.int8).argmax(0).sort().values.cpu()
 
 
 def _exactly(tree: NDArray[np.float64], count: int) -> NDArray[np.int64]:
@@ -110,10 +112,10 @@ SELECTORS: dict[str, Callable[[Candidates, int], Tensor]] = {
 }
 
 
-def select(name: str, channels: Candidates, cells: Tensor, counts: int) -> Tensor:
-    """The channels that stay, (cells * counts,), ascending: `counts` of each cell."""
+def select(name: str, channels: Candidates, cells: Tensor, counts: Sequence[int]) -> Tensor:
+    """The channels that stay, ascending: counts[c] of each cell c."""
     kept = []
-    for cell in range(int(cells.max()) + 1):
+    for cell, count in enumerate(counts):
         index = (cells == cell).nonzero().flatten()
-        kept.append(index[SELECTORS[name](channels.only(index), counts).cpu()])
+        kept.append(index[SELECTORS[name](channels.only(index), count).cpu()])
     return torch.cat(kept).sort().values

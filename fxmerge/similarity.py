@@ -37,12 +37,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Statistics:
-    """A group's n channels as numbers: what to choose by, what to merge by, what each reader has before it."""
+    """A group's n channels as numbers: what to merge by, what each reader has before it."""
 
-    candidates: Candidates
     evidence: Evidence
     linear: bool  # no nonlinear step before the common coordinates
-    covariance: Tensor  # (n, n) of the common coordinates before their nonlinear steps, for white input
+    mean: Tensor  # (n,) of the common coordinates before their nonlinear steps, for white input
+    covariance: Tensor  # (n, n) likewise
     functions: tuple[Step, ...]  # the nonlinear steps before the common coordinates
     readers: tuple[tuple[Step, ...], ...]  # for each reader, from the common coordinates on
     writer_maps: tuple[tuple[Tensor, Tensor, Tensor], ...]  # for each writer, (n,) gain, gain on constants, constant
@@ -71,6 +71,23 @@ def _spread(own: Tensor, member: Member, n: int, default: float) -> Tensor:
     return own.new_full((n, *own.shape[1:]), default).index_copy_(0, member.channels, own)
 
 
+def candidates(group: Group, tensors: Mapping[str, Tensor], seed: int) -> Candidates:
+    """What a selector chooses a group's channels by: its writers' rows, and the first writer's kernels."""
+    carriers, n = {m.layer.node: m for m in group.carriers}, group.channels
+    rows = []
+    for writer in group.writers:
+        raw = rows_of(writer, tensors[writer.layer.params["weight"]], n)
+        if "bias" in writer.layer.params and not any(_is_norm(name, carriers) for name in writer.steps):
+            raw = torch.cat([raw, _spread(_bias(writer.layer, tensors)[writer.where], writer, n, 0.0).to(raw)], 1)
+        rows.append(raw)
+    first = group.writers[0]
+    weight = tensors[first.layer.params["weight"]]
+    out_first = weight.movedim(1, 0) if first.layer.transposed else weight
+    kernels = out_first[first.where[:, 0]]
+    kernels = kernels.flatten(2) if weight.dim() > 2 else kernels[:, :, None]
+    return Candidates(torch.cat(rows, 1), _spread(kernels, first, n, 0.0), seed)
+
+
 def statistics(group: Group, captured: Capture, tensors: Mapping[str, Tensor], options: Options) -> Statistics:
     """Gather a group's statistics. `tensors` are the model's parameters and buffers by path."""
     published = options.decomposition == "mostsim" and options.mostsim_scale == "reference"
@@ -82,47 +99,44 @@ def statistics(group: Group, captured: Capture, tensors: Mapping[str, Tensor], o
         return tuple(_step(nodes[name], carriers.get(name), captured, tensors, n) for name in names)
 
     inner, covariance = (torch.zeros(n, n, dtype=torch.float64) for _ in range(2))
-    bias = torch.zeros(n, dtype=torch.float64)
-    rows, maps, linear = [], [], True
+    mean = torch.zeros(n, dtype=torch.float64)
+    bias, maps, linear = torch.zeros(n, dtype=torch.float64), [], True
     functions: tuple[Step, ...] = ()
     normed = any(_is_norm(name, carriers) for w in group.writers for name in w.steps)
     form = None
     for writer in group.writers:
-        raw = rows_of(writer, tensors[writer.layer.params["weight"]], n).double()
-        constant = _spread(_bias(writer.layer, tensors)[writer.where], writer, n, 0.0)  # (n, copies)
-        behind_norm = any(_is_norm(name, carriers) for name in writer.steps)
-        rows.append(raw if behind_norm or "bias" not in writer.layer.params else torch.cat([raw, constant], 1))
-        steps = steps_of(writer.steps)
-        own = linalg.gram(raw if normed else rows[-1])
+        raw = rows_of(writer, tensors[writer.layer.params["weight"]], n)
         spread = linalg.gram(raw)
-        offset = constant.mean(1) if normed else torch.zeros(n, dtype=torch.float64)
+        constants = _spread(_bias(writer.layer, tensors)[writer.where], writer, n, 0.0)  # (n, copies)
+        # without a BatchNorm anywhere the constants are one more column, as in the paper; with one they count apart
+        own = spread if normed else spread + linalg.gram(constants)
+        constant = constants.mean(1) if normed else torch.zeros(n, dtype=torch.float64)
+        level = constants.mean(1)
+        steps = steps_of(writer.steps)
         gain, constant_gain = torch.ones(n, dtype=torch.float64), torch.ones(n, dtype=torch.float64)
         moved = torch.zeros(n, dtype=torch.float64)
-        for name, step in zip(writer.steps, steps, strict=True):
+        if published and len(group.writers) == 1 and steps and _is_norm(writer.steps[0], carriers):
+            form = _published(spread, carriers[writer.steps[0]], tensors, n)
+        for step in steps:
             factor = step.gain[:, None] * step.gain[None, :]
             if step.features is not None:
                 factor = factor * linalg.gram(step.features)
             own, spread = own * factor, spread * factor
-            offset = step.constant_gain * offset + step.constant
+            constant = step.constant_gain * constant + step.constant
             moved = step.constant_gain * moved + step.constant
+            level = step.constant_gain * level + step.constant
             gain, constant_gain = gain * step.gain, constant_gain * step.constant_gain
-            if _is_norm(name, carriers):
-                spread = _unit(spread, _gamma(carriers[name], tensors, n))
+            if _is_norm(step.node, carriers):
+                spread = _unit(spread, _gamma(carriers[step.node], tensors, n))
+                level = _slot(carriers[step.node], "bias", tensors, n, 0.0)
             linear &= step.function is None
         functions = tuple(s for s in steps if s.function is not None)
         maps.append((gain, constant_gain, moved))
-        inner, bias, covariance = inner + own, bias + offset, covariance + spread
-        if published and len(group.writers) == 1 and writer.steps and _is_norm(writer.steps[0], carriers):
-            form = _published(linalg.gram(raw), carriers[writer.steps[0]], tensors, n)
-    first = group.writers[0]
-    weight = tensors[first.layer.params["weight"]]
-    out_first = weight.movedim(1, 0) if first.layer.transposed else weight
-    kernels = out_first.flatten(2)[first.where[:, 0]] if weight.dim() > 2 else out_first[first.where[:, 0]][:, :, None]
-    kernels = _spread(kernels, first, n, 0.0)
+        inner, bias = inner + own, bias + constant
+        mean, covariance = mean + level, covariance + spread
     return Statistics(
-        Candidates(torch.cat([r.to(weight.dtype) for r in rows], 1), kernels, options.seed),
         Evidence(inner, bias, normed, group.cells, not group.scale_blocks, options.threshold, options.lam, form),
-        linear, covariance, functions, tuple(steps_of(r.steps) for r in group.readers), tuple(maps),
+        linear, mean, covariance, functions, tuple(steps_of(r.steps) for r in group.readers), tuple(maps),
     )  # fmt: skip
 
 
@@ -136,7 +150,7 @@ def moments(found: Statistics, reader: int, seed: int) -> tuple[Tensor, Tensor]:
     points = linalg.coordinates(found.covariance)
     count = max(SAMPLES, 4 * len(points))
     noise = torch.randn(count // 2, points.size(1), generator=generator, dtype=torch.float64)
-    values = torch.cat([noise, -noise]) @ points.T + found.evidence.bias
+    values = torch.cat([noise, -noise]) @ points.T + found.mean
     for step in (*found.functions, *found.readers[reader]):
         values = step.function(values) if step.function is not None else values * step.gain + step.constant
     mean = values.mean(0)

@@ -51,6 +51,52 @@ def linear(ctx: Any, input: Any, weight: Any, bias: Any = None) -> Any:
     return Lab(spread(writes, ctx.shape, len(ctx.shape) - 1))
 
 
+def matrix(ctx: Any, input: Lab, weight: Param, bias: Any = None) -> Any:
+    """y = x W + b over the last axis, with the weight the other way round. W: (in, out)."""
+    last = input.t.dim() - 1
+    if varying(input.t) and last not in varying(input.t) and input.t.size(last) > 1:
+        return ctx.unknown("maps positions, not channels")
+    reads, writes = ctx.along(input, last), ctx.axis(weight, 1)
+    ctx.tie(reads, ctx.axis(weight, 0))
+    if bias is not None:
+        ctx.tie(writes, ctx.axis(bias, 0))
+    ctx.layer("matrix", _slots(weight=weight, bias=bias), reads=reads[None], writes=writes, transposed=True)
+    return Lab(spread(writes, ctx.shape, len(ctx.shape) - 1))
+
+
+def embedding(ctx: Any, input: Any, weight: Any, *rest: Any, **kwargs: Any) -> Any:
+    """Rows of a table: W (entries, channels) writes channels and reads nothing; its entries stay."""
+    if not isinstance(weight, Param) or ctx.shape is None:
+        return ctx.unknown("has a table that is computed, not a parameter")
+    writes = ctx.axis(weight, 1)
+    ctx.layer("embedding", _slots(weight=weight), writes=writes, transposed=True)
+    return Lab(spread(writes, ctx.shape, len(ctx.shape) - 1))
+
+
+def conv_transpose(
+    ctx: Any,
+    input: Any,
+    weight: Any,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> Any:
+    """Transposed convolution. W: (in, out/groups, *kernel)."""
+    why = _operands(ctx, input, weight, bias)
+    if why or groups > 1:
+        return ctx.unknown(why or "is grouped")
+    axis = input.t.dim() - (weight.value.dim() - 2) - 1
+    reads, writes = ctx.along(input, axis), ctx.axis(weight, 1)
+    ctx.tie(reads, ctx.axis(weight, 0))
+    if bias is not None:
+        ctx.tie(writes, ctx.axis(bias, 0))
+    ctx.layer("conv_transpose", _slots(weight=weight, bias=bias), reads=reads[None], writes=writes, transposed=True)
+    return Lab(spread(writes, ctx.shape, axis))
+
+
 def conv(
     ctx: Any,
     input: Any,
@@ -133,6 +179,30 @@ def elementwise(ctx: Any, a: Any, b: Any, **kwargs: Any) -> Any:
     if isinstance(value, Tensor) and _meets(x.t, value.shape):
         return ctx.unknown("meets a constant tensor")
     return ctx.resized(x, ctx.shape)
+
+
+def masked_fill(ctx: Any, input: Any, mask: Any, value: Any) -> Any:
+    """where(mask, value, input) for a value that is one number."""
+    return elementwise(ctx, input, mask)
+
+
+def choose(ctx: Any, condition: Any, a: Any, b: Any) -> Any:
+    """where(condition, a, b): all that have a place of their own along the channels become one."""
+    found: Any = None
+    for operand in (a, b, condition):
+        if isinstance(operand, Param):
+            return ctx.unknown("chooses between parameters")
+        if isinstance(operand, Lab):
+            if found is None:
+                found = ctx.resized(operand, ctx.shape) if operand.t.dim() == len(ctx.shape) else operand
+            else:
+                found = _meet(ctx, found.t, operand.t)
+        if not isinstance(found, Lab) and found is not None:
+            return found
+    for operand in (a, b, condition):
+        if isinstance(operand, Tensor) and found is not None and _meets(found.t, operand.shape):
+            return ctx.unknown("meets a constant tensor")
+    return ctx.unknown("has no operand that is an activation") if found is None else ctx.resized(found, ctx.shape)
 
 
 def _meets(labels: Tensor, shape: Any) -> bool:

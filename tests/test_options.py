@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from typing import Any
 
@@ -127,12 +128,20 @@ def test_rounded_is_a_multiple_or_all(round_to: int, cells: int) -> None:
                 assert abs(found - size * share) <= min(abs(m - size * share) for m in near) + 1e-9
 
 
-def a_group(name: str, channels: int, cells: int = 1) -> Group:
-    owner = torch.arange(channels) % cells
-    return Group(name, torch.arange(channels), owner, (), (), (), (), (), True, ())
+Blocks = tuple[tuple[tuple[int, ...], ...], ...]
 
 
-GROUPS = [a_group("stem", 10), a_group("block.0.conv1", 16), a_group("block.1.conv1", 32, 4), a_group("tiny", 1)]
+def a_group(name: str, sizes: list[int], blocks: Blocks = ()) -> Group:
+    """A group of cells of these sizes, interleaved; each row of a block is a tuple of cells."""
+    owner = torch.cat([torch.full((s,), c) for c, s in enumerate(sizes)])
+    owner = owner[torch.randperm(len(owner), generator=torch.Generator().manual_seed(0))]
+    return Group(name, torch.arange(len(owner)), owner, (), (), (), (), (), True, (), blocks=blocks)
+
+
+FOUR = (((0,), (1,), (2,), (3,)),)
+GROUPS = [
+    a_group("stem", [10]), a_group("block.0.conv1", [16]), a_group("block.1.conv1", [8] * 4, FOUR), a_group("tiny", [1])
+]  # fmt: skip
 
 # options, what one cell of each group keeps
 UNIFORM: list[tuple[dict[str, Any], list[int]]] = [
@@ -155,7 +164,10 @@ UNIFORM: list[tuple[dict[str, Any], list[int]]] = [
 @pytest.mark.parametrize("name", ALLOCATORS)
 @pytest.mark.parametrize(("fields", "expected"), UNIFORM)
 def test_allocation_by_hand(name: str, fields: dict[str, Any], expected: list[int]) -> None:
-    found = ALLOCATORS[name](GROUPS, Options(**fields))
+    counts = ALLOCATORS[name](GROUPS, Options(**fields))
+    assert [len(c) for c in counts.values()] == [1, 1, 4, 1]
+    assert all(len(set(c)) == 1 for c in counts.values())
+    found = {group: c[0] for group, c in counts.items()}
     if fields.get("ratio") == 0.75:
         assert found.pop("stem") in (2, 3)
         expected = expected[1:]
@@ -172,6 +184,37 @@ def test_allocation_by_hand(name: str, fields: dict[str, Any], expected: list[in
 def test_what_keep_cannot_have_names_the_group(keep: dict[str, int], group: str) -> None:
     with pytest.raises(FxMergeError, match=group):
         ALLOCATORS["uniform"](GROUPS, Options(keep=keep))
+
+
+# sizes of the cells, and blocks: cells that were shuffled across several blocks
+UNEQUAL: list[tuple[list[int], Blocks]] = [
+    ([2, 2, 4], (((0, 1), (2,)),)),
+    ([3, 5, 4, 4], (((0, 1), (2, 3)),)),
+    ([1, 3, 3, 1], (((0, 1), (2, 3)), ((0, 2), (1, 3)))),
+    ([2, 4, 4, 2], (((0, 1), (2, 3)), ((0, 2), (1, 3)))),
+]
+
+
+@pytest.mark.parametrize(("sizes", "blocks"), UNEQUAL)
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 0.5, 0.8])
+@pytest.mark.parametrize("round_to", [1, 2, 4])
+def test_unequal_cells_are_as_near_to_the_share_as_any(
+    sizes: list[int], blocks: Blocks, ratio: float, round_to: int
+) -> None:
+    """Every row of a block keeps equally many, in all a multiple; no other numbers are nearer: all are tried."""
+
+    def off(counts: tuple[int, ...]) -> float:
+        return sum(abs(k - n * (1 - ratio)) for k, n in zip(counts, sizes, strict=True))
+
+    def allowed(counts: tuple[int, ...]) -> bool:
+        rows = all(len({sum(counts[c] for c in row) for row in block}) == 1 for block in blocks)
+        return rows and sum(counts) % round_to == 0
+
+    (found,) = ALLOCATORS["uniform"]([a_group("a", sizes, blocks)], Options(ratio=ratio, round_to=round_to)).values()
+    assert all(1 <= k <= n for k, n in zip(found, sizes, strict=True))
+    assert allowed(found)
+    tried = itertools.product(*(range(1, n + 1) for n in sizes))
+    assert off(found) == pytest.approx(min(off(t) for t in tried if allowed(t)), abs=1e-9)
 
 
 class Net(nn.Module):

@@ -156,13 +156,21 @@ def test_select_keeps_equally_many_of_each_cell(name: str, cells: list[int]) -> 
     c, owner = candidates(8, seed=3), torch.tensor(cells)
     size = 8 // (max(cells) + 1)
     for counts in range(1, size + 1):
-        found = select(name, c, owner, counts)
+        found = select(name, c, owner, (counts,) * (max(cells) + 1))
         assert found.tolist() == sorted(set(found.tolist()))
         assert torch.bincount(owner[found], minlength=max(cells) + 1).tolist() == [counts] * (max(cells) + 1)
         for cell in range(max(cells) + 1):  # each cell as if it were alone
             inside = [i for i in range(8) if cells[i] == cell]
             alone = SELECTORS[name](Candidates(c.rows[inside], c.kernels[inside], c.seed), counts)
             assert [i for i in found.tolist() if i in inside] == [inside[i] for i in alone.tolist()]
+
+
+@pytest.mark.parametrize("name", SELECTORS)
+def test_select_counts_of_each_cell(name: str) -> None:
+    owner = torch.tensor([0, 2, 2, 1, 0, 2, 0, 2])
+    found = select(name, candidates(8, seed=3), owner, (3, 1, 2))
+    assert found.tolist() == sorted(set(found.tolist()))
+    assert torch.bincount(owner[found]).tolist() == [3, 1, 2]
 
 
 Case = tuple[str, Rows, int, list[int]]

@@ -1,0 +1,119 @@
+"""Rules of contractions: matmul, einsum, scaled_dot_product_attention.
+
+The two sides of the contracted axis are tied; the labels of the other axes pass on. A batch axis that labels vary
+along on both sides (attention heads) is tied as well, position by position, but what comes out where both sides'
+channels were contracted away (attention scores) holds no channels: a head's scores are there as long as the head is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .ir import Lab, Param
+from .labels import FIXED, fixed, simplify, varying
+from .writers import matrix
+
+
+def contract(ctx: Any, a: Tensor, b: Tensor, letters_a: str, letters_b: str, letters_out: str) -> Any:
+    """The rule for two label tensors whose axes are named by letters, as in einsum."""
+    shape = ctx.shape
+    if shape is None or len(set(letters_a)) < len(letters_a) or len(set(letters_b)) < len(letters_b):
+        return ctx.unknown("takes a diagonal")
+    summed = [c for c in letters_a if c in letters_b and c not in letters_out]
+    alone = [c for c in letters_a + letters_b if c not in letters_out and c not in summed]
+    varying_a = {letters_a[i] for i in varying(a)}
+    varying_b = {letters_b[i] for i in varying(b)}
+    if set(alone) & (varying_a | varying_b):
+        return ctx.unknown("sums over the channels of one operand alone")
+    shared = [c for c in letters_a if c in letters_b]
+    if (varying_a | varying_b) & set(summed):
+        if (varying_a | varying_b) - set(shared):
+            return ctx.unknown("contracts channels that stand beside others")
+        # q k': tie what meets along the contracted axis, for each place along the shared ones
+        ctx.tie(_only(a, letters_a, shared), _only(b, letters_b, shared))
+        return Lab(fixed(shape))
+    if not varying_a and not varying_b:
+        return Lab(fixed(shape))
+    if varying_a and varying_b and (a != FIXED).any() and (b != FIXED).any():
+        return ctx.unknown("spreads two kinds of channels over each other")
+    if (varying_a | varying_b) <= set(shared):
+        return ctx.unknown("has channels on a batch axis only")
+    source, letters = (b, letters_b) if varying_b else (a, letters_a)
+    kept = [c for c in letters_out if c in letters]
+    labels = _only(source, letters, kept)
+    for axis, c in enumerate(letters_out):
+        if c not in letters:
+            labels = labels.unsqueeze(axis)
+    return Lab(simplify(torch.broadcast_to(labels, tuple(shape))))
+
+
+def _only(labels: Tensor, letters: str, kept: list[str]) -> Tensor:
+    """The labels over some of their axes, in that order; along the others they do not vary."""
+    index = tuple(slice(None) if c in kept else 0 for c in letters)
+    left = [c for c in letters if c in kept]
+    return labels[index].permute([left.index(c) for c in kept])
+
+
+def matmul(ctx: Any, a: Any, b: Any) -> Any:
+    """a (..., m, k) @ b (..., k, n)."""
+    if isinstance(a, Lab) and isinstance(b, Param) and b.value.dim() == 2:
+        return matrix(ctx, a, b)
+    if not isinstance(a, Lab) or not isinstance(b, Lab) or a.t.dim() < 2 or b.t.dim() < 2:
+        return ctx.unknown("has an operand that is no activation")
+    batch = "abcdefgh"[: max(a.t.dim(), b.t.dim()) - 2]
+    letters_a = batch[len(batch) - (a.t.dim() - 2) :] + "mk"
+    letters_b = batch[len(batch) - (b.t.dim() - 2) :] + "kn"
+    return _broadcast(ctx, a.t, b.t, letters_a, letters_b, batch + "mn")
+
+
+def _broadcast(ctx: Any, a: Tensor, b: Tensor, letters_a: str, letters_b: str, out: str) -> Any:
+    """Batch axes of size 1 stretch to the other operand's size."""
+    sizes = {c: max(s for t, ls in ((a, letters_a), (b, letters_b)) for s, d in zip(t.shape, ls, strict=True) if d == c)
+             for c in set(letters_a + letters_b)}  # fmt: skip
+    a, b = (t.expand([sizes[c] for c in ls]) for t, ls in ((a, letters_a), (b, letters_b)))
+    return contract(ctx, simplify(a), simplify(b), letters_a, letters_b, out)
+
+
+def einsum(ctx: Any, equation: Any, *operands: Any) -> Any:
+    """Two operands, an explicit output, no ellipsis."""
+    if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
+        operands = tuple(operands[0])
+    if len(operands) != 2 or not isinstance(equation, str) or "..." in equation or "->" not in equation:
+        return ctx.unknown("is not of two operands with an explicit output")
+    if not all(isinstance(o, Lab) for o in operands):
+        return ctx.unknown("has an operand that is no activation")
+    inputs, out = equation.replace(" ", "").split("->")
+    letters_a, letters_b = inputs.split(",")
+    return _broadcast(ctx, operands[0].t, operands[1].t, letters_a, letters_b, out)
+
+
+def attention(
+    ctx: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """softmax(q k' / scale) v: q (..., t, d), k (..., s, d), v (..., s, e) gives (..., t, e)."""
+    if not all(isinstance(t, Lab) for t in (query, key, value)) or enable_gqa:
+        return ctx.unknown("has an operand that is no activation, or fewer key heads than query heads")
+    if isinstance(attn_mask, Lab) and bool((attn_mask.t != FIXED).any()):
+        ctx.pin(attn_mask.t, "is used as an attention mask")
+    if isinstance(attn_mask, Param):
+        ctx.freeze(attn_mask, "is used as an attention mask")
+    batch = "abcdefgh"[: query.t.dim() - 2]
+    q, k, v = query.t, key.t, value.t
+    held = ctx.shape
+    ctx.shape = (*q.shape[:-1], k.shape[-2])
+    scores = _broadcast(ctx, q, k, batch + "td", batch + "sd", batch + "ts")
+    ctx.shape = held
+    if not isinstance(scores, Lab):
+        return scores
+    return _broadcast(ctx, scores.t, v, batch + "ts", batch + "se", batch + "te")

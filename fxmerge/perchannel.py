@@ -1,0 +1,114 @@
+"""The form of a rule, and the rules of ops that treat every channel alike and alone.
+
+A rule is a function `rule(ctx, *args, **kwargs)` with the op's own functional signature. Operands arrive as `Lab`
+(an activation's labels), `Param` (a parameter) or plain Python values and constant tensors. It returns what the op
+gives in the same terms, and tells `ctx` what it learnt: `ctx.tie`, `ctx.pin`, `ctx.block`, `ctx.layer`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from . import movement, writers
+from .ir import Kind, Lab, Param
+
+Spelling = Any  # a module class, a function, a method name, or Module(...)
+
+
+@dataclass(frozen=True)
+class Module:
+    """A module class and the functional arguments that its attributes stand for."""
+
+    cls: type[nn.Module]
+    attributes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One op: its kind, what it does to labels, and every way of spelling it.
+
+    commutes: f(s x) = s f(x) for every s > 0 (ReLU, pooling, any linear map); False is the safe answer
+    """
+
+    name: str
+    kind: Kind
+    apply: Callable[..., Any]
+    spellings: tuple[Spelling, ...]
+    commutes: bool | Callable[..., bool] = field(default=False)
+
+
+def per_channel_rule(ctx: Any, x: Any, *rest: Any, **kwargs: Any) -> Any:
+    """Each channel is mapped by itself; axes that change size must not be the ones that labels vary along."""
+    others = [*rest, *kwargs.values()]
+    if not isinstance(x, Lab) or any(isinstance(a, (Lab, Param)) for a in others):
+        return ctx.unknown("takes more than one activation or parameter here")
+    shape = ctx.shape
+    if shape is None:
+        return ctx.unknown("gives something other than one tensor")
+    if tuple(shape) == tuple(x.t.shape):
+        return x
+    if len(shape) != x.t.dim():
+        return ctx.unknown("changes the number of axes")
+    return ctx.resized(x, shape)
+
+
+def per_channel(name: str, *spellings: Spelling, commutes: bool | Callable[..., bool] = False) -> Rule:
+    """A row for an op that treats every channel alike and alone: activations, pooling, dropout, ..."""
+    return Rule(name, "per_channel", per_channel_rule, spellings, commutes)
+
+
+def reduction_rule(ctx: Any, x: Any, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Any:
+    """A reduction over axes that labels do not vary along; over channels it pins (it would weigh them anew)."""
+    if not isinstance(x, Lab):
+        return ctx.unknown("reduces something that is no activation")
+    dims = range(x.t.dim()) if dim is None else ([dim] if isinstance(dim, int) else list(dim))
+    axes = {d % max(x.t.dim(), 1) for d in dims}
+    if axes & set(movement.varying_axes(x)):
+        return ctx.unknown("reduces over the channels")
+    out = x.t
+    for axis in sorted(axes, reverse=True):
+        out = out.narrow(axis, 0, 1) if keepdim else out.select(axis, 0)
+    if ctx.shape is None or tuple(out.shape) != tuple(ctx.shape):
+        return ctx.unknown("gives something other than one tensor")
+    return Lab(out)
+
+
+def reduction(name: str, *spellings: Spelling, commutes: bool = False) -> Rule:
+    return Rule(name, "per_channel", reduction_rule, spellings, commutes)
+
+
+def softmax_rule(ctx: Any, x: Any, dim: int | None = None, *rest: Any, **kwargs: Any) -> Any:
+    """Softmax is per channel along any axis that labels do not vary along, and a mixer along one that they do."""
+    if not isinstance(x, Lab) or dim is None:
+        return ctx.unknown("does not say its axis")
+    if dim % x.t.dim() in movement.varying_axes(x):
+        ctx.mix(x.t)
+    return x
+
+
+def prelu_rule(ctx: Any, x: Any, weight: Any) -> Any:
+    if isinstance(weight, Param) and weight.value.numel() > 1 and isinstance(x, Lab):
+        return writers.carry(ctx, "prelu", x, {"weight": weight}, axis=min(1, x.t.dim() - 1))
+    return x
+
+
+def query_rule(ctx: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+    """Shapes, dtypes and devices: plain values, read off the operand."""
+    return ctx.query(x, *args, **kwargs)
+
+
+def adds_nothing(ctx: Any, *args: Any, **kwargs: Any) -> bool:
+    """A sum commutes with scaling when every operand is an activation or a per-channel parameter."""
+    return all(not isinstance(a, (int, float)) or a == 0 for a in args[:2]) and not any(
+        isinstance(a, Tensor) for a in args
+    )
+
+
+def one_factor(ctx: Any, *args: Any, **kwargs: Any) -> bool:
+    """A product commutes with scaling when just one operand is an activation, and stands above the line."""
+    labs = [isinstance(a, Lab) for a in args[:2]]
+    return labs == [True, False] or (labs == [False, True] and "div" not in ctx.rule_name)
