@@ -219,8 +219,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             out.print(f"{network.title} on {network.dataset} left out: {error}\n", markup=False)
             continue
         if args.images is not None or path.name != published.get("weights"):
-            rows = [{k: row[k] for k in ("criterion", "ratio")} for row in published.get("rows", [])]
-            published = {"rows": rows}
+            published = {"rows": [{k: row[k] for k in ("criterion", "ratio")} for row in published.get("rows", [])]}
         original = accuracy(model, inputs, labels, BATCH)
         note = f"{len(labels):,} test images, {path.name}"
         if "original" in published:

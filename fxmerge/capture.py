@@ -7,20 +7,17 @@ known and a graph that does not do what the model does is refused here and not d
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from .errors import FxMergeError, source_line
 from .ir import Capture
 from .movement import leaves
-
-
-class _Tracer(fx.Tracer):
-    record_stack_traces = True
+from .tracing import first_line, trace
 
 
 def arguments(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -45,7 +42,9 @@ def check_model(model: Any) -> None:
     for name, value in [*model.named_parameters(), *model.named_buffers()]:
         if torch.nn.parameter.is_lazy(value):
             raise FxMergeError(f"{name} has no shape yet (a lazy module); run the model once on an example first")
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        # a finite sum has finite terms; the slower look is for sums that overflow
+        odd = value.is_floating_point() and not bool(torch.isfinite(value.sum(dtype=torch.float32)))
+        if odd and not bool(torch.isfinite(value).all()):
             raise FxMergeError(f"{name} holds NaN or infinity; a model with such weights cannot be merged")
 
 
@@ -61,45 +60,28 @@ def capture(model: nn.Module, example_inputs: Any) -> Capture:
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
-            expected = copy.deepcopy(traced_model)(*args, **kwargs)
+            expected = traced_model(*args, **kwargs)
         except Exception as error:
             raise FxMergeError(
                 f"{type(model).__name__} does not run on these example inputs ({_shapes(args, kwargs)}): "
-                f"{type(error).__name__}: {_first_line(error)}; give inputs as the model's forward takes them"
+                f"{type(error).__name__}: {first_line(error)}; give inputs as the model's forward takes them"
             ) from error
-        module = _trace(traced_model, args, kwargs)
+        module = trace(traced_model, args, kwargs)
         values = _bind(module, args, kwargs)
         torch.manual_seed(0)
         recorder = _Recorder(module)
-        actual = recorder.run(*values)
+        actual = recorder.run(*values, enable_io_processing=False)
     _compare(type(model).__name__, expected, actual)
     for name, traced in module.named_modules():
         traced.training = training.get(name, model.training)
-    return Capture(module, tuple(values), recorder.shapes, recorder.dtypes, recorder.devices)
-
-
-def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
-    if isinstance(model, fx.GraphModule):
-        return model
-    given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
-    left_out = {
-        name: parameter.default
-        for name, parameter in inspect.signature(model.forward).parameters.items()
-        if name not in given and parameter.default is not inspect.Parameter.empty
-    }
-    try:
-        graph = _Tracer().trace(model, concrete_args=left_out or None)
-    except Exception as error:
-        raise FxMergeError(
-            f"{type(model).__name__} cannot be traced by torch.fx: {_first_line(error)}{_where(error)}; "
-            "move the control flow that depends on values into a submodule that is a leaf, or merge the submodules "
-            "that can be traced one by one"
-        ) from error
-    return fx.GraphModule(model, graph, type(model).__name__)
+    outputs = tuple(v for v in leaves(expected) if isinstance(v, Tensor) and v.is_floating_point())
+    return Capture(module, args, kwargs, tuple(values), outputs, recorder.shapes, recorder.dtypes, recorder.devices)
 
 
 def _bind(module: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """The values of the placeholders, in order."""
+    """The values of the placeholders, in order; those of an exported graph are the leaves of the arguments."""
+    if isinstance(module.graph._codegen, fx.graph._PyTreeCodeGen):
+        return list(tree_leaves((args, kwargs)))
     values, positional = [], list(args)
     for node in module.graph.nodes:
         if node.op == "placeholder":
@@ -127,7 +109,7 @@ class _Recorder(fx.Interpreter):
             value = super().run_node(n)
         except Exception as error:
             raise FxMergeError(
-                f"the traced graph fails at {n.name} ({n.target}): {_first_line(error)}; from {source_line(n) or '?'}"
+                f"the traced graph fails at {n.name} ({n.target}): {first_line(error)}; from {source_line(n) or '?'}"
             ) from error
         if isinstance(value, Tensor):
             self.shapes[n.name] = tuple(value.shape)
@@ -151,18 +133,3 @@ def _shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         return f"{tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
     return ", ".join([*map(show, args), *(f"{k}={show(v)}" for k, v in kwargs.items())])
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _where(error: Exception) -> str:
-    """The innermost line of the error's traceback that is not torch's own."""
-    frame, place = error.__traceback__, ""
-    while frame is not None:
-        path = frame.tb_frame.f_code.co_filename
-        if "/torch/" not in path and "/fxmerge/" not in path:
-            place = f" (at {path}:{frame.tb_lineno}, in {frame.tb_frame.f_code.co_name})"
-        frame = frame.tb_next
-    return place

@@ -1,7 +1,7 @@
 """Constants: literal sizes in a graph (`view(b, 4, 16)`) that a merge makes wrong are recomputed, and proved.
 
 The narrowed graph is run once more on labels, those that survive. Each movement op must give exactly the survivors of
-what it gave before; if it does not as it stands, `movement.resized` proposes new literals, and the proposal must. An op
+what it gave before; if it does not as it stands, `resized` proposes new literals, and the proposal must. An op
 that neither way works for names the channels that must stay.
 """
 
@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from . import movement, rules
 from .ir import Capture, Lab, Param, Provenance
 from .labels import compact, numbers, simplify
+from .resizing import IMPLICIT, Call, resized
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Failure:
     labels: Tensor
 
 
-def recompute(captured: Capture, facts: Provenance, alive: Tensor) -> tuple[dict[str, movement.Call], list[Failure]]:
+def recompute(captured: Capture, facts: Provenance, alive: Tensor) -> tuple[dict[str, Call], list[Failure]]:
     """(node -> its new call, failures) for a graph whose labels with `alive[label]` False have gone."""
     return _Check(captured, facts, alive).run()
 
@@ -37,10 +38,10 @@ class _Check:
         self.captured, self.facts, self.alive = captured, facts, alive
         self.table = rules.table()
         self.values: dict[str, Any] = {}
-        self.edits: dict[str, movement.Call] = {}
+        self.edits: dict[str, Call] = {}
         self.failures: list[Failure] = []
 
-    def run(self) -> tuple[dict[str, movement.Call], list[Failure]]:
+    def run(self) -> tuple[dict[str, Call], list[Failure]]:
         for node in self.captured.module.graph.nodes:
             if node.op != "output":
                 self.values[node.name] = self.step(node)
@@ -69,12 +70,13 @@ class _Check:
         if kind == "movement":
             return self.movement(node, before, expected)
         self.freeze_scalars(node)
+        self.implicit(node)
         if not expected:
             self.fail(node)
             return before
         return expected[0]
 
-    def arguments(self, call: fx.Node | movement.Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def arguments(self, call: fx.Node | Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
         def value(leaf: Any) -> Any:
             return self.values[leaf.name] if isinstance(leaf, fx.Node) else leaf
 
@@ -102,7 +104,27 @@ class _Check:
 
         args, kwargs = movement.tree(original, tuple(node.args)), movement.tree(original, dict(node.kwargs))
         if (args, kwargs) != (tuple(node.args), dict(node.kwargs)):
-            self.edits[node.name] = movement.Call(node.target, args, kwargs)
+            self.edits[node.name] = Call(node.target, args, kwargs)
+
+    def implicit(self, node: fx.Node) -> None:
+        """An op whose meaning depends on a width keeps its meaning."""
+        if node.op != "call_function" or self.facts.kinds[node.name] == "unknown":
+            return
+        follow = IMPLICIT.get(self.rule_name(node))
+        if follow is not None:
+            call = self.edits.get(node.name, Call(node.target, tuple(node.args), dict(node.kwargs)))
+            operands = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, fx.Node)]
+            before = [_shape(self.before(o.name)) for o in operands]
+            found = follow(call, before, [_shape(self.values[o.name]) for o in operands])
+            if found is not None:
+                self.edits[node.name] = found
+
+    def rule_name(self, node: fx.Node) -> str:
+        return self.rule_name_of(node.target)
+
+    def rule_name_of(self, target: Any) -> str:
+        found = None if isinstance(target, nn.Module) else rules.find(target, self.table)
+        return found[0].name if found is not None else ""
 
     def movement(self, node: fx.Node, before: Any, expected: list[Any]) -> Any:
         args, kwargs = self.arguments(node)
@@ -112,10 +134,10 @@ class _Check:
             if _same(self.attempt(node, target, args, kwargs), want):
                 return want
         for want in [] if inside else expected:
-            name = (self.table.get(node.target) or self.table[rules.dotted(node.target)])[0].name
+            name = self.rule_name(node)
             shapes = [movement.tree(lambda v: tuple(v.t.shape) if isinstance(v, Lab) else v, v) for v in (before, want)]
-            call = movement.Call(node.target, tuple(node.args), dict(node.kwargs))
-            proposal = movement.resized(name, call, shapes[0], shapes[1], lambda axis: self.survivors(node, axis))
+            call = Call(node.target, tuple(node.args), dict(node.kwargs))
+            proposal = resized(name, call, shapes[0], shapes[1], lambda axis: self.survivors(node, axis))
             if proposal is not None:
                 found = self.attempt(node, proposal.target, *self.arguments(proposal))
                 if _same(found, want):
@@ -125,6 +147,9 @@ class _Check:
         return expected[0] if expected else before
 
     def attempt(self, node: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.rule_name_of(target) == "pad":
+            kwargs = {**kwargs, "value": _ANY}
+            args = args[:3]
         try:
             out = movement.run(target, *_plain(args, kwargs, self.captured, node, self.facts, self.alive))
         except (TypeError, RuntimeError, ValueError, IndexError):
@@ -151,6 +176,15 @@ class _Check:
         self.failures.append(Failure(node.name, labels[~self.alive[labels]]))
 
 
+_ANY = -1  # zeros that were padded on: one is as good as another
+
+
+def _shape(value: Any) -> tuple[int, ...] | None:
+    if isinstance(value, Lab):
+        return tuple(value.t.shape)
+    return tuple(value.value.shape) if isinstance(value, Param) else None
+
+
 def _labelled(value: Any) -> bool:
     return any(isinstance(leaf, Lab) for leaf in movement.leaves(value))
 
@@ -175,11 +209,15 @@ def _plain(
     return movement.tree(plain, args), movement.tree(plain, kwargs)
 
 
+def _equal(found: Tensor, want: Tensor) -> bool:
+    return found.shape == want.shape and bool(((found == want) | (found == _ANY)).all())
+
+
 def _same(found: Any, want: Any) -> bool:
     if found is None:
         return False
     one, other = movement.leaves(found), movement.leaves(want)
     return len(one) == len(other) and all(
-        a.t.shape == b.t.shape and bool((a.t == b.t).all()) if isinstance(a, Lab) and isinstance(b, Lab) else a == b
+        _equal(a.t, b.t) if isinstance(a, Lab) and isinstance(b, Lab) else a == b
         for a, b in zip(one, other, strict=True)
     )

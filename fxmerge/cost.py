@@ -20,8 +20,11 @@ class Cost:
     by_module: dict[str, tuple[int, int]]  # module path -> (parameters, flops)
 
 
-def cost(module: fx.GraphModule, args: Sequence[Any]) -> Cost:
-    """Count a graph module's parameters and FLOPs. Elementwise ops count as nothing, as is the custom."""
+def cost(module: fx.GraphModule, inputs: Sequence[Any]) -> Cost:
+    """Count a graph module's parameters and FLOPs for the values of its placeholders.
+
+    Elementwise ops count as nothing, as is the custom.
+    """
     counter = FlopCounterMode(display=False)
     flops: dict[str, int] = {}
 
@@ -38,7 +41,7 @@ def cost(module: fx.GraphModule, args: Sequence[Any]) -> Cost:
     interpreter = Counting(module)
     interpreter.extra_traceback = False
     with torch.no_grad(), counter:
-        interpreter.run(*args)
+        interpreter.run(*inputs, enable_io_processing=False)
     for m, training in modes.items():
         m.training = training
     owners: dict[str, tuple[int, int]] = {}

@@ -19,6 +19,13 @@ Kind = Literal[
 
 
 @dataclass(frozen=True)
+class Aten:
+    """An aten op, by its plain name, that no function or method of torch has the name of."""
+
+    name: str
+
+
+@dataclass(frozen=True)
 class Param:
     """A parameter or buffer as an operand: its path in the graph module, and its value."""
 
@@ -177,6 +184,9 @@ class Capture:
 
     module: fx.GraphModule
     args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    inputs: tuple[Any, ...]  # the values of the graph's placeholders
+    outputs: tuple[Tensor, ...]  # what the model itself gave, floating-point tensors only
     shapes: Mapping[str, tuple[int, ...]]  # node -> shape of the tensor that it gave
     dtypes: Mapping[str, torch.dtype]
     devices: Mapping[str, torch.device]

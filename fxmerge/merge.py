@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from . import cost, verify
+from . import verify
 from .allocation import ALLOCATORS, check_patterns, ignored
 from .capture import capture
 from .constants import recompute
@@ -21,12 +21,12 @@ from .decomposition import Mapping as Map
 from .errors import FxMergeError, source_line
 from .groups import group
 from .ir import Capture, Decomposition, Group, Grouping, Merge, Provenance, Refusal
-from .movement import Call
 from .options import Options
 from .plan import GroupPlan, Partner, Plan
 from .progress import progress
 from .provenance import provenance
 from .report import AnalysisReport, Report
+from .resizing import Call
 from .rewrite import Rewriter, survivors
 from .selection import select
 from .similarity import candidates, moments, state, statistics
@@ -52,7 +52,7 @@ class Analysis:
 
     @property
     def report(self) -> AnalysisReport:
-        return AnalysisReport(self.groups, self.refusals, cost.cost(self.captured.module, self.captured.args))
+        return AnalysisReport(self.groups, self.refusals, self.captured)
 
 
 @dataclass(frozen=True)
@@ -137,10 +137,9 @@ def _merge(model: nn.Module, example_inputs: Any, options: Options, decided: Map
         module = rewriter.finish(survivors(facts, grouping.atom, chosen), edits)
         stage("verify")
         verdict = verify.compare(captured, module)
-        before, after = (cost.cost(m, captured.args) for m in (captured.module, module))
     analysis = Analysis(captured, facts, grouping, refusals)
     plan = Plan(options, tuple(plans))
-    report = Report(grouping.groups, refusals, before, after, plan, verdict)
+    report = Report(grouping.groups, refusals, captured, module, plan, verdict)
     return Result(module, plan, report, analysis)
 
 
@@ -218,9 +217,9 @@ def _decompose(
                 bias = found.evidence.bias
                 shift = bias - up @ bias[kept]
             for step in steps:
-                up, shift = push(up, shift, kept, step.gain, step.constant_gain, step.constant)
                 if step.function is not None:
                     shift = torch.zeros_like(shift)  # a constant does not pass a nonlinear function
+                up, shift = push(up, shift, kept, step.gain, step.constant_gain, step.constant)
             shift = torch.where(carried, shift, 0) if method == "mostsim" else torch.zeros_like(shift)
         readers.append(Decomposition(up, shift))
     return mapping, Merge(group, kept, mapping.down if method == "fold" else None, tuple(readers), found.writer_maps)

@@ -1,21 +1,20 @@
 """Ops that only move entries about: executed on the labels, so that no index map is ever written by hand.
 
-After a merge their literal sizes may be wrong (`view(b, 4, 16)` of 32 surviving channels). `resized` proposes new
-literals from the shape that the surviving labels have, and `rewrite` proves a proposal by running it on those labels.
+After a merge their literal sizes may be wrong (`view(b, 4, 16)` of 32 surviving channels): see `resizing.py`.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .ir import Lab, Param
-from .labels import FIXED, fixed, simplify, varying
+from .ir import Aten, Lab, Param
+from .labels import FIXED, fixed, simplify, spread, varying
 
 SPELLINGS: dict[str, tuple[Any, ...]] = {
     "view": ("view", "reshape", torch.reshape, "view_as", "reshape_as"),
@@ -29,30 +28,30 @@ SPELLINGS: dict[str, tuple[Any, ...]] = {
     "cat": (torch.cat, torch.concat, torch.concatenate),
     "stack": (torch.stack,),
     "chunk": (torch.chunk, "chunk"),
-    "split": (torch.split, torch.functional.split, "split", torch.tensor_split, "tensor_split"),
+    "split": (torch.split, torch.functional.split, "split", torch.tensor_split, "tensor_split", "split_with_sizes"),
     "unbind": (torch.unbind, "unbind"),
     "getitem": (operator.getitem,),
+    "slice": (Aten("slice"),),
+    "index": (Aten("index"),),
+    "index_select": (torch.index_select, "index_select"),
     "narrow": (torch.narrow, "narrow"),
     "select": (torch.select, "select"),
-    "expand": ("expand", "expand_as", torch.broadcast_to, "broadcast_to"),
+    "expand": ("expand", torch.broadcast_to, "broadcast_to"),
     "repeat": ("repeat", torch.repeat_interleave, "repeat_interleave", torch.tile, "tile"),
     "roll": (torch.roll, "roll"),
     "flip": (torch.flip, "flip"),
     "pixel_shuffle": (nn.PixelShuffle, torch.pixel_shuffle, nn.PixelUnshuffle, torch.pixel_unshuffle),
+    "unfold": (nn.Unfold, F.unfold, "unfold", Aten("im2col")),
     "channel_shuffle": (nn.ChannelShuffle, torch.channel_shuffle),
 }
 
 
-@dataclass(frozen=True)
-class Call:
-    """One call: the target and its arguments, nodes or values alike."""
-
-    target: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
-_COPYING = {"view": "reshape", "view_as": "reshape_as"}  # label tensors are seldom contiguous
+# label tensors are seldom contiguous
+_COPYING: dict[Any, Any] = {
+    "view": "reshape",
+    "view_as": "reshape_as",
+    torch.ops.aten.view.default: torch.ops.aten.reshape.default,
+}
 
 
 def varying_axes(x: Lab) -> tuple[int, ...]:
@@ -62,8 +61,8 @@ def varying_axes(x: Lab) -> tuple[int, ...]:
 def run(target: Any, args: Any, kwargs: Any) -> Any:
     """One movement op on plain tensors: `target` is a method's name, a function or a module."""
     if isinstance(target, str):
-        return getattr(args[0], _COPYING.get(target, target))(*args[1:], **kwargs)
-    return target(*args, **kwargs)
+        return getattr(args[0], str(_COPYING.get(target, target)))(*args[1:], **kwargs)
+    return (target if isinstance(target, nn.Module) else _COPYING.get(target, target))(*args, **kwargs)
 
 
 def tree(function: Callable[[Any], Any], value: Any) -> Any:
@@ -90,7 +89,7 @@ def leaves(value: Any) -> list[Any]:
 
 def execute(ctx: Any, *args: Any, **kwargs: Any) -> Any:
     """Run the op on labels. A constant tensor joined to labels holds no channel; as an index it stays itself."""
-    indexing = ctx.rule_name == "getitem"
+    indexing = ctx.rule_name in ("getitem", "index", "index_select")
 
     def as_labels(value: Any) -> Any:
         if isinstance(value, Lab):
@@ -99,12 +98,12 @@ def execute(ctx: Any, *args: Any, **kwargs: Any) -> Any:
             return ctx.elements(value)
         if isinstance(value, Tensor) and not indexing:
             return fixed(value.shape)
-        return value
+        return value.cpu() if isinstance(value, Tensor) else value
 
     if indexing and not isinstance(args[0], (Lab, Param)):
         if any(isinstance(leaf, Lab) for leaf in leaves(args[1])):
             return ctx.unknown("is indexed by something that depends on the input")
-        return operator.getitem(args[0], args[1])
+        return run(ctx.target, args, kwargs)
     if indexing and any(isinstance(leaf, Lab) for leaf in leaves(args[1:])):
         return ctx.unknown("is indexed by something that depends on the input")
     plain_args, plain_kwargs = tree(as_labels, list(args)), tree(as_labels, kwargs)
@@ -122,6 +121,35 @@ def execute(ctx: Any, *args: Any, **kwargs: Any) -> Any:
             # a channel axis became (blocks, size): what is kept must stay a rectangle
             _block(ctx, value.t)
     return result
+
+
+def pad(ctx: Any, input: Any, pad: Any, mode: str = "constant", value: Any = None) -> Any:
+    """Padding. Along an axis of channels, zeros get labels of their own, which live as long as what they meet."""
+    if not isinstance(input, Lab) or ctx.shape is None:
+        return ctx.unknown("pads something that is no activation")
+    dims, labels, moved = input.t.dim(), input.t, False
+    for at in range(0, len(pad), 2):
+        axis = dims - 1 - at // 2
+        if (pad[at] or pad[at + 1]) and axis in varying(labels):
+            if mode != "constant" or pad[at] < 0 or pad[at + 1] < 0:
+                return ctx.unknown("pads the channels in a way that adds no zeros")
+            shape = list(labels.shape)
+            sides = []
+            for count in (pad[at], pad[at + 1]):
+                shape[axis] = count
+                sides.append(spread(ctx.fresh(count), shape, axis))
+            labels, moved = torch.cat([sides[0], labels, sides[1]], axis), True
+    if moved:
+        ctx.kind = "movement"
+    return ctx.resized(Lab(simplify(labels)), ctx.shape)
+
+
+def expand_as(ctx: Any, input: Any, other: Any) -> Any:
+    """A tensor without channels, spread over those of another, has a place for each of them."""
+    if isinstance(input, Lab) and isinstance(other, Lab) and not bool((input.t != FIXED).any()):
+        ctx.kind = "per_channel"
+        return Lab(other.t)
+    return execute(ctx, input, other)
 
 
 def _block(ctx: Any, labels: Tensor) -> None:
@@ -145,88 +173,3 @@ def _tie_across(ctx: Any, args: list[Any], kwargs: dict[str, Any]) -> None:
     for t in tensors:
         for other in t.unbind(axis) if axis in varying(t) else [t.select(axis, 0)]:
             ctx.tie(first, other)
-
-
-Survivors = Callable[[int], Tensor]  # axis of the first operand -> bool (size,), which places along it survive
-
-
-def resized(name: str, call: Call, before: Any, after: Any, survivors: Survivors) -> Call | None:
-    """The call with new literal sizes, for an op whose output narrows from shapes `before` to `after`.
-
-    Only literal integers change; values that the graph computes are left to it. None: no proposal is known. A proposal
-    is a guess that the caller proves by running it on the labels that survive.
-    """
-    proposal = _PROPOSALS.get(name)
-    return proposal(call, before, after, survivors) if proposal else None
-
-
-def _sizes(call: Call, before: Any, after: Any, survivors: Survivors) -> Call | None:
-    """view, reshape, expand: sizes that were literal become the new shape's."""
-    args = list(call.args)
-    packed = len(args) > 1 and isinstance(args[1], (list, tuple))
-    sizes = list(args[1]) if packed else args[1:]
-    if len(sizes) != len(after):
-        return None
-    new = [a if isinstance(s, int) and s != -1 and b != a else s for s, b, a in zip(sizes, before, after, strict=True)]
-    return Call(call.target, (args[0], tuple(new)) if packed else (args[0], *new), call.kwargs)
-
-
-def _unflatten(call: Call, before: Any, after: Any, survivors: Survivors) -> Call | None:
-    if len(call.args) != 3 or not isinstance(call.args[2], (list, tuple)):
-        return None
-    x, dim, sizes = call.args
-    start = dim % (len(after) - len(sizes) + 1)
-    new = [a if isinstance(s, int) and s != -1 else s for s, a in zip(sizes, after[start:], strict=False)]
-    return Call(call.target, (x, dim, tuple(new)), call.kwargs)
-
-
-def _pieces(call: Call, before: Any, after: Any, survivors: Survivors) -> Call | None:
-    """chunk and split: an explicit list of sizes along the axis that is cut."""
-    axis = call.kwargs.get("dim", call.args[2] if len(call.args) > 2 else 0)
-    sizes = [a[axis % len(a)] for a in after]
-    return Call("split" if isinstance(call.target, str) else torch.split, (call.args[0], sizes, axis), {})
-
-
-def _index(call: Call, before: Any, after: Any, survivors: Survivors) -> Call | None:
-    """x[:, 8:24]: a bound becomes the number of survivors before it. Any other index along a narrowed axis: None."""
-    index = call.args[1] if isinstance(call.args[1], tuple) else (call.args[1],)
-    new: list[Any] = []
-    axis = 0
-    for item in index:
-        if item is None:
-            new.append(item)
-            continue
-        if item is Ellipsis:
-            return None
-        stays = survivors(axis)
-        if not bool(stays.all()):
-            if not isinstance(item, slice) or item.step not in (None, 1):
-                return None
-            start, stop, _ = item.indices(len(stays))
-            item = slice(
-                None if item.start is None else int(stays[:start].sum()),
-                None if item.stop is None else int(stays[:stop].sum()),
-            )
-        new.append(item)
-        axis += 1
-    return Call(call.target, (call.args[0], tuple(new)), call.kwargs)
-
-
-def _narrow(call: Call, before: Any, after: Any, survivors: Survivors) -> Call | None:
-    if len(call.args) != 4:
-        return None
-    x, dim, start, length = call.args
-    stays = survivors(dim)
-    start %= len(stays)
-    return Call(call.target, (x, dim, int(stays[:start].sum()), int(stays[start : start + length].sum())), call.kwargs)
-
-
-_PROPOSALS: dict[str, Callable[[Call, Any, Any, Survivors], Call | None]] = {
-    "view": _sizes,
-    "expand": _sizes,
-    "unflatten": _unflatten,
-    "chunk": _pieces,
-    "split": _pieces,
-    "getitem": _index,
-    "narrow": _narrow,
-}

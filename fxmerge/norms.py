@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from .ir import Lab, Param
-from .labels import varying
+from .labels import fixed, varying
 from .writers import carry
 
 
@@ -67,3 +67,27 @@ def instance_norm(
         return ctx.unknown("does not normalise an activation with channels on axis 1")
     params = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
     return carry(ctx, "instance_norm", input, params, axis=1, eps=eps)
+
+
+def norm(ctx: Any, x: Any, ord: Any = 2, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Any:
+    """The length of a vector: over channels a mixer, whose result holds none."""
+    if not isinstance(x, Lab) or ctx.shape is None:
+        return ctx.unknown("measures something that is no activation")
+    dims = range(x.t.dim()) if dim is None else ([dim] if isinstance(dim, int) else list(dim))
+    axes = {d % x.t.dim() for d in dims}
+    if axes & set(varying(x.t)):
+        ctx.mix(x.t)
+        return Lab(fixed(ctx.shape))
+    out = x.t
+    for axis in sorted(axes, reverse=True):
+        out = out.narrow(axis, 0, 1) if keepdim else out.select(axis, 0)
+    return Lab(out)
+
+
+def normalize(ctx: Any, input: Any, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: Any = None) -> Any:
+    """x / |x| along an axis: a mixer along that of the channels."""
+    if not isinstance(input, Lab):
+        return ctx.unknown("normalises something that is no activation")
+    if dim % input.t.dim() in varying(input.t):
+        ctx.mix(input.t)
+    return input

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from . import movement, writers
@@ -94,6 +95,13 @@ def prelu_rule(ctx: Any, x: Any, weight: Any) -> Any:
     if isinstance(weight, Param) and weight.value.numel() > 1 and isinstance(x, Lab):
         return writers.carry(ctx, "prelu", x, {"weight": weight}, axis=min(1, x.t.dim() - 1))
     return x
+
+
+def constant_rule(ctx: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+    """A new constant of a given size that borrows only its dtype and device from an activation."""
+    if any(isinstance(leaf, (Lab, Param)) for leaf in movement.leaves([*args, *kwargs.values()])):
+        return ctx.unknown("is filled with something that depends on the input")
+    return movement.run(ctx.target, (torch.empty(()), *args), {k: v for k, v in kwargs.items() if k != "device"})
 
 
 def query_rule(ctx: Any, x: Any, *args: Any, **kwargs: Any) -> Any:

@@ -7,134 +7,18 @@ pins (labels that must stay, with the reason and the user's source line), blocks
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from . import movement, rules
+from .context import Context, Opaque
 from .errors import source_line
+from .exporting import by_name, overload_name
 from .ir import Block, Capture, Lab, Layer, Param, ParamLabels, Pin, Provenance, Tie
-from .labels import FIXED, fixed, numbers, simplify, thin, varying
-
-
-class _Context:
-    """What a rule sees of the run, and where it says what it learnt."""
-
-    def __init__(self, run: _Run, node: fx.Node, rule_name: str, target: Any, operands: Sequence[Any]) -> None:
-        self._run, self._node, self._operands = run, node, operands
-        self.rule_name, self.target = rule_name, target
-        self.shape = run.capture.shapes.get(node.name)
-
-    def axis(self, param: Param, axis: int, groups: int = 1) -> Tensor:
-        """The labels along one axis of a parameter, made on first sight: (size,), or (groups * size,)."""
-        known = self._run.axes.setdefault(param.path, {})
-        if axis not in known:
-            known[axis] = self._run.new(param.value.size(axis) * groups)
-        if groups > 1:
-            self._run.groups[param.path] = groups
-        if known[axis].numel() != param.value.size(axis) * groups:
-            self.freeze(param, "is used with different numbers of groups")
-            return torch.zeros(param.value.size(axis) * groups, dtype=torch.int64)
-        return known[axis]
-
-    def elements(self, param: Param) -> Tensor:
-        """A label for each element of a raw parameter."""
-        if param.path not in self._run.elements:
-            self._run.elements[param.path] = self._run.new(param.value.numel()).view(param.value.shape)
-        return self._run.elements[param.path]
-
-    def along(self, x: Lab, axis: int) -> Tensor:
-        """The label at each place along an axis, (size,); what else stands at that place is tied to it."""
-        size = x.t.size(axis)
-        places = thin(x.t).movedim(axis, 0).flatten(1) if x.t.dim() > 1 else thin(x.t)[:, None]
-        if places.size(1) > 1:
-            self.tie(places[:, :1].expand_as(places), places)
-        return places[:, 0].expand(size).clone()
-
-    def resized(self, x: Lab, shape: Sequence[int]) -> Any:
-        """The same labels on another shape of as many axes, where labels do not vary along an axis that changes."""
-        small = x.t
-        for axis in range(small.dim()):
-            if small.dim() == len(shape) and small.size(axis) != shape[axis]:
-                if axis in varying(small):
-                    return self.unknown("changes the size of the channel axis")
-                small = small.narrow(axis, 0, 1)
-        return Lab(simplify(torch.broadcast_to(small, tuple(shape))))
-
-    def tie(self, left: Tensor, right: Tensor) -> None:
-        left, right = torch.broadcast_tensors(thin(left), thin(right))  # type: ignore[no-untyped-call]
-        left, right = left.flatten(), right.flatten()
-        for one, other in ((left, right), (right, left)):
-            if bool((one == FIXED).any()):
-                self.pin(other[one == FIXED], "meets values that are not channels of a layer")
-        differ = (left != right) & (left != FIXED) & (right != FIXED)
-        if bool(differ.any()):
-            self._run.ties.append(Tie(self._node.name, left[differ], right[differ]))
-
-    def pin(self, labels: Tensor, reason: str) -> None:
-        found = numbers(labels)
-        if found.numel():
-            self._run.pins.append(Pin(found, reason, self._node.name, source_line(self._node)))
-
-    def freeze(self, param: Any, reason: str) -> None:
-        """This parameter may not change its shape."""
-        if isinstance(param, Param):
-            self._run.frozen.setdefault(param.path, (f"{param.path} {reason}", self._node))
-
-    def block(self, rows: Tensor) -> None:
-        self._run.blocks.append(Block(rows, self._node.name))
-
-    def mix(self, labels: Tensor) -> None:
-        self._run.mixers.append((self._node.name, numbers(labels)))
-
-    def layer(self, op: str, params: dict[str, str], **facts: Any) -> None:
-        name = str(self._node.target) if self._node.op == "call_module" else next(iter(params.values()), "")
-        if self._node.op != "call_module":
-            name = name.removesuffix(".weight") or name
-        self._run.layers.append(Layer(self._node.name, name or self._node.name, op, params, **facts))
-
-    def query(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        """A shape, a dtype, a device: read off the operand; a dtype or device off what the example run showed."""
-        if self.target is getattr and isinstance(x, Lab):
-            name, source = args[0], self._node.args[0]
-            if name in ("dtype", "device") and isinstance(source, fx.Node):
-                found = getattr(self._run.capture, name + "s").get(source.name)
-                return found if found is not None else self.unknown(f"asks for .{name}")
-            if name not in ("shape", "ndim", "is_cuda", "requires_grad", "itemsize", "layout", "T", "mT"):
-                return self.unknown(f"asks for .{name}")
-            out = getattr(x.t, name)
-            return Lab(simplify(out)) if isinstance(out, Tensor) else out
-        plain = x.t if isinstance(x, Lab) else x.value if isinstance(x, Param) else x
-        return movement.run(self.target, (plain, *args), kwargs)
-
-    def unknown(self, why: str = "has no rule") -> Any:
-        """Pin all that this op touches; what it gives holds no channels."""
-        called = self._node.target if isinstance(self._node.target, str) else _name(self._node.target)
-        reason = f"{called} {why}" if why.split(" ")[0] in _VERBS else f"{called}: {why}"
-        for operand in movement.leaves(list(self._operands)):
-            if isinstance(operand, Lab):
-                self.pin(operand.t, reason)
-            elif isinstance(operand, Param):
-                self.freeze(operand, f"is used by {called}, which {why}")
-        if self._node.op == "call_module":
-            owner = self._run.capture.module.get_submodule(str(self._node.target))
-            for name, value in [*owner.named_parameters(), *owner.named_buffers()]:
-                self.freeze(Param(f"{self._node.target}.{name}", value), f"belongs to {called}, which {why}")
-        shape = self.shape
-        return Lab(fixed(shape)) if shape is not None else _Opaque()
-
-
-_VERBS = {"has", "takes", "gives", "changes", "reduces", "is", "does", "meets", "spreads", "joins", "asks", "maps"}
-
-
-class _Opaque:
-    """What an op without a rule gave when it was no single tensor; whatever takes it apart has no rule either."""
-
-
-def _name(target: Any) -> str:
-    return getattr(target, "__qualname__", None) or getattr(target, "__name__", None) or str(target)
+from .labels import fixed, numbers
 
 
 class _Run:
@@ -142,7 +26,7 @@ class _Run:
 
     def __init__(self, capture: Capture) -> None:
         self.capture, self.table = capture, rules.table()
-        self.count = 1
+        self.count, self.placeholders = 1, 0
         self.axes: dict[str, dict[int, Tensor]] = {}
         self.elements: dict[str, Tensor] = {}
         self.groups: dict[str, int] = {}
@@ -183,7 +67,8 @@ class _Run:
         if node.op == "placeholder":
             self.kinds[node.name] = "input"
             shape = self.capture.shapes.get(node.name)
-            return Lab(fixed(shape)) if shape is not None else self.capture.args[len(self.values)]
+            self.placeholders += 1
+            return Lab(fixed(shape)) if shape is not None else self.capture.inputs[self.placeholders - 1]
         if node.op == "get_attr":
             value = _attribute(self.capture.module, str(node.target))
             self.kinds[node.name] = "query"
@@ -195,7 +80,7 @@ class _Run:
         args, kwargs = movement.tree(operand, list(node.args)), movement.tree(operand, dict(node.kwargs))
         if node.op == "output":
             self.kinds[node.name] = "output"
-            ctx = _Context(self, node, "output", None, args)
+            ctx = Context(self, node, "output", None, args)
             for leaf in movement.leaves(args):
                 if isinstance(leaf, Lab):
                     ctx.pin(leaf.t, "is the model's output")
@@ -217,15 +102,18 @@ class _Run:
                 key, why = None, "has parametrized weights"
             elif key is None:
                 why = f"is a {type(target).__name__}, which has no rule"
-        found = self.table.get(key) or self.table.get(rules.dotted(target))
+        found = self.table.get(key) if node.op == "call_module" else rules.find(key, self.table)
         operands = [*args, *kwargs.values()]
-        ctx = _Context(self, node, found[0].name if found else str(node.target), target, operands)
-        dynamic = any(isinstance(leaf, (Lab, Param, _Opaque)) for leaf in movement.leaves(operands))
+        if found is not None and overload_name(target) is not None and found[0].kind != "movement":
+            accepted = dict(inspect.signature(found[0].apply).parameters)
+            args, kwargs = by_name(target, args, kwargs, accepted)
+        ctx = Context(self, node, found[0].name if found else str(node.target), target, operands)
+        dynamic = any(isinstance(leaf, (Lab, Param, Opaque)) for leaf in movement.leaves(operands))
         if not dynamic and node.op != "call_module":
             self.kinds[node.name] = "query"
             return movement.run(target, tuple(args), kwargs)  # a plain value: computed as it stands
         self.kinds[node.name] = "unknown"
-        if found is None or any(isinstance(leaf, _Opaque) for leaf in movement.leaves(operands)):
+        if found is None or any(isinstance(leaf, Opaque) for leaf in movement.leaves(operands)):
             return ctx.unknown(why)
         rule, spelling = found
         for attribute in getattr(spelling, "attributes", ()):
@@ -240,7 +128,7 @@ class _Run:
         except (TypeError, IndexError, RuntimeError, ValueError) as error:
             del self.pins[pins:]
             return ctx.unknown(f"is called in a way that its rule does not know ({error})")
-        self.kinds[node.name] = rule.kind
+        self.kinds[node.name] = ctx.kind or rule.kind
         commutes = rule.commutes
         self.commutes[node.name] = bool(commutes(ctx, *args, **kwargs) if callable(commutes) else commutes)
         if _in_place(node, target) and node.args and isinstance(node.args[0], fx.Node):
@@ -261,7 +149,7 @@ class _Run:
                 where = source_line(node) if node is not None else ""
                 self.pins.append(Pin(numbers(everything), reason, node.name if node else "", where))
         stands = {n.name: v.t for n, v in self.values.items() if isinstance(v, Lab)}
-        values = {n.name: v for n, v in self.values.items() if not isinstance(v, (Lab, _Opaque))}
+        values = {n.name: v for n, v in self.values.items() if not isinstance(v, (Lab, Opaque))}
         return Provenance(
             stands, values, self.kinds, self.sources, self.commutes, tuple(self.layers), params, tuple(self.ties),
             tuple(self.pins), tuple(self.blocks), tuple(self.mixers), self.count,
@@ -272,6 +160,8 @@ def _in_place(node: fx.Node, target: Any) -> bool:
     """Does the call update its first argument, so that later readers of that argument see the result?"""
     if isinstance(target, nn.Module):
         return bool(getattr(target, "inplace", False))
+    if overload_name(target) is not None:
+        return bool(target._schema.name.endswith("_"))
     if node.kwargs.get("inplace"):
         return True
     name = target if isinstance(target, str) else getattr(target, "__name__", "")

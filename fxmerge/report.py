@@ -6,13 +6,15 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from torch import fx
 
-from .cost import Cost
-from .ir import Group, Refusal
+from .cost import Cost, cost
+from .ir import Capture, Group, Refusal
 from .plan import GroupPlan, Plan
 from .verify import Verdict
 
@@ -71,7 +73,11 @@ class AnalysisReport:
 
     groups: tuple[Group, ...]
     refusals: tuple[Refusal, ...]
-    cost: Cost
+    captured: Capture
+
+    @cached_property
+    def cost(self) -> Cost:
+        return cost(self.captured.module, self.captured.inputs)
 
     def text(self, width: int = 120) -> str:
         """Two tables: the groups with their members, and the refusals with their reasons."""
@@ -109,10 +115,19 @@ class Report:
 
     groups: tuple[Group, ...]
     refusals: tuple[Refusal, ...]
-    before: Cost
-    after: Cost
+    captured: Capture
+    module: fx.GraphModule
     plan: Plan
     verdict: Verdict
+
+    @cached_property
+    def before(self) -> Cost:
+        """What the original weighs and costs, counted when first asked for."""
+        return cost(self.captured.module, self.captured.inputs)
+
+    @cached_property
+    def after(self) -> Cost:
+        return cost(self.module, self.captured.inputs)
 
     def text(self, width: int = 120) -> str:
         """Tables: what each group lost; what was left alone and why; totals."""

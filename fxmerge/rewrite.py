@@ -15,16 +15,17 @@ import torch
 from torch import Tensor, fx, nn
 
 from .ir import Group, Layer, Member, Merge, ParamLabels, Provenance
-from .movement import Call
+from .resizing import Call
 from .weights import columns, from_columns, gather, parameter, places
 
-# module attribute -> (parameter, axis, factor attribute): the sizes that a module keeps of its parameters
-_SIZES: dict[str, tuple[str, int]] = {
-    "in_features": ("weight", 1),
-    "out_features": ("weight", 0),
-    "num_features": ("weight", 0),
-    "num_parameters": ("weight", 0),
-    "out_channels": ("weight", 0),
+# module attribute -> axis of the weight that it tells the size of
+_SIZES: dict[str, int] = {
+    "in_features": 1,
+    "out_features": 0,
+    "num_features": 0,
+    "num_parameters": 0,
+    "num_channels": 0,
+    "embedding_dim": 1,
 }
 
 
@@ -87,7 +88,7 @@ def _absorb_readers(module: fx.GraphModule, held: dict[str, ParamLabels], merge:
 def _gained(reader: Member, own: Tensor, shift: Tensor, weight: Tensor) -> Tensor:
     """W shift, (out,): each place adds shift times the sum of its kernel to the outputs of its block."""
     layer = reader.layer
-    out = weight.size(0) // layer.groups
+    out = weight.size(1) if layer.transposed else weight.size(0) // layer.groups
     each = torch.einsum("n,ncok->nco", shift.to(own), own.reshape(*own.shape[:2], out, -1))
     block = reader.where // (columns(weight, layer).size(0) // layer.groups)  # (n, copies)
     blocks = own.new_zeros(layer.groups, out)
@@ -109,11 +110,13 @@ def _move_bias(
     node = next(n for n in module.graph.nodes if n.name == layer.node)
     added = "bias" if node.op == "call_module" else f"{name}_bias"
     old = home._parameters.get(added)
-    fresh = change(old.double() if old is not None else weight.new_zeros(weight.size(0)).double()).to(weight)
+    out_axis = 1 if layer.transposed else 0
+    none = weight.new_zeros(weight.size(out_axis))
+    fresh = change((old if old is not None else none).double()).to(weight)
     home._parameters[added] = nn.Parameter(fresh, requires_grad=weight.requires_grad)
     added_path = f"{owner}.{added}".lstrip(".")
     if path in held:
-        held[added_path] = ParamLabels(added_path, {0: held[path].axes[0]})
+        held[added_path] = ParamLabels(added_path, {0: held[path].axes[out_axis]})
     if node.op != "call_module" and old is None:
         with module.graph.inserting_before(node):
             fetched = module.graph.get_attr(added_path)
@@ -125,14 +128,16 @@ def _absorb_writers(module: fx.GraphModule, held: dict[str, ParamLabels], merge:
     """rows_k = (1 / gain_k) sum_i down_ki gain_i rows_i, and the constants likewise, in the common coordinates."""
     for writer, (gain, constant_gain, constant) in zip(merge.group.writers, merge.gains, strict=True):
         weight = parameter(module, writer.layer.params["weight"])
-        rows = weight.flatten(1).to(torch.float64, copy=True)
+        out_first = weight.movedim(1, 0) if writer.layer.transposed else weight
+        rows = out_first.flatten(1).to(torch.float64, copy=True)
         here, local = writer.local(merge.kept)
         down = mixing[here][:, writer.channels]  # (k', m)
         own_gain, own_constant = gain[writer.channels], constant[writer.channels]
         inverse = torch.where(own_gain[local] == 0, 0.0, 1 / own_gain[local])
         mix = inverse[:, None] * down * own_gain[None, :]
         rows[writer.where[local]] = torch.einsum("km,mcx->kcx", mix.to(rows), rows[writer.where])
-        weight.copy_(rows.reshape(weight.shape))
+        whole = rows.reshape(out_first.shape)
+        weight.copy_(whole.movedim(0, 1) if writer.layer.transposed else whole)
         of_constants = constant_gain[writer.channels]
 
         def mean_bias(bias: Tensor) -> Tensor:
@@ -145,25 +150,29 @@ def _absorb_writers(module: fx.GraphModule, held: dict[str, ParamLabels], merge:
 
 
 def _resize_module(module: fx.GraphModule, layer: Layer) -> None:
-    """Right in_channels, num_features, ...; a functional depthwise convolution gets its groups as an argument."""
+    """Right in_channels, num_features, groups, normalized_shape: the sizes that a module keeps of its parameters."""
     node = next(n for n in module.graph.nodes if n.name == layer.node)
     groups = layer.groups
     weight = parameter(module, layer.params["weight"]) if "weight" in layer.params else None
     if layer.op == "depthwise" and weight is not None and layer.carries is not None:
         groups = layer.groups * weight.size(0) // layer.carries.numel()
     if node.op != "call_module":
-        if layer.op == "depthwise" and groups != layer.groups:
-            node.args, node.kwargs = node.args[:6], {**node.kwargs, "groups": groups}
         return
     owner = module.get_submodule(str(node.target))
     if layer.op == "depthwise":
         owner.groups = groups  # type: ignore[assignment]
     sized = weight if weight is not None else getattr(owner, "running_mean", None)
-    for attribute, (_, axis) in _SIZES.items():
-        if isinstance(sized, Tensor) and isinstance(getattr(owner, attribute, None), int) and axis < sized.dim():
+    if not isinstance(sized, Tensor):
+        return
+    for attribute, axis in _SIZES.items():
+        if isinstance(getattr(owner, attribute, None), int) and axis < sized.dim():
             setattr(owner, attribute, sized.size(axis))
-    if isinstance(getattr(owner, "in_channels", None), int) and isinstance(sized, Tensor):
-        owner.in_channels = sized.size(1) * groups  # type: ignore[assignment]
+    into, out = (0, 1) if layer.transposed else (1, 0)
+    if hasattr(owner, "in_channels") and hasattr(owner, "out_channels"):
+        owner.in_channels = sized.size(into) * groups  # type: ignore[assignment]
+        owner.out_channels = sized.size(out)  # type: ignore[assignment]
+    if hasattr(owner, "normalized_shape"):
+        owner.normalized_shape = tuple(sized.shape)  # type: ignore[assignment]
 
 
 def _edit(module: fx.GraphModule, facts: Provenance, edits: Mapping[str, Call]) -> None:

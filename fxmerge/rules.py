@@ -22,11 +22,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import contractions, movement, norms, writers
+from .exporting import overload_name
+from .ir import Aten
 from .perchannel import (
     Module,
     Rule,
     Spelling,
     adds_nothing,
+    constant_rule,
     one_factor,
     per_channel,
     prelu_rule,
@@ -105,6 +108,7 @@ _ROWS: tuple[Rule, ...] = (
         (operator.truediv, operator.itruediv, torch.div, torch.true_divide, torch.divide, "div", "div_"),
         one_factor,
     ),
+    Rule("rsub", "tie", writers.elementwise, (torch.rsub,)),
     Rule("maximum", "tie", writers.elementwise, (torch.maximum, "maximum")),
     Rule("minimum", "tie", writers.elementwise, (torch.minimum, "minimum")),
     Rule("where", "tie", writers.choose, (torch.where, "where")),
@@ -119,7 +123,8 @@ _ROWS: tuple[Rule, ...] = (
     per_channel("abs", torch.abs, "abs", operator.abs, commutes=True),
     per_channel("neg", torch.neg, "neg", operator.neg, commutes=True),
     per_channel("identity", nn.Identity, "contiguous", "clone", torch.clone, "detach", "float", "double", "half",
-                "bfloat16", "to", "type_as", "cpu", "cuda", commutes=True),
+                "bfloat16", "to", "type_as", "cpu", "cuda", Aten("alias"),
+                Aten("lift_fresh_copy"), Aten("_to_copy"), commutes=True),
     per_channel("stochastic_depth", "torchvision.ops.stochastic_depth.stochastic_depth", commutes=True),
     per_channel("zeros_like", torch.zeros_like, "zeros_like", commutes=True),
     per_channel("ones_like", torch.ones_like),
@@ -166,9 +171,10 @@ _ROWS: tuple[Rule, ...] = (
     per_channel("adaptive_pool", nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
                 nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d, F.adaptive_avg_pool1d,
                 F.adaptive_avg_pool2d, F.adaptive_avg_pool3d, F.adaptive_max_pool1d, F.adaptive_max_pool2d,
-                F.adaptive_max_pool3d, commutes=True),
+                F.adaptive_max_pool3d, torch.adaptive_avg_pool1d, commutes=True),
     per_channel("interpolate", nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d, F.interpolate,
-                F.upsample, commutes=True),
+                F.upsample, Aten("upsample_bilinear2d"), Aten("upsample_nearest2d"), Aten("upsample_bicubic2d"),
+                Aten("_upsample_bicubic2d_aa"), commutes=True),
     reduction("mean", torch.mean, "mean", commutes=True),
     reduction("sum", torch.sum, "sum", commutes=True),
     reduction("amax", torch.amax, "amax", commutes=True),
@@ -177,6 +183,9 @@ _ROWS: tuple[Rule, ...] = (
     Rule("softmax", "mixer", softmax_rule,
          (Module(nn.Softmax, ("dim",)), Module(nn.LogSoftmax, ("dim",)), F.softmax, F.log_softmax, torch.softmax,
           torch.log_softmax, "softmax", "log_softmax")),
+    Rule("norm", "mixer", norms.norm,
+         (torch.linalg.vector_norm, torch.norm, "norm", torch.functional.norm, Aten("linalg_vector_norm"))),
+    Rule("normalize", "mixer", norms.normalize, (F.normalize,)),
     Rule("layer_norm", "mixer", norms.layer_norm,
          (Module(nn.LayerNorm, ("normalized_shape", "weight", "bias", "eps")), F.layer_norm, torch.layer_norm)),
     Rule("rms_norm", "mixer", norms.rms_norm,
@@ -186,10 +195,13 @@ _ROWS: tuple[Rule, ...] = (
          (Module(nn.GroupNorm, ("num_groups", "weight", "bias", "eps")), F.group_norm)),
     # movement: executed on the labels as it stands
     *(Rule(name, "movement", movement.execute, spellings, True) for name, spellings in movement.SPELLINGS.items()),
+    Rule("expand_as", "movement", movement.expand_as, ("expand_as",), True),
+    Rule("pad", "per_channel", movement.pad, (F.pad, "pad"), True),
     # shapes and other plain values
+    Rule("new", "query", constant_rule, ("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor")),
     Rule("query", "query", query_rule, (getattr, "size", "dim", "ndimension", "numel", "stride", "get_device",
                                         "is_floating_point", "element_size", torch.numel, len,
-                                        torch.is_tensor)),
+                                        torch.is_tensor, torch._assert)),
 )  # fmt: skip
 
 RULES: dict[str, Rule] = {row.name: row for row in _ROWS}
@@ -217,6 +229,17 @@ def table() -> dict[Any, tuple[Rule, Spelling]]:
     return {k: (rule, spelling) for k, rule, spelling in spellings()}
 
 
+def find(target: Any, known: dict[Any, tuple[Rule, Spelling]]) -> tuple[Rule, Spelling] | None:
+    """The row of a function or method; an aten op's is that of the function or method of the same name."""
+    name = overload_name(target)
+    if name is None:
+        return known.get(target) or known.get(dotted(target))
+    for spelling in (Aten(name), getattr(F, name, None), getattr(torch, name, None), name):
+        if spelling is not None and spelling in known:
+            return known[spelling]
+    return None
+
+
 def module_class(module: nn.Module, known: dict[Any, tuple[Rule, Spelling]]) -> type[nn.Module] | None:
     """The class in the table whose forward this module runs: itself, or a base whose forward it did not override."""
     for cls in type(module).__mro__:
@@ -228,6 +251,8 @@ def module_class(module: nn.Module, known: dict[Any, tuple[Rule, Spelling]]) -> 
 def describe(spelling: Spelling) -> str:
     """The name that users know a spelling by: `nn.ReLU`, `F.relu`, `.relu()`."""
     target = key(spelling)
+    if isinstance(target, Aten):
+        return f"aten.{target.name}"
     if isinstance(target, str):
         return f".{target}()"
     if inspect.isclass(target):

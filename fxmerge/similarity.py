@@ -202,6 +202,9 @@ def _step(node: fx.Node, carrier: Member | None, captured: Capture, tensors: Map
     if carrier is None:
         return Step(node.name, one, one, zero, None, _function(node, captured))
     op = carrier.layer.op
+    if op in ("layer_norm", "rms_norm", "group_norm", "instance_norm"):
+        gain, constant = _gamma(carrier, tensors, n), _slot(carrier, "bias", tensors, n, 0.0)
+        return Step(node.name, gain, gain, constant, None, lambda x: _normalised(x, op) * gain + constant)
     if op == "batch_norm":
         bn_std = (_slot(carrier, "running_var", tensors, n, 1.0) + carrier.layer.eps).sqrt()
         gain = _gamma(carrier, tensors, n) / bn_std
@@ -225,8 +228,18 @@ def _step(node: fx.Node, carrier: Member | None, captured: Capture, tensors: Map
     if op in ("offset", "offset-", "offset-r"):
         sign = -1.0 if op == "offset-r" else 1.0
         return Step(node.name, one * sign, one * sign, -mean if op == "offset-" else mean)
-    slopes = torch.cat([torch.ones_like(values), values], 1)  # PReLU and its like: agree in the slope
+    if op != "prelu":  # some other function of a channel and its parameter: agree in the parameter
+        return Step(node.name, one, one, zero, _split(values)[1])
+    slopes = torch.cat([torch.ones_like(values), values], 1)  # agree in the slope
     return Step(node.name, one, one, zero, _split(slopes)[1], lambda x: torch.where(x > 0, x, x * mean))
+
+
+def _normalised(x: Tensor, op: str) -> Tensor:
+    """(samples, n) as a norm over channels leaves it; an InstanceNorm leaves each channel with deviation 1."""
+    if op == "instance_norm":
+        return (x - x.mean(0)) / x.std(0).clamp(min=1e-12)
+    centred = x if op == "rms_norm" else x - x.mean(1, keepdim=True)
+    return centred / centred.square().mean(1, keepdim=True).sqrt().clamp(min=1e-12)
 
 
 def _split(filters: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ compare         what every merge ends with: the merged model runs, gives the ori
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,14 +31,14 @@ class Verdict:
     error: float
 
 
-def outputs(module: nn.Module, args: tuple[Any, ...]) -> list[Tensor]:
+def outputs(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> list[Tensor]:
     """The floating-point tensors that a model gives, in evaluation mode; its training flags stay as they were."""
     modes = {m: m.training for m in module.modules()}
     module.eval()
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
-            out = module(*args)
+            out = module(*args, **(kwargs or {}))
         finally:
             for m, training in modes.items():
                 m.training = training
@@ -57,9 +57,9 @@ def difference(one: list[Tensor], other: list[Tensor]) -> float:
 
 def compare(captured: Capture, merged: fx.GraphModule) -> Verdict:
     """Run original and merged model on the example inputs. Raises FxMergeError where the merged one does not run."""
-    before = outputs(captured.module, captured.args)
+    before = list(captured.outputs)
     try:
-        after = outputs(merged, captured.args)
+        after = outputs(merged, captured.args, captured.kwargs)
     except Exception as error:
         why = f"the merged model does not run ({error})"
         raise FxMergeError(f"{why}; please report this model, and leave the layer out with ignore=") from error
@@ -70,23 +70,24 @@ def compare(captured: Capture, merged: fx.GraphModule) -> Verdict:
     return Verdict(difference(before, after))
 
 
-def in_float64(captured: Capture) -> tuple[fx.GraphModule, tuple[Any, ...]]:
-    """A float64 copy of a captured model and of its example inputs."""
+def in_float64(captured: Capture) -> tuple[fx.GraphModule, tuple[Any, ...], dict[str, Any]]:
+    """A float64 copy of a captured model, and of the arguments of its example call."""
 
     def double(value: Any) -> Any:
         return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
-    return copy.deepcopy(captured.module).double(), tree(double, captured.args)
+    positional: tuple[Any, ...] = tree(double, captured.args)
+    return copy.deepcopy(captured.module).double(), positional, tree(double, dict(captured.kwargs))
 
 
 def permutation(captured: Capture, facts: Provenance, grouping: Grouping, seed: int = 0) -> dict[str, float]:
     """Oracle 1: relative change of the float64 output when each group is permuted, by group; about 1e-15 is right."""
-    module, args = in_float64(captured)
-    before = outputs(module, args)
+    module, args, kwargs = in_float64(captured)
+    before = outputs(module, args, kwargs)
     found = {}
     for group in grouping.groups:
         permuted = permute(module, facts, grouping, group, seed)
-        found[group.name] = difference(before, outputs(permuted, args))
+        found[group.name] = difference(before, outputs(permuted, args, kwargs))
     return found
 
 
@@ -97,8 +98,8 @@ def overcoupling(
 
     Groups whose cells hold one channel are left out. Give a model with random BatchNorms: equal values hide a member.
     """
-    module, args = in_float64(captured)
-    before = outputs(module, args)
+    module, args, kwargs = in_float64(captured)
+    before = outputs(module, args, kwargs)
     found = {}
     for group in grouping.groups:
         if group.channels == int(group.cells.max()) + 1:
@@ -108,7 +109,7 @@ def overcoupling(
             left_out = {(path, axis) for slot, path in member.layer.params.items() if axis == 0 or slot == "weight"}
             permuted = permute(module, facts, grouping, group, seed, left_out)
             name = f"{member.layer.module} ({member.role})"
-            found[group.name, name] = difference(before, outputs(permuted, args))
+            found[group.name, name] = difference(before, outputs(permuted, args, kwargs))
     return found
 
 
@@ -151,14 +152,14 @@ def _sources(atoms: Tensor, source: Tensor) -> Tensor:
 
 def duplicate(
     captured: Capture, facts: Provenance, grouping: Grouping, share: float = 0.3, seed: int = 0
-) -> tuple[fx.GraphModule, tuple[Any, ...], dict[str, Tensor]]:
+) -> tuple[fx.GraphModule, Any, dict[str, Tensor]]:
     """Oracle 2's model, in float64: some channels of each group become scaled copies of others, wherever they live.
 
-    Returns the model, its inputs, and by group the channels that `mostsim` must keep. A copy is smaller than every
-    other channel at the writers, so that selection by norm must drop it; behind an activation that no scale passes
+    Returns the model, its example inputs, and by group the channels that `mostsim` must keep. A copy is smaller than
+    every other channel at the writers, so that selection by norm must drop it; behind a function that no scale passes
     through, or a mixer, it is equal to its original, and the kept channels must be given.
     """
-    module, args = in_float64(captured)
+    module, args, kwargs = in_float64(captured)
     generator = torch.Generator().manual_seed(seed)
     kept: dict[str, Tensor] = {}
     for group in grouping.groups:
@@ -174,7 +175,7 @@ def duplicate(
             _overwrite(module, group, torch.tensor(pairs).T, generator)
             gone = {i for i, _ in pairs}
             kept[group.name] = torch.tensor([i for i in range(group.channels) if i not in gone])
-    return module, args, kept
+    return module, args or kwargs, kept
 
 
 def _overwrite(module: fx.GraphModule, group: Group, pairs: Tensor, generator: torch.Generator) -> None:

@@ -1,0 +1,140 @@
+"""Context: what a rule sees of the run that calls it, and where it says what it learnt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from . import movement
+from .errors import source_line
+from .ir import Block, Lab, Layer, Param, Pin, Tie
+from .labels import FIXED, fixed, numbers, simplify, thin, varying
+
+
+class Context:
+    """What a rule sees of the run, and where it says what it learnt."""
+
+    def __init__(self, run: Any, node: fx.Node, rule_name: str, target: Any, operands: Sequence[Any]) -> None:
+        self._run: Any = run
+        self._node, self._operands = node, operands
+        self.rule_name, self.target = rule_name, target
+        self.shape = run.capture.shapes.get(node.name)
+        self.kind: str | None = None  # a rule may say that this call is of another kind than its row
+
+    def fresh(self, count: int) -> Tensor:
+        """Labels for places that no parameter writes."""
+        labels: Tensor = self._run.new(count)
+        return labels
+
+    def axis(self, param: Param, axis: int, groups: int = 1) -> Tensor:
+        """The labels along one axis of a parameter, made on first sight: (size,), or (groups * size,)."""
+        known: dict[int, Tensor] = self._run.axes.setdefault(param.path, {})
+        if axis not in known:
+            known[axis] = self._run.new(param.value.size(axis) * groups)
+        if groups > 1:
+            self._run.groups[param.path] = groups
+        if known[axis].numel() != param.value.size(axis) * groups:
+            self.freeze(param, "is used with different numbers of groups")
+            return torch.zeros(param.value.size(axis) * groups, dtype=torch.int64)
+        return known[axis]
+
+    def elements(self, param: Param) -> Tensor:
+        """A label for each element of a raw parameter."""
+        known: dict[str, Tensor] = self._run.elements
+        if param.path not in known:
+            known[param.path] = self._run.new(param.value.numel()).view(param.value.shape)
+        return known[param.path]
+
+    def along(self, x: Lab, axis: int) -> Tensor:
+        """The label at each place along an axis, (size,); what else stands at that place is tied to it."""
+        size = x.t.size(axis)
+        places = thin(x.t).movedim(axis, 0).flatten(1) if x.t.dim() > 1 else thin(x.t)[:, None]
+        if places.size(1) > 1:
+            self.tie(places[:, :1].expand_as(places), places)
+        return places[:, 0].expand(size).clone()
+
+    def resized(self, x: Lab, shape: Sequence[int]) -> Any:
+        """The same labels on another shape of as many axes, where labels do not vary along an axis that changes."""
+        small = x.t
+        for axis in range(small.dim()):
+            if small.dim() == len(shape) and small.size(axis) != shape[axis]:
+                if axis in varying(small):
+                    return self.unknown("changes the size of the channel axis")
+                small = small.narrow(axis, 0, 1)
+        return Lab(simplify(torch.broadcast_to(small, tuple(shape))))
+
+    def tie(self, left: Tensor, right: Tensor) -> None:
+        left, right = torch.broadcast_tensors(thin(left), thin(right))  # type: ignore[no-untyped-call]
+        left, right = left.flatten(), right.flatten()
+        for one, other in ((left, right), (right, left)):
+            if bool((one == FIXED).any()):
+                self.pin(other[one == FIXED], "meets values that are not channels of a layer")
+        differ = (left != right) & (left != FIXED) & (right != FIXED)
+        if bool(differ.any()):
+            self._run.ties.append(Tie(self._node.name, left[differ], right[differ]))
+
+    def pin(self, labels: Tensor, reason: str) -> None:
+        found = numbers(labels)
+        if found.numel():
+            self._run.pins.append(Pin(found, reason, self._node.name, source_line(self._node)))
+
+    def freeze(self, param: Any, reason: str) -> None:
+        """This parameter may not change its shape."""
+        if isinstance(param, Param):
+            self._run.frozen.setdefault(param.path, (f"{param.path} {reason}", self._node))
+
+    def block(self, rows: Tensor) -> None:
+        self._run.blocks.append(Block(rows, self._node.name))
+
+    def mix(self, labels: Tensor) -> None:
+        self._run.mixers.append((self._node.name, numbers(labels)))
+
+    def layer(self, op: str, params: dict[str, str], **facts: Any) -> None:
+        name = str(self._node.target) if self._node.op == "call_module" else next(iter(params.values()), "")
+        if self._node.op != "call_module":
+            name = name.removesuffix(".weight") or name
+        self._run.layers.append(Layer(self._node.name, name or self._node.name, op, params, **facts))
+
+    def query(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """A shape, a dtype, a device: read off the operand; a dtype or device off what the example run showed."""
+        if self.target is getattr and isinstance(x, Lab):
+            name, source = args[0], self._node.args[0]
+            if name in ("dtype", "device") and isinstance(source, fx.Node):
+                found = getattr(self._run.capture, name + "s").get(source.name)
+                return found if found is not None else self.unknown(f"asks for .{name}")
+            if name not in ("shape", "ndim", "is_cuda", "requires_grad", "itemsize", "layout", "T", "mT"):
+                return self.unknown(f"asks for .{name}")
+            out = getattr(x.t, name)
+            return Lab(simplify(out)) if isinstance(out, Tensor) else out
+        plain = x.t if isinstance(x, Lab) else x.value if isinstance(x, Param) else x
+        return movement.run(self.target, (plain, *args), kwargs)
+
+    def unknown(self, why: str = "has no rule") -> Any:
+        """Pin all that this op touches; what it gives holds no channels."""
+        called = self._node.target if isinstance(self._node.target, str) else _name(self._node.target)
+        reason = f"{called} {why}" if why.split(" ")[0] in _VERBS else f"{called}: {why}"
+        for operand in movement.leaves(list(self._operands)):
+            if isinstance(operand, Lab):
+                self.pin(operand.t, reason)
+            elif isinstance(operand, Param):
+                self.freeze(operand, f"is used by {called}, which {why}")
+        if self._node.op == "call_module":
+            owner = self._run.capture.module.get_submodule(str(self._node.target))
+            for name, value in [*owner.named_parameters(), *owner.named_buffers()]:
+                self.freeze(Param(f"{self._node.target}.{name}", value), f"belongs to {called}, which {why}")
+        shape = self.shape
+        return Lab(fixed(shape)) if shape is not None else Opaque()
+
+
+_VERBS = {"has", "takes", "gives", "changes", "reduces", "is", "does", "meets", "spreads", "joins", "asks", "maps"}
+
+
+class Opaque:
+    """What an op without a rule gave when it was no single tensor; whatever takes it apart has no rule either."""
+
+
+def _name(target: Any) -> str:
+    return getattr(target, "__qualname__", None) or getattr(target, "__name__", None) or str(target)

@@ -1,0 +1,61 @@
+"""Exporting: the graphs of torch.export (aten ops), for what symbolic tracing cannot reach or leaves hidden.
+
+Parameters keep the user's names. Every size in such a graph is a literal, so the merged model takes inputs of the
+example's shape; `constants.py` recomputes the literals that depend on widths.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+
+def export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
+    """The model as a graph module of aten ops, with the model's own call signature. Raises what torch.export raises."""
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        module = torch.export.export(model, args, kwargs, strict=False).module()
+    assert isinstance(module, fx.GraphModule)
+    for node in list(module.graph.nodes):
+        # guards on the inputs' shapes: the merged model is checked against the original instead
+        if (node.op == "call_module" and "_guards" in str(node.target)) or node.target in _ASSERTIONS:
+            module.graph.erase_node(node)
+    for name, _ in list(module.named_children()):
+        if "_guards" in name:
+            delattr(module, name)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    for owner in module.modules():  # .train() and .eval() of an exported module raise; the graph is that of eval
+        owner.__dict__.pop("train", None)
+        owner.__dict__.pop("eval", None)
+    return module
+
+
+_ASSERTIONS = (torch.ops.aten._assert_tensor_metadata.default, torch.ops.aten._assert_async.msg)
+
+
+def overload_name(target: Any) -> str | None:
+    """The plain name of an aten op, `relu` for aten.relu_.default; None for anything else."""
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
+        return None
+    name = target._schema.name.removeprefix("aten::")
+    return name.removesuffix("_") if name.endswith("_") and not name.endswith("__") else name
+
+
+def by_name(target: Any, args: list[Any], kwargs: dict[str, Any], accepted: dict[str, Any]) -> tuple[list[Any], Any]:
+    """The arguments of an aten call, by the names of its schema where the rule accepts them (its order may differ)."""
+    schema = target._schema.arguments
+    given = {a.name: v for a, v in zip(schema, args, strict=False)} | kwargs
+    first, *rest = [a.name for a in schema if a.name in given]
+    if not any(name in accepted for name in (first, *rest)):  # operands without names of their own: a + b
+        slots = [p for p in accepted.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.VAR_POSITIONAL)][1:]
+        return list(args) if slots and slots[-1].kind is slots[-1].VAR_POSITIONAL else list(args)[: len(slots)], {}
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
+    named = {name: given[name] for name in rest if name in accepted or takes_any}
+    positions = [p.name for p in accepted.values() if p.kind is p.POSITIONAL_OR_KEYWORD][1:]  # without ctx
+    if first in positions:
+        return [], {first: given[first], **named}
+    return [given[first]], named

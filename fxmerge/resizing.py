@@ -1,0 +1,172 @@
+"""Resizing: calls whose literal sizes follow a width, and what they become when the width narrows.
+
+PROPOSALS are for movement ops; a proposal is a guess that `constants.py` proves by running it on the labels that
+survive. IMPLICIT are for ops whose meaning depends on a width that the call may not even name: the scale of
+scaled_dot_product_attention, the shape that layer_norm is told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call: the target and its arguments, nodes or values alike."""
+
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+Survivors = Callable[[int], Tensor]  # axis of the first operand -> bool (size,), which places along it survive
+
+
+def resized(name: str, call: Call, before: Any, after: Any, survivors: Survivors) -> Call | None:
+    """The call with new literal sizes, for an op whose output narrows from shapes `before` to `after`.
+
+    Only literal integers change; values that the graph computes are left to it. None: no proposal is known. A proposal
+    is a guess that the caller proves by running it on the labels that survive.
+    """
+    proposal = PROPOSALS.get(name)
+    return proposal(call, before, after, survivors) if proposal else None
+
+
+def _sizes(call: Call, before: Any, after: Any, survivors: Survivors) -> Call | None:
+    """view, reshape, expand: sizes that were literal become the new shape's."""
+    args = list(call.args)
+    packed = len(args) > 1 and isinstance(args[1], (list, tuple))
+    sizes = list(args[1]) if packed else args[1:]
+    if len(sizes) != len(after):
+        return None
+    new = [a if isinstance(s, int) and s != -1 and b != a else s for s, b, a in zip(sizes, before, after, strict=True)]
+    return Call(call.target, (args[0], tuple(new)) if packed else (args[0], *new), call.kwargs)
+
+
+def _unflatten(call: Call, before: Any, after: Any, survivors: Survivors) -> Call | None:
+    if len(call.args) != 3 or not isinstance(call.args[2], (list, tuple)):
+        return None
+    x, dim, sizes = call.args
+    start = dim % (len(after) - len(sizes) + 1)
+    new = [a if isinstance(s, int) and s != -1 else s for s, a in zip(sizes, after[start:], strict=False)]
+    return Call(call.target, (x, dim, tuple(new)), call.kwargs)
+
+
+def _pieces(call: Call, before: Any, after: Any, survivors: Survivors) -> Call | None:
+    """chunk and split: an explicit list of sizes along the axis that is cut."""
+    axis = call.kwargs.get("dim", call.args[2] if len(call.args) > 2 else 0)
+    sizes = [a[axis % len(a)] for a in after]
+    return Call("split" if isinstance(call.target, str) else torch.split, (call.args[0], sizes, axis), {})
+
+
+def _index(call: Call, before: Any, after: Any, survivors: Survivors) -> Call | None:
+    """x[:, 8:24]: a bound becomes the number of survivors before it. Any other index along a narrowed axis: None."""
+    index = call.args[1] if isinstance(call.args[1], tuple) else (call.args[1],)
+    new: list[Any] = []
+    axis = 0
+    for item in index:
+        if item is None:
+            new.append(item)
+            continue
+        if item is Ellipsis:
+            return None
+        stays = survivors(axis)
+        if not bool(stays.all()):
+            if not isinstance(item, slice) or item.step not in (None, 1):
+                return None
+            start, stop, _ = item.indices(len(stays))
+            item = slice(
+                None if item.start is None else int(stays[:start].sum()),
+                None if item.stop is None else int(stays[:stop].sum()),
+            )
+        new.append(item)
+        axis += 1
+    return Call(call.target, (call.args[0], tuple(new)), call.kwargs)
+
+
+def _narrow(call: Call, before: Any, after: Any, survivors: Survivors) -> Call | None:
+    if len(call.args) != 4:
+        return None
+    x, dim, start, length = call.args
+    stays = survivors(dim)
+    start %= len(stays)
+    return Call(call.target, (x, dim, int(stays[:start].sum()), int(stays[start : start + length].sum())), call.kwargs)
+
+
+def _pad(call: Call, before: Any, after: Any, survivors: Survivors) -> Call | None:
+    """Zeros beside channels: every split of the missing ones into left and right is a guess worth trying."""
+    if len(call.args) < 2 or not all(isinstance(p, int) for p in call.args[1]):
+        return None
+    pads, dims = list(call.args[1]), len(after)
+    for at in range(0, len(pads), 2):
+        axis = dims - 1 - at // 2
+        inside = int(survivors(axis).sum())
+        if after[axis] != before[axis] and pads[at] + pads[at + 1]:
+            added = after[axis] - inside
+            left = round(added * pads[at] / (pads[at] + pads[at + 1]))
+            pads[at], pads[at + 1] = left, added - left
+    return Call(call.target, (call.args[0], tuple(pads), *call.args[2:]), call.kwargs)
+
+
+PROPOSALS: dict[str, Callable[[Call, Any, Any, Survivors], Call | None]] = {
+    "view": _sizes,
+    "expand": _sizes,
+    "unflatten": _unflatten,
+    "chunk": _pieces,
+    "split": _pieces,
+    "getitem": _index,
+    "narrow": _narrow,
+    "pad": _pad,
+}
+
+
+def _with(call: Call, position: int, name: str, value: Any) -> Call:
+    """The call with one argument replaced, wherever it was given, or added by name."""
+    if len(call.args) > position:
+        return Call(call.target, (*call.args[:position], value, *call.args[position + 1 :]), call.kwargs)
+    return Call(call.target, call.args, {**call.kwargs, name: value})
+
+
+def _attention(call: Call, before: list[Shape | None], after: list[Shape | None]) -> Call | None:
+    """The scale 1 / sqrt(d) stays that of the original head width."""
+    given = call.kwargs.get("scale", call.args[6] if len(call.args) > 6 else None)
+    if given is not None or before[0] is None or after[0] is None or before[0][-1] == after[0][-1]:
+        return None
+    return _with(call, 6, "scale", before[0][-1] ** -0.5)
+
+
+def _normalized(call: Call, before: list[Shape | None], after: list[Shape | None]) -> Call | None:
+    """layer_norm and rms_norm are told the shape of the last axes."""
+    told = call.kwargs.get("normalized_shape", call.args[1] if len(call.args) > 1 else None)
+    if before[0] is None or after[0] is None or not isinstance(told, (list, tuple)) or before[0] == after[0]:
+        return None
+    new = tuple(
+        a if isinstance(t, int) else t for t, a in zip(told, after[0][len(after[0]) - len(told) :], strict=True)
+    )
+    return _with(call, 1, "normalized_shape", new)
+
+
+def _conv(call: Call, before: list[Shape | None], after: list[Shape | None]) -> Call | None:
+    """A depthwise convolution has as many groups as input channels."""
+    groups = call.kwargs.get("groups", call.args[6] if len(call.args) > 6 else 1)
+    x, weight = before[0], before[1]
+    if x is None or weight is None or after[0] is None or not isinstance(groups, int) or groups == 1 or weight[1] != 1:
+        return None
+    axis = len(x) - (len(weight) - 2) - 1
+    return _with(call, 6, "groups", after[0][axis]) if after[0][axis] != x[axis] else None
+
+
+# rule -> the call for operands that narrow from shapes `before` to `after`, or None where it may stay
+IMPLICIT: dict[str, Callable[[Call, list[Shape | None], list[Shape | None]], Call | None]] = {
+    "attention": _attention,
+    "layer_norm": _normalized,
+    "rms_norm": _normalized,
+    "conv": _conv,
+}

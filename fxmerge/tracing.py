@@ -1,0 +1,111 @@
+"""Tracing: symbolic tracing that writes out the modules `unfolding` knows, and torch.export where that sees more."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx, nn
+
+from . import rules
+from .errors import FxMergeError
+from .exporting import export
+from .unfolding import unfolded
+
+
+class Tracer(fx.Tracer):
+    """torch.fx's tracer, which also writes out the modules that `unfolding` knows."""
+
+    record_stack_traces = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: set[nn.Module] = set()
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return m not in self.open and super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        written_out = unfolded(m)
+        if written_out is not None:
+            stack, last = dict(self.module_stack), len(self.graph.nodes)
+            self.open.add(m)
+            try:
+                return super().call_module(m, lambda *a, **k: written_out(m, *a, **k), args, kwargs)
+            except NotImplementedError:
+                self.open.discard(m)
+                self.module_stack.clear()
+                self.module_stack.update(stack)
+                for node in list(reversed(self.graph.nodes))[: len(self.graph.nodes) - last]:
+                    self.graph.erase_node(node)
+        return super().call_module(m, forward, args, kwargs)
+
+
+def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
+    """A graph module of the model: symbolically traced, or exported where that hides less behind ops without a rule.
+
+    Raises FxMergeError where neither works, naming the user's line.
+    """
+    if isinstance(model, fx.GraphModule):
+        return model
+    try:
+        traced = _symbolic(model, args, kwargs)
+    except Exception as error:
+        traced, why = None, error
+    if traced is not None and not hidden(traced):
+        return traced
+    try:
+        exported = export(model, args, kwargs)
+    except Exception as error:
+        if traced is not None:
+            return traced
+        raise FxMergeError(
+            f"{type(model).__name__} cannot be traced by torch.fx ({first_line(why)}{_where(why)}), "
+            f"nor exported by torch.export ({first_line(error)}); move the control flow that depends on values into a "
+            "submodule that is a leaf, or merge the submodules that can be traced one by one"
+        ) from error
+    return exported if traced is None or hidden(exported) < hidden(traced) else traced
+
+
+def _symbolic(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
+    parameters = inspect.signature(model.forward).parameters
+    given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+    left_out = {k: p.default for k, p in parameters.items() if k not in given and p.default is not p.empty}
+    return fx.GraphModule(model, Tracer().trace(model, concrete_args=left_out or None), type(model).__name__)
+
+
+def hidden(module: fx.GraphModule) -> int:
+    """How many of a graph's calls have no rule, those on plain values and constants left out."""
+    known, count = rules.table(), 0
+    activations: set[fx.Node] = set()
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            activations.add(node)
+        elif node.op in ("call_module", "call_function", "call_method") and activations & set(node.all_input_nodes):
+            if node.op == "call_module":
+                cls = rules.module_class(module.get_submodule(str(node.target)), known)
+                found = known[cls] if cls is not None else None
+            else:
+                found = rules.find(node.target, known)
+            if found is None or found[0].kind != "query":
+                activations.add(node)
+                count += found is None
+    return count
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _where(error: Exception) -> str:
+    """The innermost line of the error's traceback that is not torch's own."""
+    frame, place = error.__traceback__, ""
+    while frame is not None:
+        path = frame.tb_frame.f_code.co_filename
+        if "/torch/" not in path and "/fxmerge/" not in path:
+            place = f" (at {path}:{frame.tb_lineno}, in {frame.tb_frame.f_code.co_name})"
+        frame = frame.tb_next
+    return place
