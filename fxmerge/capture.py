@@ -56,7 +56,8 @@ def capture(model: nn.Module, example_inputs: Any) -> Capture:
     check_model(model)
     args, kwargs = arguments(model, example_inputs)
     training = {name: m.training for name, m in model.named_modules()}
-    traced_model = copy.deepcopy(model).eval()
+    # a copy that shares the parameters, which nobody writes; buffers are its own, since a forward may update them
+    traced_model = copy.deepcopy(model, {id(p): p for p in model.parameters()}).eval()
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:

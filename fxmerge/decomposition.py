@@ -50,38 +50,37 @@ def prune(evidence: Evidence, kept: Tensor) -> Mapping:
 
 def mostsim(evidence: Evidence, kept: Tensor) -> Mapping:
     """Each dropped channel goes to its most similar kept one, with a scale (MostSim, Algorithms 1 to 3)."""
-    if evidence.published is not None:
-        cosine, scale, distance = _published_distance(evidence.published, kept, evidence)
-    else:
-        cosine, scale, distance = _exact_distance(evidence, kept)
-    best = distance.argmin(1)  # (n,)
-    rows = torch.arange(len(best))
-    found = torch.isfinite(distance[rows, best])
-    if evidence.threshold:
-        found &= cosine[rows, best] >= evidence.threshold
     mapping = prune(evidence, kept)
-    dropped = torch.ones(len(best), dtype=torch.bool)
-    dropped[kept] = False
-    carried = rows[found & dropped]
-    mapping.up[carried, best[carried]] = scale[carried, best[carried]]
-    mapping.cosine[carried] = cosine[carried, best[carried]]
+    dropped = (mapping.cosine == 0).nonzero().flatten()  # (m,)
+    if evidence.published is not None:
+        cosine, scale, distance = _published_distance(evidence.published, dropped, kept, evidence)
+    else:
+        cosine, scale, distance = _exact_distance(evidence, dropped, kept)
+    best = distance.argmin(1, keepdim=True)  # (m, 1) of (m, k)
+    closest, nearest, by = (t.gather(1, best)[:, 0] for t in (cosine, distance, scale))
+    found = torch.isfinite(nearest)
+    if evidence.threshold:
+        found &= closest >= evidence.threshold
+    carried = dropped[found]
+    mapping.up[carried, best[found, 0]] = by[found]
+    mapping.cosine[carried] = closest[found]
     return mapping
 
 
-def _exact_distance(evidence: Evidence, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _exact_distance(evidence: Evidence, dropped: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     inner, bias = evidence.inner, evidence.bias
     norm = inner.diagonal().clamp(min=0).sqrt()
     solid = norm > norm.max() * 1e-9  # a kept channel without weight can carry nobody
     safe = torch.where(solid, norm, torch.ones_like(norm))
-    cosine = inner[:, kept] / (safe[:, None] * safe[kept][None, :])  # (n, k)
-    scale = norm[:, None] / safe[kept][None, :]
-    offset = (bias[:, None] - scale * bias[kept][None, :]).abs()
+    cosine = inner[dropped[:, None], kept[None, :]] / (safe[dropped][:, None] * safe[kept][None, :])  # (m, k)
+    scale = norm[dropped][:, None] / safe[kept][None, :]
+    offset = (bias[dropped][:, None] - scale * bias[kept][None, :]).abs()
     if not evidence.scalable:
         # only an equal channel will do: 2<a,b> / (|a|^2 + |b|^2) is 1 just when a = b
         cosine = cosine * 2 * scale / (1 + scale.square())
         scale = torch.ones_like(scale)
-        offset = (bias[:, None] - bias[kept][None, :]).abs()
-    possible = solid[kept][None, :] & (cosine > MIN_COSINE) & _same_cell(evidence, kept)
+        offset = (bias[dropped][:, None] - bias[kept][None, :]).abs()
+    possible = solid[kept][None, :] & (cosine > MIN_COSINE) & _same_cell(evidence, dropped, kept)
     distance = 1 - cosine
     if evidence.centred:
         relative = torch.where(possible, offset / scale.clamp(min=1e-300), torch.inf)
@@ -89,8 +88,8 @@ def _exact_distance(evidence: Evidence, kept: Tensor) -> tuple[Tensor, Tensor, T
     return cosine, scale, torch.where(possible, distance, torch.inf)
 
 
-def _same_cell(evidence: Evidence, kept: Tensor) -> Tensor:
-    return evidence.cells[:, None] == evidence.cells[kept][None, :]
+def _same_cell(evidence: Evidence, dropped: Tensor, kept: Tensor) -> Tensor:
+    return evidence.cells[dropped][:, None] == evidence.cells[kept][None, :]
 
 
 def _minmax(values: Tensor) -> Tensor:
@@ -102,21 +101,24 @@ def _minmax(values: Tensor) -> Tensor:
     return torch.where(finite & (span > 0), (values - low) / torch.where(span > 0, span, 1), torch.zeros_like(values))
 
 
-def _published_distance(form: PublishedForm, kept: Tensor, evidence: Evidence) -> tuple[Tensor, Tensor, Tensor]:
+def _published_distance(
+    form: PublishedForm, dropped: Tensor, kept: Tensor, evidence: Evidence
+) -> tuple[Tensor, Tensor, Tensor]:
     """The published code's S and B: indices i, j exchanged and `var` for the standard deviation.
 
     What that code leaves to chance is guarded: a gamma of 0, where it divides by it, makes no candidate.
     """
     norm = form.inner.diagonal().clamp(min=0).sqrt().clamp(min=1e-300)
-    cosine = form.inner[:, kept] / (norm[:, None] * norm[kept][None, :])
-    s = norm[:, None] / norm[kept][None, :]
     solid = form.gamma.abs() > form.gamma.abs().max() * 1e-9
     gamma = torch.where(solid, form.gamma, torch.ones_like(form.gamma))
-    possible = solid[:, None] & solid[kept][None, :] & _same_cell(evidence, kept)
     var = form.var.clamp(min=1e-30)
-    scale = s * (gamma[kept][None, :] / gamma[:, None]) * (var[:, None] / var[kept][None, :])
+    cosine = form.inner[dropped[:, None], kept[None, :]] / (norm[dropped][:, None] * norm[kept][None, :])
+    s = norm[dropped][:, None] / norm[kept][None, :]
+    # each of S and B is a product of something of i and something of j, s apart
+    scale = s * (var / gamma)[dropped][:, None] * (gamma / var)[kept][None, :]
     constant = form.mean - var * form.beta / gamma
-    offset = (gamma / var)[kept][None, :] * (s * constant[:, None] - form.mean[kept][None, :])
+    offset = (gamma / var)[kept][None, :] * (s * constant[dropped][:, None] - form.mean[kept][None, :])
+    possible = solid[dropped][:, None] & solid[kept][None, :] & _same_cell(evidence, dropped, kept)
     relative = torch.where(possible, (offset + form.beta[kept][None, :]).abs() / scale, torch.inf)
     distance = evidence.lam * (1 - cosine) + (1 - evidence.lam) * _minmax(relative)
     return cosine, scale, torch.where(possible, distance, torch.inf)

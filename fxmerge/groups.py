@@ -255,9 +255,11 @@ def _common_prefix(paths: list[list[str]]) -> list[str]:
 
 def _aligned(where: Ints, cell: Ints) -> bool:
     """Do the copies of all channels of a cell stand at the same distances, so that copy q of one is copy q of all?"""
+    if where.shape[1] == 1:
+        return True
     distance = where - where[:, :1]
-    first = {int(c): distance[at] for at, c in reversed(list(enumerate(cell.tolist())))}
-    return bool((distance == np.stack([first[c] for c in cell.tolist()])).all())
+    _, first, of_cell = np.unique(cell, return_index=True, return_inverse=True)
+    return bool((distance == distance[first[of_cell.reshape(-1)]]).all())
 
 
 def _named(found: list[Group]) -> list[Group]:

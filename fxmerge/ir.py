@@ -243,6 +243,8 @@ class Candidates:
     seed: int = 0
 
     def only(self, index: Tensor) -> Candidates:
+        if len(index) == len(self.rows):
+            return self
         return Candidates(self.rows[index], self.kernels[index], self.seed)
 
 

@@ -202,7 +202,7 @@ def _decompose(
     method = options.decomposition
     if method == "prune" or not group.partners or _shared_reader(group):
         return None, Merge(group, kept)
-    found = statistics(group, captured, tensors, options)
+    found = statistics(group, captured, tensors, options, kept if method == "mostsim" else None)
     mapping = DECOMPOSITIONS[method](found.evidence, kept)
     n = group.channels
     carried = mapping.up.abs().sum(1) > 0
@@ -243,8 +243,8 @@ def _group_plan(group: Group, kept: Tensor, mapping: Map | None) -> GroupPlan:
         nowhere = tuple(Partner(i, -1, 0.0, 0.0) for i in dropped.nonzero().flatten().tolist())
         return GroupPlan(group.name, group.channels, tuple(kept.tolist()), nowhere)
     scale, into = mapping.up.abs().max(1)
-    partners = tuple(
-        Partner(i, int(kept[into[i]]) if scale[i] > 0 else -1, float(mapping.up[i, into[i]]), float(mapping.cosine[i]))
-        for i in dropped.nonzero().flatten().tolist()
-    )
+    signed = mapping.up.gather(1, into[:, None])[:, 0]
+    target = torch.where(scale > 0, kept[into], -1)
+    columns = (dropped.nonzero().flatten(), target[dropped], signed[dropped], mapping.cosine[dropped])
+    partners = tuple(Partner(*row) for row in zip(*(c.tolist() for c in columns), strict=True))
     return GroupPlan(group.name, group.channels, tuple(kept.tolist()), partners)

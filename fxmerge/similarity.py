@@ -60,8 +60,15 @@ def rows_of(member: Member, weight: Tensor, n: int) -> Tensor:
     Channels that the writer does not write have rows of zeros.
     """
     out_first = weight.movedim(1, 0) if member.layer.transposed else weight
-    own = out_first.flatten(1)[member.where].flatten(1)
-    return _spread(own, member, n, 0.0)
+    rows = out_first.flatten(1)
+    if len(rows) == n and _in_order(member, n):
+        return rows  # a view
+    return _spread(rows[member.where].flatten(1), member, n, 0.0)
+
+
+def _in_order(member: Member, n: int) -> bool:
+    """Does every channel stand once, in the group's own order?"""
+    return member.where.shape == (n, 1) and torch.equal(member.where[:, 0], torch.arange(n))
 
 
 def _spread(own: Tensor, member: Member, n: int, default: float) -> Tensor:
@@ -83,13 +90,19 @@ def candidates(group: Group, tensors: Mapping[str, Tensor], seed: int) -> Candid
     first = group.writers[0]
     weight = tensors[first.layer.params["weight"]]
     out_first = weight.movedim(1, 0) if first.layer.transposed else weight
-    kernels = out_first[first.where[:, 0]]
+    in_order = _in_order(first, len(out_first))
+    kernels = out_first if in_order else out_first[first.where[:, 0]]
     kernels = kernels.flatten(2) if weight.dim() > 2 else kernels[:, :, None]
-    return Candidates(torch.cat(rows, 1), _spread(kernels, first, n, 0.0), seed)
+    return Candidates(rows[0] if len(rows) == 1 else torch.cat(rows, 1), _spread(kernels, first, n, 0.0), seed)
 
 
-def statistics(group: Group, captured: Capture, tensors: Mapping[str, Tensor], options: Options) -> Statistics:
-    """Gather a group's statistics. `tensors` are the model's parameters and buffers by path."""
+def statistics(
+    group: Group, captured: Capture, tensors: Mapping[str, Tensor], options: Options, kept: Tensor | None = None
+) -> Statistics:
+    """Gather a group's statistics. `tensors` are the model's parameters and buffers by path.
+
+    kept: where only partners among these are looked for, inner products with other channels are left out.
+    """
     published = options.decomposition == "mostsim" and options.mostsim_scale == "reference"
     n = group.channels
     carriers = {m.layer.node: m for m in group.carriers}
@@ -106,10 +119,10 @@ def statistics(group: Group, captured: Capture, tensors: Mapping[str, Tensor], o
     form = None
     for writer in group.writers:
         raw = rows_of(writer, tensors[writer.layer.params["weight"]], n)
-        spread = linalg.gram(raw)
+        spread = linalg.gram(raw, kept)
         constants = _spread(_bias(writer.layer, tensors)[writer.where], writer, n, 0.0)  # (n, copies)
         # without a BatchNorm anywhere the constants are one more column, as in the paper; with one they count apart
-        own = spread if normed else spread + linalg.gram(constants)
+        own = spread if normed else spread + linalg.gram(constants, kept)
         constant = constants.mean(1) if normed else torch.zeros(n, dtype=torch.float64)
         level = constants.mean(1)
         steps = steps_of(writer.steps)
@@ -121,13 +134,15 @@ def statistics(group: Group, captured: Capture, tensors: Mapping[str, Tensor], o
             factor = step.gain[:, None] * step.gain[None, :]
             if step.features is not None:
                 factor = factor * linalg.gram(step.features)
-            own, spread = own * factor, spread * factor
+            own = own * factor
             constant = step.constant_gain * constant + step.constant
             moved = step.constant_gain * moved + step.constant
             level = step.constant_gain * level + step.constant
             gain, constant_gain = gain * step.gain, constant_gain * step.constant_gain
+            if kept is None:
+                spread = spread * factor
             if _is_norm(step.node, carriers):
-                spread = _unit(spread, _gamma(carriers[step.node], tensors, n))
+                spread = _unit(spread, _gamma(carriers[step.node], tensors, n)) if kept is None else spread
                 level = _slot(carriers[step.node], "bias", tensors, n, 0.0)
             linear &= step.function is None
         functions = tuple(s for s in steps if s.function is not None)

@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from .errors import FxMergeError
 from .ir import Capture, Group, Grouping, Member, ParamLabels, Provenance
 from .movement import leaves, tree
-from .weights import gather, parameter, places
+from .weights import Weights, gather, places, sharing_copy
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,12 @@ def overcoupling(
         if group.channels == int(group.cells.max()) + 1:
             continue
         for member in (*group.writers, *group.carriers, *group.readers):
-            axis = 1 if member.role == "read" else 0
-            left_out = {(path, axis) for slot, path in member.layer.params.items() if axis == 0 or slot == "weight"}
+            reads = member.role == "read"
+            left_out = {
+                (path, int(reads != member.layer.transposed) if slot == "weight" else 0)
+                for slot, path in member.layer.params.items()
+                if slot == "weight" or not reads
+            }
             permuted = permute(module, facts, grouping, group, seed, left_out)
             name = f"{member.layer.module} ({member.role})"
             found[group.name, name] = difference(before, outputs(permuted, args, kwargs))
@@ -127,7 +131,7 @@ def permute(
             order = order.roll(1)
         source[inside] = inside[order]
     moved = (source != torch.arange(len(source)))[grouping.atom]
-    permuted = copy.deepcopy(module)
+    permuted, weights = sharing_copy(module)
     for labels in facts.params.values():
         if not any(bool(moved[t].any()) for t in places(labels)):
             continue
@@ -135,7 +139,7 @@ def permute(
         if labels.elements is not None and (labels.path, 0) in left_out:
             continue
         kept = ParamLabels(labels.path, axes, labels.elements, labels.groups)
-        gather(permuted, kept, lambda flat: _sources(grouping.atom[flat], source))
+        gather(weights, kept, lambda flat: _sources(grouping.atom[flat], source))
     return permuted
 
 
@@ -178,6 +182,9 @@ def duplicate(
     return module, args or kwargs, kept
 
 
+_RESCALING = ("batch_norm", "depthwise", "scale", "scale/")  # carriers whose weight can change a copy's scale
+
+
 def _overwrite(module: fx.GraphModule, group: Group, pairs: Tensor, generator: torch.Generator) -> None:
     """Make channel i = pairs[0] the copy of channel j = pairs[1] at every writer and carrier of the group."""
 
@@ -192,18 +199,20 @@ def _overwrite(module: fx.GraphModule, group: Group, pairs: Tensor, generator: t
 
     carriers = {m.layer.node: m for m in group.carriers}
     common = factor()
-    written: set[str] = set()
+    written: set[tuple[str, tuple[int, ...]]] = set()
     behind: dict[str, Tensor] = {}  # carrier -> the scale of a copy behind it
     with torch.no_grad():
         for writer in group.writers:
             steps = [s for s in writer.steps if s in carriers]
-            scale = factor() if steps else common
-            if writer.layer.params["weight"] not in written:
-                written.add(writer.layer.params["weight"])
+            able = [s for s in steps if carriers[s].layer.op in _RESCALING]
+            scale = factor() if able else common
+            held = (writer.layer.params["weight"], tuple(writer.where.flatten().tolist()))
+            if held not in written:
+                written.add(held)
                 for slot in ("weight", "bias"):
                     _copy(module, writer, slot, pairs, scale)
-            for at, step in enumerate(steps):
-                target = common if at == len(steps) - 1 else factor()
+            for step in steps:
+                target = factor() if step in able[:-1] else common
                 if step not in behind:
                     behind[step] = _carry(module, carriers[step], pairs, scale, target)
                 scale = behind[step]
@@ -219,9 +228,13 @@ def _overwrite(module: fx.GraphModule, group: Group, pairs: Tensor, generator: t
                 _carry(module, carrier, pairs, torch.ones_like(common), torch.ones_like(common))
 
 
+def _at(module: nn.Module, path: str) -> Tensor:
+    return Weights(module)[path]
+
+
 def _norms(module: nn.Module, writer: Member, n: int) -> Tensor:
     """The length of a writer's row for each channel, (n,); infinite where it writes none."""
-    weight = parameter(module, writer.layer.params["weight"])
+    weight = _at(module, writer.layer.params["weight"])
     rows = (weight.movedim(1, 0) if writer.layer.transposed else weight).flatten(1)
     own = torch.linalg.vector_norm(rows[writer.where].flatten(1), dim=1)
     return torch.full((n,), torch.inf, dtype=own.dtype).index_copy_(0, writer.channels, own)
@@ -230,8 +243,10 @@ def _norms(module: nn.Module, writer: Member, n: int) -> Tensor:
 def _copy(module: nn.Module, member: Member, slot: str, pairs: Tensor, scale: Tensor) -> None:
     path = member.layer.params.get(slot)
     if path is not None:
-        value = parameter(module, path)
+        value = _at(module, path)
         flat = value.view(-1) if member.layer.op.startswith(("scale", "offset")) else value
+        if slot == "weight" and member.layer.transposed:
+            flat = value.movedim(1, 0)
         here, local = member.local(pairs[0])
         to, source, scale = member.where[local], member.where[member.local(pairs[1])[1]], scale[here]
         flat[to] = flat[source] * scale.reshape(-1, *[1] * (flat[source].dim() - 1)).to(value)
@@ -251,7 +266,7 @@ def _carry(module: nn.Module, carrier: Member, pairs: Tensor, before: Tensor, af
         i, j = carrier.where[local], carrier.where[carrier.local(pairs[1])[1]]
         _copy(module, carrier, "running_mean", pairs, before)
         if "running_var" in layer.params:
-            var = parameter(module, layer.params["running_var"])
+            var = _at(module, layer.params["running_var"])
             var[i] = before[here].square()[:, None].to(var) * (var[j] + layer.eps) - layer.eps
         _copy(module, carrier, "weight", pairs, after)
         _copy(module, carrier, "bias", pairs, after)

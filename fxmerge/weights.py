@@ -2,33 +2,80 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from .ir import Layer, ParamLabels
 from .labels import compact
 
 
-def parameter(module: nn.Module, path: str) -> Tensor:
-    owner, _, name = path.rpartition(".")
-    return getattr(module.get_submodule(owner), name)  # type: ignore[no-any-return]
+class Weights:
+    """A module's parameters and buffers by path. A tensor that several paths name is one, and stays one.
+
+    shared: identities of tensors that belong to another module; `own` replaces them by copies before anyone writes.
+    """
+
+    def __init__(self, module: nn.Module, shared: frozenset[int] = frozenset()) -> None:
+        self.module, self.shared = module, shared
+        self.holders: dict[int, list[tuple[dict[str, Any], str]]] = {}
+        for owner in module.modules():
+            for held in (owner._parameters, owner._buffers, owner.__dict__):
+                for name, value in held.items():
+                    if isinstance(value, Tensor):
+                        self.holders.setdefault(id(value), []).append((held, name))
+
+    def __getitem__(self, path: str) -> Tensor:
+        owner, _, name = path.rpartition(".")
+        value: Tensor = getattr(self.module.get_submodule(owner), name)
+        return value
+
+    def put(self, path: str, value: Tensor) -> Tensor:
+        """Put a tensor in another's place, wherever the module holds that very tensor."""
+        old = self[path]
+        fresh = nn.Parameter(value, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else value
+        holders = self.holders.pop(id(old))
+        for held, name in holders:
+            held[name] = fresh
+        self.holders[id(fresh)] = holders
+        return fresh
+
+    def own(self, path: str) -> Tensor:
+        """The tensor, free to be written."""
+        value = self[path]
+        return self.put(path, value.detach().clone()) if id(value) in self.shared else value
+
+    def own_all(self) -> None:
+        """Copy whatever is still another module's."""
+        for number, holders in list(self.holders.items()):
+            if number in self.shared:
+                held, name = holders[0]
+                old = held[name]
+                copied = old.detach().clone()
+                fresh = (
+                    nn.Parameter(copied, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else copied
+                )
+                for place, key in holders:
+                    place[key] = fresh
+
+    def add(self, path: str, value: Tensor, requires_grad: bool) -> None:
+        """A parameter that was not there, or was None."""
+        owner, _, name = path.rpartition(".")
+        held = self.module.get_submodule(owner)._parameters
+        fresh = nn.Parameter(value, requires_grad=requires_grad)
+        held[name] = fresh
+        self.holders[id(fresh)] = [(held, name)]
 
 
-def assign(module: nn.Module, path: str, value: Tensor) -> None:
-    """Put a tensor in a parameter's or buffer's place, wherever the module holds that very tensor."""
-    old = parameter(module, path)
-    for owner in module.modules():
-        for name, held in list(owner._parameters.items()):
-            if held is old:
-                owner._parameters[name] = nn.Parameter(value, requires_grad=old.requires_grad)
-                value = owner._parameters[name]  # type: ignore[assignment]
-        for name, buffer in list(owner._buffers.items()):
-            if buffer is old:
-                owner._buffers[name] = value
-        if owner.__dict__.get(path.rpartition(".")[2]) is old:
-            owner.__dict__[path.rpartition(".")[2]] = value
+def sharing_copy(module: fx.GraphModule) -> tuple[fx.GraphModule, Weights]:
+    """A copy of a module that still shares all of its tensors, and the weights to make them its own one by one."""
+    tensors = [*module.parameters(), *module.buffers()]
+    tensors += [v for m in module.modules() for v in m.__dict__.values() if isinstance(v, Tensor)]
+    copied = copy.deepcopy(module, {id(t): t for t in tensors})
+    return copied, Weights(copied, frozenset(id(t) for t in tensors))
 
 
 def columns(weight: Tensor, layer: Layer) -> Tensor:
@@ -52,14 +99,14 @@ def places(labels: ParamLabels) -> list[Tensor]:
     return [*labels.axes.values(), *([] if labels.elements is None else [labels.elements])]
 
 
-def gather(module: nn.Module, labels: ParamLabels, pick: Callable[[Tensor], Tensor]) -> None:
+def gather(weights: Weights, labels: ParamLabels, pick: Callable[[Tensor], Tensor]) -> None:
     """Rebuild one parameter from its own entries: `pick` maps labels (m,) to the places (m',) to take, in order."""
-    value = parameter(module, labels.path)
+    value = weights[labels.path].detach()
     if labels.elements is not None:
         chosen = pick(labels.elements.flatten())
         taken = torch.zeros(labels.elements.numel(), dtype=torch.bool).index_fill_(0, chosen, True)
         shape = compact(torch.arange(labels.elements.numel()).view(labels.elements.shape), taken)[0].shape
-        assign(module, labels.path, value.flatten()[chosen.to(value.device)].reshape(shape))
+        weights.put(labels.path, value.flatten()[chosen.to(value.device)].reshape(shape))
         return
     if labels.groups == 1:
         for axis, along in labels.axes.items():
@@ -72,4 +119,4 @@ def gather(module: nn.Module, labels: ParamLabels, pick: Callable[[Tensor], Tens
         into = pick(labels.axes[1]).view(g, -1) % split.size(2)
         block = torch.arange(g)[:, None, None]
         value = split[block, out[:, :, None], into[:, None, :]].flatten(0, 1)
-    assign(module, labels.path, value.contiguous())
+    weights.put(labels.path, value.contiguous())

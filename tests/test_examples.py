@@ -1,0 +1,35 @@
+"""Every example runs and says what it promises."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+SAYS = {
+    "merge_your_own.py": ["layer1.0.conv1", "64 -> 32", "parameters 11,689,512 ->", "gives (1, 1000)"],
+    "custom_rule.py": ["without a rule: []", "sinc", "custom_rule.py:", "with it: ['a: 16 -> 8 channels']", "{'a':"],
+    "look_at_groups.py": ["stem: 16 channels", "conv1: 32 channels", "stem -> layer:conv1: read", "bn2: carry"],
+}
+
+
+def test_every_example_is_tried() -> None:
+    assert {p.name for p in EXAMPLES.glob("*.py")} == set(SAYS)
+
+
+@pytest.mark.parametrize("name", SAYS)
+def test_example(name: str, tmp_path: Path) -> None:
+    if name == "merge_your_own.py":
+        pytest.importorskip("torchvision")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+    command = [sys.executable, str(EXAMPLES / name)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    for line in SAYS[name]:
+        assert line in done.stdout, done.stdout
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,68 @@
+"""Ways in: forms of example inputs, and fxmerge as a pass of torch.fx's own infrastructure."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from netmaking import one_thread  # noqa: F401
+from nets import NETS
+from torch import Tensor, fx, nn
+from torch.fx.passes.infra.pass_manager import PassManager
+from torch.fx.passes.shape_prop import ShapeProp
+
+import fxmerge
+from fxmerge import FxMergeError, MergePass, Options
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def counted(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def test_merge_pass_in_a_pass_manager() -> None:
+    model, x = NETS["residual"]()
+    traced = fx.symbolic_trace(model)
+    step = MergePass(Options(ratio=0.5), x)
+    first = PassManager(passes=[step])(traced)
+    assert first.modified
+    assert counted(first.graph_module) < counted(traced)
+    second = PassManager(passes=[step])(first.graph_module)
+    assert not second.modified
+    assert counted(second.graph_module) == counted(first.graph_module)
+    assert PassManager(passes=[step], steps=3)(traced).modified
+
+
+def test_merge_pass_takes_shapes_from_metadata() -> None:
+    model, x = NETS["mlp"]()
+    traced = fx.symbolic_trace(model)
+    with pytest.raises(FxMergeError, match="has no shape in its metadata"):
+        MergePass()(traced)
+    ShapeProp(traced).propagate(x)
+    result = MergePass(Options(ratio=0.25))(traced)
+    assert result.modified
+    assert result.graph_module.a.out_features == 12
+    assert not MergePass(Options(ratio=0.0), x)(traced).modified
+
+
+class TwoInputs(nn.Module):
+    """Takes a scale with a default, and a flag."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor, y: Tensor, scale: float = 1.0, flag: bool = False) -> Tensor:
+        out: Tensor = self.c(torch.relu(self.a(x) + self.b(y)) * scale)
+        return -out if flag else out
+
+
+@pytest.mark.parametrize("form", ["tuple", "list", "dict", "dict in another order"])
+def test_forms_of_example_inputs(form: str) -> None:
+    torch.manual_seed(0)
+    model, x, y = TwoInputs(), torch.randn(3, 6), torch.randn(3, 4)
+    forms = {"tuple": (x, y), "list": [x, y], "dict": {"x": x, "y": y}, "dict in another order": {"y": y, "x": x}}
+    result = fxmerge.merge(model, forms[form], ratio=0.0)
+    assert torch.equal(result.module(x, y), model(x, y))
+    assert torch.equal(result.module(y=y, x=x), model(x, y))
+    assert fxmerge.merge(model, forms[form]).module.a.out_features == 4

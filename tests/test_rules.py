@@ -1,0 +1,282 @@
+"""Every rule in every spelling: grouped or pinned as it must be, permuted freely, pruned exactly."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from netmaking import one_thread, raw  # noqa: F401
+from rule_samples import SAMPLES
+from sandwich import Sample, spelled
+from torch import Tensor, fx, nn
+
+import fxmerge
+from fxmerge import rules, verify
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SPELLINGS = list(rules.spellings())
+every_spelling = pytest.mark.parametrize(
+    ("key", "rule"),
+    [(key, rule) for key, rule, _ in SPELLINGS],
+    ids=[f"{rule.name}-{rules.describe(spelling)}" for _, rule, spelling in SPELLINGS],
+)
+
+
+def sample_of(key: Any, rule: fxmerge.Rule) -> Sample:
+    if key == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU here")
+    assert rule.name in SAMPLES, f"the rule {rule.name} has no sample: add a row to tests/rule_samples.py"
+    return SAMPLES[rule.name](key)
+
+
+def test_no_sample_without_a_rule() -> None:
+    assert set(SAMPLES) == set(fxmerge.RULES)
+
+
+@every_spelling
+@pytest.mark.filterwarnings("ignore:.*deprecated:UserWarning")
+def test_spelling(key: Any, rule: fxmerge.Rule) -> None:
+    """The op stands in the graph as spelled, its group permutes freely, and pruning is what masking by hand is."""
+    sample = sample_of(key, rule)
+    model, x = sample.make()
+    result = fxmerge.merge(model, x, decomposition="prune", ratio=0.5)
+    found = result.analysis
+    targets = [
+        type(found.captured.module.get_submodule(str(n.target))) if n.op == "call_module" else n.target
+        for n in found.captured.module.graph.nodes
+    ]
+    assert key in targets or any(rules.find(t, {key: (rule, key)}) for t in targets if callable(t))
+    merged = [p.name for p in result.plan.groups]
+    reasons = {r.name: r.reason for r in result.report.refusals}
+    if not sample.merged:
+        assert "writer" not in merged
+        assert sample.reason in reasons["writer"]
+        return
+    assert "writer" in merged, reasons
+    assert max(verify.permutation(found.captured, found.facts, found.grouping).values()) < 1e-10
+    if sample.exact:
+        assert verify.difference([masked_by_hand(result, x)], verify.outputs(result.module, (x,))) < 1e-10
+    else:
+        assert all(g.mixers for g in found.groups if g.name == "writer")
+
+
+def masked_by_hand(result: fxmerge.Result, x: Tensor) -> Tensor:
+    """The original with those inputs of each reader zeroed that change when the dropped rows of its writers do.
+
+    Which inputs those are is found by trying, so that no index map of fxmerge is believed.
+    """
+    module = copy.deepcopy(result.analysis.captured.module).eval()
+    groups = {g.name: g for g in result.analysis.groups}
+    zeroed: dict[str, Tensor] = {}
+    for planned in result.plan.groups:
+        group = groups[planned.name]
+        dropped = torch.tensor(sorted(set(range(planned.channels)) - set(planned.kept)))
+        shaken = copy.deepcopy(module)
+        for writer in group.writers:
+            here, local = writer.local(dropped)
+            assert here.all()
+            for path in writer.layer.params.values():
+                value = shaken.get_parameter(path)
+                rows = value.data.movedim(1, 0) if writer.layer.transposed and value.dim() > 1 else value.data
+                places = writer.where[local].flatten()
+                rows[places] += torch.rand(rows[places].shape, generator=torch.Generator().manual_seed(0)).to(rows)
+        readers = {reader.layer.node for reader in group.readers}
+        before, after = (Watched(m, readers, {}) for m in (module, shaken))
+        before.run(x)
+        after.run(x)
+        for node in readers:
+            zeroed[node] = after.seen[node] != before.seen[node]
+    out: Tensor = Watched(module, set(zeroed), zeroed).run(x)
+    return out.detach()
+
+
+class Watched(fx.Interpreter):
+    """Notes what stands before some nodes, and zeroes the channels of it that hold one of the given entries."""
+
+    def __init__(self, module: fx.GraphModule, nodes: set[str], zeroed: dict[str, Tensor]) -> None:
+        super().__init__(module)
+        self.nodes, self.zeroed = nodes, zeroed
+        self.seen: dict[str, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        source = n.args[0] if n.name in self.nodes else None
+        if isinstance(source, fx.Node):
+            value = self.env[source].clone()
+            self.seen[n.name] = value
+            if n.name in self.zeroed:
+                self.env[source] = value * ~self.channels(n, self.zeroed[n.name])
+        return super().run_node(n)
+
+    def channels(self, n: fx.Node, entries: Tensor) -> Tensor:
+        """Whole channels that hold one of the entries: along the last axis for linear, along axis 1 otherwise."""
+        target = self.module.get_submodule(str(n.target)) if n.op == "call_module" else n.target
+        linear = isinstance(target, nn.Linear) or target is F.linear
+        axis = entries.dim() - 1 if linear else 1
+        others = [a for a in range(entries.dim()) if a != axis]
+        return entries.amax(others, keepdim=True) if others else entries
+
+
+@every_spelling
+@pytest.mark.filterwarnings("ignore:.*deprecated:UserWarning")
+def test_commutes(key: Any, rule: fxmerge.Rule) -> None:
+    """`commutes` is True for just those per-channel ops that a positive factor passes."""
+    if rule.kind not in ("per_channel", "movement") or not isinstance(rule.commutes, bool):
+        pytest.skip("says nothing of factors by itself")
+    sample = sample_of(key, rule)
+    model, x = sample.make()
+    with torch.no_grad():
+        before = sample.before(model.writer(x))
+        errors = []
+        for scale in (0.25, 2.0, 8.0):  # powers of two, so that a cast to half precision does not round otherwise
+            one, other = sample.op(model, scale * before), scale * sample.op(model, before.clone())
+            errors.append(verify.difference([one], [other]))
+    assert (max(errors) < 1e-10) == rule.commutes
+
+
+def test_softmax_over_the_channels_is_a_mixer() -> None:
+    model, x = spelled("softmax", 1).make()
+    result = fxmerge.merge(model, x, ratio=0.5)
+    group = result.analysis.groups[0]
+    assert group.mixers == ("softmax",)
+    assert not group.internal
+    assert group.scale_blocks
+    with pytest.raises(fxmerge.FxMergeError, match="matches no group"):
+        fxmerge.merge(model, x, keep={"nothing": 1})
+    assert fxmerge.merge(model, x, scope="internal").plan.groups == ()
+
+
+MUST_STAY: dict[str, tuple[Sample, str]] = {
+    "mean over the channels": (spelled("mean", 1, reads=4, flat=True), "mean reduces over the channels"),
+    "one channel": (spelled("select", 1, 3, reads=4, flat=True), "sizes at select cannot follow"),
+    "an index list": (Sample(lambda m, x: x[:, [0, 2, 5]], reads=3), "sizes at getitem cannot follow"),
+    "a size in a module": (spelled(nn.Unflatten, 1, (2, 4), then=lambda x: x.flatten(1, 2)), "sizes at part cannot"),
+    "two activations": (Sample(lambda m, x: torch.clamp(x, x.mean((2, 3), keepdim=True), None)), "more than one"),
+    "a computed weight": (
+        Sample(lambda m, x: F.conv2d(x, m.w * 2), parts={"w": raw(8, 8, 1, 1)}),
+        "weight",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", MUST_STAY)
+def test_what_cannot_follow_stays(what: str) -> None:
+    """Channels that an op cannot do without stay, with the reason and the source line."""
+    sample, reason = MUST_STAY[what]
+    model, x = sample.make()
+    result = fxmerge.merge(model, x, ratio=0.5, decomposition="prune")
+    assert result.plan.groups == ()
+    assert result.report.verdict.error == 0
+    refused = [r for r in result.report.refusals if r.name.startswith("writer")]
+    assert any(reason in r.reason for r in refused), refused
+    assert all(".py:" in r.where for r in refused)
+
+
+def test_channels_taken_one_by_one_stay() -> None:
+    model, x = spelled("unbind", 1, then=lambda p: p[0] + p[5], reads=4, flat=True).make()
+    result = fxmerge.merge(model, x, ratio=0.5)
+    assert result.plan.groups == ()
+    assert result.report.verdict.error == 0
+
+
+@pytest.mark.parametrize("where", ["buffer", "forward"])
+def test_a_constant_per_channel_follows(where: str) -> None:
+    """Whether it is a buffer, or a tensor made in forward, which the trace makes a buffer."""
+    ones = torch.ones(8, 1, 1, dtype=torch.float64)
+    model, x = Sample(lambda m, x: x + (m.c if where == "buffer" else ones), parts={"c": ones}).make()
+    result = fxmerge.merge(model, x, ratio=0.5)
+    assert [p.name for p in result.plan.groups] == ["writer"]
+    sizes = {n.target: result.module.get_buffer(n.target).shape for n in result.module.graph.find_nodes(op="get_attr")}
+    assert list(sizes.values()) == [(4, 1, 1)]
+
+
+class Gate(nn.Module):
+    """A leaf that fxmerge has never heard of."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(x)
+
+
+def _fft(m: Any, x: Any) -> Any:
+    return torch.fft.fft(x).real
+
+
+def _cumsum(m: Any, x: Any) -> Any:
+    return torch.cumsum(x, 1)
+
+
+UNKNOWN: dict[str, tuple[Callable[[Any, Any], Any], str]] = {"fft_fft": (_fft, "fft"), "cumsum": (_cumsum, "cumsum")}
+
+
+@pytest.mark.parametrize("op", UNKNOWN)
+def test_an_unknown_op_pins_and_says_where(op: str) -> None:
+    function, named = UNKNOWN[op]
+    model, x = Sample(function).make()
+    found = fxmerge.analyze(model, x)
+    assert found.groups == ()
+    refusal = next(r for r in found.refusals if r.name == "writer")
+    assert named in refusal.reason
+    assert "has no rule" in refusal.reason
+    assert refusal.channels == 8
+    line = function.__code__.co_firstlineno + 1
+    assert f"test_rules.py:{line}" in refusal.where, refusal.where
+    assert "torch." in refusal.where
+
+
+class LeafTracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, qualified_name: str) -> bool:
+        return isinstance(m, Gate) or super().is_leaf_module(m, qualified_name)
+
+
+def gated() -> tuple[fx.GraphModule, Tensor]:
+    model, x = Sample(lambda m, x: m.gate(x), parts={"gate": Gate()}).make()
+    return fx.GraphModule(model, LeafTracer().trace(model)), x
+
+
+def test_an_unknown_leaf_pins_until_a_rule_is_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = gated()
+    refusal = next(r for r in fxmerge.analyze(model, x).refusals if r.name == "writer")
+    assert "Gate" in refusal.reason
+    assert "has no rule" in refusal.reason
+    monkeypatch.setitem(fxmerge.RULES, "gate", fxmerge.per_channel("gate", Gate))
+    result = fxmerge.merge(model, x, ratio=0.5)
+    assert [(p.name, len(p.kept)) for p in result.plan.groups] == [("writer", 4)]
+    found = result.analysis
+    assert max(verify.permutation(found.captured, found.facts, found.grouping).values()) < 1e-10
+
+
+def test_a_subclass_is_known_by_the_forward_it_inherits() -> None:
+    class Mine(nn.Conv2d):
+        pass
+
+    class Other(nn.Conv2d):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input).flip(1)
+
+    for cls, known in ((Mine, True), (Other, False)):
+        model, x = Sample(lambda m, x: m.part(x), parts={"part": cls(8, 8, 3, padding=1)}).make()
+
+        class Leaf(fx.Tracer):
+            def is_leaf_module(self, m: nn.Module, name: str) -> bool:
+                return isinstance(m, nn.Conv2d)
+
+        found = fxmerge.analyze(fx.GraphModule(model, Leaf().trace(model)), x)
+        assert ("writer" in {g.name for g in found.groups}) == known
+
+
+def test_a_module_with_hooks_is_pinned() -> None:
+    model, x = Sample(lambda m, x: m.part(x), parts={"part": nn.Conv2d(8, 8, 1)}).make()
+    model.get_submodule("part").register_forward_hook(lambda module, args, out: out.flip(1))
+    refused = {r.name: r.reason for r in fxmerge.analyze(model, x).refusals}
+    assert "has forward hooks" in refused["writer"]
+
+
+def test_a_parametrized_module_is_pinned() -> None:
+    model, x = Sample(lambda m, x: m.part(x), parts={"part": nn.Conv2d(8, 8, 1)}).make()
+    nn.utils.parametrizations.weight_norm(model.get_submodule("part"))
+    refused = {r.name: r.reason for r in fxmerge.analyze(model, x).refusals}
+    assert "has parametrized weights" in refused["writer"]
