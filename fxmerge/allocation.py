@@ -66,6 +66,20 @@ def spread(group: Group, share: float, round_to: int, total: int | None = None) 
     return tuple(int(k) for k in np.rint(found.x[:cells])) if found.x is not None else None
 
 
+def shaken(group: Group, block: int) -> torch.Tensor:
+    """Half of a group's channels, ascending: the first ones of each even row of a block, the last ones of odd rows.
+
+    What a trial narrows the group to: a graph that deals blocks out like cards cannot follow such a choice.
+    """
+    counts = spread(group, 0.5, 1) or tuple(torch.bincount(group.cells).tolist())
+    odd = {cell for row in group.blocks[block][1::2] for cell in row}
+    kept = []
+    for cell, count in enumerate(counts):
+        inside = (group.cells == cell).nonzero().flatten()
+        kept.append(inside[len(inside) - count :] if cell in odd else inside[:count])
+    return torch.cat(kept).sort().values
+
+
 def uniform(groups: Sequence[Group], options: Options) -> dict[str, tuple[int, ...]]:
     """Every group keeps the share 1 - ratio, or what `keep` says: {group: channels kept in each cell}."""
     kept = {}

@@ -68,15 +68,15 @@ Command = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status is 1 for an FxMergeError, whose text goes to stderr, 2 for wrong usage."""
-    command: Any = tyro.cli(
-        Command,
-        args=arguments,
-        prog="fxmerge",
-        description="Make trained PyTorch models structurally smaller, without training and without data.",
-    )
     try:
+        command: Any = tyro.cli(
+            Command,
+            args=arguments,
+            prog="fxmerge",
+            description="Make trained PyTorch models structurally smaller, without training and without data.",
+        )
         print(_run(command))
-    except FxMergeError as error:
+    except (FxMergeError, OSError) as error:
         print(f"fxmerge: {error}", file=sys.stderr)
         return 1
     return 0

@@ -15,7 +15,7 @@ def source_line(node: fx.Node) -> str:
     lines = (trace or "").strip().splitlines()
     for at in range(len(lines) - 1, -1, -1):
         head = lines[at].strip()
-        if head.startswith('File "') and "/torch/" not in head:
+        if head.startswith('File "') and "/torch/" not in head and "/fxmerge/" not in head:
             code = f": {lines[at + 1].strip()}" if at + 1 < len(lines) else ""
             return head.removeprefix('File "').replace('", line ', ":", 1) + code
     return ""

@@ -6,6 +6,9 @@ example's shape; `constants.py` recomputes the literals that depend on widths.
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 import warnings
 from typing import Any
 
@@ -15,9 +18,15 @@ from torch import fx, nn
 
 def export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
     """The model as a graph module of aten ops, with the model's own call signature. Raises what torch.export raises."""
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        module = torch.export.export(model, args, kwargs, strict=False).module()
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)  # what it cannot do comes back as an exception, not as pages of text
+    try:
+        quiet = contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO())
+        with quiet[0], quiet[1], warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            module = torch.export.export(model, args, kwargs, strict=False).module()
+    finally:
+        logging.disable(before)
     assert isinstance(module, fx.GraphModule)
     for node in list(module.graph.nodes):
         # guards on the inputs' shapes: the merged model is checked against the original instead

@@ -11,21 +11,19 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import replace
 
 import networkx as nx
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
-from torch import Tensor
 
-from .ir import Group, Grouping, Lab, Layer, Member, Pin, Provenance, Refusal
+from .ir import Group, Grouping, Lab, Pin, Provenance, Refusal, Tie
 from .labels import thin
+from .members import Builder, Ints
 from .movement import leaves
-
-Ints = NDArray[np.int64]
 
 
 def atoms(facts: Provenance) -> Ints:
@@ -43,9 +41,22 @@ def group(facts: Provenance) -> Grouping:
     pinned = _pinned(facts, atom)
     part, present = _parts(facts, atom, pinned)
     of_group, components = _components(facts, atom, part, pinned, _writer_order(facts, atom))
-    builder = _Builder(facts, atom, of_group, present)
+    builder = Builder(facts, atom, of_group, present)
     named = _named([builder.build(number, *inside) for number, inside in components.items()])
     return Grouping(tuple(named), _refusals(facts, atom, pinned), torch.from_numpy(atom), _graph(named))
+
+
+def aligned(facts: Provenance, grouping: Grouping, groups: Sequence[Group]) -> Provenance:
+    """The same facts, with the channels that stand at one place of these groups' blocks tied to each other."""
+    inside = torch.cat([g.atoms for g in groups])
+    kept, ties = [], list(facts.ties)
+    for block in facts.blocks:
+        if bool(torch.isin(grouping.atom[block.labels], inside).any()):
+            first, others = block.labels[:1].expand_as(block.labels[1:]), block.labels[1:]
+            ties.append(Tie(block.node, first.reshape(-1), others.reshape(-1)))
+        else:
+            kept.append(block)
+    return replace(facts, ties=tuple(ties), blocks=tuple(kept))
 
 
 def _pinned(facts: Provenance, atom: Ints) -> dict[int, Pin]:
@@ -123,143 +134,6 @@ def _components(
         of_group[inside] = number
         cells[number] = (inside, cell.astype(np.int64))
     return of_group, cells
-
-
-class _Builder:
-    """Fills in a group's members from the layers that hold its labels."""
-
-    def __init__(self, facts: Provenance, atom: Ints, of_group: Ints, present: dict[str, Ints]) -> None:
-        self.facts, self.atom, self.of_group = facts, atom, of_group
-        self.nodes: dict[int, set[str]] = defaultdict(set)  # group -> nodes whose labels hold it
-        for name, inside in present.items():
-            for number in np.unique(of_group[inside]).tolist():
-                self.nodes[number].add(name)
-        self.holders: dict[int, list[tuple[Layer, str, Ints]]] = defaultdict(list)
-        self.written_at: dict[tuple[int, str], bool] = {}
-        for layer in facts.layers:
-            for role, labels in (("write", layer.writes), ("carry", layer.carries), ("read", layer.reads)):
-                if labels is None:
-                    continue
-                inside = atom[labels.numpy()]
-                for number in np.unique(of_group[inside]).tolist():
-                    if number >= 0:
-                        self.holders[number].append((layer, role, inside.reshape(-1)))
-                        if role == "write":
-                            self.written_at[number, layer.node] = True
-
-    def build(self, number: int, inside: Ints, cell: Ints) -> Group:
-        lookup = np.full(len(self.of_group), -1, dtype=np.int64)
-        lookup[inside] = np.arange(len(inside))
-        members: dict[str, list[Member]] = {"write": [], "carry": [], "read": []}
-        partners = True
-        for layer, role, held in self.holders[number]:
-            at = lookup[held]
-            places = np.flatnonzero(at >= 0)
-            places = places[np.argsort(at[places], kind="stable")]
-            copies = np.bincount(at[places], minlength=len(inside))
-            for count in np.unique(copies[copies > 0]).tolist():  # one member for each number of copies
-                stands = np.flatnonzero(copies == count)
-                where = places[np.isin(at[places], stands)].reshape(len(stands), count)
-                partners &= _aligned(where, cell[stands])
-                members[role].append(Member(layer, role, torch.from_numpy(stands), torch.from_numpy(where)))  # type: ignore[arg-type]
-        first = members["write"][0].layer.module if members["write"] else ""
-        writers, readers, junctions, rigid = self._paths(number, members["write"], members["read"])
-        nodes = self.nodes[number]
-        ordered = [n for n in self.facts.kinds if n in nodes]
-        mixed = [n for n, labels in self.facts.mixers if n in nodes and self._holds(number, labels)]
-        blocked = [
-            n
-            for n in ordered
-            if self.facts.kinds[n] in ("per_channel", "tie", "mixer", "carrier")
-            and not self.facts.commutes.get(n, False)
-        ]
-        single = len(writers) == 1 and len(readers) == 1 and not junctions and not mixed
-        return Group(
-            first, torch.from_numpy(inside), torch.from_numpy(cell), tuple(writers), tuple(members["carry"]),
-            tuple(readers), tuple(dict.fromkeys(mixed)), tuple(junctions), single,
-            tuple(dict.fromkeys([*blocked, *rigid])), self._blocks(number, lookup, cell), partners,
-        )  # fmt: skip
-
-    def _blocks(self, number: int, lookup: Ints, cell: Ints) -> tuple[tuple[tuple[int, ...], ...], ...]:
-        """The group's blocks, each a row of cells for each row of labels; a cell stands in one row of each block."""
-        found = []
-        for block in self.facts.blocks:
-            rows = lookup[self.atom[block.labels.numpy()]]
-            if (self.of_group[self.atom[block.labels.numpy()]] == number).all():
-                found.append(tuple(tuple(np.unique(cell[row]).tolist()) for row in rows))
-        return tuple(dict.fromkeys(found))
-
-    def _holds(self, number: int, labels: Tensor) -> bool:
-        return bool((self.of_group[self.atom[labels.numpy()]] == number).any())
-
-    def _back(self, number: int, node: str) -> tuple[str, list[str]]:
-        """(where the group's common coordinates begin, what was passed since), walking up from a node."""
-        steps: list[str] = []
-        while (number, node) not in self.written_at:
-            sources = [s for s in dict.fromkeys(self.facts.sources[node]) if s in self.nodes[number]]
-            if len(sources) != 1:
-                break
-            if self.facts.kinds[node] not in ("movement", "query"):
-                steps.append(node)
-            node = sources[0]
-        return node, steps[::-1]
-
-    def _paths(
-        self, number: int, writers: list[Member], readers: list[Member]
-    ) -> tuple[list[Member], list[Member], list[str], list[str]]:
-        """Members with their steps, the nodes where writers' outputs join, carriers that stand between such nodes."""
-        ends: list[tuple[Member, str, list[str]]] = []  # (reader, the node its walk ended at, steps from there)
-        for reader in readers:
-            for source in dict.fromkeys(self.facts.sources[reader.layer.node]):
-                if source in self.nodes[number]:
-                    ends.append((reader, *self._back(number, source)))
-                    break
-        junctions = {
-            n for n in self.nodes[number]
-            if (number, n) not in self.written_at
-            and len([s for s in dict.fromkeys(self.facts.sources[n]) if s in self.nodes[number]]) > 1
-        }  # fmt: skip
-        if not junctions and len(writers) == 1:
-            shared = _common_prefix([steps for _, _, steps in ends])
-            placed = [replace(r, steps=tuple(steps[len(shared) :])) for r, _, steps in ends]
-            return [replace(writers[0], steps=tuple(shared))], placed, [], []
-        onto: dict[str, list[str]] = {}
-        rigid: list[str] = []
-        for junction in (n for n in self.facts.kinds if n in junctions):
-            for source in dict.fromkeys(self.facts.sources[junction]):
-                if source in self.nodes[number]:
-                    origin, steps = self._back(number, source)
-                    if (number, origin) in self.written_at:
-                        onto.setdefault(origin, steps)
-                    else:
-                        rigid += [s for s in steps if self.facts.kinds[s] == "carrier"]
-        placed_writers = [replace(w, steps=tuple(onto.get(w.layer.node, ()))) for w in writers]
-        placed = []
-        for reader, origin, steps in ends:
-            ahead = onto.get(origin, []) if (number, origin) in self.written_at else []
-            if steps[: len(ahead)] != ahead:  # it branches off before the common coordinates begin
-                rigid += ahead
-                steps, ahead = [], []
-            placed.append(replace(reader, steps=tuple(steps[len(ahead) :])))
-        return placed_writers, placed, [n for n in self.facts.kinds if n in junctions], rigid
-
-
-def _common_prefix(paths: list[list[str]]) -> list[str]:
-    shared = []
-    for step in zip(*paths, strict=False):
-        if len(set(step)) > 1:
-            break
-        shared.append(step[0])
-    return shared
-
-
-def _aligned(where: Ints, cell: Ints) -> bool:
-    """Do the copies of all channels of a cell stand at the same distances, so that copy q of one is copy q of all?"""
-    if where.shape[1] == 1:
-        return True
-    distance = where - where[:, :1]
-    _, first, of_cell = np.unique(cell, return_index=True, return_inverse=True)
-    return bool((distance == distance[first[of_cell.reshape(-1)]]).all())
 
 
 def _named(found: list[Group]) -> list[Group]:

@@ -7,14 +7,16 @@ from torch import Tensor
 
 
 def gram(rows: Tensor, kept: Tensor | None = None) -> Tensor:
-    """Inner products of rows: (n, d) -> (n, n), float64, summed in the rows' own precision (at least float32).
+    """Inner products of rows: (n, d) -> (n, n), float64.
 
     kept: only those of rows that are not kept with rows that are, and the diagonal; elsewhere 0. That is all that
-    looking for a partner takes, and a quarter of the work.
+    looking for a partner takes, a quarter of the work, and the rows' own precision (float32 at least) will do.
     """
-    rows = rows if rows.dtype in (torch.float32, torch.float64) else rows.float()
     if kept is None:
-        return (rows @ rows.T).double()
+        rows = rows.double()
+        inner: Tensor = rows @ rows.T
+        return inner
+    rows = rows if rows.dtype in (torch.float32, torch.float64) else rows.float()
     inner = torch.zeros(len(rows), len(rows), dtype=torch.float64)
     dropped = torch.ones(len(rows), dtype=torch.bool).index_fill_(0, kept, False).nonzero().flatten()
     inner[dropped[:, None], kept[None, :]] = (rows[dropped] @ rows[kept].T).double()

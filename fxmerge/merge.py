@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from . import verify
-from .allocation import ALLOCATORS, check_patterns, ignored
+from .allocation import ALLOCATORS, check_patterns, ignored, shaken
 from .capture import capture
 from .constants import recompute
 from .decomposition import DECOMPOSITIONS, cellwise_least_squares, push
 from .decomposition import Mapping as Map
 from .errors import FxMergeError, source_line
-from .groups import group
+from .groups import aligned, group
 from .ir import Capture, Decomposition, Group, Grouping, Merge, Provenance, Refusal
 from .options import Options
 from .plan import GroupPlan, Partner, Plan
@@ -73,8 +73,7 @@ def analyze(model: nn.Module, example_inputs: Any, options: Options | None = Non
     """
     settled(options, changes)
     captured = capture(model, example_inputs)
-    facts = provenance(captured)
-    grouping = group(facts)
+    facts, grouping = _grouped(captured, provenance(captured))
     return Analysis(captured, facts, grouping, grouping.refusals)
 
 
@@ -109,7 +108,7 @@ def _merge(model: nn.Module, example_inputs: Any, options: Options, decided: Map
         stage("provenance")
         facts = provenance(captured)
         stage("groups")
-        grouping = group(facts)
+        facts, grouping = _grouped(captured, facts)
         if decided is None:
             check_patterns(grouping.groups, [n for n, _ in captured.module.named_modules()], options)
         groups, refusals = _in_scope(grouping, options)
@@ -141,6 +140,29 @@ def _merge(model: nn.Module, example_inputs: Any, options: Options, decided: Map
     plan = Plan(options, tuple(plans))
     report = Report(grouping.groups, refusals, captured, module, plan, verdict)
     return Result(module, plan, report, analysis)
+
+
+def _grouped(captured: Capture, facts: Provenance) -> tuple[Provenance, Grouping]:
+    """The groups; where blocks are shuffled into each other, with the channels at one place of all blocks as one.
+
+    Whether a graph shuffles is found by trial: blocks lose different places, and the sizes are checked.
+    """
+    grouping = group(facts)
+    while True:
+        blocked = [g for g in grouping.groups if g.blocks]
+        failures = []
+        for number in range(max((len(g.blocks) for g in blocked), default=0)):
+            trial = [(g, shaken(g, min(number, len(g.blocks) - 1))) for g in blocked]
+            failures += recompute(captured, facts, survivors(facts, grouping.atom, trial))[1]
+        guilty = [g for g in blocked for f in failures if _hit(g, grouping, f.labels)]
+        if not guilty:
+            return facts, grouping
+        facts = aligned(facts, grouping, guilty)
+        grouping = group(facts)
+
+
+def _hit(group: Group, grouping: Grouping, labels: Tensor) -> bool:
+    return bool(torch.isin(grouping.atom[labels], group.atoms).any())
 
 
 def _in_scope(grouping: Grouping, options: Options) -> tuple[list[Group], tuple[Refusal, ...]]:
@@ -185,8 +207,7 @@ def _provable(
         if not failures:
             return chosen, edits, refused
         failure = failures[0]
-        lost = set(grouping.atom[failure.labels].tolist())
-        guilty = [g for g, _ in chosen if lost & set(g.atoms.tolist())]
+        guilty = [g for g, _ in chosen if _hit(g, grouping, failure.labels)]
         if not guilty:
             raise FxMergeError(f"the sizes at {failure.node} cannot be made right; {source_line(nodes[failure.node])}")
         for g in guilty:

@@ -42,7 +42,6 @@ SPELLINGS: dict[str, tuple[Any, ...]] = {
     "flip": (torch.flip, "flip"),
     "pixel_shuffle": (nn.PixelShuffle, torch.pixel_shuffle, nn.PixelUnshuffle, torch.pixel_unshuffle),
     "unfold": (nn.Unfold, F.unfold, "unfold", Aten("im2col")),
-    "channel_shuffle": (nn.ChannelShuffle, torch.channel_shuffle),
 }
 
 
@@ -62,6 +61,9 @@ def run(target: Any, args: Any, kwargs: Any) -> Any:
     """One movement op on plain tensors: `target` is a method's name, a function or a module."""
     if isinstance(target, str):
         return getattr(args[0], str(_COPYING.get(target, target)))(*args[1:], **kwargs)
+    if isinstance(target, nn.Unfold) or target in (F.unfold, torch.ops.aten.im2col.default):
+        # not implemented for integers; labels are exact in float64
+        return target(args[0].double(), *args[1:], **kwargs).to(args[0].dtype)
     return (target if isinstance(target, nn.Module) else _COPYING.get(target, target))(*args, **kwargs)
 
 
@@ -95,7 +97,7 @@ def execute(ctx: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(value, Lab):
             return value.t
         if isinstance(value, Param):
-            return ctx.elements(value)
+            return value.value.cpu() if indexing and value is not args[0] else ctx.elements(value)
         if isinstance(value, Tensor) and not indexing:
             return fixed(value.shape)
         return value.cpu() if isinstance(value, Tensor) else value
@@ -142,6 +144,13 @@ def pad(ctx: Any, input: Any, pad: Any, mode: str = "constant", value: Any = Non
     if moved:
         ctx.kind = "movement"
     return ctx.resized(Lab(simplify(labels)), ctx.shape)
+
+
+def channel_shuffle(ctx: Any, input: Any, groups: int) -> Any:
+    """Blocks of channels dealt out like cards; every block must lose equally many."""
+    if isinstance(input, Lab) and 1 in varying(input.t):
+        ctx.block(ctx.along(input, 1).view(groups, -1))
+    return execute(ctx, input) if isinstance(ctx.target, nn.Module) else execute(ctx, input, groups)
 
 
 def expand_as(ctx: Any, input: Any, other: Any) -> Any:

@@ -104,6 +104,11 @@ def constant_rule(ctx: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     return movement.run(ctx.target, (torch.empty(()), *args), {k: v for k, v in kwargs.items() if k != "device"})
 
 
+def type_as_rule(ctx: Any, x: Any, other: Any) -> Any:
+    """Only the dtype comes from the other operand."""
+    return x
+
+
 def query_rule(ctx: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     """Shapes, dtypes and devices: plain values, read off the operand."""
     return ctx.query(x, *args, **kwargs)

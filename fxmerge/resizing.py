@@ -100,6 +100,17 @@ def _narrow(call: Call, before: Any, after: Any, survivors: Survivors) -> Call |
     return Call(call.target, (x, dim, int(stays[:start].sum()), int(stays[start : start + length].sum())), call.kwargs)
 
 
+def _slice(call: Call, before: Any, after: Any, survivors: Survivors) -> Call | None:
+    """aten.slice(x, dim, start, end): a bound becomes the number of survivors before it."""
+    given: list[Any] = [*call.args, *(0, None, None, 1)[len(call.args) - 1 :]]
+    x, dim, start, end, step = given
+    stays = survivors(dim)
+    if step != 1 or not all(b is None or isinstance(b, int) for b in (start, end)):
+        return None
+    first, last, _ = slice(start, end).indices(len(stays))
+    return Call(call.target, (x, dim, int(stays[:first].sum()), int(stays[:last].sum())), {})
+
+
 def _pad(call: Call, before: Any, after: Any, survivors: Survivors) -> Call | None:
     """Zeros beside channels: every split of the missing ones into left and right is a guess worth trying."""
     if len(call.args) < 2 or not all(isinstance(p, int) for p in call.args[1]):
@@ -124,6 +135,7 @@ PROPOSALS: dict[str, Callable[[Call, Any, Any, Survivors], Call | None]] = {
     "getitem": _index,
     "narrow": _narrow,
     "pad": _pad,
+    "slice": _slice,
 }
 
 

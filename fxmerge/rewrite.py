@@ -134,7 +134,7 @@ class Rewriter:
             node.kwargs = {k: v for k, v in node.kwargs.items() if k != "bias"}
 
     def _resize(self, layer: Layer) -> None:
-        """Right in_channels, num_features, groups, normalized_shape: the sizes that a module keeps of its parameters."""
+        """Right in_channels, num_features, groups, normalized_shape: what a module keeps of its parameters' sizes."""
         node = self.nodes[layer.node]
         groups = layer.groups
         weight = self.weights[layer.params["weight"]] if "weight" in layer.params else None

@@ -36,6 +36,7 @@ from .perchannel import (
     query_rule,
     reduction,
     softmax_rule,
+    type_as_rule,
 )
 
 _CONV = ("weight", "bias", "stride", "padding", "dilation", "groups")
@@ -123,10 +124,10 @@ _ROWS: tuple[Rule, ...] = (
     per_channel("abs", torch.abs, "abs", operator.abs, commutes=True),
     per_channel("neg", torch.neg, "neg", operator.neg, commutes=True),
     per_channel("identity", nn.Identity, "contiguous", "clone", torch.clone, "detach", "float", "double", "half",
-                "bfloat16", "to", "type_as", "cpu", "cuda", Aten("alias"),
+                "bfloat16", "to", "cpu", "cuda", Aten("alias"),
                 Aten("lift_fresh_copy"), Aten("_to_copy"), commutes=True),
     per_channel("stochastic_depth", "torchvision.ops.stochastic_depth.stochastic_depth", commutes=True),
-    per_channel("zeros_like", torch.zeros_like, "zeros_like", commutes=True),
+    per_channel("zeros_like", torch.zeros_like, commutes=True),
     per_channel("ones_like", torch.ones_like),
     per_channel("dropout", nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
                 nn.FeatureAlphaDropout, F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout,
@@ -195,8 +196,11 @@ _ROWS: tuple[Rule, ...] = (
          (Module(nn.GroupNorm, ("num_groups", "weight", "bias", "eps")), F.group_norm)),
     # movement: executed on the labels as it stands
     *(Rule(name, "movement", movement.execute, spellings, True) for name, spellings in movement.SPELLINGS.items()),
+    Rule("channel_shuffle", "movement", movement.channel_shuffle,
+         (Module(nn.ChannelShuffle, ("groups",)), torch.channel_shuffle), True),
+    Rule("type_as", "per_channel", type_as_rule, ("type_as",), True),
     Rule("expand_as", "movement", movement.expand_as, ("expand_as",), True),
-    Rule("pad", "per_channel", movement.pad, (F.pad, "pad"), True),
+    Rule("pad", "per_channel", movement.pad, (F.pad,), True),
     # shapes and other plain values
     Rule("new", "query", constant_rule, ("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor")),
     Rule("query", "query", query_rule, (getattr, "size", "dim", "ndimension", "numel", "stride", "get_device",

@@ -46,9 +46,11 @@ def identity(key: Any) -> Sample:
         return Sample(lambda m, x: getattr(x, key)().to(x.dtype))
     if key == "to":
         return Sample(lambda m, x: x.to(torch.float32).to(x.dtype))
-    if key == "type_as":
-        return Sample(lambda m, x: x.float().type_as(x))
     return spelled(key)
+
+
+def type_as(key: Any) -> Sample:
+    return Sample(lambda m, x: x.float().type_as(x))
 
 
 def dropout(key: Any) -> Sample:
@@ -216,6 +218,7 @@ SAMPLES: dict[str, Callable[[Any], Sample]] = {
     "stochastic_depth": stochastic_depth,
     "prelu": prelu,
     "identity": identity,
+    "type_as": type_as,
     "dropout": dropout,
     "hardtanh": clamp,
     "threshold": lambda key: spelled(key, 0.1, 0.0),
