@@ -9,6 +9,7 @@ sizes follow.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
@@ -44,6 +45,7 @@ class Rewriter:
         self.module, self.weights = sharing_copy(module)
         self.facts, self.held = facts, dict(facts.params)
         self.nodes: dict[str, fx.Node] = {n.name: n for n in self.module.graph.nodes}
+        self.partners: dict[str, list[Partners]] = {}  # weight -> columns to add up when it is sliced
 
     def absorb(self, merge: Merge) -> None:
         """At full width: let the kept channels' writers and readers take over what the others did."""
@@ -57,7 +59,9 @@ class Rewriter:
         """Slice every parameter, put sizes right, and recompile: fresh code, the same names and metadata."""
         with torch.no_grad():
             for labels in self.held.values():
-                if any(not bool(alive[t].all()) for t in places(labels)):
+                if labels.path in self.partners:
+                    self._slice_and_add(labels, alive)
+                elif any(not bool(alive[t].all()) for t in places(labels)):
                     gather(self.weights, labels, lambda flat: alive[flat].nonzero().flatten())
             self.weights.own_all()
         for layer in self.facts.layers:
@@ -74,12 +78,13 @@ class Rewriter:
             if path in done:
                 continue  # a module that is used twice absorbs once
             done.add(path)
-            weight = self.weights.own(path)
             shift, (here, local) = part.shift[reader.channels], reader.local(merge.kept)
-            up = part.up[reader.channels][:, here]  # partners stand in the same layers: nothing is cut off
-            if not bool(shift.any()) and bool(((up != 0).sum(1) <= 1).all()) and _plain(reader.layer):
-                _add_partners(weight, reader.where, up, local)
+            up = part.up if len(reader.channels) == merge.group.channels else part.up[reader.channels][:, here]
+            partners = _partners(reader, up, local) if not bool(shift.any()) else None
+            if partners is not None:
+                self.partners.setdefault(path, []).append(partners)
                 continue
+            weight = self.weights.own(path)
             rows = columns(weight, reader.layer).to(torch.float64, copy=True)
             own = rows[reader.where]  # (m, copies, out/groups * kernel)
             if bool(shift.any()):
@@ -87,6 +92,22 @@ class Rewriter:
                 self._move_bias(reader.layer, lambda bias: bias + gained)  # noqa: B023
             rows[reader.where[local]] = torch.einsum("mk,mcx->kcx", up.to(rows), own)
             weight.copy_(from_columns(rows, weight, reader.layer))
+
+    def _slice_and_add(self, labels: ParamLabels, alive: Tensor) -> None:
+        """W[:, kept] + sum of scale * W[:, dropped], rows sliced first: half the columns never have to be copied."""
+        value = self.weights[labels.path].detach()
+        if 0 in labels.axes:
+            value = value.index_select(0, alive[labels.axes[0]].nonzero().flatten().to(value.device))
+        stays = alive[labels.axes[1]]
+        place = torch.cumsum(stays, 0) - 1  # where a column that stays comes to stand
+        sliced = value.index_select(1, stays.nonzero().flatten().to(value.device))
+        precise = torch.promote_types(value.dtype, torch.float32)
+        total = sliced.to(precise)
+        for part in self.partners[labels.path]:
+            taken = value.index_select(1, part.source.to(value.device)).to(precise)
+            taken *= part.scale.to(taken).view(1, -1, *[1] * (value.dim() - 2))
+            total.index_add_(1, place[part.target].to(value.device), taken)
+        self.weights.put(labels.path, total.to(value.dtype))
 
     def _absorb_writers(self, merge: Merge, mixing: Tensor) -> None:
         """rows_k = (1 / gain_k) sum_i down_ki gain_i rows_i, and the constants likewise, in the common coordinates."""
@@ -177,29 +198,29 @@ class Rewriter:
                 self.module.graph.erase_node(node)  # a size that nothing asks for any more
 
 
-def _plain(layer: Layer) -> bool:
-    """Is the input axis of its weight the second, for all outputs alike?"""
-    return layer.groups == 1 and not layer.transposed
+@dataclass(frozen=True)
+class Partners:
+    """Columns of a weight to be added to others: W[:, target] += scale * W[:, source]."""
+
+    source: Tensor
+    target: Tensor
+    scale: Tensor
 
 
-def _add_partners(weight: Tensor, where: Tensor, up: Tensor, local: Tensor) -> None:
-    """W[:, kept] += scale * W[:, dropped] for an `up` of at most one entry a row: no dense product is needed."""
-    scale, into = (
-        up.gather(1, (up != 0).to(torch.int8).argmax(1, keepdim=True))[:, 0],
-        (up != 0).to(torch.int8).argmax(1),
-    )
-    scale[local] -= 1  # a kept channel's own entry is there already
+def _partners(reader: Member, up: Tensor, local: Tensor) -> Partners | None:
+    """An `up` of at most one entry a row, 1 for each kept channel itself, as a sum of columns; None for any other."""
+    entries = up != 0
+    own = up[local, torch.arange(len(local))]
+    layer = reader.layer
+    if layer.groups > 1 or layer.transposed or bool((entries.sum(1) > 1).any()) or bool((own != 1).any()):
+        return None
+    into = entries.to(torch.int8).argmax(1)
+    scale = up.gather(1, into[:, None])[:, 0]
+    scale[local] = 0
     moved = scale.nonzero().flatten()
-    if len(moved):
-        precise = torch.promote_types(weight.dtype, torch.float32)
-        source, target = where[moved].flatten(), where[local[into[moved]]].flatten()
-        factor = scale[moved].to(weight.device, precise).repeat_interleave(where.size(1))
-        taken = weight.index_select(1, source.to(weight.device)).to(precise)
-        taken *= factor.view(1, -1, *[1] * (weight.dim() - 2))
-        if precise == weight.dtype:
-            weight.index_add_(1, target.to(weight.device), taken)
-        else:
-            weight.copy_(weight.to(precise).index_add_(1, target.to(weight.device), taken))
+    copies = reader.where.size(1)
+    target = reader.where[local[into[moved]]].flatten()
+    return Partners(reader.where[moved].flatten(), target, scale[moved].repeat_interleave(copies))
 
 
 def _gained(reader: Member, own: Tensor, shift: Tensor, weight: Tensor) -> Tensor:
