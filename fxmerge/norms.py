@@ -10,7 +10,7 @@ from typing import Any
 
 from .ir import Lab, Param
 from .labels import fixed, varying
-from .writers import carry
+from .writers import carry, carry_norm
 
 
 def layer_norm(
@@ -63,10 +63,8 @@ def instance_norm(
     eps: float = 1e-5,
 ) -> Any:
     """Each channel of each sample normalised by itself: exact for every channel, whatever the others do."""
-    if not isinstance(input, Lab) or input.t.dim() < 2:
-        return ctx.unknown("does not normalise an activation with channels on axis 1")
     params = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
-    return carry(ctx, "instance_norm", input, params, axis=1, eps=eps)
+    return carry_norm(ctx, "instance_norm", input, params, eps)
 
 
 def norm(ctx: Any, x: Any, ord: Any = 2, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Any:

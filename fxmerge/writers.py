@@ -56,12 +56,17 @@ def matrix(ctx: Any, input: Lab, weight: Param, bias: Any = None) -> Any:
     last = input.t.dim() - 1
     if varying(input.t) and last not in varying(input.t) and input.t.size(last) > 1:
         return ctx.unknown("maps positions, not channels")
-    reads, writes = ctx.along(input, last), ctx.axis(weight, 1)
+    return _transposed(ctx, "matrix", input, weight, bias, last)
+
+
+def _transposed(ctx: Any, op: str, input: Lab, weight: Param, bias: Any, axis: int) -> Any:
+    """A writer whose weight reads on its first axis and writes on its second."""
+    reads, writes = ctx.along(input, axis), ctx.axis(weight, 1)
     ctx.tie(reads, ctx.axis(weight, 0))
     if bias is not None:
         ctx.tie(writes, ctx.axis(bias, 0))
-    ctx.layer("matrix", _slots(weight=weight, bias=bias), reads=reads[None], writes=writes, transposed=True)
-    return Lab(spread(writes, ctx.shape, len(ctx.shape) - 1))
+    ctx.layer(op, _slots(weight=weight, bias=bias), reads=reads[None], writes=writes, transposed=True)
+    return Lab(spread(writes, ctx.shape, axis))
 
 
 def embedding(ctx: Any, input: Any, weight: Any, *rest: Any, **kwargs: Any) -> Any:
@@ -88,13 +93,7 @@ def conv_transpose(
     why = _operands(ctx, input, weight, bias)
     if why or groups > 1:
         return ctx.unknown(why or "is grouped")
-    axis = input.t.dim() - (weight.value.dim() - 2) - 1
-    reads, writes = ctx.along(input, axis), ctx.axis(weight, 1)
-    ctx.tie(reads, ctx.axis(weight, 0))
-    if bias is not None:
-        ctx.tie(writes, ctx.axis(bias, 0))
-    ctx.layer("conv_transpose", _slots(weight=weight, bias=bias), reads=reads[None], writes=writes, transposed=True)
-    return Lab(spread(writes, ctx.shape, axis))
+    return _transposed(ctx, "conv_transpose", input, weight, bias, input.t.dim() - (weight.value.dim() - 2) - 1)
 
 
 def conv(
@@ -158,10 +157,15 @@ def batch_norm(
     eps: float = 1e-5,
 ) -> Any:
     """y = gamma (x - mean) / sqrt(var + eps) + beta over axis 1."""
+    params = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+    return carry_norm(ctx, "batch_norm", input, params, eps)
+
+
+def carry_norm(ctx: Any, op: str, input: Any, params: dict[str, Any], eps: float) -> Any:
+    """A norm with parameters for each channel, on axis 1."""
     if not isinstance(input, Lab) or input.t.dim() < 2:
         return ctx.unknown("does not normalise an activation with channels on axis 1")
-    params = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
-    return carry(ctx, "batch_norm", input, params, axis=1, eps=eps)
+    return carry(ctx, op, input, params, axis=1, eps=eps)
 
 
 def elementwise(ctx: Any, a: Any, b: Any, **kwargs: Any) -> Any:
