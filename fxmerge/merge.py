@@ -221,7 +221,7 @@ def _decompose(
 ) -> tuple[Map | None, Merge]:
     """The group's (down, up) in its common coordinates, and what each reader absorbs of it."""
     method = options.decomposition
-    if method == "prune" or not group.partners or _shared_reader(group):
+    if method == "prune" or not group.partners or not group.readers or _shared_reader(group):
         return None, Merge(group, kept)
     found = statistics(group, captured, tensors, options, kept if method == "mostsim" else None)
     mapping = DECOMPOSITIONS[method](found.evidence, kept)

@@ -64,7 +64,7 @@ _ROWS: tuple[Rule, ...] = (
             *(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
         ),
     ),
-    Rule("embedding", "writer", writers.embedding, (Module(nn.Embedding, ("weight",)), F.embedding)),
+    Rule("embedding", "writer", writers.embedding, (Module(nn.Embedding, ("weight", "max_norm")), F.embedding)),
     # contractions: the two sides of the contracted axis are tied
     Rule("matmul", "contraction", contractions.matmul, (operator.matmul, torch.matmul, "matmul", torch.bmm, "bmm")),
     Rule("einsum", "contraction", contractions.einsum, (torch.einsum, torch.functional.einsum)),

@@ -69,8 +69,12 @@ def _transposed(ctx: Any, op: str, input: Lab, weight: Param, bias: Any, axis: i
     return Lab(spread(writes, ctx.shape, axis))
 
 
-def embedding(ctx: Any, input: Any, weight: Any, *rest: Any, **kwargs: Any) -> Any:
+def embedding(
+    ctx: Any, input: Any, weight: Any, padding_idx: Any = None, max_norm: Any = None, *rest: Any, **kwargs: Any
+) -> Any:
     """Rows of a table: W (entries, channels) writes channels and reads nothing; its entries stay."""
+    if max_norm is not None:
+        return ctx.unknown("changes its table as it reads it (max_norm)")
     if not isinstance(weight, Param) or ctx.shape is None:
         return ctx.unknown("has a table that is computed, not a parameter")
     writes = ctx.axis(weight, 1)

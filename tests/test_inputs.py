@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from netmaking import one_thread  # noqa: F401
@@ -66,3 +68,25 @@ def test_forms_of_example_inputs(form: str) -> None:
     assert torch.equal(result.module(x, y), model(x, y))
     assert torch.equal(result.module(y=y, x=x), model(x, y))
     assert fxmerge.merge(model, forms[form]).module.a.out_features == 4
+
+
+def test_an_embedding_that_renormalises_its_table_is_pinned() -> None:
+    class Net(nn.Module):
+        def __init__(self, max_norm: float | None) -> None:
+            super().__init__()
+            self.table, self.out = nn.Embedding(20, 8, max_norm=max_norm), nn.Linear(8, 3)
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            return self.out(self.table(tokens))
+
+    tokens = torch.arange(10).view(2, 5)
+    assert [g.name for g in fxmerge.analyze(Net(None), tokens).groups] == ["table"]
+    assert [g.name for g in fxmerge.analyze(Net(1.0), tokens).groups] == []
+
+
+@pytest.mark.parametrize("options", [{"ratio": 0.0}, {"decomposition": "prune"}, {"decomposition": "fold"}, {}])
+def test_no_tensor_is_shared_with_the_callers_model(options: dict[str, Any]) -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4))
+    merged = fxmerge.merge(model, torch.zeros(2, 6), **options).module
+    theirs, ours = ({t.untyped_storage().data_ptr() for t in [*m.parameters(), *m.buffers()]} for m in (model, merged))
+    assert not theirs & ours
