@@ -52,7 +52,6 @@ class ParamLabels:
     axes: Mapping[int, Tensor] = field(default_factory=dict)
     elements: Tensor | None = None
     groups: int = 1
-    grouped: tuple[int, int] = (0, 1)  # (the axis that holds `groups` blocks one after another, the axis inside one)
 
 
 @dataclass(frozen=True)
@@ -175,7 +174,6 @@ class Refusal:
     channels: int
     reason: str
     where: str
-    parameters: int = 0  # elements of the parameters that hold them
 
 
 @dataclass(frozen=True)
