@@ -16,11 +16,11 @@ from torch.utils._pytree import tree_leaves
 
 from .errors import FxMergeError, source_line
 from .ir import Capture
-from .movement import leaves
+from .movement import fresh, leaves
 from .tracing import first_line, trace
 
 
-def arguments(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional and keyword arguments from what users pass: a tensor, a tuple of args, or a dict of kwargs."""
     if isinstance(example_inputs, Mapping):
         return (), dict(example_inputs)
@@ -54,7 +54,7 @@ def capture(model: nn.Module, example_inputs: Any) -> Capture:
     Raises FxMergeError where the model cannot be traced or does not take these inputs, naming module and source line.
     """
     check_model(model)
-    args, kwargs = arguments(model, example_inputs)
+    args, kwargs = arguments(example_inputs)
     if any(isinstance(v, Tensor) and not v.numel() for v in leaves([args, kwargs])):
         raise FxMergeError("example_inputs hold a tensor without elements; give at least one sample")
     training = {name: m.training for name, m in model.named_modules()}
@@ -63,17 +63,17 @@ def capture(model: nn.Module, example_inputs: Any) -> Capture:
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
-            expected = traced_model(*args, **kwargs)
+            expected = traced_model(*fresh(args), **fresh(kwargs))
         except Exception as error:
             raise FxMergeError(
                 f"{type(model).__name__} does not run on these example inputs ({_shapes(args, kwargs)}): "
                 f"{type(error).__name__}: {first_line(error)}; give inputs as the model's forward takes them"
             ) from error
-        module = trace(traced_model, args, kwargs)
+        module = trace(traced_model, fresh(args), fresh(kwargs))
         values = _bind(module, args, kwargs)
         torch.manual_seed(0)
         recorder = _Recorder(module)
-        actual = recorder.run(*values, enable_io_processing=False)
+        actual = recorder.run(*fresh(values), enable_io_processing=False)
     _compare(type(model).__name__, expected, actual)
     for name, traced in module.named_modules():
         traced.training = training.get(name, model.training)

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from . import movement, rules
 from .ir import Capture, Lab, Param, Provenance
-from .labels import compact, numbers, simplify
+from .labels import compact, numbers, simplify, thin
 from .resizing import IMPLICIT, Call, resized
 
 
@@ -88,7 +88,7 @@ class _Check:
         if node.target is getattr and args[1] in ("dtype", "device"):
             return before
         try:
-            return movement.run(node.target, *_plain(args, kwargs, self.captured, node))
+            return movement.run(node.target, *_plain(args, kwargs, node))
         except (TypeError, RuntimeError, ValueError, IndexError, AttributeError):
             return before
 
@@ -151,7 +151,7 @@ class _Check:
             kwargs = {**kwargs, "value": _ANY}
             args = args[:3]
         try:
-            out = movement.run(target, *_plain(args, kwargs, self.captured, node, self.facts, self.alive))
+            out = movement.run(target, *_plain(args, kwargs, node, self.facts, self.alive))
         except (TypeError, RuntimeError, ValueError, IndexError):
             return None
         return movement.tree(
@@ -165,8 +165,8 @@ class _Check:
         if labels is None:
             return torch.ones(0, dtype=torch.bool)
         others = [a for a in range(labels.dim()) if a != axis % labels.dim()]
-        mask = self.alive[labels]
-        return mask.amax(others) if others else mask
+        mask = self.alive[thin(labels)]
+        return (mask.amax(others) if others else mask).expand(labels.size(axis))
 
     def fail(self, node: fx.Node) -> None:
         held = [v.t for v in movement.leaves(self.before(node.name)) if isinstance(v, Lab)]
@@ -190,7 +190,7 @@ def _labelled(value: Any) -> bool:
 
 
 def _plain(
-    args: tuple[Any, ...], kwargs: dict[str, Any], captured: Capture, node: fx.Node, facts: Provenance | None = None,
+    args: tuple[Any, ...], kwargs: dict[str, Any], node: fx.Node, facts: Provenance | None = None,
     alive: Tensor | None = None,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:  # fmt: skip
     def plain(value: Any) -> Any:

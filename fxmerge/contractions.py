@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .ir import Lab, Param
-from .labels import FIXED, fixed, simplify, varying
+from .labels import fixed, holds, simplify, varying
 from .writers import matrix
 
 
@@ -37,7 +37,7 @@ def contract(ctx: Any, a: Tensor, b: Tensor, letters_a: str, letters_b: str, let
         return Lab(fixed(shape))
     if not varying_a and not varying_b:
         return Lab(fixed(shape))
-    if varying_a and varying_b and (a != FIXED).any() and (b != FIXED).any():
+    if varying_a and varying_b and holds(a) and holds(b):
         return ctx.unknown("spreads two kinds of channels over each other")
     if (varying_a | varying_b) <= set(shared):
         return ctx.unknown("has channels on a batch axis only")
@@ -104,7 +104,7 @@ def attention(
     """softmax(q k' / scale) v: q (..., t, d), k (..., s, d), v (..., s, e) gives (..., t, e)."""
     if not all(isinstance(t, Lab) for t in (query, key, value)) or enable_gqa:
         return ctx.unknown("has an operand that is no activation, or fewer key heads than query heads")
-    if isinstance(attn_mask, Lab) and bool((attn_mask.t != FIXED).any()):
+    if isinstance(attn_mask, Lab) and holds(attn_mask.t):
         ctx.pin(attn_mask.t, "is used as an attention mask")
     if isinstance(attn_mask, Param):
         ctx.freeze(attn_mask, "is used as an attention mask")

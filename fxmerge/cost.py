@@ -10,6 +10,8 @@ import torch
 from torch import fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from .movement import fresh
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -41,7 +43,7 @@ def cost(module: fx.GraphModule, inputs: Sequence[Any]) -> Cost:
     interpreter = Counting(module)
     interpreter.extra_traceback = False
     with torch.no_grad(), counter:
-        interpreter.run(*inputs, enable_io_processing=False)
+        interpreter.run(*fresh(list(inputs)), enable_io_processing=False)
     for m, training in modes.items():
         m.training = training
     owners: dict[str, tuple[int, int]] = {}

@@ -56,6 +56,24 @@ def spread(channels: Tensor, shape: Sequence[int], axis: int) -> Tensor:
     return simplify(channels.reshape(view).expand(tuple(shape)))
 
 
+def holds(labels: Tensor) -> bool:
+    """Does any channel stand there?"""
+    return bool((thin(labels) != FIXED).any())
+
+
+def along(dim: int | list[int] | tuple[int, ...] | None, labels: Tensor) -> set[int]:
+    """The axes that a `dim` argument means; None means all."""
+    dims = range(labels.dim()) if dim is None else ([dim] if isinstance(dim, int) else dim)
+    return {d % max(labels.dim(), 1) for d in dims}
+
+
+def without(labels: Tensor, axes: set[int], keepdim: bool) -> Tensor:
+    """The labels behind a reduction over axes that they do not vary along."""
+    for axis in sorted(axes, reverse=True):
+        labels = labels.narrow(axis, 0, 1) if keepdim else labels.select(axis, 0)
+    return labels
+
+
 def numbers(labels: Tensor) -> Tensor:
     """The distinct labels, FIXED left out, ascending."""
     found: Tensor = torch.unique(thin(labels))

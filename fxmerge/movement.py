@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .ir import Aten, Lab, Param
-from .labels import FIXED, fixed, simplify, spread, varying
+from .labels import FIXED, fixed, holds, simplify, spread, varying
 
 SPELLINGS: dict[str, tuple[Any, ...]] = {
     "view": ("view", "reshape", torch.reshape, "view_as", "reshape_as"),
@@ -80,6 +80,11 @@ def tree(function: Callable[[Any], Any], value: Any) -> Any:
     if isinstance(value, slice):
         return slice(tree(function, value.start), tree(function, value.stop), tree(function, value.step))
     return function(value)
+
+
+def fresh(value: Any) -> Any:
+    """Copies of all tensors in a call's arguments: a forward may update its input in place."""
+    return tree(lambda v: v.clone() if isinstance(v, Tensor) else v, value)
 
 
 def leaves(value: Any) -> list[Any]:
@@ -155,7 +160,7 @@ def channel_shuffle(ctx: Any, input: Any, groups: int) -> Any:
 
 def expand_as(ctx: Any, input: Any, other: Any) -> Any:
     """A tensor without channels, spread over those of another, has a place for each of them."""
-    if isinstance(input, Lab) and isinstance(other, Lab) and not bool((input.t != FIXED).any()):
+    if isinstance(input, Lab) and isinstance(other, Lab) and not holds(input.t):
         ctx.kind = "per_channel"
         return Lab(other.t)
     return execute(ctx, input, other)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from .ir import Lab, Param
-from .labels import fixed, varying
+from .labels import along, fixed, varying, without
 from .writers import carry, carry_norm
 
 
@@ -71,15 +71,11 @@ def norm(ctx: Any, x: Any, ord: Any = 2, dim: Any = None, keepdim: bool = False,
     """The length of a vector: over channels a mixer, whose result holds none."""
     if not isinstance(x, Lab) or ctx.shape is None:
         return ctx.unknown("measures something that is no activation")
-    dims = range(x.t.dim()) if dim is None else ([dim] if isinstance(dim, int) else list(dim))
-    axes = {d % x.t.dim() for d in dims}
+    axes = along(dim, x.t)
     if axes & set(varying(x.t)):
         ctx.mix(x.t)
         return Lab(fixed(ctx.shape))
-    out = x.t
-    for axis in sorted(axes, reverse=True):
-        out = out.narrow(axis, 0, 1) if keepdim else out.select(axis, 0)
-    return Lab(out)
+    return Lab(without(x.t, axes, keepdim))
 
 
 def normalize(ctx: Any, input: Any, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: Any = None) -> Any:

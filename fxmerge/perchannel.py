@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from . import movement, writers
 from .ir import Kind, Lab, Param
+from .labels import along, without
 
 Spelling = Any  # a module class, a function, a method name, or Module(...)
 
@@ -66,13 +67,10 @@ def reduction_rule(ctx: Any, x: Any, dim: Any = None, keepdim: bool = False, **k
     """A reduction over axes that labels do not vary along; over channels it pins (it would weigh them anew)."""
     if not isinstance(x, Lab):
         return ctx.unknown("reduces something that is no activation")
-    dims = range(x.t.dim()) if dim is None else ([dim] if isinstance(dim, int) else list(dim))
-    axes = {d % max(x.t.dim(), 1) for d in dims}
+    axes = along(dim, x.t)
     if axes & set(movement.varying_axes(x)):
         return ctx.unknown("reduces over the channels")
-    out = x.t
-    for axis in sorted(axes, reverse=True):
-        out = out.narrow(axis, 0, 1) if keepdim else out.select(axis, 0)
+    out = without(x.t, axes, keepdim)
     if ctx.shape is None or tuple(out.shape) != tuple(ctx.shape):
         return ctx.unknown("gives something other than one tensor")
     return Lab(out)

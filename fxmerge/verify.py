@@ -20,8 +20,8 @@ from torch import Tensor, fx, nn
 
 from .errors import FxMergeError
 from .ir import Capture, Group, Grouping, Member, ParamLabels, Provenance
-from .movement import leaves, tree
-from .weights import Weights, gather, places, sharing_copy
+from .movement import fresh, leaves, tree
+from .weights import at, gather, places, sharing_copy
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def outputs(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | 
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
-            out = module(*args, **(kwargs or {}))
+            out = module(*fresh(list(args)), **fresh(dict(kwargs or {})))
         finally:
             for m, training in modes.items():
                 m.training = training
@@ -228,13 +228,9 @@ def _overwrite(module: fx.GraphModule, group: Group, pairs: Tensor, generator: t
                 _carry(module, carrier, pairs, torch.ones_like(common), torch.ones_like(common))
 
 
-def _at(module: nn.Module, path: str) -> Tensor:
-    return Weights(module)[path]
-
-
 def _norms(module: nn.Module, writer: Member, n: int) -> Tensor:
     """The length of a writer's row for each channel, (n,); infinite where it writes none."""
-    weight = _at(module, writer.layer.params["weight"])
+    weight = at(module, writer.layer.params["weight"])
     rows = (weight.movedim(1, 0) if writer.layer.transposed else weight).flatten(1)
     own = torch.linalg.vector_norm(rows[writer.where].flatten(1), dim=1)
     return torch.full((n,), torch.inf, dtype=own.dtype).index_copy_(0, writer.channels, own)
@@ -243,7 +239,7 @@ def _norms(module: nn.Module, writer: Member, n: int) -> Tensor:
 def _copy(module: nn.Module, member: Member, slot: str, pairs: Tensor, scale: Tensor) -> None:
     path = member.layer.params.get(slot)
     if path is not None:
-        value = _at(module, path)
+        value = at(module, path)
         flat = value.view(-1) if member.layer.op.startswith(("scale", "offset")) else value
         if slot == "weight" and member.layer.transposed:
             flat = value.movedim(1, 0)
@@ -266,7 +262,7 @@ def _carry(module: nn.Module, carrier: Member, pairs: Tensor, before: Tensor, af
         i, j = carrier.where[local], carrier.where[carrier.local(pairs[1])[1]]
         _copy(module, carrier, "running_mean", pairs, before)
         if "running_var" in layer.params:
-            var = _at(module, layer.params["running_var"])
+            var = at(module, layer.params["running_var"])
             var[i] = before[here].square()[:, None].to(var) * (var[j] + layer.eps) - layer.eps
         _copy(module, carrier, "weight", pairs, after)
         _copy(module, carrier, "bias", pairs, after)

@@ -13,6 +13,13 @@ from .ir import Layer, ParamLabels
 from .labels import compact
 
 
+def at(module: nn.Module, path: str) -> Tensor:
+    """A module's parameter or buffer by path."""
+    owner, _, name = path.rpartition(".")
+    value: Tensor = getattr(module.get_submodule(owner), name)
+    return value
+
+
 class Weights:
     """A module's parameters and buffers by path. A tensor that several paths name is one, and stays one.
 
@@ -29,9 +36,7 @@ class Weights:
                         self.holders.setdefault(id(value), []).append((held, name))
 
     def __getitem__(self, path: str) -> Tensor:
-        owner, _, name = path.rpartition(".")
-        value: Tensor = getattr(self.module.get_submodule(owner), name)
-        return value
+        return at(self.module, path)
 
     def put(self, path: str, value: Tensor) -> Tensor:
         """Put a tensor in another's place, wherever the module holds that very tensor."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .ir import Lab, Param
-from .labels import FIXED, numbers, simplify, spread, varying
+from .labels import holds, numbers, simplify, spread, varying
 
 
 def _operands(ctx: Any, x: Any, weight: Any, bias: Any) -> str | None:
@@ -135,9 +135,7 @@ def conv(
     return Lab(spread(writes, ctx.shape, axis))
 
 
-def carry(
-    ctx: Any, op: str, x: Lab, params: dict[str, Any], axis: int, eps: float = 0.0, others: tuple[Any, ...] = ()
-) -> Any:
+def carry(ctx: Any, op: str, x: Lab, params: dict[str, Any], axis: int, eps: float = 0.0) -> Any:
     """Tie per-channel parameters (C,) to the labels along an axis of x."""
     if any(p is not None and not isinstance(p, Param) for p in params.values()):
         return ctx.unknown("has per-channel constants that are computed, not parameters")
@@ -248,5 +246,5 @@ def _meet(ctx: Any, a: Tensor, b: Tensor) -> Any:
     if not varying(a) and not varying(b) and not numbers(a).numel() and not numbers(b).numel():
         return Lab(a.expand(ctx.shape))
     ctx.tie(a, b)
-    simplest = a if a_alone or len(varying(a)) <= len(varying(b)) or not bool((b != FIXED).any()) else b
+    simplest = a if a_alone or len(varying(a)) <= len(varying(b)) or not holds(b) else b
     return Lab(simplify(torch.broadcast_to(simplest, ctx.shape)))

@@ -90,3 +90,21 @@ def test_no_tensor_is_shared_with_the_callers_model(options: dict[str, Any]) -> 
     merged = fxmerge.merge(model, torch.zeros(2, 6), **options).module
     theirs, ours = ({t.untyped_storage().data_ptr() for t in [*m.parameters(), *m.buffers()]} for m in (model, merged))
     assert not theirs & ours
+
+
+def test_a_forward_that_updates_its_input_leaves_the_callers_tensor_alone() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x.mul_(2)
+            return self.b(torch.relu(self.a(x)))
+
+    x = torch.randn(4, 6)
+    before = x.clone()
+    report = fxmerge.merge(Net(), x, ratio=0.0).report
+    assert report.after.parameters == report.before.parameters
+    assert report.verdict.error == 0
+    assert torch.equal(x, before)
