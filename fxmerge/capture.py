@@ -15,8 +15,10 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from .errors import FxMergeError, source_line
+from .folding import fold
 from .ir import Capture
 from .movement import fresh, leaves
+from .outputs import foreign, plain, returning_plain
 from .tracing import first_line, trace
 
 
@@ -69,7 +71,10 @@ def capture(model: nn.Module, example_inputs: Any) -> Capture:
                 f"{type(model).__name__} does not run on these example inputs ({_shapes(args, kwargs)}): "
                 f"{type(error).__name__}: {first_line(error)}; give inputs as the model's forward takes them"
             ) from error
-        module = trace(traced_model, fresh(args), fresh(kwargs))
+        left_out = foreign(expected)
+        if left_out:
+            expected, traced_model = plain(expected), returning_plain(traced_model)
+        module = fold(trace(traced_model, fresh(args), fresh(kwargs)))
         values = _bind(module, args, kwargs)
         torch.manual_seed(0)
         recorder = _Recorder(module)

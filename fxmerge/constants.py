@@ -7,7 +7,6 @@ that neither way works for names the channels that must stay.
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor, fx, nn
 from . import movement, rules
 from .ir import Capture, Lab, Param, Provenance
 from .labels import compact, numbers, simplify, thin
-from .resizing import IMPLICIT, Call, resized
+from .resizing import IMPLICIT, Call, Resize, resized
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ class _Check:
         if node.target is getattr and args[1] in ("dtype", "device"):
             return before
         try:
-            return movement.run(node.target, *_plain(args, kwargs, node))
+            return movement.run(node.target, *_plain(args, kwargs))
         except (TypeError, RuntimeError, ValueError, IndexError, AttributeError):
             return before
 
@@ -137,7 +136,10 @@ class _Check:
             name = self.rule_name(node)
             shapes = [movement.tree(lambda v: tuple(v.t.shape) if isinstance(v, Lab) else v, v) for v in (before, want)]
             call = Call(node.target, tuple(node.args), dict(node.kwargs))
-            proposal = resized(name, call, shapes[0], shapes[1], lambda axis: self.survivors(node, axis))
+            was = movement.tree(lambda v: self.facts.values.get(v.name, v) if isinstance(v, fx.Node) else v, call.args)
+            now = Call(call.target, args, kwargs)
+            about = Resize(shapes[0], shapes[1], lambda at: self.survivors(node, at), Call(call.target, was, {}), now)
+            proposal = resized(name, call, about)
             if proposal is not None:
                 found = self.attempt(node, proposal.target, *self.arguments(proposal))
                 if _same(found, want):
@@ -147,11 +149,12 @@ class _Check:
         return expected[0] if expected else before
 
     def attempt(self, node: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.rule_name_of(target) == "pad":
+        name = self.rule_name_of(target)
+        if name == "pad":
             kwargs = {**kwargs, "value": _ANY}
             args = args[:3]
         try:
-            out = movement.run(target, *_plain(args, kwargs, node, self.facts, self.alive))
+            out = movement.run(target, *_plain(args, kwargs, self.facts, self.alive, name in movement.INDEXING))
         except (TypeError, RuntimeError, ValueError, IndexError):
             return None
         return movement.tree(
@@ -190,8 +193,8 @@ def _labelled(value: Any) -> bool:
 
 
 def _plain(
-    args: tuple[Any, ...], kwargs: dict[str, Any], node: fx.Node, facts: Provenance | None = None,
-    alive: Tensor | None = None,
+    args: tuple[Any, ...], kwargs: dict[str, Any], facts: Provenance | None = None, alive: Tensor | None = None,
+    indexing: bool = False,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:  # fmt: skip
     def plain(value: Any) -> Any:
         if isinstance(value, Lab):
@@ -202,7 +205,7 @@ def _plain(
                 return (compact(known.elements, alive) or [known.elements])[0]
         if isinstance(value, Param):
             return value.value
-        if isinstance(value, Tensor) and facts is not None and node.target is not operator.getitem:
+        if isinstance(value, Tensor) and facts is not None and not indexing:
             return torch.zeros(value.shape, dtype=torch.int64)
         return value
 

@@ -125,8 +125,8 @@ class Context:
             owner = self._run.capture.module.get_submodule(str(self._node.target))
             for name, value in [*owner.named_parameters(), *owner.named_buffers()]:
                 self.freeze(Param(f"{self._node.target}.{name}", value), f"belongs to {called}, which {why}")
-        shape = self.shape
-        return Lab(fixed(shape)) if shape is not None else Opaque()
+        self.kind = "unknown"
+        return Lab(fixed(self.shape)) if self.shape is not None else Opaque()
 
 
 _VERBS = {"has", "takes", "gives", "changes", "reduces", "is", "does", "meets", "spreads", "joins", "asks", "maps"}

@@ -103,7 +103,7 @@ class _Run:
             elif key is None:
                 why = f"is a {type(target).__name__}, which has no rule"
         found = self.table.get(key) if node.op == "call_module" else rules.find(key, self.table)
-        operands = [*args, *kwargs.values()]
+        operands, as_given = [*args, *kwargs.values()], (tuple(args), kwargs)
         if found is not None and overload_name(target) is not None and found[0].kind != "movement":
             accepted = dict(inspect.signature(found[0].apply).parameters)
             args, kwargs = by_name(target, args, kwargs, accepted)
@@ -111,7 +111,7 @@ class _Run:
         dynamic = any(isinstance(leaf, (Lab, Param, Opaque)) for leaf in movement.leaves(operands))
         if not dynamic and node.op != "call_module":
             self.kinds[node.name] = "query"
-            return movement.run(target, tuple(args), kwargs)  # a plain value: computed as it stands
+            return movement.run(target, *as_given)  # a plain value: computed as it stands
         self.kinds[node.name] = "unknown"
         if found is None or any(isinstance(leaf, Opaque) for leaf in movement.leaves(operands)):
             return ctx.unknown(why)
