@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ from torch.utils._pytree import tree_leaves
 
 from .errors import FxMergeError, source_line
 from .folding import fold
-from .ir import Capture
+from .ir import Capture, Recorded
 from .movement import fresh, leaves
 from .outputs import foreign, plain, returning_plain
+from .recording import record
 from .tracing import first_line, trace
 
 
@@ -74,16 +76,47 @@ def capture(model: nn.Module, example_inputs: Any) -> Capture:
         left_out = foreign(expected)
         if left_out:
             expected, traced_model = plain(expected), returning_plain(traced_model)
-        module = fold(trace(traced_model, fresh(args), fresh(kwargs)))
-        values = _bind(module, args, kwargs)
+        module, recorded = _graph(traced_model, args, kwargs)
+        values = list(recorded.inputs) if recorded else _bind(module, args, kwargs)
         torch.manual_seed(0)
         recorder = _Recorder(module)
         actual = recorder.run(*fresh(values), enable_io_processing=False)
     _compare(type(model).__name__, expected, actual)
-    for name, traced in module.named_modules():
+    whole = [*module.named_modules(), *(recorded.host.named_modules() if recorded else ())]
+    for name, traced in whole:
         traced.training = training.get(name, model.training)
     outputs = tuple(v for v in leaves(expected) if isinstance(v, Tensor) and v.is_floating_point())
-    return Capture(module, args, kwargs, tuple(values), outputs, recorder.shapes, recorder.dtypes, recorder.devices)
+    return Capture(
+        module,
+        args,
+        kwargs,
+        tuple(values),
+        outputs,
+        recorder.shapes,
+        recorder.dtypes,
+        recorder.devices,
+        recorded,
+    )
+
+
+def _graph(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[fx.GraphModule, Recorded | None]:
+    """The model's graph; recorded from one run where it cannot be traced whole."""
+    try:
+        return fold(trace(model, fresh(args), fresh(kwargs))), None
+    except FxMergeError as refused:
+        torch.manual_seed(0)
+        try:
+            recorded = record(model, fresh(args), fresh(kwargs))
+        except Exception as error:
+            raise FxMergeError(f"{refused} (nor can a run of it be recorded: {first_line(error)})") from error
+        return recorded.module, recorded
+
+
+def confined(captured: Capture) -> Capture:
+    """The capture of a recorded model with all channels held that the user's own code sees."""
+    assert captured.recorded is not None
+    held = dict.fromkeys(captured.recorded.glue, "is seen by code that cannot be rewritten")
+    return replace(captured, recorded=replace(captured.recorded, held=held))
 
 
 def _bind(module: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:

@@ -39,6 +39,7 @@ class _Check:
         self.values: dict[str, Any] = {}
         self.edits: dict[str, Call] = {}
         self.failures: list[Failure] = []
+        self.rigid = captured.recorded.glue if captured.recorded else frozenset()
 
     def run(self) -> tuple[dict[str, Call], list[Failure]]:
         for node in self.captured.module.graph.nodes:
@@ -56,6 +57,10 @@ class _Check:
         if isinstance(value, tuple):
             parts = [self.shrunk(v) for v in value]
             return [tuple(p[0] for p in parts)] if all(parts) else []
+        if isinstance(value, list):
+            return [list(found) for found in self.shrunk(tuple(value))]
+        if isinstance(value, dict):
+            return [dict(zip(value, found, strict=True)) for found in self.shrunk(tuple(value.values()))]
         return [value]
 
     def step(self, node: fx.Node) -> Any:
@@ -103,7 +108,13 @@ class _Check:
 
         args, kwargs = movement.tree(original, tuple(node.args)), movement.tree(original, dict(node.kwargs))
         if (args, kwargs) != (tuple(node.args), dict(node.kwargs)):
-            self.edits[node.name] = Call(node.target, args, kwargs)
+            self.edit(node, Call(node.target, args, kwargs))
+
+    def edit(self, node: fx.Node, call: Call) -> None:
+        if node.name in self.rigid:
+            self.fail(node)
+        else:
+            self.edits[node.name] = call
 
     def implicit(self, node: fx.Node) -> None:
         """An op whose meaning depends on a width keeps its meaning."""
@@ -116,7 +127,7 @@ class _Check:
             before = [_shape(self.before(o.name)) for o in operands]
             found = follow(call, before, [_shape(self.values[o.name]) for o in operands])
             if found is not None:
-                self.edits[node.name] = found
+                self.edit(node, found)
 
     def rule_name(self, node: fx.Node) -> str:
         return self.rule_name_of(node.target)
@@ -127,8 +138,9 @@ class _Check:
 
     def movement(self, node: fx.Node, before: Any, expected: list[Any]) -> Any:
         args, kwargs = self.arguments(node)
-        inside = node.op == "call_module"  # its sizes are the module's own, which no call can change
-        target = self.captured.module.get_submodule(str(node.target)) if inside else node.target
+        # a module's sizes are its own, which no call can change; nor can we change code that is not ours
+        inside = node.op == "call_module" or node.name in self.rigid
+        target = self.captured.module.get_submodule(str(node.target)) if node.op == "call_module" else node.target
         for want in expected:
             if _same(self.attempt(node, target, args, kwargs), want):
                 return want

@@ -176,6 +176,33 @@ def pad(ctx: Any, input: Any, pad: Any, mode: str = "constant", value: Any = Non
     return ctx.resized(Lab(simplify(labels)), ctx.shape)
 
 
+def enter(value: Any) -> Any:
+    """What a part of a recorded model is called with, as its own code sees it: the value itself."""
+    return value
+
+
+def entered(ctx: Any, value: Any) -> Any:
+    return value
+
+
+def setitem(ctx: Any, x: Any, index: Any, value: Any) -> Any:
+    """x[places] = value, for places along the first axis: x then holds the channels of the value, and its own."""
+    whole = x.t if isinstance(x, Lab) else fixed(x.shape) if isinstance(x, Tensor) else None
+    ctx.shape = None if whole is None else tuple(whole.shape)
+    index = index[0] if isinstance(index, tuple) and len(index) == 1 else index
+    along_first = isinstance(index, (int, slice, Tensor)) or (isinstance(index, Lab) and not holds(index.t))
+    one_axis = not isinstance(index, (Tensor, Lab)) or (index.t if isinstance(index, Lab) else index).dim() <= 1
+    if whole is None or not isinstance(value, Lab) or not along_first or not one_axis:
+        return ctx.unknown("does not write whole entries of the first axis")
+    given = value.t.unsqueeze(0) if isinstance(index, int) else value.t
+    if given.dim() != whole.dim() or 0 in varying(given) or 0 in varying(whole):
+        return ctx.unknown("writes over the axis of the channels")
+    written = Lab(simplify(given.narrow(0, 0, 1).expand(whole.shape))) if given.size(0) else Lab(whole)
+    if holds(whole):
+        ctx.tie(whole, written.t)
+    return written
+
+
 def channel_shuffle(ctx: Any, input: Any, groups: int) -> Any:
     """Blocks of channels dealt out like cards; every block must lose equally many."""
     if isinstance(input, Lab) and 1 in varying(input.t):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from . import movement, writers
 from .ir import Kind, Lab, Param
-from .labels import along, fixed, without
+from .labels import along, fixed, holds, without
 
 Spelling = Any  # a module class, a function, a method name, or Module(...)
 
@@ -105,6 +105,13 @@ def constant_rule(ctx: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     if any(isinstance(leaf, (Lab, Param)) for leaf in movement.leaves([*args, *kwargs.values()])):
         return ctx.unknown("is filled with something that depends on the input")
     return movement.run(ctx.target, (torch.empty(()), *args), {k: v for k, v in kwargs.items() if k != "device"})
+
+
+def sampled_rule(ctx: Any, input: Any, places: Any, *rest: Any, **kwargs: Any) -> Any:
+    """Values of a feature map at places that the model computes: each channel by itself (grid_sample, roi_align)."""
+    if not isinstance(input, Lab) or ctx.shape is None or (isinstance(places, Lab) and holds(places.t)):
+        return ctx.unknown("takes places that hold channels")
+    return ctx.resized(input, ctx.shape)
 
 
 def type_as_rule(ctx: Any, x: Any, other: Any) -> Any:

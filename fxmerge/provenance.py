@@ -52,8 +52,14 @@ class _Run:
         return Param(self.owners.setdefault(id(value), path), value)
 
     def run(self) -> Provenance:
+        held = self.capture.recorded.held if self.capture.recorded else {}
         for node in self.capture.module.graph.nodes:
             self.values[node] = self.step(node)
+            if node.name in held:
+                ctx = Context(self, node, node.name, None, ())
+                for leaf in movement.leaves(self.values[node]):
+                    if isinstance(leaf, Lab):
+                        ctx.pin(leaf.t, held[node.name])
         return self.facts()
 
     def latest(self, node: fx.Node) -> fx.Node:
@@ -72,6 +78,8 @@ class _Run:
         if node.op == "get_attr":
             value = _attribute(self.capture.module, str(node.target))
             self.kinds[node.name] = "query"
+            if node.meta.get("constant"):
+                return value
             return self.param(str(node.target), value) if isinstance(value, Tensor) else value
 
         def operand(value: Any) -> Any:

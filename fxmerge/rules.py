@@ -35,6 +35,7 @@ from .perchannel import (
     prelu_rule,
     query_rule,
     reduction,
+    sampled_rule,
     softmax_rule,
     type_as_rule,
 )
@@ -207,6 +208,10 @@ _ROWS: tuple[Rule, ...] = (
          (Module(nn.ChannelShuffle, ("groups",)), torch.channel_shuffle), True),
     Rule("type_as", "per_channel", type_as_rule, ("type_as",), True),
     Rule("expand_as", "movement", movement.expand_as, ("expand_as",), True),
+    Rule("enter", "movement", movement.entered, (movement.enter,), True),
+    Rule("setitem", "tie", movement.setitem, (operator.setitem,)),
+    Rule("sampled", "per_channel", sampled_rule,
+         (F.grid_sample, Aten("grid_sampler"), "torchvision.roi_align", "torchvision.ps_roi_align"), True),
     Rule("pad", "per_channel", movement.pad, (F.pad,), True),
     # shapes and other plain values
     Rule("new", "query", constant_rule, ("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor")),

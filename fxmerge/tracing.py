@@ -46,7 +46,7 @@ class Tracer(fx.Tracer):
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
-        node.stack_trace = _user_line() or node.stack_trace
+        node.stack_trace = user_line() or node.stack_trace
         return node
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -70,7 +70,7 @@ class Tracer(fx.Tracer):
         return super().call_module(m, forward, args, kwargs)
 
 
-def _user_line() -> str:
+def user_line() -> str:
     """The innermost line on the stack that is neither torch's nor ours, as a traceback has it."""
     frame = inspect.currentframe()
     while frame is not None:
@@ -90,7 +90,7 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx
     if isinstance(model, fx.GraphModule):
         return model
     try:
-        traced = _symbolic(model, args, kwargs)
+        traced = symbolic(model, args, kwargs)
     except Exception as error:
         traced, why = None, error
     if traced is not None and not hidden(traced):
@@ -108,7 +108,8 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx
     return exported if traced is None or hidden(exported) < hidden(traced) else traced
 
 
-def _symbolic(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
+def symbolic(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
+    """The model as torch.fx traces it. Raises what that raises."""
     parameters = inspect.signature(model.forward).parameters
     given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
     left_out = {k: p.default for k, p in parameters.items() if k not in given and p.default is not p.empty}
