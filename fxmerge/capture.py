@@ -6,7 +6,6 @@ known and a graph that does not do what the model does is refused here and not d
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +17,7 @@ from .errors import FxMergeError, source_line
 from .ir import Capture
 from .movement import fresh, leaves
 from .tracing import first_line, trace
+from .weights import deep_copy
 
 
 def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -59,7 +59,7 @@ def capture(model: nn.Module, example_inputs: Any) -> Capture:
         raise FxMergeError("example_inputs hold a tensor without elements; give at least one sample")
     training = {name: m.training for name, m in model.named_modules()}
     # a copy that shares the parameters, which nobody writes; buffers are its own, since a forward may update them
-    traced_model = copy.deepcopy(model, {id(p): p for p in model.parameters()}).eval()
+    traced_model = deep_copy(model, model.parameters()).eval()
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:

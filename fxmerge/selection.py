@@ -20,7 +20,7 @@ from scipy.cluster.hierarchy import fcluster, linkage
 from torch import Tensor
 
 from .ir import Candidates
-from .linalg import distances
+from .linalg import distances, lengths
 
 
 def largest(scores: Tensor, count: int) -> Tensor:
@@ -30,7 +30,7 @@ def largest(scores: Tensor, count: int) -> Tensor:
 
 
 def l1(channels: Candidates, count: int) -> Tensor:
-    return largest(torch.linalg.vector_norm(channels.rows, 1, dim=1), count)
+    return largest(lengths(channels.rows), count)
 
 
 def l2(channels: Candidates, count: int) -> Tensor:
