@@ -69,10 +69,11 @@ class Context:
     def tie(self, left: Tensor, right: Tensor) -> None:
         left, right = torch.broadcast_tensors(thin(left), thin(right))  # type: ignore[no-untyped-call]
         left, right = left.flatten(), right.flatten()
-        for one, other in ((left, right), (right, left)):
-            if bool((one == FIXED).any()):
+        live = (left != FIXED) & (right != FIXED)
+        if not bool(live.all()):
+            for one, other in ((left, right), (right, left)):
                 self.pin(other[one == FIXED], "meets values that are not channels of a layer")
-        differ = (left != right) & (left != FIXED) & (right != FIXED)
+        differ = (left != right) & live
         if bool(differ.any()):
             self._run.ties.append(Tie(self._node.name, left[differ], right[differ]))
 

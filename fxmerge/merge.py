@@ -267,5 +267,5 @@ def _group_plan(group: Group, kept: Tensor, mapping: Map | None) -> GroupPlan:
     scale, into = up.abs().max(1)
     signed = up.gather(1, into[:, None])[:, 0]
     columns = (dropped.nonzero().flatten(), torch.where(scale > 0, kept[into], -1), signed, mapping.cosine[dropped])
-    partners = tuple(Partner(*row) for row in zip(*(c.tolist() for c in columns), strict=True))
+    partners = tuple(map(Partner, *(c.tolist() for c in columns)))
     return GroupPlan(group.name, group.channels, tuple(kept.tolist()), partners)

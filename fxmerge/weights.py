@@ -90,7 +90,8 @@ def deep_copy(module: M, shared: Iterable[Tensor]) -> M:
     for m in plain:
         memo[id(m)] = type(m).__new__(type(m))
     for m in plain:
-        memo[id(m)].__setstate__({name: _field(value, memo) for name, value in m.__dict__.items()})
+        state: dict[str, Any] = m.__getstate__()  # type: ignore[no-untyped-call]
+        memo[id(m)].__setstate__({name: _field(value, memo) for name, value in state.items()})
     return copy.deepcopy(module, memo)
 
 
@@ -101,7 +102,7 @@ def _plain(module: nn.Module) -> bool:
     return (
         getattr(module, "__deepcopy__", None) is None
         and cls not in copyreg.dispatch_table
-        and all(getattr(cls, name, None) is getattr(object, name, None) for name in own_ways)
+        and all(getattr(cls, name, None) is getattr(nn.Module, name, None) for name in own_ways)
         and not any("__slots__" in base.__dict__ for base in cls.__mro__)
     )
 
