@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from .errors import FxMergeError, source_line
 from .ir import Capture
 from .movement import fresh, leaves
+from .recall import Recall
 from .tracing import first_line, trace
 from .weights import deep_copy
 
@@ -60,10 +61,12 @@ def capture(model: nn.Module, example_inputs: Any) -> Capture:
     training = {name: m.training for name, m in model.named_modules()}
     # a copy that shares the parameters, which nobody writes; buffers are its own, since a forward may update them
     traced_model = deep_copy(model, model.parameters()).eval()
+    recall = Recall()
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
-            expected = traced_model(*fresh(args), **fresh(kwargs))
+            with recall.watching(traced_model):
+                expected = traced_model(*fresh(args), **fresh(kwargs))
         except Exception as error:
             raise FxMergeError(
                 f"{type(model).__name__} does not run on these example inputs ({_shapes(args, kwargs)}): "
@@ -72,7 +75,7 @@ def capture(model: nn.Module, example_inputs: Any) -> Capture:
         module = trace(traced_model, fresh(args), fresh(kwargs))
         values = _bind(module, args, kwargs)
         torch.manual_seed(0)
-        recorder = _Recorder(module)
+        recorder = _Recorder(module, recall)
         actual = recorder.run(*fresh(values), enable_io_processing=False)
     _compare(type(model).__name__, expected, actual)
     for name, traced in module.named_modules():
@@ -100,12 +103,16 @@ def _bind(module: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any])
 class _Recorder(fx.Interpreter):
     """Runs the graph and notes the shape, dtype and device of every tensor, but keeps none."""
 
-    def __init__(self, module: fx.GraphModule) -> None:
+    def __init__(self, module: fx.GraphModule, recall: Recall) -> None:
         super().__init__(module)
-        self.extra_traceback = False
+        self.extra_traceback, self.recall = False, recall
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self.devices: dict[str, torch.device] = {}
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        known = self.recall.output(self.fetch_attr(target), args) if not kwargs else None
+        return super().call_module(target, args, kwargs) if known is None else known
 
     def run_node(self, n: fx.Node) -> Any:
         try:

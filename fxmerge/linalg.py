@@ -42,11 +42,6 @@ def pairs(inner: Tensor | Pairs, dropped: Tensor, kept: Tensor) -> Pairs:
     return Pairs(inner[dropped[:, None], kept[None, :]], inner.diagonal())
 
 
-def lengths(rows: Tensor) -> Tensor:
-    """The l1 norm of each row, (n, d) -> (n,): some rows at a time, since |x| takes memory that costs more than it."""
-    return torch.cat([some.abs().sum(1) for some in torch.split(rows, BITE)])
-
-
 def distances(rows: Tensor) -> Tensor:
     """Euclidean distances between rows: (n, d) -> (n, n), float64, zero on the diagonal."""
     inner = gram(rows.double())
