@@ -86,7 +86,8 @@ def deep_copy(module: M, shared: Iterable[Tensor]) -> M:
     their fields are copied here, and deepcopy is left what else they hold, and modules that say how they are copied.
     """
     memo: dict[int, Any] = {id(t): t for t in shared}
-    plain = [m for m in module.modules() if _plain(m)]
+    classes = {cls: _plain(cls) for cls in {type(m) for m in module.modules()}}
+    plain = [m for m in module.modules() if classes[type(m)] and "__deepcopy__" not in m.__dict__]
     for m in plain:
         memo[id(m)] = type(m).__new__(type(m))
     for m in plain:
@@ -95,12 +96,11 @@ def deep_copy(module: M, shared: Iterable[Tensor]) -> M:
     return copy.deepcopy(module, memo)
 
 
-def _plain(module: nn.Module) -> bool:
-    """Does deepcopy copy this module field by field, and nothing else?"""
-    cls = type(module)
+def _plain(cls: type[nn.Module]) -> bool:
+    """Does deepcopy copy these modules field by field, and nothing else?"""
     own_ways = ("__reduce_ex__", "__reduce__", "__getstate__", "__getnewargs__", "__getnewargs_ex__")
     return (
-        getattr(module, "__deepcopy__", None) is None
+        not hasattr(cls, "__deepcopy__")
         and cls not in copyreg.dispatch_table
         and all(getattr(cls, name, None) is getattr(nn.Module, name, None) for name in own_ways)
         and not any("__slots__" in base.__dict__ for base in cls.__mro__)
@@ -108,14 +108,17 @@ def _plain(module: nn.Module) -> bool:
 
 
 def _field(value: Any, memo: dict[int, Any]) -> Any:
-    if type(value) in (int, float, bool, str, type(None)):
+    if type(value) in _ATOMS or (type(value) is tuple and all(type(v) in _ATOMS for v in value)):
         return value
-    if type(value) not in (dict, OrderedDict) or id(value) in memo:
+    if id(value) in memo or not (type(value) in (dict, OrderedDict) or (type(value) in (list, set) and not value)):
         return copy.deepcopy(value, memo)
     copied = memo[id(value)] = type(value)()
-    for name, one in value.items():
-        copied[name if type(name) is str else copy.deepcopy(name, memo)] = _field(one, memo)
+    if value:
+        copied.update({_field(name, memo): _field(one, memo) for name, one in value.items()})
     return copied
+
+
+_ATOMS = (int, float, bool, str, type(None))
 
 
 def sharing_copy(module: fx.GraphModule) -> tuple[fx.GraphModule, Weights]:
