@@ -6,7 +6,6 @@ known and a graph that does not do what the model does is refused here and not d
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -20,8 +19,10 @@ from .folding import fold
 from .ir import Capture, Recorded
 from .movement import fresh, leaves
 from .outputs import foreign, plain, returning_plain
+from .recall import Recall
 from .recording import record
 from .tracing import first_line, trace
+from .weights import deep_copy
 
 
 def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -63,11 +64,13 @@ def capture(model: nn.Module, example_inputs: Any) -> Capture:
         raise FxMergeError("example_inputs hold a tensor without elements; give at least one sample")
     training = {name: m.training for name, m in model.named_modules()}
     # a copy that shares the parameters, which nobody writes; buffers are its own, since a forward may update them
-    traced_model = copy.deepcopy(model, {id(p): p for p in model.parameters()}).eval()
+    traced_model = deep_copy(model, model.parameters()).eval()
+    recall = Recall()
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
-            expected = traced_model(*fresh(args), **fresh(kwargs))
+            with recall.watching(traced_model):
+                expected = traced_model(*fresh(args), **fresh(kwargs))
         except Exception as error:
             raise FxMergeError(
                 f"{type(model).__name__} does not run on these example inputs ({_shapes(args, kwargs)}): "
@@ -79,7 +82,7 @@ def capture(model: nn.Module, example_inputs: Any) -> Capture:
         module, recorded = _graph(traced_model, args, kwargs)
         values = list(recorded.inputs) if recorded else _bind(module, args, kwargs)
         torch.manual_seed(0)
-        recorder = _Recorder(module)
+        recorder = _Recorder(module, recall)
         actual = recorder.run(*fresh(values), enable_io_processing=False)
     _compare(type(model).__name__, expected, actual)
     whole = [*module.named_modules(), *(recorded.host.named_modules() if recorded else ())]
@@ -138,12 +141,16 @@ def _bind(module: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any])
 class _Recorder(fx.Interpreter):
     """Runs the graph and notes the shape, dtype and device of every tensor, but keeps none."""
 
-    def __init__(self, module: fx.GraphModule) -> None:
+    def __init__(self, module: fx.GraphModule, recall: Recall) -> None:
         super().__init__(module)
-        self.extra_traceback = False
+        self.extra_traceback, self.recall = False, recall
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self.devices: dict[str, torch.device] = {}
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        known = self.recall.output(self.fetch_attr(target), args) if not kwargs else None
+        return super().call_module(target, args, kwargs) if known is None else known
 
     def run_node(self, n: fx.Node) -> Any:
         try:

@@ -38,6 +38,7 @@ class _Check:
         self.table = rules.table()
         self.values: dict[str, Any] = {}
         self.edits: dict[str, Call] = {}
+        self.compacted: dict[int, tuple[Tensor, list[Lab]]] = {}  # identity of labels -> those, and their survivors
         self.failures: list[Failure] = []
         self.rigid = captured.recorded.glue if captured.recorded else frozenset()
 
@@ -53,7 +54,10 @@ class _Check:
     def shrunk(self, value: Any) -> list[Any]:
         """The survivors of a node's value: every rectangle that they can fill."""
         if isinstance(value, Lab):
-            return [Lab(t) for t in compact(value.t, self.alive)]
+            known = self.compacted.get(id(value.t))  # many nodes hold the very labels of their operand
+            if known is None:
+                known = self.compacted[id(value.t)] = value.t, [Lab(t) for t in compact(value.t, self.alive)]
+            return list(known[1])
         if isinstance(value, tuple):
             parts = [self.shrunk(v) for v in value]
             return [tuple(p[0] for p in parts)] if all(parts) else []

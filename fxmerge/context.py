@@ -69,8 +69,8 @@ class Context:
     def tie(self, left: Tensor, right: Tensor) -> None:
         left, right = torch.broadcast_tensors(thin(left), thin(right))  # type: ignore[no-untyped-call]
         left, right = left.flatten(), right.flatten()
-        for one, other in ((left, right), (right, left)):
-            if bool((one == FIXED).any()):
+        if not bool(torch.minimum(left, right).all()):  # FIXED is 0, and no label is less
+            for one, other in ((left, right), (right, left)):
                 self.pin(other[one == FIXED], "meets values that are not channels of a layer")
         differ = (left != right) & (left != FIXED) & (right != FIXED)
         if bool(differ.any()):

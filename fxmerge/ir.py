@@ -283,10 +283,24 @@ class Candidates:
 
 
 @dataclass(frozen=True)
+class Pairs:
+    """The inner products that looking for a partner takes: a quarter of all."""
+
+    across: Tensor  # (m, k) of the rows that go with those that stay, both ascending
+    square: Tensor  # (n,) of every row with itself
+
+    def __add__(self, other: Pairs) -> Pairs:
+        return Pairs(self.across + other.across, self.square + other.square)
+
+    def __mul__(self, other: Pairs) -> Pairs:
+        return Pairs(self.across * other.across, self.square * other.square)
+
+
+@dataclass(frozen=True)
 class PublishedForm:
     """One writer and its BatchNorm as the published code reads them: raw rows, and the variance for the deviation."""
 
-    inner: Tensor  # (n, n) inner products of the raw rows
+    inner: Tensor | Pairs  # (n, n) inner products of the raw rows, or some of them
     gamma: Tensor
     beta: Tensor
     mean: Tensor
@@ -297,7 +311,7 @@ class PublishedForm:
 class Evidence:
     """What a decomposition knows of a group's n channels, float64.
 
-    inner:      (n, n) inner products of the rows
+    inner:      (n, n) inner products of the rows; where only partners are looked for, pairs will do
     bias:       (n,) the constants, in the same coordinates
     centred:    has the group a BatchNorm? then constants count apart from the rows (without one they are a column)
     cells:      (n,) partners are looked for within a cell
@@ -305,7 +319,7 @@ class Evidence:
     published:  the published code's operands, where it has this form
     """
 
-    inner: Tensor
+    inner: Tensor | Pairs
     bias: Tensor
     centred: bool
     cells: Tensor

@@ -275,9 +275,9 @@ def _group_plan(group: Group, kept: Tensor, mapping: Map | None) -> GroupPlan:
     if mapping is None:
         nowhere = tuple(Partner(i, -1, 0.0, 0.0) for i in dropped.nonzero().flatten().tolist())
         return GroupPlan(group.name, group.channels, tuple(kept.tolist()), nowhere)
-    scale, into = mapping.up.abs().max(1)
-    signed = mapping.up.gather(1, into[:, None])[:, 0]
-    target = torch.where(scale > 0, kept[into], -1)
-    columns = (dropped.nonzero().flatten(), target[dropped], signed[dropped], mapping.cosine[dropped])
-    partners = tuple(Partner(*row) for row in zip(*(c.tolist() for c in columns), strict=True))
+    up = mapping.up[dropped]
+    scale, into = up.abs().max(1)
+    signed = up.gather(1, into[:, None])[:, 0]
+    columns = (dropped.nonzero().flatten(), torch.where(scale > 0, kept[into], -1), signed, mapping.cosine[dropped])
+    partners = tuple(map(Partner, *(c.tolist() for c in columns)))
     return GroupPlan(group.name, group.channels, tuple(kept.tolist()), partners)
