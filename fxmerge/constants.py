@@ -40,6 +40,7 @@ class _Check:
         self.edits: dict[str, Call] = {}
         self.compacted: dict[int, tuple[Tensor, list[Lab]]] = {}  # identity of labels -> those, and their survivors
         self.failures: list[Failure] = []
+        self.latest: dict[str, str] = {}
         self.rigid = captured.recorded.glue if captured.recorded else frozenset()
 
     def run(self) -> tuple[dict[str, Call], list[Failure]]:
@@ -68,6 +69,8 @@ class _Check:
         return [value]
 
     def step(self, node: fx.Node) -> Any:
+        # an operand that was updated in place is what the update made of it
+        self.latest = dict(zip((n.name for n in node.all_input_nodes), self.facts.sources[node.name], strict=True))
         before = self.before(node.name)
         kind = self.facts.kinds[node.name]
         if kind == "query" and node.op not in ("get_attr", "placeholder"):
@@ -86,7 +89,7 @@ class _Check:
 
     def arguments(self, call: fx.Node | Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
         def value(leaf: Any) -> Any:
-            return self.values[leaf.name] if isinstance(leaf, fx.Node) else leaf
+            return self.values[self.latest.get(leaf.name, leaf.name)] if isinstance(leaf, fx.Node) else leaf
 
         return movement.tree(value, tuple(call.args)), movement.tree(value, dict(call.kwargs))
 

@@ -47,8 +47,8 @@ _ASSERTIONS = (torch.ops.aten._assert_tensor_metadata.default, torch.ops.aten._a
 
 
 def overload_name(target: Any) -> str | None:
-    """The plain name of an aten op, `relu` for aten.relu_.default; None for anything else."""
-    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
+    """The plain name of a registered op, `relu` for aten.relu_.default, `ns::op` elsewhere; None for anything else."""
+    if not isinstance(target, torch._ops.OpOverload):
         return None
     name = target._schema.name.removeprefix("aten::")
     return name.removesuffix("_") if name.endswith("_") and not name.endswith("__") else name

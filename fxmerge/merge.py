@@ -220,8 +220,7 @@ def _provable(
             return chosen, edits, refused
         failure = failures[0]
         guilty = [g for g, _ in chosen if _hit(g, grouping, failure.labels)]
-        if not guilty:
-            raise FxMergeError(f"the sizes at {failure.node} cannot be made right; {source_line(nodes[failure.node])}")
+        guilty = guilty or [g for g, _ in chosen]  # a size that follows a width it should not: decline all
         for g in guilty:
             why = f"the sizes at {failure.node} cannot follow"
             refused.append(Refusal(g.name, g.channels, why, source_line(nodes[failure.node])))

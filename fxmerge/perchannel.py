@@ -107,9 +107,10 @@ def constant_rule(ctx: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     return movement.run(ctx.target, (torch.empty(()), *args), {k: v for k, v in kwargs.items() if k != "device"})
 
 
-def sampled_rule(ctx: Any, input: Any, places: Any, *rest: Any, **kwargs: Any) -> Any:
+def sampled_rule(ctx: Any, input: Any, *places: Any, **kwargs: Any) -> Any:
     """Values of a feature map at places that the model computes: each channel by itself (grid_sample, roi_align)."""
-    if not isinstance(input, Lab) or ctx.shape is None or (isinstance(places, Lab) and holds(places.t)):
+    held = any(isinstance(p, Lab) and holds(p.t) for p in (*places, *kwargs.values()))
+    if not isinstance(input, Lab) or ctx.shape is None or held:
         return ctx.unknown("takes places that hold channels")
     return ctx.resized(input, ctx.shape)
 

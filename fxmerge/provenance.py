@@ -173,7 +173,7 @@ def _in_place(node: fx.Node, target: Any) -> bool:
     if node.kwargs.get("inplace"):
         return True
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    return (name.endswith("_") and not name.endswith("__")) or name in ("iadd", "isub", "imul", "itruediv")
+    return (name.endswith("_") and not name.endswith("__")) or name in ("iadd", "isub", "imul", "itruediv", "setitem")
 
 
 def _attribute(module: nn.Module, path: str) -> Any:

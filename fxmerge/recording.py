@@ -313,6 +313,8 @@ def _call(func: Any, name: str, args: Any, kwargs: Any) -> tuple[str, Any, Any, 
         return "call_function", _OPERATORS[name], args, kwargs
     if getattr(torch.Tensor, name, None) is func and not name.startswith("__"):
         return "call_method", name, args, kwargs
+    if isinstance(func, torch._ops.OpOverloadPacket) and hasattr(func, "default"):
+        func = func.default
     return "call_function", func, args, kwargs
 
 

@@ -211,7 +211,7 @@ _ROWS: tuple[Rule, ...] = (
     Rule("enter", "movement", movement.entered, (movement.enter,), True),
     Rule("setitem", "tie", movement.setitem, (operator.setitem,)),
     Rule("sampled", "per_channel", sampled_rule,
-         (F.grid_sample, Aten("grid_sampler"), "torchvision.roi_align", "torchvision.ps_roi_align"), True),
+         (F.grid_sample, Aten("grid_sampler"), Aten("torchvision::roi_align")), True),
     Rule("pad", "per_channel", movement.pad, (F.pad,), True),
     # shapes and other plain values
     Rule("new", "query", constant_rule, ("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor")),
