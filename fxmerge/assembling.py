@@ -13,7 +13,8 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from .errors import FxMergeError
-from .ir import Capture, Part
+from .ir import Capture
+from .recorded import Part
 
 
 def assembled(captured: Capture, merged: fx.GraphModule) -> nn.Module:

@@ -16,10 +16,11 @@ from torch.utils._pytree import tree_leaves
 
 from .errors import FxMergeError, source_line
 from .folding import fold
-from .ir import Capture, Recorded
+from .ir import Capture
 from .movement import fresh, leaves
 from .outputs import foreign, plain, returning_plain
 from .recall import Recall
+from .recorded import Recorded
 from .recording import record
 from .tracing import first_line, trace
 from .weights import deep_copy

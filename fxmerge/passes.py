@@ -31,8 +31,10 @@ class MergePass(PassBase):
             return PassResult(graph_module, False)
         inputs = self.example_inputs if self.example_inputs is not None else _inputs(graph_module)
         result = merge(graph_module, inputs, self.options)
-        result.module.meta[_DONE] = True
-        return PassResult(result.module, bool(result.plan.groups))
+        module = result.module
+        assert isinstance(module, fx.GraphModule)  # as a graph module came in
+        module.meta[_DONE] = True
+        return PassResult(module, bool(result.plan.groups))
 
 
 def _inputs(module: fx.GraphModule) -> tuple[torch.Tensor, ...]:

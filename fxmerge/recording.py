@@ -23,34 +23,10 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from . import rules
-from .ir import Part, Recorded
 from .movement import enter, leaves, tree
+from .recorded import Part, Recorded
+from .torchcalls import HARMLESS, PLAIN, held_tensors, node_call, tensors
 from .tracing import first_line, hidden, symbolic, user_line
-
-_HARMLESS = {
-    "size", "dim", "ndimension", "numel", "nelement", "stride", "is_floating_point", "is_complex", "is_contiguous",
-    "element_size", "get_device", "shape", "ndim", "dtype", "device", "layout", "is_cuda", "is_sparse", "requires_grad",
-    "is_nested", "is_quantized", "is_mps", "is_meta", "is_cpu", "is_mkldnn", "itemsize", "storage_offset", "names",
-    "__len__", "__hash__", "is_leaf", "grad_fn", "_is_view", "is_inference", "is_conj", "is_neg", "data_ptr", "grad",
-}  # fmt: skip
-_PLAIN = (
-    int,
-    float,
-    bool,
-    complex,
-    str,
-    type(None),
-    torch.dtype,
-    torch.device,
-    torch.layout,
-    torch.memory_format,
-    type(...),
-)
-_OPERATORS: dict[str, Callable[..., Any]] = {
-    "__getitem__": operator.getitem, "__setitem__": operator.setitem, "__and__": operator.and_, "__or__": operator.or_,
-    "__invert__": operator.invert, "__eq__": operator.eq, "__ne__": operator.ne, "__lt__": operator.lt,
-    "__le__": operator.le, "__gt__": operator.gt, "__ge__": operator.ge, "__pow__": operator.pow,
-}  # fmt: skip
 
 
 @dataclass
@@ -73,10 +49,10 @@ class _Recording(TorchFunctionMode):
         self.nodes: dict[int, fx.Node] = {}  # identity of a tensor -> the node that gave it
         self.kept: list[Any] = []  # keeps identities from being used again
         self.paths = {id(v): n for n, v in reversed([*model.named_buffers(), *model.named_parameters()])}
-        self.familiar: set[int] = {id(v) for v in _attributes(model)}  # tensors that were there before the run
+        self.familiar: set[int] = {id(v) for v in held_tensors(model)}  # tensors that were there before the run
         self.templates: dict[str, fx.GraphModule | None] = {}
         self.parts: dict[str, Part] = {}
-        self.inner: set[str] = set()  # nodes that parts put in
+        self.rewritable: set[str] = set()  # nodes that parts put in
         self.frames: list[_Frame] = []
         self.doubtful: dict[str, str] = {}  # frame -> why another run may take another path
         self.ran: set[str] = set()
@@ -114,7 +90,7 @@ class _Recording(TorchFunctionMode):
         for number in range(self.constants):
             delattr(self.model, f"_recorded_{number}")
         self.graph.lint()
-        glue = frozenset(n.name for n in self.graph.nodes if n.name not in self.inner)
+        glue = frozenset(n.name for n in self.graph.nodes if n.name not in self.rewritable)
         return Recorded(module, tuple(inputs), self.model, tuple(self.parts.values()), glue, held)
 
     def _close(self) -> None:
@@ -174,7 +150,7 @@ class _Recording(TorchFunctionMode):
                 self._assign(self._item(given, name, item) if part is None else part, item)
 
     def _item(self, given: fx.Node, at: Any, value: Any) -> fx.Node | None:
-        return self.graph.call_function(operator.getitem, (given, at)) if _tensors(value) else None
+        return self.graph.call_function(operator.getitem, (given, at)) if tensors(value) else None
 
     # --- functions
 
@@ -182,13 +158,13 @@ class _Recording(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.off:
             return func(*args, **kwargs)
-        operands = _tensors([args, kwargs])
+        operands = tensors([args, kwargs])
         name = getattr(func, "__name__", "")
         name = getattr(func.__self__, "__name__", "") if name == "__get__" else name
         tracked = any(id(t) in self.nodes or id(t) in self.paths for t in operands)
-        if not tracked or name in _HARMLESS or name == "__set__":
+        if not tracked or name in HARMLESS or name == "__set__":
             out = func(*args, **kwargs)
-            for t in _tensors(out):
+            for t in tensors(out):
                 self.familiar.add(id(t))
                 self.kept.append(t)
             return out
@@ -196,8 +172,8 @@ class _Recording(TorchFunctionMode):
         for t in operands:
             if id(t) not in self.nodes and id(t) not in self.paths and id(t) not in self.familiar:
                 self.doubtful.setdefault(frame.path, "makes tensors in a way that cannot be recorded")
-        op, target, given, named = _call(func, name, args, kwargs)
-        if not all(isinstance(v, (*_PLAIN, Tensor)) for v in leaves([given, named])):
+        op, target, given, named = node_call(func, name, args, kwargs)
+        if not all(isinstance(v, (*PLAIN, Tensor)) for v in leaves([given, named])):
             self.doubtful.setdefault(frame.path, f"calls {name} with something that cannot be recorded")
             frame.seen.update(self._node(t) for t in operands)
             return func(*args, **kwargs)
@@ -206,9 +182,9 @@ class _Recording(TorchFunctionMode):
         out = func(*args, **kwargs)
         node = self.graph.create_node(op, target, tuple(nodes[0]), nodes[1])
         node.stack_trace = user_line()
-        if isinstance(out, Tensor) or _tensors(out):
+        if isinstance(out, Tensor) or tensors(out):
             self._assign(node, out)
-            frame.seen.update(self.nodes[id(t)] for t in _tensors(out))
+            frame.seen.update(self.nodes[id(t)] for t in tensors(out))
         elif out is not None:
             self.doubtful.setdefault(frame.path, f"asks a tensor for its value ({name})")
         return out
@@ -224,7 +200,7 @@ class _Recording(TorchFunctionMode):
                 return forward(*args, **kwargs)
             self.ran.add(path)
             hooked = module._forward_hooks or module._forward_pre_hooks
-            plain = all(isinstance(v, (*_PLAIN, Tensor)) for v in leaves([args, kwargs]))
+            plain = all(isinstance(v, (*PLAIN, Tensor)) for v in leaves([args, kwargs]))
             if not hooked and plain:
                 own = type(module).__module__.startswith("torch.nn") and not isinstance(module, nn.Sequential)
                 if own or rules.module_class(module, self.table) is not None:
@@ -232,12 +208,12 @@ class _Recording(TorchFunctionMode):
                 template = self._template(module, path, args, kwargs)
                 if template is not None:
                     return self._inline(template, path, forward, args, kwargs)
-            frame = _Frame(path, {self._node(t) for t in _tensors([args, kwargs])})
+            frame = _Frame(path, {self._node(t) for t in tensors([args, kwargs])})
             self.frames.append(frame)
             out = forward(*args, **kwargs)
-            frame.seen.update(self._node(t) for t in _tensors(out))
+            frame.seen.update(self._node(t) for t in tensors(out))
             self._close()
-            self.frames[-1].seen.update({self._node(t) for t in _tensors([args, kwargs, out])})
+            self.frames[-1].seen.update({self._node(t) for t in tensors([args, kwargs, out])})
             return out
 
         return wrapped
@@ -255,12 +231,12 @@ class _Recording(TorchFunctionMode):
         node = self.graph.call_module(path, tuple(nodes[0]), nodes[1])
         node.stack_trace = user_line()
         self._assign(node, out)
-        self.frames[-1].seen.update(self._node(t) for t in _tensors([args, kwargs, out]))
+        self.frames[-1].seen.update(self._node(t) for t in tensors([args, kwargs, out]))
         return out
 
     def _template(self, module: nn.Module, path: str, args: Any, kwargs: Any) -> fx.GraphModule | None:
         """The module's own graph, where symbolic tracing follows it for calls of this form."""
-        if not all(_tensors(v) for v in [*args, *kwargs.values()]):
+        if not all(tensors(v) for v in [*args, *kwargs.values()]):
             return None  # a flag or None: another call may give another
         if path not in self.templates:
             self.off += 1
@@ -291,7 +267,7 @@ class _Recording(TorchFunctionMode):
                 result = fx.map_arg(node.args[0], lambda n: made[n])
             else:
                 made[node] = self.graph.node_copy(node, lambda n: made[n])
-                self.inner.add(made[node].name)
+                self.rewritable.add(made[node].name)
                 if node.op in ("call_module", "get_attr"):
                     made[node].target = f"{path}.{node.target}"
         self._assign(result, out)
@@ -301,29 +277,5 @@ class _Recording(TorchFunctionMode):
             self.parts[path] = replace(first, again=(*first.again, inside))
         else:
             self.parts[path] = Part(path, type(self.model.get_submodule(path)).__name__, tuple(entered), inside, result)
-        self.frames[-1].seen.update(self._node(t) for t in _tensors([args, kwargs, out]))
+        self.frames[-1].seen.update(self._node(t) for t in tensors([args, kwargs, out]))
         return out
-
-
-def _call(func: Any, name: str, args: Any, kwargs: Any) -> tuple[str, Any, Any, Any]:
-    """(op, target, args, kwargs) of the graph node for a function that the mode saw."""
-    if getattr(func, "__name__", "") == "__get__":
-        return "call_function", getattr, (args[0], name), {}
-    if name in _OPERATORS:
-        return "call_function", _OPERATORS[name], args, kwargs
-    if getattr(torch.Tensor, name, None) is func and not name.startswith("__"):
-        return "call_method", name, args, kwargs
-    if isinstance(func, torch._ops.OpOverloadPacket) and hasattr(func, "default"):
-        func = func.default
-    return "call_function", func, args, kwargs
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    return [v for v in leaves(value) if isinstance(v, Tensor)]
-
-
-def _attributes(model: nn.Module) -> list[Tensor]:
-    """The tensors that a model's modules hold in whatever attribute."""
-    return [
-        t for m in model.modules() for t in _tensors([*vars(m).values(), *m._buffers.values(), *m._parameters.values()])
-    ]
