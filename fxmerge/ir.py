@@ -192,6 +192,13 @@ class Capture:
     devices: Mapping[str, torch.device]
     recorded: Recorded | None = None  # for a model that could not be traced whole
 
+    @property
+    def route(self) -> str:
+        """How the model was captured: "symbolic", "export" or "recorded"."""
+        if self.recorded is not None:
+            return "recorded"
+        return "export" if isinstance(self.module.graph._codegen, fx.graph._PyTreeCodeGen) else "symbolic"
+
 
 @dataclass(frozen=True)
 class Decomposition:

@@ -108,10 +108,13 @@ def _merge(model: nn.Module, example_inputs: Any, options: Options, decided: Map
         captured = capture(model, example_inputs)
         try:
             return _merged(captured, options, decided, stage)
-        except FxMergeError:
+        except FxMergeError as error:
             if captured.recorded is None:
                 raise
-            return _merged(confined(captured), options, decided, stage)
+            try:  # what the user's own code sees may depend on widths in a way that nobody can mend
+                return _merged(confined(captured), options, decided, stage)
+            except FxMergeError:
+                raise error from None
 
 
 def _merged(

@@ -102,8 +102,9 @@ class _Recording(TorchFunctionMode):
         inside = tuple(p + "." for p, t in self.templates.items() if t is not None) + tuple(
             p + "." for p in self.ran if p not in self.seen
         )
+        fetched = {str(n.target).rpartition(".")[0] for n in self.graph.nodes if n.op == "get_attr"}
         for path, module in self.model.named_modules():
-            owns = next(module.parameters(recurse=False), None) is not None
+            owns = next(module.parameters(recurse=False), None) is not None and path not in fetched
             if path and owns and path not in self.ran and not path.startswith(inside):
                 parent = path.rpartition(".")[0]
                 while parent not in self.seen and parent:

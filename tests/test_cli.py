@@ -170,7 +170,6 @@ ERRORS: dict[str, tuple[list[str], str]] = {
     "no such model": (["analyze", "torchvision:resnet19"], r"resnet19"),
     "a factory that raises": (["analyze", "{dir}/small_net.py:broken"], r"RuntimeError: no weights here"),
     "a factory of text": (["analyze", "{dir}/small_net.py:text"], r"gives a str, not a torch.nn.Module"),
-    "not traceable": (["analyze", "{dir}/small_net.py:branching"], r"Branching cannot be traced.*small_net.py:\d+"),
     "no weights": (["analyze", "{dir}/small_net.py:small", "--weights", "{dir}/w.safetensors"], r"cannot read weights"),
     "bad weights": (["analyze", "{dir}/small_net.py:small", "--weights", "{dir}/small_net.py"], r"cannot read weights"),
     "bad ratio": (["merge", "{dir}/small_net.py:small", "--out", "{dir}/o", "--ratio", "1.5"], r"ratio is 1.5"),
