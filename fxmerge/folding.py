@@ -17,6 +17,7 @@ from . import rules
 from .weights import at
 
 _RANDOM = ("dropout", "rrelu", "stochastic_depth", "new")
+_TABLES = ("embedding",)  # rows of a table: no arithmetic either
 
 
 def fold(module: fx.GraphModule) -> fx.GraphModule:
@@ -33,7 +34,7 @@ def fold(module: fx.GraphModule) -> fx.GraphModule:
             found = rules.find(node.target, known)
             plain = found is not None and found[0].name not in _RANDOM and found[0].kind != "unknown"
             if plain and found is not None and all(n in constant for n in node.all_input_nodes):
-                moves = found[0].kind == "movement"
+                moves = found[0].kind == "movement" or found[0].name in _TABLES
                 constant[node] = not moves or any(constant[n] for n in node.all_input_nodes)
     used = {str(n.target) for n in module.graph.nodes if n.op == "get_attr"}
     changed = False

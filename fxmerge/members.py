@@ -56,7 +56,7 @@ class Builder:
         writers, readers, junctions, rigid = self._paths(number, members["write"], members["read"])
         nodes = self.nodes[number]
         ordered = [n for n in self.facts.kinds if n in nodes]
-        mixed = [n for n, labels in self.facts.mixers if n in nodes and self._holds(number, labels)]
+        mixed = [n for n, labels in self.facts.mixers if self._holds(number, labels)]
         blocked = [
             n
             for n in ordered

@@ -11,7 +11,21 @@ from typing import Any
 
 import pytest
 import torch
-from layer_samples import attention, batch_norm, conv, embedding, instance_norm, linear, matmul, mixer, prelu, scores
+from layer_samples import (
+    addmm,
+    attention,
+    baddbmm,
+    batch_norm,
+    conv,
+    embedding,
+    gather,
+    instance_norm,
+    linear,
+    matmul,
+    mixer,
+    prelu,
+    scores,
+)
 from query_samples import query
 from sandwich import SIDE, WIDTH, Sample, call, digit, spelled
 from torch import nn
@@ -128,6 +142,12 @@ def compare(key: Any) -> Sample:
     return Sample(op)
 
 
+def addcmul(key: Any) -> Sample:
+    if isinstance(key, str):
+        return Sample(lambda m, x: getattr(x, key)(m.second(m.input), x.relu(), value=0.5), parts={"second": None})
+    return Sample(lambda m, x: call(key)(x, m.second(m.input), x.relu(), value=0.5), parts={"second": None})
+
+
 def masked_fill(key: Any) -> Sample:
     if isinstance(key, str):
         return Sample(lambda m, x: getattr(x, key)(x > 0.3, 0.1))
@@ -196,13 +216,17 @@ SAMPLES: dict[str, Callable[[Any], Sample]] = {
     **dict.fromkeys(SIMPLE.split(), spelled),
     **dict.fromkeys(["log", "sqrt", "rsqrt"], positive),
     **dict.fromkeys(["add", "sub", "rsub", "mul", "div", "maximum", "minimum"], two),
-    **dict.fromkeys(["mean", "sum", "amax", "amin"], flat((2, 3), into=WIDTH)),
+    **dict.fromkeys(["mean", "sum", "amax", "amin", "var", "std", "logsumexp"], flat((2, 3), into=WIDTH)),
     **dict.fromkeys(["zeros_like", "ones_like"], like),
     "linear": linear,
     "conv": conv,
     "conv_transpose": conv,
     "embedding": embedding,
     "matmul": matmul,
+    "addmm": addmm,
+    "baddbmm": baddbmm,
+    "addcmul": addcmul,
+    "gather": gather,
     "einsum": lambda key: Sample(lambda m, x: call(key)("bct,bts->bcs", x, scores(m)), dims=1),
     "attention": attention,
     "batch_norm": batch_norm,
