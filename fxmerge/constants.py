@@ -39,6 +39,7 @@ class _Check:
         self.values: dict[str, Any] = {}
         self.edits: dict[str, Call] = {}
         self.failures: list[Failure] = []
+        self.latest: dict[str, str] = {}
 
     def run(self) -> tuple[dict[str, Call], list[Failure]]:
         for node in self.captured.module.graph.nodes:
@@ -60,6 +61,8 @@ class _Check:
 
     def step(self, node: fx.Node) -> Any:
         before = self.before(node.name)
+        # an operand that was updated in place stands for what it is since
+        self.latest = dict(zip((n.name for n in node.all_input_nodes), self.facts.sources[node.name], strict=True))
         kind = self.facts.kinds[node.name]
         if kind == "query" and node.op not in ("get_attr", "placeholder"):
             return self.query(node, before)
@@ -77,7 +80,7 @@ class _Check:
 
     def arguments(self, call: fx.Node | Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
         def value(leaf: Any) -> Any:
-            return self.values[leaf.name] if isinstance(leaf, fx.Node) else leaf
+            return self.values[self.latest[leaf.name]] if isinstance(leaf, fx.Node) else leaf
 
         return movement.tree(value, tuple(call.args)), movement.tree(value, dict(call.kwargs))
 
@@ -164,7 +167,7 @@ class _Check:
     def survivors(self, node: fx.Node, axis: int) -> Tensor:
         """Which places along an axis of the first operand survive, (size,)."""
         source = node.args[0]
-        labels = self.facts.labels.get(source.name) if isinstance(source, fx.Node) else None
+        labels = self.facts.labels.get(self.latest[source.name]) if isinstance(source, fx.Node) else None
         if labels is None:
             return torch.ones(0, dtype=torch.bool)
         others = [a for a in range(labels.dim()) if a != axis % labels.dim()]
@@ -173,8 +176,8 @@ class _Check:
 
     def fail(self, node: fx.Node) -> None:
         held = [v.t for v in movement.leaves(self.before(node.name)) if isinstance(v, Lab)]
-        for source in node.all_input_nodes:
-            held += [v.t for v in movement.leaves(self.before(source.name)) if isinstance(v, Lab)]
+        for source in self.latest.values():
+            held += [v.t for v in movement.leaves(self.before(source)) if isinstance(v, Lab)]
         labels = torch.unique(torch.cat([numbers(t) for t in held]))
         self.failures.append(Failure(node.name, labels[~self.alive[labels]]))
 

@@ -107,6 +107,8 @@ class _Run:
         if found is not None and overload_name(target) is not None and found[0].kind != "movement":
             accepted = dict(inspect.signature(found[0].apply).parameters)
             args, kwargs = by_name(target, args, kwargs, accepted)
+        if found is not None and node.op != "call_module" and found[0].kind != "movement":
+            kwargs = {_NUMPY.get(name, name): value for name, value in kwargs.items()}
         ctx = Context(self, node, found[0].name if found else str(node.target), target, operands)
         dynamic = any(isinstance(leaf, (Lab, Param, Opaque)) for leaf in movement.leaves(operands))
         if not dynamic and node.op != "call_module":
@@ -154,6 +156,9 @@ class _Run:
             stands, values, self.kinds, self.sources, self.commutes, tuple(self.layers), params, tuple(self.ties),
             tuple(self.pins), tuple(self.blocks), tuple(self.mixers), self.count,
         )  # fmt: skip
+
+
+_NUMPY = {"axis": "dim", "keepdims": "keepdim"}  # torch takes numpy's names too
 
 
 def _in_place(node: fx.Node, target: Any) -> bool:
