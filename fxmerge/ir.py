@@ -41,6 +41,13 @@ class Lab:
 
 
 @dataclass(frozen=True)
+class View(Lab):
+    """A raw parameter as an operand, moved about but otherwise as it is: the labels of its elements."""
+
+    param: Param
+
+
+@dataclass(frozen=True)
 class ParamLabels:
     """Which label stands where in one parameter; the only index map that `rewrite` slices by.
 
@@ -118,6 +125,7 @@ class Provenance:
     blocks: tuple[Block, ...]
     mixers: tuple[tuple[str, Tensor], ...]  # (node, labels it couples inexactly)
     label_count: int
+    views: frozenset[str] = frozenset()  # nodes that are views of raw parameters, not activations
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,8 @@ class Builder:
                 where = places[np.isin(at[places], stands)].reshape(len(stands), count)
                 partners &= _aligned(where, cell[stands])
                 members[role].append(Member(layer, role, torch.from_numpy(stands), torch.from_numpy(where)))  # type: ignore[arg-type]
+        # a weight that writes and reads along one axis (an embedding that is the head too) cannot absorb anything
+        partners &= not {_side(m) for m in members["write"]} & {_side(m) for m in members["read"]}
         first = members["write"][0].layer.module if members["write"] else ""
         writers, readers, junctions, rigid = self._paths(number, members["write"], members["read"])
         nodes = self.nodes[number]
@@ -132,6 +134,11 @@ class Builder:
                 steps, ahead = [], []
             placed.append(replace(reader, steps=tuple(steps[len(ahead) :])))
         return placed_writers, placed, [n for n in self.facts.kinds if n in junctions], rigid
+
+
+def _side(member: Member) -> tuple[str, bool]:
+    """(a layer's weight, does the member's role stand on its first axis?)"""
+    return member.layer.params.get("weight", ""), (member.role == "write") != member.layer.transposed
 
 
 def _common_prefix(paths: list[list[str]]) -> list[str]:

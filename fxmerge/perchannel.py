@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import movement, writers
-from .ir import Kind, Lab, Param
+from .ir import Kind, Lab, Param, View
 from .labels import along, fixed, without
 
 Spelling = Any  # a module class, a function, a method name, or Module(...)
@@ -126,5 +126,5 @@ def adds_nothing(ctx: Any, *args: Any, **kwargs: Any) -> bool:
 
 def one_factor(ctx: Any, *args: Any, **kwargs: Any) -> bool:
     """A product commutes with scaling when just one operand is an activation, and stands above the line."""
-    labs = [isinstance(a, Lab) for a in args[:2]]
+    labs = [isinstance(a, Lab) and not isinstance(a, View) for a in args[:2]]
     return labs == [True, False] or (labs == [False, True] and "div" not in ctx.rule_name)

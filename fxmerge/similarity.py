@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from . import linalg
@@ -266,9 +267,13 @@ def _split(filters: Tensor) -> tuple[Tensor, Tensor]:
 def _function(node: fx.Node, captured: Capture) -> Callable[[Tensor], Tensor] | None:
     """The node as a function of (samples, n), or None where it is linear for each channel (pooling, dropout)."""
     source = node.args[0] if node.args else None
+    module = captured.module.get_submodule(str(node.target)) if node.op == "call_module" else None
+    if node.target is F.glu or isinstance(module, nn.GLU):
+        return lambda x: x * torch.sigmoid(x)  # a channel is both of its halves
+    if node.target is F.linear or isinstance(module, nn.Linear):
+        return lambda x: x  # a map over positions, which no constant passes unchanged
     if not isinstance(source, fx.Node) or captured.shapes.get(source.name) != captured.shapes.get(node.name):
         return None
-    module = captured.module.get_submodule(str(node.target)) if node.op == "call_module" else None
     pooling = nn.modules.pooling
     if isinstance(module, (nn.modules.dropout._DropoutNd, pooling._MaxPoolNd, pooling._AvgPoolNd)):
         return None

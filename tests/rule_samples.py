@@ -209,6 +209,15 @@ def unfold(key: Any) -> Sample:
     return spelled(key, 2, reads=4 * WIDTH, reader_dims=1)
 
 
+def fold(key: Any) -> Sample:
+    def patches(x: Any) -> Any:
+        return x.flatten(2)  # 2 channels of 2 x 2 places, 16 patches
+
+    if isinstance(key, Aten):
+        return aten(key.name, "default", [8, 8], [2, 2], [1, 1], [0, 0], [2, 2], before=patches, reads=WIDTH // 4)
+    return spelled(key, (8, 8), 2, 1, 0, 2, before=patches, reads=WIDTH // 4)
+
+
 SIMPLE = """relu leaky_relu rrelu abs neg relu6 gelu silu mish elu celu selu sigmoid logsigmoid tanh hardsigmoid
 hardswish softplus softsign softshrink hardshrink tanhshrink exp square reciprocal sin cos erf"""  # called with x alone
 
@@ -239,6 +248,8 @@ SAMPLES: dict[str, Callable[[Any], Sample]] = {
     "where": where,
     "compare": compare,
     "masked_fill": masked_fill,
+    "glu": lambda key: spelled(key, 1, reads=WIDTH // 2),
+    "fold": fold,
     "stochastic_depth": stochastic_depth,
     "prelu": prelu,
     "identity": identity,
