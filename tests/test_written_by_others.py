@@ -6,6 +6,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 import attention_by_others  # noqa: F401  (registers its nets)
+import pictures_by_others  # noqa: F401
 import pytest
 import torch
 from netmaking import one_thread, randomised  # noqa: F401
