@@ -216,7 +216,7 @@ def _step(node: fx.Node, carrier: Member | None, captured: Capture, tensors: Map
     """What one node does to a group's channels."""
     one, zero = torch.ones(n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
     if carrier is None:
-        return Step(node.name, one, one, zero, None, _function(node, captured))
+        return Step(node.name, one, one, zero, None, _function(node, captured, n))
     op = carrier.layer.op
     if op in ("layer_norm", "rms_norm", "group_norm", "instance_norm"):
         gain, constant = _gamma(carrier, tensors, n), _slot(carrier, "bias", tensors, n, 0.0)
@@ -264,7 +264,7 @@ def _split(filters: Tensor) -> tuple[Tensor, Tensor]:
     return length, filters / length.clamp(min=1e-300)[:, None]
 
 
-def _function(node: fx.Node, captured: Capture) -> Callable[[Tensor], Tensor] | None:
+def _function(node: fx.Node, captured: Capture, n: int) -> Callable[[Tensor], Tensor] | None:
     """The node as a function of (samples, n), or None where it is linear for each channel (pooling, dropout)."""
     source = node.args[0] if node.args else None
     module = captured.module.get_submodule(str(node.target)) if node.op == "call_module" else None
@@ -280,6 +280,7 @@ def _function(node: fx.Node, captured: Capture) -> Callable[[Tensor], Tensor] | 
     if any(isinstance(a, fx.Node) for a in (*node.args[1:], *node.kwargs.values())):
         return None
 
+    @torch.no_grad()
     def apply(x: Tensor) -> Tensor:
         if module is not None:
             return module(x.clone()).to(x)  # type: ignore[no-any-return]
@@ -287,4 +288,8 @@ def _function(node: fx.Node, captured: Capture) -> Callable[[Tensor], Tensor] | 
             return getattr(x.clone(), str(node.target))(*node.args[1:], **node.kwargs)  # type: ignore[no-any-return]
         return node.target(x.clone(), *node.args[1:], **node.kwargs)  # type: ignore[operator,no-any-return]
 
-    return apply
+    try:
+        fits = apply(torch.zeros(2, n, dtype=torch.float64)).shape == (2, n)
+    except (IndexError, RuntimeError, TypeError, ValueError):
+        fits = False
+    return apply if fits else lambda x: x  # one that needs the activation's own axes: not known

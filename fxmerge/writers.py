@@ -196,7 +196,7 @@ def elementwise(ctx: Any, a: Any, b: Any, **kwargs: Any) -> Any:
     if isinstance(other, Param) and other.value.numel() > 1:
         return _raw_parameter(ctx, x, other, first=other is a)
     value = other.value if isinstance(other, Param) else other
-    if isinstance(value, Tensor) and _meets(x.t, value.shape):
+    if isinstance(value, Tensor) and meets(x.t, value.shape):
         return ctx.unknown("meets a constant tensor")
     return ctx.resized(x, ctx.shape)
 
@@ -243,12 +243,12 @@ def choose(ctx: Any, condition: Any, input: Any, other: Any) -> Any:
         if not isinstance(found, Lab) and found is not None:
             return found
     for operand in (input, other, condition):
-        if isinstance(operand, Tensor) and found is not None and _meets(found.t, operand.shape):
+        if isinstance(operand, Tensor) and found is not None and meets(found.t, operand.shape):
             return ctx.unknown("meets a constant tensor")
     return ctx.unknown("has no operand that is an activation") if found is None else ctx.resized(found, ctx.shape)
 
 
-def _meets(labels: Tensor, shape: Any) -> bool:
+def meets(labels: Tensor, shape: Any) -> bool:
     """Does an operand of that shape have a size of its own along an axis that the labels vary along?"""
     offset = len(shape) - labels.dim()
     return any(axis + offset >= 0 and shape[axis + offset] > 1 for axis in varying(labels))
@@ -258,7 +258,7 @@ def _raw_parameter(ctx: Any, x: Lab, given: Lab | Param, first: bool) -> Any:
     """x + p, x * p and their like: p carries what x brings wherever it has a size of its own."""
     assert isinstance(given, (View, Param))
     param, shape = (given.param, given.t.shape) if isinstance(given, View) else (given, given.value.shape)
-    if not _meets(x.t, shape):
+    if not meets(x.t, shape):
         ctx.freeze(param, "is not per channel")
         return ctx.resized(x, ctx.shape)
     elements = ctx.elements(param)

@@ -177,6 +177,35 @@ def attention(d: Draft) -> None:
     d.put(f"{d.one(f'{x.name} + ', '')}{out}(({product}){join})", "tokens", n, t, x.c)
 
 
+@step("tokens", able=lambda d: d.x.shape[1] <= 64)
+def built_in_attention(d: Draft) -> None:
+    made = d.part(f"nn.MultiheadAttention({d.x.c}, {d.one(1, 2) if d.x.c % 2 == 0 else 1}, batch_first=True)")
+    d.same(f"{d.one(d.x.name + ' + ', '')}{made}({d.x.name}, {d.x.name}, {d.x.name}, need_weights=False)[0]")
+
+
+@step("image", able=lambda d: d.x.side % 2 == 0)
+def windows(d: Draft) -> None:
+    """Swin's partition into windows, and back again behind a layer."""
+    n, c, side, x = d.x.shape[0], d.x.c, d.x.side, d.x.name
+    cut = f"{x}.permute(0, 2, 3, 1).reshape({n}, {side // 2}, 2, {side // 2}, 2, {c}).permute(0, 1, 3, 2, 4, 5)"
+    y = d.put(f"{d.part(f'nn.Linear({c}, {c})')}({cut}.reshape(-1, 4, {c}))", "windows", n * side * side // 4, 4, c)
+    d.live.remove(y)
+    d.put(f"{y.name}.view({n}, {side // 2}, {side // 2}, 2, 2, {c}).permute(0, 5, 1, 3, 2, 4)"
+          f".reshape({n}, {c}, {side}, {side})", "image", n, c, side, side)  # fmt: skip
+
+
+@step("image", able=lambda d: d.x.side % 2 == 0 and d.x.c <= 6)
+def patches(d: Draft) -> None:
+    """Unfolded, mapped, and folded again."""
+    width, c, half = d.width(), d.x.c, d.x.side // 2
+    made = d.part(f"nn.Conv1d({4 * c}, {4 * width}, 1)")
+    code = f"{made}(F.unfold({d.x.name}, 2, stride=2))"
+    if d.one(True, False):
+        d.widened(f"F.fold({code}, ({d.x.side}, {d.x.side}), 2, stride=2)", width)
+    else:
+        d.put(f"{code}.transpose(1, 2)", "tokens", d.x.shape[0], half * half, 4 * width)
+
+
 @step("tokens")
 def token_mixing(d: Draft) -> None:
     """A map over positions, as in an MLP-mixer."""

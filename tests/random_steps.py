@@ -213,8 +213,40 @@ def halves(d: Draft) -> None:
                 f"{x.name}[{before}:{half}], {x.name}[{before}{half}:]")  # fmt: skip
     a, b = f"a{len(d.lines)}", f"b{len(d.lines)}"
     d.lines.append(f"{a}, {b} = {cut}")
+    if d.one(False, True):
+        d.lines.pop()
+        d.widened(f"F.glu({x.name}, {axis})", half)
+        return
     how = d.one(f"{a} * torch.sigmoid({b})", f"{a} + {b}", f"F.silu({a}) * {b}", a, f"torch.cat([{b}, {a}], {axis})")
     d.widened(how, x.c if how.startswith("torch.cat") else half)
+
+
+@step(able=lambda d: d.x.c > 4)
+def part_in_place(d: Draft) -> None:
+    """Some channels are updated in place, through a view."""
+    index = ":, :, :4" if d.x.kind == "tokens" else ":, :4"
+    copy = d.same(f"{d.x.name}.clone()")
+    d.lines.append(f"{copy.name}[{index}].{d.one('mul_(2.0)', 'relu_()', 'sigmoid_()')}")
+
+
+@step(able=lambda d: d.x.c <= 12)
+def repeated(d: Draft) -> None:
+    axis = 1 if d.x.kind == "image" else len(d.x.shape) - 1
+    times = ", ".join("2" if a == axis else "1" for a in range(len(d.x.shape)))
+    code = d.one(f"{{}}.repeat({times})", f"{{}}.repeat_interleave(2, {axis})", f"{{}}.unsqueeze({axis}).expand(")
+    if "expand" in code:
+        sizes = [*d.x.shape[:axis], 2, *d.x.shape[axis:]]
+        code += f"{', '.join(map(str, sizes))}).flatten({axis}, {axis + 1})"
+    d.widened(code.format(d.x.name), 2 * d.x.c)
+
+
+@step()
+def measured(d: Draft) -> None:
+    """Divided by a length, or shifted by a mean, of each channel or over the channels."""
+    x, last = d.x.name, len(d.x.shape) - 1
+    axis = d.one(1, last)
+    d.same(d.one(f"F.normalize({x}, dim={axis})", f"{x} - {x}.mean({axis}, keepdim=True)",
+                 f"{x} / (1 + {x}.norm(dim={axis}, keepdim=True))", f"{x} * {x}.amax({axis}, keepdim=True)"))  # fmt: skip
 
 
 @step(able=lambda d: d.x.c > 4)

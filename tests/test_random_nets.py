@@ -33,7 +33,10 @@ def check(source: str) -> None:
     """All oracles on one net."""
     model, x = made(source)
     same = fxmerge.merge(model, x, ratio=0.0)
-    assert same_bits(model, same.module, x)
+    if "MultiheadAttention" in source:  # written out: the same sums, in another order
+        assert same.report.verdict.error < 1e-12
+    else:
+        assert same_bits(model, same.module, x)
     found = same.analysis
     moved = verify.permutation(found.captured, found.facts, found.grouping)
     assert all(error < 1e-10 for error in moved.values()), moved
@@ -88,6 +91,22 @@ FOUND = {
     def forward(self, x):
         # x: (2, 6, 5)
         return self.b(F.relu(self.mix(self.a(x).transpose(1, 2)).transpose(1, 2)))""",
+    "a parameter that is one number": """
+        self.a, self.b = nn.Linear(5, 8), nn.Linear(8, 3)
+        self.p = nn.Parameter(torch.zeros(1))
+    def forward(self, x):
+        # x: (2, 6, 5)
+        return self.b(F.relu(self.a(x) + self.p))""",
+    "a map that is added to all channels": """
+        self.a, self.c, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 1, 1), nn.Conv2d(8, 3, 1)
+    def forward(self, x):
+        # x: (2, 3, 8, 8)
+        return self.b(F.relu(self.a(x) + self.c(x)))""",
+    "a norm along an axis of the image": """
+        self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 3, 1)
+    def forward(self, x):
+        # x: (2, 3, 8, 8)
+        return self.b(F.normalize(self.a(x), dim=3))""",
     "an embedding that is the head too": """
         self.e, self.b = nn.Parameter(torch.zeros(9, 8)), nn.Linear(5, 9)
     def forward(self, x):
