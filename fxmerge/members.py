@@ -116,15 +116,16 @@ class Builder:
             placed = [replace(r, steps=tuple(steps[len(shared) :])) for r, _, steps in ends]
             return [replace(writers[0], steps=tuple(shared))], placed, [], []
         onto: dict[str, list[str]] = {}
+        carrying = {layer.node for layer in self.facts.layers if layer.carries is not None}
         rigid: list[str] = []
         for junction in (n for n in self.facts.kinds if n in junctions):
             for source in dict.fromkeys(self.facts.sources[junction]):
                 if source in self.nodes[number]:
                     origin, steps = self._back(number, source)
-                    if (number, origin) in self.written_at:
-                        onto.setdefault(origin, steps)
-                    else:
-                        rigid += [s for s in steps if self.facts.kinds[s] == "carrier"]
+                    if (number, origin) not in self.written_at:
+                        rigid += [s for s in steps if s in carrying]
+                    elif onto.setdefault(origin, steps) != steps:  # one writer, joined with itself by two ways
+                        rigid += [s for s in (*onto[origin], *steps) if s in carrying]
         placed_writers = [replace(w, steps=tuple(onto.get(w.layer.node, ()))) for w in writers]
         placed = []
         for reader, origin, steps in ends:

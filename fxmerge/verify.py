@@ -170,10 +170,13 @@ def duplicate(
         if not group.partners or not group.readers:
             continue
         pairs: list[tuple[int, int]] = []
+        counts = [int(count * share) for count in torch.bincount(group.cells).tolist()]
+        if any(len({sum(counts[cell] for cell in row) for row in block}) > 1 for block in group.blocks):
+            continue  # its blocks would lose unequally many
         for cell in range(int(group.cells.max()) + 1):
             index = (group.cells == cell).nonzero().flatten()
             index = index[torch.randperm(len(index), generator=generator)]
-            count = int(len(index) * share)
+            count = counts[cell]
             pairs += list(zip(index[:count].tolist(), index[count:].tolist(), strict=False))
         if pairs:
             _overwrite(module, group, torch.tensor(pairs).T, generator)

@@ -18,6 +18,7 @@ def convolution(d: Draft) -> None:
 @step("image")
 def depthwise(d: Draft) -> None:
     times = d.one(1, 2) if d.x.c <= 12 else 1
+    d.copied |= times == 2
     made = f"nn.Conv2d({d.x.c}, {d.x.c * times}, 3, padding=1, groups={d.x.c})"
     d.widened(f"{d.part(made)}({d.x.name})", d.x.c * times)
 
@@ -135,7 +136,7 @@ def to_tokens(d: Draft) -> None:
 
 @step("image", able=lambda d: d.x.c * d.x.side**2 <= 200)
 def to_flat(d: Draft) -> None:
-    x, all_of = d.x, d.x.c * d.x.side**2
+    x, all_of, d.copied = d.x, d.x.c * d.x.side**2, True
     code = d.one("{}.flatten(1)", f"{{}}.reshape({x.shape[0]}, {all_of})", "{}.permute(0, 2, 3, 1).flatten(1)",
                  f"{{}}.view({x.shape[0]}, -1)" if x.side > 1 else "{}.flatten(1)")  # fmt: skip
     d.put(code.format(f"{x.name}.contiguous()" if "view" in code else x.name), "flat", x.shape[0], all_of)
@@ -197,7 +198,7 @@ def windows(d: Draft) -> None:
 @step("image", able=lambda d: d.x.side % 2 == 0 and d.x.c <= 6)
 def patches(d: Draft) -> None:
     """Unfolded, mapped, and folded again."""
-    width, c, half = d.width(), d.x.c, d.x.side // 2
+    width, c, half, d.copied = d.width(), d.x.c, d.x.side // 2, True
     made = d.part(f"nn.Conv1d({4 * c}, {4 * width}, 1)")
     code = f"{made}(F.unfold({d.x.name}, 2, stride=2))"
     if d.one(True, False):

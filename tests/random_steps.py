@@ -43,6 +43,7 @@ class Draft:
     parts: list[str] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
     live: list[Act] = field(default_factory=list)
+    copied: bool = False  # may a channel stand in several places, of which a slice would take some?
     shared: list[tuple[str, str, int]] = field(default_factory=list)  # (name, kind, width)
 
     def one(self, *choices: Any) -> Any:
@@ -232,6 +233,7 @@ def part_in_place(d: Draft) -> None:
 @step(able=lambda d: d.x.c <= 12)
 def repeated(d: Draft) -> None:
     axis = 1 if d.x.kind == "image" else len(d.x.shape) - 1
+    d.copied = True
     times = ", ".join("2" if a == axis else "1" for a in range(len(d.x.shape)))
     code = d.one(f"{{}}.repeat({times})", f"{{}}.repeat_interleave(2, {axis})", f"{{}}.unsqueeze({axis}).expand(")
     if "expand" in code:
@@ -249,7 +251,7 @@ def measured(d: Draft) -> None:
                  f"{x} / (1 + {x}.norm(dim={axis}, keepdim=True))", f"{x} * {x}.amax({axis}, keepdim=True)"))  # fmt: skip
 
 
-@step(able=lambda d: d.x.c > 4)
+@step(able=lambda d: d.x.c > 4 and not d.copied)
 def slices(d: Draft) -> None:
     """Some channels are taken out by literal bounds; the others may never be read."""
     start, x = d.one(0, 1, 2), d.x
@@ -266,6 +268,7 @@ def concatenated(d: Draft) -> None:
     rest = slice(2, None) if axis == 1 else slice(-1)
     like = [a for a in d.live if a.kind == d.x.kind and a.shape[rest] == d.x.shape[rest]]
     other = d.one(*like)
+    d.copied = True
     d.widened(f"torch.cat([{d.x.name}, {other.name}], {axis})", d.x.c + other.c)
 
 
