@@ -183,7 +183,7 @@ class _Check:
     def survivors(self, node: fx.Node, axis: int) -> Tensor:
         """Which places along an axis of the first operand survive, (size,)."""
         source = node.args[0]
-        labels = self.facts.labels.get(source.name) if isinstance(source, fx.Node) else None
+        labels = self.facts.labels.get(self.latest[source.name]) if isinstance(source, fx.Node) else None
         if labels is None:
             return torch.ones(0, dtype=torch.bool)
         others = [a for a in range(labels.dim()) if a != axis % labels.dim()]
@@ -192,8 +192,8 @@ class _Check:
 
     def fail(self, node: fx.Node) -> None:
         held = [v.t for v in movement.leaves(self.before(node.name)) if isinstance(v, Lab)]
-        for source in node.all_input_nodes:
-            held += [v.t for v in movement.leaves(self.before(source.name)) if isinstance(v, Lab)]
+        for source in self.latest.values():
+            held += [v.t for v in movement.leaves(self.before(source)) if isinstance(v, Lab)]
         labels = torch.unique(torch.cat([numbers(t) for t in held]))
         self.failures.append(Failure(node.name, labels[~self.alive[labels]]))
 

@@ -128,14 +128,16 @@ def attention(
     enable_gqa: bool = False,
 ) -> Any:
     """softmax(q k' / scale) v: q (..., t, d), k (..., s, d), v (..., s, e) gives (..., t, e)."""
-    if not all(isinstance(t, Lab) for t in (query, key, value)) or enable_gqa:
-        return ctx.unknown("has an operand that is no activation, or fewer key heads than query heads")
+    if not all(isinstance(t, Lab) for t in (query, key, value)):
+        return ctx.unknown("has an operand that is no activation")
     if isinstance(attn_mask, Lab) and holds(attn_mask.t):
         ctx.pin(attn_mask.t, "is used as an attention mask")
     if isinstance(attn_mask, Param):
         ctx.freeze(attn_mask, "is used as an attention mask")
     batch = "abcdefgh"[: query.t.dim() - 2]
     q, k, v = query.t, key.t, value.t
+    if enable_gqa:  # each key head serves several query heads, one after the other
+        k, v = (simplify(t.repeat_interleave(q.size(-3) // t.size(-3), -3)) for t in (k, v))
     held = ctx.shape
     ctx.shape = (*q.shape[:-1], k.shape[-2])
     scores = _broadcast(ctx, q, k, batch + "td", batch + "sd", batch + "ts")

@@ -23,7 +23,7 @@ import torch
 from scipy.cluster.vq import kmeans2
 from torch import Tensor
 
-from .ir import Evidence, PublishedForm
+from .evidence import Evidence, PublishedForm
 from .linalg import coordinates, others, pairs, solve_ridge
 
 MIN_COSINE = 1e-9  # a partner must at least point the same way

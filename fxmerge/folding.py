@@ -17,6 +17,8 @@ from . import rules
 from .weights import at
 
 _RANDOM = ("dropout", "rrelu", "stochastic_depth", "new")
+_IN_PLACE = ("iadd", "isub", "imul", "itruediv", "setitem")
+_TABLES = ("embedding",)  # rows of a table: no arithmetic either
 
 
 def fold(module: fx.GraphModule) -> fx.GraphModule:
@@ -31,21 +33,26 @@ def fold(module: fx.GraphModule) -> fx.GraphModule:
             constant[node] = False
         elif node.op in ("call_function", "call_method") and node.all_input_nodes:
             found = rules.find(node.target, known)
-            plain = found is not None and found[0].name not in _RANDOM and found[0].kind != "unknown"
-            if plain and found is not None and all(n in constant for n in node.all_input_nodes):
-                moves = found[0].kind == "movement"
+            if _updates(node) and node.args[0] in constant:
+                return module  # a forward that writes its own parameters: nothing is known to be constant
+            if found is None or found[0].name in _RANDOM or _updates(node):
+                continue
+            if all(n in constant for n in node.all_input_nodes):
+                moves = found[0].kind in ("movement", "query") or found[0].name in _TABLES
                 constant[node] = not moves or any(constant[n] for n in node.all_input_nodes)
     used = {str(n.target) for n in module.graph.nodes if n.op == "get_attr"}
-    changed = False
+    made: dict[str, str] = {}
     for node, computed in list(constant.items()):
         outside = [u for u in node.users if u not in constant]
         if node.op == "get_attr" or not outside:
             continue
         weighs = [u for u in outside if _as_weight(module, u, node, known)]
-        if (computed or weighs) and _replace(module, node, weighs if not computed else outside, bool(weighs)):
-            changed = True
-    if changed:
-        module.graph.eliminate_dead_code()
+        if computed or weighs:
+            _replace(module, node, weighs if not computed else outside, bool(weighs), made)
+    if made:
+        for node in reversed(constant):
+            if not node.users:
+                module.graph.erase_node(node)
         _drop_unused(module, used)
         module.recompile()
     return module
@@ -59,8 +66,47 @@ def _as_weight(module: fx.GraphModule, user: fx.Node, node: fx.Node, known: dict
     return found is not None and found[0].kind in ("writer", "carrier") and node not in user.args[:1]
 
 
-def _replace(module: fx.GraphModule, node: fx.Node, users: list[fx.Node], as_weight: bool) -> bool:
-    """Put a new parameter in the place of the node, for these users."""
+def _updates(node: fx.Node) -> bool:
+    """Does the call write its operand? Then it is no value that could be computed once."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return bool(node.kwargs.get("inplace")) or (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE
+
+
+def _spelled(value: Any) -> str:
+    """A constant subgraph as text: the same text is the same value."""
+    if isinstance(value, fx.Node):
+        if value.op == "get_attr":
+            return f"self.{value.target}"
+        called = value.target if isinstance(value.target, str) else id(value.target)
+        return f"{called}({_spelled(value.args)}, {_spelled(value.kwargs)})"
+    if isinstance(value, (tuple, list)):
+        return f"[{', '.join(map(_spelled, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{k}: {_spelled(v)}' for k, v in value.items())}}}"
+    return repr(value)
+
+
+def _replace(
+    module: fx.GraphModule, node: fx.Node, users: list[fx.Node], as_weight: bool, known: dict[str, str]
+) -> None:
+    """Put a new parameter in the place of the node, for these users; one parameter for one value (`known`)."""
+    text = _spelled(node)
+    path = known.get(text) or _computed(module, node, as_weight)
+    if path is None:
+        return
+    known[text] = path
+    with module.graph.inserting_before(node):
+        fetched = module.graph.get_attr(path)
+    fetched.meta = dict(node.meta)
+    for user in users:
+        user.replace_input_with(node, fetched)
+
+
+def _computed(module: fx.GraphModule, node: fx.Node, as_weight: bool) -> str | None:
+    """The path of a new parameter with the node's value, or None where it should stay as it is.
+
+    Where all that it is made of are buffers it is a buffer too.
+    """
     values: dict[fx.Node, Any] = {}
     sources: list[fx.Node] = []
 
@@ -81,26 +127,24 @@ def _replace(module: fx.GraphModule, node: fx.Node, users: list[fx.Node], as_wei
         with torch.no_grad():
             made = value(node)
     except (TypeError, RuntimeError, ValueError, IndexError):
-        return False
+        return None
     held = [values[s] for s in sources]
     if not isinstance(made, Tensor) or not made.is_floating_point() or not all(isinstance(h, Tensor) for h in held):
-        return False
-    trained = [h for h in held if isinstance(h, nn.Parameter)]
-    if not trained or (not as_weight and made.numel() > sum(h.numel() for h in held)):
-        return False
-    first = next(s for s, h in zip(sources, held, strict=True) if isinstance(h, nn.Parameter))
-    owner, _, name = str(first.target).rpartition(".")
+        return None
+    if not as_weight and made.numel() > sum(h.numel() for h in held):
+        return None
+    trained = [s for s, h in zip(sources, held, strict=True) if isinstance(h, nn.Parameter)]
+    owner, _, name = str((trained or sources)[0].target).rpartition(".")
     holder, path = module.get_submodule(owner), name + "_folded"
     while hasattr(holder, path):
         path += "_"
-    grad = any(h.requires_grad for h in trained)
-    holder.register_parameter(path, nn.Parameter(made.detach().clone().contiguous(), requires_grad=grad))
-    with module.graph.inserting_before(node):
-        fetched = module.graph.get_attr(f"{owner}.{path}".lstrip("."))
-    fetched.meta = dict(node.meta)
-    for user in users:
-        user.replace_input_with(node, fetched)
-    return True
+    found = made.detach().clone().contiguous()
+    if trained:
+        grad = any(values[s].requires_grad for s in trained)
+        holder.register_parameter(path, nn.Parameter(found, requires_grad=grad))
+    else:
+        holder.register_buffer(path, found)
+    return f"{owner}.{path}".lstrip(".")
 
 
 def _drop_unused(module: fx.GraphModule, before: set[str]) -> None:

@@ -38,9 +38,10 @@ def atoms(facts: Provenance) -> Ints:
 def group(facts: Provenance) -> Grouping:
     """Find the merge groups of a provenance. Deterministic: the same graph gives the same groups, in order."""
     atom = atoms(facts)
-    pinned = _pinned(facts, atom)
+    written = _writer_order(facts, atom)
+    pinned = _pinned(facts, atom, set(written.tolist()))
     part, present = _parts(facts, atom, pinned)
-    of_group, components = _components(facts, atom, part, pinned, _writer_order(facts, atom))
+    of_group, components = _components(facts, atom, part, pinned, written)
     builder = Builder(facts, atom, of_group, present)
     named = _named([builder.build(number, *inside) for number, inside in components.items()])
     return Grouping(tuple(named), _refusals(facts, atom, pinned), torch.from_numpy(atom), _graph(named))
@@ -59,12 +60,15 @@ def aligned(facts: Provenance, grouping: Grouping, groups: Sequence[Group]) -> P
     return replace(facts, ties=tuple(ties), blocks=tuple(kept))
 
 
-def _pinned(facts: Provenance, atom: Ints) -> dict[int, Pin]:
-    """The first pin of each pinned atom; a block with a pinned atom is pinned whole."""
+def _pinned(facts: Provenance, atom: Ints, written: set[int]) -> dict[int, Pin]:
+    """The first pin of each pinned atom; a block with a pinned atom, or one that no layer writes, is pinned whole."""
     pinned: dict[int, Pin] = {int(atom[0]): Pin(torch.zeros(0), "fixed", "", "")}
     for pin in facts.pins:
         for a in np.unique(atom[pin.labels.numpy()]):
             pinned.setdefault(int(a), pin)
+    for block in facts.blocks:
+        for a in set(np.unique(atom[block.labels.numpy()]).tolist()) - written:
+            pinned.setdefault(a, Pin(block.labels, "stands beside zeros or a raw parameter", block.node, ""))
     changed = True
     while changed:
         changed = False
@@ -83,7 +87,7 @@ def _parts(facts: Provenance, atom: Ints, pinned: dict[int, Pin]) -> tuple[Ints,
     random = np.random.default_rng(0)  # a random 64-bit word a node; sums of words tell sets of nodes apart
     words = np.zeros(int(atom.max()) + 1, dtype=np.uint64)
     present: dict[str, Ints] = {}
-    holders = [(name, thin(t)) for name, t in facts.labels.items()]
+    holders = [(name, thin(t)) for name, t in facts.labels.items() if name not in facts.views]
     holders += [(name, thin(v.t)) for name, value in facts.values.items() for v in leaves(value) if isinstance(v, Lab)]
     for layer in facts.layers:
         holders += [("", t) for t in (layer.writes, layer.carries) if t is not None]

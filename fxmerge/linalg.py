@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .ir import Pairs
+from .evidence import Pairs
 
 BITE = 32  # rows of a weight that are worked on at a time, so that what is made on the way stays in the cache
 

@@ -52,11 +52,13 @@ class Builder:
                 where = places[np.isin(at[places], stands)].reshape(len(stands), count)
                 partners &= _aligned(where, cell[stands])
                 members[role].append(Member(layer, role, torch.from_numpy(stands), torch.from_numpy(where)))  # type: ignore[arg-type]
+        # a weight that writes and reads along one axis (an embedding that is the head too) cannot absorb anything
+        partners &= not {_side(m) for m in members["write"]} & {_side(m) for m in members["read"]}
         first = members["write"][0].layer.module if members["write"] else ""
         writers, readers, junctions, rigid = self._paths(number, members["write"], members["read"])
         nodes = self.nodes[number]
         ordered = [n for n in self.facts.kinds if n in nodes]
-        mixed = [n for n, labels in self.facts.mixers if n in nodes and self._holds(number, labels)]
+        mixed = [n for n, labels in self.facts.mixers if self._holds(number, labels)]
         blocked = [
             n
             for n in ordered
@@ -114,15 +116,16 @@ class Builder:
             placed = [replace(r, steps=tuple(steps[len(shared) :])) for r, _, steps in ends]
             return [replace(writers[0], steps=tuple(shared))], placed, [], []
         onto: dict[str, list[str]] = {}
+        carrying = {layer.node for layer in self.facts.layers if layer.carries is not None}
         rigid: list[str] = []
         for junction in (n for n in self.facts.kinds if n in junctions):
             for source in dict.fromkeys(self.facts.sources[junction]):
                 if source in self.nodes[number]:
                     origin, steps = self._back(number, source)
-                    if (number, origin) in self.written_at:
-                        onto.setdefault(origin, steps)
-                    else:
-                        rigid += [s for s in steps if self.facts.kinds[s] == "carrier"]
+                    if (number, origin) not in self.written_at:
+                        rigid += [s for s in steps if s in carrying]
+                    elif onto.setdefault(origin, steps) != steps:  # one writer, joined with itself by two ways
+                        rigid += [s for s in (*onto[origin], *steps) if s in carrying]
         placed_writers = [replace(w, steps=tuple(onto.get(w.layer.node, ()))) for w in writers]
         placed = []
         for reader, origin, steps in ends:
@@ -132,6 +135,11 @@ class Builder:
                 steps, ahead = [], []
             placed.append(replace(reader, steps=tuple(steps[len(ahead) :])))
         return placed_writers, placed, [n for n in self.facts.kinds if n in junctions], rigid
+
+
+def _side(member: Member) -> tuple[str, bool]:
+    """(a layer's weight, does the member's role stand on its first axis?)"""
+    return member.layer.params.get("weight", ""), (member.role == "write") != member.layer.transposed
 
 
 def _common_prefix(paths: list[list[str]]) -> list[str]:

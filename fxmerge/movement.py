@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .ir import Aten, Lab, Param
+from .ir import Aten, Lab, Param, View
 from .labels import FIXED, fixed, holds, simplify, spread, varying
 
 SPELLINGS: dict[str, tuple[Any, ...]] = {
@@ -126,6 +126,10 @@ def execute(ctx: Any, *args: Any, **kwargs: Any) -> Any:
         _tie_across(ctx, plain_args, plain_kwargs)
     out = run(ctx.target, plain_args, plain_kwargs)
 
+    moved = args[0].param if isinstance(args[0], View) else args[0]
+    if isinstance(moved, Param) and isinstance(out, Tensor):
+        return View(simplify(out), moved)
+
     def as_value(value: Any) -> Any:
         return Lab(simplify(value)) if isinstance(value, Tensor) else value
 
@@ -208,6 +212,15 @@ def channel_shuffle(ctx: Any, input: Any, groups: int) -> Any:
     if isinstance(input, Lab) and 1 in varying(input.t):
         ctx.block(ctx.along(input, 1).view(groups, -1))
     return execute(ctx, input) if isinstance(ctx.target, nn.Module) else execute(ctx, input, groups)
+
+
+def fold(ctx: Any, input: Any, *sizes: Any, **kwargs: Any) -> Any:
+    """Patches (n, channels * places, patches) laid over each other: the places of one channel become one."""
+    if not isinstance(input, Lab) or input.t.dim() != 3 or ctx.shape is None or set(varying(input.t)) - {1}:
+        return ctx.unknown("does not lay patches of channels over each other")
+    labels = ctx.along(input, 1).view(ctx.shape[1], -1)
+    ctx.tie(labels[:, :1].expand_as(labels), labels)
+    return Lab(spread(labels[:, 0], ctx.shape, 1))
 
 
 def expand_as(ctx: Any, input: Any, other: Any) -> Any:

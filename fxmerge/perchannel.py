@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import movement, writers
-from .ir import Kind, Lab, Param
+from .ir import Kind, Lab, Param, View
 from .labels import along, fixed, holds, without
 
 Spelling = Any  # a module class, a function, a method name, or Module(...)
@@ -126,13 +126,20 @@ def query_rule(ctx: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def adds_nothing(ctx: Any, *args: Any, **kwargs: Any) -> bool:
-    """A sum commutes with scaling when every operand is an activation or a per-channel parameter."""
-    return all(not isinstance(a, (int, float)) or a == 0 for a in args[:2]) and not any(
-        isinstance(a, Tensor) for a in args
-    )
+    """A sum commutes with scaling when every operand has a value of its own for each channel, which scales too."""
+    for x, other in (args[:2], args[1::-1]):
+        if isinstance(other, (int, float)) and other != 0:
+            return False
+        if isinstance(other, Tensor):
+            return False
+        if isinstance(x, Lab) and isinstance(other, (Lab, Param)):
+            shape = other.t.shape if isinstance(other, Lab) else other.value.shape
+            if movement.varying_axes(x) and not writers.meets(x.t, shape):
+                return False
+    return True
 
 
 def one_factor(ctx: Any, *args: Any, **kwargs: Any) -> bool:
     """A product commutes with scaling when just one operand is an activation, and stands above the line."""
-    labs = [isinstance(a, Lab) for a in args[:2]]
+    labs = [isinstance(a, Lab) and not isinstance(a, View) for a in args[:2]]
     return labs == [True, False] or (labs == [False, True] and "div" not in ctx.rule_name)

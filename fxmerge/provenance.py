@@ -17,7 +17,7 @@ from . import movement, rules
 from .context import Context, Opaque
 from .errors import source_line
 from .exporting import by_name, overload_name
-from .ir import Block, Capture, Lab, Layer, Param, ParamLabels, Pin, Provenance, Tie
+from .ir import Block, Capture, Lab, Layer, Param, ParamLabels, Pin, Provenance, Tie, View
 from .labels import fixed, numbers
 
 
@@ -74,7 +74,9 @@ class _Run:
             self.kinds[node.name] = "input"
             shape = self.capture.shapes.get(node.name)
             self.placeholders += 1
-            return Lab(fixed(shape)) if shape is not None else self.capture.inputs[self.placeholders - 1]
+            given = self.capture.inputs[self.placeholders - 1]
+            inside = movement.tree(lambda v: Lab(fixed(v.shape)) if isinstance(v, Tensor) else v, given)
+            return Lab(fixed(shape)) if shape is not None else inside
         if node.op == "get_attr":
             value = _attribute(self.capture.module, str(node.target))
             self.kinds[node.name] = "query"
@@ -115,6 +117,8 @@ class _Run:
         if found is not None and overload_name(target) is not None and found[0].kind != "movement":
             accepted = dict(inspect.signature(found[0].apply).parameters)
             args, kwargs = by_name(target, args, kwargs, accepted)
+        if found is not None and node.op != "call_module" and found[0].kind != "movement":
+            kwargs = {_NUMPY.get(name, name): value for name, value in kwargs.items()}
         ctx = Context(self, node, found[0].name if found else str(node.target), target, operands)
         dynamic = any(isinstance(leaf, (Lab, Param, Opaque)) for leaf in movement.leaves(operands))
         if not dynamic and node.op != "call_module":
@@ -137,6 +141,8 @@ class _Run:
             del self.pins[pins:]
             return ctx.unknown(f"is called in a way that its rule does not know ({error})")
         self.kinds[node.name] = ctx.kind or rule.kind
+        if isinstance(out, View) and rule.kind != "movement":
+            out = Lab(out.t)
         commutes = rule.commutes
         self.commutes[node.name] = bool(commutes(ctx, *args, **kwargs) if callable(commutes) else commutes)
         if _in_place(node, target) and node.args and isinstance(node.args[0], fx.Node):
@@ -158,10 +164,14 @@ class _Run:
                 self.pins.append(Pin(numbers(everything), reason, node.name if node else "", where))
         stands = {n.name: v.t for n, v in self.values.items() if isinstance(v, Lab)}
         values = {n.name: v for n, v in self.values.items() if not isinstance(v, (Lab, Opaque))}
+        views = frozenset(n.name for n, v in self.values.items() if isinstance(v, View))
         return Provenance(
             stands, values, self.kinds, self.sources, self.commutes, tuple(self.layers), params, tuple(self.ties),
-            tuple(self.pins), tuple(self.blocks), tuple(self.mixers), self.count,
+            tuple(self.pins), tuple(self.blocks), tuple(self.mixers), self.count, views,
         )  # fmt: skip
+
+
+_NUMPY = {"axis": "dim", "keepdims": "keepdim"}  # torch takes numpy's names too
 
 
 def _in_place(node: fx.Node, target: Any) -> bool:

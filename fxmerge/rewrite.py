@@ -29,6 +29,8 @@ _SIZES: dict[str, int] = {
     "embedding_dim": 1,
 }
 
+_WITHOUT_BIAS = ("matrix", "embedding")  # ops that take no bias, unless they are addmm: it is added behind them
+
 
 def survivors(facts: Provenance, atom: Tensor, kept: Sequence[tuple[Group, Tensor]]) -> Tensor:
     """alive (label_count,): does the label's channel stay?"""
@@ -148,13 +150,24 @@ class Rewriter:
         path, node = layer.params["weight"], self.nodes[layer.node]
         weight, out_axis = self.weights[path], 1 if layer.transposed else 0
         owner, _, name = path.rpartition(".")
-        added = f"{owner}.{'bias' if node.op == 'call_module' else name + '_bias'}".lstrip(".")
+        takes_one = layer.op not in _WITHOUT_BIAS
+        added = f"{owner}.{'bias' if node.op == 'call_module' and takes_one else name + '_bias'}".lstrip(".")
         known = added in self.held
         old = self.weights[added] if known else weight.new_zeros(weight.size(out_axis))
-        self.weights.add(added, change(old.double()).to(weight), weight.requires_grad)
+        new = change(old.double()).to(weight)
+        if not takes_one and not known and not bool(new.any()):
+            return
+        self.weights.add(added, new, weight.requires_grad)
         if path in self.held:
             self.held[added] = ParamLabels(added, {0: self.held[path].axes[out_axis]})
-        if node.op != "call_module" and not known:
+        if not takes_one and not known:
+            with self.module.graph.inserting_after(node):
+                fetched = self.module.graph.get_attr(added)
+            with self.module.graph.inserting_after(fetched):
+                total = self.module.graph.call_function(torch.add, (node, fetched))
+            node.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
+            self.nodes[layer.node] = total
+        elif node.op != "call_module" and not known:
             with self.module.graph.inserting_before(node):
                 fetched = self.module.graph.get_attr(added)
             node.args = (*node.args[:2], fetched, *node.args[3:])

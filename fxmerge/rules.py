@@ -46,7 +46,8 @@ _NORM = ("running_mean", "running_var", "weight", "bias", "eps")
 
 _ROWS: tuple[Rule, ...] = (
     # writers: they read the labels on their reduction axis and make new ones on their output axis
-    Rule("linear", "writer", writers.linear, (Module(nn.Linear, ("weight", "bias")), F.linear)),
+    Rule("linear", "writer", writers.linear, (Module(nn.Linear, ("weight", "bias")), F.linear),
+         writers.adds_no_bias),
     Rule(
         "conv",
         "writer",
@@ -121,6 +122,7 @@ _ROWS: tuple[Rule, ...] = (
          (operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge, torch.eq, torch.ne, torch.lt,
           torch.le, torch.gt, torch.ge, "eq", "ne", "lt", "le", "gt", "ge")),
     Rule("addcmul", "tie", writers.addcmul, (torch.addcmul, "addcmul", "addcmul_")),
+    Rule("glu", "tie", writers.glu, (Module(nn.GLU, ("dim",)), F.glu)),
     Rule("masked_fill", "tie", writers.masked_fill, (torch.masked_fill, "masked_fill", "masked_fill_")),
     # activations that a positive factor passes through unchanged
     per_channel("relu", nn.ReLU, F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_", commutes=True),
@@ -206,6 +208,7 @@ _ROWS: tuple[Rule, ...] = (
     *(Rule(name, "movement", movement.execute, spellings, True) for name, spellings in movement.SPELLINGS.items()),
     Rule("channel_shuffle", "movement", movement.channel_shuffle,
          (Module(nn.ChannelShuffle, ("groups",)), torch.channel_shuffle), True),
+    Rule("fold", "per_channel", movement.fold, (nn.Fold, F.fold, Aten("col2im")), True),
     Rule("type_as", "per_channel", type_as_rule, ("type_as",), True),
     Rule("expand_as", "movement", movement.expand_as, ("expand_as",), True),
     Rule("enter", "movement", movement.entered, (movement.enter,), True),

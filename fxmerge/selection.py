@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from scipy.cluster.hierarchy import fcluster, linkage
 from torch import Tensor
 
-from .ir import Candidates
+from .evidence import Candidates
 from .linalg import BITE, distances
 
 

@@ -82,7 +82,15 @@ def in_float64(captured: Capture) -> tuple[fx.GraphModule, tuple[Any, ...], dict
         return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
     positional: tuple[Any, ...] = tree(double, captured.args)
-    return copy.deepcopy(captured.module).double(), positional, tree(double, dict(captured.kwargs))
+    module = copy.deepcopy(captured.module).double()
+    for node in module.graph.nodes:  # casts that a graph has as literals would make it a model of mixed precision
+
+        def cast(leaf: Any) -> Any:
+            return torch.float64 if leaf is torch.float32 else leaf
+
+        node.args, node.kwargs = tree(cast, tuple(node.args)), tree(cast, dict(node.kwargs))
+    module.recompile()
+    return module, positional, tree(double, dict(captured.kwargs))
 
 
 def whole(captured: Capture, module: fx.GraphModule) -> nn.Module:
@@ -180,10 +188,13 @@ def duplicate(
         if not group.partners or not group.readers:
             continue
         pairs: list[tuple[int, int]] = []
+        counts = [int(count * share) for count in torch.bincount(group.cells).tolist()]
+        if any(len({sum(counts[cell] for cell in row) for row in block}) > 1 for block in group.blocks):
+            continue  # its blocks would lose unequally many
         for cell in range(int(group.cells.max()) + 1):
             index = (group.cells == cell).nonzero().flatten()
             index = index[torch.randperm(len(index), generator=generator)]
-            count = int(len(index) * share)
+            count = counts[cell]
             pairs += list(zip(index[:count].tolist(), index[count:].tolist(), strict=False))
         if pairs:
             _overwrite(module, group, torch.tensor(pairs).T, generator)

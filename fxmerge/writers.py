@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ir import Lab, Param
+from .ir import Lab, Param, View
 from .labels import holds, numbers, simplify, spread, varying
 
 
@@ -42,6 +42,7 @@ def linear(ctx: Any, input: Any, weight: Any, bias: Any = None) -> Any:
         # A map over positions (an MLP-mixer's tokens), the same for every channel: it has no channels of its own.
         ctx.freeze(weight, "maps positions, not channels")
         ctx.freeze(bias, "maps positions, not channels")
+        ctx.kind = "per_channel"
         return ctx.resized(input, ctx.shape)
     reads, writes = ctx.along(input, last), ctx.axis(weight, 0)
     ctx.tie(reads, ctx.axis(weight, 1))
@@ -49,6 +50,11 @@ def linear(ctx: Any, input: Any, weight: Any, bias: Any = None) -> Any:
         ctx.tie(writes, ctx.axis(bias, 0))
     ctx.layer("linear", _slots(weight=weight, bias=bias), reads=reads[None], writes=writes)
     return Lab(spread(writes, ctx.shape, len(ctx.shape) - 1))
+
+
+def adds_no_bias(ctx: Any, input: Any, weight: Any, bias: Any = None) -> bool:
+    """A map over positions commutes with scaling unless it adds something."""
+    return bias is None
 
 
 def matrix(ctx: Any, input: Lab, weight: Param, bias: Any = None) -> Any:
@@ -183,12 +189,14 @@ def elementwise(ctx: Any, a: Any, b: Any, **kwargs: Any) -> Any:
     if (isinstance(a, Param) and isinstance(b, Param)) or not (isinstance(a, Lab) or isinstance(b, Lab)):
         return ctx.unknown("joins parameters, not activations")
     if isinstance(a, Lab) and isinstance(b, Lab):
-        return _meet(ctx, a.t, b.t)
+        if isinstance(a, View) == isinstance(b, View):
+            return _meet(ctx, a.t, b.t)
+        return _raw_parameter(ctx, b, a, first=True) if isinstance(a, View) else _raw_parameter(ctx, a, b, first=False)
     x, other = (a, b) if isinstance(a, Lab) else (b, a)
     if isinstance(other, Param) and other.value.numel() > 1:
         return _raw_parameter(ctx, x, other, first=other is a)
     value = other.value if isinstance(other, Param) else other
-    if isinstance(value, Tensor) and _meets(x.t, value.shape):
+    if isinstance(value, Tensor) and meets(x.t, value.shape):
         return ctx.unknown("meets a constant tensor")
     return ctx.resized(x, ctx.shape)
 
@@ -204,6 +212,16 @@ def addcmul(ctx: Any, input: Any, tensor1: Any, tensor2: Any, *, value: Any = 1)
     total = elementwise(ctx, input, product) if isinstance(product, Lab) else product
     ctx.rule_name = name
     return total
+
+
+def glu(ctx: Any, input: Any, dim: int = -1) -> Any:
+    """One half along an axis times the sigmoid of the other: the halves lose the same places."""
+    if not isinstance(input, Lab):
+        return ctx.unknown("halves something that is no activation")
+    first, second = input.t.chunk(2, dim)
+    if dim % input.t.dim() in varying(input.t):
+        ctx.tie(first, second)
+    return Lab(simplify(first))
 
 
 def masked_fill(ctx: Any, input: Any, mask: Any, value: Any) -> Any:
@@ -225,27 +243,29 @@ def choose(ctx: Any, condition: Any, input: Any, other: Any) -> Any:
         if not isinstance(found, Lab) and found is not None:
             return found
     for operand in (input, other, condition):
-        if isinstance(operand, Tensor) and found is not None and _meets(found.t, operand.shape):
+        if isinstance(operand, Tensor) and found is not None and meets(found.t, operand.shape):
             return ctx.unknown("meets a constant tensor")
     return ctx.unknown("has no operand that is an activation") if found is None else ctx.resized(found, ctx.shape)
 
 
-def _meets(labels: Tensor, shape: Any) -> bool:
+def meets(labels: Tensor, shape: Any) -> bool:
     """Does an operand of that shape have a size of its own along an axis that the labels vary along?"""
     offset = len(shape) - labels.dim()
     return any(axis + offset >= 0 and shape[axis + offset] > 1 for axis in varying(labels))
 
 
-def _raw_parameter(ctx: Any, x: Lab, param: Param, first: bool) -> Any:
+def _raw_parameter(ctx: Any, x: Lab, given: Lab | Param, first: bool) -> Any:
     """x + p, x * p and their like: p carries what x brings wherever it has a size of its own."""
-    if not _meets(x.t, param.value.shape):
+    assert isinstance(given, (View, Param))
+    param, shape = (given.param, given.t.shape) if isinstance(given, View) else (given, given.value.shape)
+    if not meets(x.t, shape):
         ctx.freeze(param, "is not per channel")
         return ctx.resized(x, ctx.shape)
     elements = ctx.elements(param)
     op = {"add": "offset", "sub": "offset", "mul": "scale", "div": "scale"}.get(ctx.rule_name, ctx.rule_name)
     sign = ("-" if ctx.rule_name == "sub" else "/" if ctx.rule_name == "div" else "") + ("r" if first else "")
     ctx.layer(op + (sign if sign not in ("", "r") else ""), {"weight": param.path}, carries=elements)
-    return _meet(ctx, x.t, elements)
+    return _meet(ctx, x.t, given.t if isinstance(given, View) else elements)
 
 
 def _meet(ctx: Any, a: Tensor, b: Tensor) -> Any:

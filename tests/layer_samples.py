@@ -54,9 +54,37 @@ def scores(m: Any) -> Any:
 
 
 def matmul(key: Any) -> Sample:
+    if key in ("mm", torch.mm):  # of matrices: samples that are mixed with each other
+        return Sample(lambda m, x: call(torch.mm)(_gram(m), x) if key is torch.mm else _gram(m).mm(x), dims=0)
     if isinstance(key, str):
         return Sample(lambda m, x: getattr(x, key)(scores(m)), dims=1)
     return Sample(lambda m, x: call(key)(x, scores(m)), dims=1)
+
+
+def _gram(m: Any) -> Any:
+    return m.input.matmul(m.input.transpose(0, 1))
+
+
+def addmm(key: Any) -> Sample:
+    parts = {"w": raw(8, 8), "b": raw(8)}
+    if isinstance(key, str):
+        return Sample(lambda m, x: m.b.addmm(x.relu(), m.w), dims=0, parts=parts)
+    return Sample(lambda m, x: call(key)(m.b, x.relu(), m.w), dims=0, parts=parts)
+
+
+def baddbmm(key: Any) -> Sample:
+    """What is added holds no channels, and is the same for all."""
+    if isinstance(key, str):
+        return Sample(lambda m, x: m.input[:, :1].baddbmm(x, scores(m), alpha=0.5), dims=1)
+    return Sample(lambda m, x: call(key)(m.input[:, :1], x, scores(m), beta=2), dims=1)
+
+
+def gather(key: Any) -> Sample:
+    """Scores, which hold no channels, are gathered from; with channels an index would have to be as wide as they."""
+    parts = {"ids": torch.randint(4, (2, 4, 4), generator=torch.Generator().manual_seed(0))}
+    if isinstance(key, str):
+        return Sample(lambda m, x: x.matmul(scores(m).gather(2, m.ids)), dims=1, parts=parts)
+    return Sample(lambda m, x: x.matmul(call(key)(scores(m), 2, m.ids)), dims=1, parts=parts)
 
 
 def attention(key: Any) -> Sample:

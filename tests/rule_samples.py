@@ -11,7 +11,21 @@ from typing import Any
 
 import pytest
 import torch
-from layer_samples import attention, batch_norm, conv, embedding, instance_norm, linear, matmul, mixer, prelu, scores
+from layer_samples import (
+    addmm,
+    attention,
+    baddbmm,
+    batch_norm,
+    conv,
+    embedding,
+    gather,
+    instance_norm,
+    linear,
+    matmul,
+    mixer,
+    prelu,
+    scores,
+)
 from query_samples import query
 from sandwich import SIDE, WIDTH, Sample, call, digit, spelled
 from torch import nn
@@ -128,6 +142,12 @@ def compare(key: Any) -> Sample:
     return Sample(op)
 
 
+def addcmul(key: Any) -> Sample:
+    if isinstance(key, str):
+        return Sample(lambda m, x: getattr(x, key)(m.second(m.input), x.relu(), value=0.5), parts={"second": None})
+    return Sample(lambda m, x: call(key)(x, m.second(m.input), x.relu(), value=0.5), parts={"second": None})
+
+
 def masked_fill(key: Any) -> Sample:
     if isinstance(key, str):
         return Sample(lambda m, x: getattr(x, key)(x > 0.3, 0.1))
@@ -189,6 +209,15 @@ def unfold(key: Any) -> Sample:
     return spelled(key, 2, reads=4 * WIDTH, reader_dims=1)
 
 
+def fold(key: Any) -> Sample:
+    def patches(x: Any) -> Any:
+        return x.flatten(2)  # 2 channels of 2 x 2 places, 16 patches
+
+    if isinstance(key, Aten):
+        return aten(key.name, "default", [8, 8], [2, 2], [1, 1], [0, 0], [2, 2], before=patches, reads=WIDTH // 4)
+    return spelled(key, (8, 8), 2, 1, 0, 2, before=patches, reads=WIDTH // 4)
+
+
 SIMPLE = """relu leaky_relu rrelu abs neg relu6 gelu silu mish elu celu selu sigmoid logsigmoid tanh hardsigmoid
 hardswish softplus softsign softshrink hardshrink tanhshrink exp square reciprocal sin cos erf"""  # called with x alone
 
@@ -196,13 +225,17 @@ SAMPLES: dict[str, Callable[[Any], Sample]] = {
     **dict.fromkeys(SIMPLE.split(), spelled),
     **dict.fromkeys(["log", "sqrt", "rsqrt"], positive),
     **dict.fromkeys(["add", "sub", "rsub", "mul", "div", "maximum", "minimum"], two),
-    **dict.fromkeys(["mean", "sum", "amax", "amin"], flat((2, 3), into=WIDTH)),
+    **dict.fromkeys(["mean", "sum", "amax", "amin", "var", "std", "logsumexp"], flat((2, 3), into=WIDTH)),
     **dict.fromkeys(["zeros_like", "ones_like"], like),
     "linear": linear,
     "conv": conv,
     "conv_transpose": conv,
     "embedding": embedding,
     "matmul": matmul,
+    "addmm": addmm,
+    "baddbmm": baddbmm,
+    "addcmul": addcmul,
+    "gather": gather,
     "einsum": lambda key: Sample(lambda m, x: call(key)("bct,bts->bcs", x, scores(m)), dims=1),
     "attention": attention,
     "batch_norm": batch_norm,
@@ -215,6 +248,8 @@ SAMPLES: dict[str, Callable[[Any], Sample]] = {
     "where": where,
     "compare": compare,
     "masked_fill": masked_fill,
+    "glu": lambda key: spelled(key, 1, reads=WIDTH // 2),
+    "fold": fold,
     "stochastic_depth": stochastic_depth,
     "prelu": prelu,
     "identity": identity,

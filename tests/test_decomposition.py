@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fxmerge import DECOMPOSITIONS
 from fxmerge.decomposition import fold, least_squares, mostsim
-from fxmerge.ir import Evidence, PublishedForm
+from fxmerge.evidence import Evidence, PublishedForm
 
 EPS = 1e-5
 LAM = 0.85

@@ -31,11 +31,6 @@ class Branching(nn.Module):
         return out
 
 
-class Counting(Branching):
-    def forward(self, x: Tensor) -> Tensor:
-        return x * int(x.sum())
-
-
 class Raising(Branching):
     def forward(self, x: Tensor) -> Tensor:
         raise KeyError("a mistake of the user's own")

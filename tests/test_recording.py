@@ -69,7 +69,7 @@ class Levels(Base):
         maps = [self.stem(self.check(i)) for i in images]
         maps = [self.two(self.one(m)) for m in maps]
         pooled = torch.zeros(2, *maps[0].shape[:2], dtype=maps[0].dtype)
-        for at in range(int(len(maps))):
+        for at in range(len(maps)):
             pooled[at] = maps[at].mean((2, 3))
         return {"scores": self.head(pooled.sum(0)), "count": len(maps)}
 

@@ -13,7 +13,7 @@ from scipy.cluster.hierarchy import linkage
 from torch import Tensor
 
 from fxmerge import SELECTORS
-from fxmerge.ir import Candidates
+from fxmerge.evidence import Candidates
 from fxmerge.selection import select
 
 Rows = list[list[float]]

@@ -1,0 +1,72 @@
+"""The frozen records that the maths works on: what selectors choose from, and what decompositions know of a group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The channels that a selector chooses from.
+
+    rows:     (n, d) what each channel's writers compute it with, a bias as one more column
+    kernels:  (n, in, k) the first writer's kernels by input channel
+    """
+
+    rows: Tensor
+    kernels: Tensor
+    seed: int = 0
+
+    def only(self, index: Tensor) -> Candidates:
+        if len(index) == len(self.rows):
+            return self
+        return Candidates(self.rows[index], self.kernels[index], self.seed)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The inner products that looking for a partner takes: a quarter of all."""
+
+    across: Tensor  # (m, k) of the rows that go with those that stay, both ascending
+    square: Tensor  # (n,) of every row with itself
+
+    def __add__(self, other: Pairs) -> Pairs:
+        return Pairs(self.across + other.across, self.square + other.square)
+
+    def __mul__(self, other: Pairs) -> Pairs:
+        return Pairs(self.across * other.across, self.square * other.square)
+
+
+@dataclass(frozen=True)
+class PublishedForm:
+    """One writer and its BatchNorm as the published code reads them: raw rows, and the variance for the deviation."""
+
+    inner: Tensor | Pairs  # (n, n) inner products of the raw rows, or some of them
+    gamma: Tensor
+    beta: Tensor
+    mean: Tensor
+    var: Tensor
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a decomposition knows of a group's n channels, float64.
+
+    inner:      (n, n) inner products of the rows; where only partners are looked for, pairs will do
+    bias:       (n,) the constants, in the same coordinates
+    centred:    has the group a BatchNorm? then constants count apart from the rows (without one they are a column)
+    cells:      (n,) partners are looked for within a cell
+    scalable:   may a partner be scaled? (False behind GELU and its like)
+    published:  the published code's operands, where it has this form
+    """
+
+    inner: Tensor | Pairs
+    bias: Tensor
+    centred: bool
+    cells: Tensor
+    scalable: bool
+    threshold: float
+    lam: float
+    published: PublishedForm | None = None

@@ -1,0 +1,97 @@
+"""Calls that are spelled in less usual ways: numpy's names, in-place updates, products with raw parameters."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from netmaking import Net, one_thread, randomised, raw  # noqa: F401
+from torch import Tensor, nn
+
+import fxmerge
+from fxmerge import verify
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def made(wiring: Any, *shape: int, **parts: Any) -> tuple[nn.Module, Tensor]:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return randomised(Net(wiring, **copy.deepcopy(parts))).double().eval(), x
+
+
+def error(found: fxmerge.Analysis) -> float:
+    return max(verify.permutation(found.captured, found.facts, found.grouping).values())
+
+
+@pytest.mark.parametrize("spelling", [{"axis": 2, "keepdims": True}, {"dim": 2, "keepdim": True}, {"axis": 3}])
+def test_axis_is_dim(spelling: dict[str, Any]) -> None:
+    conv = nn.Conv2d if len(spelling) == 2 else nn.Conv1d
+    reader = conv(8, 4, 1)
+    model, x = made(lambda m, x: m.b(m.a(x).mean(**spelling)), 2, 3, 6, 6, a=nn.Conv2d(3, 8, 3), b=reader)
+    result = fxmerge.merge(model, x, ratio=0.5)
+    assert [(p.name, len(p.kept)) for p in result.plan.groups] == [("a", 4)]
+    assert error(result.analysis) < 1e-10
+
+
+@pytest.mark.parametrize("op", ["matmul", "@", "mm"])
+@pytest.mark.parametrize("decomposition", ["lstsq", "fold", "mostsim", "prune"])
+def test_a_product_with_a_raw_parameter(op: str, decomposition: str) -> None:
+    """Where a decomposition moves a constant into the product's bias, which it has none of, it is added behind it."""
+    multiply = {"matmul": torch.matmul, "@": lambda a, b: a @ b, "mm": torch.mm}[op]
+    model, x = made(
+        lambda m, x: m.b(F.relu(multiply(F.relu(m.a(x)), m.w))),
+        *(9, 6), a=nn.Linear(6, 8), w=raw(8, 12), b=nn.Linear(12, 4),
+    )  # fmt: skip
+    result = fxmerge.merge(model, x, ratio=0.5, decomposition=decomposition)
+    held = {name: tuple(p.shape) for name, p in result.module.named_parameters() if name.startswith("w")}
+    assert held == {"w": (4, 6)} | ({"w_bias": (6,)} if decomposition == "lstsq" else {})
+    assert error(result.analysis) < 1e-10
+
+
+def test_a_constant_behind_a_product_is_the_right_one() -> None:
+    """Channels that are constant can all be dropped: `lstsq` must put what they gave into the added bias."""
+    model, x = made(lambda m, x: torch.sigmoid(m.a(x)) @ m.w, 9, 6, a=nn.Linear(6, 8), w=raw(8, 5))
+    with torch.no_grad():
+        model.a.weight[4:] = 0  # type: ignore[union-attr, index]
+    result = fxmerge.merge(model, x, ratio=0.5, decomposition="lstsq")
+    assert result.plan.groups[0].kept == (0, 1, 2, 3)
+    assert result.report.verdict.error < 1e-8
+
+
+def test_fold_leaves_no_bias_on_a_table() -> None:
+    """An embedding has no bias to move a constant into."""
+
+    def wiring(m: Any, x: Tensor) -> Tensor:
+        return m.c(F.relu(m.b(m.e(x) + m.p)).mean(1))
+
+    model, _ = made(wiring, 1, e=nn.Embedding(9, 8), p=raw(6, 8), b=nn.Linear(8, 12), c=nn.Linear(12, 3))
+    words = torch.randint(9, (2, 6), generator=torch.Generator().manual_seed(0))
+    result = fxmerge.merge(model, words, ratio=0.5, decomposition="fold")
+    assert not hasattr(result.module.e, "bias")
+    assert error(result.analysis) < 1e-10
+
+
+def test_a_parameter_that_forward_writes_is_read_as_written() -> None:
+    """Sizes are checked with the values that stand behind an update in place."""
+
+    def wiring(m: Any, x: Tensor) -> Tensor:
+        m.p.clamp_(min=0.5)
+        return m.b(F.relu(m.a(x)) * m.p.view(-1, 1, 1))
+
+    model, x = made(wiring, 2, 3, 6, 6, a=nn.Conv2d(3, 8, 3), p=raw(8), b=nn.Conv2d(8, 4, 1))
+    result = fxmerge.merge(model, x, ratio=0.5)
+    assert result.plan.groups == ()
+    assert result.report.verdict.error == 0
+
+
+def test_a_norm_over_the_channels_is_on_record() -> None:
+    """Its result holds no channels, but the group that it measures is not exact."""
+    model, x = made(
+        lambda m, x: m.b(m.a(x) / m.a(x).norm(dim=-1, keepdim=True)), 4, 6, a=nn.Linear(6, 8), b=nn.Linear(8, 3)
+    )  # fmt: skip
+    found = fxmerge.analyze(model, x)
+    assert [(g.name, len(g.mixers)) for g in found.groups] == [("a", 1)]
+    assert error(found) < 1e-10
