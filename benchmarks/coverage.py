@@ -9,13 +9,12 @@ lines as they come, and a later run measures only those that are missing; docs/c
 import argparse
 import itertools
 import json
+import multiprocessing
 import os
-import subprocess
-import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 from pathlib import Path
@@ -23,10 +22,13 @@ from typing import Any
 
 from rich.console import Console
 
+from benchmarks import coverage_one
 from benchmarks.coverage_page import TOOLS, Key, Row, page
 from benchmarks.zoo import SUITES, names
 
-CHILD = (sys.executable, "-m", "benchmarks.coverage_one")
+# each process is forked from one that has imported the libraries and done nothing else
+PROCESSES = multiprocessing.get_context("forkserver")
+LIBRARIES = ("torch", "torchvision", "timm", "transformers", "torch_pruning", "benchmarks.coverage_one")
 
 
 def read_rows(path: Path) -> dict[Key, Row]:
@@ -56,7 +58,7 @@ def append_row(path: Path, row: Row) -> None:
 
 
 def measure(
-    key: Key, timeout: float, memory: float, oracle_seconds: float, child: Sequence[str] = CHILD
+    key: Key, timeout: float, memory: float, oracle_seconds: float, work: Callable[..., None] = coverage_one.work
 ) -> tuple[Row, float]:
     """One row, from a process of its own, and the seconds by the clock; what a stopped process told stays in it."""
     suite, name, tool = key
@@ -64,24 +66,19 @@ def measure(
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         told, noise = Path(folder, "told.jsonl"), Path(folder, "noise.txt")
-        limits = ("--memory", f"{memory}", "--oracle-seconds", f"{oracle_seconds}")
-        with noise.open("wb") as sink:
-            process = subprocess.Popen(
-                [*child, tool, suite, name, str(told), *limits],
-                stdin=subprocess.DEVNULL, stdout=sink, stderr=sink,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-            )  # fmt: skip
-            try:
-                process.wait(timeout)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-                row["ended"] = f"stopped after {timeout:.0f} s"
+        arguments = (tool, suite, name, str(told), str(noise), memory, oracle_seconds)
+        process = PROCESSES.Process(target=work, args=arguments)
+        process.start()
+        process.join(timeout)
+        if process.is_alive():
+            process.kill()
+            process.join()
+            row["ended"] = f"stopped after {timeout:.0f} s"
         row |= folded(told.read_text(encoding="utf-8").splitlines() if told.exists() else [])
-        if "ended" not in row and process.returncode:
-            last = noise.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-            row["ended"] = "killed" if process.returncode < 0 else " ".join(last)
-            row["ended"] = f"{row['ended']} (exit status {process.returncode})"
+        if "ended" not in row and process.exitcode:
+            last = noise.read_text(encoding="utf-8", errors="replace").split("\n")[-2:] if noise.exists() else []
+            row["ended"] = " ".join(["killed" if process.exitcode < 0 else "died", *last]).strip()
+            row["ended"] += f" (exit status {process.exitcode})"
     return settled(row), time.monotonic() - start
 
 
@@ -169,6 +166,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = read_rows(path)
     tools = TOOLS[:1] if args.no_peer else TOOLS
     todo = [key for key in wanted(args.suite, args.only, tools, console) if args.again or key not in rows]
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    PROCESSES.set_forkserver_preload(list(LIBRARIES))
     try:
         run(todo, path, vars(args), args.jobs, console)
     finally:

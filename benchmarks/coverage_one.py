@@ -1,10 +1,9 @@
-"""One cell of benchmarks.coverage, in a process of its own: `python -m benchmarks.coverage_one TOOL SUITE NAME FILE`.
+"""One row of benchmarks.coverage, in a process of its own.
 
-Each finding is appended to FILE as one line of JSON as soon as it is there, so that a process which is stopped has
-told what it got to. Seconds are CPU seconds on one thread, which a busy machine disturbs less than the clock.
+Each finding is written as one line of JSON as soon as it is there, so that a process which is stopped has told what
+it got to. Seconds are CPU seconds on one thread, which a busy machine disturbs less than the clock.
 """
 
-import argparse
 import gc
 import json
 import os
@@ -13,7 +12,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -166,27 +165,16 @@ def said(error: Exception) -> str:
     return f"{type(error).__name__}: {text[:600]}{place}"
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.coverage_one")
-    parser.add_argument("tool", choices=("fxmerge", "peer"))
-    parser.add_argument("suite")
-    parser.add_argument("name")
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--memory", type=float, default=14, help="GiB of address space")
-    parser.add_argument("--oracle-seconds", type=float, default=60)
-    args = parser.parse_args(argv)
-    limit = int(args.memory * 2**30)
+def work(tool: str, suite: str, name: str, told: str, noise: str, memory: float, oracle_seconds: float) -> None:
+    """What the process does: findings go to the file `told`, whatever libraries print to the file `noise`."""
+    sink = os.open(noise, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(sink, 1)
+    os.dup2(sink, 2)
+    limit = int(memory * 2**30)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    os.environ["TIMM_FUSED_ATTN"] = "0" if args.tool == "peer" else os.environ.get("TIMM_FUSED_ATTN", "1")
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    told = findings(args.tool, args.suite, args.name, args.oracle_seconds)
-    with args.file.open("a", encoding="utf-8") as file:
-        for finding in told:
+    with open(told, "a", encoding="utf-8") as file:
+        for finding in findings(tool, suite, name, oracle_seconds):
             file.write(json.dumps(finding) + "\n")
             file.flush()
-
-
-if __name__ == "__main__":
-    main()
