@@ -6,8 +6,8 @@ known and a graph that does not do what the model does is refused here and not d
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,9 +15,14 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from .errors import FxMergeError, source_line
-from .ir import Capture
+from .folding import fold
+from .ir import Capture, Recorded
 from .movement import fresh, leaves
+from .outputs import foreign, plain, returning_plain
+from .recall import Recall
+from .recording import record
 from .tracing import first_line, trace
+from .weights import deep_copy
 
 
 def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -59,26 +64,62 @@ def capture(model: nn.Module, example_inputs: Any) -> Capture:
         raise FxMergeError("example_inputs hold a tensor without elements; give at least one sample")
     training = {name: m.training for name, m in model.named_modules()}
     # a copy that shares the parameters, which nobody writes; buffers are its own, since a forward may update them
-    traced_model = copy.deepcopy(model, {id(p): p for p in model.parameters()}).eval()
+    traced_model = deep_copy(model, model.parameters()).eval()
+    recall = Recall()
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
-            expected = traced_model(*fresh(args), **fresh(kwargs))
+            with recall.watching(traced_model):
+                expected = traced_model(*fresh(args), **fresh(kwargs))
         except Exception as error:
             raise FxMergeError(
                 f"{type(model).__name__} does not run on these example inputs ({_shapes(args, kwargs)}): "
                 f"{type(error).__name__}: {first_line(error)}; give inputs as the model's forward takes them"
             ) from error
-        module = trace(traced_model, fresh(args), fresh(kwargs))
-        values = _bind(module, args, kwargs)
+        left_out = foreign(expected)
+        if left_out:
+            expected, traced_model = plain(expected), returning_plain(traced_model)
+        module, recorded = _graph(traced_model, args, kwargs)
+        values = list(recorded.inputs) if recorded else _bind(module, args, kwargs)
         torch.manual_seed(0)
-        recorder = _Recorder(module)
+        recorder = _Recorder(module, recall)
         actual = recorder.run(*fresh(values), enable_io_processing=False)
     _compare(type(model).__name__, expected, actual)
-    for name, traced in module.named_modules():
+    whole = [*module.named_modules(), *(recorded.host.named_modules() if recorded else ())]
+    for name, traced in whole:
         traced.training = training.get(name, model.training)
     outputs = tuple(v for v in leaves(expected) if isinstance(v, Tensor) and v.is_floating_point())
-    return Capture(module, args, kwargs, tuple(values), outputs, recorder.shapes, recorder.dtypes, recorder.devices)
+    return Capture(
+        module,
+        args,
+        kwargs,
+        tuple(values),
+        outputs,
+        recorder.shapes,
+        recorder.dtypes,
+        recorder.devices,
+        recorded,
+    )
+
+
+def _graph(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[fx.GraphModule, Recorded | None]:
+    """The model's graph; recorded from one run where it cannot be traced whole."""
+    try:
+        return fold(trace(model, fresh(args), fresh(kwargs))), None
+    except FxMergeError as refused:
+        torch.manual_seed(0)
+        try:
+            recorded = record(model, fresh(args), fresh(kwargs))
+        except Exception as error:
+            raise FxMergeError(f"{refused} (nor can a run of it be recorded: {first_line(error)})") from error
+        return recorded.module, recorded
+
+
+def confined(captured: Capture) -> Capture:
+    """The capture of a recorded model with all channels held that the user's own code sees."""
+    assert captured.recorded is not None
+    held = dict.fromkeys(captured.recorded.glue, "is seen by code that cannot be rewritten")
+    return replace(captured, recorded=replace(captured.recorded, held=held))
 
 
 def _bind(module: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
@@ -100,12 +141,16 @@ def _bind(module: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any])
 class _Recorder(fx.Interpreter):
     """Runs the graph and notes the shape, dtype and device of every tensor, but keeps none."""
 
-    def __init__(self, module: fx.GraphModule) -> None:
+    def __init__(self, module: fx.GraphModule, recall: Recall) -> None:
         super().__init__(module)
-        self.extra_traceback = False
+        self.extra_traceback, self.recall = False, recall
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self.devices: dict[str, torch.device] = {}
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        known = self.recall.output(self.fetch_attr(target), args) if not kwargs else None
+        return super().call_module(target, args, kwargs) if known is None else known
 
     def run_node(self, n: fx.Node) -> Any:
         try:

@@ -7,7 +7,6 @@ that neither way works for names the channels that must stay.
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor, fx, nn
 from . import movement, rules
 from .ir import Capture, Lab, Param, Provenance
 from .labels import compact, numbers, simplify, thin
-from .resizing import IMPLICIT, Call, resized
+from .resizing import IMPLICIT, Call, Resize, resized
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,10 @@ class _Check:
         self.table = rules.table()
         self.values: dict[str, Any] = {}
         self.edits: dict[str, Call] = {}
+        self.compacted: dict[int, tuple[Tensor, list[Lab]]] = {}  # identity of labels -> those, and their survivors
         self.failures: list[Failure] = []
+        self.latest: dict[str, str] = {}
+        self.rigid = captured.recorded.glue if captured.recorded else frozenset()
 
     def run(self) -> tuple[dict[str, Call], list[Failure]]:
         for node in self.captured.module.graph.nodes:
@@ -53,13 +55,22 @@ class _Check:
     def shrunk(self, value: Any) -> list[Any]:
         """The survivors of a node's value: every rectangle that they can fill."""
         if isinstance(value, Lab):
-            return [Lab(t) for t in compact(value.t, self.alive)]
+            known = self.compacted.get(id(value.t))  # many nodes hold the very labels of their operand
+            if known is None:
+                known = self.compacted[id(value.t)] = value.t, [Lab(t) for t in compact(value.t, self.alive)]
+            return list(known[1])
         if isinstance(value, tuple):
             parts = [self.shrunk(v) for v in value]
             return [tuple(p[0] for p in parts)] if all(parts) else []
+        if isinstance(value, list):
+            return [list(found) for found in self.shrunk(tuple(value))]
+        if isinstance(value, dict):
+            return [dict(zip(value, found, strict=True)) for found in self.shrunk(tuple(value.values()))]
         return [value]
 
     def step(self, node: fx.Node) -> Any:
+        # an operand that was updated in place is what the update made of it
+        self.latest = dict(zip((n.name for n in node.all_input_nodes), self.facts.sources[node.name], strict=True))
         before = self.before(node.name)
         kind = self.facts.kinds[node.name]
         if kind == "query" and node.op not in ("get_attr", "placeholder"):
@@ -78,7 +89,7 @@ class _Check:
 
     def arguments(self, call: fx.Node | Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
         def value(leaf: Any) -> Any:
-            return self.values[leaf.name] if isinstance(leaf, fx.Node) else leaf
+            return self.values[self.latest.get(leaf.name, leaf.name)] if isinstance(leaf, fx.Node) else leaf
 
         return movement.tree(value, tuple(call.args)), movement.tree(value, dict(call.kwargs))
 
@@ -88,7 +99,7 @@ class _Check:
         if node.target is getattr and args[1] in ("dtype", "device"):
             return before
         try:
-            return movement.run(node.target, *_plain(args, kwargs, node))
+            return movement.run(node.target, *_plain(args, kwargs))
         except (TypeError, RuntimeError, ValueError, IndexError, AttributeError):
             return before
 
@@ -104,7 +115,13 @@ class _Check:
 
         args, kwargs = movement.tree(original, tuple(node.args)), movement.tree(original, dict(node.kwargs))
         if (args, kwargs) != (tuple(node.args), dict(node.kwargs)):
-            self.edits[node.name] = Call(node.target, args, kwargs)
+            self.edit(node, Call(node.target, args, kwargs))
+
+    def edit(self, node: fx.Node, call: Call) -> None:
+        if node.name in self.rigid:
+            self.fail(node)
+        else:
+            self.edits[node.name] = call
 
     def implicit(self, node: fx.Node) -> None:
         """An op whose meaning depends on a width keeps its meaning."""
@@ -117,7 +134,7 @@ class _Check:
             before = [_shape(self.before(o.name)) for o in operands]
             found = follow(call, before, [_shape(self.values[o.name]) for o in operands])
             if found is not None:
-                self.edits[node.name] = found
+                self.edit(node, found)
 
     def rule_name(self, node: fx.Node) -> str:
         return self.rule_name_of(node.target)
@@ -128,8 +145,9 @@ class _Check:
 
     def movement(self, node: fx.Node, before: Any, expected: list[Any]) -> Any:
         args, kwargs = self.arguments(node)
-        inside = node.op == "call_module"  # its sizes are the module's own, which no call can change
-        target = self.captured.module.get_submodule(str(node.target)) if inside else node.target
+        # a module's sizes are its own, which no call can change; nor can we change code that is not ours
+        inside = node.op == "call_module" or node.name in self.rigid
+        target = self.captured.module.get_submodule(str(node.target)) if node.op == "call_module" else node.target
         for want in expected:
             if _same(self.attempt(node, target, args, kwargs), want):
                 return want
@@ -137,7 +155,10 @@ class _Check:
             name = self.rule_name(node)
             shapes = [movement.tree(lambda v: tuple(v.t.shape) if isinstance(v, Lab) else v, v) for v in (before, want)]
             call = Call(node.target, tuple(node.args), dict(node.kwargs))
-            proposal = resized(name, call, shapes[0], shapes[1], lambda axis: self.survivors(node, axis))
+            was = movement.tree(lambda v: self.facts.values.get(v.name, v) if isinstance(v, fx.Node) else v, call.args)
+            now = Call(call.target, args, kwargs)
+            about = Resize(shapes[0], shapes[1], lambda at: self.survivors(node, at), Call(call.target, was, {}), now)
+            proposal = resized(name, call, about)
             if proposal is not None:
                 found = self.attempt(node, proposal.target, *self.arguments(proposal))
                 if _same(found, want):
@@ -147,11 +168,12 @@ class _Check:
         return expected[0] if expected else before
 
     def attempt(self, node: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.rule_name_of(target) == "pad":
+        name = self.rule_name_of(target)
+        if name == "pad":
             kwargs = {**kwargs, "value": _ANY}
             args = args[:3]
         try:
-            out = movement.run(target, *_plain(args, kwargs, node, self.facts, self.alive))
+            out = movement.run(target, *_plain(args, kwargs, self.facts, self.alive, name in movement.INDEXING))
         except (TypeError, RuntimeError, ValueError, IndexError):
             return None
         return movement.tree(
@@ -190,8 +212,8 @@ def _labelled(value: Any) -> bool:
 
 
 def _plain(
-    args: tuple[Any, ...], kwargs: dict[str, Any], node: fx.Node, facts: Provenance | None = None,
-    alive: Tensor | None = None,
+    args: tuple[Any, ...], kwargs: dict[str, Any], facts: Provenance | None = None, alive: Tensor | None = None,
+    indexing: bool = False,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:  # fmt: skip
     def plain(value: Any) -> Any:
         if isinstance(value, Lab):
@@ -202,7 +224,7 @@ def _plain(
                 return (compact(known.elements, alive) or [known.elements])[0]
         if isinstance(value, Param):
             return value.value
-        if isinstance(value, Tensor) and facts is not None and node.target is not operator.getitem:
+        if isinstance(value, Tensor) and facts is not None and not indexing:
             return torch.zeros(value.shape, dtype=torch.int64)
         return value
 

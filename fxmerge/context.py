@@ -69,8 +69,8 @@ class Context:
     def tie(self, left: Tensor, right: Tensor) -> None:
         left, right = torch.broadcast_tensors(thin(left), thin(right))  # type: ignore[no-untyped-call]
         left, right = left.flatten(), right.flatten()
-        for one, other in ((left, right), (right, left)):
-            if bool((one == FIXED).any()):
+        if not bool(torch.minimum(left, right).all()):  # FIXED is 0, and no label is less
+            for one, other in ((left, right), (right, left)):
                 self.pin(other[one == FIXED], "meets values that are not channels of a layer")
         differ = (left != right) & (left != FIXED) & (right != FIXED)
         if bool(differ.any()):
@@ -125,8 +125,8 @@ class Context:
             owner = self._run.capture.module.get_submodule(str(self._node.target))
             for name, value in [*owner.named_parameters(), *owner.named_buffers()]:
                 self.freeze(Param(f"{self._node.target}.{name}", value), f"belongs to {called}, which {why}")
-        shape = self.shape
-        return Lab(fixed(shape)) if shape is not None else Opaque()
+        self.kind = "unknown"
+        return Lab(fixed(self.shape)) if self.shape is not None else Opaque()
 
 
 _VERBS = {"has", "takes", "gives", "changes", "reduces", "is", "does", "meets", "spreads", "joins", "asks", "maps"}

@@ -30,23 +30,24 @@ def contract(ctx: Any, a: Tensor, b: Tensor, letters_a: str, letters_b: str, let
         return ctx.unknown("sums over the channels of one operand alone")
     shared = [c for c in letters_a if c in letters_b]
     if (varying_a | varying_b) & set(summed):
-        if (varying_a | varying_b) - set(shared):
-            return ctx.unknown("contracts channels that stand beside others")
-        # q k': tie what meets along the contracted axis, for each place along the shared ones
-        ctx.tie(_only(a, letters_a, shared), _only(b, letters_b, shared))
+        # q k': tie what meets along the contracted axis, for each place along all others that channels stand on
+        axes = shared + [c for c in letters_a + letters_b if c in (varying_a | varying_b) and c not in shared]
+        ctx.tie(_laid(a, letters_a, axes), _laid(b, letters_b, axes))
         return Lab(fixed(shape))
     if not varying_a and not varying_b:
         return Lab(fixed(shape))
+    if varying_a <= set(shared) and not varying_b <= set(shared):
+        ctx.pin(a, "numbers the blocks of other channels")  # heads that are mixed: each stays, and loses width
+        varying_a = set()
+    elif varying_b <= set(shared) and not varying_a <= set(shared):
+        ctx.pin(b, "numbers the blocks of other channels")
+        varying_b = set()
     if varying_a and varying_b and holds(a) and holds(b):
         return ctx.unknown("spreads two kinds of channels over each other")
     if (varying_a | varying_b) <= set(shared):
         return ctx.unknown("has channels on a batch axis only")
     source, letters = (b, letters_b) if varying_b else (a, letters_a)
-    kept = [c for c in letters_out if c in letters]
-    labels = _only(source, letters, kept)
-    for axis, c in enumerate(letters_out):
-        if c not in letters:
-            labels = labels.unsqueeze(axis)
+    labels = _laid(source, letters, list(letters_out))
     return Lab(simplify(torch.broadcast_to(labels, tuple(shape))))
 
 
@@ -55,6 +56,15 @@ def _only(labels: Tensor, letters: str, kept: list[str]) -> Tensor:
     index = tuple(slice(None) if c in kept else 0 for c in letters)
     left = [c for c in letters if c in kept]
     return labels[index].permute([left.index(c) for c in kept])
+
+
+def _laid(labels: Tensor, letters: str, axes: list[str]) -> Tensor:
+    """The labels over the axes named, in that order; of size 1 along those that they do not have."""
+    found = _only(labels, letters, [c for c in axes if c in letters])
+    for at, c in enumerate(axes):
+        if c not in letters:
+            found = found.unsqueeze(at)
+    return found
 
 
 def matmul(ctx: Any, a: Any, b: Any) -> Any:
@@ -67,6 +77,22 @@ def matmul(ctx: Any, a: Any, b: Any) -> Any:
     letters_a = batch[len(batch) - (a.t.dim() - 2) :] + "mk"
     letters_b = batch[len(batch) - (b.t.dim() - 2) :] + "kn"
     return _broadcast(ctx, a.t, b.t, letters_a, letters_b, batch + "mn")
+
+
+def addmm(ctx: Any, input: Any, mat1: Any, mat2: Any, beta: Any = 1, alpha: Any = 1) -> Any:
+    """input + mat1 @ mat2: a linear layer with its weight the other way round, where the last two are parameters."""
+    if beta != 1 or alpha != 1 or not isinstance(input, Param) or input.value.dim() != 1:
+        return ctx.unknown("adds something that is no bias")
+    if not isinstance(mat1, Lab) or not isinstance(mat2, Param):
+        return ctx.unknown("has a weight that is computed, not a parameter")
+    return matrix(ctx, mat1, mat2, input)
+
+
+def baddbmm(ctx: Any, input: Any, batch1: Any, batch2: Any, beta: Any = 1, alpha: Any = 1) -> Any:
+    """beta input + alpha batch1 @ batch2, where what is added holds no channels (a bias of attention scores)."""
+    if isinstance(input, Param) or (isinstance(input, Lab) and holds(input.t)):
+        return ctx.unknown("adds something that holds channels")
+    return matmul(ctx, batch1, batch2)
 
 
 def _broadcast(ctx: Any, a: Tensor, b: Tensor, letters_a: str, letters_b: str, out: str) -> Any:

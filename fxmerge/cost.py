@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,12 +46,29 @@ def cost(module: fx.GraphModule, inputs: Sequence[Any]) -> Cost:
         interpreter.run(*fresh(list(inputs)), enable_io_processing=False)
     for m, training in modes.items():
         m.training = training
+    return Cost(parameters(module), counter.get_total_flops(), _by_module(module, flops))
+
+
+def call_cost(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Cost:
+    """Count the parameters and FLOPs of one call of any module."""
+    counter = FlopCounterMode(display=False)
+    modes = {m: m.training for m in module.modules()}
+    module.eval()
+    with torch.no_grad(), counter:
+        module(*fresh(list(args)), **fresh(dict(kwargs)))
+    for m, training in modes.items():
+        m.training = training
+    counts = {name.partition(".")[2]: sum(found.values()) for name, found in counter.get_flop_counts().items()}
+    return Cost(parameters(module), counter.get_total_flops(), _by_module(module, counts))
+
+
+def _by_module(module: nn.Module, flops: Mapping[str, int]) -> dict[str, tuple[int, int]]:
     owners: dict[str, tuple[int, int]] = {}
     for name, sub in module.named_modules():
         own = sum(p.numel() for p in sub.parameters(recurse=False))
         if name and (own or flops.get(name)):
             owners[name] = (own, flops.get(name, 0))
-    return Cost(parameters(module), counter.get_total_flops(), owners)
+    return owners
 
 
 def parameters(module: nn.Module) -> int:

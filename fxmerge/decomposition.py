@@ -24,7 +24,7 @@ from scipy.cluster.vq import kmeans2
 from torch import Tensor
 
 from .ir import Evidence, PublishedForm
-from .linalg import coordinates, solve_ridge
+from .linalg import coordinates, others, pairs, solve_ridge
 
 MIN_COSINE = 1e-9  # a partner must at least point the same way
 
@@ -40,18 +40,20 @@ class Mapping:
 
 def selection_rows(kept: Tensor, channels: int) -> Tensor:
     """Rows of the identity at the kept channels: (k, n)."""
-    return torch.eye(channels, dtype=torch.float64)[kept]
+    rows = torch.zeros(len(kept), channels, dtype=torch.float64)
+    rows[torch.arange(len(kept)), kept] = 1
+    return rows
 
 
 def prune(evidence: Evidence, kept: Tensor) -> Mapping:
-    down = selection_rows(kept, len(evidence.inner))
+    down = selection_rows(kept, len(evidence.bias))
     return Mapping(down, down.T.clone(), down.sum(0))
 
 
 def mostsim(evidence: Evidence, kept: Tensor) -> Mapping:
     """Each dropped channel goes to its most similar kept one, with a scale (MostSim, Algorithms 1 to 3)."""
     mapping = prune(evidence, kept)
-    dropped = (mapping.cosine == 0).nonzero().flatten()  # (m,)
+    dropped = others(kept, len(evidence.bias))  # (m,)
     if evidence.published is not None:
         cosine, scale, distance = _published_distance(evidence.published, dropped, kept, evidence)
     else:
@@ -68,11 +70,11 @@ def mostsim(evidence: Evidence, kept: Tensor) -> Mapping:
 
 
 def _exact_distance(evidence: Evidence, dropped: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    inner, bias = evidence.inner, evidence.bias
-    norm = inner.diagonal().clamp(min=0).sqrt()
+    inner, bias = pairs(evidence.inner, dropped, kept), evidence.bias
+    norm = inner.square.clamp(min=0).sqrt()
     solid = norm > norm.max() * 1e-9  # a kept channel without weight can carry nobody
     safe = torch.where(solid, norm, torch.ones_like(norm))
-    cosine = inner[dropped[:, None], kept[None, :]] / (safe[dropped][:, None] * safe[kept][None, :])  # (m, k)
+    cosine = inner.across / (safe[dropped][:, None] * safe[kept][None, :])  # (m, k)
     scale = norm[dropped][:, None] / safe[kept][None, :]
     offset = (bias[dropped][:, None] - scale * bias[kept][None, :]).abs()
     if not evidence.scalable:
@@ -94,11 +96,11 @@ def _same_cell(evidence: Evidence, dropped: Tensor, kept: Tensor) -> Tensor:
 
 def _minmax(values: Tensor) -> Tensor:
     """Each row to [0, 1] over its finite entries; a row of equal values to 0."""
-    finite = torch.isfinite(values)
+    finite = values.abs() < torch.inf
     low = torch.where(finite, values, torch.inf).amin(1, keepdim=True)
     high = torch.where(finite, values, -torch.inf).amax(1, keepdim=True)
     span = high - low
-    return torch.where(finite & (span > 0), (values - low) / torch.where(span > 0, span, 1), torch.zeros_like(values))
+    return torch.where(finite, (values - low) / torch.where(span > 0, span, 1), 0)
 
 
 def _published_distance(
@@ -108,11 +110,12 @@ def _published_distance(
 
     What that code leaves to chance is guarded: a gamma of 0, where it divides by it, makes no candidate.
     """
-    norm = form.inner.diagonal().clamp(min=0).sqrt().clamp(min=1e-300)
+    inner = pairs(form.inner, dropped, kept)
+    norm = inner.square.clamp(min=0).sqrt().clamp(min=1e-300)
     solid = form.gamma.abs() > form.gamma.abs().max() * 1e-9
     gamma = torch.where(solid, form.gamma, torch.ones_like(form.gamma))
     var = form.var.clamp(min=1e-30)
-    cosine = form.inner[dropped[:, None], kept[None, :]] / (norm[dropped][:, None] * norm[kept][None, :])
+    cosine = inner.across / (norm[dropped][:, None] * norm[kept][None, :])
     s = norm[dropped][:, None] / norm[kept][None, :]
     # each of S and B is a product of something of i and something of j, s apart
     scale = s * (var / gamma)[dropped][:, None] * (gamma / var)[kept][None, :]
@@ -126,8 +129,9 @@ def _published_distance(
 
 def fold(evidence: Evidence, kept: Tensor) -> Mapping:
     """k-means on the rows, started at the kept channels: a cluster's mean stands for its members (model folding)."""
-    n = len(evidence.inner)
-    points = coordinates(evidence.inner + evidence.bias[:, None] * evidence.bias[None, :])
+    n, inner = len(evidence.bias), evidence.inner
+    assert isinstance(inner, Tensor)  # clusters take all of them
+    points = coordinates(inner + evidence.bias[:, None] * evidence.bias[None, :])
     if points.size(1) == 0:  # no channel does anything: all are alike
         points = torch.zeros(n, 1, dtype=torch.float64)
     place = torch.full((n,), -1)
@@ -144,9 +148,9 @@ def fold(evidence: Evidence, kept: Tensor) -> Mapping:
     size = up.sum(0)
     empty = size == 0  # a cluster that lost its members keeps its seed
     down = torch.where(empty[:, None], selection_rows(kept, n), up.T / size.clamp(min=1)[:, None])
-    norm = evidence.inner.diagonal().clamp(min=1e-300).sqrt()
-    mean_norm = torch.einsum("kn,nm,km->k", down, evidence.inner, down).clamp(min=1e-300).sqrt()
-    cosine = (evidence.inner @ down.T)[torch.arange(n), cluster] / (norm * mean_norm[cluster])
+    norm = inner.diagonal().clamp(min=1e-300).sqrt()
+    mean_norm = torch.einsum("kn,nm,km->k", down, inner, down).clamp(min=1e-300).sqrt()
+    cosine = (inner @ down.T)[torch.arange(n), cluster] / (norm * mean_norm[cluster])
     return Mapping(down, up, cosine.clamp(-1, 1))
 
 

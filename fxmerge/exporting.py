@@ -47,8 +47,8 @@ _ASSERTIONS = (torch.ops.aten._assert_tensor_metadata.default, torch.ops.aten._a
 
 
 def overload_name(target: Any) -> str | None:
-    """The plain name of an aten op, `relu` for aten.relu_.default; None for anything else."""
-    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
+    """The plain name of a registered op, `relu` for aten.relu_.default, `ns::op` elsewhere; None for anything else."""
+    if not isinstance(target, torch._ops.OpOverload):
         return None
     name = target._schema.name.removeprefix("aten::")
     return name.removesuffix("_") if name.endswith("_") and not name.endswith("__") else name
@@ -56,9 +56,11 @@ def overload_name(target: Any) -> str | None:
 
 def by_name(target: Any, args: list[Any], kwargs: dict[str, Any], accepted: dict[str, Any]) -> tuple[list[Any], Any]:
     """The arguments of an aten call, by the names of its schema where the rule accepts them (its order may differ)."""
-    schema = target._schema.arguments
-    given = {a.name: v for a, v in zip(schema, args, strict=False)} | kwargs
-    first, *rest = [a.name for a in schema if a.name in given]
+    known = [a.name for a in target._schema.arguments]
+    given = dict(zip(known, args, strict=False)) | kwargs
+    if "self" in given and "input" in accepted and "input" not in known:
+        known[known.index("self")], given["input"] = "input", given.pop("self")
+    first, *rest = [name for name in known if name in given]
     if not any(name in accepted for name in (first, *rest)):  # operands without names of their own: a + b
         slots = [p for p in accepted.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.VAR_POSITIONAL)][1:]
         return list(args) if slots and slots[-1].kind is slots[-1].VAR_POSITIONAL else list(args)[: len(slots)], {}

@@ -88,8 +88,9 @@ def _parts(facts: Provenance, atom: Ints, pinned: dict[int, Pin]) -> tuple[Ints,
     for layer in facts.layers:
         holders += [("", t) for t in (layer.writes, layer.carries) if t is not None]
     for name, labels in holders:
-        inside, counts = np.unique(atom[labels.numpy()], return_counts=True)
-        words[inside] += counts.astype(np.uint64) * random.integers(1, 2**63, dtype=np.uint64)
+        times = np.bincount(atom[labels.numpy()].reshape(-1))
+        inside = np.flatnonzero(times)
+        words[inside] += times[inside].astype(np.uint64) * random.integers(1, 2**63, dtype=np.uint64)
         if name:
             present[name] = np.union1d(present[name], inside) if name in present else inside
     return np.unique(words, return_inverse=True)[1].astype(np.int64), present
@@ -124,13 +125,13 @@ def _components(
         node: number for number, component in enumerate(nx.connected_components(graph)) for node in component
     }
     by_group: dict[int, list[int]] = defaultdict(list)
-    for a in free.tolist():
-        by_group[component_of[("part", int(part[a]))]].append(a)
+    for a, p in zip(free.tolist(), part[free].tolist(), strict=True):
+        by_group[component_of["part", p]].append(a)
     of_group = np.full(int(atom.max()) + 1, -1, dtype=np.int64)
     cells: dict[int, tuple[Ints, Ints]] = {}
     for number, inside_list in enumerate(by_group.values()):
         inside = np.array(inside_list, dtype=np.int64)
-        cell = np.unique(np.stack([part[inside], rows[inside]]), axis=1, return_inverse=True)[1].reshape(-1)
+        cell = np.unique(part[inside] * (rows.max() + 1) + rows[inside], return_inverse=True)[1]
         of_group[inside] = number
         cells[number] = (inside, cell.astype(np.int64))
     return of_group, cells

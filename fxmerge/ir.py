@@ -177,6 +177,41 @@ class Refusal:
 
 
 @dataclass(frozen=True)
+class Part:
+    """A submodule whose graph stands in a recorded graph, as its first call put it there.
+
+    entered:  for each placeholder: (the recorded graph's node, the placeholder's name, its default as a tuple)
+    nodes:    the nodes of this call, in order
+    result:   what the part returns, a tree of nodes of the recorded graph
+    again:    the nodes of further calls, in the same order
+    """
+
+    path: str
+    class_name: str
+    entered: tuple[tuple[str, str, Any], ...]
+    nodes: tuple[str, ...]
+    result: Any
+    again: tuple[tuple[str, ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """The graph of one run of a model that cannot be traced whole (see `recording.py`).
+
+    host:   a copy of the model, in the user's own class, that shares the model's tensors
+    glue:   the nodes outside of parts, the user's own code: they cannot be edited
+    held:   nodes whose channels must stay, and why
+    """
+
+    module: fx.GraphModule
+    inputs: tuple[Any, ...]
+    host: torch.nn.Module
+    parts: tuple[Part, ...]
+    glue: frozenset[str]
+    held: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class Capture:
     """A traced model: the graph module and what its example run showed."""
 
@@ -188,6 +223,7 @@ class Capture:
     shapes: Mapping[str, tuple[int, ...]]  # node -> shape of the tensor that it gave
     dtypes: Mapping[str, torch.dtype]
     devices: Mapping[str, torch.device]
+    recorded: Recorded | None = None  # for a model that could not be traced whole
 
 
 @dataclass(frozen=True)
@@ -247,10 +283,24 @@ class Candidates:
 
 
 @dataclass(frozen=True)
+class Pairs:
+    """The inner products that looking for a partner takes: a quarter of all."""
+
+    across: Tensor  # (m, k) of the rows that go with those that stay, both ascending
+    square: Tensor  # (n,) of every row with itself
+
+    def __add__(self, other: Pairs) -> Pairs:
+        return Pairs(self.across + other.across, self.square + other.square)
+
+    def __mul__(self, other: Pairs) -> Pairs:
+        return Pairs(self.across * other.across, self.square * other.square)
+
+
+@dataclass(frozen=True)
 class PublishedForm:
     """One writer and its BatchNorm as the published code reads them: raw rows, and the variance for the deviation."""
 
-    inner: Tensor  # (n, n) inner products of the raw rows
+    inner: Tensor | Pairs  # (n, n) inner products of the raw rows, or some of them
     gamma: Tensor
     beta: Tensor
     mean: Tensor
@@ -261,7 +311,7 @@ class PublishedForm:
 class Evidence:
     """What a decomposition knows of a group's n channels, float64.
 
-    inner:      (n, n) inner products of the rows
+    inner:      (n, n) inner products of the rows; where only partners are looked for, pairs will do
     bias:       (n,) the constants, in the same coordinates
     centred:    has the group a BatchNorm? then constants count apart from the rows (without one they are a column)
     cells:      (n,) partners are looked for within a cell
@@ -269,7 +319,7 @@ class Evidence:
     published:  the published code's operands, where it has this form
     """
 
-    inner: Tensor
+    inner: Tensor | Pairs
     bias: Tensor
     centred: bool
     cells: Tensor

@@ -5,23 +5,41 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .ir import Pairs
 
-def gram(rows: Tensor, kept: Tensor | None = None) -> Tensor:
-    """Inner products of rows: (n, d) -> (n, n), float64.
+BITE = 32  # rows of a weight that are worked on at a time, so that what is made on the way stays in the cache
 
-    kept: only those of rows that are not kept with rows that are, and the diagonal; elsewhere 0. That is all that
-    looking for a partner takes, a quarter of the work, and the rows' own precision (float32 at least) will do.
-    """
-    if kept is None:
-        rows = rows.double()
-        inner: Tensor = rows @ rows.T
-        return inner
-    rows = rows if rows.dtype in (torch.float32, torch.float64) else rows.float()
-    inner = torch.zeros(len(rows), len(rows), dtype=torch.float64)
-    dropped = torch.ones(len(rows), dtype=torch.bool).index_fill_(0, kept, False).nonzero().flatten()
-    inner[dropped[:, None], kept[None, :]] = (rows[dropped] @ rows[kept].T).double()
-    inner.diagonal().copy_(torch.linalg.vector_norm(rows, dim=1).double().square())
+
+def gram(rows: Tensor) -> Tensor:
+    """Inner products of rows: (n, d) -> (n, n), float64."""
+    rows = rows.double()
+    inner: Tensor = rows @ rows.T
     return inner
+
+
+def others(kept: Tensor, n: int) -> Tensor:
+    """The numbers below n that are not kept, ascending."""
+    return torch.ones(n, dtype=torch.bool).index_fill_(0, kept, False).nonzero().flatten()
+
+
+def across(rows: Tensor, kept: Tensor) -> Pairs:
+    """Inner products of the rows that are not kept with those that are, float64.
+
+    The rows' own precision (float32 at least) will do: a partner is as good as another that is 1e-7 nearer.
+    """
+    rows = rows if rows.dtype in (torch.float32, torch.float64) else rows.float()
+    one, other = others(kept, len(rows)).to(rows.device), kept.to(rows.device)
+    products = rows.new_zeros(len(one), len(other))
+    for some in torch.split(rows, 16 * BITE, dim=1):  # some columns at a time, so that no half of a weight is copied
+        products.addmm_(some.index_select(0, one), some.index_select(0, other).T)
+    return Pairs(products.double(), torch.linalg.vector_norm(rows, dim=1).double().square())
+
+
+def pairs(inner: Tensor | Pairs, dropped: Tensor, kept: Tensor) -> Pairs:
+    """The same inner products of all rows, or those already picked out."""
+    if isinstance(inner, Pairs):
+        return inner
+    return Pairs(inner[dropped[:, None], kept[None, :]], inner.diagonal())
 
 
 def distances(rows: Tensor) -> Tensor:

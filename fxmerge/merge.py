@@ -5,16 +5,17 @@ capture -> provenance -> groups -> similarity -> allocation -> selection -> deco
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from . import verify
 from .allocation import ALLOCATORS, check_patterns, ignored, shaken
-from .capture import capture
+from .assembling import assembled
+from .capture import capture, confined
 from .constants import recompute
 from .decomposition import DECOMPOSITIONS, cellwise_least_squares, push
 from .decomposition import Mapping as Map
@@ -59,7 +60,7 @@ class Analysis:
 class Result:
     """A merged model, and why it is as it is."""
 
-    module: fx.GraphModule
+    module: nn.Module  # a torch.fx.GraphModule; of the user's own class where only parts of it could be traced
     plan: Plan
     report: Report
     analysis: Analysis
@@ -105,37 +106,48 @@ def _merge(model: nn.Module, example_inputs: Any, options: Options, decided: Map
     with progress() as stage:
         stage("capture")
         captured = capture(model, example_inputs)
-        stage("provenance")
-        facts = provenance(captured)
-        stage("groups")
-        facts, grouping = _grouped(captured, facts)
-        if decided is None:
-            check_patterns(grouping.groups, [n for n, _ in captured.module.named_modules()], options)
-        groups, refusals = _in_scope(grouping, options)
-        tensors = state(captured.module)
-        stage("allocation")
-        counts = _replayed(groups, decided) if decided is not None else ALLOCATORS["uniform"](groups, options)
-        chosen: list[tuple[Group, Tensor]] = []
-        for g in groups:
-            if sum(counts[g.name]) < g.channels:
-                stage(f"selection {g.name}")
-                if decided is not None:
-                    kept = torch.tensor(decided[g.name].kept)
-                else:
-                    kept = select(options.selection, candidates(g, tensors, options.seed), g.cells, counts[g.name])
-                chosen.append((g, kept))
-        chosen, edits, refused = _provable(captured, facts, grouping, chosen)
-        refusals = (*refusals, *refused)
-        rewriter, plans = Rewriter(captured.module, facts), []
-        for g, kept in chosen:
-            stage(f"decomposition {g.name}")
-            mapping, merged = _decompose(g, kept, captured, tensors, options)
-            rewriter.absorb(merged)
-            plans.append(_group_plan(g, kept, mapping))
-        stage("rewrite")
-        module = rewriter.finish(survivors(facts, grouping.atom, chosen), edits)
-        stage("verify")
-        verdict = verify.compare(captured, module)
+        try:
+            return _merged(captured, options, decided, stage)
+        except FxMergeError:
+            if captured.recorded is None:
+                raise
+            return _merged(confined(captured), options, decided, stage)
+
+
+def _merged(
+    captured: Capture, options: Options, decided: Mapping[str, GroupPlan] | None, stage: Callable[[str], None]
+) -> Result:
+    stage("provenance")
+    facts = provenance(captured)
+    stage("groups")
+    facts, grouping = _grouped(captured, facts)
+    if decided is None:
+        check_patterns(grouping.groups, [n for n, _ in captured.module.named_modules()], options)
+    groups, refusals = _in_scope(grouping, options)
+    tensors = state(captured.module)
+    stage("allocation")
+    counts = _replayed(groups, decided) if decided is not None else ALLOCATORS["uniform"](groups, options)
+    chosen: list[tuple[Group, Tensor]] = []
+    for g in groups:
+        if sum(counts[g.name]) < g.channels:
+            stage(f"selection {g.name}")
+            if decided is not None:
+                kept = torch.tensor(decided[g.name].kept)
+            else:
+                kept = select(options.selection, candidates(g, tensors, options.seed), g.cells, counts[g.name])
+            chosen.append((g, kept))
+    chosen, edits, refused = _provable(captured, facts, grouping, chosen)
+    refusals = (*refusals, *refused)
+    rewriter, plans = Rewriter(captured.module, facts), []
+    for g, kept in chosen:
+        stage(f"decomposition {g.name}")
+        mapping, merged = _decompose(g, kept, captured, tensors, options)
+        rewriter.absorb(merged)
+        plans.append(_group_plan(g, kept, mapping))
+    stage("rewrite")
+    module = assembled(captured, rewriter.finish(survivors(facts, grouping.atom, chosen), edits))
+    stage("verify")
+    verdict = verify.compare(captured, module)
     analysis = Analysis(captured, facts, grouping, refusals)
     plan = Plan(options, tuple(plans))
     report = Report(grouping.groups, refusals, captured, module, plan, verdict)
@@ -208,8 +220,7 @@ def _provable(
             return chosen, edits, refused
         failure = failures[0]
         guilty = [g for g, _ in chosen if _hit(g, grouping, failure.labels)]
-        if not guilty:
-            raise FxMergeError(f"the sizes at {failure.node} cannot be made right; {source_line(nodes[failure.node])}")
+        guilty = guilty or [g for g, _ in chosen]  # a size that follows a width it should not: decline all
         for g in guilty:
             why = f"the sizes at {failure.node} cannot follow"
             refused.append(Refusal(g.name, g.channels, why, source_line(nodes[failure.node])))
@@ -263,9 +274,9 @@ def _group_plan(group: Group, kept: Tensor, mapping: Map | None) -> GroupPlan:
     if mapping is None:
         nowhere = tuple(Partner(i, -1, 0.0, 0.0) for i in dropped.nonzero().flatten().tolist())
         return GroupPlan(group.name, group.channels, tuple(kept.tolist()), nowhere)
-    scale, into = mapping.up.abs().max(1)
-    signed = mapping.up.gather(1, into[:, None])[:, 0]
-    target = torch.where(scale > 0, kept[into], -1)
-    columns = (dropped.nonzero().flatten(), target[dropped], signed[dropped], mapping.cosine[dropped])
-    partners = tuple(Partner(*row) for row in zip(*(c.tolist() for c in columns), strict=True))
+    up = mapping.up[dropped]
+    scale, into = up.abs().max(1)
+    signed = up.gather(1, into[:, None])[:, 0]
+    columns = (dropped.nonzero().flatten(), torch.where(scale > 0, kept[into], -1), signed, mapping.cosine[dropped])
+    partners = tuple(map(Partner, *(c.tolist() for c in columns)))
     return GroupPlan(group.name, group.channels, tuple(kept.tolist()), partners)

@@ -33,6 +33,7 @@ SPELLINGS: dict[str, tuple[Any, ...]] = {
     "getitem": (operator.getitem,),
     "slice": (Aten("slice"),),
     "index": (Aten("index"),),
+    "gather": (torch.gather, "gather"),
     "index_select": (torch.index_select, "index_select"),
     "narrow": (torch.narrow, "narrow"),
     "select": (torch.select, "select"),
@@ -44,6 +45,13 @@ SPELLINGS: dict[str, tuple[Any, ...]] = {
     "unfold": (nn.Unfold, F.unfold, "unfold", Aten("im2col")),
 }
 
+
+INDEXING = (
+    "getitem",
+    "index",
+    "index_select",
+    "gather",
+)  # their tensor operands behind the first are places, not labels
 
 # label tensors are seldom contiguous
 _COPYING: dict[Any, Any] = {
@@ -96,7 +104,7 @@ def leaves(value: Any) -> list[Any]:
 
 def execute(ctx: Any, *args: Any, **kwargs: Any) -> Any:
     """Run the op on labels. A constant tensor joined to labels holds no channel; as an index it stays itself."""
-    indexing = ctx.rule_name in ("getitem", "index", "index_select")
+    indexing = ctx.rule_name in INDEXING
 
     def as_labels(value: Any) -> Any:
         if isinstance(value, Lab):
@@ -111,8 +119,8 @@ def execute(ctx: Any, *args: Any, **kwargs: Any) -> Any:
         if any(isinstance(leaf, Lab) for leaf in leaves(args[1])):
             return ctx.unknown("is indexed by something that depends on the input")
         return run(ctx.target, args, kwargs)
-    if indexing and any(isinstance(leaf, Lab) for leaf in leaves(args[1:])):
-        return ctx.unknown("is indexed by something that depends on the input")
+    if indexing and any(isinstance(leaf, Lab) for leaf in leaves([*args[1:], kwargs])):
+        return _indexed_by_values(ctx, tree(as_labels, list(args)), tree(as_labels, kwargs), args)
     plain_args, plain_kwargs = tree(as_labels, list(args)), tree(as_labels, kwargs)
     if ctx.rule_name in ("cat", "stack"):
         _tie_across(ctx, plain_args, plain_kwargs)
@@ -128,6 +136,23 @@ def execute(ctx: Any, *args: Any, **kwargs: Any) -> Any:
             # a channel axis became (blocks, size): what is kept must stay a rectangle
             _block(ctx, value.t)
     return result
+
+
+def _indexed_by_values(ctx: Any, labels: list[Any], kwargs: dict[str, Any], args: tuple[Any, ...]) -> Any:
+    """x[:, i] for places i that depend on the input: known where labels do not vary along the axes that i chooses on.
+
+    Whether they do is found by trying the first place and the last; a mask gives another shape and is refused.
+    """
+    if any(isinstance(leaf, Lab) and holds(leaf.t) for leaf in leaves(list(args[1:]))):
+        return ctx.unknown("is indexed by channels")
+    first = run(ctx.target, labels, kwargs)
+    shifted = [tree(lambda v: v - 1 if isinstance(v, Tensor) and not holds(v) else v, a) for a in labels[1:]]
+    last = run(ctx.target, [labels[0], *shifted], kwargs) if "gather" not in ctx.rule_name else first
+    if ctx.rule_name == "gather" and labels[1] % labels[0].dim() in varying(labels[0]):
+        return ctx.unknown("is indexed by something that depends on the input")
+    if tuple(first.shape) != tuple(ctx.shape or ()) or not bool((first == last).all()):
+        return ctx.unknown("is indexed by something that depends on the input")
+    return Lab(simplify(first))
 
 
 def pad(ctx: Any, input: Any, pad: Any, mode: str = "constant", value: Any = None) -> Any:
@@ -149,6 +174,33 @@ def pad(ctx: Any, input: Any, pad: Any, mode: str = "constant", value: Any = Non
     if moved:
         ctx.kind = "movement"
     return ctx.resized(Lab(simplify(labels)), ctx.shape)
+
+
+def enter(value: Any) -> Any:
+    """What a part of a recorded model is called with, as its own code sees it: the value itself."""
+    return value
+
+
+def entered(ctx: Any, value: Any) -> Any:
+    return value
+
+
+def setitem(ctx: Any, x: Any, index: Any, value: Any) -> Any:
+    """x[places] = value, for places along the first axis: x then holds the channels of the value, and its own."""
+    whole = x.t if isinstance(x, Lab) else fixed(x.shape) if isinstance(x, Tensor) else None
+    ctx.shape = None if whole is None else tuple(whole.shape)
+    index = index[0] if isinstance(index, tuple) and len(index) == 1 else index
+    along_first = isinstance(index, (int, slice, Tensor)) or (isinstance(index, Lab) and not holds(index.t))
+    one_axis = not isinstance(index, (Tensor, Lab)) or (index.t if isinstance(index, Lab) else index).dim() <= 1
+    if whole is None or not isinstance(value, Lab) or not along_first or not one_axis:
+        return ctx.unknown("does not write whole entries of the first axis")
+    given = value.t.unsqueeze(0) if isinstance(index, int) else value.t
+    if given.dim() != whole.dim() or 0 in varying(given) or 0 in varying(whole):
+        return ctx.unknown("writes over the axis of the channels")
+    written = Lab(simplify(given.narrow(0, 0, 1).expand(whole.shape))) if given.size(0) else Lab(whole)
+    if holds(whole):
+        ctx.tie(whole, written.t)
+    return written
 
 
 def channel_shuffle(ctx: Any, input: Any, groups: int) -> Any:

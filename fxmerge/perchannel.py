@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from . import movement, writers
 from .ir import Kind, Lab, Param
-from .labels import along, without
+from .labels import along, fixed, holds, without
 
 Spelling = Any  # a module class, a function, a method name, or Module(...)
 
@@ -64,14 +64,19 @@ def per_channel(name: str, *spellings: Spelling, commutes: bool | Callable[..., 
 
 
 def reduction_rule(ctx: Any, x: Any, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Any:
-    """A reduction over axes that labels do not vary along; over channels it pins (it would weigh them anew)."""
+    """A reduction keeps the labels of the axes it leaves; over channels it is a mixer, whose result holds none."""
     if not isinstance(x, Lab):
         return ctx.unknown("reduces something that is no activation")
+    if ctx.shape is None:
+        return ctx.unknown("gives something other than one tensor")
     axes = along(dim, x.t)
     if axes & set(movement.varying_axes(x)):
-        return ctx.unknown("reduces over the channels")
+        if set(movement.varying_axes(x)) - axes:
+            return ctx.unknown("reduces over a part of the axes that hold channels")
+        ctx.mix(x.t)
+        return Lab(fixed(ctx.shape))
     out = without(x.t, axes, keepdim)
-    if ctx.shape is None or tuple(out.shape) != tuple(ctx.shape):
+    if tuple(out.shape) != tuple(ctx.shape):
         return ctx.unknown("gives something other than one tensor")
     return Lab(out)
 
@@ -100,6 +105,14 @@ def constant_rule(ctx: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     if any(isinstance(leaf, (Lab, Param)) for leaf in movement.leaves([*args, *kwargs.values()])):
         return ctx.unknown("is filled with something that depends on the input")
     return movement.run(ctx.target, (torch.empty(()), *args), {k: v for k, v in kwargs.items() if k != "device"})
+
+
+def sampled_rule(ctx: Any, input: Any, *places: Any, **kwargs: Any) -> Any:
+    """Values of a feature map at places that the model computes: each channel by itself (grid_sample, roi_align)."""
+    held = any(isinstance(p, Lab) and holds(p.t) for p in (*places, *kwargs.values()))
+    if not isinstance(input, Lab) or ctx.shape is None or held:
+        return ctx.unknown("takes places that hold channels")
+    return ctx.resized(input, ctx.shape)
 
 
 def type_as_rule(ctx: Any, x: Any, other: Any) -> Any:

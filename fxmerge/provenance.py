@@ -52,8 +52,14 @@ class _Run:
         return Param(self.owners.setdefault(id(value), path), value)
 
     def run(self) -> Provenance:
+        held = self.capture.recorded.held if self.capture.recorded else {}
         for node in self.capture.module.graph.nodes:
             self.values[node] = self.step(node)
+            if node.name in held:
+                ctx = Context(self, node, node.name, None, ())
+                for leaf in movement.leaves(self.values[node]):
+                    if isinstance(leaf, Lab):
+                        ctx.pin(leaf.t, held[node.name])
         return self.facts()
 
     def latest(self, node: fx.Node) -> fx.Node:
@@ -72,6 +78,8 @@ class _Run:
         if node.op == "get_attr":
             value = _attribute(self.capture.module, str(node.target))
             self.kinds[node.name] = "query"
+            if node.meta.get("constant"):
+                return value
             return self.param(str(node.target), value) if isinstance(value, Tensor) else value
 
         def operand(value: Any) -> Any:
@@ -103,7 +111,7 @@ class _Run:
             elif key is None:
                 why = f"is a {type(target).__name__}, which has no rule"
         found = self.table.get(key) if node.op == "call_module" else rules.find(key, self.table)
-        operands = [*args, *kwargs.values()]
+        operands, as_given = [*args, *kwargs.values()], (tuple(args), kwargs)
         if found is not None and overload_name(target) is not None and found[0].kind != "movement":
             accepted = dict(inspect.signature(found[0].apply).parameters)
             args, kwargs = by_name(target, args, kwargs, accepted)
@@ -111,7 +119,7 @@ class _Run:
         dynamic = any(isinstance(leaf, (Lab, Param, Opaque)) for leaf in movement.leaves(operands))
         if not dynamic and node.op != "call_module":
             self.kinds[node.name] = "query"
-            return movement.run(target, tuple(args), kwargs)  # a plain value: computed as it stands
+            return movement.run(target, *as_given)  # a plain value: computed as it stands
         self.kinds[node.name] = "unknown"
         if found is None or any(isinstance(leaf, Opaque) for leaf in movement.leaves(operands)):
             return ctx.unknown(why)
@@ -165,7 +173,7 @@ def _in_place(node: fx.Node, target: Any) -> bool:
     if node.kwargs.get("inplace"):
         return True
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    return (name.endswith("_") and not name.endswith("__")) or name in ("iadd", "isub", "imul", "itruediv")
+    return (name.endswith("_") and not name.endswith("__")) or name in ("iadd", "isub", "imul", "itruediv", "setitem")
 
 
 def _attribute(module: nn.Module, path: str) -> Any:

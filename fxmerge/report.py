@@ -11,9 +11,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from torch import fx
+from torch import fx, nn
 
-from .cost import Cost, cost
+from .cost import Cost, call_cost, cost
 from .ir import Capture, Group, Refusal
 from .plan import GroupPlan, Plan
 from .verify import Verdict
@@ -77,7 +77,7 @@ class AnalysisReport:
 
     @cached_property
     def cost(self) -> Cost:
-        return cost(self.captured.module, self.captured.inputs)
+        return _original_cost(self.captured)
 
     def text(self, width: int = 120) -> str:
         """Two tables: the groups with their members, and the refusals with their reasons."""
@@ -116,18 +116,20 @@ class Report:
     groups: tuple[Group, ...]
     refusals: tuple[Refusal, ...]
     captured: Capture
-    module: fx.GraphModule
+    module: nn.Module
     plan: Plan
     verdict: Verdict
 
     @cached_property
     def before(self) -> Cost:
         """What the original weighs and costs, counted when first asked for."""
-        return cost(self.captured.module, self.captured.inputs)
+        return _original_cost(self.captured)
 
     @cached_property
     def after(self) -> Cost:
-        return cost(self.module, self.captured.inputs)
+        if isinstance(self.module, fx.GraphModule):
+            return cost(self.module, self.captured.inputs)
+        return call_cost(self.module, self.captured.args, self.captured.kwargs)
 
     def text(self, width: int = 120) -> str:
         """Tables: what each group lost; what was left alone and why; totals."""
@@ -197,3 +199,9 @@ class Report:
             },
             indent=1,
         )
+
+
+def _original_cost(captured: Capture) -> Cost:
+    if captured.recorded is None:
+        return cost(captured.module, captured.inputs)
+    return call_cost(captured.recorded.host, captured.args, captured.kwargs)

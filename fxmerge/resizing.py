@@ -29,92 +29,107 @@ class Call:
 Survivors = Callable[[int], Tensor]  # axis of the first operand -> bool (size,), which places along it survive
 
 
-def resized(name: str, call: Call, before: Any, after: Any, survivors: Survivors) -> Call | None:
-    """The call with new literal sizes, for an op whose output narrows from shapes `before` to `after`.
+@dataclass(frozen=True)
+class Resize:
+    """What a proposal may know: the shapes that the op gave and shall give, and the call's arguments as values.
 
-    Only literal integers change; values that the graph computes are left to it. None: no proposal is known. A proposal
-    is a guess that the caller proves by running it on the labels that survive.
+    was, now:  the call with the values that its nodes had before the merge, and have behind it
+    """
+
+    before: Any
+    after: Any
+    survivors: Survivors
+    was: Call
+    now: Call
+
+
+def resized(name: str, call: Call, about: Resize) -> Call | None:
+    """The call with new literal sizes, for an op whose output narrows.
+
+    Sizes that the graph computes rightly are left to it. None: no proposal is known. A proposal is a guess that the
+    caller proves by running it on the labels that survive.
     """
     proposal = PROPOSALS.get(name)
-    return proposal(call, before, after, survivors) if proposal else None
+    return proposal(call, about) if proposal else None
 
 
-def _sizes(call: Call, before: Any, after: Any, survivors: Survivors) -> Call | None:
-    """view, reshape, expand: sizes that were literal become the new shape's."""
-    args = list(call.args)
+def _sizes(call: Call, about: Resize) -> Call | None:
+    """view, reshape, expand: sizes that are wrong become the new shape's."""
+    args, values, after = list(call.args), list(about.now.args), about.after
     packed = len(args) > 1 and isinstance(args[1], (list, tuple))
-    sizes = list(args[1]) if packed else args[1:]
+    sizes, values = (list(args[1]), list(values[1])) if packed else (args[1:], values[1:])
     if len(sizes) != len(after):
         return None
-    new = [a if isinstance(s, int) and s != -1 and b != a else s for s, b, a in zip(sizes, before, after, strict=True)]
+    new = [s if v in (-1, a) else a for s, v, a in zip(sizes, values, after, strict=True)]
     return Call(call.target, (args[0], tuple(new)) if packed else (args[0], *new), call.kwargs)
 
 
-def _unflatten(call: Call, before: Any, after: Any, survivors: Survivors) -> Call | None:
+def _unflatten(call: Call, about: Resize) -> Call | None:
     if len(call.args) != 3 or not isinstance(call.args[2], (list, tuple)):
         return None
-    x, dim, sizes = call.args
+    (x, dim, sizes), after = call.args, about.after
     start = dim % (len(after) - len(sizes) + 1)
     new = [a if isinstance(s, int) and s != -1 else s for s, a in zip(sizes, after[start:], strict=False)]
     return Call(call.target, (x, dim, tuple(new)), call.kwargs)
 
 
-def _pieces(call: Call, before: Any, after: Any, survivors: Survivors) -> Call | None:
+def _pieces(call: Call, about: Resize) -> Call | None:
     """chunk and split: an explicit list of sizes along the axis that is cut."""
     axis = call.kwargs.get("dim", call.args[2] if len(call.args) > 2 else 0)
-    sizes = [a[axis % len(a)] for a in after]
+    sizes = [a[axis % len(a)] for a in about.after]
     return Call("split" if isinstance(call.target, str) else torch.split, (call.args[0], sizes, axis), {})
 
 
-def _index(call: Call, before: Any, after: Any, survivors: Survivors) -> Call | None:
+def _index(call: Call, about: Resize) -> Call | None:
     """x[:, 8:24]: a bound becomes the number of survivors before it. Any other index along a narrowed axis: None."""
-    index = call.args[1] if isinstance(call.args[1], tuple) else (call.args[1],)
+    index, values = (c.args[1] if isinstance(c.args[1], tuple) else (c.args[1],) for c in (call, about.was))
     new: list[Any] = []
     axis = 0
-    for item in index:
+    for item, value in zip(index, values, strict=True):
         if item is None:
             new.append(item)
             continue
         if item is Ellipsis:
             return None
-        stays = survivors(axis)
+        stays = about.survivors(axis)
         if not bool(stays.all()):
-            if not isinstance(item, slice) or item.step not in (None, 1):
+            if not isinstance(value, slice) or value.step not in (None, 1):
                 return None
-            start, stop, _ = item.indices(len(stays))
+            start, stop, _ = value.indices(len(stays))
             item = slice(
-                None if item.start is None else int(stays[:start].sum()),
-                None if item.stop is None else int(stays[:stop].sum()),
+                None if value.start is None else int(stays[:start].sum()),
+                None if value.stop is None else int(stays[:stop].sum()),
             )
         new.append(item)
         axis += 1
     return Call(call.target, (call.args[0], tuple(new)), call.kwargs)
 
 
-def _narrow(call: Call, before: Any, after: Any, survivors: Survivors) -> Call | None:
+def _narrow(call: Call, about: Resize) -> Call | None:
     if len(call.args) != 4:
         return None
-    x, dim, start, length = call.args
-    stays = survivors(dim)
+    x, dim, start, length = call.args[0], *about.was.args[1:]
+    stays = about.survivors(dim)
     start %= len(stays)
     return Call(call.target, (x, dim, int(stays[:start].sum()), int(stays[start : start + length].sum())), call.kwargs)
 
 
-def _slice(call: Call, before: Any, after: Any, survivors: Survivors) -> Call | None:
+def _slice(call: Call, about: Resize) -> Call | None:
     """aten.slice(x, dim, start, end): a bound becomes the number of survivors before it."""
-    given: list[Any] = [*call.args, *(0, None, None, 1)[len(call.args) - 1 :]]
+    given: list[Any] = [call.args[0], *about.was.args[1:], *(0, None, None, 1)[len(call.args) - 1 :]]
     x, dim, start, end, step = given
-    stays = survivors(dim)
+    stays = about.survivors(dim)
     if step != 1 or not all(b is None or isinstance(b, int) for b in (start, end)):
         return None
     first, last, _ = slice(start, end).indices(len(stays))
     return Call(call.target, (x, dim, int(stays[:first].sum()), int(stays[:last].sum())), {})
 
 
-def _pad(call: Call, before: Any, after: Any, survivors: Survivors) -> Call | None:
+def _pad(call: Call, about: Resize) -> Call | None:
     """Zeros beside channels: every split of the missing ones into left and right is a guess worth trying."""
     if len(call.args) < 2 or not all(isinstance(p, int) for p in call.args[1]):
         return None
+    before, after, survivors = about.before, about.after, about.survivors
     pads, dims = list(call.args[1]), len(after)
     for at in range(0, len(pads), 2):
         axis = dims - 1 - at // 2
@@ -126,7 +141,7 @@ def _pad(call: Call, before: Any, after: Any, survivors: Survivors) -> Call | No
     return Call(call.target, (call.args[0], tuple(pads), *call.args[2:]), call.kwargs)
 
 
-PROPOSALS: dict[str, Callable[[Call, Any, Any, Survivors], Call | None]] = {
+PROPOSALS: dict[str, Callable[[Call, Resize], Call | None]] = {
     "view": _sizes,
     "expand": _sizes,
     "unflatten": _unflatten,

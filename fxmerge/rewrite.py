@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from .ir import Group, Layer, Member, Merge, ParamLabels, Provenance
+from .linalg import BITE
 from .resizing import Call
 from .weights import columns, from_columns, gather, places, sharing_copy
 
@@ -94,20 +95,25 @@ class Rewriter:
             weight.copy_(from_columns(rows, weight, reader.layer))
 
     def _slice_and_add(self, labels: ParamLabels, alive: Tensor) -> None:
-        """W[:, kept] + sum of scale * W[:, dropped], rows sliced first: half the columns never have to be copied."""
+        """W[:, kept] + sum of scale * W[:, dropped], for some of the rows that stay at a time (see `linalg.BITE`)."""
         value = self.weights[labels.path].detach()
-        if 0 in labels.axes:
-            value = value.index_select(0, alive[labels.axes[0]].nonzero().flatten().to(value.device))
+        device, precise = value.device, torch.promote_types(value.dtype, torch.float32)
+        rows = (alive[labels.axes[0]].nonzero().flatten() if 0 in labels.axes else torch.arange(len(value))).to(device)
         stays = alive[labels.axes[1]]
         place = torch.cumsum(stays, 0) - 1  # where a column that stays comes to stand
-        sliced = value.index_select(1, stays.nonzero().flatten().to(value.device))
-        precise = torch.promote_types(value.dtype, torch.float32)
-        total = sliced.to(precise)
-        for part in self.partners[labels.path]:
-            taken = value.index_select(1, part.source.to(value.device)).to(precise)
-            taken *= part.scale.to(taken).view(1, -1, *[1] * (value.dim() - 2))
-            total.index_add_(1, place[part.target].to(value.device), taken)
-        self.weights.put(labels.path, total.to(value.dtype))
+        kept, shape = stays.nonzero().flatten().to(device), (1, -1, *[1] * (value.dim() - 2))
+        parts = [
+            (part.source.to(device), place[part.target].to(device), part.scale.to(device, precise).view(shape))
+            for part in self.partners[labels.path]
+        ]
+        sliced = value.new_empty(len(rows), len(kept), *value.shape[2:])
+        for some, target in zip(torch.split(rows, BITE), torch.split(sliced, BITE), strict=True):
+            whole = value.index_select(0, some).to(precise)
+            total = whole.index_select(1, kept)
+            for source, into, scale in parts:
+                total.index_add_(1, into, whole.index_select(1, source).mul_(scale))
+            target.copy_(total)
+        self.weights.put(labels.path, sliced)
 
     def _absorb_writers(self, merge: Merge, mixing: Tensor) -> None:
         """rows_k = (1 / gain_k) sum_i down_ki gain_i rows_i, and the constants likewise, in the common coordinates."""
@@ -209,18 +215,15 @@ class Partners:
 
 def _partners(reader: Member, up: Tensor, local: Tensor) -> Partners | None:
     """An `up` of at most one entry a row, 1 for each kept channel itself, as a sum of columns; None for any other."""
-    entries = up != 0
+    row, into = up.nonzero().unbind(1)  # rows ascending
     own = up[local, torch.arange(len(local))]
     layer = reader.layer
-    if layer.groups > 1 or layer.transposed or bool((entries.sum(1) > 1).any()) or bool((own != 1).any()):
+    if layer.groups > 1 or layer.transposed or bool((row[1:] == row[:-1]).any()) or bool((own != 1).any()):
         return None
-    into = entries.to(torch.int8).argmax(1)
-    scale = up.gather(1, into[:, None])[:, 0]
-    scale[local] = 0
-    moved = scale.nonzero().flatten()
-    copies = reader.where.size(1)
-    target = reader.where[local[into[moved]]].flatten()
-    return Partners(reader.where[moved].flatten(), target, scale[moved].repeat_interleave(copies))
+    moves = torch.ones(len(up), dtype=torch.bool).index_fill_(0, local, False)[row]
+    row, into = row[moves], into[moves]
+    scale = up[row, into].repeat_interleave(reader.where.size(1))
+    return Partners(reader.where[row].flatten(), reader.where[local[into]].flatten(), scale)
 
 
 def _gained(reader: Member, own: Tensor, shift: Tensor, weight: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ from .perchannel import (
     prelu_rule,
     query_rule,
     reduction,
+    sampled_rule,
     softmax_rule,
     type_as_rule,
 )
@@ -66,7 +67,10 @@ _ROWS: tuple[Rule, ...] = (
     ),
     Rule("embedding", "writer", writers.embedding, (Module(nn.Embedding, ("weight", "max_norm")), F.embedding)),
     # contractions: the two sides of the contracted axis are tied
-    Rule("matmul", "contraction", contractions.matmul, (operator.matmul, torch.matmul, "matmul", torch.bmm, "bmm")),
+    Rule("matmul", "contraction", contractions.matmul, (operator.matmul, torch.matmul, "matmul", torch.bmm, "bmm",
+                                                          torch.mm, "mm")),
+    Rule("addmm", "writer", contractions.addmm, (torch.addmm, "addmm")),
+    Rule("baddbmm", "contraction", contractions.baddbmm, (torch.baddbmm, "baddbmm")),
     Rule("einsum", "contraction", contractions.einsum, (torch.einsum, torch.functional.einsum)),
     Rule("attention", "contraction", contractions.attention, (F.scaled_dot_product_attention,)),
     # carriers: their own per-channel parameters follow the labels
@@ -116,6 +120,7 @@ _ROWS: tuple[Rule, ...] = (
     Rule("compare", "tie", writers.elementwise,
          (operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge, torch.eq, torch.ne, torch.lt,
           torch.le, torch.gt, torch.ge, "eq", "ne", "lt", "le", "gt", "ge")),
+    Rule("addcmul", "tie", writers.addcmul, (torch.addcmul, "addcmul", "addcmul_")),
     Rule("masked_fill", "tie", writers.masked_fill, (torch.masked_fill, "masked_fill", "masked_fill_")),
     # activations that a positive factor passes through unchanged
     per_channel("relu", nn.ReLU, F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_", commutes=True),
@@ -180,6 +185,9 @@ _ROWS: tuple[Rule, ...] = (
     reduction("sum", torch.sum, "sum", commutes=True),
     reduction("amax", torch.amax, "amax", commutes=True),
     reduction("amin", torch.amin, "amin", commutes=True),
+    reduction("var", torch.var, "var"),
+    reduction("std", torch.std, "std", commutes=True),
+    reduction("logsumexp", torch.logsumexp, "logsumexp"),
     # mixers: dropping a channel is not exact for the others
     Rule("softmax", "mixer", softmax_rule,
          (Module(nn.Softmax, ("dim",)), Module(nn.LogSoftmax, ("dim",)), F.softmax, F.log_softmax, torch.softmax,
@@ -200,6 +208,10 @@ _ROWS: tuple[Rule, ...] = (
          (Module(nn.ChannelShuffle, ("groups",)), torch.channel_shuffle), True),
     Rule("type_as", "per_channel", type_as_rule, ("type_as",), True),
     Rule("expand_as", "movement", movement.expand_as, ("expand_as",), True),
+    Rule("enter", "movement", movement.entered, (movement.enter,), True),
+    Rule("setitem", "tie", movement.setitem, (operator.setitem,)),
+    Rule("sampled", "per_channel", sampled_rule,
+         (F.grid_sample, Aten("grid_sampler"), Aten("torchvision::roi_align")), True),
     Rule("pad", "per_channel", movement.pad, (F.pad,), True),
     # shapes and other plain values
     Rule("new", "query", constant_rule, ("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor")),

@@ -20,7 +20,7 @@ from scipy.cluster.hierarchy import fcluster, linkage
 from torch import Tensor
 
 from .ir import Candidates
-from .linalg import distances
+from .linalg import BITE, distances
 
 
 def largest(scores: Tensor, count: int) -> Tensor:
@@ -30,7 +30,16 @@ def largest(scores: Tensor, count: int) -> Tensor:
 
 
 def l1(channels: Candidates, count: int) -> Tensor:
-    return largest(torch.linalg.vector_norm(channels.rows, 1, dim=1), count)
+    """By sums of one term after another, as in the published code.
+
+    Summing by halves is several times as fast and decides for all but the rows whose sums are, for what d roundings
+    of positive terms can do, as good as the last that stays. Some rows at a time: |x| of all takes memory.
+    """
+    rows = channels.rows
+    sums = torch.cat([some.abs().sum(1) for some in torch.split(rows, BITE)])
+    last = sums.sort().values[len(sums) - max(count, 1)]
+    near = ((sums - last).abs() <= 4 * rows.size(1) * torch.finfo(rows.dtype).eps * last).nonzero().flatten()
+    return largest(sums.index_copy_(0, near, torch.linalg.vector_norm(rows[near], 1, dim=1)), count)
 
 
 def l2(channels: Candidates, count: int) -> Tensor:

@@ -7,8 +7,11 @@ inner product of two filtered rows is the product of the inner products) and mov
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -42,7 +45,7 @@ class Statistics:
     evidence: Evidence
     linear: bool  # no nonlinear step before the common coordinates
     mean: Tensor  # (n,) of the common coordinates before their nonlinear steps, for white input
-    covariance: Tensor  # (n, n) likewise
+    covariance: Tensor | None  # (n, n) likewise; None where only partners are looked for
     functions: tuple[Step, ...]  # the nonlinear steps before the common coordinates
     readers: tuple[tuple[Step, ...], ...]  # for each reader, from the common coordinates on
     writer_maps: tuple[tuple[Tensor, Tensor, Tensor], ...]  # for each writer, (n,) gain, gain on constants, constant
@@ -101,7 +104,7 @@ def statistics(
 ) -> Statistics:
     """Gather a group's statistics. `tensors` are the model's parameters and buffers by path.
 
-    kept: where only partners among these are looked for, inner products with other channels are left out.
+    kept: where only partners among these are looked for, inner products of other pairs are left out.
     """
     published = options.decomposition == "mostsim" and options.mostsim_scale == "reference"
     n = group.channels
@@ -111,7 +114,11 @@ def statistics(
     def steps_of(names: tuple[str, ...]) -> tuple[Step, ...]:
         return tuple(_step(nodes[name], carriers.get(name), captured, tensors, n) for name in names)
 
-    inner, covariance = (torch.zeros(n, n, dtype=torch.float64) for _ in range(2))
+    def gram(rows: Tensor) -> Any:  # (n, n), or pairs: either can be added and multiplied
+        return linalg.gram(rows) if kept is None else linalg.across(rows, kept)
+
+    inner: list[Any] = []
+    covariance = torch.zeros(n, n, dtype=torch.float64) if kept is None else None
     mean = torch.zeros(n, dtype=torch.float64)
     bias, maps, linear = torch.zeros(n, dtype=torch.float64), [], True
     functions: tuple[Step, ...] = ()
@@ -119,10 +126,10 @@ def statistics(
     form = None
     for writer in group.writers:
         raw = rows_of(writer, tensors[writer.layer.params["weight"]], n)
-        spread = linalg.gram(raw, kept)
+        spread = gram(raw)
         constants = _spread(_bias(writer.layer, tensors)[writer.where], writer, n, 0.0)  # (n, copies)
         # without a BatchNorm anywhere the constants are one more column, as in the paper; with one they count apart
-        own = spread if normed else spread + linalg.gram(constants, kept)
+        own = spread if normed else spread + gram(constants)
         constant = constants.mean(1) if normed else torch.zeros(n, dtype=torch.float64)
         level = constants.mean(1)
         steps = steps_of(writer.steps)
@@ -131,26 +138,31 @@ def statistics(
         if published and len(group.writers) == 1 and steps and _is_norm(writer.steps[0], carriers):
             form = _published(spread, carriers[writer.steps[0]], tensors, n)
         for step in steps:
-            factor = step.gain[:, None] * step.gain[None, :]
             if step.features is not None:
-                factor = factor * linalg.gram(step.features)
-            own = own * factor
+                agreement = gram(step.features)
+                own = own * agreement
+                spread = spread * agreement
             constant = step.constant_gain * constant + step.constant
             moved = step.constant_gain * moved + step.constant
             level = step.constant_gain * level + step.constant
             gain, constant_gain = gain * step.gain, constant_gain * step.constant_gain
-            if kept is None:
-                spread = spread * factor
+            if covariance is not None:
+                spread = spread * gram(step.gain[:, None])
             if _is_norm(step.node, carriers):
-                spread = _unit(spread, _gamma(carriers[step.node], tensors, n)) if kept is None else spread
+                if covariance is not None:
+                    spread = _unit(spread, _gamma(carriers[step.node], tensors, n))
                 level = _slot(carriers[step.node], "bias", tensors, n, 0.0)
             linear &= step.function is None
         functions = tuple(s for s in steps if s.function is not None)
         maps.append((gain, constant_gain, moved))
-        inner, bias = inner + own, bias + constant
-        mean, covariance = mean + level, covariance + spread
+        inner.append(own * gram(gain[:, None]))
+        bias, mean = bias + constant, mean + level
+        covariance = covariance + spread if covariance is not None else None
+    scalable = not group.scale_blocks
     return Statistics(
-        Evidence(inner, bias, normed, group.cells, not group.scale_blocks, options.threshold, options.lam, form),
+        Evidence(
+            reduce(operator.add, inner), bias, normed, group.cells, scalable, options.threshold, options.lam, form
+        ),
         linear, mean, covariance, functions, tuple(steps_of(r.steps) for r in group.readers), tuple(maps),
     )  # fmt: skip
 
@@ -162,6 +174,7 @@ def moments(found: Statistics, reader: int, seed: int) -> tuple[Tensor, Tensor]:
     |gamma|; without one the input counts as white); what follows is sampled, so that any activation will do.
     """
     generator = torch.Generator().manual_seed(seed)
+    assert found.covariance is not None  # it was asked for
     points = linalg.coordinates(found.covariance)
     count = max(SAMPLES, 4 * len(points))
     noise = torch.randn(count // 2, points.size(1), generator=generator, dtype=torch.float64)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import linecache
 from collections.abc import Callable
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from . import rules
 from .errors import FxMergeError
@@ -15,13 +16,38 @@ from .unfolding import unfolded
 
 
 class Tracer(fx.Tracer):
-    """torch.fx's tracer, which also writes out the modules that `unfolding` knows."""
+    """torch.fx's tracer, which also writes out the modules that `unfolding` knows.
 
-    record_stack_traces = True
+    It finds a parameter's name and the user's line in constant time, where torch.fx looks through the whole model and
+    formats the whole stack for each node.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.open: set[nn.Module] = set()
+        self.names: dict[int, str] = {}
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        if isinstance(root, nn.Module):
+            self.names = {id(v): n for n, v in reversed([*root.named_buffers(), *root.named_parameters()])}
+        return super().trace(root, concrete_args)
+
+    def create_arg(self, a: Any) -> Any:
+        name = self.names.get(id(a)) if isinstance(a, Tensor) else None
+        return super().create_arg(a) if name is None else self.create_node("get_attr", name, (), {})
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        name = self.names.get(id(attr_val)) if isinstance(attr_val, nn.Parameter) else None
+        if name is None:
+            return super().getattr(attr, attr_val, parameter_proxy_cache)
+        if name not in parameter_proxy_cache:
+            parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
+        return parameter_proxy_cache[name]
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        node.stack_trace = user_line() or node.stack_trace
+        return node
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return m not in self.open and super().is_leaf_module(m, module_qualified_name)
@@ -44,6 +70,18 @@ class Tracer(fx.Tracer):
         return super().call_module(m, forward, args, kwargs)
 
 
+def user_line() -> str:
+    """The innermost line on the stack that is neither torch's nor ours, as a traceback has it."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        path = frame.f_code.co_filename
+        if "/torch/" not in path and "/fxmerge/" not in path and not path.startswith("<"):
+            code = linecache.getline(path, frame.f_lineno).strip()
+            return f'  File "{path}", line {frame.f_lineno}, in {frame.f_code.co_name}\n    {code}\n'
+        frame = frame.f_back
+    return ""
+
+
 def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
     """A graph module of the model: symbolically traced, or exported where that hides less behind ops without a rule.
 
@@ -52,7 +90,7 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx
     if isinstance(model, fx.GraphModule):
         return model
     try:
-        traced = _symbolic(model, args, kwargs)
+        traced = symbolic(model, args, kwargs)
     except Exception as error:
         traced, why = None, error
     if traced is not None and not hidden(traced):
@@ -70,7 +108,8 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx
     return exported if traced is None or hidden(exported) < hidden(traced) else traced
 
 
-def _symbolic(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
+def symbolic(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
+    """The model as torch.fx traces it. Raises what that raises."""
     parameters = inspect.signature(model.forward).parameters
     given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
     left_out = {k: p.default for k, p in parameters.items() if k not in given and p.default is not p.empty}

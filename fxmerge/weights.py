@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from typing import Any
+import copyreg
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 
 from .ir import Layer, ParamLabels
 from .labels import compact
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def at(module: nn.Module, path: str) -> Tensor:
@@ -75,11 +79,53 @@ class Weights:
         self.holders[id(fresh)] = [(held, name)]
 
 
+def deep_copy(module: M, shared: Iterable[Tensor]) -> M:
+    """`copy.deepcopy` of a module, but for tensors that stay shared.
+
+    deepcopy takes longer than a small model's forward, nearly all of it for the many empty dicts of plain modules; so
+    their fields are copied here, and deepcopy is left what else they hold, and modules that say how they are copied.
+    """
+    memo: dict[int, Any] = {id(t): t for t in shared}
+    classes = {cls: _plain(cls) for cls in {type(m) for m in module.modules()}}
+    plain = [m for m in module.modules() if classes[type(m)] and "__deepcopy__" not in m.__dict__]
+    for m in plain:
+        memo[id(m)] = type(m).__new__(type(m))
+    for m in plain:
+        state: dict[str, Any] = m.__getstate__()  # type: ignore[no-untyped-call]
+        memo[id(m)].__setstate__({name: _field(value, memo) for name, value in state.items()})
+    return copy.deepcopy(module, memo)
+
+
+def _plain(cls: type[nn.Module]) -> bool:
+    """Does deepcopy copy these modules field by field, and nothing else?"""
+    own_ways = ("__reduce_ex__", "__reduce__", "__getstate__", "__getnewargs__", "__getnewargs_ex__")
+    return (
+        not hasattr(cls, "__deepcopy__")
+        and cls not in copyreg.dispatch_table
+        and all(getattr(cls, name, None) is getattr(nn.Module, name, None) for name in own_ways)
+        and not any("__slots__" in base.__dict__ for base in cls.__mro__)
+    )
+
+
+def _field(value: Any, memo: dict[int, Any]) -> Any:
+    if type(value) in _ATOMS or (type(value) is tuple and all(type(v) in _ATOMS for v in value)):
+        return value
+    if id(value) in memo or not (type(value) in (dict, OrderedDict) or (type(value) in (list, set) and not value)):
+        return copy.deepcopy(value, memo)
+    copied = memo[id(value)] = type(value)()
+    if value:
+        copied.update({_field(name, memo): _field(one, memo) for name, one in value.items()})
+    return copied
+
+
+_ATOMS = (int, float, bool, str, type(None))
+
+
 def sharing_copy(module: fx.GraphModule) -> tuple[fx.GraphModule, Weights]:
     """A copy of a module that still shares all of its tensors, and the weights to make them its own one by one."""
     tensors = [*module.parameters(), *module.buffers()]
     tensors += [v for m in module.modules() for v in m.__dict__.values() if isinstance(v, Tensor)]
-    copied = copy.deepcopy(module, {id(t): t for t in tensors})
+    copied = deep_copy(module, tensors)
     return copied, Weights(copied, frozenset(id(t) for t in tensors))
 
 

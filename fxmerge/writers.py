@@ -70,7 +70,13 @@ def _transposed(ctx: Any, op: str, input: Lab, weight: Param, bias: Any, axis: i
 
 
 def embedding(
-    ctx: Any, input: Any, weight: Any, padding_idx: Any = None, max_norm: Any = None, *rest: Any, **kwargs: Any
+    ctx: Any,
+    input: Any = None,
+    weight: Any = None,
+    padding_idx: Any = None,
+    max_norm: Any = None,
+    *rest: Any,
+    **kwargs: Any,
 ) -> Any:
     """Rows of a table: W (entries, channels) writes channels and reads nothing; its entries stay."""
     if max_norm is not None:
@@ -187,15 +193,28 @@ def elementwise(ctx: Any, a: Any, b: Any, **kwargs: Any) -> Any:
     return ctx.resized(x, ctx.shape)
 
 
+def addcmul(ctx: Any, input: Any, tensor1: Any, tensor2: Any, *, value: Any = 1) -> Any:
+    """input + value * tensor1 * tensor2."""
+    shape, name = ctx.shape, ctx.rule_name
+    sizes = [t.t.shape if isinstance(t, Lab) else t.value.shape if isinstance(t, Param) else t.shape
+             for t in (tensor1, tensor2)]  # fmt: skip
+    ctx.shape, ctx.rule_name = tuple(torch.broadcast_shapes(*sizes)), "mul"  # type: ignore[no-untyped-call]
+    product = elementwise(ctx, tensor1, tensor2)
+    ctx.shape, ctx.rule_name = shape, "add"
+    total = elementwise(ctx, input, product) if isinstance(product, Lab) else product
+    ctx.rule_name = name
+    return total
+
+
 def masked_fill(ctx: Any, input: Any, mask: Any, value: Any) -> Any:
     """where(mask, value, input) for a value that is one number."""
     return elementwise(ctx, input, mask)
 
 
-def choose(ctx: Any, condition: Any, a: Any, b: Any) -> Any:
-    """where(condition, a, b): all that have a place of their own along the channels become one."""
+def choose(ctx: Any, condition: Any, input: Any, other: Any) -> Any:
+    """where(condition, input, other): all that have a place of their own along the channels become one."""
     found: Any = None
-    for operand in (a, b, condition):
+    for operand in (input, other, condition):
         if isinstance(operand, Param):
             return ctx.unknown("chooses between parameters")
         if isinstance(operand, Lab):
@@ -205,7 +224,7 @@ def choose(ctx: Any, condition: Any, a: Any, b: Any) -> Any:
                 found = _meet(ctx, found.t, operand.t)
         if not isinstance(found, Lab) and found is not None:
             return found
-    for operand in (a, b, condition):
+    for operand in (input, other, condition):
         if isinstance(operand, Tensor) and found is not None and _meets(found.t, operand.shape):
             return ctx.unknown("meets a constant tensor")
     return ctx.unknown("has no operand that is an activation") if found is None else ctx.resized(found, ctx.shape)

@@ -242,3 +242,17 @@ def test_random_is_uniform_and_seeded() -> None:
     share = torch.bincount(torch.cat(picks), minlength=10) / 500
     assert ((share - 0.4).abs() < 5 * (0.4 * 0.6 / 500) ** 0.5).all()
     assert len({tuple(p.tolist()) for p in picks}) > 100  # of 210 subsets
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("seed", range(8))
+def test_l1_decides_near_the_cut_by_the_published_sums(seed: int, dtype: torch.dtype) -> None:
+    """Rows whose l1 norms differ by roundings only: kept are those that summing one term after another prefers."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = (torch.rand(64, 600, generator=generator) + 1e-5 * torch.rand(64, 1, generator=generator)).to(dtype)
+    rows[8:] = rows[:8].repeat(7, 1)[:, torch.randperm(600, generator=generator)]
+    rows[::3] = rows[::3].flip(1)
+    order = torch.argsort(torch.linalg.vector_norm(rows, 1, dim=1), stable=True)
+    for count in (1, 20, 33, 64):
+        found = SELECTORS["l1"](Candidates(rows, rows[:, :, None]), count)
+        assert torch.equal(found, order[64 - count :].sort().values)

@@ -1,4 +1,4 @@
-"""benchmarks.speed: the baseline comes to fxmerge's network, and takes at least 20 times as long."""
+"""benchmarks.speed: the baseline comes to fxmerge's network, and takes many times as long."""
 
 from collections.abc import Iterator
 
@@ -63,6 +63,6 @@ def test_stage_seconds_adds_up_to_the_merge() -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_vgg16_merges_many_times_as_fast() -> None:
-    """The goal is 20; 10 to 15 is what a quiet machine shows, and 5 a noisy one."""
-    theirs, ours, _ = speed.measure(runs=3, baseline_runs=1, console=Console(quiet=True))
-    assert theirs / ours >= 5
+    """The goal is 20; 15 to 17 is what two cores show that are shared with four other processes."""
+    theirs, ours, _ = speed.measure(runs=5, baseline_runs=2, console=Console(quiet=True))
+    assert theirs / ours >= 10
