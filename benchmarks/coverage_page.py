@@ -47,14 +47,17 @@ def summary(title: str, rows: Mapping[Key, Row]) -> list[str]:
     """The lines above a table: how many merged, medians, what to look at."""
     ours = [row for key, row in sorted(rows.items()) if key[2] == "fxmerge"]
     theirs = {key[:2]: row for key, row in rows.items() if key[2] == "peer"}
-    merged = [row for row in ours if row["status"] == "ok"]
+    merged = [row for row in ours if row["status"] == "ok" and row["groups"]]
     right = [row for row in merged if row.get("oracle", 1.0) <= EXACT]
+    idle = [row["name"] for row in ours if row["status"] == "ok" and not row["groups"]]
     wrong = [f"{row['name']} ({row['oracle']:.0e})" for row in merged if row.get("oracle", 0.0) > EXACT]
     out = [f"- {title}: {len(merged)} of {len(ours)} models merged, {len(right)} of them with oracle 1 <= {EXACT:.0e}"]
     if merged:
         seconds = f"analysis {median(r['analysis_s'] for r in merged):.1f} s, merge {_median(merged, 'merge_s')} s"
         out.append(f"- medians: {100 * median(r['left'] for r in merged):.1f} % of the parameters left, {seconds}")
     out.append(f"- oracle 1 > {EXACT:.0e}: {_listed(wrong)}")
+    if idle:
+        out.append(f"- ran, but there was nothing to merge: {_listed(idle)}")
     other = [row["name"] for row in merged if not row.get("shapes_kept", True)]
     if other:
         out.append(f"- outputs of other shapes: {_listed(other)}")

@@ -78,10 +78,11 @@ def put_right(model: nn.Module, holders: list[nn.Module], heads: dict[nn.Module,
             sizes = {"head_dim": out // (3 * heads[qkv]), "attn_dim": out // 3}
         else:
             names = next(t for t in SEPARATE if hasattr(module, t[0]))
-            q = getattr(module, names[0])
+            q, k = (getattr(module, name) for name in names[:2])
             size = q.out_features // heads[q]
             sizes = {"head_dim": size, "attention_head_size": size, "all_head_size": q.out_features,
-                     "inner_dim": q.out_features, "key_value_proj_dim": size}  # fmt: skip
+                     "inner_dim": q.out_features, "key_value_proj_dim": size,
+                     "num_key_value_groups": heads[q] // heads[k]}  # fmt: skip
         for name, value in sizes.items():
             if isinstance(getattr(module, name, None), int):
                 setattr(module, name, value)
@@ -107,6 +108,10 @@ def prune(specimen: Specimen, suite: str, ratio: float) -> None:
         parameter.requires_grad_(True)
     heads, holders = attention(model)
     vit = type(model).__module__ == "torchvision.models.vision_transformer"
+    config = getattr(
+        model, "config", None
+    )  # its example of language models prunes whole heads, for the rotation's sake
+    rotary = hasattr(config, "rope_parameters") or hasattr(config, "rotary_dim")
     with torch.enable_grad():
         pruner = tp.pruner.MagnitudePruner(
             model,
@@ -118,6 +123,9 @@ def prune(specimen: Specimen, suite: str, ratio: float) -> None:
             num_heads=heads,
             in_channel_groups={},
             out_channel_groups={},
+            prune_num_heads=rotary,
+            prune_head_dims=not rotary,
+            head_pruning_ratio=ratio if rotary else 0.0,
             round_to=model.encoder.layers[0].num_heads if vit else None,  # type: ignore[union-attr,index]
             forward_fn=_forward,
             output_transform=flat,
