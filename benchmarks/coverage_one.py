@@ -49,10 +49,9 @@ def route(captured: Any) -> str:
     """How a model was captured: what the record says, else what the code generator of its graph shows."""
     if getattr(captured, "route", None):
         return str(captured.route)
-    graph = getattr(captured.module, "graph", None)
-    if graph is None:
+    if getattr(captured, "recorded", None) is not None:
         return "parts"
-    return "export" if isinstance(graph._codegen, fx.graph._PyTreeCodeGen) else "symbolic"
+    return "export" if isinstance(captured.module.graph._codegen, fx.graph._PyTreeCodeGen) else "symbolic"
 
 
 def fxmerge_findings(specimen: Specimen, oracle_seconds: float) -> Iterator[Finding]:
@@ -79,7 +78,9 @@ def fxmerge_findings(specimen: Specimen, oracle_seconds: float) -> Iterator[Find
     )
     seconds = time.process_time() - start
     whole = count(specimen.model)
-    unused = max(whole - count(result.analysis.captured.module), 0)  # a graph holds no layer that it never calls
+    unused = 0
+    if isinstance(result.module, fx.GraphModule):  # which holds no layer that it never calls
+        unused = max(whole - count(result.analysis.captured.module), 0)
     after = Specimen(result.module.eval(), specimen.inputs)
     yield {
         "merge_s": seconds,
@@ -94,6 +95,12 @@ def fxmerge_findings(specimen: Specimen, oracle_seconds: float) -> Iterator[Find
     yield from oracle_findings(analysis, whole, oracle_seconds)
 
 
+def assembled(captured: Any, module: fx.GraphModule) -> nn.Module:
+    """The model that a copy of the captured graph stands for: itself, or one that holds it as parts."""
+    found: nn.Module = verify.whole(captured, module) if hasattr(verify, "whole") else module
+    return found
+
+
 def oracle_findings(analysis: fxmerge.Analysis, parameters: int, seconds: float) -> Iterator[Finding]:
     """Oracle 1: all groups permuted together, then one by one, as many as `seconds` allow, spread over the model."""
     if parameters > ORACLE_PARAMETERS:
@@ -105,11 +112,11 @@ def oracle_findings(analysis: fxmerge.Analysis, parameters: int, seconds: float)
     captured, facts, grouping = analysis.captured, analysis.facts, analysis.grouping
     start = time.process_time()
     module, args, kwargs = verify.in_float64(captured)
-    before = verify.outputs(module, args, kwargs)
+    before = verify.outputs(assembled(captured, module), args, kwargs)
     permuted = module
     for group in grouping.groups:
         permuted = verify.permute(permuted, facts, grouping, group)
-    together = verify.difference(before, verify.outputs(permuted, args, kwargs))
+    together = verify.difference(before, verify.outputs(assembled(captured, permuted), args, kwargs))
     del module, permuted, before
     gc.collect()
     spent = time.process_time() - start
