@@ -1,0 +1,187 @@
+"""One row of benchmarks.coverage, in a process of its own.
+
+Each finding is written as one line of JSON as soon as it is there, so that a process which is stopped has told what
+it got to. Seconds are CPU seconds on one thread, which a busy machine disturbs less than the clock.
+"""
+
+import gc
+import json
+import os
+import resource
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+import fxmerge
+from benchmarks import peer
+from benchmarks.zoo import Specimen, build
+from fxmerge import verify
+
+RATIO = 0.5
+ORACLE_PARAMETERS = 400_000_000  # a larger model has no room for its float64 copies
+
+Finding = dict[str, Any]
+
+
+def count(module: nn.Module) -> int:
+    """Elements of all parameters, shared ones once."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def shapes(value: Any) -> list[list[int]]:
+    """The shapes of the tensors in a model's output, whatever holds them."""
+    if isinstance(value, Tensor):
+        return [list(value.shape)]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [s for v in value for s in shapes(v)] if isinstance(value, list | tuple) else []
+
+
+def route(captured: Any) -> str:
+    """How a model was captured: what the record says, else what the code generator of its graph shows."""
+    if getattr(captured, "route", None):
+        return str(captured.route)
+    if getattr(captured, "recorded", None) is not None:
+        return "parts"
+    return "export" if isinstance(captured.module.graph._codegen, fx.graph._PyTreeCodeGen) else "symbolic"
+
+
+def fxmerge_findings(specimen: Specimen, oracle_seconds: float) -> Iterator[Finding]:
+    """Analysis, oracle 1 and a merge of one model."""
+    before = shapes(specimen.run())
+    yield {"stage": "analysis"}
+    start = time.process_time()
+    analysis = fxmerge.analyze(specimen.model, specimen.inputs)
+    seconds = time.process_time() - start
+    refused = Counter[str]()
+    for refusal in analysis.refusals:
+        refused[refusal.reason] += refusal.channels
+    yield {
+        "analysis_s": seconds,
+        "route": route(analysis.captured),
+        "groups": len(analysis.groups),
+        "channels": sum(g.channels for g in analysis.groups),
+        "refused": refused.most_common(3),
+        "stage": "merge",
+    }
+    start = time.process_time()
+    result = fxmerge.merge(
+        specimen.model, specimen.inputs, ratio=RATIO, decomposition="prune", scope="all", refit="none"
+    )
+    seconds = time.process_time() - start
+    whole = count(specimen.model)
+    unused = 0
+    if isinstance(result.module, fx.GraphModule):  # which holds no layer that it never calls
+        unused = max(whole - count(result.analysis.captured.module), 0)
+    after = Specimen(result.module.eval(), specimen.inputs)
+    yield {
+        "merge_s": seconds,
+        "left": (count(result.module) + unused) / whole,
+        "shapes_kept": shapes(after.run()) == before,
+        "change": result.report.verdict.error,
+        "status": "ok",
+        "stage": "oracle",
+    }
+    del result, after
+    gc.collect()
+    yield from oracle_findings(analysis, whole, oracle_seconds)
+
+
+def assembled(captured: Any, module: fx.GraphModule) -> nn.Module:
+    """The model that a copy of the captured graph stands for: itself, or one that holds it as parts."""
+    found: nn.Module = verify.whole(captured, module) if hasattr(verify, "whole") else module
+    return found
+
+
+def oracle_findings(analysis: fxmerge.Analysis, parameters: int, seconds: float) -> Iterator[Finding]:
+    """Oracle 1: all groups permuted together, then one by one, as many as `seconds` allow, spread over the model."""
+    if parameters > ORACLE_PARAMETERS:
+        yield {"oracle_note": "too large"}
+        return
+    if not analysis.groups:
+        yield {"oracle_note": "no groups"}
+        return
+    captured, facts, grouping = analysis.captured, analysis.facts, analysis.grouping
+    start = time.process_time()
+    module, args, kwargs = verify.in_float64(captured)
+    before = verify.outputs(assembled(captured, module), args, kwargs)
+    permuted = module
+    for group in grouping.groups:
+        permuted = verify.permute(permuted, facts, grouping, group)
+    together = verify.difference(before, verify.outputs(assembled(captured, permuted), args, kwargs))
+    del module, permuted, before
+    gc.collect()
+    spent = time.process_time() - start
+    yield {"oracle": together, "oracle_tried": 0, "oracle_note": ""}
+    groups = grouping.groups
+    tried = min(len(groups), int(2 * (seconds - spent) / max(spent, 1e-3)))  # that took two runs
+    if tried > 0:
+        some = tuple(groups[i * len(groups) // tried] for i in range(tried))
+        found = verify.permutation(captured, facts, replace(grouping, groups=some))
+        worst = max(found, key=lambda name: found[name])
+        yield {"oracle": max(together, found[worst]), "oracle_worst": worst, "oracle_tried": tried}
+
+
+def peer_findings(specimen: Specimen, suite: str) -> Iterator[Finding]:
+    """The same model pruned by the peer."""
+    before, whole = shapes(specimen.run()), count(specimen.model)
+    yield {"stage": "prune"}
+    start = time.process_time()
+    peer.prune(specimen, suite, RATIO)
+    seconds = time.process_time() - start
+    yield {"stage": "run"}
+    after = shapes(specimen.run())
+    left = count(specimen.model) / whole
+    yield {"merge_s": seconds, "left": left, "shapes_kept": after == before, "status": "ok"}
+
+
+def findings(tool: str, suite: str, name: str, oracle_seconds: float) -> Iterator[Finding]:
+    """What there is to tell of one model; the last finding of a failure says how it ended."""
+    yield {"status": "failed", "stage": "build"}
+    try:
+        specimen = build(suite, name)
+        yield {"parameters": count(specimen.model)}
+        if tool == "peer":
+            yield from peer_findings(specimen, suite)
+        else:
+            yield from fxmerge_findings(specimen, oracle_seconds)
+        yield {"stage": "done"}
+    except Exception as error:
+        short = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+        yield {"error": "out of memory" if short else said(error)}
+
+
+def said(error: Exception) -> str:
+    """An error in one line: fxmerge's own message, else also its type and the innermost line of fxmerge's code."""
+    text = " ".join(str(error).split())
+    for prefix in {str(Path(torch.__file__).parents[1]), str(Path(fxmerge.__file__).parents[1])}:
+        text = text.replace(f"{prefix}/", "")
+    if isinstance(error, fxmerge.FxMergeError):
+        return text
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [f for f in frames if "/fxmerge/" in f.filename]
+    place = f" (fxmerge/{Path(ours[-1].filename).name}:{ours[-1].lineno})" if ours else ""
+    return f"{type(error).__name__}: {text[:600]}{place}"
+
+
+def work(tool: str, suite: str, name: str, told: str, noise: str, memory: float, oracle_seconds: float) -> None:
+    """What the process does: findings go to the file `told`, whatever libraries print to the file `noise`."""
+    sink = os.open(noise, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(sink, 1)
+    os.dup2(sink, 2)
+    limit = int(memory * 2**30)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    with open(told, "a", encoding="utf-8") as file:
+        for finding in findings(tool, suite, name, oracle_seconds):
+            file.write(json.dumps(finding) + "\n")
+            file.flush()

@@ -1,0 +1,140 @@
+"""Torch-Pruning on one model, as its own examples use it: the peer of benchmarks.coverage.
+
+MagnitudePruner with GroupMagnitudeImportance, uniform ratio. Classifiers are left out; so are the heads that its
+torchvision script leaves out. Its timm and transformers examples tell how many heads a layer has before pruning, and
+put the attributes right that a forward reads afterwards.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.zoo import Specimen
+from fxmerge.movement import leaves
+
+CLASSES = {"torchvision": (1000, 400, 91, 21)}
+# what its torchvision script ignores, and the same parts of the models that it does not have
+HEADS = (
+    "head", "rpn.head.cls_logits", "rpn.head.bbox_pred", "backbone.fpn", "roi_heads", "update_block.flow_head",
+    "mask_predictor",
+)  # fmt: skip
+SEPARATE = (("query", "key", "value"), ("q_proj", "k_proj", "v_proj"), ("q_lin", "k_lin", "v_lin"), ("q", "k", "v"))
+
+
+def ignored(model: nn.Module, suite: str) -> list[nn.Module]:
+    """Classifiers and the heads of detectors."""
+    classes = CLASSES.get(suite, (getattr(model, "num_classes", -1), getattr(model, "num_labels", -1)))
+    found: list[nn.Module] = []
+    for module in model.modules():
+        width = getattr(module, "out_features", getattr(module, "out_channels", None))
+        if isinstance(module, nn.Linear | nn.Conv2d) and width in classes:
+            found.append(module)
+        if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+            found.append(module)  # inside nn.MultiheadAttention
+    if suite == "torchvision":
+        named = dict(model.named_modules())
+        detects = any(name in named for name in ("backbone", "update_block"))
+        found += [named[name] for name in HEADS if detects and name in named]
+    if suite == "transformers":
+        out: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        found += [out] if out is not None else []
+    return found
+
+
+def attention(model: nn.Module) -> tuple[dict[nn.Module, int], list[nn.Module]]:
+    """Heads of the layers that make queries, keys and values; the modules that hold them."""
+    heads: dict[nn.Module, int] = {}
+    holders = []
+    config = getattr(model, "config", None)
+    for module in model.modules():
+        number = next(
+            (getattr(module, n) for n in ("num_heads", "num_attention_heads", "n_heads") if hasattr(module, n)), None
+        )
+        triple = next((t for t in SEPARATE if all(isinstance(getattr(module, n, None), nn.Linear) for n in t)), None)
+        if number is None and triple:
+            number = getattr(config, "num_attention_heads", None)
+        if not isinstance(number, int):
+            continue
+        if isinstance(getattr(module, "qkv", None), nn.Linear | nn.Conv2d):
+            heads[module.qkv] = number
+        elif triple:
+            q, k, v = (getattr(module, name) for name in triple)
+            size = q.out_features // number
+            heads |= {q: number, k: k.out_features // size, v: v.out_features // size}
+        else:
+            continue
+        holders.append(module)
+    return heads, holders
+
+
+def put_right(model: nn.Module, holders: list[nn.Module], heads: dict[nn.Module, int]) -> None:
+    """Tell the attention modules, and torchvision's ViT, their new widths."""
+    for module in holders:
+        if isinstance(getattr(module, "qkv", None), nn.Module):
+            qkv: Any = module.qkv
+            out = qkv.out_features if isinstance(qkv, nn.Linear) else qkv.out_channels
+            module.num_heads = heads[qkv]
+            sizes = {"head_dim": out // (3 * heads[qkv]), "attn_dim": out // 3}
+        else:
+            names = next(t for t in SEPARATE if hasattr(module, t[0]))
+            q, k = (getattr(module, name) for name in names[:2])
+            size = q.out_features // heads[q]
+            sizes = {"head_dim": size, "attention_head_size": size, "all_head_size": q.out_features,
+                     "inner_dim": q.out_features, "key_value_proj_dim": size,
+                     "num_key_value_groups": heads[q] // heads[k]}  # fmt: skip
+        for name, value in sizes.items():
+            if isinstance(getattr(module, name, None), int):
+                setattr(module, name, value)
+    if hasattr(model, "hidden_dim") and hasattr(model, "conv_proj"):
+        model.hidden_dim = model.conv_proj.out_channels
+
+
+def flat(out: Any) -> list[Tensor]:
+    """The tensors of an output that a gradient reaches."""
+    return [v for v in leaves(out) if isinstance(v, Tensor) and v.grad_fn is not None]
+
+
+def prune(specimen: Specimen, suite: str, ratio: float) -> None:
+    """Prune the model in place. Raises what the peer raises."""
+    import torch_pruning as tp
+
+    if suite == "timm":  # its timm example says so: a fused attention hides queries, keys and values
+        for module in specimen.model.modules():
+            if isinstance(getattr(module, "fused_attn", None), bool | int):
+                module.fused_attn = False
+    model, inputs = specimen.model, specimen.inputs
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    heads, holders = attention(model)
+    vit = type(model).__module__ == "torchvision.models.vision_transformer"
+    config = getattr(
+        model, "config", None
+    )  # its example of language models prunes whole heads, for the rotation's sake
+    rotary = hasattr(config, "rope_parameters") or hasattr(config, "rotary_dim")
+    with torch.enable_grad():
+        pruner = tp.pruner.MagnitudePruner(
+            model,
+            inputs if isinstance(inputs, dict) else inputs[0] if len(inputs) == 1 else inputs,
+            importance=tp.importance.GroupMagnitudeImportance(),
+            global_pruning=False,
+            pruning_ratio=ratio,
+            ignored_layers=ignored(model, suite),
+            num_heads=heads,
+            in_channel_groups={},
+            out_channel_groups={},
+            prune_num_heads=rotary,
+            prune_head_dims=not rotary,
+            head_pruning_ratio=ratio if rotary else 0.0,
+            round_to=model.encoder.layers[0].num_heads if vit else None,  # type: ignore[union-attr,index]
+            forward_fn=_forward,
+            output_transform=flat,
+        )
+        pruner.step()
+    put_right(model, holders, pruner.num_heads)
+
+
+def _forward(model: nn.Module, inputs: Any) -> Any:
+    if isinstance(inputs, dict):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)

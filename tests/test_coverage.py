@@ -1,0 +1,172 @@
+"""benchmarks.coverage: rows from processes of their own, a file that a later run goes on with, and the page."""
+
+import itertools
+import json
+import multiprocessing
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import coverage, coverage_one, peer, zoo, zoo_timm, zoo_transformers
+from benchmarks.coverage_page import page
+
+ROW = {
+    "suite": "timm", "name": "a", "tool": "fxmerge", "status": "ok", "parameters": 2_000_000, "route": "export",
+    "groups": 3, "channels": 100, "refused": [["is the model's output", 10], ["topk has no rule", 50]],
+    "analysis_s": 1.0, "merge_s": 2.0, "left": 0.4, "shapes_kept": True, "oracle": 1e-15, "oracle_tried": 3,
+}  # fmt: skip
+
+
+def row(**changes: Any) -> dict[str, Any]:
+    return {**ROW, **changes}
+
+
+def table(*rows: dict[str, Any]) -> str:
+    return page({(r["suite"], r["name"], r["tool"]): r for r in rows})
+
+
+def test_squeezenet_is_measured() -> None:
+    pytest.importorskip("torchvision")
+    found = coverage.folded(map(json.dumps, coverage_one.findings("fxmerge", "torchvision", "squeezenet1_1", 0)))
+    assert found["status"] == "ok" and found["stage"] == "done" and found["shapes_kept"]
+    assert found["route"] == "symbolic" and found["groups"] == 25
+    assert 0.3 < found["left"] < 0.4 and found["oracle"] < 1e-10
+
+
+def test_an_unknown_model_is_a_failure_with_its_message() -> None:
+    pytest.importorskip("torchvision")
+    found = coverage.settled(coverage.folded(map(json.dumps, coverage_one.findings("fxmerge", "torchvision", "no", 0))))
+    assert found["status"] == "failed" and "no" in found["error"]
+
+
+def test_torchvision_names() -> None:
+    pytest.importorskip("torchvision")
+    found = zoo.names("torchvision")
+    assert len(found) >= 109 and not [n for n in found if "quantized" in n]
+
+
+def test_timm_names_are_timm_s() -> None:
+    timm = pytest.importorskip("timm")
+    assert set(zoo_timm.FAMILIES) <= set(timm.list_modules())
+    for family, name in itertools.islice(zoo_timm.FAMILIES.items(), 0, None, 10):
+        assert name in timm.list_models(module=family)
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "BartForConditionalGeneration"])
+def test_transformers_run(name: str) -> None:
+    pytest.importorskip("transformers")
+    assert name in zoo_transformers.ARCHITECTURES
+    assert coverage_one.shapes(zoo.build("transformers", name).run())[0] == [1, 12, 120]
+
+
+def test_constants_become_random_and_batch_norms_fit_the_example() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.LayerNorm(4))
+    net[3].weight.data.fill_(1e-6)
+    specimen = zoo.Specimen(net.eval(), (100 + 50 * torch.randn(1, 3, 6, 6),))
+    generator = torch.Generator().manual_seed(0)
+    zoo.vary_constants(net, generator)
+    zoo.vary_batch_norms(specimen, generator)
+    assert all(len(p.unique()) > 1 for p in net.parameters())
+    assert float(net[3].weight.detach().abs().min()) > 0.01
+    with torch.no_grad():
+        normed = (net[1](net[0](*specimen.inputs)) - net[1].bias[:, None, None]) / net[1].weight[:, None, None]  # type: ignore[operator,index]
+    assert 0.7 < float(normed.std()) < 1.6 and float(normed.abs().max()) < 6
+    assert len(net[1].running_mean.unique()) == 8  # type: ignore[union-attr,operator]
+
+
+def test_the_peer_leaves_classifiers() -> None:
+    net = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 1000))
+    assert peer.ignored(net, "torchvision") == [net[1]]
+
+
+def test_a_later_row_replaces_an_earlier_one_and_an_unfinished_line_is_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "below" / "rows.jsonl"
+    coverage.append_row(path, row(left=0.5))
+    with path.open("a") as file:
+        file.write('{"suite": "timm", "na')
+    coverage.append_row(path, row(name="b"))
+    coverage.append_row(path, row(left=0.3))
+    rows = coverage.read_rows(path)
+    assert [(key[1], r["left"]) for key, r in rows.items()] == [("a", 0.3), ("b", 0.4)]
+
+
+def test_a_run_goes_on_where_the_last_one_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = []
+
+    def fake(key: tuple[str, str, str], *_: Any) -> tuple[dict[str, Any], float]:
+        measured.append(key)
+        return row(suite=key[0], name=key[1], tool=key[2]), 0.0
+
+    monkeypatch.setattr(coverage, "measure", fake)
+    monkeypatch.setattr(coverage, "names", lambda suite: ["a", "b", "c"])
+    out = tmp_path / "page.md"
+    coverage.append_row(tmp_path / "page.jsonl", row())
+    arguments = ["--suite", "timm", "--only", "[ab]", "--out", str(out)]
+    coverage.main([*arguments, "--no-peer"])
+    assert measured == [("timm", "b", "fxmerge")]
+    assert "| b | 2.00 M | export |" in out.read_text()
+    coverage.main(arguments)
+    assert measured[1:] == [("timm", "a", "peer"), ("timm", "b", "peer")]
+    coverage.main([*arguments, "--no-peer", "--again"])
+    assert measured[3:] == [("timm", "a", "fxmerge"), ("timm", "b", "fxmerge")]
+
+
+def slow(tool: str, suite: str, name: str, told: str, *_: Any) -> None:
+    """Has merged, or not, when it stops making progress."""
+    Path(told).write_text(
+        '{"status": "failed", "stage": "analysis"}\n' + ('{"status": "ok"}\n{"le' * (name == "merged"))
+    )
+    time.sleep(600)
+
+
+def dying(tool: str, suite: str, name: str, told: str, noise: str, *_: Any) -> None:
+    Path(told).write_text('{"status": "failed", "stage": "merge"}\n')
+    Path(noise).write_text("some noise\nlast words\n")
+    os._exit(3)
+
+
+def fake_row(name: str, work: Any, monkeypatch: pytest.MonkeyPatch, timeout: float) -> dict[str, Any]:
+    monkeypatch.setattr(coverage, "PROCESSES", multiprocessing.get_context("fork"))
+    return coverage.measure(("timm", name, "fxmerge"), timeout, 1, 1, work)[0]
+
+
+def test_a_process_out_of_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = fake_row("stuck", slow, monkeypatch, 1)
+    assert found["status"] == "failed" and found["error"] == "stopped after 1 s, in analysis"
+    found = fake_row("merged", slow, monkeypatch, 1)  # the oracle's time, not the merge's
+    assert found["status"] == "ok" and found["oracle_note"] == "stopped after 1 s"
+
+
+def test_a_process_that_dies(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = fake_row("dying", dying, monkeypatch, 60)
+    assert found["status"] == "failed" and found["error"] == "died last words (exit status 3), in merge"
+
+
+def test_page() -> None:
+    text = table(
+        row(),
+        row(name="wrong", oracle=1e-3, oracle_tried=0),
+        row(name="idle", groups=0, left=1.0),
+        row(name="bad", status="failed", error="Bad cannot be traced: a | b"),
+        row(name="worse", status="failed", error="Worse cannot be traced: a | b"),
+        row(tool="peer", left=0.3),
+        row(name="wrong", tool="peer", left=0.1, shapes_kept=False),
+        row(name="bad", tool="peer", left=0.3),
+    )
+    assert "- timm: 2 of 5 models merged, 1 of them with oracle 1 <= 1e-10" in text
+    assert "oracle 1 > 1e-10: 1: wrong (1e-03)" in text
+    assert "nothing to merge: 1: idle" in text
+    assert "more left than the peer by over 5 points: 1: a (+10)" in text
+    assert "pruned by the peer but not merged: 1: bad" in text
+    assert "| **1e-03 (0)** |" in text and "31 % of channels: topk has no rule" in text
+    assert "| 2 | cannot be traced: a \\| b | bad, worse |" in text
+
+
+def test_page_without_rows() -> None:
+    assert "0 of 0 models merged" in page({})
