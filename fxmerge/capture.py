@@ -65,7 +65,9 @@ def capture(model: nn.Module, example_inputs: Any) -> Capture:
         raise FxMergeError("example_inputs hold a tensor without elements; give at least one sample")
     training = {name: m.training for name, m in model.named_modules()}
     # a copy that shares the parameters, which nobody writes; buffers are its own, since a forward may update them
-    traced_model = deep_copy(model, model.parameters()).eval()
+    traced_model = deep_copy(model, model.parameters())
+    for inner in traced_model.modules():  # .eval() of an exported graph module raises
+        inner.training = False
     recall = Recall()
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -65,6 +65,7 @@ class Builder:
             if self.facts.kinds[n] in ("per_channel", "tie", "mixer", "carrier")
             and not self.facts.commutes.get(n, False)
         ]
+        blocked += [m.layer.node for m in members["carry"] if m.layer.op == "joined"]  # a class token does not scale
         single = len(writers) == 1 and len(readers) == 1 and not junctions and not mixed
         return Group(
             first, torch.from_numpy(inside), torch.from_numpy(cell), tuple(writers), tuple(members["carry"]),

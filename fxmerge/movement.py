@@ -124,6 +124,8 @@ def execute(ctx: Any, *args: Any, **kwargs: Any) -> Any:
     plain_args, plain_kwargs = tree(as_labels, list(args)), tree(as_labels, kwargs)
     if ctx.rule_name in ("cat", "stack"):
         _tie_across(ctx, plain_args, plain_kwargs)
+        for raw in (v.param if isinstance(v, View) else v for v in args[0] if isinstance(v, (View, Param))):
+            ctx.layer("joined", {"weight": raw.path}, carries=ctx.elements(raw))
     out = run(ctx.target, plain_args, plain_kwargs)
 
     moved = args[0].param if isinstance(args[0], View) else args[0]

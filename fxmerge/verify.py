@@ -261,7 +261,7 @@ def _copy(module: nn.Module, member: Member, slot: str, pairs: Tensor, scale: Te
     path = member.layer.params.get(slot)
     if path is not None:
         value = at(module, path)
-        flat = value.view(-1) if member.layer.op.startswith(("scale", "offset")) else value
+        flat = value.view(-1) if member.layer.op.startswith(("scale", "offset", "joined")) else value
         if slot == "weight" and member.layer.transposed:
             flat = value.movedim(1, 0)
         here, local = member.local(pairs[0])
@@ -295,5 +295,6 @@ def _carry(module: nn.Module, carrier: Member, pairs: Tensor, before: Tensor, af
     elif layer.op.startswith("offset"):
         _copy(module, carrier, "weight", pairs, before)
     else:
-        _copy(module, carrier, "weight", pairs, torch.ones_like(before))
+        for slot in layer.params:
+            _copy(module, carrier, slot, pairs, torch.ones_like(before))
     return change.get(layer.op, lambda: before)()

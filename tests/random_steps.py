@@ -248,8 +248,8 @@ def measured(d: Draft) -> None:
     x, last = d.x.name, len(d.x.shape) - 1
     axis = d.one(1, last)
     d.same(d.one(f"F.normalize({x}, dim={axis})", f"{x} - {x}.mean({axis}, keepdim=True)",
-                 f"{x} / (1 + {x}.norm(dim={axis}, keepdim=True))",
-                 f"{x} * {x}.amax({axis}, keepdim=True)"))  # fmt: skip
+                 f"{x} * {x}.amax({axis}, keepdim=True)",
+                 f"{x} / (1 + {x}.norm(dim={axis}, keepdim=True))"))  # fmt: skip
 
 
 @step(able=lambda d: d.x.c > 4 and not d.copied)

@@ -117,6 +117,16 @@ FOUND = {
     def forward(self, x):
         # x: (2, 3, 8, 8)
         return self.b(self.g(self.a(x))[:, 1:8])""",
+    "a token of its own beside the others": """
+        self.a, self.b, self.t = nn.Linear(5, 8), nn.Linear(8, 3), nn.Parameter(torch.zeros(1, 1, 8))
+    def forward(self, x):
+        # x: (2, 6, 5)
+        return self.b(F.relu(torch.cat([self.t.expand(2, -1, -1), self.a(x)], 1)))""",
+    "an InstanceNorm with a bias": """
+        self.a, self.n, self.b = nn.Conv2d(3, 8, 1), nn.InstanceNorm2d(8, affine=True), nn.Conv2d(8, 3, 1)
+    def forward(self, x):
+        # x: (2, 3, 8, 8)
+        return self.b(self.n(self.a(x)))""",
     "a norm along an axis of the image": """
         self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 3, 1)
     def forward(self, x):
