@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
 
+from .calibration import bind
 from .errors import FxMergeError, source_line
 from .ir import Capture
 from .movement import fresh, leaves
@@ -70,7 +70,7 @@ def capture(model: nn.Module, example_inputs: Any) -> Capture:
                 f"{type(error).__name__}: {first_line(error)}; give inputs as the model's forward takes them"
             ) from error
         module = trace(traced_model, fresh(args), fresh(kwargs))
-        values = _bind(module, args, kwargs)
+        values = bind(module, args, kwargs)
         torch.manual_seed(0)
         recorder = _Recorder(module)
         actual = recorder.run(*fresh(values), enable_io_processing=False)
@@ -79,22 +79,6 @@ def capture(model: nn.Module, example_inputs: Any) -> Capture:
         traced.training = training.get(name, model.training)
     outputs = tuple(v for v in leaves(expected) if isinstance(v, Tensor) and v.is_floating_point())
     return Capture(module, args, kwargs, tuple(values), outputs, recorder.shapes, recorder.dtypes, recorder.devices)
-
-
-def _bind(module: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """The values of the placeholders, in order; those of an exported graph are the leaves of the arguments."""
-    if isinstance(module.graph._codegen, fx.graph._PyTreeCodeGen):
-        return list(tree_leaves((args, kwargs)))
-    values, positional = [], list(args)
-    for node in module.graph.nodes:
-        if node.op == "placeholder":
-            if positional:
-                values.append(positional.pop(0))
-            elif node.target in kwargs:
-                values.append(kwargs[node.target])
-            else:
-                values.append(node.args[0] if node.args else None)
-    return values
 
 
 class _Recorder(fx.Interpreter):

@@ -1,6 +1,6 @@
 """The pipeline, from top to bottom; the stages' names are those of the files, the progress bar and the report.
 
-capture -> provenance -> groups -> similarity -> allocation -> selection -> decomposition -> rewrite -> verify
+capture -> provenance -> groups -> allocation -> survey -> selection -> decomposition -> rewrite -> refit -> verify
 """
 
 from __future__ import annotations
@@ -14,22 +14,26 @@ from torch import Tensor, fx, nn
 
 from . import verify
 from .allocation import ALLOCATORS, check_patterns, ignored, shaken
+from .calibration import Batches, fed, refit_normalises, summed
 from .capture import capture
 from .constants import recompute
 from .decomposition import DECOMPOSITIONS, cellwise_least_squares, push
 from .decomposition import Mapping as Map
 from .errors import FxMergeError, source_line
 from .groups import aligned, group
-from .ir import Capture, Decomposition, Group, Grouping, Merge, Provenance, Refusal
+from .ir import Capture, Decomposition, Group, Grouping, Merge, Provenance, Reading, Refusal
+from .lockstep import Settings
 from .options import Options
 from .plan import GroupPlan, Partner, Plan
 from .progress import progress
 from .provenance import provenance
+from .refit import Refitted, refit
 from .report import AnalysisReport, Report
 from .resizing import Call
 from .rewrite import Rewriter, survivors
 from .selection import select
 from .similarity import candidates, moments, state, statistics
+from .survey import mismatch, readings
 
 
 @dataclass(frozen=True)
@@ -83,25 +87,35 @@ def settled(options: Options | None, changes: dict[str, Any]) -> Options:
     return (options or Options()).replace(**changes)
 
 
-def merge(model: nn.Module, example_inputs: Any, options: Options | None = None, **changes: Any) -> Result:
+def merge(
+    model: nn.Module, example_inputs: Any, options: Options | None = None, calibration: Any = None, **changes: Any
+) -> Result:
     """Make a trained model structurally smaller; `model` itself is never modified.
 
     example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
     options: `Options`, or its fields as keyword arguments.
+    calibration: batches of unlabelled inputs for refit, in place of probes: an iterable of tensors, tuples or dicts, a
+        DataLoader (what the model does not take is ignored), or one tensor.
     Raises FxMergeError where it cannot be done, naming what and what to do instead.
     """
-    return _merge(model, example_inputs, settled(options, changes), None)
+    return _merge(model, example_inputs, settled(options, changes), None, calibration)
 
 
-def apply(plan: Plan, model: nn.Module, example_inputs: Any) -> Result:
+def apply(plan: Plan, model: nn.Module, example_inputs: Any, calibration: Any = None) -> Result:
     """Replay a plan on another copy of the model: the same channels stay, whatever the weights.
 
     Raises FxMergeError where the model's groups are not the plan's.
     """
-    return _merge(model, example_inputs, plan.options, {g.name: g for g in plan.groups})
+    return _merge(model, example_inputs, plan.options, {g.name: g for g in plan.groups}, calibration)
 
 
-def _merge(model: nn.Module, example_inputs: Any, options: Options, decided: Mapping[str, GroupPlan] | None) -> Result:
+def _merge(
+    model: nn.Module, example_inputs: Any, options: Options, decided: Mapping[str, GroupPlan] | None, given: Any
+) -> Result:
+    if given is not None and options.refit == "synthetic":
+        options = options.replace(refit="calibration")
+    if given is None and options.refit == "calibration":
+        raise FxMergeError("refit='calibration' needs batches of inputs; give merge(..., calibration=batches)")
     with progress() as stage:
         stage("capture")
         captured = capture(model, example_inputs)
@@ -115,15 +129,25 @@ def _merge(model: nn.Module, example_inputs: Any, options: Options, decided: Map
         tensors = state(captured.module)
         stage("allocation")
         counts = _replayed(groups, decided) if decided is not None else ALLOCATORS["uniform"](groups, options)
+        narrowed = [g for g in groups if sum(counts[g.name]) < g.channels]
+        settings = Settings(options.rows, options.seed, refit_normalises(facts, options), summed)
+        batches: Batches = []
+        if narrowed and options.refit != "none":
+            stage("probes" if given is None else "calibration")
+            batches = fed(captured, facts, options, given, lambda b: mismatch(captured, facts, b, settings))
+        surveyed: Mapping[str, tuple[Reading, ...]] = {}
+        if batches and decided is None and options.selection == "repair":
+            stage("survey")
+            surveyed = readings(captured, facts, narrowed, batches, settings, stage)
         chosen: list[tuple[Group, Tensor]] = []
-        for g in groups:
-            if sum(counts[g.name]) < g.channels:
-                stage(f"selection {g.name}")
-                if decided is not None:
-                    kept = torch.tensor(decided[g.name].kept)
-                else:
-                    kept = select(options.selection, candidates(g, tensors, options.seed), g.cells, counts[g.name])
-                chosen.append((g, kept))
+        for g in narrowed:
+            stage(f"selection {g.name}")
+            if decided is not None:
+                kept = torch.tensor(decided[g.name].kept)
+            else:
+                seen = candidates(g, tensors, options.seed, surveyed.get(g.name, ()))
+                kept = select(options.selection, seen, g.cells, counts[g.name])
+            chosen.append((g, kept))
         chosen, edits, refused = _provable(captured, facts, grouping, chosen)
         refusals = (*refusals, *refused)
         rewriter, plans = Rewriter(captured.module, facts), []
@@ -133,12 +157,17 @@ def _merge(model: nn.Module, example_inputs: Any, options: Options, decided: Map
             rewriter.absorb(merged)
             plans.append(_group_plan(g, kept, mapping))
         stage("rewrite")
-        module = rewriter.finish(survivors(facts, grouping.atom, chosen), edits)
+        alive = survivors(facts, grouping.atom, chosen)
+        module = rewriter.finish(alive, edits)
+        refitted: tuple[Refitted, ...] = ()
+        if batches and chosen:
+            stage("refit")
+            refitted = refit(captured.module, module, facts, alive, batches, settings, stage)
         stage("verify")
         verdict = verify.compare(captured, module)
     analysis = Analysis(captured, facts, grouping, refusals)
     plan = Plan(options, tuple(plans))
-    report = Report(grouping.groups, refusals, captured, module, plan, verdict)
+    report = Report(grouping.groups, refusals, captured, module, plan, verdict, refitted)
     return Result(module, plan, report, analysis)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from . import linalg
-from .ir import Candidates, Capture, Evidence, Group, Layer, Member, PublishedForm
+from .ir import Candidates, Capture, Evidence, Group, Layer, Member, PublishedForm, Reading
 from .options import Options
 
 SAMPLES = 4096  # at least; rows of the Gaussian that stands for a group's pre-activations
@@ -78,7 +78,9 @@ def _spread(own: Tensor, member: Member, n: int, default: float) -> Tensor:
     return own.new_full((n, *own.shape[1:]), default).index_copy_(0, member.channels, own)
 
 
-def candidates(group: Group, tensors: Mapping[str, Tensor], seed: int) -> Candidates:
+def candidates(
+    group: Group, tensors: Mapping[str, Tensor], seed: int, readings: tuple[Reading, ...] = ()
+) -> Candidates:
     """What a selector chooses a group's channels by: its writers' rows, and the first writer's kernels."""
     carriers, n = {m.layer.node: m for m in group.carriers}, group.channels
     rows = []
@@ -93,7 +95,8 @@ def candidates(group: Group, tensors: Mapping[str, Tensor], seed: int) -> Candid
     in_order = _in_order(first, len(out_first))
     kernels = out_first if in_order else out_first[first.where[:, 0]]
     kernels = kernels.flatten(2) if weight.dim() > 2 else kernels[:, :, None]
-    return Candidates(rows[0] if len(rows) == 1 else torch.cat(rows, 1), _spread(kernels, first, n, 0.0), seed)
+    joined = rows[0] if len(rows) == 1 else torch.cat(rows, 1)
+    return Candidates(joined, _spread(kernels, first, n, 0.0), seed, readings)
 
 
 def statistics(
