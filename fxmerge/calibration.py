@@ -20,12 +20,8 @@ from .options import Options
 from .probes import PROBES, probes
 
 Batches = list[list[Any]]  # by batch, values of the graph's placeholders
-ELEMENTS = 2**27  # of the largest activation over all batches: half a GiB in float32
-
-
-def refit_normalises(facts: Provenance, options: Options) -> bool:
-    """Do BatchNorms use the batches' own statistics? On probes they do."""
-    return options.refit == "synthetic" and any(layer.op == "batch_norm" for layer in facts.layers)
+ELEMENTS = 2**27  # of the largest activation over all batches, at most: half a GiB in float32
+FEWEST, MOST, SMALL = 256, 4096, 2**22  # probes, unless told: so many that the largest activation has SMALL elements
 
 
 def fed(
@@ -39,7 +35,7 @@ def fed(
     if options.refit == "calibration":
         return share(given(captured, batches, limit))
     size = batch_size(captured) if fixed_batch(captured.module) else options.batch
-    words, normed = vocabularies(captured, facts), refit_normalises(facts, options)
+    words, normed = vocabularies(captured, facts), any(layer.op == "batch_norm" for layer in facts.layers)
 
     def made(family: str, count: int) -> Batches:
         whole = max(1, min(count, limit) // size) * size  # the last batch is as large as the others
@@ -49,7 +45,7 @@ def fed(
     if family == "auto":
         off = {name: mismatch(made(name, size)) if normed else 0.0 for name in PROBES}
         family = min(off, key=lambda name: off[name])
-    return share(made(family, options.samples))
+    return share(made(family, options.samples or max(FEWEST, min(MOST, SMALL // largest_activation(captured)))))
 
 
 def bind(module: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
@@ -71,9 +67,13 @@ def fixed_batch(module: fx.GraphModule) -> bool:
 
 def samples_at_most(captured: Capture) -> int:
     """How many samples keep the largest activation within bounds."""
-    size = batch_size(captured)
+    return max(1, ELEMENTS // largest_activation(captured))
+
+
+def largest_activation(captured: Capture) -> int:
+    """Elements of the largest activation of one sample."""
     largest = max((int(torch.Size(s).numel()) for s in captured.shapes.values()), default=1)
-    return max(1, ELEMENTS * max(size, 1) // max(largest, 1))
+    return max(1, largest // max(batch_size(captured), 1))
 
 
 def batch_size(captured: Capture) -> int:

@@ -1,15 +1,18 @@
 """Lockstep: the original and the merged graph run node by node on the same batches, values freed after their last use.
 
 A node's value is a list, one entry for each batch, so that all batches are seen at one node before the next one runs.
-With `batch_statistics` every BatchNorm of both streams uses the mean and variance of the *original's* input over all
-batches: each layer then sees what training left it, (beta, gamma), whatever the model's inputs look like.
+On probes both streams are *held* where training left them, whatever the model's inputs look like: every BatchNorm uses
+the mean and variance of the *original's* input over all batches, so that its output has mean beta and deviation gamma.
+In a network without norms each rectified layer is held instead: its outputs are moved, channel by channel, so that the
+share FIRING of the original's is above zero. Trained units fire seldom, and a linear map of noise does not know that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 import torch
@@ -21,18 +24,20 @@ from .systems import Reduce
 from .weights import at
 
 Values = list[Any]
+FIRING = 0.1  # of a held layer's outputs are positive, were they Gaussian
+LEVEL = NormalDist().inv_cdf(FIRING)  # their mean, in deviations
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How probes are run and what is solved with them.
+    """How batches are run and how many rows are solved with.
 
-    batch_statistics:  do BatchNorms use the batches' statistics? (probes) or the running ones (data)
+    held:  are both streams held where training left them (probes), or run as they are (data)?
     """
 
     rows: int
     seed: int
-    batch_statistics: bool
+    held: bool
     reduce: Reduce
 
 
@@ -96,6 +101,7 @@ class Lockstep:
 
     merged:  None to run the original alone
     kept:    labels (m,) -> the places among them that the merged graph still has
+    rectified: the layers that are held in a network without norms
     """
 
     def __init__(
@@ -106,11 +112,14 @@ class Lockstep:
         batches: Sequence[Sequence[Any]],
         kept: Callable[[Tensor], Tensor],
         settings: Settings,
+        rectified: Mapping[str, Layer],
     ) -> None:
         self.original = Stream(original, fresh(list(batches)))
         self.merged = self.original if merged is None else Stream(merged, fresh(list(batches)))
-        layers = facts.layers if settings.batch_statistics else ()
+        layers = facts.layers if settings.held else ()
         self.norms = {layer.node: layer for layer in layers if layer.op == "batch_norm"}
+        self.rectified: Mapping[str, Layer] = rectified if settings.held else {}
+        self.shifts: dict[str, Tensor] = {}  # held layer -> what its outputs are moved by, (c,)
         self.kept, self.reduce = kept, settings.reduce
         self.known: dict[str, tuple[Tensor, Tensor]] = {}  # BatchNorm -> mean and deviation over the batches
 
@@ -148,8 +157,20 @@ class Lockstep:
             values = self._normalise(stream, node, self.norms[node.name], kept)
         else:
             values = [stream.call(node, i) for i in range(len(stream.batches))]
-        stream.values[node.name] = values
+        layer = self.rectified.get(node.name)
+        stream.values[node.name] = values if layer is None else self._held(values, layer, kept)
         return values
+
+    def _held(self, values: list[Tensor], layer: Layer, kept: Callable[[Tensor], Tensor] | None) -> Values:
+        axis = values[0].dim() - 1 - max(0, at(self.original.module, layer.params["weight"]).dim() - 2)
+        if kept is None:
+            mean, variance = moments(values, axis, self.reduce)
+            self.shifts[layer.node] = LEVEL * variance.sqrt() - mean
+        shift, labels = self.shifts[layer.node], layer.writes if layer.writes is not None else layer.carries
+        if kept is not None and labels is not None:
+            shift = shift[kept(labels).to(shift.device)]
+        view = [-1 if a == axis else 1 for a in range(values[0].dim())]
+        return [x + shift.to(x).view(view) for x in values]
 
     def _normalise(
         self, stream: Stream, node: fx.Node, layer: Layer, kept: Callable[[Tensor], Tensor] | None

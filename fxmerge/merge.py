@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from . import verify
 from .allocation import ALLOCATORS, check_patterns, ignored, shaken
-from .calibration import Batches, fed, refit_normalises, summed
+from .calibration import Batches, fed, summed
 from .capture import capture
 from .constants import recompute
 from .decomposition import DECOMPOSITIONS, cellwise_least_squares, push
@@ -130,7 +130,7 @@ def _merge(
         stage("allocation")
         counts = _replayed(groups, decided) if decided is not None else ALLOCATORS["uniform"](groups, options)
         narrowed = [g for g in groups if sum(counts[g.name]) < g.channels]
-        settings = Settings(options.rows, options.seed, refit_normalises(facts, options), summed)
+        settings = Settings(options.rows, options.seed, options.refit == "synthetic", summed)
         batches: Batches = []
         if narrowed and options.refit != "none":
             stage("probes" if given is None else "calibration")

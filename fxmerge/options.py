@@ -55,8 +55,8 @@ class Options:
     )
     refit: Annotated[str, _one_of("refit", "what layers are re-solved on: nothing, probes, your batches")] = "synthetic"
     probes: Annotated[str, _one_of("probes", "family of refit's probes; auto fits the BatchNorms' statistics")] = "auto"
-    samples: int = 256
-    """refit: probes made"""
+    samples: int = 0
+    """refit: probes made; 0: 256 to 4096, by the size of the activations"""
     batch: int = 64
     """refit: probes run at a time"""
     rows: int = 16384
@@ -71,7 +71,7 @@ class Options:
         self._number("threshold", -1, 1, "it is a cosine")
         self._number("lam", 0, 1, "it is a weight between 0 and 1")
         for name in ("round_to", "samples", "batch", "rows", "seed"):
-            value, least = getattr(self, name), 0 if name == "seed" else 1
+            value, least = getattr(self, name), 0 if name in ("seed", "samples") else 1
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise FxMergeError(f"{name} is {value!r}; give a whole number from {least} up")
         for name, choices in CHOICES.items():

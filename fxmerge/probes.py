@@ -26,10 +26,9 @@ def white(example: Tensor, count: int, generator: Generator) -> Tensor:
 
 def pink(example: Tensor, count: int, generator: Generator) -> Tensor:
     shape = tuple(example.shape[1:])
-    if not shape:
+    if len(shape) < 2:  # features have no neighbours
         return white(example, count, generator)
-    sizes = shape[1:] or shape
-    channels = shape[0] if len(shape) > 1 else 1
+    channels, sizes = shape[0], shape[1:]
     axes = tuple(range(-len(sizes), 0))
     grids = torch.meshgrid(*(torch.fft.fftfreq(s) for s in sizes), indexing="ij")
     frequency = torch.stack(grids).square().sum(0).sqrt()

@@ -14,6 +14,7 @@ no solution is better than the weight that is there.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -27,7 +28,6 @@ from .patches import Form, at_positions, form_of, operands, patches, rows_of, sa
 from .systems import system
 from .weights import Weights, at
 
-SOLVED = ("linear", "matrix", "conv", "depthwise", "conv_transpose")
 EXACT = 1e-10  # relative square error at which a layer needs no refit
 MATCH = 2.0  # the moment matching's factor stays between 1 / MATCH and MATCH
 RIDGE = 1e-3  # the pull towards the weights that are there, of the Gram's mean diagonal
@@ -82,12 +82,14 @@ class _Refit:
         settings: Settings,
     ) -> None:
         self.facts, self.alive, self.settings = facts, alive, settings
-        self.run_of = Lockstep(original, merged, facts, batches, self.kept, settings)
+        self.run_of = Lockstep(
+            original, merged, facts, batches, self.kept, settings, aims.rectified_layers(original, facts)
+        )
         self.original, self.merged, self.weights = original, merged, Weights(merged)
         self.layers = {layer.node: layer for layer in facts.layers}
         self.norms = {name: layer for name, layer in self.layers.items() if layer.op == "batch_norm"}
-        held = [layer.params["weight"] for layer in facts.layers if layer.op in SOLVED]
-        self.shared = {path for path in held if held.count(path) > 1}
+        used = Counter(layer.params["weight"] for layer in facts.layers if "weight" in layer.params)
+        self.shared = {path for path, times in used.items() if times > 1}
         self.generator = torch.Generator().manual_seed(settings.seed)
 
     def kept(self, labels: Tensor) -> Tensor:
@@ -101,7 +103,7 @@ class _Refit:
             comes = any(moved.get(source.name, False) for source in node.all_input_nodes)
             own = layer is not None and any(self._changed(path) for path in layer.params.values())
             moved[node.name] = comes or own
-            if layer is not None and comes and layer.op in SOLVED:
+            if layer is not None and comes and layer.op in aims.SOLVED:
                 stage(f"refit {layer.module}")
                 records.append(self._solve(step, layer))
         return tuple(records)
@@ -125,7 +127,7 @@ class _Refit:
         out_labels = layer.writes if layer.writes is not None else layer.carries
         assert out_labels is not None
         stays = self.kept(out_labels).to(step.outputs[0].device)
-        affine = self._affine(found, step.outputs, stays)
+        affine = self._affine(node, found, step.outputs, stays)
         rows = self._rows(step, form, self.run_of.merged.values[source.name], found, affine, stays)
         start = rows_of(self.weights[path], form).double()
         bias_path = layer.params.get("bias")
@@ -150,11 +152,12 @@ class _Refit:
     def _present(self) -> set[str]:
         return set(self.run_of.merged.values) & set(self.run_of.original.values)
 
-    def _affine(self, found: aims.Behind, outputs: Sequence[Tensor], stays: Tensor) -> aims.Affine:
+    def _affine(self, node: fx.Node, found: aims.Behind, outputs: Sequence[Tensor], stays: Tensor) -> aims.Affine:
         """What the BatchNorm behind a layer does to the channels that stay."""
         ones = torch.ones(len(stays), dtype=torch.float64, device=stays.device)
         if found.norm is None:
-            return aims.affine(ones, torch.zeros_like(ones))
+            shift = self.run_of.shifts.get(node.name)
+            return aims.affine(ones, torch.zeros_like(ones) if shift is None else shift[stays])
         mean, deviation = self.run_of.statistics(found.norm, outputs)
         gain, constant = 1 / deviation, torch.zeros_like(mean)
         if "weight" in found.norm.params:

@@ -16,7 +16,7 @@ from .ir import Capture, Group, Layer, Provenance, Reading
 from .lockstep import Lockstep, Settings, evaluating, moments
 from .patches import form_of, operands, patches, rows_of, sample
 from .systems import second_moments
-from .targets import behind
+from .targets import behind, rectified_layers
 from .weights import at
 
 WIDEST = 8192  # columns of all blocks together: a reader with more is left out
@@ -40,7 +40,7 @@ def readings(
     norms = {layer.node: layer for layer in facts.layers if layer.op == "batch_norm"}
     generator = torch.Generator().manual_seed(settings.seed)
     with evaluating(module), torch.no_grad():
-        run = Lockstep(module, None, facts, batches, lambda labels: labels, settings)
+        run = Lockstep(module, None, facts, batches, lambda labels: labels, settings, rectified_layers(module, facts))
         for step in run:
             members = readers.get(step.node.name, ())
             if not members:
@@ -101,7 +101,7 @@ def mismatch(captured: Capture, facts: Provenance, batches: Sequence[Sequence[An
     norms = {layer.node: layer for layer in facts.layers if layer.op == "batch_norm" and "running_var" in layer.params}
     total, channels, module = 0.0, 0, captured.module
     with evaluating(module), torch.no_grad():
-        run = Lockstep(module, None, facts, batches, lambda labels: labels, settings)
+        run = Lockstep(module, None, facts, batches, lambda labels: labels, settings, rectified_layers(module, facts))
         for step in run:
             layer = norms.get(step.node.name)
             if layer is None:

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from . import rules
-from .ir import Layer
+from .ir import Layer, Provenance
 
+SOLVED = ("linear", "matrix", "conv", "depthwise", "conv_transpose")  # what refit re-solves
 LEAST_GAIN = 0.05  # of the median |gain|: below it a channel's output hardly matters
 
 
@@ -70,6 +71,22 @@ def behind(module: fx.GraphModule, node: fx.Node, norms: dict[str, Layer], known
         else:
             following = None
     return Behind(norm, other, rule(following) == "relu")
+
+
+def rectified_layers(module: fx.GraphModule, facts: Provenance) -> dict[str, Layer]:
+    """The first layers on each way from the inputs that pass a rectifier next, in a network that has no norms."""
+    if any("norm" in layer.op for layer in facts.layers) or any("norm" in node for node, _ in facts.mixers):
+        return {}
+    layers = {layer.node: layer for layer in facts.layers if layer.op in SOLVED}
+    found: dict[str, Layer] = {}
+    reached: set[fx.Node] = set()  # behind a layer that was found
+    for node in module.graph.nodes:
+        if any(source in reached for source in node.all_input_nodes):
+            reached.add(node)
+        elif node.name in layers and behind(module, node, {}, set()).rectified:
+            found[node.name] = layers[node.name]
+            reached.add(node)
+    return found
 
 
 @dataclass(frozen=True)
