@@ -21,7 +21,7 @@ from .probes import PROBES, probes
 
 Batches = list[list[Any]]  # by batch, values of the graph's placeholders
 ELEMENTS = 2**27  # of the largest activation over all batches, at most: half a GiB in float32
-FEWEST, MOST, SMALL = 256, 4096, 2**22  # probes, unless told: so many that the largest activation has SMALL elements
+FEWEST, MOST, SMALL = 512, 4096, 2**22  # probes, unless told: the largest activation has SMALL elements
 
 
 def fed(

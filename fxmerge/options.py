@@ -56,7 +56,7 @@ class Options:
     refit: Annotated[str, _one_of("refit", "what layers are re-solved on: nothing, probes, your batches")] = "synthetic"
     probes: Annotated[str, _one_of("probes", "family of refit's probes; auto fits the BatchNorms' statistics")] = "auto"
     samples: int = 0
-    """refit: probes made; 0: 256 to 4096, by the size of the activations"""
+    """refit: probes made; 0: 512 to 4096, by the size of the activations"""
     batch: int = 64
     """refit: probes run at a time"""
     rows: int = 16384

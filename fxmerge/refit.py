@@ -30,7 +30,7 @@ from .weights import Weights, at
 
 EXACT = 1e-10  # relative square error at which a layer needs no refit
 MATCH = 2.0  # the moment matching's factor stays between 1 / MATCH and MATCH
-RIDGE = 1e-3  # the pull towards the weights that are there, of the Gram's mean diagonal
+RIDGE = 3e-2  # the pull towards the weights that are there, of the Gram's mean diagonal
 ROUNDS = 2  # of the alternation behind a rectifier
 
 
