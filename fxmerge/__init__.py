@@ -16,6 +16,7 @@ from .options import Options
 from .passes import MergePass
 from .perchannel import Module, Rule, per_channel
 from .plan import Plan
+from .probes import PROBES
 from .rules import RULES
 from .selection import SELECTORS
 
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ALLOCATORS",
     "DECOMPOSITIONS",
+    "PROBES",
     "RULES",
     "SELECTORS",
     "Analysis",

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
 
+from .calibration import bind
 from .errors import FxMergeError, source_line
 from .folding import fold
 from .ir import Capture
@@ -83,7 +83,7 @@ def capture(model: nn.Module, example_inputs: Any) -> Capture:
         if left_out:
             expected, traced_model = plain(expected), returning_plain(traced_model)
         module, recorded = _graph(traced_model, args, kwargs)
-        values = list(recorded.inputs) if recorded else _bind(module, args, kwargs)
+        values = list(recorded.inputs) if recorded else bind(module, args, kwargs)
         torch.manual_seed(0)
         recorder = _Recorder(module, recall)
         actual = recorder.run(*fresh(values), enable_io_processing=False)
@@ -123,22 +123,6 @@ def confined(captured: Capture) -> Capture:
     assert captured.recorded is not None
     held = dict.fromkeys(captured.recorded.glue, "is seen by code that cannot be rewritten")
     return replace(captured, recorded=replace(captured.recorded, held=held))
-
-
-def _bind(module: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """The values of the placeholders, in order; those of an exported graph are the leaves of the arguments."""
-    if isinstance(module.graph._codegen, fx.graph._PyTreeCodeGen):
-        return list(tree_leaves((args, kwargs)))
-    values, positional = [], list(args)
-    for node in module.graph.nodes:
-        if node.op == "placeholder":
-            if positional:
-                values.append(positional.pop(0))
-            elif node.target in kwargs:
-                values.append(kwargs[node.target])
-            else:
-                values.append(node.args[0] if node.args else None)
-    return values
 
 
 class _Recorder(fx.Interpreter):

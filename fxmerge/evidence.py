@@ -8,21 +8,34 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Reading:
+    """How one layer reads a group: gram (p, p) of its patches about their mean, weight (o, p), columns of channels."""
+
+    gram: Tensor
+    weight: Tensor
+    channels: Tensor  # (m,) which of the group's channels it reads
+    columns: Tensor  # (m, q) where they stand in a patch
+
+
+@dataclass(frozen=True)
 class Candidates:
     """The channels that a selector chooses from.
 
     rows:     (n, d) what each channel's writers compute it with, a bias as one more column
     kernels:  (n, in, k) the first writer's kernels by input channel
+    readings: how each reader sees the whole group, where probes were run; `index` says which of its channels these are
     """
 
     rows: Tensor
     kernels: Tensor
     seed: int = 0
+    readings: tuple[Reading, ...] = ()
+    index: Tensor | None = None
 
     def only(self, index: Tensor) -> Candidates:
         if len(index) == len(self.rows):
             return self
-        return Candidates(self.rows[index], self.kernels[index], self.seed)
+        return Candidates(self.rows[index], self.kernels[index], self.seed, self.readings, index)
 
 
 @dataclass(frozen=True)

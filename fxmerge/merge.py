@@ -1,6 +1,6 @@
 """The pipeline, from top to bottom; the stages' names are those of the files, the progress bar and the report.
 
-capture -> provenance -> groups -> similarity -> allocation -> selection -> decomposition -> rewrite -> verify
+capture -> provenance -> groups -> allocation -> survey -> selection -> decomposition -> rewrite -> refit -> verify
 """
 
 from __future__ import annotations
@@ -13,24 +13,28 @@ import torch
 from torch import Tensor, nn
 
 from . import verify
+from .absorbing import decompose, group_plan
 from .allocation import ALLOCATORS, check_patterns, ignored, shaken
 from .assembling import assembled
+from .calibration import Batches, fed, summed
 from .capture import capture, confined
 from .constants import recompute
-from .decomposition import DECOMPOSITIONS, cellwise_least_squares, push
-from .decomposition import Mapping as Map
 from .errors import FxMergeError, source_line
+from .evidence import Reading
 from .groups import aligned, group
-from .ir import Capture, Decomposition, Group, Grouping, Merge, Provenance, Refusal
+from .ir import Capture, Group, Grouping, Provenance, Refusal
+from .lockstep import Settings
 from .options import Options
-from .plan import GroupPlan, Partner, Plan
+from .plan import GroupPlan, Plan
 from .progress import progress
 from .provenance import provenance
+from .refit import Refitted, refit
 from .report import AnalysisReport, Report
 from .resizing import Call
 from .rewrite import Rewriter, survivors
 from .selection import select
-from .similarity import candidates, moments, state, statistics
+from .similarity import candidates, state
+from .survey import mismatch, readings
 
 
 @dataclass(frozen=True)
@@ -84,41 +88,55 @@ def settled(options: Options | None, changes: dict[str, Any]) -> Options:
     return (options or Options()).replace(**changes)
 
 
-def merge(model: nn.Module, example_inputs: Any, options: Options | None = None, **changes: Any) -> Result:
+def merge(
+    model: nn.Module, example_inputs: Any, options: Options | None = None, calibration: Any = None, **changes: Any
+) -> Result:
     """Make a trained model structurally smaller; `model` itself is never modified.
 
     example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
     options: `Options`, or its fields as keyword arguments.
+    calibration: batches of unlabelled inputs for refit, in place of probes: an iterable of tensors, tuples or dicts, a
+        DataLoader (what the model does not take is ignored), or one tensor.
     Raises FxMergeError where it cannot be done, naming what and what to do instead.
     """
-    return _merge(model, example_inputs, settled(options, changes), None)
+    return _merge(model, example_inputs, settled(options, changes), None, calibration)
 
 
-def apply(plan: Plan, model: nn.Module, example_inputs: Any) -> Result:
+def apply(plan: Plan, model: nn.Module, example_inputs: Any, calibration: Any = None) -> Result:
     """Replay a plan on another copy of the model: the same channels stay, whatever the weights.
 
     Raises FxMergeError where the model's groups are not the plan's.
     """
-    return _merge(model, example_inputs, plan.options, {g.name: g for g in plan.groups})
+    return _merge(model, example_inputs, plan.options, {g.name: g for g in plan.groups}, calibration)
 
 
-def _merge(model: nn.Module, example_inputs: Any, options: Options, decided: Mapping[str, GroupPlan] | None) -> Result:
+def _merge(
+    model: nn.Module, example_inputs: Any, options: Options, decided: Mapping[str, GroupPlan] | None, given: Any
+) -> Result:
+    if given is not None and options.refit == "synthetic":
+        options = options.replace(refit="calibration")
+    if given is None and options.refit == "calibration":
+        raise FxMergeError("refit='calibration' needs batches of inputs; give merge(..., calibration=batches)")
     with progress() as stage:
         stage("capture")
         captured = capture(model, example_inputs)
         try:
-            return _merged(captured, options, decided, stage)
+            return _merged(captured, options, decided, given, stage)
         except FxMergeError as error:
             if captured.recorded is None:
                 raise
             try:  # what the user's own code sees may depend on widths in a way that nobody can mend
-                return _merged(confined(captured), options, decided, stage)
+                return _merged(confined(captured), options, decided, given, stage)
             except FxMergeError:
                 raise error from None
 
 
 def _merged(
-    captured: Capture, options: Options, decided: Mapping[str, GroupPlan] | None, stage: Callable[[str], None]
+    captured: Capture,
+    options: Options,
+    decided: Mapping[str, GroupPlan] | None,
+    given: Any,
+    stage: Callable[[str], None],
 ) -> Result:
     stage("provenance")
     facts = provenance(captured)
@@ -130,30 +148,47 @@ def _merged(
     tensors = state(captured.module)
     stage("allocation")
     counts = _replayed(groups, decided) if decided is not None else ALLOCATORS["uniform"](groups, options)
+    narrowed = [g for g in groups if sum(counts[g.name]) < g.channels]
+    settings = Settings(options.rows, options.seed, options.refit == "synthetic", summed)
+    batches: Batches = []
+    # the code between a recorded model's parts cannot be run in lockstep: its widths are the user's own
+    if narrowed and options.refit != "none" and captured.recorded is None:
+        stage("probes" if given is None else "calibration")
+        batches = fed(captured, facts, options, given, lambda b: mismatch(captured, facts, b, settings))
+    surveyed: Mapping[str, tuple[Reading, ...]] = {}
+    if batches and decided is None and options.selection == "repair":
+        stage("survey")
+        surveyed = readings(captured, facts, narrowed, batches, settings, stage)
     chosen: list[tuple[Group, Tensor]] = []
-    for g in groups:
-        if sum(counts[g.name]) < g.channels:
-            stage(f"selection {g.name}")
-            if decided is not None:
-                kept = torch.tensor(decided[g.name].kept)
-            else:
-                kept = select(options.selection, candidates(g, tensors, options.seed), g.cells, counts[g.name])
-            chosen.append((g, kept))
+    for g in narrowed:
+        stage(f"selection {g.name}")
+        if decided is not None:
+            kept = torch.tensor(decided[g.name].kept)
+        else:
+            seen = candidates(g, tensors, options.seed, surveyed.get(g.name, ()))
+            kept = select(options.selection, seen, g.cells, counts[g.name])
+        chosen.append((g, kept))
     chosen, edits, refused = _provable(captured, facts, grouping, chosen)
     refusals = (*refusals, *refused)
     rewriter, plans = Rewriter(captured.module, facts), []
     for g, kept in chosen:
         stage(f"decomposition {g.name}")
-        mapping, merged = _decompose(g, kept, captured, tensors, options)
+        mapping, merged = decompose(g, kept, captured, tensors, options)
         rewriter.absorb(merged)
-        plans.append(_group_plan(g, kept, mapping))
+        plans.append(group_plan(g, kept, mapping))
     stage("rewrite")
-    module = assembled(captured, rewriter.finish(survivors(facts, grouping.atom, chosen), edits))
+    alive = survivors(facts, grouping.atom, chosen)
+    rewritten = rewriter.finish(alive, edits)
+    refitted: tuple[Refitted, ...] = ()
+    if batches and chosen:
+        stage("refit")
+        refitted = refit(captured.module, rewritten, facts, alive, batches, settings, stage)
+    module = assembled(captured, rewritten)
     stage("verify")
     verdict = verify.compare(captured, module)
     analysis = Analysis(captured, facts, grouping, refusals)
     plan = Plan(options, tuple(plans))
-    report = Report(grouping.groups, refusals, captured, module, plan, verdict)
+    report = Report(grouping.groups, refusals, captured, module, plan, verdict, refitted)
     return Result(module, plan, report, analysis)
 
 
@@ -228,58 +263,3 @@ def _provable(
             why = f"the sizes at {failure.node} cannot follow"
             refused.append(Refusal(g.name, g.channels, why, source_line(nodes[failure.node])))
         chosen = [(g, kept) for g, kept in chosen if g not in guilty]
-
-
-def _decompose(
-    group: Group, kept: Tensor, captured: Capture, tensors: Mapping[str, Tensor], options: Options
-) -> tuple[Map | None, Merge]:
-    """The group's (down, up) in its common coordinates, and what each reader absorbs of it."""
-    method = options.decomposition
-    if method == "prune" or not group.partners or not group.readers or _shared_reader(group):
-        return None, Merge(group, kept)
-    found = statistics(group, captured, tensors, options, kept if method == "mostsim" else None)
-    mapping = DECOMPOSITIONS[method](found.evidence, kept)
-    n = group.channels
-    carried = mapping.up.abs().sum(1) > 0
-    carried[kept] = False
-    readers = []
-    for number, steps in enumerate(found.readers):
-        if method == "lstsq":
-            up, shift = cellwise_least_squares(*moments(found, number, options.seed), kept, group.cells)
-        else:
-            up, shift = mapping.up, torch.zeros(n, dtype=torch.float64)
-            if found.linear and method == "mostsim" and found.evidence.centred and not found.evidence.published:
-                bias = found.evidence.bias
-                shift = bias - up @ bias[kept]
-            for step in steps:
-                if step.function is not None:
-                    shift = torch.zeros_like(shift)  # a constant does not pass a nonlinear function
-                up, shift = push(up, shift, kept, step.gain, step.constant_gain, step.constant)
-            shift = torch.where(carried, shift, 0) if method == "mostsim" else torch.zeros_like(shift)
-        readers.append(Decomposition(up, shift))
-    return mapping, Merge(group, kept, mapping.down if method == "fold" else None, tuple(readers), found.writer_maps)
-
-
-def _shared_reader(group: Group) -> bool:
-    """Is one weight read behind different steps? Then no one `up` is right for it."""
-    carriers = {m.layer.node for m in group.carriers}
-    seen: dict[str, list[str]] = {}
-    for reader in group.readers:
-        passed = [s for s in reader.steps if s in carriers]
-        if seen.setdefault(reader.layer.params["weight"], passed) != passed:
-            return True
-    return False
-
-
-def _group_plan(group: Group, kept: Tensor, mapping: Map | None) -> GroupPlan:
-    dropped = torch.ones(group.channels, dtype=torch.bool)
-    dropped[kept] = False
-    if mapping is None:
-        nowhere = tuple(Partner(i, -1, 0.0, 0.0) for i in dropped.nonzero().flatten().tolist())
-        return GroupPlan(group.name, group.channels, tuple(kept.tolist()), nowhere)
-    up = mapping.up[dropped]
-    scale, into = up.abs().max(1)
-    signed = up.gather(1, into[:, None])[:, 0]
-    columns = (dropped.nonzero().flatten(), torch.where(scale > 0, kept[into], -1), signed, mapping.cosine[dropped])
-    partners = tuple(map(Partner, *(c.tolist() for c in columns)))
-    return GroupPlan(group.name, group.channels, tuple(kept.tolist()), partners)

@@ -12,6 +12,7 @@ import tyro
 
 from .decomposition import DECOMPOSITIONS
 from .errors import FxMergeError
+from .probes import PROBES
 from .selection import SELECTORS
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -19,7 +20,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "selection": tuple(SELECTORS),
     "decomposition": tuple(DECOMPOSITIONS),
     "mostsim_scale": ("exact", "reference"),
-    "refit": ("none",),
+    "refit": ("none", "synthetic", "calibration"),
+    "probes": ("auto", *PROBES),
 }
 
 
@@ -42,7 +44,7 @@ class Options:
     ignore: tuple[str, ...] = ()
     """patterns of module or group names that stay as they are"""
     scope: Annotated[str, _one_of("scope", _SCOPE)] = "all"
-    selection: Annotated[str, _one_of("selection", "which channels stay")] = "l2"
+    selection: Annotated[str, _one_of("selection", "which channels stay")] = "repair"
     decomposition: Annotated[str, _one_of("decomposition", "how the channels that stay carry the others")] = "mostsim"
     threshold: float = 0.1
     """mostsim: below this cosine a channel is dropped, not merged"""
@@ -51,7 +53,14 @@ class Options:
     mostsim_scale: Annotated[str, _one_of("mostsim_scale", "mostsim's scale; reference is the published code's")] = (
         "exact"
     )
-    refit: Annotated[str, _one_of("refit", "re-solve the readers afterwards")] = "none"
+    refit: Annotated[str, _one_of("refit", "what layers are re-solved on: nothing, probes, your batches")] = "synthetic"
+    probes: Annotated[str, _one_of("probes", "family of refit's probes; auto fits the BatchNorms' statistics")] = "auto"
+    samples: int = 0
+    """refit: probes made; 0: 512 to 4096, by the size of the activations"""
+    batch: int = 64
+    """refit: probes run at a time"""
+    rows: int = 16384
+    """refit: output positions that a layer is solved on, at most"""
     round_to: int = 1
     """kept channels are a multiple of this"""
     seed: int = 0
@@ -61,13 +70,10 @@ class Options:
         self._number("ratio", 0, 1, "it is the share of channels to give up, 0 <= ratio < 1", below=True)
         self._number("threshold", -1, 1, "it is a cosine")
         self._number("lam", 0, 1, "it is a weight between 0 and 1")
-        for name in ("round_to", "seed"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < (1 if name == "round_to" else 0):
-                least = "a whole number from 1 up" if name == "round_to" else "a whole number from 0 up"
-                raise FxMergeError(f"{name} is {value!r}; give {least}")
-        if self.refit == "calibration":
-            raise FxMergeError("refit='calibration' needs batches of inputs, and refit is not part of this version")
+        for name in ("round_to", "samples", "batch", "rows", "seed"):
+            value, least = getattr(self, name), 0 if name in ("seed", "samples") else 1
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise FxMergeError(f"{name} is {value!r}; give a whole number from {least} up")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise FxMergeError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")

@@ -16,6 +16,7 @@ from torch import fx, nn
 from .cost import Cost, call_cost, cost
 from .ir import Capture, Group, Refusal
 from .plan import GroupPlan, Plan
+from .refit import Refitted
 from .verify import Verdict
 
 
@@ -43,6 +44,16 @@ def refusal_table(refusals: Sequence[Refusal]) -> Table:
     table.add_column("source", overflow="fold")
     for r in refusals:
         table.add_row(r.name, str(r.channels), r.reason, r.where)
+    return table
+
+
+def refit_table(refitted: Sequence[Refitted]) -> Table:
+    table = Table(title="Refitted", title_justify="left")
+    table.add_column("layer", overflow="fold")
+    _right(table, "error before", "after")
+    table.add_column("note", overflow="fold")
+    for r in refitted:
+        table.add_row(r.name, f"{r.before:.4f}", f"{r.after:.4f}", r.note)
     return table
 
 
@@ -119,6 +130,7 @@ class Report:
     module: nn.Module
     plan: Plan
     verdict: Verdict
+    refitted: tuple[Refitted, ...] = ()
 
     @cached_property
     def before(self) -> Cost:
@@ -141,7 +153,10 @@ class Report:
         for g in self.groups:
             if g.name in planned:
                 table.add_row(*self._row(g, planned[g.name]))
-        return _text(table, *([refusal_table(self.refusals)] if self.refusals else []), self._totals(), width=width)
+        more = [refusal_table(self.refusals)] if self.refusals else []
+        if self.refitted:
+            more.insert(0, refit_table(self.refitted))
+        return _text(table, *more, self._totals(), width=width)
 
     def _writer_cost(self, group: Group, cost: Cost) -> tuple[int, int]:
         names = [m.layer.module for m in group.writers]
@@ -173,7 +188,7 @@ class Report:
         )
 
     def json(self) -> str:
-        """JSON text; keys: parameters_before, parameters_after, flops_before, flops_after, error, groups, refusals."""
+        """JSON text: parameters_before, parameters_after, flops_before, flops_after, error, refit, groups, refusals."""
         planned = {g.name: g for g in self.plan.groups}
         groups = []
         for g in self.groups:
@@ -194,6 +209,7 @@ class Report:
                 "flops_before": self.before.flops,
                 "flops_after": self.after.flops,
                 "error": self.verdict.error,
+                "refit": [vars(r) for r in self.refitted],
                 "groups": groups,
                 "refusals": _refusals_json(self.refusals),
             },

@@ -7,6 +7,8 @@ A selector takes `Candidates` (n channels as their writers make them) and a coun
     random          a uniform choice
     reprune         agglomerative clustering of the filters into k clusters, one representative each (2020)
     reprune-kernel  Ward clustering of the kernels of each input channel; greedy maximum coverage (AAAI 2024)
+    repair          those whose loss the readers could repair least, once re-solved (`elimination`); it needs refit's
+                    batches, and is l2 without them
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from numpy.typing import NDArray
 from scipy.cluster.hierarchy import fcluster, linkage
 from torch import Tensor
 
+from .elimination import eliminate
 from .evidence import Candidates
 from .linalg import BITE, distances
 
@@ -111,6 +114,13 @@ def reprune_kernel(channels: Candidates, count: int) -> Tensor:
     return (~left).nonzero().flatten()
 
 
+def repair(channels: Candidates, count: int) -> Tensor:
+    if not channels.readings:
+        return l2(channels, count)
+    index = torch.arange(len(channels.rows)) if channels.index is None else channels.index
+    return eliminate(channels.readings, index, count)
+
+
 SELECTORS: dict[str, Callable[[Candidates, int], Tensor]] = {
     "l1": l1,
     "l2": l2,
@@ -118,6 +128,7 @@ SELECTORS: dict[str, Callable[[Candidates, int], Tensor]] = {
     "random": random,
     "reprune": reprune,
     "reprune-kernel": reprune_kernel,
+    "repair": repair,
 }
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from . import linalg
-from .evidence import Candidates, Evidence, PublishedForm
+from .evidence import Candidates, Evidence, PublishedForm, Reading
 from .ir import Capture, Group, Member
 from .options import Options
 from .steps import Step, bias_of, gamma_of, in_order, laid_out, slot, step_of
@@ -56,7 +56,9 @@ def rows_of(member: Member, weight: Tensor, n: int) -> Tensor:
     return laid_out(rows[member.where].flatten(1), member, n, 0.0)
 
 
-def candidates(group: Group, tensors: Mapping[str, Tensor], seed: int) -> Candidates:
+def candidates(
+    group: Group, tensors: Mapping[str, Tensor], seed: int, readings: tuple[Reading, ...] = ()
+) -> Candidates:
     """What a selector chooses a group's channels by: its writers' rows, and the first writer's kernels."""
     carriers, n = {m.layer.node: m for m in group.carriers}, group.channels
     rows = []
@@ -71,7 +73,8 @@ def candidates(group: Group, tensors: Mapping[str, Tensor], seed: int) -> Candid
     whole = in_order(first, len(out_first))
     kernels = out_first if whole else out_first[first.where[:, 0]]
     kernels = kernels.flatten(2) if weight.dim() > 2 else kernels[:, :, None]
-    return Candidates(rows[0] if len(rows) == 1 else torch.cat(rows, 1), laid_out(kernels, first, n, 0.0), seed)
+    joined = rows[0] if len(rows) == 1 else torch.cat(rows, 1)
+    return Candidates(joined, laid_out(kernels, first, n, 0.0), seed, readings)
 
 
 def statistics(

@@ -6,6 +6,7 @@ The parts' values are drawn anew, from a fixed seed, so that no two channels loo
 from __future__ import annotations
 
 import copy
+import functools
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,6 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+import fxmerge
+
+plain_merge = functools.partial(fxmerge.merge, refit="none")  # what merging does by itself
 Made = tuple[nn.Module, Any]
 Wiring = Callable[[Any, Any], Any]
 NETS: dict[str, Callable[[], Made]] = {}

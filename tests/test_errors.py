@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from netmaking import one_thread  # noqa: F401
+from netmaking import one_thread, plain_merge  # noqa: F401
 from nets import NETS
 from torch import Tensor, nn
 
@@ -62,47 +62,47 @@ residual, image = NETS["residual"]()
 
 Case = tuple[Callable[[], Any], str]
 CASES: dict[str, Case] = {
-    "a class": (lambda: fxmerge.merge(Branching, ROWS), r"model is a type, not a torch.nn.Module; call it"),  # type: ignore[arg-type]
-    "a function": (lambda: fxmerge.merge(torch.relu, X), r"not a torch.nn.Module"),  # type: ignore[arg-type]
-    "None": (lambda: fxmerge.merge(None, X), r"model is a NoneType"),  # type: ignore[arg-type]
-    "a state_dict": (lambda: fxmerge.merge(mlp().state_dict(), X), r"model is a OrderedDict"),  # type: ignore[arg-type]
-    "wrong width": (lambda: fxmerge.merge(mlp(), torch.zeros(4, 11)), r"does not run on these.*\(4, 11\)"),
-    "wrong axes": (lambda: fxmerge.merge(residual, torch.zeros(3)), r"does not run on these.*\(3,\)"),
-    "wrong dtype": (lambda: fxmerge.merge(mlp(), X.long()), r"does not run on these example inputs"),
-    "too many": (lambda: fxmerge.merge(mlp(), (X, X)), r"does not run on these.*positional arguments"),
-    "too few": (lambda: fxmerge.merge(mlp(), ()), r"does not run on these.*missing"),
-    "wrong name": (lambda: fxmerge.merge(mlp(), {"y": X}), r"does not run on these.*'y'"),
-    "a number": (lambda: fxmerge.merge(mlp(), 5), r"example_inputs is a int; give a tensor, a tuple"),
-    "a shape's text": (lambda: fxmerge.merge(mlp(), "4,12"), r"example_inputs is a str"),
-    "no inputs": (lambda: fxmerge.merge(mlp(), None), r"example_inputs is a NoneType"),
-    "a shape": (lambda: fxmerge.merge(mlp(), (4, 12)), r"does not run on these example inputs"),
-    "NaN": (lambda: fxmerge.merge(spoiled(float("nan")), X), r"b.weight holds NaN or infinity"),
+    "a class": (lambda: plain_merge(Branching, ROWS), r"model is a type, not a torch.nn.Module; call it"),  # type: ignore[arg-type]
+    "a function": (lambda: plain_merge(torch.relu, X), r"not a torch.nn.Module"),  # type: ignore[arg-type]
+    "None": (lambda: plain_merge(None, X), r"model is a NoneType"),  # type: ignore[arg-type]
+    "a state_dict": (lambda: plain_merge(mlp().state_dict(), X), r"model is a OrderedDict"),  # type: ignore[arg-type]
+    "wrong width": (lambda: plain_merge(mlp(), torch.zeros(4, 11)), r"does not run on these.*\(4, 11\)"),
+    "wrong axes": (lambda: plain_merge(residual, torch.zeros(3)), r"does not run on these.*\(3,\)"),
+    "wrong dtype": (lambda: plain_merge(mlp(), X.long()), r"does not run on these example inputs"),
+    "too many": (lambda: plain_merge(mlp(), (X, X)), r"does not run on these.*positional arguments"),
+    "too few": (lambda: plain_merge(mlp(), ()), r"does not run on these.*missing"),
+    "wrong name": (lambda: plain_merge(mlp(), {"y": X}), r"does not run on these.*'y'"),
+    "a number": (lambda: plain_merge(mlp(), 5), r"example_inputs is a int; give a tensor, a tuple"),
+    "a shape's text": (lambda: plain_merge(mlp(), "4,12"), r"example_inputs is a str"),
+    "no inputs": (lambda: plain_merge(mlp(), None), r"example_inputs is a NoneType"),
+    "a shape": (lambda: plain_merge(mlp(), (4, 12)), r"does not run on these example inputs"),
+    "NaN": (lambda: plain_merge(spoiled(float("nan")), X), r"b.weight holds NaN or infinity"),
     "infinity": (lambda: fxmerge.analyze(spoiled(float("inf")), X), r"b.weight holds NaN or infinity"),
-    "a model that raises": (lambda: fxmerge.merge(Raising(), ROWS), r"does not run.*KeyError: .a mistake"),
+    "a model that raises": (lambda: plain_merge(Raising(), ROWS), r"does not run.*KeyError: .a mistake"),
     "a lazy module": (
-        lambda: fxmerge.merge(nn.Sequential(nn.LazyLinear(4), nn.ReLU()), ROWS),
+        lambda: plain_merge(nn.Sequential(nn.LazyLinear(4), nn.ReLU()), ROWS),
         r"0.weight has no shape yet \(a lazy module\); run the model once",
     ),
-    "unknown option": (lambda: fxmerge.merge(mlp(), X, ration=0.5), r"unknown option 'ration'; the options are ratio"),
-    "options of a wrong type": (lambda: fxmerge.merge(mlp(), X, {"ratio": 0.5}), r"options is a dict; give fxmerge.Op"),  # type: ignore[arg-type]
-    "options as a number": (lambda: fxmerge.merge(mlp(), X, 0.5), r"options is a float"),  # type: ignore[arg-type]
+    "unknown option": (lambda: plain_merge(mlp(), X, ration=0.5), r"unknown option 'ration'; the options are ratio"),
+    "options of a wrong type": (lambda: plain_merge(mlp(), X, {"ratio": 0.5}), r"options is a dict; give fxmerge.Op"),  # type: ignore[arg-type]
+    "options as a number": (lambda: plain_merge(mlp(), X, 0.5), r"options is a float"),  # type: ignore[arg-type]
     "analyze's options": (lambda: fxmerge.analyze(mlp(), X, 0.5), r"options is a float"),  # type: ignore[arg-type]
-    "ratio 1": (lambda: fxmerge.merge(mlp(), X, ratio=1.0), r"ratio is 1.0; .*0 <= ratio < 1"),
-    "ratio as text": (lambda: fxmerge.merge(mlp(), X, ratio="half"), r"ratio is 'half'"),
-    "keep nothing": (lambda: fxmerge.merge(mlp(), X, keep={"a": 0}), r"keep\['a'\] is 0; give a whole number"),
-    "keep a typo": (lambda: fxmerge.merge(mlp(), X, keep={"aa": 3}), r"keep: 'aa' matches no group; the groups are a"),
-    "keep too many": (lambda: fxmerge.merge(mlp(), X, keep={"a": 17}), r"keep asks for 17 channels of a, which has 16"),
+    "ratio 1": (lambda: plain_merge(mlp(), X, ratio=1.0), r"ratio is 1.0; .*0 <= ratio < 1"),
+    "ratio as text": (lambda: plain_merge(mlp(), X, ratio="half"), r"ratio is 'half'"),
+    "keep nothing": (lambda: plain_merge(mlp(), X, keep={"a": 0}), r"keep\['a'\] is 0; give a whole number"),
+    "keep a typo": (lambda: plain_merge(mlp(), X, keep={"aa": 3}), r"keep: 'aa' matches no group; the groups are a"),
+    "keep too many": (lambda: plain_merge(mlp(), X, keep={"a": 17}), r"keep asks for 17 channels of a, which has 16"),
     "keep no rectangle": (
-        lambda: fxmerge.merge(*NETS["grouped"](), keep={"g": 7}),
+        lambda: plain_merge(*NETS["grouped"](), keep={"g": 7}),
         r"keep asks for 7 channels of g, which has 16,? in 4",
     ),
-    "ignore a typo": (lambda: fxmerge.merge(mlp(), X, ignore=("conv9",)), r"ignore: 'conv9' matches no module"),
-    "ignore as text": (lambda: fxmerge.merge(mlp(), X, ignore="a"), r"ignore is the string 'a'"),
-    "unknown selection": (lambda: fxmerge.merge(mlp(), X, selection="l3"), r"selection is 'l3'; choose one of l1, l2"),
+    "ignore a typo": (lambda: plain_merge(mlp(), X, ignore=("conv9",)), r"ignore: 'conv9' matches no module"),
+    "ignore as text": (lambda: plain_merge(mlp(), X, ignore="a"), r"ignore is the string 'a'"),
+    "unknown selection": (lambda: plain_merge(mlp(), X, selection="l3"), r"selection is 'l3'; choose one of l1, l2"),
     "no plan": (lambda: Plan.from_json("{}"), r"not a plan of version"),
     "no JSON": (lambda: Plan.from_json("ratio: 0.5"), r"it is not JSON"),
     "a plan for another model": (
-        lambda: fxmerge.apply(fxmerge.merge(mlp(), X).plan, residual, image),
+        lambda: fxmerge.apply(plain_merge(mlp(), X).plan, residual, image),
         r"the plan's group .* of 1\d channels .* in this model",
     ),
     "a pass without inputs": (
@@ -122,7 +122,7 @@ def test_bad_input(what: str) -> None:
 
 
 def plan_json() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(fxmerge.merge(mlp(), X, ratio=0.5).plan.json())
+    found: dict[str, Any] = json.loads(plain_merge(mlp(), X, ratio=0.5).plan.json())
     return found
 
 
@@ -158,13 +158,13 @@ def test_a_damaged_plan(path: str, value: Any) -> None:
 
 
 def test_a_good_plan_passes_the_same_way() -> None:
-    assert Plan.from_json(damage("options.seed", 4)).options == Options(seed=4)
+    assert Plan.from_json(damage("options.seed", 4)).options == Options(seed=4, refit="none")
 
 
 def test_a_plan_that_breaks_blocks_is_refused() -> None:
     """Kept channels that are no rectangle, in a hand-edited plan."""
     model, x = NETS["grouped"]()
-    plan = fxmerge.merge(model, x, ratio=0.5).plan
+    plan = plain_merge(model, x, ratio=0.5).plan
     data = json.loads(plan.json())
     next(g for g in data["groups"] if g["name"] == "g")["kept"] = [0, 1, 2, 3, 4, 5, 6, 8]
     with pytest.raises(FxMergeError):
@@ -173,11 +173,11 @@ def test_a_plan_that_breaks_blocks_is_refused() -> None:
 
 def test_a_model_with_randomness_says_so() -> None:
     with pytest.raises(FxMergeError):
-        fxmerge.merge(Random(), ROWS)
+        plain_merge(Random(), ROWS)
 
 
 def test_a_model_without_a_tensor_for_output() -> None:
-    result = fxmerge.merge(NoTensor(), ROWS)
+    result = plain_merge(NoTensor(), ROWS)
     assert result.report.verdict.error == 0
 
 
@@ -187,7 +187,7 @@ def test_a_model_without_a_tensor_for_output() -> None:
     ids=lambda m: type(m).__name__,
 )
 def test_nothing_to_merge_is_no_error(model: nn.Module) -> None:
-    result = fxmerge.merge(model.eval(), X)
+    result = plain_merge(model.eval(), X)
     assert result.plan.groups == ()
     assert result.report.verdict.error == 0
     assert result.report.text()
@@ -197,5 +197,5 @@ def test_nothing_to_merge_is_no_error(model: nn.Module) -> None:
 def test_an_empty_batch() -> None:
     """There is nothing to measure on: either it is refused, or the channels are found all the same."""
     with contextlib.suppress(FxMergeError):
-        result = fxmerge.merge(mlp(), torch.zeros(0, 12))
+        result = plain_merge(mlp(), torch.zeros(0, 12))
         assert [p.name for p in result.plan.groups] == ["a", "b"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from netmaking import plain_merge
 from scipy.spatial.distance import cdist
 from scipy.stats import norm
 from torch import Tensor, nn
@@ -218,7 +219,7 @@ def test_lstsq_is_the_best_within_each_cell(seed: int, groups: int) -> None:
     first, last = nn.Conv2d(4, 12, 1, bias=False), nn.Conv2d(12, 6, 1, groups=groups)
     net = nn.Sequential(first, nn.ReLU(), last).double().eval()
     x = torch.randn(20000, 4, 1, 1).double()
-    result = fxmerge.merge(net, x[:2], decomposition="lstsq", ratio=0.5)
+    result = plain_merge(net, x[:2], decomposition="lstsq", ratio=0.5)
     kept, size = torch.tensor(result.plan.groups[0].kept), 12 // groups
     with torch.no_grad():
         hidden, lost, total = net[:2](x).flatten(1), 0.0, float((result.module(x) - net(x)).square().mean(0).sum())

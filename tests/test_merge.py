@@ -9,7 +9,7 @@ from typing import Any
 import networkx as nx
 import pytest
 import torch
-from netmaking import one_thread  # noqa: F401
+from netmaking import one_thread, plain_merge  # noqa: F401
 from nets import NETS
 from torch import fx, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -34,7 +34,7 @@ def flops(model: nn.Module, x: Any) -> int:
 def test_the_merged_module_is_sound(name: str) -> None:
     """Names kept, sizes of every module right, clean by lint, and it runs on another batch size."""
     model, x = NETS[name]()
-    result = fxmerge.merge(model, x, ratio=0.5)
+    result = plain_merge(model, x, ratio=0.5)
     merged = result.module
     assert isinstance(merged, fx.GraphModule)
     assert {n for n, _ in merged.named_modules()} <= {n for n, _ in model.named_modules()}
@@ -69,7 +69,7 @@ def test_the_merged_module_is_sound(name: str) -> None:
 
 def test_sizes_by_hand() -> None:
     model, x = NETS["multiplier"]()
-    merged = fxmerge.merge(model, x, keep={"a": 4, "b": 3}).module
+    merged = plain_merge(model, x, keep={"a": 4, "b": 3}).module
     assert (merged.a.out_channels, merged.d.in_channels, merged.d.out_channels, merged.d.groups) == (4, 4, 8, 4)
     assert (merged.dn.num_features, merged.b.in_channels, merged.b.out_channels, merged.fc.in_features) == (8, 8, 3, 3)
     assert merged.d.weight.shape == (8, 1, 3, 3)
@@ -81,24 +81,24 @@ def test_metadata_is_kept_and_graph_modules_merge() -> None:
     for node in traced.graph.nodes:
         node.meta["marker"] = node.name
     traced.meta["whole"] = "kept"
-    result = fxmerge.merge(traced, x)
+    result = plain_merge(traced, x)
     found = {n.name: n.meta.get("marker") for n in result.module.graph.nodes}
     assert found == {n.name: n.name for n in traced.graph.nodes}
     assert result.module.meta["whole"] == "kept"
-    assert [p.name for p in result.plan.groups] == [p.name for p in fxmerge.merge(model, x).plan.groups]
+    assert [p.name for p in result.plan.groups] == [p.name for p in plain_merge(model, x).plan.groups]
     assert counted(traced) == counted(model)
 
 
 def test_stack_traces_are_the_users_lines() -> None:
     model, x = NETS["residual"]()
-    module = fxmerge.merge(model, x).module
+    module = plain_merge(model, x).module
     assert all("nets.py" in (n.stack_trace or "") for n in module.graph.nodes if n.op.startswith("call"))
 
 
 def test_the_merged_module_trains() -> None:
     model, x = NETS["dense"]()
     model.a.weight.requires_grad_(False)
-    merged = fxmerge.merge(model, x).module.train()
+    merged = plain_merge(model, x).module.train()
     assert not merged.a.weight.requires_grad
     parameters = [p for p in merged.parameters() if p.requires_grad]
     assert len(parameters) == sum(p.requires_grad for p in model.parameters())
@@ -115,18 +115,18 @@ def test_training_flags_are_kept() -> None:
     model, x = NETS["pooling"]()
     model.train()
     model.mp.eval()
-    merged = fxmerge.merge(model, x).module
+    merged = plain_merge(model, x).module
     assert merged.training
     assert merged.d.training
     assert not merged.mp.training
     assert model.training
-    assert not fxmerge.merge(model.eval(), x).module.training
+    assert not plain_merge(model.eval(), x).module.training
 
 
 def test_a_model_in_training_mode_is_merged_as_in_evaluation() -> None:
     model, x = NETS["residual"]()
-    calm = fxmerge.merge(model, x).module
-    busy = fxmerge.merge(model.train(), x).module
+    calm = plain_merge(model, x).module
+    busy = plain_merge(model.train(), x).module
     assert all(torch.equal(a, b) for a, b in zip(calm.state_dict().values(), busy.state_dict().values(), strict=True))
     model.eval()
 
@@ -135,7 +135,7 @@ def test_a_model_in_training_mode_is_merged_as_in_evaluation() -> None:
 @pytest.mark.parametrize("decomposition", fxmerge.DECOMPOSITIONS)
 def test_dtypes_are_kept(dtype: torch.dtype, decomposition: str) -> None:
     model, x = NETS["residual"]()
-    merged = fxmerge.merge(model.to(dtype), x.to(dtype), decomposition=decomposition).module
+    merged = plain_merge(model.to(dtype), x.to(dtype), decomposition=decomposition).module
     assert {p.dtype for p in merged.parameters()} == {dtype}
     assert merged(x.to(dtype)).dtype == dtype
     assert merged.n.num_batches_tracked.dtype == torch.int64
@@ -145,7 +145,7 @@ def test_keep() -> None:
     model, x = NETS["residual"]()
 
     def kept(**options: Any) -> dict[str, int]:
-        return {p.name: len(p.kept) for p in fxmerge.merge(model, x, **options).plan.groups}
+        return {p.name: len(p.kept) for p in plain_merge(model, x, **options).plan.groups}
 
     assert kept(keep={"stem": 5}, ratio=0.0) == {"stem": 5}
     assert kept(keep={"s*": 0.5}) == {"stem": 6, "a": 8}
@@ -162,7 +162,7 @@ def test_ignore_by_module_and_by_group() -> None:
     model, x = NETS["residual"]()
     """A module that stays as it is keeps its inputs too: `a` reads the stem's channels."""
     for pattern, left in {"stem": {"a"}, "n": {"a"}, "s*": {"a"}, "an": {"stem"}, "a": set(), "b*": set()}.items():
-        result = fxmerge.merge(model, x, ignore=(pattern,))
+        result = plain_merge(model, x, ignore=(pattern,))
         assert {p.name for p in result.plan.groups} == left, pattern
         ignored = {r.name: r.reason for r in result.report.refusals}
         assert all("ignored" in ignored[name] for name in {"stem", "a"} - left)
@@ -171,13 +171,13 @@ def test_ignore_by_module_and_by_group() -> None:
 def test_ignore_a_whole_submodule() -> None:
     inner, x = NETS["chain_2d"]()
     model = nn.Sequential(inner, nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 2, 1)).eval()
-    assert {p.name for p in fxmerge.merge(model, x).plan.groups} == {"0.a", "0.b", "0.c", "1"}
-    assert {p.name for p in fxmerge.merge(model, x, ignore=("0",)).plan.groups} == {"1"}
+    assert {p.name for p in plain_merge(model, x).plan.groups} == {"0.a", "0.b", "0.c", "1"}
+    assert {p.name for p in plain_merge(model, x, ignore=("0",)).plan.groups} == {"1"}
 
 
 def test_scope_internal_leaves_shared_streams() -> None:
     model, x = NETS["residual"]()
-    result = fxmerge.merge(model, x, scope="internal")
+    result = plain_merge(model, x, scope="internal")
     assert [p.name for p in result.plan.groups] == ["a"]
     assert any(r.name == "stem" and "internal" in r.reason for r in result.report.refusals)
     assert result.module.stem.out_channels == 12
@@ -185,7 +185,7 @@ def test_scope_internal_leaves_shared_streams() -> None:
 
 def test_report_counts_are_true() -> None:
     model, x = NETS["residual"]()
-    result = fxmerge.merge(model, x, ratio=0.5)
+    result = plain_merge(model, x, ratio=0.5)
     data = json.loads(result.report.json())
     assert data["parameters_before"] == counted(model)
     assert data["parameters_after"] == counted(result.module)
@@ -210,7 +210,7 @@ def test_report_counts_are_true() -> None:
 @pytest.mark.parametrize("width", [80, 120, 200])
 def test_report_text(width: int) -> None:
     model, x = NETS["activations"]()
-    result = fxmerge.merge(model, x, ratio=0.5)
+    result = plain_merge(model, x, ratio=0.5)
     text = result.report.text(width)
     assert all(len(line) <= width for line in text.splitlines())
     cells = [line.split("│")[1:3] for line in text.splitlines() if line.count("│") == 7]
@@ -239,7 +239,7 @@ def test_analysis_graph() -> None:
 
 def test_apply_replays_a_plan_on_other_weights() -> None:
     model, x = NETS["residual"]()
-    plan = Plan.from_json(fxmerge.merge(model, x, ratio=0.4).plan.json())
+    plan = Plan.from_json(plain_merge(model, x, ratio=0.4).plan.json())
     other = copy.deepcopy(model)
     with torch.no_grad():
         for p in other.parameters():
@@ -247,7 +247,7 @@ def test_apply_replays_a_plan_on_other_weights() -> None:
     result = fxmerge.apply(plan, other, x)
     assert {p.name: p.kept for p in result.plan.groups} == {p.name: p.kept for p in plan.groups}
     same = fxmerge.apply(plan, model, x).module.state_dict()
-    assert all(torch.equal(v, same[k]) for k, v in fxmerge.merge(model, x, ratio=0.4).module.state_dict().items())
+    assert all(torch.equal(v, same[k]) for k, v in plain_merge(model, x, ratio=0.4).module.state_dict().items())
 
 
 def test_apply_of_a_plan_without_groups_changes_nothing() -> None:
@@ -261,7 +261,7 @@ def test_apply_of_a_plan_without_groups_changes_nothing() -> None:
 @pytest.mark.parametrize("decomposition", fxmerge.DECOMPOSITIONS)
 def test_every_method_runs(selection: str, decomposition: str) -> None:
     model, x = NETS["grouped"]()
-    result = fxmerge.merge(model, x, selection=selection, decomposition=decomposition, ratio=0.5)
+    result = plain_merge(model, x, selection=selection, decomposition=decomposition, ratio=0.5)
     assert 0 < result.report.verdict.error < 2
 
 
@@ -272,8 +272,8 @@ def test_shared_weights_stay_shared() -> None:
     linears[2].weight = linears[1].weight
     model = nn.Sequential(*[m for linear in linears for m in (linear, nn.ReLU())])
     x = torch.randn(4, 6)
-    assert fxmerge.merge(model, x, ratio=0.0).report.verdict.error == 0
-    result = fxmerge.merge(model, x, ratio=0.5)
+    assert plain_merge(model, x, ratio=0.0).report.verdict.error == 0
+    result = plain_merge(model, x, ratio=0.5)
     assert [(p.name, len(p.kept)) for p in result.plan.groups] == [("0", 4)]
     one, other = (result.module.get_submodule(name).weight for name in ("2", "4"))
     assert one is other

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from netmaking import plain_merge
 from torch import nn
 
-import fxmerge
-from fxmerge import DECOMPOSITIONS, SELECTORS, FxMergeError, Options
+from fxmerge import DECOMPOSITIONS, PROBES, SELECTORS, FxMergeError, Options
 from fxmerge.allocation import ALLOCATORS, rounded
 from fxmerge.ir import Group
 
@@ -28,7 +28,11 @@ NONSENSE: dict[str, list[Any]] = {
     "selection": ["l3", "L2", "", None, 2],
     "decomposition": ["magic", "", None, 0],
     "mostsim_scale": ["inexact", "", None],
-    "refit": ["calibration", "some", "", None, True],
+    "refit": ["some", "", None, True],
+    "probes": ["grey", "", None, 0],
+    "samples": [-1, 1.5, "8", True, None],
+    "batch": [0, -1, 1.5, "8", True, None],
+    "rows": [0, -1, 1.5, "8", True, None],
     "keep": [{"*": 0}, {"*": -1}, {"*": 1.5}, {"*": NAN}, {"*": 0.0}, {"*": "4"}, {"*": True}, {"*": None}, {5: 4},
              4, "a", None, [("*", 4)]],
     "ignore": ["conv1", "", 5, None, (5,)],
@@ -44,7 +48,11 @@ GOOD: dict[str, list[Any]] = {
     "selection": list(SELECTORS),
     "decomposition": list(DECOMPOSITIONS),
     "mostsim_scale": ["exact", "reference"],
-    "refit": ["none"],
+    "refit": ["none", "synthetic", "calibration"],
+    "probes": ["auto", *PROBES],
+    "samples": [0, 1, 500],
+    "batch": [1, 64],
+    "rows": [1, 10**6],
     "keep": [{}, {"conv*": 4}, {"*": 0.5, "a": 1, "b": 1.0}],
     "ignore": [(), ("conv1",), ["a", "b*"]],
 }
@@ -77,12 +85,12 @@ def test_good_values_pass(name: str, value: Any) -> None:
 
 def test_unknown_options_are_refused_and_the_known_are_listed() -> None:
     model, x = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 2)), torch.zeros(1, 2)
-    for ask in (lambda: Options().replace(rate=0.5), lambda: fxmerge.merge(model, x, rate=0.5)):
+    for ask in (lambda: Options().replace(rate=0.5), lambda: plain_merge(model, x, rate=0.5)):
         with pytest.raises(FxMergeError, match="rate") as caught:
             ask()
         assert all(f.name in str(caught.value) for f in dataclasses.fields(Options))
     with pytest.raises(FxMergeError, match="dict"):
-        fxmerge.merge(model, x, {"ratio": 0.5})  # type: ignore[arg-type]
+        plain_merge(model, x, {"ratio": 0.5})  # type: ignore[arg-type]
 
 
 def test_options_are_frozen_and_replace_copies() -> None:
@@ -238,7 +246,7 @@ class Net(nn.Module):
     ({"round_to": 4}, (4, 4)),
 ])  # fmt: skip
 def test_merged_widths(fields: dict[str, Any], widths: tuple[int, int]) -> None:
-    found = fxmerge.merge(Net(), torch.randn(2, 3), **fields).module
+    found = plain_merge(Net(), torch.randn(2, 3), **fields).module
     assert (found.first.out_features, found.second.out_features) == widths
     assert (found.second.in_features, found.last.in_features) == widths
 
@@ -247,11 +255,11 @@ def test_merged_widths(fields: dict[str, Any], widths: tuple[int, int]) -> None:
 def test_a_pattern_that_matches_nothing_lists_the_groups(field: str) -> None:
     value: Any = {"fist": 2} if field == "keep" else ("fist",)
     with pytest.raises(FxMergeError, match="fist") as caught:
-        fxmerge.merge(Net(), torch.randn(2, 3), **{field: value})
+        plain_merge(Net(), torch.randn(2, 3), **{field: value})
     assert "first" in str(caught.value)
     assert "second" in str(caught.value)
 
 
 def test_keep_too_many_names_the_group() -> None:
     with pytest.raises(FxMergeError, match="second"):
-        fxmerge.merge(Net(), torch.randn(2, 3), keep={"second": 7})
+        plain_merge(Net(), torch.randn(2, 3), keep={"second": 7})

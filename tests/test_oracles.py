@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from netmaking import one_thread  # noqa: F401
+from netmaking import one_thread, plain_merge  # noqa: F401
 from nets import NETS
 from torch import Tensor, nn
 
@@ -59,7 +59,7 @@ def test_duplicates_merge_exactly(name: str) -> None:
     assert set(kept) == {g.name for g in found.groups if g.partners and g.readers}
     sizes = {g.name: g.channels for g in found.groups}
     given = tuple(GroupPlan(group, sizes[group], tuple(index.tolist())) for group, index in kept.items())
-    result = fxmerge.apply(Plan(Options(threshold=0.0), given), model, args)
+    result = fxmerge.apply(Plan(Options(threshold=0.0, refit="none"), given), model, args)
     assert result.report.verdict.error < 1e-8 or any(g.mixers for g in found.groups)
     assert {p.name: p.kept for p in result.plan.groups} == {p.name: p.kept for p in given}
 
@@ -70,7 +70,7 @@ def test_duplicates_are_the_ones_that_go(name: str) -> None:
     found = analysis(name)
     model, args, kept = verify.duplicate(*operands(found), seed=1)
     counts = {group: len(index) for group, index in kept.items()}
-    result = fxmerge.merge(model, args, keep=counts, ratio=0.0, threshold=0.0, selection="l2")
+    result = plain_merge(model, args, keep=counts, ratio=0.0, threshold=0.0, selection="l2")
     chosen = {p.name: list(p.kept) for p in result.plan.groups}
     free = [g.name for g in found.groups if not g.scale_blocks and g.name in kept]
     assert {group: chosen[group] for group in free} == {group: kept[group].tolist() for group in free}
@@ -81,7 +81,7 @@ def test_duplicates_are_the_ones_that_go(name: str) -> None:
 @every_net
 def test_ratio_0_gives_the_same_bits(name: str) -> None:
     model, inputs = NETS[name]()
-    result = fxmerge.merge(model, inputs, ratio=0.0)
+    result = plain_merge(model, inputs, ratio=0.0)
     with torch.no_grad():
         one, other = leaves(model(inputs)), leaves(result.module(inputs))
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
@@ -94,7 +94,7 @@ def test_ratio_0_gives_the_same_bits(name: str) -> None:
 def test_the_same_seed_gives_the_same_bits_and_the_model_is_untouched(name: str) -> None:
     model, inputs = NETS[name]()
     before, attributes = copy.deepcopy(model.state_dict()), anatomy(model)
-    first, second = (fxmerge.merge(model, inputs, ratio=0.4, seed=3) for _ in range(2))
+    first, second = (plain_merge(model, inputs, ratio=0.4, seed=3) for _ in range(2))
     assert first.plan == second.plan
     assert first.module.code == second.module.code
     assert equal_states(first.module.state_dict(), second.module.state_dict())
@@ -204,7 +204,7 @@ def test_a_widened_net_merges_back(seed: int) -> None:
     x = torch.randn(2, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
         torch.testing.assert_close(wide(x), narrow(x), rtol=1e-9, atol=1e-9)
-    result = fxmerge.merge(wide, x, keep={"a": 8, "c": 10, "b": 1.0})
+    result = plain_merge(wide, x, keep={"a": 8, "c": 10, "b": 1.0})
     dropped = {p.name: set(range(p.channels)) - set(p.kept) for p in result.plan.groups}
     assert dropped == {"a": set(copied.nonzero().flatten().tolist()), "c": set(cut.nonzero().flatten().tolist())}
     assert verify.difference(verify.outputs(narrow, (x,)), verify.outputs(result.module, (x,))) < 1e-8
@@ -221,7 +221,7 @@ def test_dead_channels_are_dropped_and_nothing_changes(decomposition: str) -> No
                 for value in (part.weight, part.bias, getattr(part, "running_mean", None)):
                     if isinstance(value, Tensor):
                         value[gone[group]] = 0
-    result = fxmerge.merge(model, x, keep={"stem": 9, "a": 12}, decomposition=decomposition, selection="l2")
+    result = plain_merge(model, x, keep={"stem": 9, "a": 12}, decomposition=decomposition, selection="l2")
     found = {p.name: sorted(set(range(p.channels)) - set(p.kept)) for p in result.plan.groups}
     assert found == gone
     assert result.report.verdict.error < 1e-6

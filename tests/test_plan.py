@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from netmaking import plain_merge
 from torch import Tensor, nn
 
 import fxmerge
@@ -50,7 +51,7 @@ def kept(result: fxmerge.Result) -> dict[str, tuple[int, ...]]:
     {"mostsim_scale": "reference", "scope": "internal"},
 ], ids=repr)  # fmt: skip
 def test_json_and_back_is_equal(fields: dict[str, Any]) -> None:
-    plan = fxmerge.merge(Net(0), X, **fields).plan
+    plan = plain_merge(Net(0), X, **fields).plan
     back = Plan.from_json(plan.json())
     assert back == plan
     assert back.json() == plan.json()
@@ -59,7 +60,7 @@ def test_json_and_back_is_equal(fields: dict[str, Any]) -> None:
 
 def test_what_a_plan_says() -> None:
     """Every dropped channel is named once; it goes to a kept one of its own cell, or nowhere."""
-    result = fxmerge.merge(Net(0), X, ratio=0.5)
+    result = plain_merge(Net(0), X, ratio=0.5)
     assert {g.name: (g.channels, len(g.kept)) for g in result.plan.groups}.items() >= {
         "conv1": (8, 4), "conv2": (12, 6)
     }.items()  # fmt: skip
@@ -139,9 +140,9 @@ def test_other_text_is_refused(text: str) -> None:
 
 @pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
 def test_apply_keeps_the_same_channels_on_other_weights(decomposition: str) -> None:
-    first = fxmerge.merge(Net(0), X, decomposition=decomposition, ratio=0.5)
+    first = plain_merge(Net(0), X, decomposition=decomposition, ratio=0.5)
     other = Net(1)
-    assert kept(fxmerge.merge(other, X, ratio=0.5)) != kept(first)  # its own choice would be another
+    assert kept(plain_merge(other, X, ratio=0.5)) != kept(first)  # its own choice would be another
     before = copy.deepcopy(other.state_dict())
     replayed = fxmerge.apply(Plan.from_json(first.plan.json()), other, X)
     assert kept(replayed) == kept(first)
@@ -154,7 +155,7 @@ def test_apply_keeps_the_same_channels_on_other_weights(decomposition: str) -> N
 
 
 def test_apply_to_the_same_weights_is_the_same_model() -> None:
-    first = fxmerge.merge(Net(0), X, ratio=0.5, selection="random", seed=4)
+    first = plain_merge(Net(0), X, ratio=0.5, selection="random", seed=4)
     again = fxmerge.apply(first.plan, Net(0), X)
     assert torch.equal(first.module(X), again.module(X))
     assert again.plan == first.plan
@@ -162,7 +163,7 @@ def test_apply_to_the_same_weights_is_the_same_model() -> None:
 
 @functools.cache
 def half() -> Plan:
-    return fxmerge.merge(Net(0), X, ratio=0.5).plan
+    return plain_merge(Net(0), X, ratio=0.5).plan
 
 
 def without(name: str) -> Plan:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from netmaking import one_thread, raw  # noqa: F401
+from netmaking import one_thread, plain_merge, raw  # noqa: F401
 from rule_samples import SAMPLES
 from sandwich import Sample, spelled
 from torch import Tensor, fx, nn
@@ -44,7 +44,7 @@ def test_spelling(key: Any, rule: fxmerge.Rule) -> None:
     """The op stands in the graph as spelled, its group permutes freely, and pruning is what masking by hand is."""
     sample = sample_of(key, rule)
     model, x = sample.make()
-    result = fxmerge.merge(model, x, decomposition="prune", ratio=0.5)
+    result = plain_merge(model, x, decomposition="prune", ratio=0.5)
     found = result.analysis
     targets = [
         type(found.captured.module.get_submodule(str(n.target))) if n.op == "call_module" else n.target
@@ -144,14 +144,14 @@ def test_commutes(key: Any, rule: fxmerge.Rule) -> None:
 
 def test_softmax_over_the_channels_is_a_mixer() -> None:
     model, x = spelled("softmax", 1).make()
-    result = fxmerge.merge(model, x, ratio=0.5)
+    result = plain_merge(model, x, ratio=0.5)
     group = result.analysis.groups[0]
     assert group.mixers == ("softmax",)
     assert not group.internal
     assert group.scale_blocks
     with pytest.raises(fxmerge.FxMergeError, match="matches no group"):
-        fxmerge.merge(model, x, keep={"nothing": 1})
-    assert fxmerge.merge(model, x, scope="internal").plan.groups == ()
+        plain_merge(model, x, keep={"nothing": 1})
+    assert plain_merge(model, x, scope="internal").plan.groups == ()
 
 
 @pytest.mark.parametrize("op", ["mean", "sum", "amax", "std", "logsumexp"])
@@ -182,7 +182,7 @@ def test_what_cannot_follow_stays(what: str) -> None:
     """Channels that an op cannot do without stay, with the reason and the source line."""
     sample, reason = MUST_STAY[what]
     model, x = sample.make()
-    result = fxmerge.merge(model, x, ratio=0.5, decomposition="prune")
+    result = plain_merge(model, x, ratio=0.5, decomposition="prune")
     assert result.plan.groups == ()
     assert result.report.verdict.error == 0
     refused = [r for r in result.report.refusals if r.name.startswith("writer")]
@@ -192,7 +192,7 @@ def test_what_cannot_follow_stays(what: str) -> None:
 
 def test_channels_taken_one_by_one_stay() -> None:
     model, x = spelled("unbind", 1, then=lambda p: p[0] + p[5], reads=4, flat=True).make()
-    result = fxmerge.merge(model, x, ratio=0.5)
+    result = plain_merge(model, x, ratio=0.5)
     assert result.plan.groups == ()
     assert result.report.verdict.error == 0
 
@@ -202,7 +202,7 @@ def test_a_constant_per_channel_follows(where: str) -> None:
     """Whether it is a buffer, or a tensor made in forward, which the trace makes a buffer."""
     ones = torch.ones(8, 1, 1, dtype=torch.float64)
     model, x = Sample(lambda m, x: x + (m.c if where == "buffer" else ones), parts={"c": ones}).make()
-    result = fxmerge.merge(model, x, ratio=0.5)
+    result = plain_merge(model, x, ratio=0.5)
     assert [p.name for p in result.plan.groups] == ["writer"]
     sizes = {n.target: result.module.get_buffer(n.target).shape for n in result.module.graph.find_nodes(op="get_attr")}
     assert list(sizes.values()) == [(4, 1, 1)]
@@ -257,7 +257,7 @@ def test_an_unknown_leaf_pins_until_a_rule_is_added(monkeypatch: pytest.MonkeyPa
     assert "Gate" in refusal.reason
     assert "has no rule" in refusal.reason
     monkeypatch.setitem(fxmerge.RULES, "gate", fxmerge.per_channel("gate", Gate))
-    result = fxmerge.merge(model, x, ratio=0.5)
+    result = plain_merge(model, x, ratio=0.5)
     assert [(p.name, len(p.kept)) for p in result.plan.groups] == [("writer", 4)]
     found = result.analysis
     assert max(verify.permutation(found.captured, found.facts, found.grouping).values()) < 1e-10

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from netmaking import plain_merge
 from rich.console import Console
 
-import fxmerge
 from benchmarks import speed
 from benchmarks.models import VGG
 
@@ -47,7 +47,7 @@ def test_baseline_comes_to_the_same_network() -> None:
 def test_check_sees_another_merge(change: dict[str, str]) -> None:
     model, example = small()
     layers, classifier = speed.baseline(model, WIDTHS)
-    other = fxmerge.merge(model, example, speed.merge(model, example, WIDTHS).plan.options.replace(**change))
+    other = plain_merge(model, example, speed.merge(model, example, WIDTHS).plan.options.replace(**change))
     with pytest.raises(AssertionError):
         speed.check_same(layers, classifier, other)
 

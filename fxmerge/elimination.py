@@ -1,0 +1,70 @@
+"""Elimination: which channels can go at the least loss once the readers are re-solved.
+
+A reader computes W p from patches p, of which channel c has some columns. With H = G + ridge and G the patches' second
+moments about their mean, removing columns c and re-solving the others costs, summed over outputs,
+
+    loss(c) = tr(W_c (H^-1_cc)^-1 W_c'),        W <- W - W_c (H^-1_cc)^-1 H^-1_c:,      H^-1 likewise
+
+(Hassibi & Stork, 1993, "Optimal brain surgeon", equations 5 and 6, for blocks of columns). The cheapest goes, again and
+again; several readers' losses are added, each as a share of the variance of its own outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .evidence import Reading
+
+RIDGE = 1e-2  # of the mean diagonal
+ROUNDS = 48  # at most so many times is the cheapest looked for; wide groups lose several channels at once
+
+
+class _Reader:
+    def __init__(self, reading: Reading) -> None:
+        gram, self.weight = reading.gram.double(), reading.weight.double().clone()
+        level = gram.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
+        eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        self.inverse = torch.linalg.inv(gram + RIDGE * level * eye)
+        self.scale = float(((self.weight @ gram) * self.weight).sum().clamp(min=1e-300))
+        self.columns, self.channels = reading.columns, reading.channels
+
+    def losses(self, count: int) -> Tensor:
+        """What each of the group's channels costs here: (count,), 0 where it is not read."""
+        at = self.columns  # (m, q)
+        own = self.weight[:, at].permute(1, 2, 0)  # (m, q, o)
+        solved = torch.linalg.solve(self.inverse[at[:, :, None], at[:, None, :]], own)
+        found = (own * solved).sum((1, 2)).cpu() / self.scale
+        return torch.zeros(count, dtype=torch.float64).index_add_(0, self.channels, found)
+
+    def remove(self, gone: Tensor) -> None:
+        """gone: bool by channel of the group."""
+        here = gone[self.channels]
+        columns = self.columns[here].flatten()
+        if not len(columns):
+            return
+        share = torch.linalg.solve(self.inverse[columns][:, columns], self.inverse[columns])  # (q, p)
+        self.weight -= self.weight[:, columns] @ share
+        self.inverse = self.inverse - self.inverse[:, columns] @ share
+        self.columns, self.channels = self.columns[~here], self.channels[~here]
+
+
+def eliminate(readings: Sequence[Reading], candidates: Tensor, count: int) -> Tensor:
+    """Of `candidates` (indices into a group's channels) the places of those that stay, `count` of them, ascending."""
+    readers = [_Reader(r) for r in readings]
+    channels = 1 + max(int(candidates.max()), *(int(r.channels.max()) for r in readings))
+    left = torch.ones(len(candidates), dtype=torch.bool)
+    drop = len(candidates) - count
+    at_once = max(1, -(-drop // ROUNDS))
+    while drop > 0:
+        total = torch.stack([r.losses(channels) for r in readers]).sum(0)[candidates]
+        cheapest = torch.where(left, total, torch.inf).argsort(stable=True)[: min(at_once, drop)]
+        left[cheapest] = False
+        gone = torch.zeros(channels, dtype=torch.bool)
+        gone[candidates[cheapest]] = True
+        for reader in readers:
+            reader.remove(gone)
+        drop -= len(cheapest)
+    return left.nonzero().flatten()

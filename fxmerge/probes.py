@@ -1,0 +1,111 @@
+"""Probes: inputs for refit where there is no data. PROBES maps a name to a function of (example, count, generator).
+
+example is one of the model's floating-point inputs, (batch, ...); a family gives (count, ...) of it with mean 0 and
+deviation 1. Behind BatchNorms that use the original's batch statistics (`lockstep`) the family hardly matters, as each
+layer sees what training left it; `mismatch` with the running statistics chooses.
+
+    white   independent numbers
+    pink    spectrum 1/f over the spatial axes, as images have it, half of it common to all channels (Field, 1987)
+    leaves  discs and boxes of random sizes that hide each other, textured: edges (the dead leaves of Lee et al., 2001)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from math import prod
+
+import torch
+from torch import Generator, Tensor
+
+LEAVES = 24  # in each image
+
+
+def white(example: Tensor, count: int, generator: Generator) -> Tensor:
+    return torch.randn(count, *example.shape[1:], generator=generator)
+
+
+def pink(example: Tensor, count: int, generator: Generator) -> Tensor:
+    shape = tuple(example.shape[1:])
+    if len(shape) < 2:  # features have no neighbours
+        return white(example, count, generator)
+    channels, sizes = shape[0], shape[1:]
+    axes = tuple(range(-len(sizes), 0))
+    grids = torch.meshgrid(*(torch.fft.fftfreq(s) for s in sizes), indexing="ij")
+    frequency = torch.stack(grids).square().sum(0).sqrt()
+    amplitude = 1 / frequency.clamp(min=1 / max(sizes))
+
+    def field(width: int) -> Tensor:
+        noise = torch.randn(count, width, *sizes, generator=generator)
+        return standard(torch.fft.ifftn(torch.fft.fftn(noise, dim=axes) * amplitude, dim=axes).real)
+
+    mixed = field(1).expand(-1, channels, *sizes) + field(channels)
+    return standard(mixed.reshape(count, *shape))
+
+
+def leaves(example: Tensor, count: int, generator: Generator) -> Tensor:
+    shape = tuple(example.shape[1:])
+    if len(shape) != 3:
+        return pink(example, count, generator)
+    channels, height, width = shape
+    image, texture = pink(example, count, generator), pink(example, count, generator)
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    least, most = height / 16, height / 1.5
+    for _ in range(LEAVES):
+        draw = torch.rand(6, count, 1, 1, generator=generator)
+        radius = (least**-2 + draw[0] * (most**-2 - least**-2)) ** -0.5  # density r^-3: the same at every scale
+        down, across = rows - height * (1.2 * draw[1] - 0.1), columns - width * (1.2 * draw[2] - 0.1)
+        angle, aspect = torch.pi * draw[3], (0.5 + 1.5 * draw[4]).sqrt()
+        along = (across * angle.cos() + down * angle.sin()) / radius * aspect
+        athwart = (down * angle.cos() - across * angle.sin()) / radius / aspect
+        power = torch.where(draw[5] < 0.5, 2.0, 8.0)  # a disc or a box
+        inside = (along.abs() ** power + athwart.abs() ** power < 1)[:, None]
+        colour = torch.randn(count, 1, 1, 1, generator=generator)
+        colour = colour + 0.4 * torch.randn(count, channels, 1, 1, generator=generator)
+        image = torch.where(inside, colour, image)
+    return standard(image + 0.2 * texture)
+
+
+def standard(x: Tensor) -> Tensor:
+    """Mean 0 and deviation 1 over everything."""
+    return (x - x.mean()) / x.std().clamp(min=1e-12) if x.numel() > 1 else x
+
+
+PROBES: dict[str, Callable[[Tensor, int, Generator], Tensor]] = {"pink": pink, "white": white, "leaves": leaves}
+
+
+def tokens(example: Tensor, vocabulary: int, count: int, generator: Generator) -> Tensor:
+    """Token ids drawn from a vocabulary by Zipf's law, ids in random order: (count, ...)."""
+    rank = torch.randperm(vocabulary, generator=generator)
+    weight = 1 / (1 + torch.arange(vocabulary, dtype=torch.float64))
+    drawn = torch.multinomial(weight, count * prod(example.shape[1:]), replacement=True, generator=generator)
+    return rank[drawn].reshape(count, *example.shape[1:]).to(example.dtype)
+
+
+def probes(
+    family: str, inputs: list[object], vocabularies: Mapping[int, int], count: int, batch: int, seed: int
+) -> list[list[object]]:
+    """Batches of values for a graph's placeholders, like the example's `inputs`.
+
+    An input whose first axis is the example's batch gets new content: numbers of the family, or token ids where
+    `vocabularies` (placeholder -> size) knows it; whole numbers besides are the example's, over and over. What has
+    another first axis or is no tensor stays as it is.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    first = next((v for v in inputs if isinstance(v, Tensor) and v.dim()), None)
+    if first is None:
+        return [inputs]
+    sizes = [min(batch, count - start) for start in range(0, count, batch)]
+
+    def made(number: int, value: object) -> list[object]:
+        if not isinstance(value, Tensor) or not value.dim() or value.size(0) != first.size(0):
+            return [value] * len(sizes)
+        if number in vocabularies:
+            drawn = tokens(value, vocabularies[number], count, generator)
+        elif value.is_floating_point():
+            drawn = PROBES[family](value, count, generator)
+        else:
+            drawn = value.cpu().repeat(-(-count // len(value)), *[1] * (value.dim() - 1))[:count]
+        return list(torch.split(drawn.to(value), sizes))
+
+    columns = [made(number, value) for number, value in enumerate(inputs)]
+    return [list(row) for row in zip(*columns, strict=True)]

@@ -1,0 +1,117 @@
+"""Survey: one run of the original on refit's batches, for what has to be known before channels are chosen.
+
+`readings` gives each group's readers the second moments of their patches, which `repair` selects by; `family` chooses
+the probes whose statistics at the BatchNorms are nearest to the running ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .evidence import Reading
+from .ir import Capture, Group, Layer, Provenance
+from .lockstep import Lockstep, Settings, evaluating, moments
+from .patches import form_of, operands, patches, rows_of, sample
+from .systems import second_moments
+from .targets import behind, rectified_layers
+from .weights import at
+
+WIDEST = 8192  # columns of all blocks together: a reader with more is left out
+
+
+def readings(
+    captured: Capture,
+    facts: Provenance,
+    groups: Sequence[Group],
+    batches: Sequence[Sequence[Any]],
+    settings: Settings,
+    stage: Callable[[str], None] = lambda name: None,
+) -> dict[str, tuple[Reading, ...]]:
+    """Group name -> how its readers see it; readers that are no layers (attention scores) are not among them."""
+    readers: dict[str, list[tuple[Group, Any]]] = {}
+    for group in groups:
+        for member in group.readers:
+            readers.setdefault(member.layer.node, []).append((group, member))
+    found: dict[str, list[Reading]] = {g.name: [] for g in groups}
+    module = captured.module
+    norms = {layer.node: layer for layer in facts.layers if layer.op == "batch_norm"}
+    generator = torch.Generator().manual_seed(settings.seed)
+    with evaluating(module), torch.no_grad():
+        run = Lockstep(module, None, facts, batches, lambda labels: labels, settings, rectified_layers(module, facts))
+        for step in run:
+            members = readers.get(step.node.name, ())
+            if not members:
+                continue
+            layer = members[0][1].layer
+            stage(f"survey {layer.module}")
+            made = _reader(run, step.node, step.outputs, layer, norms, settings, generator)
+            if made is None:
+                continue
+            gram, weight, width = made
+            for group, member in members:
+                columns = member.where[:, :, None] * width + torch.arange(width)
+                found[group.name].append(Reading(gram, weight, member.channels, columns.flatten(1)))
+    return {name: tuple(parts) for name, parts in found.items()}
+
+
+def _reader(
+    run: Lockstep, node: fx.Node, outputs: Sequence[Tensor], layer: Layer, norms: dict[str, Layer],
+    settings: Settings, generator: torch.Generator,
+) -> tuple[Tensor, Tensor, int] | None:  # fmt: skip
+    """(gram (g p, g p), weight (o, g p) in units of what follows, columns for each place); None: no layer."""
+    module = run.original.module
+    owner = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+    weight = at(module, layer.params["weight"])
+    form = form_of(node, layer, owner, weight)
+    if form is None:
+        return None
+    rows = rows_of(weight, form).double()
+    blocks, width = form.groups, rows.size(2)
+    if blocks * width > WIDEST:
+        return None
+    source = node.all_input_nodes[0] if owner is not None else operands(node, layer.op)["input"]
+    index_of = sample(outputs, form, settings.rows, generator, settings.reduce)
+    inputs = run.original.values[source.name]
+    parts = [patches(x, form, index) for x, index in zip(inputs, index_of, strict=True)]
+    gram = _diagonal(second_moments(parts, settings.reduce))
+    whole = _diagonal(rows)
+    norm = behind(module, node, norms, set()).norm
+    if norm is not None:
+        gain = 1 / run.statistics(norm, outputs)[1]
+        if "weight" in norm.params:
+            gain = gain * at(module, norm.params["weight"]).double()
+        whole = whole * gain[:, None]
+    assert layer.reads is not None
+    return gram.cpu(), whole.cpu(), blocks * width // layer.reads.numel()
+
+
+def _diagonal(blocks: Tensor) -> Tensor:
+    """(g, a, b) as one (g a, g b) with the blocks on its diagonal."""
+    g, a, b = blocks.shape
+    whole = blocks.new_zeros(g, a, g, b)
+    whole[torch.arange(g), :, torch.arange(g)] = blocks
+    return whole.view(g * a, g * b)
+
+
+def mismatch(captured: Capture, facts: Provenance, batches: Sequence[Sequence[Any]], settings: Settings) -> float:
+    """Mean divergence of the batches' statistics at the BatchNorms from the running ones, both taken as Gaussian."""
+    norms = {layer.node: layer for layer in facts.layers if layer.op == "batch_norm" and "running_var" in layer.params}
+    total, channels, module = 0.0, 0, captured.module
+    with evaluating(module), torch.no_grad():
+        run = Lockstep(module, None, facts, batches, lambda labels: labels, settings, rectified_layers(module, facts))
+        for step in run:
+            layer = norms.get(step.node.name)
+            if layer is None:
+                continue
+            inputs = run.original.values[step.node.all_input_nodes[0].name]
+            mean, variance = moments(inputs, 1, settings.reduce)
+            expected = at(module, layer.params["running_mean"]).double()
+            spread = at(module, layer.params["running_var"]).double() + layer.eps
+            ratio = (variance + layer.eps) / spread
+            apart = ratio - 1 - ratio.log() + (mean - expected).square() / spread
+            total, channels = total + 0.5 * float(apart.sum()), channels + len(mean)
+    return total / max(channels, 1)

@@ -1,0 +1,292 @@
+"""Refit against independent solutions: torch.linalg.lstsq on unfolded patches, nets whose answer is known, oracle 4."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from netmaking import one_thread  # noqa: F401
+from nets import NETS
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import fxmerge
+from fxmerge import FxMergeError, Options
+from fxmerge.elimination import eliminate
+from fxmerge.evidence import Reading
+from fxmerge.ir import Layer
+from fxmerge.patches import at_positions, form_of, patches, positions, rows_of, weight_of
+from fxmerge.probes import PROBES, tokens
+from fxmerge.systems import system
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def alone(t: Tensor) -> Tensor:
+    return t
+
+
+LAYERS: dict[str, tuple[nn.Module, tuple[int, ...], str]] = {
+    "linear": (nn.Linear(5, 4), (3, 5), "linear"),
+    "linear on tokens": (nn.Linear(5, 4, bias=False), (3, 6, 5), "linear"),
+    "conv1d": (nn.Conv1d(4, 6, 3, stride=2, padding=1), (2, 4, 9), "conv"),
+    "conv2d": (nn.Conv2d(4, 6, (3, 2), padding=(1, 0), dilation=(2, 1)), (2, 4, 8, 7), "conv"),
+    "conv2d same": (nn.Conv2d(4, 6, 4, padding="same"), (2, 4, 8, 7), "conv"),
+    "conv2d reflect": (nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"), (2, 4, 6, 6), "conv"),
+    "conv2d grouped": (nn.Conv2d(4, 6, 3, groups=2, padding=1), (2, 4, 6, 6), "conv"),
+    "conv2d one image": (nn.Conv2d(4, 6, 3), (4, 6, 6), "conv"),
+    "depthwise": (nn.Conv2d(4, 8, 3, groups=4), (2, 4, 6, 6), "depthwise"),
+    "conv3d": (nn.Conv3d(2, 3, 2), (2, 2, 4, 3, 3), "conv"),
+    "transposed": (nn.ConvTranspose2d(4, 3, 3, 2, 1, output_padding=1), (2, 4, 5, 4), "conv_transpose"),
+    "transposed dilated": (nn.ConvTranspose1d(4, 3, 2, 3, dilation=2), (2, 4, 5), "conv_transpose"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_every_layer_is_a_product_of_patches(name: str) -> None:
+    module, shape, op = LAYERS[name]
+    module = copy.deepcopy(module).double()
+    x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    weight: Tensor = module.weight.detach()  # type: ignore[assignment,operator]
+    traced = torch.fx.symbolic_trace(nn.Sequential(module))
+    node = next(n for n in traced.graph.nodes if n.op == "call_module")
+    form = form_of(node, Layer("0", "0", op, {"weight": "0.weight"}), module, weight)
+    assert form is not None
+    with torch.no_grad():
+        out: Tensor = module(x)
+    index = torch.arange(positions(out, form))
+    product = torch.einsum("rgp,gop->rgo", patches(x, form, index), rows_of(weight, form)).flatten(1)
+    bias = module.bias if module.bias is not None else torch.zeros(product.size(1))
+    torch.testing.assert_close(product + bias, at_positions(out, form, index))
+    assert torch.equal(weight_of(rows_of(weight, form), form, weight), weight)
+
+
+@pytest.mark.parametrize("ridge", [0.0, 1e-3, 1.0])
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_solve_is_ridge_regression(ridge: float, blocks: int) -> None:
+    """Against lstsq on rows with the pull's own rows added below."""
+    g = torch.Generator().manual_seed(blocks)
+    rows = torch.randn(60, blocks, 5, generator=g, dtype=torch.float64) + 0.5
+    goal = torch.randn(60, blocks, 4, generator=g, dtype=torch.float64)
+    start = torch.randn(blocks, 4, 5, generator=g, dtype=torch.float64)
+    normal = system([rows[:25], rows[25:]], [goal[:25], goal[25:]], alone)
+    found = normal.solve(start, ridge)
+    for b in range(blocks):
+        p, t = rows[:, b] - rows[:, b].mean(0), goal[:, b] - goal[:, b].mean(0)
+        pull = (ridge * p.square().mean(0).mean() * 60) ** 0.5 * torch.eye(5, dtype=torch.float64)
+        by_rows = torch.linalg.lstsq(torch.cat([p, pull]), torch.cat([t, pull @ start[b].T])).solution.T
+        torch.testing.assert_close(found[b], by_rows)
+    out = torch.einsum("rgp,gop->rgo", rows, found) + normal.intercept(found, normal.mean_t)
+    torch.testing.assert_close(out.mean(0), goal.mean(0))
+    torch.testing.assert_close(out.var(0, correction=0), normal.variance(found))
+
+
+class Two(nn.Module):
+    """A hidden layer whose units 4 to 7 are linear combinations of units 0 to 3: half of it can go without loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 5)
+        with torch.no_grad():
+            mix = torch.randn(4, 4, generator=torch.Generator().manual_seed(1))
+            self.a.weight[4:], self.a.bias[4:] = mix @ self.a.weight[:4], mix @ self.a.bias[:4]
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.b(self.a(x))
+        return out
+
+
+@pytest.mark.parametrize("source", ["synthetic", "calibration"])
+def test_what_is_redundant_is_repaired_to_nothing(source: str) -> None:
+    torch.manual_seed(0)
+    model, x = Two().double().eval(), torch.randn(300, 6, dtype=torch.float64)
+    more: dict[str, Any] = {"calibration": [x]} if source == "calibration" else {}
+    result = fxmerge.merge(model, x[:2], ratio=0.5, decomposition="prune", **more)
+    assert result.module.a.out_features == 4
+    with torch.no_grad():
+        off, plain = result.module(x) - model(x), fxmerge.merge(model, x[:2], refit="none").module(x) - model(x)
+    assert off.abs().max() < 1e-2
+    assert off.norm() < 0.02 * plain.norm()
+    (record,) = result.report.refitted
+    assert record.name == "b"
+    assert record.after < 1e-4 < record.before
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_refit_runs_on_every_net_and_lowers_each_error(name: str) -> None:
+    model, x = NETS[name]()
+    result = fxmerge.merge(model, x, samples=64)
+    assert all(torch.isfinite(p).all() for p in result.module.parameters())
+    assert all(r.after <= r.before for r in result.report.refitted), result.report.refitted
+    result.module.graph.lint()
+    with torch.no_grad():
+        result.module(x)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_ratio_0_changes_no_bit(name: str) -> None:
+    model, x = NETS[name]()
+    result = fxmerge.merge(model, x, ratio=0.0)
+    before, after = model.state_dict(), result.module.state_dict()
+    assert all(torch.equal(v, after[k]) for k, v in before.items())
+
+
+def test_an_exact_merge_stays_exact() -> None:
+    """Dead channels go: no layer is changed by more than rounding."""
+    model, x = NETS["chain_2d"]()
+    with torch.no_grad():
+        model.n.weight[::2] = 0
+        model.n.bias[::2] = -1
+        before = model(x)
+        result = fxmerge.merge(model, x, keep={"a": 0.5}, ratio=0.0, decomposition="prune")
+        assert [r.note for r in result.report.refitted][:1] == ["exact as it is"]
+        torch.testing.assert_close(result.module(x), before, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["residual", "mlp", "encoder", "words"])
+def test_the_same_seed_gives_the_same_bits(name: str) -> None:
+    model, x = NETS[name]()
+    one, two, other = (fxmerge.merge(model, x, samples=64, seed=s).module.state_dict() for s in (3, 3, 4))
+    assert all(torch.equal(v, two[k]) for k, v in one.items())
+    assert any(v.shape != other[k].shape or not torch.equal(v, other[k]) for k, v in one.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_dtypes(dtype: torch.dtype) -> None:
+    model, x = NETS["residual"]()
+    module = fxmerge.merge(model.to(dtype), x.to(dtype), samples=64).module
+    assert {p.dtype for p in module.parameters()} == {dtype}
+    assert all(p.isfinite().all() for p in module.parameters())
+
+
+def test_the_callers_model_and_flags_are_left_alone() -> None:
+    model, x = NETS["residual"]()
+    model.train()
+    before = copy.deepcopy(model.state_dict())
+    module = fxmerge.merge(model, x, samples=64).module
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert model.training
+    assert module.training
+
+
+def once(batches: list[Any]) -> Iterator[Any]:
+    yield from batches
+
+
+X = torch.randn(48, 12, generator=torch.Generator().manual_seed(0))
+FEEDS: dict[str, Callable[[], Any]] = {
+    "a tensor": lambda: X,
+    "tensors": lambda: list(X.split(16)),
+    "a generator": lambda: once(list(X.split(16))),
+    "with labels": lambda: [(x, torch.zeros(16)) for x in X.split(16)],
+    "dicts": lambda: [{"x": x, "label": 3} for x in X.split(16)],
+    "a DataLoader": lambda: DataLoader(TensorDataset(X, torch.zeros(48)), batch_size=16),
+}
+
+
+@pytest.mark.parametrize("name", FEEDS)
+def test_calibration_in_every_form_is_the_same(name: str) -> None:
+    model, x = NETS["mlp"]()
+    want = fxmerge.merge(model, x, calibration=list(X.split(16))).module.state_dict()
+    found = fxmerge.merge(model, x, calibration=FEEDS[name]()).module.state_dict()
+    for k, v in want.items():
+        torch.testing.assert_close(found[k], v, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("batches", "message"), [
+    ([], "no batches"), (3, "is a int"), ([{"y": X}], "has no x"), ([X[0]], "where the example has"),
+    ([()], "tuple of 0"),
+    ([X[:0]], "no samples"),
+])  # fmt: skip
+def test_what_is_no_calibration_is_refused(batches: Any, message: str) -> None:
+    with pytest.raises(FxMergeError, match=message):
+        fxmerge.merge(*NETS["mlp"](), calibration=batches)
+
+
+def test_calibration_must_be_given() -> None:
+    with pytest.raises(FxMergeError, match="calibration=batches"):
+        fxmerge.merge(*NETS["mlp"](), refit="calibration")
+
+
+def test_refit_beats_merging_on_the_callers_data() -> None:
+    model, x = NETS["residual"]()
+    data = torch.randn(256, *x.shape[1:], generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        goal = model(data)
+        errors = {}
+        for how in ("none", "synthetic", "calibration"):
+            given = {"calibration": [data[:128]]} if how == "calibration" else {}
+            module = fxmerge.merge(model, x, refit=how, scope="internal", **given).module
+            errors[how] = float((module(data) - goal).square().mean())
+    assert errors["calibration"] < 0.5 * errors["none"], errors
+
+
+def test_elimination_is_the_best_of_all_subsets_where_channels_do_not_interact() -> None:
+    g = torch.Generator().manual_seed(0)
+    gram = torch.diag(torch.rand(6, generator=g, dtype=torch.float64) + 0.1)
+    weight = torch.randn(3, 6, generator=g, dtype=torch.float64)
+    reading = Reading(gram, weight, torch.arange(6), torch.arange(6)[:, None])
+    found = eliminate([reading], torch.arange(6), 3).tolist()
+    cost = (weight.square().sum(0) * gram.diagonal()).tolist()
+    best = max(itertools.combinations(range(6), 3), key=lambda kept: sum(cost[i] for i in kept))
+    assert found == list(best)
+
+
+def test_elimination_follows_re_solving() -> None:
+    """The first channel to go is the one whose loss after lstsq is the least; loops over all channels."""
+    g = torch.Generator().manual_seed(3)
+    rows = torch.randn(400, 8, generator=g, dtype=torch.float64) @ torch.randn(8, 8, generator=g, dtype=torch.float64)
+    rows = rows - rows.mean(0)
+    weight = torch.randn(4, 8, generator=g, dtype=torch.float64)
+    columns = torch.arange(8).view(4, 2)  # two columns a channel
+    losses = []
+    for gone in range(4):
+        stay = [c for c in range(8) if c not in columns[gone].tolist()]
+        solved = torch.linalg.lstsq(rows[:, stay], rows @ weight.T).solution
+        losses.append(float((rows[:, stay] @ solved - rows @ weight.T).square().sum()))
+    reading = Reading(rows.T @ rows / 400, weight, torch.arange(4), columns)
+    left = eliminate([reading], torch.arange(4), 3).tolist()
+    assert set(range(4)) - set(left) == {losses.index(min(losses))}
+
+
+@pytest.mark.parametrize("name", PROBES)
+@pytest.mark.parametrize("shape", [(2, 7), (2, 3, 16), (2, 3, 16, 12), (2, 1, 4, 4, 4), (2,)])
+def test_probes(name: str, shape: tuple[int, ...]) -> None:
+    example = torch.zeros(shape)
+    one, two = (PROBES[name](example, 40, torch.Generator().manual_seed(0)) for _ in range(2))
+    assert one.shape == (40, *shape[1:])
+    assert torch.equal(one, two)
+    assert abs(float(one.mean())) < 0.5
+    assert 0.5 < float(one.std()) < 1.5
+
+
+def test_tokens_are_in_the_vocabulary() -> None:
+    drawn = tokens(torch.zeros(2, 6, dtype=torch.int64), 9, 500, torch.Generator().manual_seed(0))
+    assert drawn.shape == (500, 6)
+    assert set(drawn.flatten().tolist()) == set(range(9))
+
+
+def test_a_shared_weight_is_left_and_the_report_says_so() -> None:
+    model, x = NETS["twice"]()
+    records = {r.name: r.note for r in fxmerge.merge(model, x).report.refitted}
+    assert "one weight serves several calls" in records["twice"]
+    assert records["b"] == ""
+
+
+def test_layers_without_a_bias_get_one() -> None:
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4, bias=False)).eval()
+    module = fxmerge.merge(net, torch.randn(2, 6)).module
+    assert module.get_submodule("2").bias is not None
+    model, x = NETS["functional"]()
+    merged = fxmerge.merge(model, x, samples=64).module
+    assert any(name.endswith("w2_bias") for name, _ in merged.named_parameters())
+
+
+def test_settings_bound_the_rows() -> None:
+    model, x = NETS["residual"]()
+    few = fxmerge.merge(model, x, Options(samples=8, rows=64, batch=4))
+    assert all(torch.isfinite(p).all() for p in few.module.parameters())
