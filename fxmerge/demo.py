@@ -19,7 +19,11 @@ from .merge import merge
 from .options import Options
 
 RATIOS = (0.5, 0.6, 0.7, 0.8)
-METHODS = {"prune": Options(decomposition="prune"), "mostsim": Options(threshold=0.45)}  # the paper's t for LeNet
+METHODS = {
+    "prune": Options(decomposition="prune", refit="none"),
+    "mostsim": Options(threshold=0.45, refit="none"),  # the paper's t for LeNet
+    "refit": Options(),
+}
 
 
 @dataclass(frozen=True)

@@ -113,7 +113,7 @@ def apply(plan: Plan, model: nn.Module, example_inputs: Any, calibration: Any = 
 def _merge(
     model: nn.Module, example_inputs: Any, options: Options, decided: Mapping[str, GroupPlan] | None, given: Any
 ) -> Result:
-    if given is not None and options.refit == "synthetic":
+    if given is not None:
         options = options.replace(refit="calibration")
     if given is None and options.refit == "calibration":
         raise FxMergeError("refit='calibration' needs batches of inputs; give merge(..., calibration=batches)")

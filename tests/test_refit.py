@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import copy
 import itertools
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from netmaking import one_thread  # noqa: F401
 from nets import NETS
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fxmerge
-from fxmerge import FxMergeError, Options
+from fxmerge import FxMergeError, Options, refit
 from fxmerge.elimination import eliminate
 from fxmerge.evidence import Reading
 from fxmerge.ir import Layer
@@ -101,7 +106,8 @@ class Two(nn.Module):
 
 
 @pytest.mark.parametrize("source", ["synthetic", "calibration"])
-def test_what_is_redundant_is_repaired_to_nothing(source: str) -> None:
+def test_what_is_redundant_is_repaired_to_nothing(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(refit, "RIDGE", 1e-6)
     torch.manual_seed(0)
     model, x = Two().double().eval(), torch.randn(300, 6, dtype=torch.float64)
     more: dict[str, Any] = {"calibration": [x]} if source == "calibration" else {}
@@ -199,8 +205,7 @@ def test_calibration_in_every_form_is_the_same(name: str) -> None:
 
 @pytest.mark.parametrize(("batches", "message"), [
     ([], "no batches"), (3, "is a int"), ([{"y": X}], "has no x"), ([X[0]], "where the example has"),
-    ([()], "tuple of 0"),
-    ([X[:0]], "no samples"),
+    ([()], "tuple of 0"), ([X[:0]], "no samples"),
 ])  # fmt: skip
 def test_what_is_no_calibration_is_refused(batches: Any, message: str) -> None:
     with pytest.raises(FxMergeError, match=message):
@@ -290,3 +295,21 @@ def test_settings_bound_the_rows() -> None:
     model, x = NETS["residual"]()
     few = fxmerge.merge(model, x, Options(samples=8, rows=64, batch=4))
     assert all(torch.isfinite(p).all() for p in few.module.parameters())
+
+
+def test_two_processes_come_to_the_weights_of_one(tmp_path: Path) -> None:
+    """torchrun, gloo: the same bits on both ranks, those of one process within rounding."""
+    script = Path(__file__).with_name("distributed_refit.py")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{script.parents[1]}:{script.parent}"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    done = subprocess.run([*command, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    model, x = NETS["residual"]()
+    data = torch.randn(64, *x.shape[1:], generator=torch.Generator().manual_seed(7))
+    for name, given in (("synthetic", None), ("calibration", list(data.split(16)))):
+        one, other = (load_file(tmp_path / f"{name}{rank}.safetensors") for rank in range(2))
+        alone = fxmerge.merge(model, x, samples=64, batch=16, rows=10**6, calibration=given).module.state_dict()
+        assert set(one) == set(alone)
+        for key, value in alone.items():
+            assert torch.equal(one[key], other[key])
+            torch.testing.assert_close(one[key], value, rtol=1e-4, atol=1e-5)
