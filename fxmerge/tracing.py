@@ -46,7 +46,8 @@ class Tracer(fx.Tracer):
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
-        node.stack_trace = user_line() or node.stack_trace
+        if node.op not in ("placeholder", "output"):  # those are made outside of the user's code
+            node.stack_trace = user_line() or node.stack_trace
         return node
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:

@@ -13,6 +13,7 @@ torch.distributed.init_process_group("gloo")
 model, x = NETS["residual"]()
 data = torch.randn(64, *x.shape[1:], generator=torch.Generator().manual_seed(7))
 for name, given in (("synthetic", None), ("calibration", list(data.split(16)))):
-    module = fxmerge.merge(model, x, samples=64, batch=16, rows=10**6, calibration=given).module
+    options = fxmerge.Options(refit="synthetic", selection="repair", samples=64, batch=16, rows=10**6)
+    module = fxmerge.merge(model, x, options, calibration=given).module
     save_file(module.state_dict(), f"{sys.argv[1]}/{name}{torch.distributed.get_rank()}.safetensors")
 torch.distributed.destroy_process_group()

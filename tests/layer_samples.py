@@ -10,6 +10,8 @@ from netmaking import raw
 from sandwich import WIDTH, Sample, call, digit
 from torch import nn
 
+from fxmerge.ir import Aten
+
 
 def linear(key: Any) -> Sample:
     if key is nn.Linear:
@@ -114,3 +116,31 @@ def mixer(*module: Any, function: Any, dims: int = 2, affine: tuple[str, ...] = 
         return Sample(op, dims=dims, exact=False, parts=parts)
 
     return sample
+
+
+def enter(key: Any) -> Sample:
+    """What a part of a recorded model is called with."""
+    return Sample(lambda m, x: call(key)(x))
+
+
+def setitem(key: Any) -> Sample:
+    """One sample is written into a tensor of zeros, which is read afterwards."""
+
+    def op(m: Any, x: Any) -> Any:
+        whole = torch.zeros_like(x)
+        call(key)(whole, 1, x[0])
+        return whole
+
+    return Sample(op)
+
+
+def sampled(key: Any) -> Sample:
+    """Values at places that are given: a grid for each sample, or regions of interest."""
+    parts = {"places": torch.rand(2, 3, 5, 2, generator=torch.Generator().manual_seed(0))}
+    if not isinstance(key, Aten):
+        return Sample(lambda m, x: call(key)(x, m.places, align_corners=False), parts=parts)
+    if key.name == "grid_sampler":
+        return Sample(lambda m, x: call(torch.ops.aten.grid_sampler.default)(x, m.places, 0, 0, False), parts=parts)
+    roi_align = torch.ops.torchvision.roi_align.default
+    parts = {"places": torch.tensor([[0, 0, 0, 2, 2], [1, 1, 0, 3, 2], [0, 0, 1, 3, 3]])}
+    return Sample(lambda m, x: call(roi_align)(x, m.places.to(x.dtype), 1.0, 2, 2, 2, False), parts=parts)

@@ -18,13 +18,16 @@ from layer_samples import (
     batch_norm,
     conv,
     embedding,
+    enter,
     gather,
     instance_norm,
     linear,
     matmul,
     mixer,
     prelu,
+    sampled,
     scores,
+    setitem,
 )
 from query_samples import query
 from sandwich import SIDE, WIDTH, Sample, call, digit, spelled
@@ -236,6 +239,9 @@ SAMPLES: dict[str, Callable[[Any], Sample]] = {
     "baddbmm": baddbmm,
     "addcmul": addcmul,
     "gather": gather,
+    "enter": enter,
+    "setitem": setitem,
+    "sampled": sampled,
     "einsum": lambda key: Sample(lambda m, x: call(key)("bct,bts->bcs", x, scores(m)), dims=1),
     "attention": attention,
     "batch_norm": batch_norm,

@@ -31,6 +31,11 @@ from fxmerge.systems import system
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+def repaired(model: nn.Module, x: Any, options: Options | None = None, **changes: Any) -> fxmerge.Result:
+    """A merge with refit, and with the selection that goes with it."""
+    return fxmerge.merge(model, x, options, **{"refit": "synthetic", "selection": "repair"} | changes)
+
+
 def alone(t: Tensor) -> Tensor:
     return t
 
@@ -111,10 +116,10 @@ def test_what_is_redundant_is_repaired_to_nothing(source: str, monkeypatch: pyte
     torch.manual_seed(0)
     model, x = Two().double().eval(), torch.randn(300, 6, dtype=torch.float64)
     more: dict[str, Any] = {"calibration": [x]} if source == "calibration" else {}
-    result = fxmerge.merge(model, x[:2], ratio=0.5, decomposition="prune", **more)
+    result = repaired(model, x[:2], ratio=0.5, decomposition="prune", **more)
     assert result.module.a.out_features == 4
     with torch.no_grad():
-        off, plain = result.module(x) - model(x), fxmerge.merge(model, x[:2], refit="none").module(x) - model(x)
+        off, plain = result.module(x) - model(x), repaired(model, x[:2], refit="none").module(x) - model(x)
     assert off.abs().max() < 1e-2
     assert off.norm() < 0.02 * plain.norm()
     (record,) = result.report.refitted
@@ -125,7 +130,7 @@ def test_what_is_redundant_is_repaired_to_nothing(source: str, monkeypatch: pyte
 @pytest.mark.parametrize("name", NETS)
 def test_refit_runs_on_every_net_and_lowers_each_error(name: str) -> None:
     model, x = NETS[name]()
-    result = fxmerge.merge(model, x, samples=64)
+    result = repaired(model, x, samples=64)
     assert all(torch.isfinite(p).all() for p in result.module.parameters())
     assert all(r.after <= r.before for r in result.report.refitted), result.report.refitted
     result.module.graph.lint()
@@ -136,7 +141,7 @@ def test_refit_runs_on_every_net_and_lowers_each_error(name: str) -> None:
 @pytest.mark.parametrize("name", NETS)
 def test_ratio_0_changes_no_bit(name: str) -> None:
     model, x = NETS[name]()
-    result = fxmerge.merge(model, x, ratio=0.0)
+    result = repaired(model, x, ratio=0.0)
     before, after = model.state_dict(), result.module.state_dict()
     assert all(torch.equal(v, after[k]) for k, v in before.items())
 
@@ -148,7 +153,7 @@ def test_an_exact_merge_stays_exact() -> None:
         model.n.weight[::2] = 0
         model.n.bias[::2] = -1
         before = model(x)
-        result = fxmerge.merge(model, x, keep={"a": 0.5}, ratio=0.0, decomposition="prune")
+        result = repaired(model, x, keep={"a": 0.5}, ratio=0.0, decomposition="prune")
         assert [r.note for r in result.report.refitted][:1] == ["exact as it is"]
         torch.testing.assert_close(result.module(x), before, rtol=1e-5, atol=1e-5)
 
@@ -156,7 +161,7 @@ def test_an_exact_merge_stays_exact() -> None:
 @pytest.mark.parametrize("name", ["residual", "mlp", "encoder", "words"])
 def test_the_same_seed_gives_the_same_bits(name: str) -> None:
     model, x = NETS[name]()
-    one, two, other = (fxmerge.merge(model, x, samples=64, seed=s).module.state_dict() for s in (3, 3, 4))
+    one, two, other = (repaired(model, x, samples=64, seed=s).module.state_dict() for s in (3, 3, 4))
     assert all(torch.equal(v, two[k]) for k, v in one.items())
     assert any(v.shape != other[k].shape or not torch.equal(v, other[k]) for k, v in one.items())
 
@@ -164,7 +169,7 @@ def test_the_same_seed_gives_the_same_bits(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_dtypes(dtype: torch.dtype) -> None:
     model, x = NETS["residual"]()
-    module = fxmerge.merge(model.to(dtype), x.to(dtype), samples=64).module
+    module = repaired(model.to(dtype), x.to(dtype), samples=64).module
     assert {p.dtype for p in module.parameters()} == {dtype}
     assert all(p.isfinite().all() for p in module.parameters())
 
@@ -173,7 +178,7 @@ def test_the_callers_model_and_flags_are_left_alone() -> None:
     model, x = NETS["residual"]()
     model.train()
     before = copy.deepcopy(model.state_dict())
-    module = fxmerge.merge(model, x, samples=64).module
+    module = repaired(model, x, samples=64).module
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert model.training
     assert module.training
@@ -197,8 +202,8 @@ FEEDS: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("name", FEEDS)
 def test_calibration_in_every_form_is_the_same(name: str) -> None:
     model, x = NETS["mlp"]()
-    want = fxmerge.merge(model, x, calibration=list(X.split(16))).module.state_dict()
-    found = fxmerge.merge(model, x, calibration=FEEDS[name]()).module.state_dict()
+    want = repaired(model, x, calibration=list(X.split(16))).module.state_dict()
+    found = repaired(model, x, calibration=FEEDS[name]()).module.state_dict()
     for k, v in want.items():
         torch.testing.assert_close(found[k], v, rtol=1e-4, atol=1e-5)
 
@@ -209,12 +214,12 @@ def test_calibration_in_every_form_is_the_same(name: str) -> None:
 ])  # fmt: skip
 def test_what_is_no_calibration_is_refused(batches: Any, message: str) -> None:
     with pytest.raises(FxMergeError, match=message):
-        fxmerge.merge(*NETS["mlp"](), calibration=batches)
+        repaired(*NETS["mlp"](), calibration=batches)
 
 
 def test_calibration_must_be_given() -> None:
     with pytest.raises(FxMergeError, match="calibration=batches"):
-        fxmerge.merge(*NETS["mlp"](), refit="calibration")
+        repaired(*NETS["mlp"](), refit="calibration")
 
 
 def test_refit_beats_merging_on_the_callers_data() -> None:
@@ -225,7 +230,7 @@ def test_refit_beats_merging_on_the_callers_data() -> None:
         errors = {}
         for how in ("none", "synthetic", "calibration"):
             given = {"calibration": [data[:128]]} if how == "calibration" else {}
-            module = fxmerge.merge(model, x, refit=how, scope="internal", **given).module
+            module = repaired(model, x, refit=how, scope="internal", **given).module
             errors[how] = float((module(data) - goal).square().mean())
     assert errors["calibration"] < 0.5 * errors["none"], errors
 
@@ -277,23 +282,23 @@ def test_tokens_are_in_the_vocabulary() -> None:
 
 def test_a_shared_weight_is_left_and_the_report_says_so() -> None:
     model, x = NETS["twice"]()
-    records = {r.name: r.note for r in fxmerge.merge(model, x).report.refitted}
+    records = {r.name: r.note for r in repaired(model, x).report.refitted}
     assert "one weight serves several calls" in records["twice"]
     assert records["b"] == ""
 
 
 def test_layers_without_a_bias_get_one() -> None:
     net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4, bias=False)).eval()
-    module = fxmerge.merge(net, torch.randn(2, 6)).module
+    module = repaired(net, torch.randn(2, 6)).module
     assert module.get_submodule("2").bias is not None
     model, x = NETS["functional"]()
-    merged = fxmerge.merge(model, x, samples=64).module
+    merged = repaired(model, x, samples=64).module
     assert any(name.endswith("w2_bias") for name, _ in merged.named_parameters())
 
 
 def test_settings_bound_the_rows() -> None:
     model, x = NETS["residual"]()
-    few = fxmerge.merge(model, x, Options(samples=8, rows=64, batch=4))
+    few = repaired(model, x, Options(samples=8, rows=64, batch=4))
     assert all(torch.isfinite(p).all() for p in few.module.parameters())
 
 
@@ -308,7 +313,7 @@ def test_two_processes_come_to_the_weights_of_one(tmp_path: Path) -> None:
     data = torch.randn(64, *x.shape[1:], generator=torch.Generator().manual_seed(7))
     for name, given in (("synthetic", None), ("calibration", list(data.split(16)))):
         one, other = (load_file(tmp_path / f"{name}{rank}.safetensors") for rank in range(2))
-        alone = fxmerge.merge(model, x, samples=64, batch=16, rows=10**6, calibration=given).module.state_dict()
+        alone = repaired(model, x, samples=64, batch=16, rows=10**6, calibration=given).module.state_dict()
         assert set(one) == set(alone)
         for key, value in alone.items():
             assert torch.equal(one[key], other[key])
