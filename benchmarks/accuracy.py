@@ -87,8 +87,7 @@ def markdown(key: str, original: float, rows: Sequence[Cell], reference: Mapping
     ratios, calibration, count = CASES[key]
     title = f"## {NETWORKS[key].title}, {NETWORKS[key].dataset}\n\n"
     title += f"{f'first {count:,}' if count else 'all'} test images, original {original:.2f} %; "
-    title += f"{calibration:,} unlabelled training images in the last column; "
-    title += "published: best of all criteria, all images"
+    title += f"{calibration:,} unlabelled training images for calibration; published: best criterion, all test images"
     lines = ["| dropped | " + " | ".join([*METHODS, "published code"]) + " |", "|---" * (len(METHODS) + 2) + "|"]
     for ratio in ratios:
         by = {c.method: f"{c.accuracy:.2f}" for c in rows if c.ratio == ratio}

@@ -6,6 +6,7 @@ import inspect
 from typing import Any
 
 import torch
+import torchvision  # noqa: F401  # registers roi_align
 from netmaking import raw
 from sandwich import WIDTH, Sample, call, digit
 from torch import nn
