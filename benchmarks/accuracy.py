@@ -26,8 +26,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "mostsim": {"refit": "none", "selection": "l1"},
     "fold": {"decomposition": "fold", "refit": "none", "selection": "l1"},
     "lstsq": {"decomposition": "lstsq", "refit": "none", "selection": "l1"},
-    "refit, no data": {},
-    "refit, training images": {},
+    "refit, no data": {"refit": "synthetic", "selection": "repair"},
+    "refit, training images": {"refit": "calibration", "selection": "repair"},
 }
 CASES: dict[str, tuple[tuple[float, ...], int, int | None]] = {  # ratios, images for calibration, test images
     "lenet": ((0.5, 0.6, 0.7, 0.8), 5000, None),
