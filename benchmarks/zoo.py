@@ -27,10 +27,10 @@ class Specimen:
 
 
 def torchvision_names() -> list[str]:
-    """torchvision's float models; the quantized ones among the 121 that it lists share their architectures."""
+    """All of torchvision's models; those named quantized_ are taken as the float models that they are made of."""
     from torchvision.models import list_models
 
-    return [name for name in list_models() if not name.startswith("quantized_")]
+    return list(list_models())
 
 
 def torchvision_model(name: str) -> tuple[nn.Module, tuple[Any, ...]]:
@@ -39,6 +39,10 @@ def torchvision_model(name: str) -> tuple[nn.Module, tuple[Any, ...]]:
 
     kind = get_model_builder(name).__module__.removeprefix("torchvision.models.").split(".")[0]
     image = torch.randn(1, 3, 224, 224)
+    if name.startswith("quantized_"):
+        aux = {"aux_logits": False, "init_weights": False}
+        aux = aux if name in ("quantized_googlenet", "quantized_inception_v3") else {}
+        return get_model(name, weights=None, quantize=False, **aux), (image,)
     if name == "inception_v3":
         return get_model(name, weights=None, aux_logits=False, init_weights=False), (torch.randn(1, 3, 299, 299),)
     if name == "googlenet":
