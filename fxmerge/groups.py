@@ -83,7 +83,8 @@ def _pinned(facts: Provenance, atom: Ints, written: set[int]) -> dict[int, Pin]:
 
 
 def _parts(facts: Provenance, atom: Ints, pinned: dict[int, Pin]) -> tuple[Ints, dict[str, Ints]]:
-    """A number for each atom, equal for atoms that stand in the same nodes equally often; and who stands where."""
+    """A number for each atom, equal for atoms whose copies stand in the same nodes; and who stands where."""
+    copy = _copies(facts, atom)
     random = np.random.default_rng(0)  # a random 64-bit word a node; sums of words tell sets of nodes apart
     words = np.zeros(int(atom.max()) + 1, dtype=np.uint64)
     present: dict[str, Ints] = {}
@@ -92,12 +93,29 @@ def _parts(facts: Provenance, atom: Ints, pinned: dict[int, Pin]) -> tuple[Ints,
     for layer in facts.layers:
         holders += [("", t) for t in (layer.writes, layer.carries) if t is not None]
     for name, labels in holders:
-        times = np.bincount(atom[labels.numpy()].reshape(-1))
-        inside = np.flatnonzero(times)
-        words[inside] += times[inside].astype(np.uint64) * random.integers(1, 2**63, dtype=np.uint64)
+        held = labels.numpy().reshape(-1)
+        number, atoms_held = copy[held], atom[held]
+        for which in range(int(number.max(initial=0)) + 1):  # a slice may take one copy of a channel and leave another
+            times = np.bincount(atoms_held[number == which] if which or number.any() else atoms_held)
+            seen = np.flatnonzero(times)
+            words[seen] += times[seen].astype(np.uint64) * random.integers(1, 2**63, dtype=np.uint64)
+        inside = np.flatnonzero(np.bincount(atoms_held))
         if name:
             present[name] = np.union1d(present[name], inside) if name in present else inside
     return np.unique(words, return_inverse=True)[1].astype(np.int64), present
+
+
+def _copies(facts: Provenance, atom: Ints) -> Ints:
+    """Which copy of its atom each label is, (label_count,): 0, 1, ... along the axis of the parameter that it is of."""
+    copy = np.zeros(len(atom), dtype=np.int64)
+    for labels in facts.params.values():
+        for along in labels.axes.values():
+            held = along.numpy().reshape(-1)
+            inside = atom[held]
+            order = np.argsort(inside, kind="stable")
+            _, first, at = np.unique(inside[order], return_index=True, return_inverse=True)
+            copy[held[order]] = np.arange(len(held)) - first[at.reshape(-1)]
+    return copy
 
 
 def _writer_order(facts: Provenance, atom: Ints) -> Ints:

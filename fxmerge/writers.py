@@ -285,5 +285,8 @@ def _meet(ctx: Any, a: Tensor, b: Tensor) -> Any:
     if not varying(a) and not varying(b) and not numbers(a).numel() and not numbers(b).numel():
         return Lab(a.expand(ctx.shape))
     ctx.tie(a, b)
-    simplest = a if a_alone or len(varying(a)) <= len(varying(b)) or not holds(b) else b
+    if len(varying(a)) == len(varying(b)):  # the one that tells copies of a channel from each other
+        simplest = a if a_alone or not holds(b) or numbers(a).numel() >= numbers(b).numel() else b
+    else:
+        simplest = a if a_alone or len(varying(a)) < len(varying(b)) or not holds(b) else b
     return Lab(simplify(torch.broadcast_to(simplest, ctx.shape)))
