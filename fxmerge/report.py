@@ -36,14 +36,30 @@ def _right(table: Table, *names: str) -> None:
         table.add_column(name, justify="right", no_wrap=True)
 
 
-def refusal_table(refusals: Sequence[Refusal]) -> Table:
+def parameters_held(refusal: Refusal, captured: Capture) -> int:
+    """How many parameters of the layer that writes them the refused channels hold back: their rows, with the bias."""
+    try:
+        layer = captured.module.get_submodule(refusal.name)
+        own = [p for _, p in layer.named_parameters(recurse=False)]
+    except AttributeError:  # a parameter that a function is called with
+        owner, _, name = refusal.name.rpartition(".")
+        layer = captured.module.get_submodule(owner)
+        own = [p for n, p in layer.named_parameters(recurse=False) if n == name or n.rpartition(".")[0] == name]
+    sizes = [getattr(layer, name, None) for name in ("out_features", "out_channels", "embedding_dim")]
+    written = next((size for size in sizes if isinstance(size, int)), own[0].size(0) if own else 0)
+    return round(sum(p.numel() for p in own) * refusal.channels / written) if written else 0
+
+
+def refusal_table(refusals: Sequence[Refusal], captured: Capture) -> Table:
+    """The layers that stay, those that hold back most parameters first."""
     table = Table(title="Left as it was", title_justify="left")
     table.add_column("layer", overflow="fold")
-    _right(table, "channels")
+    _right(table, "channels", "parameters")
     table.add_column("reason", overflow="fold")
     table.add_column("source", overflow="fold")
-    for r in refusals:
-        table.add_row(r.name, str(r.channels), r.reason, r.where)
+    held = {r: parameters_held(r, captured) for r in refusals}
+    for r in sorted(refusals, key=lambda r: -held[r]):
+        table.add_row(r.name, str(r.channels), f"{held[r]:,}", r.reason, r.where)
     return table
 
 
@@ -62,8 +78,17 @@ def _members(group: Group, role: str) -> list[str]:
     return list(dict.fromkeys(m.layer.module for m in members))
 
 
-def _refusals_json(refusals: Sequence[Refusal]) -> list[dict[str, Any]]:
-    return [{"name": r.name, "channels": r.channels, "reason": r.reason, "where": r.where} for r in refusals]
+def _refusals_json(refusals: Sequence[Refusal], captured: Capture) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": r.name,
+            "channels": r.channels,
+            "parameters": parameters_held(r, captured),
+            "reason": r.reason,
+            "where": r.where,
+        }
+        for r in refusals
+    ]
 
 
 def _group_json(group: Group) -> dict[str, Any]:
@@ -101,7 +126,9 @@ class AnalysisReport:
             members = [_listed(_members(g, role)) for role in ("writers", "carriers", "readers")]
             table.add_row(g.name, str(g.channels), *members)
         total = f"{len(self.groups)} groups, {self.cost.parameters:,} parameters, {self.cost.flops:,} FLOPs"
-        return _text(table, *([refusal_table(self.refusals)] if self.refusals else []), total, width=width)
+        return _text(
+            table, *([refusal_table(self.refusals, self.captured)] if self.refusals else []), total, width=width
+        )
 
     def json(self) -> str:
         """JSON text: groups, refusals, parameters, flops."""
@@ -110,7 +137,7 @@ class AnalysisReport:
                 "parameters": self.cost.parameters,
                 "flops": self.cost.flops,
                 "groups": [_group_json(g) for g in self.groups],
-                "refusals": _refusals_json(self.refusals),
+                "refusals": _refusals_json(self.refusals, self.captured),
             },
             indent=1,
         )
@@ -153,7 +180,7 @@ class Report:
         for g in self.groups:
             if g.name in planned:
                 table.add_row(*self._row(g, planned[g.name]))
-        more = [refusal_table(self.refusals)] if self.refusals else []
+        more = [refusal_table(self.refusals, self.captured)] if self.refusals else []
         if self.refitted:
             more.insert(0, refit_table(self.refitted))
         return _text(table, *more, self._totals(), width=width)
@@ -211,7 +238,7 @@ class Report:
                 "error": self.verdict.error,
                 "refit": [vars(r) for r in self.refitted],
                 "groups": groups,
-                "refusals": _refusals_json(self.refusals),
+                "refusals": _refusals_json(self.refusals, self.captured),
             },
             indent=1,
         )

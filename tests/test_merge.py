@@ -203,6 +203,7 @@ def test_report_counts_are_true() -> None:
     assert len(groups["stem"]["kept"]) == 6
     assert {p["channel"] for p in groups["stem"]["partners"]} == set(range(12)) - set(groups["stem"]["kept"])
     assert [r["name"] for r in data["refusals"]] == ["fc"]
+    assert data["refusals"][0]["parameters"] == counted(model.fc)
     assert "tests/nets.py:" in data["refusals"][0]["where"]
     assert "in residual" in data["refusals"][0]["where"]
 
