@@ -6,15 +6,15 @@ and stand in a copy of the user's model where the original submodules stood.
 
 from __future__ import annotations
 
-import copy
 import inspect
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from .errors import FxMergeError
 from .ir import Capture
 from .recorded import Part
+from .weights import Weights, deep_copy
 
 
 def assembled(captured: Capture, merged: fx.GraphModule) -> nn.Module:
@@ -23,7 +23,7 @@ def assembled(captured: Capture, merged: fx.GraphModule) -> nn.Module:
     if recorded is None:
         return merged
     tensors = [*recorded.host.parameters(), *recorded.host.buffers()]
-    host = copy.deepcopy(recorded.host, {id(t): t for t in tensors})
+    host = deep_copy(recorded.host, tensors)
     nodes = {n.name: n for n in merged.graph.nodes}
     inside = {name for part in recorded.parts for name in part.nodes}
     modules = {
@@ -44,23 +44,8 @@ def assembled(captured: Capture, merged: fx.GraphModule) -> nn.Module:
             owner, _, name = str(node.target).rpartition(".")
             if owner in paths or not owner:
                 setattr(host.get_submodule(owner), name, getattr(merged.get_submodule(owner), name))
-    _own(host, tensors)
+    Weights(host, frozenset(id(t) for t in tensors)).own_all()
     return host
-
-
-def _own(host: nn.Module, shared: list[Tensor]) -> None:
-    """Copy what the host still shares with the user's model."""
-    theirs = {id(t) for t in shared}
-    copies: dict[int, Any] = {}
-    for owner in host.modules():
-        held: dict[str, Any]
-        for held in (owner._parameters, owner._buffers):
-            for name, value in held.items():
-                if isinstance(value, Tensor) and id(value) in theirs:
-                    fresh = value.detach().clone()
-                    if isinstance(value, nn.Parameter):
-                        fresh = nn.Parameter(fresh, requires_grad=value.requires_grad)
-                    held[name] = copies.setdefault(id(value), fresh)
 
 
 def _put(host: nn.Module, path: str, module: nn.Module) -> None:

@@ -18,6 +18,7 @@ from .errors import FxMergeError
 from .ir import Capture, Provenance
 from .options import Options
 from .probes import PROBES, probes
+from .weights import at
 
 Batches = list[list[Any]]  # by batch, values of the graph's placeholders
 ELEMENTS = 2**27  # of the largest activation over all batches, at most: half a GiB in float32
@@ -158,8 +159,7 @@ def vocabularies(captured: Capture, facts: Provenance) -> dict[int, int]:
         if layer.op != "embedding":
             continue
         node = next(n for n in captured.module.graph.nodes if n.name == layer.node)
-        owner, _, name = layer.params["weight"].rpartition(".")
-        size = int(getattr(captured.module.get_submodule(owner), name).size(0))
+        size = at(captured.module, layer.params["weight"]).size(0)
         sources = [s.name for s in node.all_input_nodes]
         while sources:
             source = sources.pop()

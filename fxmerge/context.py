@@ -100,15 +100,17 @@ class Context:
 
     def query(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """A shape, a dtype, a device: read off the operand; a dtype or device off what the example run showed."""
+        if self.target is getattr and args[0] in TRANSPOSES:
+            self.kind = "movement"
+            return movement.execute(self, x, *args)
         if self.target is getattr and isinstance(x, Lab):
             name, source = args[0], self._node.args[0]
             if name in ("dtype", "device") and isinstance(source, fx.Node):
                 found = getattr(self._run.capture, name + "s").get(source.name)
                 return found if found is not None else self.unknown(f"asks for .{name}")
-            if name not in ("shape", "ndim", "is_cuda", "requires_grad", "itemsize", "layout", "T", "mT"):
+            if name not in ("shape", "ndim", "is_cuda", "requires_grad", "itemsize", "layout"):
                 return self.unknown(f"asks for .{name}")
-            out = getattr(x.t, name)
-            return Lab(simplify(out)) if isinstance(out, Tensor) else out
+            return getattr(x.t, name)
         plain = x.t if isinstance(x, Lab) else x.value if isinstance(x, Param) else x
         return movement.run(self.target, (plain, *args), kwargs)
 
@@ -129,6 +131,7 @@ class Context:
         return Lab(fixed(self.shape)) if self.shape is not None else Opaque()
 
 
+TRANSPOSES = ("T", "mT")  # attributes that are movements
 _VERBS = {"has", "takes", "gives", "changes", "reduces", "is", "does", "meets", "spreads", "joins", "asks", "maps"}
 
 

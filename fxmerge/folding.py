@@ -11,13 +11,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from . import rules
+from . import movement, rules
+from .torchcalls import in_place
 from .weights import at
 
 _RANDOM = ("dropout", "rrelu", "stochastic_depth", "new")
-_IN_PLACE = ("iadd", "isub", "imul", "itruediv", "setitem")
 _TABLES = ("embedding",)  # rows of a table: no arithmetic either
 
 
@@ -27,15 +28,16 @@ def fold(module: fx.GraphModule) -> fx.GraphModule:
     Raises nothing: what cannot be computed is left as it stands.
     """
     known = rules.table()
+    _as_linear(module, known)
     constant: dict[fx.Node, bool] = {}  # node that depends on parameters alone -> is there arithmetic in it?
     for node in module.graph.nodes:
         if node.op == "get_attr":
             constant[node] = False
         elif node.op in ("call_function", "call_method") and node.all_input_nodes:
             found = rules.find(node.target, known)
-            if _updates(node) and node.args[0] in constant:
+            if in_place(node, node.target) and node.args[0] in constant:
                 return module  # a forward that writes its own parameters: nothing is known to be constant
-            if found is None or found[0].name in _RANDOM or _updates(node):
+            if found is None or found[0].name in _RANDOM or in_place(node, node.target):
                 continue
             if all(n in constant for n in node.all_input_nodes):
                 moves = found[0].kind in ("movement", "query") or found[0].name in _TABLES
@@ -58,18 +60,33 @@ def fold(module: fx.GraphModule) -> fx.GraphModule:
     return module
 
 
+def _as_linear(module: fx.GraphModule, known: dict[Any, Any]) -> None:
+    """x @ w.t(), however the transpose of a parameter is spelled, becomes F.linear(x, w): the same numbers."""
+    calls = ("call_function", "call_method")
+    for node in list(module.graph.nodes):
+        found = rules.find(node.target, known) if node.op in calls else None
+        turned: Any = node.args[1] if found is not None and found[0].name == "matmul" and len(node.args) == 2 else None
+        if not isinstance(turned, fx.Node) or turned.op not in calls or len(turned.all_input_nodes) != 1:
+            continue
+        (weight,), row = turned.all_input_nodes, rules.find(turned.target, known)
+        value = at(module, str(weight.target)) if weight.op == "get_attr" else None
+        if not isinstance(value, Tensor) or value.dim() != 2 or row is None or row[0].kind not in ("movement", "query"):
+            continue
+        places = torch.arange(value.numel()).view(value.shape)
+        moved = movement.run(turned.target, (places, *turned.args[1:]), turned.kwargs)
+        if isinstance(moved, Tensor) and torch.equal(moved, places.t()):
+            node.op, node.target, node.args = "call_function", F.linear, (node.args[0], weight)
+            if not turned.users:
+                module.graph.erase_node(turned)
+            module.recompile()
+
+
 def _as_weight(module: fx.GraphModule, user: fx.Node, node: fx.Node, known: dict[Any, Any]) -> bool:
     """Is the node the weight or bias of this layer, and not its input?"""
     if user.op not in ("call_function", "call_method"):
         return False
     found = rules.find(user.target, known)
     return found is not None and found[0].kind in ("writer", "carrier") and node not in user.args[:1]
-
-
-def _updates(node: fx.Node) -> bool:
-    """Does the call write its operand? Then it is no value that could be computed once."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return bool(node.kwargs.get("inplace")) or (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE
 
 
 def _spelled(value: Any) -> str:

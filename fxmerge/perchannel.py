@@ -125,6 +125,11 @@ def query_rule(ctx: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     return ctx.query(x, *args, **kwargs)
 
 
+def moves(ctx: Any, x: Any, *args: Any, **kwargs: Any) -> bool:
+    """x.T, unlike the other queries, is a movement of the whole tensor."""
+    return bool(ctx.kind == "movement")
+
+
 def adds_nothing(ctx: Any, *args: Any, **kwargs: Any) -> bool:
     """A sum commutes with scaling when every operand has a value of its own for each channel, which scales too."""
     for x, other in (args[:2], args[1::-1]):

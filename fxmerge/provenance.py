@@ -19,6 +19,8 @@ from .errors import source_line
 from .exporting import by_name, overload_name
 from .ir import Block, Capture, Lab, Layer, Param, ParamLabels, Pin, Provenance, Tie, View
 from .labels import fixed, numbers
+from .torchcalls import in_place
+from .weights import at
 
 
 class _Run:
@@ -78,7 +80,7 @@ class _Run:
             inside = movement.tree(lambda v: Lab(fixed(v.shape)) if isinstance(v, Tensor) else v, given)
             return Lab(fixed(shape)) if shape is not None else inside
         if node.op == "get_attr":
-            value = _attribute(self.capture.module, str(node.target))
+            value = at(self.capture.module, str(node.target))
             self.kinds[node.name] = "query"
             if node.meta.get("constant"):
                 return value
@@ -145,7 +147,7 @@ class _Run:
             out = Lab(out.t)
         commutes = rule.commutes
         self.commutes[node.name] = bool(commutes(ctx, *args, **kwargs) if callable(commutes) else commutes)
-        if _in_place(node, target) and node.args and isinstance(node.args[0], fx.Node):
+        if in_place(node, target) and node.args and isinstance(node.args[0], fx.Node):
             self.renewed[self.latest(node.args[0])] = node
         return out
 
@@ -172,25 +174,6 @@ class _Run:
 
 
 _NUMPY = {"axis": "dim", "keepdims": "keepdim"}  # torch takes numpy's names too
-
-
-def _in_place(node: fx.Node, target: Any) -> bool:
-    """Does the call update its first argument, so that later readers of that argument see the result?"""
-    if isinstance(target, nn.Module):
-        return bool(getattr(target, "inplace", False))
-    if overload_name(target) is not None:
-        return bool(target._schema.name.endswith("_"))
-    if node.kwargs.get("inplace"):
-        return True
-    name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    return (name.endswith("_") and not name.endswith("__")) or name in ("iadd", "isub", "imul", "itruediv", "setitem")
-
-
-def _attribute(module: nn.Module, path: str) -> Any:
-    value: Any = module
-    for part in path.split("."):
-        value = getattr(value, part)
-    return value
 
 
 def provenance(capture: Capture) -> Provenance:

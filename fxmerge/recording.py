@@ -26,7 +26,7 @@ from . import rules
 from .movement import enter, leaves, tree
 from .recorded import Part, Recorded
 from .torchcalls import HARMLESS, PLAIN, held_tensors, node_call, tensors
-from .tracing import first_line, hidden, symbolic, user_line
+from .tracing import hidden, symbolic, user_line
 
 
 @dataclass
@@ -244,8 +244,7 @@ class _Recording(TorchFunctionMode):
             try:
                 traced = symbolic(module, args, kwargs)
                 self.templates[path] = traced if hidden(traced) == 0 else None
-            except Exception as error:
-                first_line(error)
+            except Exception:  # whatever torch.fx says: no part
                 self.templates[path] = None
             finally:
                 self.off -= 1

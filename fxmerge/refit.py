@@ -22,11 +22,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from . import targets as aims
+from .evaluating import evaluating
 from .ir import Layer, Provenance
-from .lockstep import Lockstep, Settings, Step, evaluating, moments
+from .lockstep import Lockstep, Settings, Step, moments
 from .patches import Form, at_positions, form_of, operands, patches, rows_of, sample, weight_of
 from .systems import system
-from .weights import Weights, at
+from .weights import Weights, at, fetch_bias
 
 EXACT = 1e-10  # relative square error at which a layer needs no refit
 MATCH = 2.0  # the moment matching's factor stays between 1 / MATCH and MATCH
@@ -258,10 +259,7 @@ class _Refit:
                 return
             self.weights.add(added, value, old.requires_grad)
             if owner is None:
-                with self.merged.graph.inserting_before(node):
-                    fetched = self.merged.graph.get_attr(added)
-                node.args = (*node.args[:2], fetched, *node.args[3:])
-                node.kwargs = {k: v for k, v in node.kwargs.items() if k != "bias"}
+                fetch_bias(node, added)
 
 
 def can_shift(layer: Layer) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from .ir import Group, Layer, Member, Merge, ParamLabels, Provenance
 from .linalg import BITE
 from .resizing import Call
-from .weights import columns, from_columns, gather, places, sharing_copy
+from .weights import columns, fetch_bias, from_columns, gather, places, sharing_copy
 
 # module attribute -> axis of the weight that it tells the size of
 _SIZES: dict[str, int] = {
@@ -160,18 +160,23 @@ class Rewriter:
         self.weights.add(added, new, weight.requires_grad)
         if path in self.held:
             self.held[added] = ParamLabels(added, {0: self.held[path].axes[out_axis]})
-        if not takes_one and not known:
-            with self.module.graph.inserting_after(node):
-                fetched = self.module.graph.get_attr(added)
-            with self.module.graph.inserting_after(fetched):
-                total = self.module.graph.call_function(torch.add, (node, fetched))
-            node.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
-            self.nodes[layer.node] = total
-        elif node.op != "call_module" and not known:
-            with self.module.graph.inserting_before(node):
-                fetched = self.module.graph.get_attr(added)
-            node.args = (*node.args[:2], fetched, *node.args[3:])
-            node.kwargs = {k: v for k, v in node.kwargs.items() if k != "bias"}
+        for user in self.facts.layers if not known else ():  # every call with this weight
+            served = takes_one and self.nodes[user.node].op == "call_module"
+            if user.params.get("weight") == path and "bias" not in user.params and not served:
+                self._feed(user, added)
+
+    def _feed(self, layer: Layer, path: str) -> None:
+        """Let a call that has no bias of its own have the one at `path`, behind it where its op takes none."""
+        node = self.nodes[layer.node]
+        if layer.op not in _WITHOUT_BIAS:
+            fetch_bias(node, path)
+            return
+        with self.module.graph.inserting_after(node):
+            fetched = self.module.graph.get_attr(path)
+        with self.module.graph.inserting_after(fetched):
+            total = self.module.graph.call_function(torch.add, (node, fetched))
+        node.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
+        self.nodes[layer.node] = total
 
     def _resize(self, layer: Layer) -> None:
         """Right in_channels, num_features, groups, normalized_shape: what a module keeps of its parameters' sizes."""

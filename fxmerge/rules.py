@@ -30,6 +30,7 @@ from .perchannel import (
     Spelling,
     adds_nothing,
     constant_rule,
+    moves,
     one_factor,
     per_channel,
     prelu_rule,
@@ -220,7 +221,7 @@ _ROWS: tuple[Rule, ...] = (
     Rule("new", "query", constant_rule, ("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor")),
     Rule("query", "query", query_rule, (getattr, "size", "dim", "ndimension", "numel", "stride", "get_device",
                                         "is_floating_point", "element_size", torch.numel, len,
-                                        torch.is_tensor, torch._assert)),
+                                        torch.is_tensor, torch._assert), moves),
 )  # fmt: skip
 
 RULES: dict[str, Rule] = {row.name: row for row in _ROWS}

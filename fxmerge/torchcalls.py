@@ -7,8 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+from .exporting import overload_name
 from .movement import leaves
 
 HARMLESS = {
@@ -35,6 +36,7 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
     "__invert__": operator.invert, "__eq__": operator.eq, "__ne__": operator.ne, "__lt__": operator.lt,
     "__le__": operator.le, "__gt__": operator.gt, "__ge__": operator.ge, "__pow__": operator.pow,
 }  # fmt: skip
+_UPDATES = ("iadd", "isub", "imul", "itruediv", "setitem")
 
 
 def node_call(func: Any, name: str, args: Any, kwargs: Any) -> tuple[str, Any, Any, Any]:
@@ -48,6 +50,18 @@ def node_call(func: Any, name: str, args: Any, kwargs: Any) -> tuple[str, Any, A
     if isinstance(func, torch._ops.OpOverloadPacket) and hasattr(func, "default"):
         func = func.default
     return "call_function", func, args, kwargs
+
+
+def in_place(node: fx.Node, target: Any) -> bool:
+    """Does the call update its first argument, so that later readers of that argument see the result?"""
+    if isinstance(target, nn.Module):
+        return bool(getattr(target, "inplace", False))
+    if overload_name(target) is not None:
+        return bool(target._schema.name.endswith("_"))
+    if node.kwargs.get("inplace"):
+        return True
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    return (name.endswith("_") and not name.endswith("__")) or name in _UPDATES
 
 
 def tensors(value: Any) -> list[Tensor]:

@@ -129,6 +129,14 @@ def sharing_copy(module: fx.GraphModule) -> tuple[fx.GraphModule, Weights]:
     return copied, Weights(copied, frozenset(id(t) for t in tensors))
 
 
+def fetch_bias(node: fx.Node, path: str) -> None:
+    """Give a call of a layer's function, as F.conv2d, the parameter at `path` for its bias."""
+    with node.graph.inserting_before(node):
+        fetched = node.graph.get_attr(path)
+    node.args = (*node.args[:2], fetched, *node.args[3:])
+    node.kwargs = {k: v for k, v in node.kwargs.items() if k != "bias"}
+
+
 def columns(weight: Tensor, layer: Layer) -> Tensor:
     """A reader's weight with one row for each input place: (groups * in/groups, out/groups * kernel)."""
     if layer.transposed:

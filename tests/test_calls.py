@@ -95,3 +95,52 @@ def test_a_norm_over_the_channels_is_on_record() -> None:
     found = fxmerge.analyze(model, x)
     assert [(g.name, len(g.mixers)) for g in found.groups] == [("a", 1)]
     assert error(found) < 1e-10
+
+
+class Twice(nn.Module):
+    """One weight without a bias, used in two calls behind a BatchNorm; channels i + 4 are eight times channels i."""
+
+    def __init__(self, call: Any) -> None:
+        super().__init__()
+        self.a, self.bn, self.head = nn.Conv1d(3, 8, 1), nn.BatchNorm1d(8), nn.Linear(4, 2)
+        self.w, self.call = nn.Parameter(torch.empty(4, 8)), call
+        randomised(self, 3)
+        with torch.no_grad():
+            self.a.weight[4:] = 8 * self.a.weight[:4]  # exact in float32
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.bn(self.a(x)).transpose(1, 2)
+        return self.head(self.call(h, self.w) * self.call(h.flip(1), self.w))
+
+
+CALLS = {"linear": F.linear, "t()": lambda h, w: h @ w.t().contiguous(), "T": lambda h, w: torch.matmul(h, w.T),
+         "mT": lambda h, w: h @ w.mT, "transpose": lambda h, w: torch.matmul(h, w.transpose(0, 1))}  # fmt: skip
+
+
+@pytest.mark.parametrize("call", [*CALLS.values()], ids=[*CALLS])
+def test_a_weight_of_two_calls_gives_both_its_new_bias(call: Any) -> None:
+    """What a channel lacks of its partner is a constant, which both calls must add."""
+    model, x = Twice(call).double().eval(), torch.randn(2, 3, 5, dtype=torch.float64)
+    result = fxmerge.merge(model, x, keep={"a": 4}, ratio=0.0, decomposition="mostsim", lam=1.0)
+    assert len(result.plan.groups[0].kept) == 4
+    assert verify.difference(verify.outputs(model, (x,)), verify.outputs(result.module, (x,))) < 1e-9
+
+
+class Tied(nn.Module):
+    """A head that is the embedding's table the other way round."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.a = nn.Embedding(10, 8), nn.Linear(8, 8)
+        randomised(self, 4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return torch.relu(self.a(self.table(ids))) @ self.table.weight.T
+
+
+def test_a_head_that_is_the_table_turned_round_shares_its_channels() -> None:
+    found = fxmerge.analyze(Tied().double(), torch.arange(4))
+    assert [(g.name, g.channels) for g in found.groups] == [("table", 8)]
+    assert error(found) < 1e-10
+    merged = fxmerge.merge(Tied().double(), torch.arange(4), ratio=0.5).module
+    assert tuple(merged.table.weight.shape) == (10, 4) and merged(torch.arange(4)).shape == (4, 10)
