@@ -18,7 +18,7 @@ from .errors import FxMergeError, source_line
 from .folding import fold
 from .ir import Capture
 from .movement import fresh, leaves
-from .outputs import foreign, plain, returning_plain
+from .outputs import foreign, plain, returned, returning_plain
 from .recall import Recall
 from .recorded import Recorded
 from .recording import record
@@ -91,17 +91,17 @@ def capture(model: nn.Module, example_inputs: Any) -> Capture:
     whole = [*module.named_modules(), *(recorded.host.named_modules() if recorded else ())]
     for name, traced in whole:
         traced.training = training.get(name, model.training)
-    outputs = tuple(v for v in leaves(expected) if isinstance(v, Tensor) and v.is_floating_point())
     return Capture(
         module,
         args,
         kwargs,
         tuple(values),
-        outputs,
+        tuple(returned(expected)),
         recorder.shapes,
         recorder.dtypes,
         recorder.devices,
         recorded,
+        left_out,
     )
 
 
@@ -153,14 +153,17 @@ class _Recorder(fx.Interpreter):
 
 
 def _compare(name: str, expected: Any, actual: Any) -> None:
-    for one, other in zip(leaves(expected), leaves(actual), strict=False):
-        if isinstance(one, Tensor) and one.is_floating_point() and one.numel():
-            close = isinstance(other, Tensor) and one.shape == other.shape
-            if not close or not torch.allclose(one, other, rtol=1e-3, atol=1e-3 * float(one.abs().max()) + 1e-12):
-                raise FxMergeError(
-                    f"the traced graph of {name} does not give what the model gives on the example inputs; its forward "
-                    "depends on something that torch.fx cannot see (a global, a value, randomness)"
-                )
+    before, after = returned(expected), returned(actual)
+    close = len(before) == len(after) and all(
+        one.shape == other.shape and torch.allclose(one, other, rtol=1e-3, atol=1e-3 * float(one.abs().max()) + 1e-12)
+        for one, other in zip(before, after, strict=True)
+        if one.numel() or other.numel()
+    )
+    if not close:
+        raise FxMergeError(
+            f"the traced graph of {name} does not give what the model gives on the example inputs; its forward "
+            "depends on something that torch.fx cannot see (a global, a value, randomness)"
+        )
 
 
 def _shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from .evaluating import evaluating
 from .movement import fresh
 
 
@@ -38,26 +39,18 @@ def cost(module: fx.GraphModule, inputs: Sequence[Any]) -> Cost:
             flops[name] = flops.get(name, 0) + counter.get_total_flops() - before
             return value
 
-    modes = {m: m.training for m in module.modules()}
-    module.eval()
     interpreter = Counting(module)
     interpreter.extra_traceback = False
-    with torch.no_grad(), counter:
+    with evaluating(module), torch.no_grad(), counter:
         interpreter.run(*fresh(list(inputs)), enable_io_processing=False)
-    for m, training in modes.items():
-        m.training = training
     return Cost(parameters(module), counter.get_total_flops(), _by_module(module, flops))
 
 
 def call_cost(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Cost:
     """Count the parameters and FLOPs of one call of any module."""
     counter = FlopCounterMode(display=False)
-    modes = {m: m.training for m in module.modules()}
-    module.eval()
-    with torch.no_grad(), counter:
+    with evaluating(module), torch.no_grad(), counter:
         module(*fresh(list(args)), **fresh(dict(kwargs)))
-    for m, training in modes.items():
-        m.training = training
     counts = {name.partition(".")[2]: sum(found.values()) for name, found in counter.get_flop_counts().items()}
     return Cost(parameters(module), counter.get_total_flops(), _by_module(module, counts))
 

@@ -199,6 +199,7 @@ class Capture:
     dtypes: Mapping[str, torch.dtype]
     devices: Mapping[str, torch.device]
     recorded: Recorded | None = None  # for a model that could not be traced whole
+    left_out: tuple[str, ...] = ()  # types of objects in the model's output that no graph can return
 
     @property
     def route(self) -> str:

@@ -10,13 +10,12 @@ share FIRING of the original's is above zero. Trained units fire seldom, and a l
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from .ir import Layer, Provenance
 from .movement import fresh
@@ -68,11 +67,11 @@ class Stream:
         if node.op == "placeholder":
             return self.batches[number][self.placeholders.index(node.name)]
         if node.op == "get_attr":
-            return self.attribute(str(node.target))
+            return at(self.module, str(node.target))
 
         def operand(source: fx.Node) -> Any:
             if source.name not in self.values:  # a parameter that was added on the way
-                return self.attribute(str(source.target))
+                return at(self.module, str(source.target))
             return self.values[source.name][number]
 
         args, kwargs = fx.map_arg(node.args, operand), fx.map_arg(node.kwargs, operand)
@@ -81,12 +80,6 @@ class Stream:
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         return node.target(*args, **kwargs) if node.op == "call_function" else args[0]  # type: ignore[operator]
-
-    def attribute(self, path: str) -> Any:
-        value: Any = self.module
-        for part in path.split("."):
-            value = getattr(value, part)
-        return value
 
     def free(self, name: str) -> None:
         """A node is done with: what it was the last to read goes, and its own value if nobody reads it."""
@@ -189,19 +182,6 @@ class Lockstep:
         offset = offset - gain * mean
         view = [1, -1, *[1] * (inputs[0].dim() - 2)]
         return [torch.addcmul(offset.to(x).view(view), x, gain.to(x).view(view)) for x in inputs]
-
-
-@contextmanager
-def evaluating(*modules: nn.Module) -> Iterator[None]:
-    """The modules in evaluation mode; afterwards each part's training flag is as it was."""
-    modes = {part: part.training for module in modules for part in module.modules()}
-    for module in modules:
-        module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes.items():
-            part.training = training
 
 
 def moments(values: Sequence[Tensor], axis: int, reduce: Reduce) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """Outputs: what a model returns, as torch.export and the comparison with the merged model need it.
 
 A model may return any object: a dataclass, a cache of keys and values. Dataclasses are told to torch's pytree; an
-object that pytree cannot open is left out of an exported model's output, and the capture says so.
+object that pytree cannot open is left out of an exported model's output, and the report says so.
 """
 
 from __future__ import annotations
@@ -29,6 +29,12 @@ def foreign(value: Any) -> tuple[str, ...]:
         else:
             found[type(leaf).__name__] = None
     return tuple(found)
+
+
+def returned(value: Any) -> list[Tensor]:
+    """The floating-point tensors of an output, in order, dataclasses opened: what models are compared by."""
+    foreign(value)
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 def plain(value: Any) -> Any:

@@ -126,6 +126,7 @@ class AnalysisReport:
             members = [_listed(_members(g, role)) for role in ("writers", "carriers", "readers")]
             table.add_row(g.name, str(g.channels), *members)
         total = f"{len(self.groups)} groups, {self.cost.parameters:,} parameters, {self.cost.flops:,} FLOPs"
+        total += _left_out(self.captured)
         return _text(
             table, *([refusal_table(self.refusals, self.captured)] if self.refusals else []), total, width=width
         )
@@ -212,6 +213,7 @@ class Report:
             f"parameters {before.parameters:,} -> {after.parameters:,} ({size} left)"
             f"\nFLOPs      {before.flops:,} -> {after.flops:,} ({_share(after.flops, before.flops)} left)"
             f"\nrelative error of the outputs on the example inputs: {self.verdict.error:.3g}"
+            + _left_out(self.captured)
         )
 
     def json(self) -> str:
@@ -242,6 +244,10 @@ class Report:
             },
             indent=1,
         )
+
+
+def _left_out(captured: Capture) -> str:
+    return f"\nleft out of the output: {', '.join(captured.left_out)}" if captured.left_out else ""
 
 
 def _original_cost(captured: Capture) -> Cost:

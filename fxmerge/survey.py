@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from .evaluating import evaluating
 from .evidence import Reading
 from .ir import Capture, Group, Layer, Provenance
-from .lockstep import Lockstep, Settings, evaluating, moments
+from .lockstep import Lockstep, Settings, moments
 from .patches import form_of, operands, patches, rows_of, sample
 from .systems import second_moments
 from .targets import behind, rectified_layers

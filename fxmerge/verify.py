@@ -20,8 +20,10 @@ from torch import Tensor, fx, nn
 
 from .assembling import assembled
 from .errors import FxMergeError
+from .evaluating import evaluating
 from .ir import Capture, Group, Grouping, Member, ParamLabels, Provenance
-from .movement import fresh, leaves, tree
+from .movement import fresh, tree
+from .outputs import returned
 from .weights import at, gather, places, sharing_copy
 
 
@@ -34,16 +36,9 @@ class Verdict:
 
 def outputs(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> list[Tensor]:
     """The floating-point tensors that a model gives, in evaluation mode; its training flags stay as they were."""
-    modes = {m: m.training for m in module.modules()}
-    module.eval()
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with evaluating(module), torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        try:
-            out = module(*fresh(list(args)), **fresh(dict(kwargs or {})))
-        finally:
-            for m, training in modes.items():
-                m.training = training
-    return [v for v in leaves(out) if isinstance(v, Tensor) and v.is_floating_point()]
+        return returned(module(*fresh(list(args)), **fresh(dict(kwargs or {}))))
 
 
 def difference(one: list[Tensor], other: list[Tensor]) -> float:
