@@ -25,7 +25,7 @@ def decompose(
     found = statistics(group, captured, tensors, options, kept if method == "mostsim" else None)
     mapping = DECOMPOSITIONS[method](found.evidence, kept)
     n = group.channels
-    carried = mapping.up.abs().sum(1) > 0
+    carried = mapping.up.any(1)
     carried[kept] = False
     readers = []
     for number, steps in enumerate(found.readers):
@@ -42,7 +42,7 @@ def decompose(
                 up, shift = push(up, shift, kept, step.gain, step.constant_gain, step.constant)
             shift = torch.where(carried, shift, 0) if method == "mostsim" else torch.zeros_like(shift)
         readers.append(Decomposition(up, shift))
-    return mapping, Merge(group, kept, mapping.down if method == "fold" else None, tuple(readers), found.writer_maps)
+    return mapping, Merge(group, kept, mapping.down, tuple(readers), found.writer_maps)
 
 
 def _shared_reader(group: Group) -> bool:

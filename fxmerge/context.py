@@ -72,7 +72,9 @@ class Context:
         if not bool(torch.minimum(left, right).all()):  # FIXED is 0, and no label is less
             for one, other in ((left, right), (right, left)):
                 self.pin(other[one == FIXED], "meets values that are not channels of a layer")
-        differ = (left != right) & (left != FIXED) & (right != FIXED)
+            here = (left != FIXED) & (right != FIXED)
+            left, right = left[here], right[here]
+        differ = left != right
         if bool(differ.any()):
             self._run.ties.append(Tie(self._node.name, left[differ], right[differ]))
 

@@ -33,31 +33,50 @@ MIN_COSINE = 1e-9  # a partner must at least point the same way
 class Mapping:
     """(down, up) in the common coordinates, and what was given up: `cosine` (n,) of each dropped channel's partner."""
 
-    down: Tensor  # (k, n)
+    down: Tensor | None  # (k, n), None where channels are only selected: the rows of the identity at the kept ones
     up: Tensor  # (n, k)
     cosine: Tensor  # (n,) 1 for kept channels, 0 for dropped ones that nobody carries
 
 
 def selection_rows(kept: Tensor, channels: int) -> Tensor:
-    """Rows of the identity at the kept channels: (k, n)."""
-    rows = torch.zeros(len(kept), channels, dtype=torch.float64)
-    rows[torch.arange(len(kept)), kept] = 1
-    return rows
+    """Rows of the identity at the kept channels: (k, n), transposed in memory."""
+    columns = torch.zeros(channels, len(kept), dtype=torch.float64)
+    columns[kept, torch.arange(len(kept))] = 1
+    return columns.T
 
 
 def prune(evidence: Evidence, kept: Tensor) -> Mapping:
-    down = selection_rows(kept, len(evidence.bias))
-    return Mapping(down, down.T.clone(), down.sum(0))
+    up = selection_rows(kept, len(evidence.bias)).T
+    return Mapping(None, up, up.sum(1))
 
 
 def mostsim(evidence: Evidence, kept: Tensor) -> Mapping:
     """Each dropped channel goes to its most similar kept one, with a scale (MostSim, Algorithms 1 to 3)."""
     mapping = prune(evidence, kept)
     dropped = others(kept, len(evidence.bias))  # (m,)
+    inner = pairs(evidence.inner, dropped, kept)
+    norm = inner.square.clamp(min=0).sqrt()
+    solid = norm > norm.max() * 1e-9  # a channel without weight can carry nobody, and is carried by nobody
+    norm = torch.where(solid, norm, 1)
+    cosine = inner.across / torch.outer(norm[dropped], norm[kept])  # (m, k)
+    offset: Tensor | None
     if evidence.published is not None:
-        cosine, scale, distance = _published_distance(evidence.published, dropped, kept, evidence)
+        scale, offset, able = _published_pairs(evidence.published, norm, dropped, kept)
+        solid = solid & able
     else:
-        cosine, scale, distance = _exact_distance(evidence, dropped, kept)
+        scale, offset = _pairs(evidence, norm, dropped, kept)
+        if not evidence.scalable:  # only an equal channel will do: 2<a,b> / (|a|^2 + |b|^2) is 1 just when a = b
+            cosine *= 2 * scale / (1 + scale.square())
+            scale = torch.ones_like(scale)
+    possible = solid[dropped][:, None] & solid[kept][None, :]
+    if evidence.published is None:
+        possible &= cosine > MIN_COSINE
+    if not bool((evidence.cells == evidence.cells[0]).all()):
+        possible &= evidence.cells[dropped][:, None] == evidence.cells[kept][None, :]
+    distance = -cosine  # of lam (1 - cos) + (1 - lam) |B| / S, but for a constant
+    if offset is not None:
+        distance = distance.mul_(evidence.lam).add_(_minmax(offset, possible), alpha=1 - evidence.lam)
+    distance.masked_fill_(~possible, torch.inf)
     best = distance.argmin(1, keepdim=True)  # (m, 1) of (m, k)
     closest, nearest, by = (t.gather(1, best)[:, 0] for t in (cosine, distance, scale))
     found = torch.isfinite(nearest)
@@ -69,62 +88,43 @@ def mostsim(evidence: Evidence, kept: Tensor) -> Mapping:
     return mapping
 
 
-def _exact_distance(evidence: Evidence, dropped: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    inner, bias = pairs(evidence.inner, dropped, kept), evidence.bias
-    norm = inner.square.clamp(min=0).sqrt()
-    solid = norm > norm.max() * 1e-9  # a kept channel without weight can carry nobody
-    safe = torch.where(solid, norm, torch.ones_like(norm))
-    cosine = inner.across / (safe[dropped][:, None] * safe[kept][None, :])  # (m, k)
-    scale = norm[dropped][:, None] / safe[kept][None, :]
-    offset = (bias[dropped][:, None] - scale * bias[kept][None, :]).abs()
+def _pairs(evidence: Evidence, norm: Tensor, dropped: Tensor, kept: Tensor) -> tuple[Tensor, Tensor | None]:
+    """S and |B| / S of each pair, (m, k); B is None without a BatchNorm, S in it 1 where nobody may be scaled."""
+    scale = torch.outer(norm[dropped], 1 / norm[kept])
+    if not evidence.centred:
+        return scale, None
+    left, right = evidence.bias[dropped][:, None], evidence.bias[kept][None, :]
     if not evidence.scalable:
-        # only an equal channel will do: 2<a,b> / (|a|^2 + |b|^2) is 1 just when a = b
-        cosine = cosine * 2 * scale / (1 + scale.square())
-        scale = torch.ones_like(scale)
-        offset = (bias[dropped][:, None] - bias[kept][None, :]).abs()
-    possible = solid[kept][None, :] & (cosine > MIN_COSINE) & _same_cell(evidence, dropped, kept)
-    distance = 1 - cosine
-    if evidence.centred:
-        relative = torch.where(possible, offset / scale.clamp(min=1e-300), torch.inf)
-        distance = evidence.lam * distance + (1 - evidence.lam) * _minmax(relative)
-    return cosine, scale, torch.where(possible, distance, torch.inf)
+        return scale, (left - right).abs_()
+    return scale, torch.addcmul(left, scale, right, value=-1).abs_().div_(scale)
 
 
-def _same_cell(evidence: Evidence, dropped: Tensor, kept: Tensor) -> Tensor:
-    return evidence.cells[dropped][:, None] == evidence.cells[kept][None, :]
+def _published_pairs(form: PublishedForm, norm: Tensor, dropped: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The published code's S and |B| / S of each pair, (m, k), and whom they can do for, (n,).
 
+    Indices i, j are exchanged, and `var` stands for the standard deviation:
 
-def _minmax(values: Tensor) -> Tensor:
-    """Each row to [0, 1] over its finite entries; a row of equal values to 0."""
-    finite = values.abs() < torch.inf
-    low = torch.where(finite, values, torch.inf).amin(1, keepdim=True)
-    high = torch.where(finite, values, -torch.inf).amax(1, keepdim=True)
-    span = high - low
-    return torch.where(finite, (values - low) / torch.where(span > 0, span, 1), 0)
-
-
-def _published_distance(
-    form: PublishedForm, dropped: Tensor, kept: Tensor, evidence: Evidence
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The published code's S and B: indices i, j exchanged and `var` for the standard deviation.
+        S_ij = |w_i| / |w_j| (gamma_j / gamma_i) (var_i / var_j)
+        B_ij = (gamma_j / var_j) (|w_i| / |w_j| (mean_i - var_i beta_i / gamma_i) - mean_j) + beta_j
 
     What that code leaves to chance is guarded: a gamma of 0, where it divides by it, makes no candidate.
     """
-    inner = pairs(form.inner, dropped, kept)
-    norm = inner.square.clamp(min=0).sqrt().clamp(min=1e-300)
     solid = form.gamma.abs() > form.gamma.abs().max() * 1e-9
-    gamma = torch.where(solid, form.gamma, torch.ones_like(form.gamma))
-    var = form.var.clamp(min=1e-30)
-    cosine = inner.across / (norm[dropped][:, None] * norm[kept][None, :])
-    s = norm[dropped][:, None] / norm[kept][None, :]
-    # each of S and B is a product of something of i and something of j, s apart
-    scale = s * (var / gamma)[dropped][:, None] * (gamma / var)[kept][None, :]
-    constant = form.mean - var * form.beta / gamma
-    offset = (gamma / var)[kept][None, :] * (s * constant[dropped][:, None] - form.mean[kept][None, :])
-    possible = solid[dropped][:, None] & solid[kept][None, :] & _same_cell(evidence, dropped, kept)
-    relative = torch.where(possible, (offset + form.beta[kept][None, :]).abs() / scale, torch.inf)
-    distance = evidence.lam * (1 - cosine) + (1 - evidence.lam) * _minmax(relative)
-    return cosine, scale, torch.where(possible, distance, torch.inf)
+    gamma = torch.where(solid, form.gamma, 1)
+    gain = gamma / form.var.clamp(min=1e-30)
+    each = (gain / norm)[kept]  # all that S and B take of j, but for a constant
+    scale = torch.outer((norm / gain)[dropped], each)
+    constant = (form.beta - gain * form.mean)[kept]
+    offset = torch.addcmul(constant[None, :], (norm * (form.mean - form.beta / gain))[dropped][:, None], each[None, :])
+    return scale, offset.abs_().div_(scale), solid
+
+
+def _minmax(values: Tensor, possible: Tensor) -> Tensor:
+    """Each row to [0, 1] over its possible entries; a row of equal values to 0."""
+    low = values.masked_fill(~possible, torch.inf).amin(1, keepdim=True)
+    high = values.masked_fill(~possible, -torch.inf).amax(1, keepdim=True)
+    span = high - low
+    return (values - low).div_(torch.where(span > 0, span, 1))
 
 
 def fold(evidence: Evidence, kept: Tensor) -> Mapping:

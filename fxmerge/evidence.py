@@ -54,9 +54,8 @@ class Pairs:
 
 @dataclass(frozen=True)
 class PublishedForm:
-    """One writer and its BatchNorm as the published code reads them: raw rows, and the variance for the deviation."""
+    """One writer and its BatchNorm as the published code reads them: `Evidence.inner` is of the raw rows."""
 
-    inner: Tensor | Pairs  # (n, n) inner products of the raw rows, or some of them
     gamma: Tensor
     beta: Tensor
     mean: Tensor
@@ -67,7 +66,7 @@ class PublishedForm:
 class Evidence:
     """What a decomposition knows of a group's n channels, float64.
 
-    inner:      (n, n) inner products of the rows; where only partners are looked for, pairs will do
+    inner:      (n, n) inner products of the rows, the raw ones in the published form; pairs, where they will do
     bias:       (n,) the constants, in the same coordinates
     centred:    has the group a BatchNorm? then constants count apart from the rows (without one they are a column)
     cells:      (n,) partners are looked for within a cell

@@ -112,6 +112,8 @@ def _copies(facts: Provenance, atom: Ints) -> Ints:
         for along in labels.axes.values():
             held = along.numpy().reshape(-1)
             inside = atom[held]
+            if np.bincount(inside, minlength=1).max() == 1:
+                continue
             order = np.argsort(inside, kind="stable")
             _, first, at = np.unique(inside[order], return_index=True, return_inverse=True)
             copy[held[order]] = np.arange(len(held)) - first[at.reshape(-1)]

@@ -49,7 +49,8 @@ class Builder:
             copies = np.bincount(at[places], minlength=len(inside))
             for count in np.unique(copies[copies > 0]).tolist():  # one member for each number of copies
                 stands = np.flatnonzero(copies == count)
-                where = places[np.isin(at[places], stands)].reshape(len(stands), count)
+                here = places if len(stands) * count == len(places) else places[np.isin(at[places], stands)]
+                where = here.reshape(len(stands), count)
                 partners &= _aligned(where, cell[stands])
                 members[role].append(Member(layer, role, torch.from_numpy(stands), torch.from_numpy(where)))  # type: ignore[arg-type]
         # a weight that writes and reads along one axis (an embedding that is the head too) cannot absorb anything

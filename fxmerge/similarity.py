@@ -104,7 +104,7 @@ def statistics(
     form = None
     for writer in group.writers:
         raw = rows_of(writer, tensors[writer.layer.params["weight"]], n)
-        spread = gram(raw)
+        spread = raw_pairs = gram(raw)
         constants = laid_out(bias_of(writer.layer, tensors)[writer.where], writer, n, 0.0)  # (n, copies)
         # without a BatchNorm anywhere the constants are one more column, as in the paper; with one they count apart
         own = spread if normed else spread + gram(constants)
@@ -114,7 +114,7 @@ def statistics(
         gain, constant_gain = torch.ones(n, dtype=torch.float64), torch.ones(n, dtype=torch.float64)
         moved = torch.zeros(n, dtype=torch.float64)
         if published and len(group.writers) == 1 and steps and _is_norm(writer.steps[0], carriers):
-            form = _published(spread, carriers[writer.steps[0]], tensors, n)
+            form = _published(carriers[writer.steps[0]], tensors, n)
         for step in steps:
             if step.features is not None:
                 agreement = gram(step.features)
@@ -133,7 +133,7 @@ def statistics(
             linear &= step.function is None
         functions = tuple(s for s in steps if s.function is not None)
         maps.append((gain, constant_gain, moved))
-        inner.append(own * gram(gain[:, None]))
+        inner.append(raw_pairs if form is not None else own * gram(gain[:, None]))
         bias, mean = bias + constant, mean + level
         covariance = covariance + spread if covariance is not None else None
     scalable = not group.scale_blocks
@@ -174,9 +174,8 @@ def _unit(inner: Tensor, deviation: Tensor) -> Tensor:
     return scale[:, None] * inner * scale[None, :]
 
 
-def _published(inner: Tensor, norm: Member, tensors: Mapping[str, Tensor], n: int) -> PublishedForm:
+def _published(norm: Member, tensors: Mapping[str, Tensor], n: int) -> PublishedForm:
     return PublishedForm(
-        inner,
         gamma_of(norm, tensors, n),
         slot(norm, "bias", tensors, n, 0.0),
         slot(norm, "running_mean", tensors, n, 0.0),

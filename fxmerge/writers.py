@@ -152,9 +152,9 @@ def carry(ctx: Any, op: str, x: Lab, params: dict[str, Any], axis: int, eps: flo
     if any(p is not None and not isinstance(p, Param) for p in params.values()):
         return ctx.unknown("has per-channel constants that are computed, not parameters")
     labels = ctx.along(x, axis)
-    for param in params.values():
-        if param is not None:
-            ctx.tie(labels, ctx.axis(param, 0))
+    along = [ctx.axis(param, 0) for param in params.values() if param is not None]
+    if along:
+        ctx.tie(labels.expand(len(along), -1), torch.stack(along))
     ctx.layer(op, _slots(**params), carries=labels, eps=eps)
     return x
 
