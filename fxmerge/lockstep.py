@@ -41,6 +41,25 @@ class Settings:
 
 
 @dataclass(frozen=True)
+class Pair:
+    """The original graph and the merged one, or the original alone.
+
+    alive: (label_count,) which channels the merged graph still has (`rewrite.survivors`)
+    rectified: the layers that are held in a network without norms
+    """
+
+    original: fx.GraphModule
+    facts: Provenance
+    rectified: Mapping[str, Layer]
+    merged: fx.GraphModule | None = None
+    alive: Tensor | None = None
+
+    def kept(self, labels: Tensor) -> Tensor:
+        """The places among labels (m,) that the merged graph still has."""
+        return torch.arange(len(labels)) if self.alive is None else self.alive[labels].nonzero().flatten()
+
+
+@dataclass(frozen=True)
 class Step:
     """Where a run stands: the original has run this node, the merged graph is about to."""
 
@@ -90,30 +109,16 @@ class Stream:
 
 
 class Lockstep:
-    """Two graphs with the same node names, side by side; iterating hands out each node of the merged one in turn.
+    """A pair's graphs, whose nodes have the same names, side by side; iterating hands out the merged one's in turn."""
 
-    merged:  None to run the original alone
-    kept:    labels (m,) -> the places among them that the merged graph still has
-    rectified: the layers that are held in a network without norms
-    """
-
-    def __init__(
-        self,
-        original: fx.GraphModule,
-        merged: fx.GraphModule | None,
-        facts: Provenance,
-        batches: Sequence[Sequence[Any]],
-        kept: Callable[[Tensor], Tensor],
-        settings: Settings,
-        rectified: Mapping[str, Layer],
-    ) -> None:
-        self.original = Stream(original, fresh(list(batches)))
-        self.merged = self.original if merged is None else Stream(merged, fresh(list(batches)))
-        layers = facts.layers if settings.held else ()
+    def __init__(self, pair: Pair, batches: Sequence[Sequence[Any]], settings: Settings) -> None:
+        self.original = Stream(pair.original, fresh(list(batches)))
+        self.merged = self.original if pair.merged is None else Stream(pair.merged, fresh(list(batches)))
+        layers = pair.facts.layers if settings.held else ()
         self.norms = {layer.node: layer for layer in layers if layer.op == "batch_norm"}
-        self.rectified: Mapping[str, Layer] = rectified if settings.held else {}
+        self.rectified: Mapping[str, Layer] = pair.rectified if settings.held else {}
         self.shifts: dict[str, Tensor] = {}  # held layer -> what its outputs are moved by, (c,)
-        self.kept, self.reduce = kept, settings.reduce
+        self.kept, self.reduce = pair.kept, settings.reduce
         self.known: dict[str, tuple[Tensor, Tensor]] = {}  # BatchNorm -> mean and deviation over the batches
 
     def __iter__(self) -> Iterator[Step]:
@@ -174,14 +179,19 @@ class Lockstep:
         mean, deviation = self.known[node.name]
         if kept is not None and layer.carries is not None:
             mean, deviation = (t[kept(layer.carries).to(t.device)] for t in (mean, deviation))
-        gain, offset = 1 / deviation, torch.zeros_like(mean)
-        if "weight" in layer.params:
-            gain = gain * at(stream.module, layer.params["weight"]).double()
-        if "bias" in layer.params:
-            offset = at(stream.module, layer.params["bias"]).double()
-        offset = offset - gain * mean
+        gain, offset = line(stream.module, layer, mean, deviation)
         view = [1, -1, *[1] * (inputs[0].dim() - 2)]
         return [torch.addcmul(offset.to(x).view(view), x, gain.to(x).view(view)) for x in inputs]
+
+
+def line(module: fx.GraphModule, norm: Layer, mean: Tensor, deviation: Tensor) -> tuple[Tensor, Tensor]:
+    """The gain and the constant of a BatchNorm that subtracts and divides by these: (c,), (c,)."""
+    gain, constant = 1 / deviation, torch.zeros_like(mean)
+    if "weight" in norm.params:
+        gain = gain * at(module, norm.params["weight"]).double()
+    if "bias" in norm.params:
+        constant = at(module, norm.params["bias"]).double()
+    return gain, constant - gain * mean
 
 
 def moments(values: Sequence[Tensor], axis: int, reduce: Reduce) -> tuple[Tensor, Tensor]:

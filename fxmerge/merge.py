@@ -35,6 +35,7 @@ from .rewrite import Rewriter, survivors
 from .selection import select
 from .similarity import candidates, state
 from .survey import mismatch, readings
+from .targets import pair
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,7 @@ def _merged(
     refitted: tuple[Refitted, ...] = ()
     if batches and chosen:
         stage("refit")
-        refitted = refit(captured.module, rewritten, facts, alive, batches, settings, stage)
+        refitted = refit(pair(captured.module, facts, rewritten, alive), batches, settings, stage)
     module = assembled(captured, rewritten)
     stage("verify")
     verdict = verify.compare(captured, module)

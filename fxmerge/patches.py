@@ -63,6 +63,12 @@ def operands(node: fx.Node, op: str) -> dict[str, Any]:
     return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
 
 
+def input_of(node: fx.Node, op: str) -> fx.Node:
+    """The node whose value a layer's call reads."""
+    source: fx.Node = node.all_input_nodes[0] if node.op == "call_module" else operands(node, op)["input"]
+    return source
+
+
 def form_of(node: fx.Node, layer: Layer, owner: nn.Module | None, weight: Tensor) -> Form | None:
     """The geometry of a call; None for a spelling that is not known here."""
     if layer.op not in _ARGUMENTS:

@@ -23,9 +23,9 @@ from torch import Tensor, fx, nn
 
 from . import targets as aims
 from .evaluating import evaluating
-from .ir import Layer, Provenance
-from .lockstep import Lockstep, Settings, Step, moments
-from .patches import Form, at_positions, form_of, operands, patches, rows_of, sample, weight_of
+from .ir import Layer
+from .lockstep import Lockstep, Pair, Settings, Step, line, moments
+from .patches import Form, at_positions, form_of, input_of, operands, patches, rows_of, sample, weight_of
 from .systems import system
 from .weights import Weights, at, fetch_bias
 
@@ -46,21 +46,18 @@ class Refitted:
 
 
 def refit(
-    original: fx.GraphModule,
-    merged: fx.GraphModule,
-    facts: Provenance,
-    alive: Tensor,
+    pair: Pair,
     batches: Sequence[Sequence[object]],
     settings: Settings,
     stage: Callable[[str], None] = lambda name: None,
 ) -> tuple[Refitted, ...]:
-    """Re-solve the layers of `merged` in place, on batches of values of the graph's placeholders.
+    """Re-solve the layers of the pair's merged graph in place, on batches of values of the graph's placeholders.
 
-    alive: (label_count,) which channels the merged graph still has (`rewrite.survivors`)
     Cost: two forward passes, and a product (p, rows) (rows, p) for each layer of p weights an output.
     """
-    with evaluating(original, merged), torch.no_grad():
-        return _Refit(original, merged, facts, alive, batches, settings).run(stage)
+    assert pair.merged is not None
+    with evaluating(pair.original, pair.merged), torch.no_grad():
+        return _Refit(pair, batches, settings).run(stage)
 
 
 @dataclass(frozen=True)
@@ -73,28 +70,15 @@ class _Rows:
 
 
 class _Refit:
-    def __init__(
-        self,
-        original: fx.GraphModule,
-        merged: fx.GraphModule,
-        facts: Provenance,
-        alive: Tensor,
-        batches: Sequence[Sequence[object]],
-        settings: Settings,
-    ) -> None:
-        self.facts, self.alive, self.settings = facts, alive, settings
-        self.run_of = Lockstep(
-            original, merged, facts, batches, self.kept, settings, aims.rectified_layers(original, facts)
-        )
-        self.original, self.merged, self.weights = original, merged, Weights(merged)
-        self.layers = {layer.node: layer for layer in facts.layers}
+    def __init__(self, pair: Pair, batches: Sequence[Sequence[object]], settings: Settings) -> None:
+        assert pair.merged is not None
+        self.run_of, self.kept, self.settings = Lockstep(pair, batches, settings), pair.kept, settings
+        self.original, self.merged, self.weights = pair.original, pair.merged, Weights(pair.merged)
+        facts, self.layers = pair.facts, {layer.node: layer for layer in pair.facts.layers}
         self.norms = {name: layer for name, layer in self.layers.items() if layer.op == "batch_norm"}
         used = Counter(layer.params["weight"] for layer in facts.layers if "weight" in layer.params)
         self.shared = {path for path, times in used.items() if times > 1}
         self.generator = torch.Generator().manual_seed(settings.seed)
-
-    def kept(self, labels: Tensor) -> Tensor:
-        return self.alive[labels].nonzero().flatten()
 
     def run(self, stage: Callable[[str], None]) -> tuple[Refitted, ...]:
         moved: dict[str, bool] = {}  # node -> is its value in the merged graph another than the original's?
@@ -123,17 +107,16 @@ class _Refit:
             return Refitted(layer.module, 0.0, 0.0, "as it is: a call of unknown geometry")
         if not all(isinstance(y, Tensor) and y.is_floating_point() for y in step.outputs):
             return Refitted(layer.module, 0.0, 0.0, "as it is: its outputs are no floating-point tensors")
-        source = node.all_input_nodes[0] if owner is not None else operands(node, layer.op)["input"]
         found = aims.behind(self.merged, node, self.norms, self._present())
         out_labels = layer.writes if layer.writes is not None else layer.carries
         assert out_labels is not None
         stays = self.kept(out_labels).to(step.outputs[0].device)
         affine = self._affine(node, found, step.outputs, stays)
-        rows = self._rows(step, form, self.run_of.merged.values[source.name], found, affine, stays)
+        inputs = self.run_of.merged.values[input_of(node, layer.op).name]
+        rows = self._rows(step, form, inputs, found, affine, stays)
         start = rows_of(self.weights[path], form).double()
-        bias_path = layer.params.get("bias")
-        bias = self.weights[bias_path].double() if bias_path else start.new_zeros(start.size(0) * start.size(1))
-        bias = bias.view(start.shape[:2])
+        held = self._bias(node, layer, owner)
+        bias = start.new_zeros(start.shape[:2]) if held is None else held.double().view(start.shape[:2])
         rectified = found.rectified
         scale = self._reduced([t.double().square().sum() for t in rows.targets])
         before = self._error(rows, start, bias, affine, rectified)
@@ -150,6 +133,13 @@ class _Refit:
             self._write(layer, node, owner, form, weight, offset)
         return Refitted(layer.module, before / scale, after / scale, note)
 
+    def _bias(self, node: fx.Node, layer: Layer, owner: nn.Module | None) -> Tensor | None:
+        """The bias that is there: the layer's own, or one that absorbing gave it."""
+        if "bias" in layer.params:
+            return self.weights[layer.params["bias"]]
+        given = getattr(owner, "bias", None) if owner is not None else operands(node, layer.op).get("bias")
+        return at(self.merged, str(given.target)) if isinstance(given, fx.Node) else given
+
     def _present(self) -> set[str]:
         return set(self.run_of.merged.values) & set(self.run_of.original.values)
 
@@ -159,13 +149,8 @@ class _Refit:
         if found.norm is None:
             shift = self.run_of.shifts.get(node.name)
             return aims.affine(ones, torch.zeros_like(ones) if shift is None else shift[stays])
-        mean, deviation = self.run_of.statistics(found.norm, outputs)
-        gain, constant = 1 / deviation, torch.zeros_like(mean)
-        if "weight" in found.norm.params:
-            gain = gain * at(self.original, found.norm.params["weight"]).double()
-        if "bias" in found.norm.params:
-            constant = at(self.original, found.norm.params["bias"]).double()
-        return aims.affine(gain[stays], (constant - gain * mean)[stays])
+        gain, constant = line(self.original, found.norm, *self.run_of.statistics(found.norm, outputs))
+        return aims.affine(gain[stays], constant[stays])
 
     def _rows(
         self, step: Step, form: Form, inputs: Sequence[Tensor], found: aims.Behind, affine: aims.Affine, stays: Tensor

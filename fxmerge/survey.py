@@ -15,10 +15,10 @@ from torch import Tensor, fx
 from .evaluating import evaluating
 from .evidence import Reading
 from .ir import Capture, Group, Layer, Provenance
-from .lockstep import Lockstep, Settings, moments
-from .patches import form_of, operands, patches, rows_of, sample
+from .lockstep import Lockstep, Settings, line, moments
+from .patches import form_of, input_of, patches, rows_of, sample
 from .systems import second_moments
-from .targets import behind, rectified_layers
+from .targets import behind, pair
 from .weights import at
 
 WIDEST = 8192  # columns of all blocks together: a reader with more is left out
@@ -42,7 +42,7 @@ def readings(
     norms = {layer.node: layer for layer in facts.layers if layer.op == "batch_norm"}
     generator = torch.Generator().manual_seed(settings.seed)
     with evaluating(module), torch.no_grad():
-        run = Lockstep(module, None, facts, batches, lambda labels: labels, settings, rectified_layers(module, facts))
+        run = Lockstep(pair(module, facts), batches, settings)
         for step in run:
             members = readers.get(step.node.name, ())
             if not members:
@@ -74,18 +74,14 @@ def _reader(
     blocks, width = form.groups, rows.size(2)
     if blocks * width > WIDEST:
         return None
-    source = node.all_input_nodes[0] if owner is not None else operands(node, layer.op)["input"]
     index_of = sample(outputs, form, settings.rows, generator, settings.reduce)
-    inputs = run.original.values[source.name]
+    inputs = run.original.values[input_of(node, layer.op).name]
     parts = [patches(x, form, index) for x, index in zip(inputs, index_of, strict=True)]
     gram = _diagonal(second_moments(parts, settings.reduce))
     whole = _diagonal(rows)
     norm = behind(module, node, norms, set()).norm
     if norm is not None:
-        gain = 1 / run.statistics(norm, outputs)[1]
-        if "weight" in norm.params:
-            gain = gain * at(module, norm.params["weight"]).double()
-        whole = whole * gain[:, None]
+        whole = whole * line(module, norm, *run.statistics(norm, outputs))[0][:, None]
     assert layer.reads is not None
     return gram.cpu(), whole.cpu(), blocks * width // layer.reads.numel()
 
@@ -103,7 +99,7 @@ def mismatch(captured: Capture, facts: Provenance, batches: Sequence[Sequence[An
     norms = {layer.node: layer for layer in facts.layers if layer.op == "batch_norm" and "running_var" in layer.params}
     total, channels, module = 0.0, 0, captured.module
     with evaluating(module), torch.no_grad():
-        run = Lockstep(module, None, facts, batches, lambda labels: labels, settings, rectified_layers(module, facts))
+        run = Lockstep(pair(module, facts), batches, settings)
         for step in run:
             layer = norms.get(step.node.name)
             if layer is None:

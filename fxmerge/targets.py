@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 
 from . import rules
 from .ir import Layer, Provenance
+from .lockstep import Pair
 
 SOLVED = ("linear", "matrix", "conv", "depthwise", "conv_transpose")  # what refit re-solves
 LEAST_GAIN = 0.05  # of the median |gain|: below it a channel's output hardly matters
@@ -71,6 +72,13 @@ def behind(module: fx.GraphModule, node: fx.Node, norms: dict[str, Layer], known
         else:
             following = None
     return Behind(norm, other, rule(following) == "relu")
+
+
+def pair(
+    original: fx.GraphModule, facts: Provenance, merged: fx.GraphModule | None = None, alive: Tensor | None = None
+) -> Pair:
+    """What `Lockstep` runs."""
+    return Pair(original, facts, rectified_layers(original, facts), merged, alive)
 
 
 def rectified_layers(module: fx.GraphModule, facts: Provenance) -> dict[str, Layer]:
