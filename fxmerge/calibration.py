@@ -14,15 +14,20 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
-from .errors import FxMergeError
+from .cost import cost
+from .errors import FxMergeError, first_line
+from .evaluating import evaluating
 from .ir import Capture, Provenance
+from .movement import fresh
 from .options import Options
+from .outputs import returned
 from .probes import PROBES, probes
 from .weights import at
 
 Batches = list[list[Any]]  # by batch, values of the graph's placeholders
 ELEMENTS = 2**27  # of the largest activation over all batches, at most: half a GiB in float32
-FEWEST, MOST, SMALL = 512, 4096, 2**22  # probes, unless told: the largest activation has SMALL elements
+FEWEST, USUAL, MOST = 128, 512, 4096  # probes, unless told
+SMALL, FORWARD = 2**22, 5e11  # elements of the largest activation over all probes; FLOPs of a forward pass of them
 
 
 def fed(
@@ -30,11 +35,14 @@ def fed(
 ) -> Batches:
     """This process's share of what refit runs on: the user's batches, or probes of the family of least mismatch.
 
-    Raises FxMergeError for what is no batch of this model.
+    Raises FxMergeError for what is no batch of this model, UnprobedError where the model does not run on probes.
     """
     limit = samples_at_most(captured)
     if options.refit == "calibration":
-        return share(given(captured, batches, limit))
+        found = given(captured, batches, limit)
+        if fault := refused(captured, found[0]):
+            raise FxMergeError(f"the model {fault} on a batch of calibration; give inputs as its forward takes them")
+        return share(found)
     size = batch_size(captured) if fixed_batch(captured.module) else options.batch
     words, normed = vocabularies(captured, facts), any(layer.op == "batch_norm" for layer in facts.layers)
 
@@ -42,11 +50,37 @@ def fed(
         whole = max(1, min(count, limit) // size) * size  # the last batch is as large as the others
         return probes(family, list(captured.inputs), words, whole, size, options.seed)
 
+    if fault := refused(captured, made(next(iter(PROBES)), size)[0]):
+        raise UnprobedError(f"left out, as the model {fault} on probes; give merge(..., calibration=batches)")
     family = options.probes
     if family == "auto":
         off = {name: mismatch(made(name, size)) if normed else 0.0 for name in PROBES}
         family = min(off, key=lambda name: off[name])
-    return share(made(family, options.samples or max(FEWEST, min(MOST, SMALL // largest_activation(captured)))))
+    return share(made(family, options.samples or enough(captured)))
+
+
+class UnprobedError(FxMergeError):
+    """The model does not run on probes."""
+
+
+def refused(captured: Capture, values: Sequence[Any]) -> str:
+    """What the model does wrong on these values of its placeholders; "" where its outputs are finite numbers."""
+    interpreter = fx.Interpreter(captured.module)
+    interpreter.extra_traceback = False
+    try:
+        with evaluating(captured.module), torch.no_grad():
+            outputs = interpreter.run(*fresh(list(values)), enable_io_processing=False)
+    except Exception as error:
+        return f"fails ({type(error).__name__}: {first_line(error)})"
+    finite = all(bool(torch.isfinite(y).all()) for y in returned(outputs))
+    return "" if finite else "gives NaN or infinity"
+
+
+def enough(captured: Capture) -> int:
+    """How many probes: more where activations are small, fewer where a forward pass takes long."""
+    wanted = max(USUAL, min(MOST, SMALL // largest_activation(captured)))
+    each = cost(captured.module, captured.inputs).flops / batch_size(captured)
+    return max(FEWEST, min(wanted, int(FORWARD / max(each, 1))))
 
 
 def bind(module: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .calibration import bind
-from .errors import FxMergeError, source_line
+from .errors import FxMergeError, first_line, source_line
 from .folding import fold
 from .ir import Capture
 from .movement import fresh, leaves
@@ -22,7 +22,7 @@ from .outputs import foreign, plain, returned, returning_plain
 from .recall import Recall
 from .recorded import Recorded
 from .recording import record
-from .tracing import first_line, trace
+from .tracing import trace
 from .weights import deep_copy
 
 
@@ -155,7 +155,8 @@ class _Recorder(fx.Interpreter):
 def _compare(name: str, expected: Any, actual: Any) -> None:
     before, after = returned(expected), returned(actual)
     close = len(before) == len(after) and all(
-        one.shape == other.shape and torch.allclose(one, other, rtol=1e-3, atol=1e-3 * float(one.abs().max()) + 1e-12)
+        one.shape == other.shape
+        and torch.allclose(one, other, 1e-3, 1e-3 * float(one.nan_to_num(0, 0, 0).abs().max()) + 1e-12, equal_nan=True)
         for one, other in zip(before, after, strict=True)
         if one.numel() or other.numel()
     )

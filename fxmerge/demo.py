@@ -22,7 +22,7 @@ RATIOS = (0.5, 0.6, 0.7, 0.8)
 METHODS = {
     "prune": Options(decomposition="prune", refit="none"),
     "mostsim": Options(threshold=0.45, refit="none"),  # the paper's t for LeNet
-    "refit": Options(refit="synthetic", selection="repair"),
+    "refit": Options(),
 }
 
 

@@ -19,3 +19,7 @@ def source_line(node: fx.Node) -> str:
             code = f": {lines[at + 1].strip()}" if at + 1 < len(lines) else ""
             return head.removeprefix('File "').replace('", line ', ":", 1) + code
     return ""
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

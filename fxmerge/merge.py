@@ -16,11 +16,12 @@ from . import verify
 from .absorbing import decompose, group_plan
 from .allocation import ALLOCATORS, check_patterns, ignored, shaken
 from .assembling import assembled
-from .calibration import Batches, fed, summed
+from .calibration import Batches, UnprobedError, fed, summed
 from .capture import capture, confined
 from .constants import recompute
 from .errors import FxMergeError, source_line
 from .evidence import Reading
+from .fitting import fitted, mismatch
 from .groups import aligned, group
 from .ir import Capture, Group, Grouping, Provenance, Refusal
 from .lockstep import Settings
@@ -34,7 +35,7 @@ from .resizing import Call
 from .rewrite import Rewriter, survivors
 from .selection import select
 from .similarity import candidates, state
-from .survey import mismatch, readings
+from .survey import readings
 from .targets import pair
 
 
@@ -151,11 +152,7 @@ def _merged(
     counts = _replayed(groups, decided) if decided is not None else ALLOCATORS["uniform"](groups, options)
     narrowed = [g for g in groups if sum(counts[g.name]) < g.channels]
     settings = Settings(options.rows, options.seed, options.refit == "synthetic", summed)
-    batches: Batches = []
-    # the code between a recorded model's parts cannot be run in lockstep: its widths are the user's own
-    if narrowed and options.refit != "none" and captured.recorded is None:
-        stage("probes" if given is None else "calibration")
-        batches = fed(captured, facts, options, given, lambda b: mismatch(captured, facts, b, settings))
+    batches, refit_note = _batches(captured, facts, options, given, settings, stage) if narrowed else ([], "")
     surveyed: Mapping[str, tuple[Reading, ...]] = {}
     if batches and decided is None and options.selection == "repair":
         stage("survey")
@@ -189,8 +186,29 @@ def _merged(
     verdict = verify.compare(captured, module)
     analysis = Analysis(captured, facts, grouping, refusals)
     plan = Plan(options, tuple(plans))
-    report = Report(grouping.groups, refusals, captured, module, plan, verdict, refitted)
+    report = Report(grouping.groups, refusals, captured, module, plan, verdict, refitted, refit_note)
     return Result(module, plan, report, analysis)
+
+
+def _batches(
+    captured: Capture,
+    facts: Provenance,
+    options: Options,
+    given: Any,
+    settings: Settings,
+    stage: Callable[[str], None],
+) -> tuple[Batches, str]:
+    """What refit runs on, or none and the reason."""
+    if options.refit == "none":
+        return [], ""
+    if captured.recorded is not None:  # its code between the parts cannot run in lockstep: the widths are its own
+        return [], "left out, as only parts of the model could be traced"
+    stage("probes" if given is None else "calibration")
+    try:
+        batches = fed(captured, facts, options, given, lambda b: mismatch(captured, facts, b, settings))
+    except UnprobedError as why:
+        return [], str(why)
+    return batches if given is not None else fitted(captured, facts, batches, settings, stage), ""
 
 
 def _grouped(captured: Capture, facts: Provenance) -> tuple[Provenance, Grouping]:

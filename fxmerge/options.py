@@ -44,7 +44,7 @@ class Options:
     ignore: tuple[str, ...] = ()
     """patterns of module or group names that stay as they are"""
     scope: Annotated[str, _one_of("scope", _SCOPE)] = "all"
-    selection: Annotated[str, _one_of("selection", "which channels stay")] = "l2"
+    selection: Annotated[str, _one_of("selection", "which channels stay; repair is l2 without refit")] = "repair"
     decomposition: Annotated[str, _one_of("decomposition", "how the channels that stay carry the others")] = "mostsim"
     threshold: float = 0.1
     """mostsim: below this cosine a channel is dropped, not merged"""
@@ -53,10 +53,10 @@ class Options:
     mostsim_scale: Annotated[str, _one_of("mostsim_scale", "mostsim's scale; reference is the published code's")] = (
         "exact"
     )
-    refit: Annotated[str, _one_of("refit", "what layers are re-solved on: nothing, probes, your batches")] = "none"
+    refit: Annotated[str, _one_of("refit", "what layers are re-solved on: nothing, probes, your batches")] = "synthetic"
     probes: Annotated[str, _one_of("probes", "family of refit's probes; auto fits the BatchNorms' statistics")] = "auto"
     samples: int = 0
-    """refit: probes made; 0: 512 to 4096, by the size of the activations"""
+    """refit: probes made; 0: 128 to 4096, by the size of the activations and of a forward pass"""
     batch: int = 64
     """refit: probes run at a time"""
     rows: int = 16384

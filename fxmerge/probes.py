@@ -11,7 +11,7 @@ layer sees what training left it; `mismatch` with the running statistics chooses
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 
 import torch
@@ -81,6 +81,16 @@ def tokens(example: Tensor, vocabulary: int, count: int, generator: Generator) -
     return rank[drawn].reshape(count, *example.shape[1:]).to(example.dtype)
 
 
+def probed(inputs: Sequence[object]) -> list[int]:
+    """The places of the inputs that get numbers of a family: the floating-point ones with an axis of samples."""
+    first = next((v for v in inputs if isinstance(v, Tensor) and v.dim()), None)
+    return [
+        place
+        for place, v in enumerate(inputs)
+        if isinstance(v, Tensor) and v.is_floating_point() and first is not None and v.shape[:1] == first.shape[:1]
+    ]
+
+
 def probes(
     family: str, inputs: list[object], vocabularies: Mapping[int, int], count: int, batch: int, seed: int
 ) -> list[list[object]]:
@@ -94,14 +104,14 @@ def probes(
     first = next((v for v in inputs if isinstance(v, Tensor) and v.dim()), None)
     if first is None:
         return [inputs]
-    sizes = [min(batch, count - start) for start in range(0, count, batch)]
+    sizes, drawn_anew = [min(batch, count - start) for start in range(0, count, batch)], probed(inputs)
 
     def made(number: int, value: object) -> list[object]:
         if not isinstance(value, Tensor) or not value.dim() or value.size(0) != first.size(0):
             return [value] * len(sizes)
         if number in vocabularies:
             drawn = tokens(value, vocabularies[number], count, generator)
-        elif value.is_floating_point():
+        elif number in drawn_anew:
             drawn = PROBES[family](value, count, generator)
         else:
             drawn = value.cpu().repeat(-(-count // len(value)), *[1] * (value.dim() - 1))[:count]

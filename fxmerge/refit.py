@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import isfinite
 
 import torch
 from torch import Tensor, fx, nn
@@ -120,6 +121,8 @@ class _Refit:
         rectified = found.rectified
         scale = self._reduced([t.double().square().sum() for t in rows.targets])
         before = self._error(rows, start, bias, affine, rectified)
+        if not isfinite(before) or not isfinite(scale):
+            return Refitted(layer.module, 0.0, 0.0, "as it is: its inputs or outputs are not finite")
         if before <= EXACT * scale:
             return Refitted(layer.module, before / max(scale, 1e-300), before / max(scale, 1e-300), "exact as it is")
         moments_wanted = self._output_moments(step, form, stays) if found.norm is not None else None

@@ -159,6 +159,7 @@ class Report:
     plan: Plan
     verdict: Verdict
     refitted: tuple[Refitted, ...] = ()
+    refit_note: str = ""  # why nothing was refitted
 
     @cached_property
     def before(self) -> Cost:
@@ -213,6 +214,7 @@ class Report:
             f"parameters {before.parameters:,} -> {after.parameters:,} ({size} left)"
             f"\nFLOPs      {before.flops:,} -> {after.flops:,} ({_share(after.flops, before.flops)} left)"
             f"\nrelative error of the outputs on the example inputs: {self.verdict.error:.3g}"
+            + (f"\nrefit {self.refit_note}" if self.refit_note else "")
             + _left_out(self.captured)
         )
 
@@ -239,6 +241,7 @@ class Report:
                 "flops_after": self.after.flops,
                 "error": self.verdict.error,
                 "refit": [vars(r) for r in self.refitted],
+                "refit_note": self.refit_note,
                 "groups": groups,
                 "refusals": _refusals_json(self.refusals, self.captured),
             },

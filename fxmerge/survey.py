@@ -1,7 +1,6 @@
 """Survey: one run of the original on refit's batches, for what has to be known before channels are chosen.
 
-`readings` gives each group's readers the second moments of their patches, which `repair` selects by; `family` chooses
-the probes whose statistics at the BatchNorms are nearest to the running ones.
+`readings` gives each group's readers the second moments of their patches, which `repair` selects by.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from torch import Tensor, fx
 from .evaluating import evaluating
 from .evidence import Reading
 from .ir import Capture, Group, Layer, Provenance
-from .lockstep import Lockstep, Settings, line, moments
+from .lockstep import Lockstep, Settings, line
 from .patches import form_of, input_of, patches, rows_of, sample
 from .systems import second_moments
 from .targets import behind, pair
@@ -92,23 +91,3 @@ def _diagonal(blocks: Tensor) -> Tensor:
     whole = blocks.new_zeros(g, a, g, b)
     whole[torch.arange(g), :, torch.arange(g)] = blocks
     return whole.view(g * a, g * b)
-
-
-def mismatch(captured: Capture, facts: Provenance, batches: Sequence[Sequence[Any]], settings: Settings) -> float:
-    """Mean divergence of the batches' statistics at the BatchNorms from the running ones, both taken as Gaussian."""
-    norms = {layer.node: layer for layer in facts.layers if layer.op == "batch_norm" and "running_var" in layer.params}
-    total, channels, module = 0.0, 0, captured.module
-    with evaluating(module), torch.no_grad():
-        run = Lockstep(pair(module, facts), batches, settings)
-        for step in run:
-            layer = norms.get(step.node.name)
-            if layer is None:
-                continue
-            inputs = run.original.values[step.node.all_input_nodes[0].name]
-            mean, variance = moments(inputs, 1, settings.reduce)
-            expected = at(module, layer.params["running_mean"]).double()
-            spread = at(module, layer.params["running_var"]).double() + layer.eps
-            ratio = (variance + layer.eps) / spread
-            apart = ratio - 1 - ratio.log() + (mean - expected).square() / spread
-            total, channels = total + 0.5 * float(apart.sum()), channels + len(mean)
-    return total / max(channels, 1)

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from . import rules
-from .errors import FxMergeError
+from .errors import FxMergeError, first_line
 from .exporting import export
 from .unfolding import unfolded
 
@@ -134,10 +134,6 @@ def hidden(module: fx.GraphModule) -> int:
                 activations.add(node)
                 count += found is None
     return count
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _where(error: Exception) -> str:

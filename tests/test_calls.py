@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from netmaking import Net, one_thread, randomised, raw  # noqa: F401
+from netmaking import Net, one_thread, plain_merge, randomised, raw  # noqa: F401
 from torch import Tensor, nn
 
 import fxmerge
@@ -31,7 +31,7 @@ def test_axis_is_dim(spelling: dict[str, Any]) -> None:
     conv = nn.Conv2d if len(spelling) == 2 else nn.Conv1d
     reader = conv(8, 4, 1)
     model, x = made(lambda m, x: m.b(m.a(x).mean(**spelling)), 2, 3, 6, 6, a=nn.Conv2d(3, 8, 3), b=reader)
-    result = fxmerge.merge(model, x, ratio=0.5)
+    result = plain_merge(model, x, ratio=0.5)
     assert [(p.name, len(p.kept)) for p in result.plan.groups] == [("a", 4)]
     assert error(result.analysis) < 1e-10
 
@@ -45,7 +45,7 @@ def test_a_product_with_a_raw_parameter(op: str, decomposition: str) -> None:
         lambda m, x: m.b(F.relu(multiply(F.relu(m.a(x)), m.w))),
         *(9, 6), a=nn.Linear(6, 8), w=raw(8, 12), b=nn.Linear(12, 4),
     )  # fmt: skip
-    result = fxmerge.merge(model, x, ratio=0.5, decomposition=decomposition)
+    result = plain_merge(model, x, ratio=0.5, decomposition=decomposition)
     held = {name: tuple(p.shape) for name, p in result.module.named_parameters() if name.startswith("w")}
     assert held == {"w": (4, 6)} | ({"w_bias": (6,)} if decomposition == "lstsq" else {})
     assert error(result.analysis) < 1e-10
@@ -56,7 +56,7 @@ def test_a_constant_behind_a_product_is_the_right_one() -> None:
     model, x = made(lambda m, x: torch.sigmoid(m.a(x)) @ m.w, 9, 6, a=nn.Linear(6, 8), w=raw(8, 5))
     with torch.no_grad():
         model.a.weight[4:] = 0  # type: ignore[union-attr, index]
-    result = fxmerge.merge(model, x, ratio=0.5, decomposition="lstsq")
+    result = plain_merge(model, x, ratio=0.5, decomposition="lstsq")
     assert result.plan.groups[0].kept == (0, 1, 2, 3)
     assert result.report.verdict.error < 1e-8
 
@@ -69,7 +69,7 @@ def test_fold_leaves_no_bias_on_a_table() -> None:
 
     model, _ = made(wiring, 1, e=nn.Embedding(9, 8), p=raw(6, 8), b=nn.Linear(8, 12), c=nn.Linear(12, 3))
     words = torch.randint(9, (2, 6), generator=torch.Generator().manual_seed(0))
-    result = fxmerge.merge(model, words, ratio=0.5, decomposition="fold")
+    result = plain_merge(model, words, ratio=0.5, decomposition="fold")
     assert not hasattr(result.module.e, "bias")
     assert error(result.analysis) < 1e-10
 
@@ -82,7 +82,7 @@ def test_a_parameter_that_forward_writes_is_read_as_written() -> None:
         return m.b(F.relu(m.a(x)) * m.p.view(-1, 1, 1))
 
     model, x = made(wiring, 2, 3, 6, 6, a=nn.Conv2d(3, 8, 3), p=raw(8), b=nn.Conv2d(8, 4, 1))
-    result = fxmerge.merge(model, x, ratio=0.5)
+    result = plain_merge(model, x, ratio=0.5)
     assert result.plan.groups == ()
     assert result.report.verdict.error == 0
 
@@ -121,7 +121,7 @@ CALLS = {"linear": F.linear, "t()": lambda h, w: h @ w.t().contiguous(), "T": la
 def test_a_weight_of_two_calls_gives_both_its_new_bias(call: Any) -> None:
     """What a channel lacks of its partner is a constant, which both calls must add."""
     model, x = Twice(call).double().eval(), torch.randn(2, 3, 5, dtype=torch.float64)
-    result = fxmerge.merge(model, x, keep={"a": 4}, ratio=0.0, decomposition="mostsim", lam=1.0)
+    result = plain_merge(model, x, keep={"a": 4}, ratio=0.0, decomposition="mostsim", lam=1.0)
     assert len(result.plan.groups[0].kept) == 4
     assert verify.difference(verify.outputs(model, (x,)), verify.outputs(result.module, (x,))) < 1e-9
 
@@ -142,5 +142,5 @@ def test_a_head_that_is_the_table_turned_round_shares_its_channels() -> None:
     found = fxmerge.analyze(Tied().double(), torch.arange(4))
     assert [(g.name, g.channels) for g in found.groups] == [("table", 8)]
     assert error(found) < 1e-10
-    merged = fxmerge.merge(Tied().double(), torch.arange(4), ratio=0.5).module
+    merged = plain_merge(Tied().double(), torch.arange(4), ratio=0.5).module
     assert tuple(merged.table.weight.shape) == (10, 4) and merged(torch.arange(4)).shape == (4, 10)

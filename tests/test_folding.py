@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from netmaking import Net, one_thread, randomised, raw  # noqa: F401
+from netmaking import Net, one_thread, plain_merge, randomised, raw  # noqa: F401
 from torch import Tensor, nn
 
 import fxmerge
@@ -33,7 +33,7 @@ def names(model: nn.Module, x: Tensor) -> dict[str, nn.Parameter]:
 
 def checked(model: nn.Module, x: Tensor, **widths: int) -> fxmerge.Result:
     """Merged, with the permutation oracle and the outputs of the folded graph checked; `widths` are those kept."""
-    result = fxmerge.merge(model, x, ratio=0.5)
+    result = plain_merge(model, x, ratio=0.5)
     found = result.analysis
     folded = found.captured.module
     assert verify.difference(verify.outputs(model, (x,)), verify.outputs(folded, (x,))) < 1e-14
@@ -201,6 +201,6 @@ def test_a_parameter_that_forward_writes_is_not_folded() -> None:
 
     model, x = made(wiring, w=raw(8, 6), b=nn.Linear(8, 2))
     assert "w_folded" not in names(model, x)
-    result = fxmerge.merge(model, x, ratio=0.5)
+    result = plain_merge(model, x, ratio=0.5)
     assert result.plan.groups == ()
     assert result.report.verdict.error == 0

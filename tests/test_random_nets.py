@@ -10,7 +10,7 @@ import math
 import pytest
 import torch
 from hypothesis import HealthCheck, given, note, settings
-from netmaking import one_thread  # noqa: F401
+from netmaking import one_thread, plain_merge  # noqa: F401
 from random_nets import HEAD, made, sources
 from test_oracles import leaves
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ stable = settings(
 def check(source: str) -> None:
     """All oracles on one net."""
     model, x = made(source)
-    same = fxmerge.merge(model, x, ratio=0.0)
+    same = plain_merge(model, x, ratio=0.0)
     if "MultiheadAttention" in source:  # written out: the same sums, in another order
         assert same.report.verdict.error < 1e-12
     else:
@@ -45,7 +45,7 @@ def check(source: str) -> None:
     assert all(moved[name] < 1e-10 for name in lined_up), moved
     shapes = [t.shape for t in verify.outputs(model, (x,))]
     for decomposition in ("prune", "mostsim"):
-        result = fxmerge.merge(model, x, ratio=0.5, decomposition=decomposition)
+        result = plain_merge(model, x, ratio=0.5, decomposition=decomposition)
         after = verify.outputs(result.module, (x,))
         assert [t.shape for t in after] == shapes
         assert all(bool(torch.isfinite(t).all()) for t in after)
@@ -147,7 +147,7 @@ def test_what_random_nets_have_found(what: str, decomposition: str) -> None:
     source = HEAD.rstrip(" ") + FOUND[what].removeprefix("\n")
     check(source)
     model, x = made(source)
-    result = fxmerge.merge(model, x, ratio=0.5, decomposition=decomposition)
+    result = plain_merge(model, x, ratio=0.5, decomposition=decomposition)
     assert math.isfinite(result.report.verdict.error)
     assert result.plan.groups
 

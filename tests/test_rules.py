@@ -158,7 +158,7 @@ def test_softmax_over_the_channels_is_a_mixer() -> None:
 def test_a_reduction_over_the_channels_is_a_mixer(op: str) -> None:
     """Any order of the channels is as good, but one that goes is missed by the result."""
     sample = Sample(lambda m, x: x * getattr(x, op)(1, keepdim=True))
-    result = fxmerge.merge(*sample.make(), ratio=0.5)
+    result = plain_merge(*sample.make(), ratio=0.5)
     found = result.analysis
     assert [(g.name, len(g.mixers), g.internal) for g in found.groups] == [("writer", 1, False)]
     assert len(result.plan.groups[0].kept) == 4

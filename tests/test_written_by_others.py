@@ -9,7 +9,7 @@ import attention_by_others  # noqa: F401  (registers its nets)
 import pictures_by_others  # noqa: F401
 import pytest
 import torch
-from netmaking import one_thread, randomised  # noqa: F401
+from netmaking import one_thread, plain_merge, randomised  # noqa: F401
 from torch import Tensor, nn
 from written_by_others import OTHERS
 
@@ -47,7 +47,7 @@ def tensors(out: Any) -> list[Tensor]:
 def test_merges_to_the_half_width_net(name: str) -> None:
     """As many parameters as the net has that its author would write at half the width, and the same shapes out."""
     model, example, args, kwargs = made(name)
-    result = fxmerge.merge(model, example, ratio=0.5, scope="all")
+    result = plain_merge(model, example, ratio=0.5, scope="all")
     with torch.no_grad():
         before, after = model(*args, **kwargs), result.module(*args, **kwargs)
     assert [t.shape for t in tensors(after)] == [t.shape for t in tensors(before)]
@@ -70,7 +70,7 @@ def test_permutation(name: str) -> None:
 @every_net
 def test_keeping_all_gives_the_same_bits(name: str) -> None:
     model, example, args, kwargs = made(name)
-    result = fxmerge.merge(model, example, ratio=0.0)
+    result = plain_merge(model, example, ratio=0.0)
     with torch.no_grad():
         one, other = tensors(model(*args, **kwargs)), tensors(result.module(*args, **kwargs))
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
@@ -80,7 +80,7 @@ def test_keeping_all_gives_the_same_bits(name: str) -> None:
 @pytest.mark.parametrize("name", ["TupleOutput", "DictOutput", "NamedOutput"])
 def test_what_comes_back_is_of_the_users_kind(name: str) -> None:
     model, example, args, _ = made(name)
-    before, after = model(*args), fxmerge.merge(model, example, ratio=0.5).module(*args)
+    before, after = model(*args), plain_merge(model, example, ratio=0.5).module(*args)
     assert type(after) is type(before)
     if isinstance(before, dict):
         assert list(after) == list(before)
@@ -90,7 +90,7 @@ def test_what_comes_back_is_of_the_users_kind(name: str) -> None:
 def test_a_tied_embedding_is_not_mixed(decomposition: str) -> None:
     """Its columns are the writer's rows: what the head absorbs, the words would be changed by."""
     model, example, _, _ = made("TiedEmbedding")
-    result = fxmerge.merge(model, example, ratio=0.5, decomposition=decomposition)
+    result = plain_merge(model, example, ratio=0.5, decomposition=decomposition)
     kept = next(list(p.kept) for p in result.plan.groups if p.name == "e")
     assert torch.equal(result.module.e.weight, model.e.weight[:, kept])  # type: ignore[union-attr, index, arg-type]
     assert result.module.head.weight is result.module.e.weight  # type: ignore[union-attr]

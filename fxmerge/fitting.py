@@ -1,0 +1,100 @@
+"""Fitting: probes are moved until the original's BatchNorms see what they saw in training.
+
+The running mean M and variance V of its BatchNorms are all that a trained network tells of its data. With m and v those
+of a batch of probes, and both taken as Gaussian, the divergence
+
+    mean over BatchNorms of mean over channels of (v / V - 1 - log(v / V) + (m - M)^2 / V) / 2
+
+chooses the family of probes, and is then lowered by a few steps of Adam on the probes themselves (Cai et al., "ZeroQ",
+CVPR 2020, section 3.1, where it is a squared distance). No weight is touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .calibration import Batches
+from .cost import cost
+from .evaluating import evaluating
+from .ir import Capture, Layer, Provenance
+from .lockstep import Lockstep, Settings, moments
+from .probes import probed
+from .targets import pair
+from .weights import at
+
+STEPS, RATE = 20, 0.1  # of Adam, in deviations of the probes
+BUDGET = 4e12  # FLOPs of all steps together, at most; no probe is moved where fewer than LEAST steps are within it
+LEAST = 5
+
+
+def normed(facts: Provenance) -> dict[str, Layer]:
+    """The BatchNorms with running statistics, by node."""
+    return {n.node: n for n in facts.layers if n.op == "batch_norm" and {"running_mean", "running_var"} <= {*n.params}}
+
+
+def mismatch(captured: Capture, facts: Provenance, batches: Sequence[Sequence[Any]], settings: Settings) -> float:
+    """The divergence of the batches' statistics at the BatchNorms from the running ones; 0 without a BatchNorm."""
+    with evaluating(captured.module), torch.no_grad():
+        return float(_divergence(captured, facts, batches, settings))
+
+
+def fitted(
+    captured: Capture, facts: Provenance, batches: Batches, settings: Settings,
+    stage: Callable[[str], None] = lambda name: None,
+) -> Batches:  # fmt: skip
+    """The probes, fitted; as they are without a BatchNorm, and where it takes more than BUDGET or a gradient that an
+    op does not have.
+    """
+    places = [at for at in probed(captured.inputs) if captured.inputs[at].dtype in (torch.float32, torch.float64)]
+    if not places or not normed(facts):
+        return batches
+    samples = sum(len(batch[places[0]]) for batch in batches) / len(captured.inputs[places[0]])
+    once = 3 * samples * cost(captured.module, captured.inputs).flops  # a backward pass takes two forward ones
+    steps = min(STEPS, int(BUDGET / max(once, 1)))
+    if steps < LEAST:
+        return batches
+    try:
+        return _moved(captured, facts, batches, settings, places, steps, stage)
+    except RuntimeError:  # an op without a gradient
+        return batches
+
+
+def _moved(
+    captured: Capture, facts: Provenance, batches: Batches, settings: Settings, places: Sequence[int], steps: int,
+    stage: Callable[[str], None],
+) -> Batches:  # fmt: skip
+    alone, found = replace(settings, held=False, reduce=lambda value: value), []
+    with evaluating(captured.module), torch.enable_grad():
+        for number, batch in enumerate(batches):
+            stage(f"probes {number + 1} of {len(batches)}")
+            moving = {place: batch[place].clone().requires_grad_() for place in places}
+            values = [moving.get(place, value) for place, value in enumerate(batch)]
+            adam = torch.optim.Adam(list(moving.values()), lr=RATE)
+            for _ in range(steps):
+                loss = _divergence(captured, facts, [values], alone)
+                slopes = torch.autograd.grad(loss, list(moving.values()), allow_unused=True)
+                for value, slope in zip(moving.values(), slopes, strict=True):
+                    value.grad = slope
+                adam.step()
+            found.append([moving[place].detach() if place in moving else value for place, value in enumerate(batch)])
+    return found
+
+
+def _divergence(captured: Capture, facts: Provenance, batches: Sequence[Sequence[Any]], settings: Settings) -> Tensor:
+    norms, module, found = normed(facts), captured.module, []
+    run = Lockstep(pair(module, facts), batches, settings)
+    for step in run:
+        layer = norms.get(step.node.name)
+        if layer is None:
+            continue
+        mean, variance = moments(run.original.values[step.node.all_input_nodes[0].name], 1, settings.reduce)
+        expected = at(module, layer.params["running_mean"]).double()
+        spread = at(module, layer.params["running_var"]).double() + layer.eps
+        ratio = (variance + layer.eps) / spread
+        found.append((ratio - 1 - ratio.log() + (mean - expected).square() / spread).mean() / 2)
+    return torch.stack(found).mean() if found else torch.zeros(())
