@@ -21,6 +21,7 @@ from .evidence import Candidates, Evidence, PublishedForm, Reading
 from .ir import Capture, Group, Member
 from .options import Options
 from .steps import Step, bias_of, gamma_of, in_order, laid_out, slot, step_of
+from .systems import second_moments
 
 SAMPLES = 4096  # at least; rows of the Gaussian that stands for a group's pre-activations
 
@@ -159,9 +160,7 @@ def moments(found: Statistics, reader: int, seed: int) -> tuple[Tensor, Tensor]:
     values = torch.cat([noise, -noise]) @ points.T + found.mean
     for step in (*found.functions, *found.readers[reader]):
         values = step.function(values) if step.function is not None else values * step.gain + step.constant
-    mean = values.mean(0)
-    centred = values - mean
-    return mean, centred.T @ centred / count
+    return values.mean(0), second_moments([values[:, None]], lambda total: total)[0]
 
 
 def _is_norm(node: str, carriers: Mapping[str, Member]) -> bool:
