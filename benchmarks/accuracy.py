@@ -5,33 +5,45 @@ accuracy.md and, with matplotlib, accuracy.svg (accuracy against parameters left
 calibrates on are the first training images, without their labels.
 """
 
-import argparse
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from torch import Tensor
 
 import fxmerge
 from benchmarks.data import DATASETS, accuracy, mean_and_std, normalise
 from benchmarks.models import load_checkpoint
-from benchmarks.paper import BATCH, NETWORKS, Network, find_weights, read_reference
+from benchmarks.paper import BATCH, NETWORKS, Network, find_weights, measured, measuring, read_reference
 
 METHODS: dict[str, dict[str, Any]] = {
     "prune": {"decomposition": "prune", "refit": "none", "selection": "l1"},
     "mostsim": {"refit": "none", "selection": "l1"},
     "fold": {"decomposition": "fold", "refit": "none", "selection": "l1"},
     "lstsq": {"decomposition": "lstsq", "refit": "none", "selection": "l1"},
-    "refit, no data": {"refit": "synthetic", "selection": "repair"},
-    "refit, training images": {"refit": "calibration", "selection": "repair"},
+    "refit, no data": {},  # the defaults
+    "refit, training images": {"refit": "calibration"},
 }
-CASES: dict[str, tuple[tuple[float, ...], int, int | None]] = {  # ratios, images for calibration, test images
-    "lenet": ((0.5, 0.6, 0.7, 0.8), 5000, None),
-    "resnet56": ((0.3, 0.5), 500, 2000),
+
+
+@dataclass(frozen=True)
+class Case:
+    """What one table measures."""
+
+    network: str
+    scope: str
+    ratios: tuple[float, ...]
+    calibration: int  # training images
+    images: int | None = None  # test images, None: all
+
+
+CASES: dict[str, Case] = {
+    "lenet": Case("lenet", "internal", (0.5, 0.6, 0.7, 0.8), 5000),
+    "resnet56": Case("resnet56", "internal", (0.3, 0.5), 500, 2000),
+    "resnet56-all": Case("resnet56", "all", (0.3,), 500, 2000),
 }
 
 
@@ -39,7 +51,6 @@ CASES: dict[str, tuple[tuple[float, ...], int, int | None]] = {  # ratios, image
 class Cell:
     """One merged model: top-1 accuracy in % and parameters."""
 
-    network: str
     ratio: float
     method: str
     accuracy: float
@@ -53,43 +64,45 @@ def images(network: Network, metadata: Mapping[str, str], data: Path, split: Any
     return normalise(x[:count], *mean_and_std(metadata), flatten=network.dataset == "Fashion-MNIST"), y[:count]
 
 
-def cells(key: str, data: Path, weights: Path, scope: str, console: Console) -> tuple[float, list[Cell]]:
+def cells(case: Case, data: Path, weights: Path, console: Console) -> tuple[float, list[Cell]]:
     """(accuracy of the original, its merged models)"""
-    network, (ratios, calibration, count) = NETWORKS[key], CASES[key]
+    network = NETWORKS[case.network]
     model = network.build().eval()
     metadata = load_checkpoint(find_weights(network, weights), model)
-    x, y = images(network, metadata, data, "test", count)
-    train: Tensor = images(network, metadata, data, "train", calibration)[0]
+    x, y = images(network, metadata, data, "test", case.images)
+    train: Tensor = images(network, metadata, data, "train", case.calibration)[0]
     found = []
-    for ratio in ratios:
+    for ratio in case.ratios:
         for method, options in METHODS.items():
             given = list(train.split(100)) if method == "refit, training images" else None
             start = time.perf_counter()
-            settings = fxmerge.Options(scope=scope, ratio=ratio, threshold=network.threshold, **options)
+            settings = fxmerge.Options(scope=case.scope, ratio=ratio, threshold=network.threshold, **options)
             merged = fxmerge.merge(model, x[:2], settings, calibration=given).module
             seconds = time.perf_counter() - start
             size = sum(p.numel() for p in merged.parameters())
-            found.append(Cell(key, ratio, method, accuracy(merged, x, y, BATCH), size, seconds))
-            console.print(f"{key} {ratio:.0%} {method}: {found[-1].accuracy:.2f} ({seconds:.0f} s)", markup=False)
+            found.append(Cell(ratio, method, accuracy(merged, x, y, BATCH), size, seconds))
+            cell = f"{case.network} {case.scope} {ratio:.0%} {method}"
+            console.print(f"{cell}: {found[-1].accuracy:.2f} ({seconds:.0f} s)", markup=False)
     return accuracy(model, x, y, BATCH), found
 
 
-def published(key: str, folder: Path) -> dict[float, float]:
-    """Ratio -> the best accuracy of any criterion that the published code gave."""
+def published(case: Case, folder: Path) -> dict[float, float]:
+    """Ratio -> the best accuracy of any criterion that the published code gave, which merges inner channels only."""
     best: dict[float, float] = {}
-    for row in read_reference(key, folder).get("rows", []):
+    for row in read_reference(case.network, folder).get("rows", []) if case.scope == "internal" else []:
         best[row["ratio"]] = max(best.get(row["ratio"], 0.0), row["merge"])
     return best
 
 
-def markdown(key: str, original: float, rows: Sequence[Cell], reference: Mapping[float, float]) -> str:
-    """A network's table."""
-    ratios, calibration, count = CASES[key]
-    title = f"## {NETWORKS[key].title}, {NETWORKS[key].dataset}\n\n"
-    title += f"{f'first {count:,}' if count else 'all'} test images, original {original:.2f} %; "
-    title += f"{calibration:,} unlabelled training images for calibration; published: best criterion, all test images"
+def markdown(case: Case, original: float, rows: Sequence[Cell], reference: Mapping[float, float]) -> str:
+    """A case's table."""
+    network, what = NETWORKS[case.network], "inner channels" if case.scope == "internal" else "all channels"
+    title = f"## {network.title}, {network.dataset}, {what}\n\n"
+    title += f"{f'first {case.images:,}' if case.images else 'all'} test images, original {original:.2f} %; "
+    title += f"{case.calibration:,} unlabelled training images for calibration; "
+    title += "published: best of all criteria, all images"
     lines = ["| dropped | " + " | ".join([*METHODS, "published code"]) + " |", "|---" * (len(METHODS) + 2) + "|"]
-    for ratio in ratios:
+    for ratio in case.ratios:
         by = {c.method: f"{c.accuracy:.2f}" for c in rows if c.ratio == ratio}
         value = f"{reference[ratio]:.2f}" if ratio in reference else "-"
         lines.append(f"| {ratio:.0%} | " + " | ".join([*(by[m] for m in METHODS), value]) + " |")
@@ -97,10 +110,11 @@ def markdown(key: str, original: float, rows: Sequence[Cell], reference: Mapping
 
 
 def plot(results: Mapping[str, tuple[float, list[Cell]]], path: Path) -> None:
-    """Accuracy against parameters left, one panel a network."""
+    """Accuracy against parameters left, one panel a case."""
     import matplotlib
 
     matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "the same ids for the same picture"
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, len(results), figsize=(5.5 * len(results), 4), squeeze=False)
@@ -109,7 +123,8 @@ def plot(results: Mapping[str, tuple[float, list[Cell]]], path: Path) -> None:
             chosen = sorted((c for c in rows if c.method == method), key=lambda c: c.parameters)
             axis.plot([c.parameters / 1000 for c in chosen], [c.accuracy for c in chosen], marker="o", label=method)
         axis.axhline(original, color="grey", linestyle=":")
-        axis.set(title=NETWORKS[key].title, xlabel="thousand parameters left", ylabel="top-1 accuracy, %")
+        title = f"{NETWORKS[CASES[key].network].title}, {CASES[key].scope}"
+        axis.set(title=title, xlabel="thousand parameters left", ylabel="top-1 accuracy, %")
     axes[0][0].legend(fontsize="small")
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
@@ -117,21 +132,12 @@ def plot(results: Mapping[str, tuple[float, list[Cell]]], path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description="Accuracy without fine-tuning.")
-    parser.add_argument("--data", required=True, type=Path, metavar="DIR", help="folder that holds the data sets")
-    parser.add_argument("--weights", required=True, type=Path, metavar="DIR", help="folder of safetensors files")
+    parser = measuring("accuracy", "Accuracy without fine-tuning.", CASES)
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where accuracy.md and .svg go")
-    parser.add_argument("--only", choices=CASES, nargs="+", default=list(CASES), help="default: all networks")
-    parser.add_argument("--scope", choices=("internal", "all"), default="internal")
-    parser.add_argument("--reference", type=Path, metavar="DIR", help="published cells; default: beside --weights")
-    parser.add_argument("--threads", type=int, help="CPU threads; default: PyTorch's own choice")
-    args = parser.parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    folder = args.reference or args.weights.resolve().parent / "reference"
+    args = measured(parser, argv)
     console = Console(stderr=True, highlight=False)
-    results = {key: cells(key, args.data, args.weights, args.scope, console) for key in args.only}
-    parts = [markdown(key, *result, published(key, folder)) for key, result in results.items()]
+    results = {key: cells(CASES[key], args.data, args.weights, console) for key in args.only}
+    parts = [markdown(CASES[key], *found, published(CASES[key], args.reference)) for key, found in results.items()]
     head = "# Accuracy without fine-tuning\n\nTop-1 accuracy in %. `python -m benchmarks.accuracy` makes this page.\n"
     try:
         plot(results, args.out / "accuracy.svg")

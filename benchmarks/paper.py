@@ -8,7 +8,7 @@ import argparse
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -192,25 +192,37 @@ def table(network: Network, original: float, rows: Sequence[Row], note: str) -> 
     return out
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.paper", description="The tables of Neuron Merging.")
+def measuring(name: str, description: str, networks: Iterable[str]) -> argparse.ArgumentParser:
+    """The flags of the benchmarks that measure networks on their data sets."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
     parser.add_argument("--data", required=True, type=Path, metavar="DIR", help="folder that holds the data sets")
     parser.add_argument("--weights", required=True, type=Path, metavar="DIR", help="folder of safetensors files")
-    parser.add_argument("--images", type=int, metavar="N", help="only the first N test images: nothing is compared")
-    parser.add_argument("--only", choices=NETWORKS, nargs="+", default=list(NETWORKS), help="default: all networks")
+    parser.add_argument("--only", choices=[*networks], nargs="+", default=[*networks], help="default: all networks")
     parser.add_argument("--reference", type=Path, metavar="DIR", help="published cells; default: beside --weights")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
     parser.add_argument("--threads", type=int, help="CPU threads; default: PyTorch's own choice")
+    return parser
+
+
+def measured(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The flags' values, threads set and the folder of published cells known."""
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    folder = args.reference or args.weights.resolve().parent / "reference"
+    args.reference = args.reference or args.weights.resolve().parent / "reference"
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = measuring("paper", "The tables of Neuron Merging.", NETWORKS)
+    parser.add_argument("--images", type=int, metavar="N", help="only the first N test images: nothing is compared")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
+    args = measured(parser, argv)
     out, err = Console(width=120, highlight=False), Console(stderr=True, highlight=False)
     results, agreements = [], []
     for key in args.only:
         network = NETWORKS[key]
-        published = read_reference(key, folder)
+        published = read_reference(key, args.reference)
         model = network.build().eval()
         try:
             path = find_weights(network, args.weights, published.get("weights"))

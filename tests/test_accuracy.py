@@ -1,0 +1,42 @@
+"""benchmarks.accuracy: its page tells what was measured, beside the published figures."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("matplotlib")  # an extra that the plot takes
+
+from benchmarks import accuracy
+from benchmarks.accuracy import CASES, METHODS, Case, Cell
+
+CASE = Case("resnet56", "internal", (0.3, 0.5), 500, 2000)
+ROWS = [
+    Cell(ratio, method, 90 - 10 * ratio - at, 1000 * (10 - at), 1.0)
+    for ratio in CASE.ratios
+    for at, method in enumerate(METHODS)
+]
+
+
+def test_the_table_has_a_row_for_each_ratio_and_a_column_for_each_method() -> None:
+    page = accuracy.markdown(CASE, 94.65, ROWS, {0.5: 57.82})
+    lines = page.splitlines()
+    assert lines[0] == "## ResNet-56, CIFAR-10, inner channels"
+    assert "first 2,000 test images, original 94.65 %; 500 unlabelled training images" in lines[2]
+    assert lines[4] == "| dropped | " + " | ".join(METHODS) + " | published code |"
+    assert lines[6] == "| 30% | 87.00 | 86.00 | 85.00 | 84.00 | 83.00 | 82.00 | - |"
+    assert lines[7] == "| 50% | 85.00 | 84.00 | 83.00 | 82.00 | 81.00 | 80.00 | 57.82 |"
+
+
+def test_published_is_the_best_of_all_criteria_and_of_inner_channels_only(tmp_path: Path) -> None:
+    rows = [{"ratio": 0.5, "merge": 57.1}, {"ratio": 0.5, "merge": 57.8}, {"ratio": 0.3, "merge": 84.0}]
+    (tmp_path / "resnet56.json").write_text(json.dumps({"rows": rows}))
+    assert accuracy.published(CASE, tmp_path) == {0.5: 57.8, 0.3: 84.0}
+    assert accuracy.published(CASES["resnet56-all"], tmp_path) == {}
+
+
+def test_the_plot_is_the_same_for_the_same_numbers(tmp_path: Path) -> None:
+    for name in ("a.svg", "b.svg"):
+        accuracy.plot({"resnet56": (94.65, ROWS)}, tmp_path / name)
+    first, second = ((tmp_path / name).read_text() for name in ("a.svg", "b.svg"))
+    assert first == second and "ResNet-56, internal" in first
