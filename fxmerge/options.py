@@ -59,8 +59,8 @@ class Options:
     """refit: probes made; 0: 128 to 4096, by the size of the activations and of a forward pass"""
     batch: int = 64
     """refit: probes run at a time"""
-    rows: int = 16384
-    """refit: output positions that a layer is solved on, at most"""
+    rows: int = 65536
+    """refit: output positions that a layer is solved on, at most; fewer where it is wide"""
     round_to: int = 1
     """kept channels are a multiple of this"""
     seed: int = 0

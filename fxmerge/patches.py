@@ -32,6 +32,9 @@ _ARGUMENTS = {
 _DEFAULTS: dict[str, Any] = {"stride": 1, "padding": 0, "output_padding": 0, "dilation": 1, "groups": 1}
 
 
+FEWEST, ENTRIES = 16384, 2**24  # positions that a layer is solved on, unless told fewer; entries of their patches
+
+
 @dataclass(frozen=True)
 class Form:
     """A layer's geometry; sizes have one entry for each spatial axis, none for a linear layer."""
@@ -132,6 +135,14 @@ def weight_of(rows: Tensor, form: Form, like: Tensor) -> Tensor:
 def positions(out: Tensor, form: Form) -> int:
     """How many output positions there are in a layer's output."""
     return out.numel() // out.size(channel_axis(out, form)) if out.numel() else 0
+
+
+def enough(rows: int, width: int) -> int:
+    """At most `rows` positions for patches of `width` entries, fewer where they would take more than ENTRIES of them.
+
+    A layer wide enough to have FEWEST has FEWEST all the same, so that there are more of them than unknowns.
+    """
+    return min(rows, max(FEWEST, ENTRIES // max(width, 1)))
 
 
 def sample(

@@ -26,7 +26,7 @@ from . import targets as aims
 from .evaluating import evaluating
 from .ir import Layer
 from .lockstep import Lockstep, Pair, Settings, Step, line, moments
-from .patches import Form, at_positions, form_of, input_of, operands, patches, rows_of, sample, weight_of
+from .patches import Form, at_positions, enough, form_of, input_of, operands, patches, rows_of, sample, weight_of
 from .systems import system
 from .weights import Weights, at, fetch_bias
 
@@ -114,8 +114,10 @@ class _Refit:
         stays = self.kept(out_labels).to(step.outputs[0].device)
         affine = self._affine(node, found, step.outputs, stays)
         inputs = self.run_of.merged.values[input_of(node, layer.op).name]
-        rows = self._rows(step, form, inputs, found, affine, stays)
         start = rows_of(self.weights[path], form).double()
+        count = enough(self.settings.rows, start.size(0) * start.size(2))
+        index_of = sample(step.outputs, form, count, self.generator, self.settings.reduce)
+        rows = self._rows(step, form, index_of, inputs, found, affine, stays)
         held = self._bias(node, layer, owner)
         bias = start.new_zeros(start.shape[:2]) if held is None else held.double().view(start.shape[:2])
         rectified = found.rectified
@@ -156,10 +158,10 @@ class _Refit:
         return aims.affine(gain[stays], constant[stays])
 
     def _rows(
-        self, step: Step, form: Form, inputs: Sequence[Tensor], found: aims.Behind, affine: aims.Affine, stays: Tensor
-    ) -> _Rows:
-        """A sample of the output positions, the same share of each batch."""
-        index_of = sample(step.outputs, form, self.settings.rows, self.generator, self.settings.reduce)
+        self, step: Step, form: Form, index_of: Sequence[Tensor], inputs: Sequence[Tensor], found: aims.Behind,
+        affine: aims.Affine, stays: Tensor,
+    ) -> _Rows:  # fmt: skip
+        """The output positions chosen of each batch."""
         sampled, wanted, others = [], [], []
         other = found.other
         for number, (x, y, index) in enumerate(zip(inputs, step.outputs, index_of, strict=True)):

@@ -15,7 +15,7 @@ from .evaluating import evaluating
 from .evidence import Reading
 from .ir import Capture, Group, Layer, Provenance
 from .lockstep import Lockstep, Settings, line
-from .patches import form_of, input_of, patches, rows_of, sample
+from .patches import enough, form_of, input_of, patches, rows_of, sample
 from .systems import second_moments
 from .targets import behind, pair
 from .weights import at
@@ -73,7 +73,7 @@ def _reader(
     blocks, width = form.groups, rows.size(2)
     if blocks * width > WIDEST:
         return None
-    index_of = sample(outputs, form, settings.rows, generator, settings.reduce)
+    index_of = sample(outputs, form, enough(settings.rows, blocks * width), generator, settings.reduce)
     inputs = run.original.values[input_of(node, layer.op).name]
     parts = [patches(x, form, index) for x, index in zip(inputs, index_of, strict=True)]
     gram = _diagonal(second_moments(parts, settings.reduce))

@@ -24,7 +24,7 @@ from fxmerge import FxMergeError, Options, refit
 from fxmerge.elimination import eliminate
 from fxmerge.evidence import Reading
 from fxmerge.ir import Layer
-from fxmerge.patches import at_positions, form_of, patches, positions, rows_of, weight_of
+from fxmerge.patches import at_positions, enough, form_of, patches, positions, rows_of, weight_of
 from fxmerge.probes import PROBES, tokens
 from fxmerge.systems import system
 
@@ -300,6 +300,13 @@ def test_settings_bound_the_rows() -> None:
     model, x = NETS["residual"]()
     few = repaired(model, x, Options(samples=8, rows=64, batch=4))
     assert all(torch.isfinite(p).all() for p in few.module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "count"), [(65536, 9, 65536), (65536, 576, 2**24 // 576), (65536, 4608, 16384), (64, 4608, 64)]
+)
+def test_wide_layers_are_solved_on_fewer_rows(rows: int, width: int, count: int) -> None:
+    assert enough(rows, width) == count
 
 
 def test_two_processes_come_to_the_weights_of_one(tmp_path: Path) -> None:
