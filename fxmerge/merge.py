@@ -57,7 +57,7 @@ class Analysis:
 
     @property
     def report(self) -> AnalysisReport:
-        return AnalysisReport(self.groups, self.refusals, self.captured)
+        return AnalysisReport(self.groups, self.refusals, self.captured, facts=self.facts, grouping=self.grouping)
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,8 @@ def _merged(
     verdict = verify.compare(captured, module)
     analysis = Analysis(captured, facts, grouping, refusals)
     plan = Plan(options, tuple(plans))
-    report = Report(grouping.groups, refusals, captured, module, plan, verdict, refitted)
+    told = (grouping.groups, refusals, captured, module, plan, verdict, refitted)
+    report = Report(*told, facts=facts, grouping=grouping)
     return Result(module, plan, report, analysis)
 
 

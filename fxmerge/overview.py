@@ -19,9 +19,11 @@ def overview(picture: Picture, limit: int) -> Picture:
         shut[f.id] = shut[f.parent] or ("" if f.id in opened else f.id)
     shown: dict[str, list[Box]] = {}
     for box in picture.boxes:
-        shown.setdefault(shut[box.frame] or box.id, []).append(box)
+        shown.setdefault(_name(shut[box.frame]) or box.id, []).append(box)
     boxes = [
-        _closed(name, labels[name], parents[name], inside) if shut.get(inside[0].frame) else inside[0]
+        _closed(name, labels[shut[inside[0].frame]], parents[shut[inside[0].frame]], inside)
+        if shut[inside[0].frame]
+        else inside[0]
         for name, inside in shown.items()
     ]
     stands = {box.id: name for name, inside in shown.items() for box in inside}
@@ -33,6 +35,10 @@ def overview(picture: Picture, limit: int) -> Picture:
             arrows[ends] = replace(told, groups=tuple(sorted({*told.groups, *arrow.groups})))
     frames = tuple(f for f in picture.frames if f.id in opened)
     return replace(picture, boxes=tuple(boxes), arrows=tuple(arrows.values()), frames=frames)
+
+
+def _name(frame: str) -> str:
+    return f"module:{frame}" if frame else ""
 
 
 def _closed(name: str, label: str, parent: str, inside: list[Box]) -> Box:

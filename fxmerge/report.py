@@ -1,11 +1,12 @@
-"""Report: the records of a merge as a table and as JSON."""
+"""Report: the records of a merge as a table and as JSON; how they are drawn is in `showing.py`."""
 
 from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -14,10 +15,17 @@ from rich.table import Table
 from torch import fx, nn
 
 from .cost import Cost, call_cost, cost
-from .ir import Capture, Group, Refusal
+from .ir import Capture, Group, Grouping, Provenance, Refusal
 from .plan import GroupPlan, Plan
 from .refit import Refitted
+from .showing import Shown
 from .verify import Verdict
+
+VERSION = 1  # of the JSON's schema
+
+
+def _finite(number: float) -> float | None:
+    return number if math.isfinite(number) else None
 
 
 def _share(part: float, whole: float) -> str:
@@ -104,12 +112,15 @@ def _group_json(group: Group) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class AnalysisReport:
+class AnalysisReport(Shown):
     """What could be merged, and what could not."""
 
     groups: tuple[Group, ...]
     refusals: tuple[Refusal, ...]
     captured: Capture
+    facts: Provenance = field(kw_only=True, repr=False)
+    grouping: Grouping = field(kw_only=True, repr=False)
+    plan: None = None
 
     @cached_property
     def cost(self) -> Cost:
@@ -132,9 +143,10 @@ class AnalysisReport:
         )
 
     def json(self) -> str:
-        """JSON text: groups, refusals, parameters, flops."""
+        """JSON text: groups, refusals, parameters, flops. Its schema is fxmerge/assets/report.schema.json."""
         return json.dumps(
             {
+                "fxmerge_report": VERSION,
                 "parameters": self.cost.parameters,
                 "flops": self.cost.flops,
                 "groups": [_group_json(g) for g in self.groups],
@@ -149,7 +161,7 @@ def _listed(names: list[str]) -> str:
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Shown):
     """What a merge did, to whom, at what price."""
 
     groups: tuple[Group, ...]
@@ -159,6 +171,8 @@ class Report:
     plan: Plan
     verdict: Verdict
     refitted: tuple[Refitted, ...] = ()
+    facts: Provenance = field(kw_only=True, repr=False)
+    grouping: Grouping = field(kw_only=True, repr=False)
 
     @cached_property
     def before(self) -> Cost:
@@ -217,7 +231,10 @@ class Report:
         )
 
     def json(self) -> str:
-        """JSON text: parameters_before, parameters_after, flops_before, flops_after, error, refit, groups, refusals."""
+        """JSON text: parameters_before, parameters_after, flops_before, flops_after, error, refit, groups, refusals.
+
+        Its schema is fxmerge/assets/report.schema.json. An error that is no finite number is null.
+        """
         planned = {g.name: g for g in self.plan.groups}
         groups = []
         for g in self.groups:
@@ -233,12 +250,13 @@ class Report:
             )
         return json.dumps(
             {
+                "fxmerge_report": VERSION,
                 "parameters_before": self.before.parameters,
                 "parameters_after": self.after.parameters,
                 "flops_before": self.before.flops,
                 "flops_after": self.after.flops,
-                "error": self.verdict.error,
-                "refit": [vars(r) for r in self.refitted],
+                "error": _finite(self.verdict.error),
+                "refit": [{**vars(r), "before": _finite(r.before), "after": _finite(r.after)} for r in self.refitted],
                 "groups": groups,
                 "refusals": _refusals_json(self.refusals, self.captured),
             },

@@ -1,0 +1,63 @@
+"""Showing: what the reports of an analysis and of a merge have in common, the ways in which they can be drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+from . import formats
+from .drawing import draw
+from .errors import FxMergeError
+from .files import write_text
+from .groups import graphml
+from .ir import Capture, Grouping, Provenance, Refusal
+from .picture import Picture
+from .plan import Plan
+
+
+class Shown:
+    """A report that can be drawn. Each way gives the text, and writes it where a path is given."""
+
+    captured: Capture
+    facts: Provenance
+    grouping: Grouping
+    refusals: Sequence[Refusal]
+    plan: Plan | None
+
+    @cached_property
+    def picture(self) -> Picture:
+        """What all drawings show: boxes, arrows, frames, groups."""
+        return draw(self.captured, self.facts, self.grouping, self.refusals, self.plan)
+
+    def dot(self, path: str | Path | None = None) -> str:
+        """The whole network in Graphviz's language."""
+        return _written(formats.dot(self.picture), path)
+
+    def svg(self, path: str | Path | None = None) -> str:
+        """An SVG, laid out by Graphviz's `dot`. Raises FxMergeError where that is not installed."""
+        return _written(formats.svg(self.picture), path)
+
+    def mermaid(self, path: str | Path | None = None) -> str:
+        """A Mermaid flowchart, as Markdown on GitHub shows it; inner modules of large networks are closed."""
+        return _written(formats.mermaid(self.picture), path)
+
+    def graphml(self, path: str | Path | None = None) -> str:
+        """`Analysis.graph` as GraphML."""
+        return _written(graphml(self.grouping.graph), path)
+
+    def model_explorer(self, path: str | Path | None = None) -> str:
+        """Node data for Model Explorer; the graph that it is about is written beside it, as NAME.graph.json."""
+        data, graph = formats.model_explorer(self.picture)
+        if path is not None:
+            _written(graph, Path(path).with_suffix(".graph.json"))
+        return _written(data, path)
+
+
+def _written(text: str, path: str | Path | None) -> str:
+    if path is not None:
+        target = Path(path)
+        if not target.parent.is_dir():
+            raise FxMergeError(f"there is no folder {target.parent} to write {target.name} to; make it first")
+        write_text(target, text)
+    return text
