@@ -196,6 +196,8 @@ class _Drawing:
 
     def _operation(self, name: str) -> str:
         node = self.nodes[name]
+        if node.op in ("placeholder", "output"):
+            return "input" if node.op == "placeholder" else "output"
         if node.op != "call_module":
             name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
             return name.removesuffix(".default")

@@ -22,7 +22,7 @@ def dot(picture: Picture) -> str:
     """The picture in Graphviz's language: modules as clusters, a group's channels in its colour."""
     lines = [
         f"digraph {_quoted(picture.title)} {{",
-        '  graph [rankdir=TB, fontname="Helvetica", fontsize=11, color="#999999", style=rounded, ranksep=0.35];',
+        '  graph [fontname="Helvetica", fontsize=11, color="#999999", style=rounded, labeljust=l, ranksep=0.35];',
         '  node [shape=box, style="rounded,filled", fontname="Helvetica", fontsize=11, height=0.3];',
         '  edge [color="#888888", arrowsize=0.6];',
         *_clusters(picture, "", "  "),
@@ -54,7 +54,8 @@ def _clusters(picture: Picture, frame: str, indent: str) -> Iterator[str]:
 
 
 def _box(picture: Picture, box: Box) -> str:
-    label = "\n".join(line for line in (box.label, " ".join(filter(None, (box.op, box.width)))) if line)
+    told = " ".join(filter(None, (box.op if box.op != box.label else "", box.width)))
+    label = f"{box.label}\n{told}" if told else box.label
     above, below = sides(box)
     colours = [tint(picture.shades[side[0]].colour) if side else PLAIN for side in (above or below, below or above)]
     fill = colours[0] if colours[0] == colours[1] else ":".join(colours)
