@@ -162,6 +162,8 @@ class _Drawing:
         paths = tuple(f"{owner}.{own}" if owner else own for owner, own in places)
         before, after = self._widths(last)
         mine = dict.fromkeys(role for name in names for role in roles.get(name, ()))
+        member = {number for number, _ in mine}
+        mine |= dict.fromkeys((number, "pass") for number in sorted(self._groups_at(last) - member))
         why = [r for name in names for layer in self.layers.get(name, ()) for r in refused.get(layer.module, ())]
         label = " · ".join(own for _, own in places)
         kind = "concat" if self._is_concatenation(first) else self.facts.kinds[first]

@@ -33,7 +33,7 @@ class Box:
     nodes:    the graph's nodes that it stands for, in order
     modules:  what users call them: paths of modules or parameters, or the node's own name
     before, after:  channels that it puts out; 0 where it puts out none that anything is known of
-    roles:    (index of a group, "write", "carry", "read", "mix" or "tie")
+    roles:    (index of a group, "write", "carry", "read", "mix", "tie", or "pass" where it only lets the group through)
     refused:  indices of refusals
     """
 

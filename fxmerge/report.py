@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,16 +15,13 @@ from torch import fx, nn
 
 from .cost import Cost, call_cost, cost
 from .ir import Capture, Group, Grouping, Provenance, Refusal
+from .page import finite
 from .plan import GroupPlan, Plan
 from .refit import Refitted
 from .showing import Shown
 from .verify import Verdict
 
 VERSION = 1  # of the JSON's schema
-
-
-def _finite(number: float) -> float | None:
-    return number if math.isfinite(number) else None
 
 
 def _share(part: float, whole: float) -> str:
@@ -126,6 +122,9 @@ class AnalysisReport(Shown):
     def cost(self) -> Cost:
         return _original_cost(self.captured)
 
+    def _costs(self) -> tuple[Cost, ...]:
+        return (self.cost,)
+
     def text(self, width: int = 120) -> str:
         """Two tables: the groups with their members, and the refusals with their reasons."""
         table = Table(title="Merge groups", title_justify="left")
@@ -173,6 +172,7 @@ class Report(Shown):
     refitted: tuple[Refitted, ...] = ()
     facts: Provenance = field(kw_only=True, repr=False)
     grouping: Grouping = field(kw_only=True, repr=False)
+    seconds: float = field(kw_only=True)  # that the merge took
 
     @cached_property
     def before(self) -> Cost:
@@ -184,6 +184,12 @@ class Report(Shown):
         if isinstance(self.module, fx.GraphModule):
             return cost(self.module, self.captured.inputs)
         return call_cost(self.module, self.captured.args, self.captured.kwargs)
+
+    def _costs(self) -> tuple[Cost, ...]:
+        return (self.before, self.after)
+
+    def _outcome(self) -> tuple[Sequence[Refitted], dict[str, float]]:
+        return self.refitted, {"error": self.verdict.error, "seconds": self.seconds}
 
     def text(self, width: int = 120) -> str:
         """Tables: what each group lost; what was left alone and why; totals."""
@@ -255,8 +261,8 @@ class Report(Shown):
                 "parameters_after": self.after.parameters,
                 "flops_before": self.before.flops,
                 "flops_after": self.after.flops,
-                "error": _finite(self.verdict.error),
-                "refit": [{**vars(r), "before": _finite(r.before), "after": _finite(r.after)} for r in self.refitted],
+                "error": finite(self.verdict.error),
+                "refit": [finite(vars(r)) for r in self.refitted],
                 "groups": groups,
                 "refusals": _refusals_json(self.refusals, self.captured),
             },

@@ -7,28 +7,53 @@ from functools import cached_property
 from pathlib import Path
 
 from . import formats
+from .cost import Cost
 from .drawing import draw
 from .errors import FxMergeError
 from .files import write_text
 from .groups import graphml
-from .ir import Capture, Grouping, Provenance, Refusal
+from .ir import Capture, Group, Grouping, Provenance, Refusal
+from .page import frame, page
 from .picture import Picture
 from .plan import Plan
+from .refit import Refitted
+from .sheet import sheets
 
 
 class Shown:
     """A report that can be drawn. Each way gives the text, and writes it where a path is given."""
 
+    groups: tuple[Group, ...]
     captured: Capture
     facts: Provenance
     grouping: Grouping
     refusals: Sequence[Refusal]
     plan: Plan | None
 
+    def _costs(self) -> tuple[Cost, ...]:
+        """The original's, and the merged model's where there is one."""
+        raise NotImplementedError
+
+    def _outcome(self) -> tuple[Sequence[Refitted], dict[str, float]]:
+        """What refit did, and the page's figures of the merge."""
+        return (), {}
+
     @cached_property
     def picture(self) -> Picture:
         """What all drawings show: boxes, arrows, frames, groups."""
         return draw(self.captured, self.facts, self.grouping, self.refusals, self.plan)
+
+    def html(self, path: str | Path | None = None) -> str:
+        """One self-contained page: the network, its groups, what each lost. It needs no network to be opened."""
+        costs = self._costs()
+        refitted, figures = self._outcome()
+        told = sheets(self.groups, self.captured, self.plan, costs, refitted)
+        summary = {"parameters": [c.parameters for c in costs], "flops": [c.flops for c in costs], **figures}
+        return _written(page(self.picture, summary, told), path)
+
+    def _repr_html_(self) -> str:
+        """The page, in a notebook."""
+        return frame(self.html())
 
     def dot(self, path: str | Path | None = None) -> str:
         """The whole network in Graphviz's language."""
