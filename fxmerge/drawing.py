@@ -40,6 +40,7 @@ class _Drawing:
         self.part = {
             n: p.path for p in (recorded.parts if recorded else ()) for run in (p.nodes, *p.again) for n in run
         }
+        self.glue = recorded.glue if recorded else frozenset[str]()
         self.of_atom = np.full(int(grouping.atom.max()) + 1, -1, dtype=np.int64)
         self.alive = torch.ones(len(self.of_atom), dtype=torch.bool)
         for number, g in enumerate(grouping.groups):
@@ -109,6 +110,8 @@ class _Drawing:
         kind = self.facts.kinds[name]
         if name in self.layers or kind in ("input", "output") or name in pinning:
             return True
+        if kind == "unknown" and self.nodes[name].op == "call_module":
+            return True
         around = (self.facts.labels.get(n) for n in (name, *self.facts.sources.get(name, ())))
         return (streams > 1 or kind == "contraction") and any(labels is not None and holds(labels) for labels in around)
 
@@ -133,13 +136,22 @@ class _Drawing:
         return {int(number) for number in found if number >= 0}
 
     def _fused(self, origins: Mapping[str, Mapping[str, object]]) -> dict[str, str]:
-        """The node whose box each drawn node stands in: a norm stands with the layer that feeds it and nobody else."""
+        """The node whose box each drawn node stands in.
+
+        A norm stands with the layer that feeds it and nobody else; what a recorded model's own code does between two
+        layers stands in one box.
+        """
         targets: dict[str, int] = defaultdict(int)
         for found in origins.values():
             for source in found:
                 targets[source] += 1
         host: dict[str, str] = {}
+        code = ""  # the box of the user's own code that runs between two layers
         for name, found in origins.items():
+            if name in self.glue and name not in self.layers and self.facts.kinds[name] not in ("input", "output"):
+                code = host[name] = code or name
+                continue
+            code = ""
             only = next(iter(found)) if len(found) == 1 else ""
             fits = only and targets[only] == 1 and self.facts.kinds[name] == "carrier"
             fits = fits and self.facts.kinds[only] == "writer" and self._place(only)[0] == self._place(name)[0]
@@ -165,10 +177,12 @@ class _Drawing:
         member = {number for number, _ in mine}
         mine |= dict.fromkeys((number, "pass") for number in sorted(self._groups_at(last) - member))
         why = [r for name in names for layer in self.layers.get(name, ()) for r in refused.get(layer.module, ())]
-        label = " · ".join(own for _, own in places)
-        kind = "concat" if self._is_concatenation(first) else self.facts.kinds[first]
+        label, operation = " · ".join(own for _, own in places), self._operation(first)
+        kind: str = "concat" if self._is_concatenation(first) else self.facts.kinds[first]
+        if first in self.glue and kind not in ("input", "output") and first not in self.layers:
+            label, operation, kind, before, after = "code", "the model's own", "code", 0, 0
         return Box(
-            first, label, places[0][0], self._operation(first), kind, tuple(names), paths, before, after,
+            first, label, places[0][0], operation, kind, tuple(names), paths, before, after,
             tuple(mine), tuple(dict.fromkeys(why)),
         )  # fmt: skip
 

@@ -86,9 +86,11 @@ def members(group: Group) -> dict[str, tuple[str, ...]]:
 
 def colours(shared: Sequence[bool]) -> list[str]:
     """A colour for each group: hues of neighbours lie far apart, and the shared ones are the vivid ones."""
-    found = []
-    for number, strong in enumerate(shared):
-        light, saturation = (0.50, 0.78) if strong else (0.62, 0.42)
-        parts = colorsys.hls_to_rgb((0.58 + number * 0.61803398875) % 1, light, saturation)
+    found, count = [], [0, 0]
+    for strong in shared:
+        light, saturation, start = (0.50, 0.78, 0.58) if strong else (0.62, 0.42, 0.16)
+        hue = (start + count[strong] * 0.61803398875) % 1
+        parts = colorsys.hls_to_rgb(hue, light, saturation)
         found.append("#" + "".join(f"{round(255 * part):02x}" for part in parts))
+        count[strong] += 1
     return found

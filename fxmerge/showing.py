@@ -19,6 +19,9 @@ from .plan import Plan
 from .refit import Refitted
 from .sheet import sheets
 
+DRAWN = {".html": "html", ".svg": "svg", ".dot": "dot", ".gv": "dot", ".mmd": "mermaid", ".graphml": "graphml",
+         ".json": "json"}  # fmt: skip
+
 
 class Shown:
     """A report that can be drawn. Each way gives the text, and writes it where a path is given."""
@@ -42,6 +45,15 @@ class Shown:
     def picture(self) -> Picture:
         """What all drawings show: boxes, arrows, frames, groups."""
         return draw(self.captured, self.facts, self.grouping, self.refusals, self.plan)
+
+    def json(self) -> str:
+        """The report's records (see `report.py`)."""
+        raise NotImplementedError
+
+    def draw(self, path: str | Path) -> None:
+        """Write the drawing that a file's ending asks for. Raises FxMergeError for an ending not in DRAWN."""
+        way = drawn_as(path)
+        _written(getattr(self, way)(), path)
 
     def html(self, path: str | Path | None = None) -> str:
         """One self-contained page: the network, its groups, what each lost. It needs no network to be opened."""
@@ -77,6 +89,14 @@ class Shown:
         if path is not None:
             _written(graph, Path(path).with_suffix(".graph.json"))
         return _written(data, path)
+
+
+def drawn_as(path: str | Path) -> str:
+    """The way that a file's ending asks for. Raises FxMergeError for another ending."""
+    ending = Path(path).suffix.lower()
+    if ending not in DRAWN:
+        raise FxMergeError(f"cannot tell from {str(path)!r} what to draw; let it end in {', '.join(DRAWN)}")
+    return DRAWN[ending]
 
 
 def _written(text: str, path: str | Path | None) -> str:

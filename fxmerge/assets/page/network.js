@@ -74,7 +74,7 @@ fx.network = (() => {
     const home = new Map();
     for (const item of items.values()) {
       item.boxes.forEach((at) => home.set(at, item.id));
-      if (item.closed !== undefined) item.told = `${item.boxes.length} layers, closed`;
+      if (item.closed !== undefined) item.told = `${item.boxes.length} nodes, closed`;
       const roles = item.boxes.flatMap((at) => boxes[at].roles);
       item.groups = new Set(roles.filter(([, role]) => role !== "pass").map(([group]) => group));
       item.via = new Set(roles.filter(([, role]) => role === "pass").map(([group]) => group));
