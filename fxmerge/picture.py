@@ -90,6 +90,7 @@ def colours(shared: Sequence[bool]) -> list[str]:
     for strong in shared:
         light, saturation, start = (0.50, 0.78, 0.58) if strong else (0.62, 0.42, 0.16)
         hue = (start + count[strong] * 0.61803398875) % 1
+        light -= 0.1 if 0.1 < hue < 0.5 else 0  # yellow and green are bright
         parts = colorsys.hls_to_rgb(hue, light, saturation)
         found.append("#" + "".join(f"{round(255 * part):02x}" for part in parts))
         count[strong] += 1

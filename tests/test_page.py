@@ -146,7 +146,7 @@ def test_clicking_and_pointing_in_the_network(opened: Any) -> None:
     assert tab.modules(".box.on") == {"a", "an", "b", "bn"}
     panel = tab.tab.inner_text("#panel")
     assert "16 → 8" in panel
-    for title in ("Writes", "Reads", "Writers", "Carriers", "Readers", "Similarity of the channels", "FLOPs"):
+    for title in ("writes, carries", "reads", "Writers", "Carriers", "Readers", "Similarity of the channels", "FLOPs"):
         assert title in panel, title
     tab.tab.click(f'{box} .stripe[data-group="0"]')  # its upper edge: the stream that it reads
     tab.tab.mouse.move(3, 880)
@@ -344,3 +344,34 @@ def test_ten_thousand_layers_open_and_stay_usable(opened: Any) -> None:
     tab.tab.keyboard.press("Enter")
     tab.tab.wait_for_selector(".box.sought")
     assert tab.modules(".box.sought") == {"n7777"}
+
+
+LARGE = {
+    "vgg16": (1, 3, 64, 64),
+    "resnet152": (1, 3, 64, 64),
+    "densenet201": (1, 3, 64, 64),
+    "vit_l_16": (1, 3, 224, 224),
+    "maskrcnn_resnet50_fpn": (3, 128, 128),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LARGE)
+def test_large_models_open_at_once(name: str, opened: Any) -> None:
+    models = pytest.importorskip("torchvision.models")
+    recorded = "rcnn" in name
+    options = {"weights_backbone": None, "min_size": 200, "max_size": 200} if recorded else {}
+    model = models.get_model(name, weights=None, **options).eval()
+    x: Any = torch.rand(LARGE[name])
+    text = fxmerge.analyze(model, ([x],) if recorded else x).report.html()
+    assert len(text.encode()) < 5e6
+    tab = opened(text)
+    assert tab.seconds < 3
+    assert overlapping(tab) == []
+    tab.tab.keyboard.press("e")
+    tab.settle()
+    assert overlapping(tab) == []
+    before = time.monotonic()
+    tab.tab.click('.row[data-group="0"]')
+    assert tab.modules(".box.on")
+    assert time.monotonic() - before < 1

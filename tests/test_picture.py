@@ -134,6 +134,35 @@ def test_concats_make_a_ladder() -> None:
     assert {b.label for b in p.boxes if b.kind == "concat"} == {"cat", "cat_1", "cat_2"}
 
 
+class Branching(nn.Module):
+    """Two parts with code between them that asks a tensor for its value, so that it can only be recorded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 6, 1))
+        self.two = nn.Sequential(nn.Conv2d(6, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1))
+        self.three = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.one(x)
+        z = self.two(y if float(y.sum()) < 1e9 else -y)
+        w = z + self.three(x)
+        return w * 2 + z * w  # type: ignore[no-any-return]
+
+
+def test_code_between_the_parts_of_a_recorded_model_is_one_box() -> None:
+    found = fxmerge.analyze(Branching(), torch.randn(1, 3, 4, 4))
+    assert found.captured.recorded is not None
+    p = drawn(found)
+    assert p.title == "Branching"
+    labels = [b.label for b in p.boxes]
+    assert labels[1:] == ["0", "2", "0", "2", "three", "code", "output"]
+    assert len(p.boxes[6].nodes) > 1
+    assert {(a.source, a.target) for a in p.arrows if p.boxes[6].id in (a.source, a.target)} == {
+        (p.boxes[at].id, p.boxes[6].id) for at in (4, 5)
+    } | {(p.boxes[6].id, p.boxes[7].id)}
+
+
 def test_refused_groups_tell_why() -> None:
     model, x = NETS["residual"]()
     result = plain_merge(model, x, ratio=0.5, scope="internal")

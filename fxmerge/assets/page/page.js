@@ -51,7 +51,7 @@ fx.go = async (box) => {
 
 fx.find = (name) => {
   const at = fx.data.boxes.findIndex((b) => b.modules.includes(name) || b.label === name);
-  if (at >= 0) fx.go(at);
+  if (at >= 0) return fx.go(at);
 };
 
 (() => {
@@ -112,5 +112,7 @@ fx.find = (name) => {
 
   fx.panel.summary();
   theme(asked.matches ? "dark" : "light");
-  fx.ready = fx.lay().then(() => { fx.scene.start(); document.documentElement.dataset.ready = "yes"; });
+  const linked = () => { if (location.hash.length > 1) return fx.find(decodeURIComponent(location.hash.slice(1))); };
+  window.addEventListener("hashchange", linked); // page.html#layer1.0.conv1
+  fx.lay().then(() => { fx.scene.start(); return linked(); }).then(() => { document.documentElement.dataset.ready = "yes"; });
 })();

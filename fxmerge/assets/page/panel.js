@@ -31,13 +31,15 @@ fx.panel = (() => {
     return values.length > 0;
   }
 
-  function chips(title, names) {
-    if (!section(title, names)) return;
-    const list = panel.append("div").attr("class", "chips");
+  function chips(place, title, names) {
+    if (!names.length) return;
+    const row = place.append("tr");
+    row.append("th").attr("scope", "row").text(names.length > 1 ? `${title} (${names.length})` : title);
+    const list = row.append("td").append("div").attr("class", "chips");
     const add = (some) => some.forEach((name) => dotted(list.append("button"), name).on("click", () => fx.find(name)));
-    add(names.slice(0, 24));
-    if (names.length > 24) list.append("button").text(`and ${names.length - 24} more`)
-      .on("click", function () { this.remove(); add(names.slice(24)); });
+    add(names.slice(0, 12));
+    if (names.length > 12) list.append("button").text(`and ${names.length - 12} more`)
+      .on("click", function () { this.remove(); add(names.slice(12)); });
   }
 
   function table(rows) {
@@ -121,19 +123,23 @@ fx.panel = (() => {
     swatch(head.style("display", "flex").style("gap", "8px").style("align-items", "center"), at);
     dotted(head.append("span"), g.name);
     if (g.refused) panel.append("div").attr("class", "refusal").append("p").text(`left alone: it ${g.refused}`);
-    const lost = g.channels - g.kept;
+    const lost = g.channels - g.kept, solved = g.refit.filter((r) => r.before !== r.after);
     table([
       ["channels", width(g)],
       ...(merged && lost ? [["similarity of what went to what stayed", g.similarity.toFixed(2)],
         ["dropped with a partner", whole(g.dropped - g.unpartnered)], ["dropped without one", whole(g.unpartnered)]] : []),
+      ...(solved.length ? [["mean error of its layers, before and after refit", pair(["before", "after"].map((k) => d3.mean(solved, (r) => r[k])), d3.format(".2r"))]] : []),
       ["parameters of its layers", pair(g.parameters, short)], ["FLOPs of its layers", pair(g.flops, short)],
     ]);
     if (g.scaleBlocks.length) panel.append("p").attr("class", "soft").text(`Merged with scale 1 only, as ${g.scaleBlocks.slice(0, 3).join(", ")} does not pass a scale.`);
-    if (section("Error before and after refit", g.refit)) table(g.refit.map((r) => r.before === r.after
-      ? [r.name, r.note || (r.before ?? 0).toPrecision(3), ""] : [r.name, (r.before ?? NaN).toPrecision(3), (r.after ?? NaN).toPrecision(3)]));
-    chips("Writers", g.writers); chips("Carriers", g.carriers); chips("Readers", g.readers); chips("Mixers", g.mixers); chips("Joined by", g.ties);
+    panel.append("h3").text("Its layers");
+    const layers = panel.append("table").attr("class", "members").append("tbody");
+    for (const [title, names] of [["Writers", g.writers], ["Carriers", g.carriers], ["Readers", g.readers],
+      ["Mixers", g.mixers], ["Joined by", g.ties]]) chips(layers, title, names);
     partners(g);
     heat(g);
+    if (section("Error before and after refit", g.refit)) table(g.refit.map((r) => r.before === r.after
+      ? [r.name, r.note || (r.before ?? 0).toPrecision(3), ""] : [r.name, (r.before ?? NaN).toPrecision(3), (r.after ?? NaN).toPrecision(3)]));
   }
 
   function layer(at) {
@@ -141,10 +147,11 @@ fx.panel = (() => {
     dotted(panel.append("h2"), box.modules.join(", "));
     panel.append("p").attr("class", "soft").text(`${box.op}${box.before ? `, ${box.after !== box.before ? `${box.before} → ${box.after}` : box.before} channels` : ""}`);
     box.refused.forEach(refusal);
-    const names = {write: "Writes", carry: "Carries", read: "Reads", mix: "Mixes", tie: "Joins", pass: "Passes on"};
-    for (const [role, title] of Object.entries(names)) {
-      const mine = box.roles.filter((r) => r[1] === role).map((r) => r[0]);
-      if (section(title, mine)) { const list = panel.append("ul"); mine.forEach((g) => groupRow(list, g)); }
+    const words = {write: "writes", carry: "carries", read: "reads", mix: "mixes", tie: "joins", pass: "passes on"};
+    const list = panel.append("ul");
+    for (const [g, roles] of d3.group(box.roles, (r) => r[0])) {
+      list.append("li").attr("class", "soft does").text(roles.map((r) => words[r[1]]).join(", "));
+      groupRow(list, g);
     }
   }
 
