@@ -79,14 +79,14 @@ fx.panel = (() => {
     const canvas = panel.append("canvas").attr("width", n).attr("height", n).attr("role", "img")
       .attr("aria-label", `Cosines of ${n} channels`).node();
     const bytes = Uint8Array.from(atob(cosines), (c) => c.charCodeAt(0)), pen = canvas.getContext("2d"), image = pen.createImageData(n, n);
-    const back = getComputedStyle(document.documentElement).getPropertyValue("--back").trim();
-    const colour = d3.scaleLinear([-1, 0, 1], ["#2166ac", back, g.colour]).interpolate(d3.interpolateRgb).clamp(true);
+    const style = getComputedStyle(document.documentElement), [back, ink] = ["--back", "--ink"].map((name) => style.getPropertyValue(name).trim());
+    const colour = d3.scaleLinear([-1, 0, 1], [ink, back, g.colour]).interpolate(d3.interpolateRgb).clamp(true);
     const put = (i, j, value) => { const c = d3.rgb(colour(value)); image.data.set([c.r, c.g, c.b, 255], 4 * (i * n + j)); };
     const value = (i, j) => i === j ? 1 : bytes[Math.min(i, j) * (2 * n - Math.min(i, j) - 1) / 2 + Math.abs(i - j) - 1] / 127 - 1;
     for (let i = 0; i < n; i++) for (let j = 0; j < n; j++) put(i, j, value(i, j));
     pen.putImageData(image, 0, 0);
     const legend = panel.append("div").attr("class", "legend");
-    ["cosine -1 (blue)", "0", "1 (the group's colour)"].forEach((t) => legend.append("span").text(t));
+    ["cosine -1 (grey)", "0", "1 (the group's colour)"].forEach((t) => legend.append("span").text(t));
     const told = panel.append("p").attr("class", "soft").text(`Point at a cell. ${merged ? `${[...kept].filter((c) => c === "1").length} of these stay.` : ""}`);
     d3.select(canvas).on("mousemove", (event) => {
       const [x, y] = d3.pointer(event), side = canvas.clientWidth / n;
