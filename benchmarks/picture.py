@@ -1,7 +1,7 @@
-"""The picture in the README: `python -m benchmarks.picture --weights DIR --out docs/page.png`, with Chromium.
+"""The picture in the README: `python -m benchmarks.picture --data DIR --weights DIR --out docs/page.png`, by Chromium.
 
-The published ResNet-56 (CIFAR-10), 30 % of all its channels merged, refitted without data; the page is opened at one
-layer and photographed.
+The published ResNet-56 (CIFAR-10), 30 % of all its channels merged, refitted without data; the example inputs,
+which the output error is told on, are training images. The page is opened at one layer and photographed.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-import torch
-
 import fxmerge
+from benchmarks.data import cifar10, mean_and_std, normalise
 from benchmarks.models import load_checkpoint, resnet56
 
 LAYER = "layer2.0.conv2"
@@ -32,12 +31,14 @@ def photograph(page: Path, layer: str, out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", required=True, type=Path, metavar="DIR", help="folder with CIFAR-10")
     parser.add_argument("--weights", required=True, type=Path, metavar="DIR", help="folder with resnet56_cifar10")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="the PNG file")
     arguments = parser.parse_args()
     model = resnet56()
-    load_checkpoint(arguments.weights / "resnet56_cifar10.safetensors", model)
-    result = fxmerge.merge(model.eval(), torch.randn(1, 3, 32, 32), ratio=0.3, refit="synthetic", samples=64)
+    metadata = load_checkpoint(arguments.weights / "resnet56_cifar10.safetensors", model)
+    images = normalise(cifar10(arguments.data, "train")[0][:32], *mean_and_std(metadata))
+    result = fxmerge.merge(model.eval(), images, ratio=0.3, refit="synthetic", samples=64)
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / "page.html"
         result.report.html(page)
