@@ -16,6 +16,7 @@ from test_formats import Named, nasty, wide
 from torch import nn
 
 import fxmerge
+from benchmarks.picture import photograph
 from fxmerge.page import page
 from fxmerge.picture import Picture
 
@@ -225,6 +226,25 @@ def test_search_opens_what_it_finds(opened: Any) -> None:
     assert stage["y"] <= box["y"] <= stage["y"] + stage["height"]
     tab.tab.fill("#search", "nothing of that name")
     assert tab.tab.inner_text("#status") == "no layer has such a name"
+
+
+def test_a_link_opens_the_page_at_a_layer(opened: Any, tmp_path: Path) -> None:
+    tab = opened(merged("residual").report.html())
+    tab.tab.goto(f"{tab.tab.url}#b")
+    tab.tab.wait_for_selector(".box.sought")
+    assert tab.modules(".box.sought") == {"b", "bn"}
+    tab.tab.goto(f"{tab.tab.url.partition('#')[0]}#%")
+    tab.tab.reload()
+    tab.tab.wait_for_selector("html[data-ready]")
+    assert tab.modules(".box.sought") == set()
+
+
+def test_the_picture_of_the_readme_is_a_photograph(tmp_path: Path) -> None:
+    merged("residual").report.html(tmp_path / "page.html")
+    photograph(tmp_path / "page.html", "b", tmp_path / "page.png")
+    data = (tmp_path / "page.png").read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    assert [int.from_bytes(data[at : at + 4], "big") for at in (16, 20)] == [1500, 950]
 
 
 def test_all_of_it_by_keyboard(opened: Any) -> None:

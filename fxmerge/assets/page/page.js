@@ -112,7 +112,10 @@ fx.find = (name) => {
 
   fx.panel.summary();
   theme(asked.matches ? "dark" : "light");
-  const linked = () => { if (location.hash.length > 1) return fx.find(decodeURIComponent(location.hash.slice(1))); };
-  window.addEventListener("hashchange", linked); // page.html#layer1.0.conv1
+  function linked() { // page.html#layer1.0.conv1
+    const name = location.hash.slice(1);
+    try { return fx.find(decodeURIComponent(name)); } catch { return fx.find(name); } // "%" alone is no code
+  }
+  window.addEventListener("hashchange", linked);
   fx.lay().then(() => { fx.scene.start(); return linked(); }).then(() => { document.documentElement.dataset.ready = "yes"; });
 })();
