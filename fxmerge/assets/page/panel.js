@@ -131,7 +131,7 @@ fx.panel = (() => {
       ...(solved.length ? [["mean error of its layers, before and after refit", pair(["before", "after"].map((k) => d3.mean(solved, (r) => r[k])), d3.format(".2r"))]] : []),
       ["parameters of its layers", pair(g.parameters, short)], ["FLOPs of its layers", pair(g.flops, short)],
     ]);
-    if (g.scaleBlocks.length) panel.append("p").attr("class", "soft").text(`Merged with scale 1 only, as ${g.scaleBlocks.slice(0, 3).join(", ")} does not pass a scale.`);
+    if (g.scaleBlocks.length) panel.append("p").attr("class", "soft").text(`Merged with scale 1 only: no other scale passes ${g.scaleBlocks.slice(0, 3).join(", ")}${g.scaleBlocks.length > 3 ? " and others" : ""}.`);
     panel.append("h3").text("Its layers");
     const layers = panel.append("table").attr("class", "members").append("tbody");
     for (const [title, names] of [["Writers", g.writers], ["Carriers", g.carriers], ["Readers", g.readers],
