@@ -1,4 +1,7 @@
-"""The command line: `fxmerge demo | analyze SPEC | merge SPEC --out DIR`. Flags of `merge` are Options' fields."""
+"""The command line: `fxmerge demo | analyze SPEC | merge SPEC --out DIR | draw SPEC --out FILE`.
+
+Flags of `merge` are Options' fields.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from .errors import FxMergeError
 from .files import write_text, write_weights
 from .merge import analyze, merge
 from .options import Options
+from .showing import drawn_as
 from .specs import load
 
 
@@ -57,12 +61,24 @@ class Merge:
     options: Annotated[Options, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Options)
     json: bool = False
     """print JSON instead of tables"""
+    report: Path | None = None
+    """a file to draw the merge to: .html, .svg, .dot, .gv, .mmd, .graphml or .json"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Draw:
+    """Draw a model with its merge groups to a file, as its ending asks for; nothing is changed."""
+
+    input: Annotated[Input, tyro.conf.arg(name="")]
+    out: Path
+    """.html, .svg (needs Graphviz), .dot, .gv, .mmd (Mermaid), .graphml or .json"""
 
 
 Command = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Analyze, tyro.conf.subcommand("analyze")]
     | Annotated[Merge, tyro.conf.subcommand("merge")]
+    | Annotated[Draw, tyro.conf.subcommand("draw")]
 )
 
 
@@ -82,22 +98,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _run(command: Demo | Analyze | Merge) -> str:
+def _run(command: Demo | Analyze | Merge | Draw) -> str:
     if isinstance(command, Demo):
         rows = demonstration.run()
         return demonstration.as_json(rows) if command.json else demonstration.as_text(rows)
+    drawing = command.out if isinstance(command, Draw) else getattr(command, "report", None)
+    if drawing is not None:
+        drawn_as(drawing)  # before a long computation
     model, inputs = load(command.input.spec, command.input.weights, command.input.shape)
     if isinstance(command, Analyze):
         report = analyze(model, inputs).report
         return report.json() if command.json else report.text(demonstration.width()).rstrip()
+    if isinstance(command, Draw):
+        analyze(model, inputs).report.draw(command.out)
+        return f"written: {command.out}"
     result = merge(model, inputs, command.options)
     command.out.mkdir(parents=True, exist_ok=True)
     write_weights(command.out / "weights.safetensors", result.module)
     write_text(command.out / "plan.json", result.plan.json())
     write_text(command.out / "report.json", result.report.json())
+    if command.report is not None:
+        result.report.draw(command.report)
     if command.json:
         return result.report.json()
     written = f"written: {command.out}/weights.safetensors, plan.json, report.json"
+    written += f", {command.report}" if command.report is not None else ""
     return result.report.text(demonstration.width()) + written
 
 

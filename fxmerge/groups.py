@@ -10,9 +10,11 @@
 
 from __future__ import annotations
 
+import io
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import networkx as nx
 import numpy as np
@@ -20,7 +22,7 @@ import torch
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from .ir import Group, Grouping, Lab, Pin, Provenance, Refusal, Tie
+from .ir import Group, Grouping, Lab, Layer, Pin, Provenance, Refusal, Tie
 from .labels import thin
 from .members import Builder, Ints
 from .movement import leaves
@@ -44,7 +46,9 @@ def group(facts: Provenance) -> Grouping:
     of_group, components = _components(facts, atom, part, pinned, written)
     builder = Builder(facts, atom, of_group, present)
     named = _named([builder.build(number, *inside) for number, inside in components.items()])
-    return Grouping(tuple(named), _refusals(facts, atom, pinned), torch.from_numpy(atom), _graph(named))
+    refusals = _refusals(facts, atom, pinned)
+    graph = _graph(named, refusals, facts.layers)
+    return Grouping(tuple(named), refusals, torch.from_numpy(atom), graph)
 
 
 def aligned(facts: Provenance, grouping: Grouping, groups: Sequence[Group]) -> Provenance:
@@ -182,13 +186,27 @@ def _refusals(facts: Provenance, atom: Ints, pinned: dict[int, Pin]) -> tuple[Re
     return tuple(Refusal(name, channels, reason, where) for (name, reason, where), channels in found.items())
 
 
-def _graph(groups: list[Group]) -> nx.DiGraph[str]:
+def graphml(graph: Any) -> str:
+    """A `Grouping.graph` as GraphML text, every attribute with its type."""
+    held = io.BytesIO()
+    nx.write_graphml(graph, held, infer_numeric_types=False)
+    return held.getvalue().decode("utf-8")
+
+
+def _graph(groups: list[Group], refusals: Sequence[Refusal], layers: Sequence[Layer]) -> nx.DiGraph[str]:
     graph: nx.DiGraph[str] = nx.DiGraph()
     for g in groups:
-        graph.add_node(g.name, kind="group", channels=g.channels)
+        graph.add_node(g.name, kind="group", channels=g.channels, internal=g.internal, mixers=len(g.mixers))
         for role, members in (("write", g.writers), ("carry", g.carriers), ("read", g.readers)):
             for m in members:
                 graph.add_node(f"layer:{m.layer.node}", kind=m.layer.op, module=m.layer.module)
                 ends = (f"layer:{m.layer.node}", g.name) if role == "write" else (g.name, f"layer:{m.layer.node}")
-                graph.add_edge(*ends, role=role)
+                graph.add_edge(*ends, role=role, channels=len(m.channels))
+    for number, r in enumerate(refusals):
+        told = {"module": r.name, "channels": r.channels, "reason": r.reason, "where": r.where}
+        graph.add_node(f"refused:{number}", kind="refused", **told)
+        for layer in layers:
+            if layer.module == r.name and layer.writes is not None:
+                graph.add_node(f"layer:{layer.node}", kind=layer.op, module=layer.module)
+                graph.add_edge(f"layer:{layer.node}", f"refused:{number}", role="write", channels=r.channels)
     return graph

@@ -237,8 +237,12 @@ class Merge:
 class Grouping:
     """What may be merged with what, what may not, and the networkx graph that says so.
 
-    graph: a DiGraph. Nodes: groups (kind="group", channels=n) and layers (kind=op, module=path); edges layer -> group
-    (role="write"), group -> layer (role="read"), group -> layer (role="carry").
+    graph: a DiGraph whose attributes are text, whole numbers and truth values only.
+        group       NAME             kind="group", channels, internal, mixers (how many)
+        layer       layer:NODE       kind=op, module=path
+        refusal     refused:NUMBER   kind="refused", module=path, channels, reason, where
+        edges       layer -> group role="write", group -> layer role="read" or "carry", layer -> refusal role="write";
+                    channels: how many of the group's (refusal's) channels stand there
     """
 
     groups: tuple[Group, ...]

@@ -5,6 +5,7 @@ capture -> provenance -> groups -> allocation -> survey -> selection -> decompos
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -59,7 +60,11 @@ class Analysis:
 
     @property
     def report(self) -> AnalysisReport:
-        return AnalysisReport(self.groups, self.refusals, self.captured)
+        return AnalysisReport(self.groups, self.refusals, self.captured, facts=self.facts, grouping=self.grouping)
+
+    def _repr_html_(self) -> str:
+        """The report's page, in a notebook."""
+        return self.report._repr_html_()
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,10 @@ class Result:
     plan: Plan
     report: Report
     analysis: Analysis
+
+    def _repr_html_(self) -> str:
+        """The report's page, in a notebook."""
+        return self.report._repr_html_()
 
 
 def analyze(model: nn.Module, example_inputs: Any, options: Options | None = None, **changes: Any) -> Analysis:
@@ -120,15 +129,16 @@ def _merge(
     if given is None and options.refit == "calibration":
         raise FxMergeError("refit='calibration' needs batches of inputs; give merge(..., calibration=batches)")
     with progress() as stage:
+        started = time.perf_counter()
         stage("capture")
         captured = capture(model, example_inputs)
         try:
-            return _merged(captured, options, decided, given, stage)
+            return _merged(captured, options, decided, given, stage, started)
         except FxMergeError as error:
             if captured.recorded is None:
                 raise
             try:  # what the user's own code sees may depend on widths in a way that nobody can mend
-                return _merged(confined(captured), options, decided, given, stage)
+                return _merged(confined(captured), options, decided, given, stage, started)
             except FxMergeError:
                 raise error from None
 
@@ -139,6 +149,7 @@ def _merged(
     decided: Mapping[str, GroupPlan] | None,
     given: Any,
     stage: Callable[[str], None],
+    started: float,
 ) -> Result:
     stage("provenance")
     facts = provenance(captured)
@@ -186,7 +197,8 @@ def _merged(
     verdict = verify.compare(captured, module)
     analysis = Analysis(captured, facts, grouping, refusals)
     plan = Plan(options, tuple(plans))
-    report = Report(grouping.groups, refusals, captured, module, plan, verdict, refitted, refit_note)
+    told = (grouping.groups, refusals, captured, module, plan, verdict, refitted, refit_note)
+    report = Report(*told, facts=facts, grouping=grouping, seconds=time.perf_counter() - started)
     return Result(module, plan, report, analysis)
 
 

@@ -1,11 +1,11 @@
-"""Report: the records of a merge as a table and as JSON."""
+"""Report: the records of a merge as a table and as JSON; how they are drawn is in `showing.py`."""
 
 from __future__ import annotations
 
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -14,10 +14,14 @@ from rich.table import Table
 from torch import fx, nn
 
 from .cost import Cost, call_cost, cost
-from .ir import Capture, Group, Refusal
+from .ir import Capture, Group, Grouping, Provenance, Refusal
+from .page import finite
 from .plan import GroupPlan, Plan
 from .refit import Refitted
+from .showing import Shown
 from .verify import Verdict
+
+VERSION = 1  # of the JSON's schema
 
 
 def _share(part: float, whole: float) -> str:
@@ -104,16 +108,22 @@ def _group_json(group: Group) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class AnalysisReport:
+class AnalysisReport(Shown):
     """What could be merged, and what could not."""
 
     groups: tuple[Group, ...]
     refusals: tuple[Refusal, ...]
     captured: Capture
+    facts: Provenance = field(kw_only=True, repr=False)
+    grouping: Grouping = field(kw_only=True, repr=False)
+    plan: None = None
 
     @cached_property
     def cost(self) -> Cost:
         return _original_cost(self.captured)
+
+    def _costs(self) -> tuple[Cost, ...]:
+        return (self.cost,)
 
     def text(self, width: int = 120) -> str:
         """Two tables: the groups with their members, and the refusals with their reasons."""
@@ -132,9 +142,10 @@ class AnalysisReport:
         )
 
     def json(self) -> str:
-        """JSON text: groups, refusals, parameters, flops."""
+        """JSON text: groups, refusals, parameters, flops. Its schema is fxmerge/assets/report.schema.json."""
         return json.dumps(
             {
+                "fxmerge_report": VERSION,
                 "parameters": self.cost.parameters,
                 "flops": self.cost.flops,
                 "groups": [_group_json(g) for g in self.groups],
@@ -149,7 +160,7 @@ def _listed(names: list[str]) -> str:
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Shown):
     """What a merge did, to whom, at what price."""
 
     groups: tuple[Group, ...]
@@ -160,6 +171,9 @@ class Report:
     verdict: Verdict
     refitted: tuple[Refitted, ...] = ()
     refit_note: str = ""  # why nothing was refitted
+    facts: Provenance = field(kw_only=True, repr=False)
+    grouping: Grouping = field(kw_only=True, repr=False)
+    seconds: float = field(kw_only=True)  # that the merge took
 
     @cached_property
     def before(self) -> Cost:
@@ -171,6 +185,12 @@ class Report:
         if isinstance(self.module, fx.GraphModule):
             return cost(self.module, self.captured.inputs)
         return call_cost(self.module, self.captured.args, self.captured.kwargs)
+
+    def _costs(self) -> tuple[Cost, ...]:
+        return (self.before, self.after)
+
+    def _outcome(self) -> tuple[Sequence[Refitted], dict[str, float]]:
+        return self.refitted, {"error": self.verdict.error, "seconds": self.seconds}
 
     def text(self, width: int = 120) -> str:
         """Tables: what each group lost; what was left alone and why; totals."""
@@ -219,7 +239,10 @@ class Report:
         )
 
     def json(self) -> str:
-        """JSON text: parameters_before, parameters_after, flops_before, flops_after, error, refit, groups, refusals."""
+        """JSON text: parameters_before, parameters_after, flops_before, flops_after, error, refit, groups, refusals.
+
+        Its schema is fxmerge/assets/report.schema.json. An error that is no finite number is null.
+        """
         planned = {g.name: g for g in self.plan.groups}
         groups = []
         for g in self.groups:
@@ -235,12 +258,13 @@ class Report:
             )
         return json.dumps(
             {
+                "fxmerge_report": VERSION,
                 "parameters_before": self.before.parameters,
                 "parameters_after": self.after.parameters,
                 "flops_before": self.before.flops,
                 "flops_after": self.after.flops,
-                "error": self.verdict.error,
-                "refit": [vars(r) for r in self.refitted],
+                "error": finite(self.verdict.error),
+                "refit": [finite(vars(r)) for r in self.refitted],
                 "refit_note": self.refit_note,
                 "groups": groups,
                 "refusals": _refusals_json(self.refusals, self.captured),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import nn
 
 import fxmerge
 from fxmerge.cli import main
+from fxmerge.showing import DRAWN
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -161,6 +163,28 @@ def test_merge_with_weights(capsys: pytest.CaptureFixture[str], spec: str, tmp_p
     assert float(load_file(tmp_path / "o" / "weights.safetensors")["5.weight"].abs().max()) == 0
 
 
+@pytest.mark.parametrize("ending", sorted(DRAWN))
+def test_draw_by_ending(ending: str, capsys: pytest.CaptureFixture[str], spec: str, tmp_path: Path) -> None:
+    if DRAWN[ending] == "svg" and shutil.which("dot") is None:
+        pytest.skip("no program `dot`: install graphviz")
+    begins = {"html": "<!DOCTYPE html>", "svg": "<?xml", "dot": "digraph", "mermaid": "flowchart", "graphml": "<?xml",
+              "json": "{"}  # fmt: skip
+    path = tmp_path / f"net{ending}"
+    status, out, err = run(capsys, "draw", spec, "--out", str(path))
+    assert (status, out, err) == (0, f"written: {path}\n", "")
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith(begins[DRAWN[ending]])
+    assert "output" in text or ending in (".graphml", ".json")
+
+
+def test_merge_draws_its_report(capsys: pytest.CaptureFixture[str], spec: str, tmp_path: Path) -> None:
+    path = tmp_path / "merge.html"
+    status, out, err = run(capsys, "merge", spec, "--out", str(tmp_path / "o"), "--report", str(path))
+    assert (status, err) == (0, "")
+    assert str(path) in out
+    assert '"kept":4' in path.read_text(encoding="utf-8")
+
+
 ERRORS: dict[str, tuple[list[str], str]] = {
     "no such file": (["analyze", "{dir}/none.py:small"], r"there is no file .*none.py"),
     "no such factory": (["analyze", "{dir}/small_net.py:big"], r"has no callable 'big'"),
@@ -174,6 +198,15 @@ ERRORS: dict[str, tuple[list[str], str]] = {
     "bad weights": (["analyze", "{dir}/small_net.py:small", "--weights", "{dir}/small_net.py"], r"cannot read weights"),
     "bad ratio": (["merge", "{dir}/small_net.py:small", "--out", "{dir}/o", "--ratio", "1.5"], r"ratio is 1.5"),
     "bad choice": (["merge", "{dir}/small_net.py:small", "--out", "{dir}/o", "--selection", "l3"], r"choose one of l1"),
+    "no such drawing": (["draw", "{dir}/small_net.py:small", "--out", "{dir}/x.png"], r"cannot tell .*x.png.* \.html"),
+    "no such report": (
+        ["merge", "{dir}/small_net.py:small", "--out", "{dir}/o", "--report", "{dir}/x"],
+        r"cannot tell from .* let it end in \.html",
+    ),
+    "no folder to draw to": (
+        ["draw", "{dir}/small_net.py:small", "--out", "{dir}/none/x.html"],
+        r"there is no folder .*none to write x.html to; make it first",
+    ),
     "out is a file": (["merge", "{dir}/small_net.py:small", "--out", "{dir}/small_net.py"], r"small_net.py"),
 }
 
