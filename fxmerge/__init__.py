@@ -18,6 +18,7 @@ from .perchannel import Module, Rule, per_channel
 from .plan import Plan
 from .probes import PROBES
 from .rules import RULES
+from .saving import load
 from .selection import SELECTORS
 
 __version__ = "0.1.0"
@@ -38,6 +39,7 @@ __all__ = [
     "Rule",
     "analyze",
     "apply",
+    "load",
     "merge",
     "per_channel",
     "verify",

@@ -102,6 +102,7 @@ def capture(model: nn.Module, example_inputs: Any) -> Capture:
         recorder.devices,
         recorded,
         left_out,
+        model,
     )
 
 

@@ -12,7 +12,6 @@ import tyro
 
 from . import demo as demonstration
 from .errors import FxMergeError
-from .files import write_text, write_weights
 from .merge import analyze, merge
 from .options import Options
 from .specs import load
@@ -49,7 +48,7 @@ class Analyze:
 
 @dataclasses.dataclass(frozen=True)
 class Merge:
-    """Merge a model and write plan.json, report.json and the merged weights.safetensors."""
+    """Merge a model and write model.py, weights.safetensors, plan.json, report.txt and report.json."""
 
     input: Annotated[Input, tyro.conf.arg(name="")]
     out: Path
@@ -91,13 +90,10 @@ def _run(command: Demo | Analyze | Merge) -> str:
         report = analyze(model, inputs).report
         return report.json() if command.json else report.text(demonstration.width()).rstrip()
     result = merge(model, inputs, command.options)
-    command.out.mkdir(parents=True, exist_ok=True)
-    write_weights(command.out / "weights.safetensors", result.module)
-    write_text(command.out / "plan.json", result.plan.json())
-    write_text(command.out / "report.json", result.report.json())
+    result.save(command.out)
     if command.json:
         return result.report.json()
-    written = f"written: {command.out}/weights.safetensors, plan.json, report.json"
+    written = f"written: {', '.join(sorted(str(path) for path in command.out.iterdir()))}"
     return result.report.text(demonstration.width()) + written
 
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import verify
+from . import saving, verify
 from .absorbing import decompose, group_plan
 from .allocation import ALLOCATORS, check_patterns, ignored, shaken
 from .assembling import assembled
@@ -68,6 +69,18 @@ class Result:
     plan: Plan
     report: Report
     analysis: Analysis
+
+    def save(self, folder: str | Path) -> None:
+        """Write model.py, weights.safetensors, plan.json and the report into a folder, whole or not at all.
+
+        Raises FxMergeError where the folder holds files of others; `fxmerge.load` reads it.
+        """
+        captured, facts, groups = self.analysis.captured, self.analysis.facts, self.analysis.grouping
+        named = {g.name: g for g in groups.groups}
+        kept = [(named[p.name], torch.tensor(p.kept)) for p in self.plan.groups]
+        saving.save(
+            Path(folder), captured, self.module, self.plan, self.report, facts, survivors(facts, groups.atom, kept)
+        )
 
 
 def analyze(model: nn.Module, example_inputs: Any, options: Options | None = None, **changes: Any) -> Analysis:
