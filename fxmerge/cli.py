@@ -22,7 +22,7 @@ class Input:
     """Where the model comes from."""
 
     spec: Annotated[str, tyro.conf.Positional]
-    """torchvision:resnet18, timm:NAME, package.module:factory, or path/to/file.py:factory"""
+    """torchvision:resnet18, timm:NAME, package.module:factory, path/to/file.py:factory, a .pt2 file, a saved folder"""
     weights: Path | None = None
     """a .safetensors file with the model's state_dict"""
     shape: tuple[int, ...] = (1, 3, 224, 224)
@@ -48,11 +48,11 @@ class Analyze:
 
 @dataclasses.dataclass(frozen=True)
 class Merge:
-    """Merge a model and write model.py, weights.safetensors, plan.json, report.txt and report.json."""
+    """Merge a model; write model.py, weights.safetensors, plan.json and the report, or a .pt2 or .onnx file."""
 
     input: Annotated[Input, tyro.conf.arg(name="")]
     out: Path
-    """folder to write to, made if it is not there"""
+    """folder to write to, made if it is not there; NAME.pt2 or NAME.onnx writes that one file"""
     options: Annotated[Options, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Options)
     json: bool = False
     """print JSON instead of tables"""
@@ -90,10 +90,12 @@ def _run(command: Demo | Analyze | Merge) -> str:
         report = analyze(model, inputs).report
         return report.json() if command.json else report.text(demonstration.width()).rstrip()
     result = merge(model, inputs, command.options)
-    result.save(command.out)
+    write = {".pt2": result.save_program, ".onnx": result.to_onnx}.get(command.out.suffix, result.save)
+    write(command.out)
     if command.json:
         return result.report.json()
-    written = f"written: {', '.join(sorted(str(path) for path in command.out.iterdir()))}"
+    files = sorted(command.out.iterdir()) if command.out.is_dir() else [command.out]
+    written = f"written: {', '.join(map(str, files))}"
     return result.report.text(demonstration.width()) + written
 
 

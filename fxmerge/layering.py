@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from .exporting import unguarded
 from .spelling import in_order
 from .weights import at, sharing_copy
 
@@ -32,6 +33,7 @@ def layered(module: fx.GraphModule) -> fx.GraphModule:
     """A copy, sharing all tensors, that calls layers and sequences where it can; it computes the same."""
     copied, _ = sharing_copy(module)
     graph = copied.graph
+    unguarded(copied)
     for node in list(graph.nodes):
         made = _LAYERS.get(getattr(node.target, "__name__", "")) if node.op == "call_function" else None
         if node.target is torch.ops.aten.dropout.default and node.args[2:] == (False,):
