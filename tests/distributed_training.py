@@ -15,7 +15,8 @@ torch.distributed.init_process_group("gloo")
 rank = torch.distributed.get_rank()
 data = torch.randn(8, 12, generator=torch.Generator().manual_seed(7))[4 * rank : 4 * rank + 4]
 mesh = init_device_mesh("cpu", (2,))
-for name in ("ddp", "fsdp"):
+able = hasattr(torch.cpu.Stream, "record_event")  # FSDP2 of torch 2.6 does not run on processors
+for name in ("ddp", "fsdp") if able else ("ddp",):
     module = plain_merge(*NETS["mlp"]()).module.train()
     if name == "ddp":
         wrapped = DistributedDataParallel(module)

@@ -123,7 +123,8 @@ def test_two_processes_train_it(tmp_path: Path) -> None:
         optimiser.zero_grad()
         module(data).square().mean().backward()
         optimiser.step()
-    for name in ("ddp0", "ddp1", "fsdp0", "fsdp1"):
+    names = ["ddp0", "ddp1"] + ["fsdp0", "fsdp1"] * hasattr(torch.cpu.Stream, "record_event")
+    for name in names:
         found = load_file(tmp_path / f"{name}.safetensors")
         for key, value in module.state_dict().items():
             torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5)
