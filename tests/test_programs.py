@@ -227,3 +227,18 @@ def test_pt2_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(OSError, match="no space"):
         result.save_program(tmp_path / "m.pt2")
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("m.pt2", b"old")]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_compile_of_a_merged_program_is_one_graph(name: str) -> None:
+    model, x = MODELS[name]()
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    module = plain_merge(model, x).module
+    compiled = fxmerge.compile(model, x, fxmerge.Options(refit="none"), backend=backend)
+    assert difference(outputs(module, (x,)), outputs(compiled, (x,))) <= 1e-5
+    assert len(graphs) == 1
