@@ -11,13 +11,15 @@ from . import verify
 from .allocation import ALLOCATORS
 from .decomposition import DECOMPOSITIONS
 from .errors import FxMergeError
-from .merge import Analysis, Result, analyze, apply, merge
+from .merge import analyze, apply, merge
 from .options import Options
-from .passes import MergePass
+from .passes import MergePass, compile
 from .perchannel import Module, Rule, per_channel
 from .plan import Plan
 from .probes import PROBES
+from .results import Analysis, Result
 from .rules import RULES
+from .saving import load
 from .selection import SELECTORS
 
 __version__ = "0.1.0"
@@ -38,6 +40,8 @@ __all__ = [
     "Rule",
     "analyze",
     "apply",
+    "compile",
+    "load",
     "merge",
     "per_channel",
     "verify",

@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
 
 from .calibration import bind
 from .errors import FxMergeError, first_line, source_line
+from .exporting import opened
 from .folding import fold
 from .ir import Capture
 from .movement import fresh, leaves
@@ -54,13 +56,17 @@ def check_model(model: Any) -> None:
             raise FxMergeError(f"{name} holds NaN or infinity; a model with such weights cannot be merged")
 
 
-def capture(model: nn.Module, example_inputs: Any) -> Capture:
-    """Trace a model.
+def capture(model: Any, example_inputs: Any) -> Capture:
+    """Trace a model, or open an ExportedProgram.
 
     Raises FxMergeError where the model cannot be traced or does not take these inputs, naming module and source line.
     """
+    program = model if isinstance(model, ExportedProgram) else None
+    if program is not None:
+        model = opened(program)
     check_model(model)
-    args, kwargs = arguments(example_inputs)
+    own = program.example_inputs if program is not None and example_inputs is None else None
+    args, kwargs = own if own is not None else arguments(example_inputs)
     if any(isinstance(v, Tensor) and not v.numel() for v in leaves([args, kwargs])):
         raise FxMergeError("example_inputs hold a tensor without elements; give at least one sample")
     training = {name: m.training for name, m in model.named_modules()}
@@ -102,6 +108,8 @@ def capture(model: nn.Module, example_inputs: Any) -> Capture:
         recorder.devices,
         recorded,
         left_out,
+        model,
+        program,
     )
 
 

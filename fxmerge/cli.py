@@ -15,7 +15,6 @@ import tyro
 
 from . import demo as demonstration
 from .errors import FxMergeError
-from .files import write_text, write_weights
 from .merge import analyze, merge
 from .options import Options
 from .showing import drawn_as
@@ -27,7 +26,7 @@ class Input:
     """Where the model comes from."""
 
     spec: Annotated[str, tyro.conf.Positional]
-    """torchvision:resnet18, timm:NAME, package.module:factory, or path/to/file.py:factory"""
+    """torchvision:resnet18, timm:NAME, package.module:factory, path/to/file.py:factory, a .pt2 file, a saved folder"""
     weights: Path | None = None
     """a .safetensors file with the model's state_dict"""
     shape: tuple[int, ...] = (1, 3, 224, 224)
@@ -53,11 +52,11 @@ class Analyze:
 
 @dataclasses.dataclass(frozen=True)
 class Merge:
-    """Merge a model and write plan.json, report.json and the merged weights.safetensors."""
+    """Merge a model; write model.py, weights.safetensors, plan.json and the report, or a .pt2 or .onnx file."""
 
     input: Annotated[Input, tyro.conf.arg(name="")]
     out: Path
-    """folder to write to, made if it is not there"""
+    """folder to write to, made if it is not there; NAME.pt2 or NAME.onnx writes that one file"""
     options: Annotated[Options, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Options)
     json: bool = False
     """print JSON instead of tables"""
@@ -113,16 +112,15 @@ def _run(command: Demo | Analyze | Merge | Draw) -> str:
         analyze(model, inputs).report.draw(command.out)
         return f"written: {command.out}"
     result = merge(model, inputs, command.options)
-    command.out.mkdir(parents=True, exist_ok=True)
-    write_weights(command.out / "weights.safetensors", result.module)
-    write_text(command.out / "plan.json", result.plan.json())
-    write_text(command.out / "report.json", result.report.json())
+    write = {".pt2": result.save_program, ".onnx": result.to_onnx}.get(command.out.suffix, result.save)
+    write(command.out)
     if command.report is not None:
         result.report.draw(command.report)
     if command.json:
         return result.report.json()
-    written = f"written: {command.out}/weights.safetensors, plan.json, report.json"
-    written += f", {command.report}" if command.report is not None else ""
+    files = sorted(command.out.iterdir()) if command.out.is_dir() else [command.out]
+    files += [command.report] if command.report is not None else []
+    written = f"written: {', '.join(map(str, files))}"
     return result.report.text(demonstration.width()) + written
 
 

@@ -10,6 +10,7 @@ import contextlib
 import io
 import logging
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,29 +19,45 @@ from torch import fx, nn
 
 def export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
     """The model as a graph module of aten ops, with the model's own call signature. Raises what torch.export raises."""
+    with silence(), torch.no_grad():
+        return opened(torch.export.export(model, args, kwargs, strict=False))
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """What torch.export cannot do comes back as an exception, not as pages of text."""
     before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)  # what it cannot do comes back as an exception, not as pages of text
+    logging.disable(logging.CRITICAL)
     try:
         quiet = contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO())
-        with quiet[0], quiet[1], warnings.catch_warnings(), torch.no_grad():
+        with quiet[0], quiet[1], warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            module = torch.export.export(model, args, kwargs, strict=False).module()
+            yield
     finally:
         logging.disable(before)
+
+
+def opened(program: torch.export.ExportedProgram) -> fx.GraphModule:
+    """An exported program as a graph module with its call signature, without guards and assertions."""
+    module = program.module()
     assert isinstance(module, fx.GraphModule)
-    for node in list(module.graph.nodes):
-        # guards on the inputs' shapes: the merged model is checked against the original instead
-        if (node.op == "call_module" and "_guards" in str(node.target)) or node.target in _ASSERTIONS:
-            module.graph.erase_node(node)
-    for name, _ in list(module.named_children()):
-        if "_guards" in name:
-            delattr(module, name)
+    unguarded(module)
     module.graph.eliminate_dead_code()
     module.recompile()
     for owner in module.modules():  # .train() and .eval() of an exported module raise; the graph is that of eval
         owner.__dict__.pop("train", None)
         owner.__dict__.pop("eval", None)
     return module
+
+
+def unguarded(module: fx.GraphModule) -> None:
+    """Take out guards on the inputs' shapes: the merged model is checked against the original instead."""
+    for node in list(module.graph.nodes):
+        if (node.op == "call_module" and "_guards" in str(node.target)) or node.target in _ASSERTIONS:
+            module.graph.erase_node(node)
+    for name, _ in list(module.named_children()):
+        if "_guards" in name:
+            delattr(module, name)
 
 
 _ASSERTIONS = (torch.ops.aten._assert_tensor_metadata.default, torch.ops.aten._assert_async.msg)

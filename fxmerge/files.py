@@ -1,14 +1,18 @@
-"""Files: whole or not at all, by a temporary name in the same folder and a rename. No pickle."""
+"""Files and folders: whole or not at all, by a temporary name in the same place and a rename. No pickle."""
 
 from __future__ import annotations
 
+import ctypes
 import os
+import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor
+
+from .errors import FxMergeError
 
 
 def write(path: Path, fill: Callable[[Path], object]) -> None:
@@ -28,7 +32,51 @@ def write_text(path: Path, text: str) -> None:
     write(path, lambda there: there.write_text(text, encoding="utf-8"))
 
 
-def write_weights(path: Path, module: nn.Module) -> None:
-    """A module's state_dict as safetensors; a tensor under several names is written under each."""
-    tensors = {k: v.detach().clone().contiguous() for k, v in module.state_dict().items()}
-    write(path, lambda there: save_file(tensors, there))
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Tensors as safetensors; one under several names is written under each."""
+    own = {k: v.detach().clone().contiguous() for k, v in tensors.items()}
+    write(path, lambda there: save_file(own, there, dict(metadata)))
+
+
+def write_folder(folder: Path, known: Collection[str], fill: Callable[[Path], object]) -> None:
+    """Let `fill` write a new folder beside `folder`, then put it in place of what is there.
+
+    At any moment the name stands for the old folder or the new one: the two change places in one step, where the
+    system can do that (Linux); else the old one steps aside first. Raises FxMergeError where `folder` is no folder, or
+    holds anything but the names in `known`: those files are not ours to remove.
+    """
+    folder = Path(os.path.realpath(folder))
+    if folder.exists() and not folder.is_dir():
+        raise FxMergeError(f"{folder} is a file; give a folder")
+    strange = sorted({p.name for p in folder.iterdir()} - {*known, "__pycache__"}) if folder.exists() else []
+    if strange:
+        raise FxMergeError(f"{folder} holds {strange[0]}, which fxmerge did not write; give a new or empty folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        fill(aside)
+        os.chmod(aside, 0o755)
+        if not folder.exists():
+            os.rename(aside, folder)
+        elif not _exchange(aside, folder):
+            _step_aside(aside, folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two folders change names in one step; False where the system cannot."""
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return call is not None and call(here, os.fsencode(one), here, os.fsencode(other), swap) == 0
+
+
+def _step_aside(new: Path, folder: Path) -> None:
+    old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.old."))
+    os.replace(folder, old)
+    try:
+        os.rename(new, folder)
+    except BaseException:
+        os.replace(old, folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
 
 from .recorded import Recorded
 
@@ -200,6 +201,8 @@ class Capture:
     devices: Mapping[str, torch.device]
     recorded: Recorded | None = None  # for a model that could not be traced whole
     left_out: tuple[str, ...] = ()  # types of objects in the model's output that no graph can return
+    model: nn.Module | None = None  # the user's own, whose class a saved result may be loaded into
+    program: ExportedProgram | None = None  # what the model came as, where it came so
 
     @property
     def route(self) -> str:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from . import verify
 from .absorbing import decompose, group_plan
@@ -31,8 +31,9 @@ from .plan import GroupPlan, Plan
 from .progress import progress
 from .provenance import provenance
 from .refit import Refitted, refit
-from .report import AnalysisReport, Report
+from .report import Report
 from .resizing import Call
+from .results import Analysis, Result
 from .rewrite import Rewriter, survivors
 from .selection import select
 from .similarity import candidates, state
@@ -40,51 +41,13 @@ from .survey import readings
 from .targets import pair
 
 
-@dataclass(frozen=True)
-class Analysis:
-    """What could be merged and what could not: nothing is changed."""
-
-    captured: Capture
-    facts: Provenance
-    grouping: Grouping
-    refusals: tuple[Refusal, ...]
-
-    @property
-    def groups(self) -> tuple[Group, ...]:
-        return self.grouping.groups
-
-    @property
-    def graph(self) -> Any:
-        """Groups and layers as a networkx graph (see `groups.Grouping`)."""
-        return self.grouping.graph
-
-    @property
-    def report(self) -> AnalysisReport:
-        return AnalysisReport(self.groups, self.refusals, self.captured, facts=self.facts, grouping=self.grouping)
-
-    def _repr_html_(self) -> str:
-        """The report's page, in a notebook."""
-        return self.report._repr_html_()
-
-
-@dataclass(frozen=True)
-class Result:
-    """A merged model, and why it is as it is."""
-
-    module: nn.Module  # a torch.fx.GraphModule; of the user's own class where only parts of it could be traced
-    plan: Plan
-    report: Report
-    analysis: Analysis
-
-    def _repr_html_(self) -> str:
-        """The report's page, in a notebook."""
-        return self.report._repr_html_()
-
-
-def analyze(model: nn.Module, example_inputs: Any, options: Options | None = None, **changes: Any) -> Analysis:
+def analyze(
+    model: nn.Module | ExportedProgram, example_inputs: Any = None, options: Options | None = None, **changes: Any
+) -> Analysis:
     """Find a model's merge groups and refusals; nothing is changed.
 
-    example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
+    example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments; an ExportedProgram has
+        its own.
     Raises FxMergeError for a model that cannot be traced or inputs that it does not take.
     """
     settled(options, changes)
@@ -100,11 +63,16 @@ def settled(options: Options | None, changes: dict[str, Any]) -> Options:
 
 
 def merge(
-    model: nn.Module, example_inputs: Any, options: Options | None = None, calibration: Any = None, **changes: Any
+    model: nn.Module | ExportedProgram,
+    example_inputs: Any = None,
+    options: Options | None = None,
+    calibration: Any = None,
+    **changes: Any,
 ) -> Result:
     """Make a trained model structurally smaller; `model` itself is never modified.
 
-    example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
+    example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments; an ExportedProgram has
+        its own.
     options: `Options`, or its fields as keyword arguments.
     calibration: batches of unlabelled inputs for refit, in place of probes: an iterable of tensors, tuples or dicts, a
         DataLoader (what the model does not take is ignored), or one tensor.
@@ -113,7 +81,9 @@ def merge(
     return _merge(model, example_inputs, settled(options, changes), None, calibration)
 
 
-def apply(plan: Plan, model: nn.Module, example_inputs: Any, calibration: Any = None) -> Result:
+def apply(
+    plan: Plan, model: nn.Module | ExportedProgram, example_inputs: Any = None, calibration: Any = None
+) -> Result:
     """Replay a plan on another copy of the model: the same channels stay, whatever the weights.
 
     Raises FxMergeError where the model's groups are not the plan's.
@@ -122,7 +92,11 @@ def apply(plan: Plan, model: nn.Module, example_inputs: Any, calibration: Any = 
 
 
 def _merge(
-    model: nn.Module, example_inputs: Any, options: Options, decided: Mapping[str, GroupPlan] | None, given: Any
+    model: nn.Module | ExportedProgram,
+    example_inputs: Any,
+    options: Options,
+    decided: Mapping[str, GroupPlan] | None,
+    given: Any,
 ) -> Result:
     if given is not None:
         options = options.replace(refit="calibration")

@@ -1,14 +1,20 @@
-"""fxmerge as a pass of torch.fx's own pass infrastructure."""
+"""fxmerge as a pass of torch.fx's own pass infrastructure, and ahead of torch.compile."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
+from torch.fx.passes.shape_prop import ShapeProp
+from torch.utils import _pytree as pytree
 
 from .errors import FxMergeError
+from .evaluating import evaluating
+from .ir import Capture
 from .merge import merge
 from .options import Options
 
@@ -19,32 +25,80 @@ class MergePass(PassBase):
     """A PassBase: `MergePass(options, example_inputs)(graph_module)` gives a PassResult, `modified=False` if repeated.
 
     Without example inputs, zeros of the shapes in the placeholders' `meta["val"]` or `meta["tensor_meta"]` serve.
+    Nodes keep their metadata; `val` and `tensor_meta` are renewed where the graph has them.
     """
 
     def __init__(self, options: Options | None = None, example_inputs: Any = None) -> None:
         super().__init__()
+        if options is not None and not isinstance(options, Options):
+            raise FxMergeError(f"options is a {type(options).__name__}; give fxmerge.Options(...)")
         self.options, self.example_inputs = options or Options(), example_inputs
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Merge. Raises FxMergeError as `fxmerge.merge` does."""
+        if not isinstance(graph_module, fx.GraphModule):
+            raise FxMergeError(
+                f"the pass was given a {type(graph_module).__name__}; give a torch.fx.GraphModule, or use fxmerge.merge"
+            )
         if graph_module.meta.get(_DONE):
             return PassResult(graph_module, False)
         inputs = self.example_inputs if self.example_inputs is not None else _inputs(graph_module)
         result = merge(graph_module, inputs, self.options)
+        if not result.plan.groups:
+            return PassResult(graph_module, False)
         module = result.module
         assert isinstance(module, fx.GraphModule)  # as a graph module came in
         module.meta[_DONE] = True
-        return PassResult(module, bool(result.plan.groups))
+        _renew(module, result.analysis.captured)
+        return PassResult(module, True)
 
 
-def _inputs(module: fx.GraphModule) -> tuple[torch.Tensor, ...]:
+def compile(model: nn.Module, example_inputs: Any, options: Options | None = None, **compile_kwargs: Any) -> Any:
+    """Merge a model, then hand it to torch.compile with these arguments: one graph, where it was captured whole.
+
+    Raises FxMergeError as `fxmerge.merge` does.
+    """
+    module = merge(model, example_inputs, options).module
+    if isinstance(module, fx.GraphModule):
+        compile_kwargs.setdefault("fullgraph", True)
+    return torch.compile(module, **compile_kwargs)
+
+
+def _inputs(module: fx.GraphModule) -> Any:
+    """Zeros of the placeholders' shapes, as the module is called."""
     found = []
     for node in module.graph.nodes:
         if node.op == "placeholder":
             known = node.meta.get("val", node.meta.get("tensor_meta"))
-            if known is None:
+            if not hasattr(known, "shape"):
                 raise FxMergeError(
                     f"input {node.name} has no shape in its metadata; give MergePass(..., example_inputs=...)"
                 )
-            found.append(torch.zeros(tuple(known.shape), dtype=known.dtype))
-    return tuple(found)
+            shape: Any = [s.node.hint if isinstance(s, torch.SymInt) else s for s in known.shape]
+            device = getattr(known, "device", None)  # tensor_meta does not tell
+            found.append(torch.zeros(shape, dtype=known.dtype, device=device))
+    codegen = module.graph._codegen
+    if not isinstance(codegen, fx.graph._PyTreeCodeGen):
+        return tuple(found)
+    args, kwargs = pytree.tree_unflatten(found, codegen.pytree_info.in_spec)
+    return dict(zip(codegen.pytree_info.orig_args, args, strict=False)) | kwargs if kwargs else tuple(args)
+
+
+def _renew(module: fx.GraphModule, captured: Capture) -> None:
+    """Metadata that tells shapes, of the merged graph; symbolic sizes stay symbolic."""
+    nodes = list(module.graph.nodes)
+    with evaluating(module), torch.no_grad():
+        if any("tensor_meta" in n.meta for n in nodes):
+            ShapeProp(module).run(*captured.inputs, enable_io_processing=False)
+        held = [n.meta.get("val") for n in nodes if n.op == "placeholder"]
+        modes = [v.fake_mode for v in held if isinstance(v, FakeTensor)]
+        if modes:
+            mode, strict = modes[0], modes[0].allow_non_fake_inputs
+            mode.allow_non_fake_inputs = True  # the parameters are real
+            try:
+                with mode:
+                    FakeTensorProp(module, mode).run(*held, enable_io_processing=False)
+            finally:
+                mode.allow_non_fake_inputs = strict
+        elif any(isinstance(n.meta.get("val"), Tensor) for n in nodes):
+            FakeTensorProp(module).run(*captured.inputs, enable_io_processing=False)

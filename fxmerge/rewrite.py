@@ -17,17 +17,7 @@ from torch import Tensor, fx
 from .ir import Group, Layer, Member, Merge, ParamLabels, Provenance
 from .linalg import BITE
 from .resizing import Call
-from .weights import columns, fetch_bias, from_columns, gather, places, sharing_copy
-
-# module attribute -> axis of the weight that it tells the size of
-_SIZES: dict[str, int] = {
-    "in_features": 1,
-    "out_features": 0,
-    "num_features": 0,
-    "num_parameters": 0,
-    "num_channels": 0,
-    "embedding_dim": 1,
-}
+from .weights import columns, fetch_bias, from_columns, gather, places, resize, sharing_copy
 
 _WITHOUT_BIAS = ("matrix", "embedding")  # ops that take no bias, unless they are addmm: it is added behind them
 
@@ -188,20 +178,9 @@ class Rewriter:
         if node.op != "call_module":
             return
         owner = self.module.get_submodule(str(node.target))
-        if layer.op == "depthwise":
-            owner.groups = groups  # type: ignore[assignment]
         sized = weight if weight is not None else getattr(owner, "running_mean", None)
-        if not isinstance(sized, Tensor):
-            return
-        for attribute, axis in _SIZES.items():
-            if isinstance(getattr(owner, attribute, None), int) and axis < sized.dim():
-                setattr(owner, attribute, sized.size(axis))
-        into, out = (0, 1) if layer.transposed else (1, 0)
-        if hasattr(owner, "in_channels") and hasattr(owner, "out_channels"):
-            owner.in_channels = sized.size(into) * groups  # type: ignore[assignment]
-            owner.out_channels = sized.size(out)  # type: ignore[assignment]
-        if hasattr(owner, "normalized_shape"):
-            owner.normalized_shape = tuple(sized.shape)  # type: ignore[assignment]
+        if isinstance(sized, Tensor):
+            resize(owner, sized, groups, layer.transposed)
 
     def _edit(self, edits: Mapping[str, Call]) -> None:
 

@@ -12,17 +12,26 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
+from . import programs, saving
 from .errors import FxMergeError
 
-_FORMS = "torchvision:resnet18, timm:NAME, package.module:factory or path/to/file.py:factory"
+_FORMS = (
+    "torchvision:resnet18, timm:NAME, package.module:factory, path/to/file.py:factory, a .pt2 file or a saved folder"
+)
 
 
-def load(spec: str, weights: Path | None, shape: tuple[int, ...]) -> tuple[nn.Module, Any]:
+def load(spec: str, weights: Path | None, shape: tuple[int, ...]) -> tuple[nn.Module | ExportedProgram, Any]:
     """A model and example inputs for it. A file or module may give its own as `example_inputs`, a value or a function.
 
     Raises FxMergeError for a spec, a factory or a weights file that does not work, naming it.
     """
+    if spec.endswith(".pt2") or Path(spec).is_dir():
+        if weights is not None:
+            raise FxMergeError(f"{spec} has weights of its own; leave out --weights")
+        found: Any = programs.load(Path(spec)) if spec.endswith(".pt2") else saving.load(spec)
+        return found, None if isinstance(found, ExportedProgram) else torch.randn(shape)
     source, _, name = spec.rpartition(":")
     if not source or not name:
         raise FxMergeError(f"{spec!r} names no model; give {_FORMS}")

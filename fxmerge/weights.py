@@ -129,6 +129,33 @@ def sharing_copy(module: fx.GraphModule) -> tuple[fx.GraphModule, Weights]:
     return copied, Weights(copied, frozenset(id(t) for t in tensors))
 
 
+# module attribute -> axis of the weight that it tells the size of
+_SIZES: dict[str, int] = {
+    "in_features": 1,
+    "out_features": 0,
+    "num_features": 0,
+    "num_parameters": 0,
+    "num_channels": 0,
+    "num_embeddings": 0,
+    "embedding_dim": 1,
+}
+
+
+def resize(owner: nn.Module, sized: Tensor, groups: int, transposed: bool) -> None:
+    """Right in_channels, num_features, normalized_shape: what a layer keeps of its weight's sizes."""
+    held: dict[str, Any] = owner.__dict__
+    for attribute, axis in _SIZES.items():
+        if isinstance(getattr(owner, attribute, None), int) and axis < sized.dim():
+            held[attribute] = sized.size(axis)
+    into, out = (0, 1) if transposed else (1, 0)
+    if hasattr(owner, "in_channels") and hasattr(owner, "out_channels"):
+        held["groups"] = groups
+        held["in_channels"] = sized.size(into) * (1 if transposed else groups)
+        held["out_channels"] = sized.size(out) * (groups if transposed else 1)
+    if hasattr(owner, "normalized_shape"):
+        held["normalized_shape"] = tuple(sized.shape)
+
+
 def fetch_bias(node: fx.Node, path: str) -> None:
     """Give a call of a layer's function, as F.conv2d, the parameter at `path` for its bias."""
     with node.graph.inserting_before(node):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +16,12 @@ SAYS = {
     "merge_your_own.py": ["layer1.0.conv1", "64 -> 32", "parameters 11,689,512 ->", "gives (1, 1000)"],
     "custom_rule.py": ["without a rule: []", "sinc", "custom_rule.py:", "with it: ['a: 16 -> 8 channels']", "{'a':"],
     "look_at_groups.py": ["stem: 16 channels", "conv1: 32 channels", "stem -> layer:conv1: read", "bn2: carry"],
+    "aot_package.py": ["a batch of 5 gives (5, 10)", "gives the merged model's output: True"],
+    "finetune.py": ["trained: ", "a tenth of the channels: ", "fine-tuned: "],
+    "quantise.py": ["(512, 512) torch.float32 -> (256, 256) Int8Tensor", "relative change by quantising: 0.0"],
 }
+NEEDS = {"merge_your_own.py": "torchvision", "quantise.py": "torchao"}
+CHATTY = ("aot_package.py", "quantise.py")  # torch and torchao may log warnings about the machine
 
 
 def test_every_example_is_tried() -> None:
@@ -23,13 +30,22 @@ def test_every_example_is_tried() -> None:
 
 @pytest.mark.parametrize("name", SAYS)
 def test_example(name: str, tmp_path: Path) -> None:
-    if name == "merge_your_own.py":
-        pytest.importorskip("torchvision")
+    if name in NEEDS:
+        pytest.importorskip(NEEDS[name])
+    if name == "aot_package.py" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
+        pytest.skip("no C++ compiler")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
     command = [sys.executable, str(EXAMPLES / name)]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
+    assert done.stderr == "" or name in CHATTY
     for line in SAYS[name]:
         assert line in done.stdout, done.stdout
     assert not list(tmp_path.iterdir())
+
+
+def test_finetuning_brings_accuracy_back(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, str(EXAMPLES / "finetune.py")], capture_output=True, text=True, timeout=120)
+    trained, merged, tuned = map(float, re.findall(r"([\d.]+) %", done.stdout))
+    assert merged < trained - 20
+    assert tuned > merged + 20

@@ -69,6 +69,6 @@ def test_no_pickle_and_no_printing() -> None:
 def test_public_names() -> None:
     """Other people's scripts use these."""
     names = {"merge", "analyze", "apply", "Options", "Plan", "MergePass", "FxMergeError", "RULES", "per_channel",
-             "SELECTORS", "DECOMPOSITIONS", "ALLOCATORS", "verify"}  # fmt: skip
+             "SELECTORS", "DECOMPOSITIONS", "ALLOCATORS", "verify", "load", "compile"}  # fmt: skip
     assert names <= set(fxmerge.__all__)
     assert all(getattr(fxmerge, name) is not None for name in fxmerge.__all__)
