@@ -10,8 +10,8 @@ from torch import Tensor, fx
 
 from . import movement
 from .errors import source_line
-from .ir import Block, Lab, Layer, Param, Pin, Tie
-from .labels import FIXED, fixed, numbers, simplify, thin, varying
+from .ir import Block, Bond, Lab, Layer, Param, Pin, Tie
+from .labels import FIXED, fixed, numbers, rows, simplify, spread, thin, varying
 
 
 class Context:
@@ -56,6 +56,14 @@ class Context:
             self.tie(places[:, :1].expand_as(places), places)
         return places[:, 0].expand(size).clone()
 
+    def carried(self, x: Lab, axis: int) -> Tensor:
+        """The label at each place along an axis, (size,), for parameters that all blocks of x share."""
+        if not self.whole or not set(varying(x.t)) - {axis}:
+            return self.along(x, axis)
+        shared = self.fresh(x.t.size(axis))
+        self.meet(x.t, spread(shared, [s if a == axis else 1 for a, s in enumerate(x.t.shape)], axis))
+        return shared
+
     def resized(self, x: Lab, shape: Sequence[int]) -> Any:
         """The same labels on another shape of as many axes, where labels do not vary along an axis that changes."""
         small = x.t
@@ -65,6 +73,11 @@ class Context:
                     return self.unknown("changes the size of the channel axis")
                 small = small.narrow(axis, 0, 1)
         return Lab(simplify(torch.broadcast_to(small, tuple(shape))))
+
+    @property
+    def whole(self) -> bool:
+        """May whole blocks of channels leave (heads of attention, groups of a convolution)?"""
+        return bool(self._run.whole)
 
     def tie(self, left: Tensor, right: Tensor) -> None:
         left, right = torch.broadcast_tensors(thin(left), thin(right))  # type: ignore[no-untyped-call]
@@ -79,9 +92,11 @@ class Context:
             self._run.ties.append(Tie(self._node.name, left[differ], right[differ]))
 
     def pin(self, labels: Tensor, reason: str) -> None:
+        self._run.pins += self._pins(labels, reason)
+
+    def _pins(self, labels: Tensor, reason: str) -> list[Pin]:
         found = numbers(labels)
-        if found.numel():
-            self._run.pins.append(Pin(found, reason, self._node.name, source_line(self._node)))
+        return [Pin(found, reason, self._node.name, source_line(self._node))] if found.numel() else []
 
     def freeze(self, param: Any, reason: str) -> None:
         """This parameter may not change its shape."""
@@ -90,6 +105,37 @@ class Context:
 
     def block(self, rows: Tensor) -> None:
         self._run.blocks.append(Block(rows, self._node.name))
+
+    def bond(
+        self,
+        rows: Tensor,
+        *,
+        held: Tensor | None = None,
+        ties: tuple[Tensor, Tensor] | None = None,
+        pins: tuple[Tensor, str] | None = None,
+    ) -> None:
+        """Rows (blocks, size) that leave whole, `held` labels staying; else `ties` and `pins` hold (see `ir.Bond`)."""
+        run, known_ties, known_pins = self._run, len(self._run.ties), len(self._run.pins)
+        if ties is not None:
+            self.tie(*ties)
+        if pins is not None:
+            self.pin(*pins)
+        if self.whole:
+            otherwise = tuple(run.ties[known_ties:]), tuple(run.pins[known_pins:])
+            del run.ties[known_ties:], run.pins[known_pins:]
+            stays = self._pins(held, "is shared by blocks that leave whole") if held is not None else []
+            run.bonds.append(Bond(rows, self._node.name, tuple(stays), *otherwise))
+
+    def meet(self, a: Tensor, b: Tensor) -> None:
+        """Tie two operands; but blocks of `a` along axes where `b` has size 1 may leave whole, `b` staying as it is.
+
+        As everywhere, what is inside of a block stands along the last axis that labels vary along.
+        """
+        alone = [axis for axis in varying(a) if b.size(axis) == 1]
+        if self.whole and alone and varying(a)[-1] not in alone:
+            self.bond(rows(a, alone), held=b, ties=(a, b))
+        else:
+            self.tie(a, b)
 
     def mix(self, labels: Tensor) -> None:
         self._run.mixers.append((self._node.name, numbers(labels)))
@@ -116,10 +162,17 @@ class Context:
         plain = x.t if isinstance(x, Lab) else x.value if isinstance(x, Param) else x
         return movement.run(self.target, (plain, *args), kwargs)
 
+    @property
+    def called(self) -> str:
+        return self._node.target if isinstance(self._node.target, str) else _name(self._node.target)
+
+    def said(self, why: str) -> str:
+        """A reason, with the op that it is of."""
+        return f"{self.called} {why}" if why.split(" ")[0] in _VERBS else f"{self.called}: {why}"
+
     def unknown(self, why: str = "has no rule") -> Any:
         """Pin all that this op touches; what it gives holds no channels."""
-        called = self._node.target if isinstance(self._node.target, str) else _name(self._node.target)
-        reason = f"{called} {why}" if why.split(" ")[0] in _VERBS else f"{called}: {why}"
+        called, reason = self.called, self.said(why)
         for operand in movement.leaves(list(self._operands)):
             if isinstance(operand, Lab):
                 self.pin(operand.t, reason)

@@ -7,13 +7,15 @@ channels were contracted away (attention scores) holds no channels: a head's sco
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .ir import Lab, Param
-from .labels import fixed, holds, simplify, varying
+from .labels import fixed, holds, rows, simplify, varying
+from .ties import meets, operand_shape
 from .writers import matrix
 
 
@@ -32,23 +34,58 @@ def contract(ctx: Any, a: Tensor, b: Tensor, letters_a: str, letters_b: str, let
     if (varying_a | varying_b) & set(summed):
         # q k': tie what meets along the contracted axis, for each place along all others that channels stand on
         axes = shared + [c for c in letters_a + letters_b if c in (varying_a | varying_b) and c not in shared]
-        ctx.tie(_laid(a, letters_a, axes), _laid(b, letters_b, axes))
-        return Lab(fixed(shape))
+        one, other = _laid(a, letters_a, axes), _laid(b, letters_b, axes)
+        if any(one.size(axis) == 1 for axis in varying(other)):
+            one, other = other, one
+        ctx.meet(one, other)
+        batch = [c for c in shared if c not in summed and c in (varying_a | varying_b)]
+        return _scores(ctx, ((a, letters_a), (b, letters_b)), batch, letters_out)
     if not varying_a and not varying_b:
         return Lab(fixed(shape))
     if varying_a <= set(shared) and not varying_b <= set(shared):
-        ctx.pin(a, "numbers the blocks of other channels")  # heads that are mixed: each stays, and loses width
+        _numbered(ctx, a, letters_a, b, letters_b)
         varying_a = set()
     elif varying_b <= set(shared) and not varying_a <= set(shared):
-        ctx.pin(b, "numbers the blocks of other channels")
+        _numbered(ctx, b, letters_b, a, letters_a)
         varying_b = set()
     if varying_a and varying_b and holds(a) and holds(b):
-        return ctx.unknown("spreads two kinds of channels over each other")
+        why, batch = "spreads two kinds of channels over each other", [c for c in shared if c in varying_a & varying_b]
+        if not ctx.whole or not batch:
+            return ctx.unknown(why)
+        ctx.bond(rows(a, [letters_a.find(c) for c in batch]), pins=(a, ctx.said(why)))
+        ctx.bond(rows(b, [letters_b.find(c) for c in batch]), pins=(b, ctx.said(why)))
+        return _scores(ctx, ((a, letters_a), (b, letters_b)), batch, letters_out)
     if (varying_a | varying_b) <= set(shared):
         return ctx.unknown("has channels on a batch axis only")
     source, letters = (b, letters_b) if varying_b else (a, letters_a)
     labels = _laid(source, letters, list(letters_out))
     return Lab(simplify(torch.broadcast_to(labels, tuple(shape))))
+
+
+def _scores(ctx: Any, operands: Any, batch: list[str], letters_out: str) -> Lab:
+    """What is left where both sides' channels were summed: a number for each block, which lives as long as that."""
+    if not ctx.whole or not batch:
+        return Lab(fixed(ctx.shape))
+    sizes = [max(_laid(t, letters, batch).size(at) for t, letters in operands) for at in range(len(batch))]
+    number = ctx.fresh(math.prod(sizes)).view(sizes)
+    inside = [number.view(-1, 1)]
+    for labels, letters in operands:
+        axes = [letters.find(c) for c in batch]
+        if set(axes) <= set(varying(labels)):
+            inside.append(rows(labels, axes))
+    ctx.bond(torch.cat(inside, 1), pins=(number, "numbers the blocks of other channels"))
+    return Lab(simplify(torch.broadcast_to(_laid(number, "".join(batch), list(letters_out)), tuple(ctx.shape))))
+
+
+def _numbered(ctx: Any, numbers: Tensor, letters: str, channels: Tensor, letters_of: str) -> None:
+    """Values of one number for each block meet the blocks: heads that are mixed stay each, and lose width."""
+    axes = [letters_of.find(letters[at]) for at in varying(numbers)]
+    blocks = set(axes) <= set(varying(channels))
+    inside = [rows(numbers, varying(numbers)), rows(channels, axes)] if axes and blocks else []
+    if inside:
+        ctx.bond(torch.cat(inside, 1), pins=(numbers, "numbers the blocks of other channels"))
+    else:
+        ctx.pin(numbers, "numbers the blocks of other channels")
 
 
 def _only(labels: Tensor, letters: str, kept: list[str]) -> Tensor:
@@ -97,9 +134,6 @@ def baddbmm(ctx: Any, input: Any, batch1: Any, batch2: Any, beta: Any = 1, alpha
 
 def _broadcast(ctx: Any, a: Tensor, b: Tensor, letters_a: str, letters_b: str, out: str) -> Any:
     """Batch axes of size 1 stretch to the other operand's size."""
-    sizes = {c: max(s for t, ls in ((a, letters_a), (b, letters_b)) for s, d in zip(t.shape, ls, strict=True) if d == c)
-             for c in set(letters_a + letters_b)}  # fmt: skip
-    a, b = (t.expand([sizes[c] for c in ls]) for t, ls in ((a, letters_a), (b, letters_b)))
     return contract(ctx, simplify(a), simplify(b), letters_a, letters_b, out)
 
 
@@ -144,4 +178,6 @@ def attention(
     ctx.shape = held
     if not isinstance(scores, Lab):
         return scores
+    if attn_mask is not None and meets(scores.t, operand_shape(attn_mask)):
+        ctx.pin(scores.t, "meets a mask of its own for each block")
     return _broadcast(ctx, scores.t, v, batch + "ts", batch + "se", batch + "te")

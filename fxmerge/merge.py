@@ -76,9 +76,9 @@ def analyze(model: nn.Module, example_inputs: Any, options: Options | None = Non
     example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
     Raises FxMergeError for a model that cannot be traced or inputs that it does not take.
     """
-    settled(options, changes)
+    options = settled(options, changes)
     captured = capture(model, example_inputs)
-    facts, grouping = _grouped(captured, provenance(captured))
+    facts, grouping = _grouped(captured, provenance(captured, options.heads == "whole"))
     return Analysis(captured, facts, grouping, grouping.refusals)
 
 
@@ -139,7 +139,7 @@ def _merged(
     stage: Callable[[str], None],
 ) -> Result:
     stage("provenance")
-    facts = provenance(captured)
+    facts = provenance(captured, options.heads == "whole")
     stage("groups")
     facts, grouping = _grouped(captured, facts)
     if decided is None:

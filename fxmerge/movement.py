@@ -237,6 +237,8 @@ def _block(ctx: Any, labels: Tensor) -> None:
     axes = varying(labels)
     rows = labels[tuple(slice(None) if a in axes else 0 for a in range(labels.dim()))]
     rows = rows.reshape(-1, rows.size(-1))
+    if bool((rows[1:] == rows[0]).all(1).any()):  # blocks that stand several times, as in a batch laid beside heads
+        rows = torch.unique(rows, dim=0)
     if torch.unique(rows).numel() == rows.numel() and not bool((rows == FIXED).any()):
         ctx.block(rows)
 

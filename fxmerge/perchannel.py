@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import movement, writers
+from . import movement, ties, writers
 from .ir import Kind, Lab, Param, View
 from .labels import along, fixed, holds, without
 
@@ -139,7 +139,7 @@ def adds_nothing(ctx: Any, *args: Any, **kwargs: Any) -> bool:
             return False
         if isinstance(x, Lab) and isinstance(other, (Lab, Param)):
             shape = other.t.shape if isinstance(other, Lab) else other.value.shape
-            if movement.varying_axes(x) and not writers.meets(x.t, shape):
+            if movement.varying_axes(x) and not ties.meets(x.t, shape):
                 return False
     return True
 
