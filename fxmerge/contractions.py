@@ -129,7 +129,21 @@ def baddbmm(ctx: Any, input: Any, batch1: Any, batch2: Any, beta: Any = 1, alpha
     """beta input + alpha batch1 @ batch2, where what is added holds no channels (a bias of attention scores)."""
     if isinstance(input, Param) or (isinstance(input, Lab) and holds(input.t)):
         return ctx.unknown("adds something that holds channels")
-    return matmul(ctx, batch1, batch2)
+    product = matmul(ctx, batch1, batch2)
+    if ctx.kind != "unknown":
+        _joined(ctx, product.t, input)
+    return product
+
+
+def _joined(ctx: Any, scores: Tensor, other: Any) -> bool:
+    """What is added to scores is the same for all channels that they hold, or tied to them, or they stay."""
+    if not meets(scores, operand_shape(other)):
+        return False
+    if isinstance(other, Lab) and len(varying(other.t)) < 2:
+        ctx.tie(scores, other.t)
+    else:
+        ctx.pin(scores, "meets a constant tensor")
+    return True
 
 
 def _broadcast(ctx: Any, a: Tensor, b: Tensor, letters_a: str, letters_b: str, out: str) -> Any:
@@ -164,10 +178,6 @@ def attention(
     """softmax(q k' / scale) v: q (..., t, d), k (..., s, d), v (..., s, e) gives (..., t, e)."""
     if not all(isinstance(t, Lab) for t in (query, key, value)):
         return ctx.unknown("has an operand that is no activation")
-    if isinstance(attn_mask, Lab) and holds(attn_mask.t):
-        ctx.pin(attn_mask.t, "is used as an attention mask")
-    if isinstance(attn_mask, Param):
-        ctx.freeze(attn_mask, "is used as an attention mask")
     batch = "abcdefgh"[: query.t.dim() - 2]
     q, k, v = query.t, key.t, value.t
     if enable_gqa:  # each key head serves several query heads, one after the other
@@ -176,8 +186,11 @@ def attention(
     ctx.shape = (*q.shape[:-1], k.shape[-2])
     scores = _broadcast(ctx, q, k, batch + "td", batch + "sd", batch + "ts")
     ctx.shape = held
-    if not isinstance(scores, Lab):
+    if ctx.kind == "unknown":
         return scores
-    if attn_mask is not None and meets(scores.t, operand_shape(attn_mask)):
-        ctx.pin(scores.t, "meets a mask of its own for each block")
+    own = attn_mask is not None and _joined(ctx, scores.t, attn_mask)  # a mask for each block
+    if not own and isinstance(attn_mask, Lab) and holds(attn_mask.t):
+        ctx.pin(attn_mask.t, "is used as an attention mask")
+    if isinstance(attn_mask, Param):
+        ctx.freeze(attn_mask, "is used as an attention mask")
     return _broadcast(ctx, scores.t, v, batch + "ts", batch + "se", batch + "te")

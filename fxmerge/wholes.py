@@ -57,12 +57,13 @@ def _leaving(facts: Provenance, rows: list[tuple[str, Tensor]]) -> list[bool]:
     """
     able = np.ones(len(rows), dtype=bool)
     size = np.array([r.size(1) if at < len(facts.blocks) else 0 for at, (_, r) in enumerate(rows)])
-    while True:
+    while rows:
         goes, few = _together(facts, rows, able)
         few &= size > 0
         if not few.any():
             return goes.tolist()  # type: ignore[no-any-return]
         able &= ~(few & (size == size[few].max()))
+    return []
 
 
 def _together(facts: Provenance, rows: list[tuple[str, Tensor]], able: Bools) -> tuple[Bools, Bools]:

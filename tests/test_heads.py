@@ -101,6 +101,20 @@ class Linearised(Attention):
         return q.softmax(-1) @ (k.softmax(-2).transpose(-2, -1) @ v)
 
 
+class Table(Attention):
+    """T5's: a mask from a table of a number for each head."""
+
+    by_block: ClassVar[ByBlock] = Attention.by_block | {"table.weight": (1, 1)}
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__(blocks)
+        self.table = nn.Embedding(SIDE, blocks)
+        self.register_buffer("apart", (torch.arange(SIDE)[:, None] - torch.arange(SIDE)).abs())
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, self.table(self.apart).permute(2, 0, 1)[None])
+
+
 class GroupedQueries(Blocked):
     """Two query heads for each key head, which leave together."""
 
@@ -183,7 +197,7 @@ class GroupNormed(Blocked):
         return self.out(F.relu(self.c(F.relu(y))))
 
 
-WHOLE = [Attention, Biased, Normed, Rotated, Linearised, GroupedQueries, OneKey, GroupedConv, GroupedFunction,
+WHOLE = [Attention, Biased, Normed, Rotated, Linearised, Table, GroupedQueries, OneKey, GroupedConv, GroupedFunction,
          GroupNormed]  # fmt: skip
 every_whole = pytest.mark.parametrize("cls", WHOLE, ids=lambda c: c.__name__)
 
@@ -317,6 +331,15 @@ class PerHead(Attention):
         return F.scaled_dot_product_attention(self.map(q), k, v)
 
 
+class Sloped(Attention):
+    """ALiBi, as it is written with baddbmm: a number for each head, beside the batch."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (p.reshape(-1, SIDE, SIZE) for p in (q, k, v))
+        slopes = torch.arange(4, dtype=q.dtype).repeat(len(q) // 4).view(-1, 1, 1)
+        return (slopes.baddbmm(q, k.transpose(1, 2)).softmax(-1) @ v).view(-1, 4, SIDE, SIZE)
+
+
 class Masked(Attention):
     """scaled_dot_product_attention with a mask of its own for each head."""
 
@@ -328,7 +351,7 @@ class Masked(Attention):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
 
 
-@pytest.mark.parametrize("cls", [Shuffled, Slopes, PerHead, Masked], ids=lambda c: c.__name__)
+@pytest.mark.parametrize("cls", [Shuffled, Slopes, Sloped, PerHead, Masked], ids=lambda c: c.__name__)
 def test_blocks_lose_width_where_they_cannot_leave_whole(cls: Any) -> None:
     """And then heads="whole" gives just what heads="width" gives."""
     model, x = built(cls)
