@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -136,6 +137,27 @@ class Context:
             self.bond(rows(a, alone), held=b, ties=(a, b))
         else:
             self.tie(a, b)
+
+    def numbered(self, sizes: Sequence[int], blocks: Sequence[Tensor]) -> Tensor:
+        """A label for each of some blocks, shaped `sizes`, which lives as long as the block: rows of (blocks, size)."""
+        number = self.fresh(prod(sizes)).view(tuple(sizes))
+        self._run.numbers.append(number.flatten())
+        self.bond(torch.cat([number.view(-1, 1), *blocks], 1), pins=(number, "numbers the blocks of other channels"))
+        return number
+
+    def counted(self, a: Tensor, b: Tensor) -> bool:
+        """Has b one value for each block of a, and no channels? Then blocks leave with it or lose width."""
+        blocks = [axis for axis in varying(a) if b.size(axis) > 1]
+        known = torch.cat([torch.zeros(1, dtype=torch.int64), *self._run.numbers])
+        if not blocks or varying(a)[-1] in blocks or not bool(torch.isin(thin(b), known).all()):
+            return False
+        inside = rows(a, blocks)
+        if bool((inside == FIXED).any()) or torch.unique(inside).numel() < inside.numel():
+            return False
+        number = b[tuple(slice(None) if axis in blocks else 0 for axis in range(b.dim()))]
+        self.block(inside)
+        self.bond(torch.cat([number.reshape(-1, 1), inside], 1))
+        return True
 
     def mix(self, labels: Tensor) -> None:
         self._run.mixers.append((self._node.name, numbers(labels)))

@@ -1,4 +1,4 @@
-"""Rules of contractions: matmul, einsum, scaled_dot_product_attention.
+"""Rules of contractions: matmul, scaled_dot_product_attention (einsum: `einsums.py`).
 
 The two sides of the contracted axis are tied; the labels of the other axes pass on. A batch axis that labels vary
 along on both sides (attention heads) is tied as well, position by position, but what comes out where both sides'
@@ -7,7 +7,6 @@ channels were contracted away (attention scores) holds no channels: a head's sco
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -42,6 +41,10 @@ def contract(ctx: Any, a: Tensor, b: Tensor, letters_a: str, letters_b: str, let
         return _scores(ctx, ((a, letters_a), (b, letters_b)), batch, letters_out)
     if not varying_a and not varying_b:
         return Lab(fixed(shape))
+    if varying_a == varying_b and varying_a <= set(shared):  # channel by channel
+        one, other = (_laid(t, letters, list(letters_out)) for t, letters in ((a, letters_a), (b, letters_b)))
+        ctx.tie(one, other)
+        return Lab(simplify(torch.broadcast_to(one, tuple(shape))))
     if varying_a <= set(shared) and not varying_b <= set(shared):
         _numbered(ctx, a, letters_a, b, letters_b)
         varying_a = set()
@@ -66,14 +69,10 @@ def _scores(ctx: Any, operands: Any, batch: list[str], letters_out: str) -> Lab:
     """What is left where both sides' channels were summed: a number for each block, which lives as long as that."""
     if not ctx.whole or not batch:
         return Lab(fixed(ctx.shape))
+    axes = [(t, [letters.find(c) for c in batch]) for t, letters in operands]
+    whole = [(t, at) for t, at in axes if set(at) <= set(varying(t))]
     sizes = [max(_laid(t, letters, batch).size(at) for t, letters in operands) for at in range(len(batch))]
-    number = ctx.fresh(math.prod(sizes)).view(sizes)
-    inside = [number.view(-1, 1)]
-    for labels, letters in operands:
-        axes = [letters.find(c) for c in batch]
-        if set(axes) <= set(varying(labels)):
-            inside.append(rows(labels, axes))
-    ctx.bond(torch.cat(inside, 1), pins=(number, "numbers the blocks of other channels"))
+    number = ctx.numbered(sizes, [rows(t, at) for t, at in whole])
     return Lab(simplify(torch.broadcast_to(_laid(number, "".join(batch), list(letters_out)), tuple(ctx.shape))))
 
 
@@ -149,19 +148,6 @@ def _joined(ctx: Any, scores: Tensor, other: Any) -> bool:
 def _broadcast(ctx: Any, a: Tensor, b: Tensor, letters_a: str, letters_b: str, out: str) -> Any:
     """Batch axes of size 1 stretch to the other operand's size."""
     return contract(ctx, simplify(a), simplify(b), letters_a, letters_b, out)
-
-
-def einsum(ctx: Any, equation: Any, *operands: Any) -> Any:
-    """Two operands, an explicit output, no ellipsis."""
-    if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
-        operands = tuple(operands[0])
-    if len(operands) != 2 or not isinstance(equation, str) or "..." in equation or "->" not in equation:
-        return ctx.unknown("is not of two operands with an explicit output")
-    if not all(isinstance(o, Lab) for o in operands):
-        return ctx.unknown("has an operand that is no activation")
-    inputs, out = equation.replace(" ", "").split("->")
-    letters_a, letters_b = inputs.split(",")
-    return _broadcast(ctx, operands[0].t, operands[1].t, letters_a, letters_b, out)
 
 
 def attention(

@@ -38,6 +38,7 @@ class _Run:
         self.pins: list[Pin] = []
         self.blocks: list[Block] = []
         self.bonds: list[Bond] = []
+        self.numbers: list[Tensor] = []  # labels of blocks, which are no channels
         self.mixers: list[tuple[str, Tensor]] = []
         self.layers: list[Layer] = []
         self.kinds: dict[str, Any] = {}

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import contractions, movement, norms, ties, writers
+from . import contractions, einsums, movement, norms, ties, writers
 from .exporting import overload_name
 from .ir import Aten
 from .perchannel import (
@@ -73,7 +73,7 @@ _ROWS: tuple[Rule, ...] = (
                                                           torch.mm, "mm")),
     Rule("addmm", "writer", contractions.addmm, (torch.addmm, "addmm")),
     Rule("baddbmm", "contraction", contractions.baddbmm, (torch.baddbmm, "baddbmm")),
-    Rule("einsum", "contraction", contractions.einsum, (torch.einsum, torch.functional.einsum)),
+    Rule("einsum", "contraction", einsums.einsum, (torch.einsum, torch.functional.einsum)),
     Rule("attention", "contraction", contractions.attention, (F.scaled_dot_product_attention,)),
     # carriers: their own per-channel parameters follow the labels
     Rule(

@@ -130,6 +130,9 @@ def _meet(ctx: Any, a: Tensor, b: Tensor) -> Any:
         return ctx.resized(Lab(a), ctx.shape)
     if not varying(a) and not varying(b) and not numbers(a).numel() and not numbers(b).numel():
         return Lab(a.expand(ctx.shape))
+    for one, other in ((a, b), (b, a)):
+        if ctx.counted(one, other):
+            return Lab(simplify(torch.broadcast_to(one, ctx.shape)))
     ctx.meet(a, b)
     if len(varying(a)) == len(varying(b)):  # the one that tells copies of a channel from each other
         simplest = a if a_alone or not holds(b) or numbers(a).numel() >= numbers(b).numel() else b
