@@ -13,10 +13,10 @@ from .ir import Lab
 from .labels import simplify, varying
 
 
-def einsum(ctx: Any, equation: Any, *operands: Any) -> Any:
+def einsum(ctx: Any, equation: Any, *operands: Any, tensors: Any = None) -> Any:
     """Any number of operands; what is summed before the last of them is what neither the rest nor the output names."""
-    if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
-        operands = tuple(operands[0])
+    if tensors is not None or (len(operands) == 1 and isinstance(operands[0], (list, tuple))):
+        operands = tuple(operands[0] if tensors is None else tensors)
     if not isinstance(equation, str) or ctx.shape is None or not operands:
         return ctx.unknown("is not given as an equation and operands")
     if not all(isinstance(o, Lab) for o in operands):

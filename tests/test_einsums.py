@@ -82,6 +82,18 @@ def test_queries_keys_and_values_at_once() -> None:
     assert max(verify.permutation(found.captured, found.facts, found.grouping).values()) < 1e-10
 
 
+def test_as_torch_export_spells_it() -> None:
+    """aten.einsum takes its operands as one list, by name."""
+
+    def op(m: Any, x: Any) -> Any:
+        return torch.ops.aten.einsum.default("...ct,...ts", [x, m.input.transpose(1, 2).matmul(m.input)])
+
+    model, x = Sample(op, dims=1).make()
+    result = plain_merge(model, x, decomposition="prune", ratio=0.5)
+    assert [p.name for p in result.plan.groups] == ["writer"], result.report.refusals
+    assert verify.difference([masked_by_hand(result, x)], verify.outputs(result.module, (x,))) < 1e-10
+
+
 STAY = {
     "bcc->bc": "takes a diagonal",
     "bct->bt": "sums over the channels of one operand alone",
