@@ -11,7 +11,7 @@ import inspect
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from . import movement, rules
 from .context import Context, Opaque
@@ -113,8 +113,6 @@ class _Run:
             key = rules.module_class(target, self.table)
             if target._forward_hooks or target._forward_pre_hooks:
                 key, why = None, "has forward hooks"
-            elif nn.utils.parametrize.is_parametrized(target):
-                key, why = None, "has parametrized weights"
             elif key is None:
                 why = f"is a {type(target).__name__}, which has no rule"
         found = self.table.get(key) if node.op == "call_module" else rules.find(key, self.table)
