@@ -198,7 +198,7 @@ class Report:
         if self.plan.options.decomposition == "mostsim" and group.scale_blocks:
             note.append(f"scale 1 ({_listed(list(group.scale_blocks))})")
         if self.plan.options.decomposition != "prune" and not group.partners:
-            note.append("dropped, not merged: its copies do not line up")
+            note.append("dropped, not merged: whole blocks, or copies that do not line up")
         if self.plan.options.decomposition == "mostsim" and merged < len(plan.partners) and group.partners:
             note.append(f"{len(plan.partners) - merged} dropped without a partner")
         return [
@@ -213,11 +213,19 @@ class Report:
             f"parameters {before.parameters:,} -> {after.parameters:,} ({size} left)"
             f"\nFLOPs      {before.flops:,} -> {after.flops:,} ({_share(after.flops, before.flops)} left)"
             f"\nrelative error of the outputs on the example inputs: {self.verdict.error:.3g}"
+            + "".join(f"\n{note}" for note in self.notes)
             + _left_out(self.captured)
         )
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was asked for and not done."""
+        if self.captured.recorded is None or self.plan.options.refit == "none" or not self.plan.groups:
+            return ()
+        return ("no layer was re-solved: the model's own code between its parts cannot be run in both widths at once",)
+
     def json(self) -> str:
-        """JSON text: parameters_before, parameters_after, flops_before, flops_after, error, refit, groups, refusals."""
+        """JSON text: parameters and flops _before and _after, error, refit, notes, groups, refusals."""
         planned = {g.name: g for g in self.plan.groups}
         groups = []
         for g in self.groups:
@@ -239,6 +247,7 @@ class Report:
                 "flops_after": self.after.flops,
                 "error": self.verdict.error,
                 "refit": [vars(r) for r in self.refitted],
+                "notes": list(self.notes),
                 "groups": groups,
                 "refusals": _refusals_json(self.refusals, self.captured),
             },
