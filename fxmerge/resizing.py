@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 Shape = tuple[int, ...]
 
@@ -61,6 +61,9 @@ def _sizes(call: Call, about: Resize) -> Call | None:
     if len(sizes) != len(after):
         return None
     new = [s if v in (-1, a) else a for s, v, a in zip(sizes, values, after, strict=True)]
+    computed = [at for at, s in enumerate(sizes) if isinstance(s, fx.Node) and new[at] is not s]
+    if len(computed) == 1 and -1 not in values:
+        new[computed[0]] = -1  # a product of the number of samples, say: a literal would hold for the example only
     return Call(call.target, (args[0], tuple(new)) if packed else (args[0], *new), call.kwargs)
 
 

@@ -221,7 +221,7 @@ _ROWS: tuple[Rule, ...] = (
     Rule("new", "query", constant_rule, ("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor")),
     Rule("query", "query", query_rule, (getattr, "size", "dim", "ndimension", "numel", "stride", "get_device",
                                         "is_floating_point", "element_size", torch.numel, len,
-                                        torch.is_tensor, torch._assert), moves),
+                                        torch.is_tensor, torch._assert, Aten("sym_size")), moves),
 )  # fmt: skip
 
 RULES: dict[str, Rule] = {row.name: row for row in _ROWS}

@@ -8,6 +8,8 @@ import torch
 from sandwich import SIDE, Op, Sample, call
 from torch import Tensor
 
+from fxmerge.ir import Aten
+
 QUERIES: dict[Any, Op] = {
     getattr: lambda m, x: x.reshape(x.shape[0], x.shape[1], SIDE, SIDE),
     "size": lambda m, x: x.view(x.size(0), x.size(1), *x.size()[2:]) if isinstance(x, Tensor) else x.view(x.size()),
@@ -21,6 +23,7 @@ QUERIES: dict[Any, Op] = {
     "is_floating_point": lambda m, x: x * x.is_floating_point(),
     "element_size": lambda m, x: x * x.element_size(),
     torch._assert: lambda m, x: (call(torch._assert)(x.shape[1] > 0, "no channels"), x)[1],
+    Aten("sym_size"): lambda m, x: x.reshape(2, call(torch.ops.aten.sym_size.int)(x, 1), SIDE, SIDE),
     torch.is_tensor: lambda m, x: x * call(torch.is_tensor)(x),
 }
 
