@@ -81,6 +81,15 @@ class Context:
         return bool(self._run.whole)
 
     def tie(self, left: Tensor, right: Tensor) -> None:
+        """Labels that become equal, position by position; those that meet FIXED are pinned."""
+        left, right = thin(left), thin(right)
+        sizes = list(zip(left.shape, right.shape, strict=False)) if left.dim() == right.dim() else []
+        alone = [(left, [b == 1 for _, b in sizes]), (right, [a == 1 for a, _ in sizes])]
+        firsts = [t[tuple(slice(0, 1) if spread else slice(None) for spread in s)] for t, s in alone]
+        if sizes and all(f.numel() < t.numel() for f, (t, _) in zip(firsts, alone, strict=True)):
+            for first, (t, _) in zip(firsts, alone, strict=True):  # not each of one with each of the other
+                self.tie(first, t)
+            left, right = firsts
         left, right = torch.broadcast_tensors(thin(left), thin(right))  # type: ignore[no-untyped-call]
         left, right = left.flatten(), right.flatten()
         if not bool(torch.minimum(left, right).all()):  # FIXED is 0, and no label is less
