@@ -94,6 +94,32 @@ def test_as_torch_export_spells_it() -> None:
     assert verify.difference([masked_by_hand(result, x)], verify.outputs(result.module, (x,))) < 1e-10
 
 
+class Places(nn.Module):
+    """Scores from a table of relative places (MViT, SAM), some of whose rows are never taken."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.n, self.q, self.v, self.out = n, nn.Linear(3, 2 * n), nn.Linear(3, 2 * n), nn.Linear(2 * n, 3)
+        self.table = nn.Parameter(torch.randn(15, n))
+        self.register_buffer("apart", (torch.arange(6)[:, None] - torch.arange(6)) + 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, v = (p(x).view(2, 6, 2, -1).transpose(1, 2) for p in (self.q, self.v))
+        y = torch.einsum("bhqc,qkc->bhqk", q, self.table[self.apart]).softmax(-1) @ v
+        return self.out(torch.relu(y.transpose(1, 2).flatten(2)))
+
+
+def test_a_table_of_places_follows() -> None:
+    model, x = randomised(Places(8)).double().eval(), torch.randn(2, 6, 3, dtype=torch.float64)
+    result = plain_merge(model, x)
+    smaller = {n: p.shape for n, p in result.module.named_parameters()}
+    assert smaller == {n: p.shape for n, p in Places(4).named_parameters()}
+    found = result.analysis
+    assert max(verify.permutation(found.captured, found.facts, found.grouping).values()) < 1e-10
+    # each place of the table is tied once, not to each place of each head
+    assert sum(len(t.left) for t in found.facts.ties if t.node == "einsum") < 36 * 8 + 2 * 8 + 8
+
+
 STAY = {
     "bcc->bc": "takes a diagonal",
     "bct->bt": "sums over the channels of one operand alone",
