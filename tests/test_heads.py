@@ -299,6 +299,18 @@ def test_a_plan_is_replayed() -> None:
         assert torch.equal(again.module(x), result.module(x))
 
 
+@pytest.mark.parametrize("cls", [Attention, Biased, GroupedQueries, GroupedConv], ids=lambda c: c.__name__)
+def test_heads_and_then_width(cls: Any) -> None:
+    """A merged model is merged once more: fewer blocks, and each of them narrower."""
+    model, x = built(cls)
+    whole = plain_merge(model, x, heads="whole").module
+    both = plain_merge(whole, x, heads="width")
+    found = both.analysis
+    assert max(verify.permutation(found.captured, found.facts, found.grouping).values()) < 1e-10
+    sizes = [sum(p.numel() for p in m.parameters()) for m in (model, whole, both.module)]
+    assert sizes[2] < 0.8 * sizes[1] < 0.6 * sizes[0]
+
+
 class Shuffled(GroupedConv):
     """A channel shuffle deals each group out to all others: no group can leave whole."""
 
