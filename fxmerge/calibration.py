@@ -51,7 +51,7 @@ def fed(
         return probes(family, list(captured.inputs), words, whole, size, options.seed)
 
     if fault := refused(captured, made(next(iter(PROBES)), size)[0]):
-        raise UnprobedError(f"left out, as the model {fault} on probes; give merge(..., calibration=batches)")
+        raise UnprobedError(f"refit is left out, as the model {fault} on probes; give merge(..., calibration=batches)")
     family = options.probes
     if family == "auto":
         off = {name: mismatch(made(name, size)) if normed else 0.0 for name in PROBES}

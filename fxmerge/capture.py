@@ -25,6 +25,7 @@ from .recall import Recall
 from .recorded import Recorded
 from .recording import record
 from .tracing import trace
+from .unparametrizing import unparametrize
 from .weights import deep_copy
 
 
@@ -85,6 +86,7 @@ def capture(model: Any, example_inputs: Any) -> Capture:
                 f"{type(model).__name__} does not run on these example inputs ({_shapes(args, kwargs)}): "
                 f"{type(error).__name__}: {first_line(error)}; give inputs as the model's forward takes them"
             ) from error
+        unparametrize(traced_model)
         left_out = foreign(expected)
         if left_out:
             expected, traced_model = plain(expected), returning_plain(traced_model)

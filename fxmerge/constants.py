@@ -17,6 +17,7 @@ from . import movement, rules
 from .ir import Capture, Lab, Param, Provenance
 from .labels import compact, numbers, simplify, thin
 from .resizing import IMPLICIT, Call, Resize, resized
+from .weights import blocks_left
 
 
 @dataclass(frozen=True)
@@ -132,9 +133,14 @@ class _Check:
             call = self.edits.get(node.name, Call(node.target, tuple(node.args), dict(node.kwargs)))
             operands = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, fx.Node)]
             before = [_shape(self.before(o.name)) for o in operands]
-            found = follow(call, before, [_shape(self.values[o.name]) for o in operands])
+            found = follow(call, before, [_shape(self.values[o.name]) for o in operands], self.blocks(node))
             if found is not None:
                 self.edit(node, found)
+
+    def blocks(self, node: fx.Node) -> tuple[int, int]:
+        """(groups of the layer that a node is, those that are left)."""
+        layers = [layer for layer in self.facts.layers if layer.node == node.name and layer.groups > 1]
+        return (layers[0].groups, blocks_left(layers[0], self.alive)) if layers else (1, 1)
 
     def rule_name(self, node: fx.Node) -> str:
         return self.rule_name_of(node.target)

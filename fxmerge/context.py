@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -10,8 +11,8 @@ from torch import Tensor, fx
 
 from . import movement
 from .errors import source_line
-from .ir import Block, Lab, Layer, Param, Pin, Tie
-from .labels import FIXED, fixed, numbers, simplify, thin, varying
+from .ir import Block, Bond, Lab, Layer, Param, Pin, Tie
+from .labels import FIXED, fixed, numbers, rows, simplify, spread, thin, varying
 
 
 class Context:
@@ -56,6 +57,14 @@ class Context:
             self.tie(places[:, :1].expand_as(places), places)
         return places[:, 0].expand(size).clone()
 
+    def carried(self, x: Lab, axis: int) -> Tensor:
+        """The label at each place along an axis, (size,), for parameters that all blocks of x share."""
+        if not self.whole or not set(varying(x.t)) - {axis}:
+            return self.along(x, axis)
+        shared = self.fresh(x.t.size(axis))
+        self.meet(x.t, spread(shared, [s if a == axis else 1 for a, s in enumerate(x.t.shape)], axis))
+        return shared
+
     def resized(self, x: Lab, shape: Sequence[int]) -> Any:
         """The same labels on another shape of as many axes, where labels do not vary along an axis that changes."""
         small = x.t
@@ -66,7 +75,21 @@ class Context:
                 small = small.narrow(axis, 0, 1)
         return Lab(simplify(torch.broadcast_to(small, tuple(shape))))
 
+    @property
+    def whole(self) -> bool:
+        """May whole blocks of channels leave (heads of attention, groups of a convolution)?"""
+        return bool(self._run.whole)
+
     def tie(self, left: Tensor, right: Tensor) -> None:
+        """Labels that become equal, position by position; those that meet FIXED are pinned."""
+        left, right = thin(left), thin(right)
+        sizes = list(zip(left.shape, right.shape, strict=False)) if left.dim() == right.dim() else []
+        alone = [(left, [b == 1 for _, b in sizes]), (right, [a == 1 for a, _ in sizes])]
+        firsts = [t[tuple(slice(0, 1) if spread else slice(None) for spread in s)] for t, s in alone]
+        if sizes and all(f.numel() < t.numel() for f, (t, _) in zip(firsts, alone, strict=True)):
+            for first, (t, _) in zip(firsts, alone, strict=True):  # not each of one with each of the other
+                self.tie(first, t)
+            left, right = firsts
         left, right = torch.broadcast_tensors(thin(left), thin(right))  # type: ignore[no-untyped-call]
         left, right = left.flatten(), right.flatten()
         if not bool(torch.minimum(left, right).all()):  # FIXED is 0, and no label is less
@@ -79,9 +102,11 @@ class Context:
             self._run.ties.append(Tie(self._node.name, left[differ], right[differ]))
 
     def pin(self, labels: Tensor, reason: str) -> None:
+        self._run.pins += self._pins(labels, reason)
+
+    def _pins(self, labels: Tensor, reason: str) -> list[Pin]:
         found = numbers(labels)
-        if found.numel():
-            self._run.pins.append(Pin(found, reason, self._node.name, source_line(self._node)))
+        return [Pin(found, reason, self._node.name, source_line(self._node))] if found.numel() else []
 
     def freeze(self, param: Any, reason: str) -> None:
         """This parameter may not change its shape."""
@@ -90,6 +115,58 @@ class Context:
 
     def block(self, rows: Tensor) -> None:
         self._run.blocks.append(Block(rows, self._node.name))
+
+    def bond(
+        self,
+        rows: Tensor,
+        *,
+        held: Tensor | None = None,
+        ties: tuple[Tensor, Tensor] | None = None,
+        pins: tuple[Tensor, str] | None = None,
+    ) -> None:
+        """Rows (blocks, size) that leave whole, `held` labels staying; else `ties` and `pins` hold (see `ir.Bond`)."""
+        run, known_ties, known_pins = self._run, len(self._run.ties), len(self._run.pins)
+        if ties is not None:
+            self.tie(*ties)
+        if pins is not None:
+            self.pin(*pins)
+        if self.whole:
+            otherwise = tuple(run.ties[known_ties:]), tuple(run.pins[known_pins:])
+            del run.ties[known_ties:], run.pins[known_pins:]
+            stays = self._pins(held, "is shared by blocks that leave whole") if held is not None else []
+            run.bonds.append(Bond(rows, self._node.name, tuple(stays), *otherwise))
+
+    def meet(self, a: Tensor, b: Tensor) -> None:
+        """Tie two operands; but blocks of `a` along axes where `b` has size 1 may leave whole, `b` staying as it is.
+
+        As everywhere, what is inside of a block stands along the last axis that labels vary along.
+        """
+        alone = [axis for axis in varying(a) if b.size(axis) == 1]
+        if self.whole and alone and varying(a)[-1] not in alone:
+            self.bond(rows(a, alone), held=b, ties=(a, b))
+        else:
+            self.tie(a, b)
+
+    def numbered(self, sizes: Sequence[int], blocks: Sequence[Tensor]) -> Tensor:
+        """A label for each of some blocks, shaped `sizes`, which lives as long as the block: rows of (blocks, size)."""
+        number = self.fresh(prod(sizes)).view(tuple(sizes))
+        self._run.numbers.append(number.flatten())
+        self.bond(torch.cat([number.view(-1, 1), *blocks], 1), pins=(number, "numbers the blocks of other channels"))
+        return number
+
+    def counted(self, a: Tensor, b: Tensor) -> bool:
+        """Has b one value for each block of a, and no channels? Then blocks leave with it or lose width."""
+        blocks = [axis for axis in varying(a) if b.size(axis) > 1]
+        known = torch.cat([torch.zeros(1, dtype=torch.int64), *self._run.numbers])
+        if not blocks or varying(a)[-1] in blocks or not bool(torch.isin(thin(b), known).all()):
+            return False
+        inside = rows(a, blocks)
+        if bool((inside == FIXED).any()) or torch.unique(inside).numel() < inside.numel():
+            return False
+        number = b[tuple(slice(None) if axis in blocks else 0 for axis in range(b.dim()))]
+        self.block(inside)
+        self.bond(torch.cat([number.reshape(-1, 1), inside], 1))
+        return True
 
     def mix(self, labels: Tensor) -> None:
         self._run.mixers.append((self._node.name, numbers(labels)))
@@ -116,10 +193,17 @@ class Context:
         plain = x.t if isinstance(x, Lab) else x.value if isinstance(x, Param) else x
         return movement.run(self.target, (plain, *args), kwargs)
 
+    @property
+    def called(self) -> str:
+        return self._node.target if isinstance(self._node.target, str) else _name(self._node.target)
+
+    def said(self, why: str) -> str:
+        """A reason, with the op that it is of."""
+        return f"{self.called} {why}" if why.split(" ")[0] in _VERBS else f"{self.called}: {why}"
+
     def unknown(self, why: str = "has no rule") -> Any:
         """Pin all that this op touches; what it gives holds no channels."""
-        called = self._node.target if isinstance(self._node.target, str) else _name(self._node.target)
-        reason = f"{called} {why}" if why.split(" ")[0] in _VERBS else f"{called}: {why}"
+        called, reason = self.called, self.said(why)
         for operand in movement.leaves(list(self._operands)):
             if isinstance(operand, Lab):
                 self.pin(operand.t, reason)

@@ -1,4 +1,4 @@
-"""Rules of contractions: matmul, einsum, scaled_dot_product_attention.
+"""Rules of contractions: matmul, scaled_dot_product_attention (einsum: `einsums.py`).
 
 The two sides of the contracted axis are tied; the labels of the other axes pass on. A batch axis that labels vary
 along on both sides (attention heads) is tied as well, position by position, but what comes out where both sides'
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from .ir import Lab, Param
-from .labels import fixed, holds, simplify, varying
+from .labels import fixed, holds, rows, simplify, varying
+from .ties import meets, operand_shape
 from .writers import matrix
 
 
@@ -32,23 +33,58 @@ def contract(ctx: Any, a: Tensor, b: Tensor, letters_a: str, letters_b: str, let
     if (varying_a | varying_b) & set(summed):
         # q k': tie what meets along the contracted axis, for each place along all others that channels stand on
         axes = shared + [c for c in letters_a + letters_b if c in (varying_a | varying_b) and c not in shared]
-        ctx.tie(_laid(a, letters_a, axes), _laid(b, letters_b, axes))
-        return Lab(fixed(shape))
+        one, other = _laid(a, letters_a, axes), _laid(b, letters_b, axes)
+        if any(one.size(axis) == 1 for axis in varying(other)):
+            one, other = other, one
+        ctx.meet(one, other)
+        batch = [c for c in shared if c not in summed and c in (varying_a | varying_b)]
+        return _scores(ctx, ((a, letters_a), (b, letters_b)), batch, letters_out)
     if not varying_a and not varying_b:
         return Lab(fixed(shape))
+    if varying_a == varying_b and varying_a <= set(shared):  # channel by channel
+        one, other = (_laid(t, letters, list(letters_out)) for t, letters in ((a, letters_a), (b, letters_b)))
+        ctx.tie(one, other)
+        return Lab(simplify(torch.broadcast_to(one, tuple(shape))))
     if varying_a <= set(shared) and not varying_b <= set(shared):
-        ctx.pin(a, "numbers the blocks of other channels")  # heads that are mixed: each stays, and loses width
+        _numbered(ctx, a, letters_a, b, letters_b)
         varying_a = set()
     elif varying_b <= set(shared) and not varying_a <= set(shared):
-        ctx.pin(b, "numbers the blocks of other channels")
+        _numbered(ctx, b, letters_b, a, letters_a)
         varying_b = set()
     if varying_a and varying_b and holds(a) and holds(b):
-        return ctx.unknown("spreads two kinds of channels over each other")
+        why, batch = "spreads two kinds of channels over each other", [c for c in shared if c in varying_a & varying_b]
+        if not ctx.whole or not batch:
+            return ctx.unknown(why)
+        ctx.bond(rows(a, [letters_a.find(c) for c in batch]), pins=(a, ctx.said(why)))
+        ctx.bond(rows(b, [letters_b.find(c) for c in batch]), pins=(b, ctx.said(why)))
+        return _scores(ctx, ((a, letters_a), (b, letters_b)), batch, letters_out)
     if (varying_a | varying_b) <= set(shared):
         return ctx.unknown("has channels on a batch axis only")
     source, letters = (b, letters_b) if varying_b else (a, letters_a)
     labels = _laid(source, letters, list(letters_out))
     return Lab(simplify(torch.broadcast_to(labels, tuple(shape))))
+
+
+def _scores(ctx: Any, operands: Any, batch: list[str], letters_out: str) -> Lab:
+    """What is left where both sides' channels were summed: a number for each block, which lives as long as that."""
+    if not ctx.whole or not batch:
+        return Lab(fixed(ctx.shape))
+    axes = [(t, [letters.find(c) for c in batch]) for t, letters in operands]
+    whole = [(t, at) for t, at in axes if set(at) <= set(varying(t))]
+    sizes = [max(_laid(t, letters, batch).size(at) for t, letters in operands) for at in range(len(batch))]
+    number = ctx.numbered(sizes, [rows(t, at) for t, at in whole])
+    return Lab(simplify(torch.broadcast_to(_laid(number, "".join(batch), list(letters_out)), tuple(ctx.shape))))
+
+
+def _numbered(ctx: Any, numbers: Tensor, letters: str, channels: Tensor, letters_of: str) -> None:
+    """Values of one number for each block meet the blocks: heads that are mixed stay each, and lose width."""
+    axes = [letters_of.find(letters[at]) for at in varying(numbers)]
+    blocks = set(axes) <= set(varying(channels))
+    inside = [rows(numbers, varying(numbers)), rows(channels, axes)] if axes and blocks else []
+    if inside:
+        ctx.bond(torch.cat(inside, 1), pins=(numbers, "numbers the blocks of other channels"))
+    else:
+        ctx.pin(numbers, "numbers the blocks of other channels")
 
 
 def _only(labels: Tensor, letters: str, kept: list[str]) -> Tensor:
@@ -92,28 +128,26 @@ def baddbmm(ctx: Any, input: Any, batch1: Any, batch2: Any, beta: Any = 1, alpha
     """beta input + alpha batch1 @ batch2, where what is added holds no channels (a bias of attention scores)."""
     if isinstance(input, Param) or (isinstance(input, Lab) and holds(input.t)):
         return ctx.unknown("adds something that holds channels")
-    return matmul(ctx, batch1, batch2)
+    product = matmul(ctx, batch1, batch2)
+    if ctx.kind != "unknown":
+        _joined(ctx, product.t, input)
+    return product
+
+
+def _joined(ctx: Any, scores: Tensor, other: Any) -> bool:
+    """What is added to scores is the same for all channels that they hold, or tied to them, or they stay."""
+    if not meets(scores, operand_shape(other)):
+        return False
+    if isinstance(other, Lab) and len(varying(other.t)) < 2:
+        ctx.tie(scores, other.t)
+    else:
+        ctx.pin(scores, "meets a constant tensor")
+    return True
 
 
 def _broadcast(ctx: Any, a: Tensor, b: Tensor, letters_a: str, letters_b: str, out: str) -> Any:
     """Batch axes of size 1 stretch to the other operand's size."""
-    sizes = {c: max(s for t, ls in ((a, letters_a), (b, letters_b)) for s, d in zip(t.shape, ls, strict=True) if d == c)
-             for c in set(letters_a + letters_b)}  # fmt: skip
-    a, b = (t.expand([sizes[c] for c in ls]) for t, ls in ((a, letters_a), (b, letters_b)))
     return contract(ctx, simplify(a), simplify(b), letters_a, letters_b, out)
-
-
-def einsum(ctx: Any, equation: Any, *operands: Any) -> Any:
-    """Two operands, an explicit output, no ellipsis."""
-    if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
-        operands = tuple(operands[0])
-    if len(operands) != 2 or not isinstance(equation, str) or "..." in equation or "->" not in equation:
-        return ctx.unknown("is not of two operands with an explicit output")
-    if not all(isinstance(o, Lab) for o in operands):
-        return ctx.unknown("has an operand that is no activation")
-    inputs, out = equation.replace(" ", "").split("->")
-    letters_a, letters_b = inputs.split(",")
-    return _broadcast(ctx, operands[0].t, operands[1].t, letters_a, letters_b, out)
 
 
 def attention(
@@ -130,10 +164,6 @@ def attention(
     """softmax(q k' / scale) v: q (..., t, d), k (..., s, d), v (..., s, e) gives (..., t, e)."""
     if not all(isinstance(t, Lab) for t in (query, key, value)):
         return ctx.unknown("has an operand that is no activation")
-    if isinstance(attn_mask, Lab) and holds(attn_mask.t):
-        ctx.pin(attn_mask.t, "is used as an attention mask")
-    if isinstance(attn_mask, Param):
-        ctx.freeze(attn_mask, "is used as an attention mask")
     batch = "abcdefgh"[: query.t.dim() - 2]
     q, k, v = query.t, key.t, value.t
     if enable_gqa:  # each key head serves several query heads, one after the other
@@ -142,6 +172,11 @@ def attention(
     ctx.shape = (*q.shape[:-1], k.shape[-2])
     scores = _broadcast(ctx, q, k, batch + "td", batch + "sd", batch + "ts")
     ctx.shape = held
-    if not isinstance(scores, Lab):
+    if ctx.kind == "unknown":
         return scores
+    own = attn_mask is not None and _joined(ctx, scores.t, attn_mask)  # a mask for each block
+    if not own and isinstance(attn_mask, Lab) and holds(attn_mask.t):
+        ctx.pin(attn_mask.t, "is used as an attention mask")
+    if isinstance(attn_mask, Param):
+        ctx.freeze(attn_mask, "is used as an attention mask")
     return _broadcast(ctx, scores.t, v, batch + "ts", batch + "se", batch + "te")

@@ -1,12 +1,13 @@
 """Exporting: the graphs of torch.export (aten ops), for what symbolic tracing cannot reach or leaves hidden.
 
-Parameters keep the user's names. Every size in such a graph is a literal, so the merged model takes inputs of the
-example's shape; `constants.py` recomputes the literals that depend on widths.
+Parameters keep the user's names. The number of samples is left open where the model allows it; every other size is a
+literal, so the merged model takes inputs of the example's shape. `constants.py` recomputes those that depend on widths.
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import logging
 import warnings
@@ -14,13 +15,17 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .movement import fresh
 
 
 def export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
     """The model as a graph module of aten ops, with the model's own call signature. Raises what torch.export raises."""
     with silence(), torch.no_grad():
-        return opened(torch.export.export(model, args, kwargs, strict=False))
+        found = of_any_batch(model, args, kwargs)
+        return found or opened(torch.export.export(model, args, kwargs, strict=False))
 
 
 @contextlib.contextmanager
@@ -58,6 +63,38 @@ def unguarded(module: fx.GraphModule) -> None:
     for name, _ in list(module.named_children()):
         if "_guards" in name:
             delattr(module, name)
+
+
+def of_any_batch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule | None:
+    """The exported model for any number of samples, or None where that cannot be left open.
+
+    The samples are what all tensors have as many of, on their first axis. A single one is doubled for the export,
+    which takes a size of 1 for a constant. What comes out must give what the model gives on the very example.
+    """
+    given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    sizes = {t.size(0) for t in given if t.dim()}
+    if len(sizes) != 1 or not all(t.dim() for t in given):
+        return None
+    traced_args, traced_kwargs = tree_map(_doubled, (args, kwargs)) if sizes == {1} else (args, kwargs)
+    named = dict(inspect.signature(model.forward).bind(*traced_args, **traced_kwargs).arguments)
+    shapes = tree_map(lambda v: {0: torch.export.Dim.AUTO} if isinstance(v, Tensor) else None, named)
+    try:
+        program = torch.export.export(model, traced_args, traced_kwargs, dynamic_shapes=shapes, strict=False)
+        module = opened(program)
+        before, after = (tree_leaves(m(*fresh(args), **fresh(kwargs))) for m in (model, module))
+    except Exception:  # whatever torch.export says: the size is then a constant
+        return None
+    return module if len(before) == len(after) and all(map(_agree, before, after)) else None
+
+
+def _agree(one: Any, other: Any) -> bool:
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+        return True
+    return one.shape == other.shape and torch.allclose(one, other, rtol=1e-3, atol=1e-5)
+
+
+def _doubled(value: Any) -> Any:
+    return torch.cat([value, value]) if isinstance(value, Tensor) else value
 
 
 _ASSERTIONS = (torch.ops.aten._assert_tensor_metadata.default, torch.ops.aten._assert_async.msg)

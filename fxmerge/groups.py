@@ -19,22 +19,12 @@ from typing import Any
 import networkx as nx
 import numpy as np
 import torch
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 
 from .ir import Group, Grouping, Lab, Layer, Pin, Provenance, Refusal, Tie
 from .labels import thin
 from .members import Builder, Ints
 from .movement import leaves
-
-
-def atoms(facts: Provenance) -> Ints:
-    """The atom of each label, (label_count,): connected components of the ties."""
-    left = torch.cat([t.left for t in facts.ties]) if facts.ties else torch.zeros(0, dtype=torch.int64)
-    right = torch.cat([t.right for t in facts.ties]) if facts.ties else left
-    size = facts.label_count
-    edges = coo_matrix((np.ones(len(left), dtype=np.int8), (left.numpy(), right.numpy())), shape=(size, size))
-    return connected_components(edges, directed=False)[1].astype(np.int64)
+from .wholes import atoms
 
 
 def group(facts: Provenance) -> Grouping:

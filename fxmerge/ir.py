@@ -113,6 +113,21 @@ class Block:
 
 
 @dataclass(frozen=True)
+class Bond:
+    """Rows of labels, (blocks, size), each of which leaves whole or stays whole, where whole blocks may leave.
+
+    held:  what must stay where rows leave whole
+    ties, pins:  what holds instead where they do not leave whole, and may leave narrower
+    """
+
+    rows: Tensor
+    node: str
+    held: tuple[Pin, ...] = ()
+    ties: tuple[Tie, ...] = ()
+    pins: tuple[Pin, ...] = ()
+
+
+@dataclass(frozen=True)
 class Provenance:
     """Which channel went where: what one run of the graph on labels found."""
 
@@ -129,6 +144,8 @@ class Provenance:
     mixers: tuple[tuple[str, Tensor], ...]  # (node, labels it couples inexactly)
     label_count: int
     views: frozenset[str] = frozenset()  # nodes that are views of raw parameters, not activations
+    bonds: tuple[Bond, ...] = ()  # found only where it was asked for whole blocks
+    whole: Tensor | None = None  # labels of the blocks that leave whole
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,12 @@ def without(labels: Tensor, axes: set[int], keepdim: bool) -> Tensor:
     return labels
 
 
+def rows(labels: Tensor, axes: Sequence[int]) -> Tensor:
+    """The labels with a row for each place along `axes`, (places, others); other axes only where they vary."""
+    small = thin(labels)
+    return small.movedim(tuple(axes), tuple(range(len(axes)))).flatten(0, len(axes) - 1).flatten(1)
+
+
 def numbers(labels: Tensor) -> Tensor:
     """The distinct labels, FIXED left out, ascending."""
     found: Tensor = torch.unique(thin(labels))

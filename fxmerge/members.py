@@ -55,6 +55,7 @@ class Builder:
                 members[role].append(Member(layer, role, torch.from_numpy(stands), torch.from_numpy(where)))  # type: ignore[arg-type]
         # a weight that writes and reads along one axis (an embedding that is the head too) cannot absorb anything
         partners &= not {_side(m) for m in members["write"]} & {_side(m) for m in members["read"]}
+        partners &= self.facts.whole is None or not self._holds(number, self.facts.whole)  # a block takes nobody's part
         first = members["write"][0].layer.module if members["write"] else ""
         writers, readers, junctions, rigid = self._paths(number, members["write"], members["read"])
         nodes = self.nodes[number]

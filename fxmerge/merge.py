@@ -50,9 +50,9 @@ def analyze(
         its own.
     Raises FxMergeError for a model that cannot be traced or inputs that it does not take.
     """
-    settled(options, changes)
+    options = settled(options, changes)
     captured = capture(model, example_inputs)
-    facts, grouping = _grouped(captured, provenance(captured))
+    facts, grouping = _grouped(captured, provenance(captured, options.heads == "whole"))
     return Analysis(captured, facts, grouping, grouping.refusals)
 
 
@@ -126,7 +126,7 @@ def _merged(
     started: float,
 ) -> Result:
     stage("provenance")
-    facts = provenance(captured)
+    facts = provenance(captured, options.heads == "whole")
     stage("groups")
     facts, grouping = _grouped(captured, facts)
     if decided is None:
@@ -137,7 +137,7 @@ def _merged(
     counts = _replayed(groups, decided) if decided is not None else ALLOCATORS["uniform"](groups, options)
     narrowed = [g for g in groups if sum(counts[g.name]) < g.channels]
     settings = Settings(options.rows, options.seed, options.refit == "synthetic", summed)
-    batches, refit_note = _batches(captured, facts, options, given, settings, stage) if narrowed else ([], "")
+    batches, notes = _batches(captured, facts, options, given, settings, stage) if narrowed else ([], ())
     surveyed: Mapping[str, tuple[Reading, ...]] = {}
     if batches and decided is None and options.selection == "repair":
         stage("survey")
@@ -171,7 +171,7 @@ def _merged(
     verdict = verify.compare(captured, module)
     analysis = Analysis(captured, facts, grouping, refusals)
     plan = Plan(options, tuple(plans))
-    told = (grouping.groups, refusals, captured, module, plan, verdict, refitted, refit_note)
+    told = (grouping.groups, refusals, captured, module, plan, verdict, refitted, notes)
     report = Report(*told, facts=facts, grouping=grouping, seconds=time.perf_counter() - started)
     return Result(module, plan, report, analysis)
 
@@ -183,18 +183,18 @@ def _batches(
     given: Any,
     settings: Settings,
     stage: Callable[[str], None],
-) -> tuple[Batches, str]:
+) -> tuple[Batches, tuple[str, ...]]:
     """What refit runs on, or none and the reason."""
     if options.refit == "none":
-        return [], ""
+        return [], ()
     if captured.recorded is not None:  # its code between the parts cannot run in lockstep: the widths are its own
-        return [], "left out, as only parts of the model could be traced"
+        return [], ("refit is left out, as only parts of the model could be traced",)
     stage("probes" if given is None else "calibration")
     try:
         batches = fed(captured, facts, options, given, lambda b: mismatch(captured, facts, b, settings))
     except UnprobedError as why:
-        return [], str(why)
-    return batches if given is not None else fitted(captured, facts, batches, settings, stage), ""
+        return [], (str(why),)
+    return batches if given is not None else fitted(captured, facts, batches, settings, stage), ()
 
 
 def _grouped(captured: Capture, facts: Provenance) -> tuple[Provenance, Grouping]:

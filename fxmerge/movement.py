@@ -129,6 +129,8 @@ def execute(ctx: Any, *args: Any, **kwargs: Any) -> Any:
     out = run(ctx.target, plain_args, plain_kwargs)
 
     moved = args[0].param if isinstance(args[0], View) else args[0]
+    if indexing and isinstance(args[0], Param) and isinstance(out, Tensor):
+        _untaken(ctx, ctx.elements(args[0]), out, [*args[1:], *kwargs.values()])
     if isinstance(moved, Param) and isinstance(out, Tensor):
         return View(simplify(out), moved)
 
@@ -142,6 +144,15 @@ def execute(ctx: Any, *args: Any, **kwargs: Any) -> Any:
             # a channel axis became (blocks, size): what is kept must stay a rectangle
             _block(ctx, value.t)
     return result
+
+
+def _untaken(ctx: Any, elements: Tensor, out: Tensor, index: list[Any]) -> None:
+    """Rows of a table that no place takes follow the others, so that what is left of it is a rectangle."""
+    if elements.dim() < 2 or not any(isinstance(leaf, (Tensor, Param)) for leaf in leaves(index)):
+        return
+    taken = torch.isin(elements, out).flatten(1).any(1)
+    if bool(taken.any()) and not bool(taken.all()):
+        ctx.tie(elements[taken][:1], elements[~taken])
 
 
 def _indexed_by_values(ctx: Any, labels: list[Any], kwargs: dict[str, Any], args: tuple[Any, ...]) -> Any:
@@ -237,6 +248,8 @@ def _block(ctx: Any, labels: Tensor) -> None:
     axes = varying(labels)
     rows = labels[tuple(slice(None) if a in axes else 0 for a in range(labels.dim()))]
     rows = rows.reshape(-1, rows.size(-1))
+    if bool((rows[1:] == rows[0]).all(1).any()):  # blocks that stand several times, as in a batch laid beside heads
+        rows = torch.unique(rows, dim=0)
     if torch.unique(rows).numel() == rows.numel() and not bool((rows == FIXED).any()):
         ctx.block(rows)
 

@@ -48,7 +48,7 @@ def group_norm(ctx: Any, input: Any, num_groups: int, weight: Any = None, bias: 
     ctx.mix(labels)
     if num_groups > 1:
         ctx.block(labels.view(num_groups, -1))
-    return carry(ctx, "group_norm", input, {"weight": weight, "bias": bias}, axis=1)
+    return carry(ctx, "group_norm", input, {"weight": weight, "bias": bias}, axis=1, groups=num_groups)
 
 
 def instance_norm(

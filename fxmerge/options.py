@@ -17,6 +17,7 @@ from .selection import SELECTORS
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "scope": ("internal", "all"),
+    "heads": ("width", "whole"),
     "selection": tuple(SELECTORS),
     "decomposition": tuple(DECOMPOSITIONS),
     "mostsim_scale": ("exact", "reference"),
@@ -26,6 +27,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 
 _SCOPE = "internal: groups with one writer and one reader, as in the paper; all: residual and shared groups too"
+
+
+_HEADS = "attention's heads, groups of convolutions and of norms: each loses width, or whole ones leave"
 
 
 def _one_of(field_name: str, what: str) -> Any:
@@ -44,6 +48,7 @@ class Options:
     ignore: tuple[str, ...] = ()
     """patterns of module or group names that stay as they are"""
     scope: Annotated[str, _one_of("scope", _SCOPE)] = "all"
+    heads: Annotated[str, _one_of("heads", _HEADS)] = "width"
     selection: Annotated[str, _one_of("selection", "which channels stay; repair is l2 without refit")] = "repair"
     decomposition: Annotated[str, _one_of("decomposition", "how the channels that stay carry the others")] = "mostsim"
     threshold: float = 0.1

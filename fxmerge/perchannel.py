@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import movement, writers
+from . import movement, ties, writers
 from .ir import Kind, Lab, Param, View
-from .labels import along, fixed, holds, without
+from .labels import along, fixed, holds, rows, without
 
 Spelling = Any  # a module class, a function, a method name, or Module(...)
 
@@ -64,18 +64,29 @@ def per_channel(name: str, *spellings: Spelling, commutes: bool | Callable[..., 
 
 
 def reduction_rule(ctx: Any, x: Any, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Any:
-    """A reduction keeps the labels of the axes it leaves; over channels it is a mixer, whose result holds none."""
+    """A reduction keeps the labels of the axes it leaves; over channels it is a mixer, whose result holds none.
+
+    Over an axis that numbers blocks it adds them up, channel by channel: they are tied to each other.
+    """
     if not isinstance(x, Lab):
         return ctx.unknown("reduces something that is no activation")
     if ctx.shape is None:
         return ctx.unknown("gives something other than one tensor")
     axes = along(dim, x.t)
-    if axes & set(movement.varying_axes(x)):
-        if set(movement.varying_axes(x)) - axes:
-            return ctx.unknown("reduces over a part of the axes that hold channels")
+    held = movement.varying_axes(x)
+    blocks = [axis for axis in held if axis not in axes]
+    labels = x.t
+    if axes & set(held) and held[-1] in axes:  # over what is inside of blocks, or over all channels
         ctx.mix(x.t)
-        return Lab(fixed(ctx.shape))
-    out = without(x.t, axes, keepdim)
+        if not blocks or not ctx.whole:
+            return Lab(fixed(ctx.shape))
+        sizes = [s if axis in blocks else 1 for axis, s in enumerate(x.t.shape)]
+        labels = ctx.numbered(sizes, [rows(x.t, blocks)]).expand(x.t.shape)
+    elif axes & set(held):  # over blocks: what stands at one place of all of them is one channel
+        labels = labels[tuple(slice(0, 1) if axis in axes else slice(None) for axis in range(labels.dim()))]
+        ctx.tie(labels, x.t)
+        labels = labels.expand(x.t.shape)
+    out = without(labels, axes, keepdim)
     if tuple(out.shape) != tuple(ctx.shape):
         return ctx.unknown("gives something other than one tensor")
     return Lab(out)
@@ -139,7 +150,7 @@ def adds_nothing(ctx: Any, *args: Any, **kwargs: Any) -> bool:
             return False
         if isinstance(x, Lab) and isinstance(other, (Lab, Param)):
             shape = other.t.shape if isinstance(other, Lab) else other.value.shape
-            if movement.varying_axes(x) and not writers.meets(x.t, shape):
+            if movement.varying_axes(x) and not ties.meets(x.t, shape):
                 return False
     return True
 

@@ -11,23 +11,24 @@ import inspect
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from . import movement, rules
 from .context import Context, Opaque
 from .errors import source_line
 from .exporting import by_name, overload_name
-from .ir import Block, Capture, Lab, Layer, Param, ParamLabels, Pin, Provenance, Tie, View
+from .ir import Block, Bond, Capture, Lab, Layer, Param, ParamLabels, Pin, Provenance, Tie, View
 from .labels import fixed, numbers
 from .torchcalls import in_place
 from .weights import at
+from .wholes import whole as wholes
 
 
 class _Run:
     """The interpreter: walks the graph once, one rule a node."""
 
-    def __init__(self, capture: Capture) -> None:
-        self.capture, self.table = capture, rules.table()
+    def __init__(self, capture: Capture, whole: bool) -> None:
+        self.capture, self.table, self.whole = capture, rules.table(), whole
         self.count, self.placeholders = 1, 0
         self.axes: dict[str, dict[int, Tensor]] = {}
         self.elements: dict[str, Tensor] = {}
@@ -36,6 +37,8 @@ class _Run:
         self.ties: list[Tie] = []
         self.pins: list[Pin] = []
         self.blocks: list[Block] = []
+        self.bonds: list[Bond] = []
+        self.numbers: list[Tensor] = []  # labels of blocks, which are no channels
         self.mixers: list[tuple[str, Tensor]] = []
         self.layers: list[Layer] = []
         self.kinds: dict[str, Any] = {}
@@ -110,8 +113,6 @@ class _Run:
             key = rules.module_class(target, self.table)
             if target._forward_hooks or target._forward_pre_hooks:
                 key, why = None, "has forward hooks"
-            elif nn.utils.parametrize.is_parametrized(target):
-                key, why = None, "has parametrized weights"
             elif key is None:
                 why = f"is a {type(target).__name__}, which has no rule"
         found = self.table.get(key) if node.op == "call_module" else rules.find(key, self.table)
@@ -170,16 +171,18 @@ class _Run:
         return Provenance(
             stands, values, self.kinds, self.sources, self.commutes, tuple(self.layers), params, tuple(self.ties),
             tuple(self.pins), tuple(self.blocks), tuple(self.mixers), self.count, views,
+            tuple(self.bonds),
         )  # fmt: skip
 
 
 _NUMPY = {"axis": "dim", "keepdims": "keepdim"}  # torch takes numpy's names too
 
 
-def provenance(capture: Capture) -> Provenance:
-    """Run a captured graph on labels.
+def provenance(capture: Capture, whole: bool = False) -> Provenance:
+    """Run a captured graph on labels; `whole`: blocks of channels leave whole, where they can.
 
     Cost: one pass of integer arithmetic on label tensors, whose spatial axes have stride 0. Raises nothing: whatever
     has no rule is pinned, and the pin says why.
     """
-    return _Run(capture).run()
+    found = _Run(capture, whole).run()
+    return wholes(found) if whole else found

@@ -170,7 +170,7 @@ class Report(Shown):
     plan: Plan
     verdict: Verdict
     refitted: tuple[Refitted, ...] = ()
-    refit_note: str = ""  # why nothing was refitted
+    notes: tuple[str, ...] = ()  # what was asked for and not done
     facts: Provenance = field(kw_only=True, repr=False)
     grouping: Grouping = field(kw_only=True, repr=False)
     seconds: float = field(kw_only=True)  # that the merge took
@@ -219,7 +219,7 @@ class Report(Shown):
         if self.plan.options.decomposition == "mostsim" and group.scale_blocks:
             note.append(f"scale 1 ({_listed(list(group.scale_blocks))})")
         if self.plan.options.decomposition != "prune" and not group.partners:
-            note.append("dropped, not merged: its copies do not line up")
+            note.append("dropped, not merged: whole blocks, or copies that do not line up")
         if self.plan.options.decomposition == "mostsim" and merged < len(plan.partners) and group.partners:
             note.append(f"{len(plan.partners) - merged} dropped without a partner")
         return [
@@ -234,7 +234,7 @@ class Report(Shown):
             f"parameters {before.parameters:,} -> {after.parameters:,} ({size} left)"
             f"\nFLOPs      {before.flops:,} -> {after.flops:,} ({_share(after.flops, before.flops)} left)"
             f"\nrelative error of the outputs on the example inputs: {self.verdict.error:.3g}"
-            + (f"\nrefit {self.refit_note}" if self.refit_note else "")
+            + "".join(f"\n{note}" for note in self.notes)
             + _left_out(self.captured)
         )
 
@@ -265,7 +265,7 @@ class Report(Shown):
                 "flops_after": self.after.flops,
                 "error": finite(self.verdict.error),
                 "refit": [finite(vars(r)) for r in self.refitted],
-                "refit_note": self.refit_note,
+                "notes": list(self.notes),
                 "groups": groups,
                 "refusals": _refusals_json(self.refusals, self.captured),
             },

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 Shape = tuple[int, ...]
 
@@ -61,6 +61,9 @@ def _sizes(call: Call, about: Resize) -> Call | None:
     if len(sizes) != len(after):
         return None
     new = [s if v in (-1, a) else a for s, v, a in zip(sizes, values, after, strict=True)]
+    computed = [at for at, s in enumerate(sizes) if isinstance(s, fx.Node) and new[at] is not s]
+    if len(computed) == 1 and -1 not in values:
+        new[computed[0]] = -1  # a product of the number of samples, say: a literal would hold for the example only
     return Call(call.target, (args[0], tuple(new)) if packed else (args[0], *new), call.kwargs)
 
 
@@ -154,6 +157,10 @@ PROPOSALS: dict[str, Callable[[Call, Resize], Call | None]] = {
 }
 
 
+Blocks = tuple[int, int]  # groups of the layer that a call is, before and behind the merge
+Implicit = Callable[[Call, list[Shape | None], list[Shape | None], Blocks], Call | None]
+
+
 def _with(call: Call, position: int, name: str, value: Any) -> Call:
     """The call with one argument replaced, wherever it was given, or added by name."""
     if len(call.args) > position:
@@ -161,7 +168,7 @@ def _with(call: Call, position: int, name: str, value: Any) -> Call:
     return Call(call.target, call.args, {**call.kwargs, name: value})
 
 
-def _attention(call: Call, before: list[Shape | None], after: list[Shape | None]) -> Call | None:
+def _attention(call: Call, before: list[Shape | None], after: list[Shape | None], blocks: Blocks) -> Call | None:
     """The scale 1 / sqrt(d) stays that of the original head width."""
     given = call.kwargs.get("scale", call.args[6] if len(call.args) > 6 else None)
     if given is not None or before[0] is None or after[0] is None or before[0][-1] == after[0][-1]:
@@ -169,7 +176,7 @@ def _attention(call: Call, before: list[Shape | None], after: list[Shape | None]
     return _with(call, 6, "scale", before[0][-1] ** -0.5)
 
 
-def _normalized(call: Call, before: list[Shape | None], after: list[Shape | None]) -> Call | None:
+def _normalized(call: Call, before: list[Shape | None], after: list[Shape | None], blocks: Blocks) -> Call | None:
     """layer_norm and rms_norm are told the shape of the last axes."""
     told = call.kwargs.get("normalized_shape", call.args[1] if len(call.args) > 1 else None)
     if before[0] is None or after[0] is None or not isinstance(told, (list, tuple)) or before[0] == after[0]:
@@ -180,20 +187,20 @@ def _normalized(call: Call, before: list[Shape | None], after: list[Shape | None
     return _with(call, 1, "normalized_shape", new)
 
 
-def _conv(call: Call, before: list[Shape | None], after: list[Shape | None]) -> Call | None:
-    """A depthwise convolution has as many groups as input channels."""
-    groups = call.kwargs.get("groups", call.args[6] if len(call.args) > 6 else 1)
-    x, weight = before[0], before[1]
-    if x is None or weight is None or after[0] is None or not isinstance(groups, int) or groups == 1 or weight[1] != 1:
-        return None
-    axis = len(x) - (len(weight) - 2) - 1
-    return _with(call, 6, "groups", after[0][axis]) if after[0][axis] != x[axis] else None
+def _counted(position: int, name: str) -> Implicit:
+    """Groups of a convolution, of a group norm: as many as are left."""
+
+    def follow(call: Call, before: list[Shape | None], after: list[Shape | None], blocks: Blocks) -> Call | None:
+        return _with(call, position, name, blocks[1]) if blocks[0] != blocks[1] else None
+
+    return follow
 
 
 # rule -> the call for operands that narrow from shapes `before` to `after`, or None where it may stay
-IMPLICIT: dict[str, Callable[[Call, list[Shape | None], list[Shape | None]], Call | None]] = {
+IMPLICIT: dict[str, Implicit] = {
     "attention": _attention,
     "layer_norm": _normalized,
     "rms_norm": _normalized,
-    "conv": _conv,
+    "conv": _counted(6, "groups"),
+    "group_norm": _counted(1, "num_groups"),
 }

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from .ir import Group, Layer, Member, Merge, ParamLabels, Provenance
 from .linalg import BITE
 from .resizing import Call
-from .weights import columns, fetch_bias, from_columns, gather, places, resize, sharing_copy
+from .weights import blocks_left, columns, fetch_bias, from_columns, gather, places, resize, sharing_copy
 
 _WITHOUT_BIAS = ("matrix", "embedding")  # ops that take no bias, unless they are addmm: it is added behind them
 
@@ -58,7 +58,7 @@ class Rewriter:
                     gather(self.weights, labels, lambda flat: alive[flat].nonzero().flatten())
             self.weights.own_all()
         for layer in self.facts.layers:
-            self._resize(layer)
+            self._resize(layer, blocks_left(layer, alive))
         self._edit(edits)
         self.module.graph.lint()
         self.module.recompile()
@@ -168,16 +168,16 @@ class Rewriter:
         node.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
         self.nodes[layer.node] = total
 
-    def _resize(self, layer: Layer) -> None:
+    def _resize(self, layer: Layer, groups: int) -> None:
         """Right in_channels, num_features, groups, normalized_shape: what a module keeps of its parameters' sizes."""
         node = self.nodes[layer.node]
-        groups = layer.groups
         weight = self.weights[layer.params["weight"]] if "weight" in layer.params else None
-        if layer.op == "depthwise" and weight is not None and layer.carries is not None:
-            groups = layer.groups * weight.size(0) // layer.carries.numel()
         if node.op != "call_module":
             return
         owner = self.module.get_submodule(str(node.target))
+        for attribute in ("groups", "num_groups"):
+            if hasattr(owner, attribute):
+                setattr(owner, attribute, groups)
         sized = weight if weight is not None else getattr(owner, "running_mean", None)
         if isinstance(sized, Tensor):
             resize(owner, sized, groups, layer.transposed)

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import contractions, movement, norms, writers
+from . import contractions, einsums, movement, norms, ties, writers
 from .exporting import overload_name
 from .ir import Aten
 from .perchannel import (
@@ -73,7 +73,7 @@ _ROWS: tuple[Rule, ...] = (
                                                           torch.mm, "mm")),
     Rule("addmm", "writer", contractions.addmm, (torch.addmm, "addmm")),
     Rule("baddbmm", "contraction", contractions.baddbmm, (torch.baddbmm, "baddbmm")),
-    Rule("einsum", "contraction", contractions.einsum, (torch.einsum, torch.functional.einsum)),
+    Rule("einsum", "contraction", einsums.einsum, (torch.einsum, torch.functional.einsum)),
     Rule("attention", "contraction", contractions.attention, (F.scaled_dot_product_attention,)),
     # carriers: their own per-channel parameters follow the labels
     Rule(
@@ -93,38 +93,38 @@ _ROWS: tuple[Rule, ...] = (
         (*(Module(c, _NORM) for c in (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)), F.instance_norm),
     ),
     # ties: two labelled operands become equal, position by position
-    Rule("add", "tie", writers.elementwise, (operator.add, operator.iadd, torch.add, "add", "add_"), adds_nothing),
+    Rule("add", "tie", ties.elementwise, (operator.add, operator.iadd, torch.add, "add", "add_"), adds_nothing),
     Rule(
         "sub",
         "tie",
-        writers.elementwise,
+        ties.elementwise,
         (operator.sub, operator.isub, torch.sub, torch.subtract, "sub", "sub_"),
         adds_nothing,
     ),
     Rule(
         "mul",
         "tie",
-        writers.elementwise,
+        ties.elementwise,
         (operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_"),
         one_factor,
     ),
     Rule(
         "div",
         "tie",
-        writers.elementwise,
+        ties.elementwise,
         (operator.truediv, operator.itruediv, torch.div, torch.true_divide, torch.divide, "div", "div_"),
         one_factor,
     ),
-    Rule("rsub", "tie", writers.elementwise, (torch.rsub,)),
-    Rule("maximum", "tie", writers.elementwise, (torch.maximum, "maximum")),
-    Rule("minimum", "tie", writers.elementwise, (torch.minimum, "minimum")),
-    Rule("where", "tie", writers.choose, (torch.where, "where")),
-    Rule("compare", "tie", writers.elementwise,
+    Rule("rsub", "tie", ties.elementwise, (torch.rsub,)),
+    Rule("maximum", "tie", ties.elementwise, (torch.maximum, "maximum")),
+    Rule("minimum", "tie", ties.elementwise, (torch.minimum, "minimum")),
+    Rule("where", "tie", ties.choose, (torch.where, "where")),
+    Rule("compare", "tie", ties.elementwise,
          (operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge, torch.eq, torch.ne, torch.lt,
           torch.le, torch.gt, torch.ge, "eq", "ne", "lt", "le", "gt", "ge")),
-    Rule("addcmul", "tie", writers.addcmul, (torch.addcmul, "addcmul", "addcmul_")),
-    Rule("glu", "tie", writers.glu, (Module(nn.GLU, ("dim",)), F.glu)),
-    Rule("masked_fill", "tie", writers.masked_fill, (torch.masked_fill, "masked_fill", "masked_fill_")),
+    Rule("addcmul", "tie", ties.addcmul, (torch.addcmul, "addcmul", "addcmul_")),
+    Rule("glu", "tie", ties.glu, (Module(nn.GLU, ("dim",)), F.glu)),
+    Rule("masked_fill", "tie", ties.masked_fill, (torch.masked_fill, "masked_fill", "masked_fill_")),
     # activations that a positive factor passes through unchanged
     per_channel("relu", nn.ReLU, F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_", commutes=True),
     per_channel("leaky_relu", nn.LeakyReLU, F.leaky_relu, F.leaky_relu_, commutes=True),

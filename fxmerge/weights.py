@@ -185,6 +185,14 @@ def places(labels: ParamLabels) -> list[Tensor]:
     return [*labels.axes.values(), *([] if labels.elements is None else [labels.elements])]
 
 
+def blocks_left(layer: Layer, alive: Tensor) -> int:
+    """How many of a layer's groups hold a label with `alive[label]` True."""
+    labels = layer.carries if layer.reads is None else layer.reads
+    if layer.groups == 1 or labels is None:
+        return layer.groups
+    return int(alive[labels.reshape(layer.groups, -1)].any(1).sum())
+
+
 def gather(weights: Weights, labels: ParamLabels, pick: Callable[[Tensor], Tensor]) -> None:
     """Rebuild one parameter from its own entries: `pick` maps labels (m,) to the places (m',) to take, in order."""
     value = weights[labels.path].detach()
@@ -199,10 +207,9 @@ def gather(weights: Weights, labels: ParamLabels, pick: Callable[[Tensor], Tenso
             value = value.index_select(axis, pick(along).to(value.device))
     else:
         # each block of a grouped weight takes places of its own: W (groups, out/groups, in/groups, *kernel)
-        g = labels.groups
-        split = value.reshape(g, -1, *value.shape[1:])
-        out = pick(labels.axes[0]).view(g, -1) % split.size(1)
-        into = pick(labels.axes[1]).view(g, -1) % split.size(2)
-        block = torch.arange(g)[:, None, None]
-        value = split[block, out[:, :, None], into[:, None, :]].flatten(0, 1)
+        split = value.reshape(labels.groups, -1, *value.shape[1:])
+        out, into = pick(labels.axes[0]), pick(labels.axes[1])
+        block = torch.unique_consecutive(out // split.size(1))  # blocks may change places, or leave
+        out, into = out.view(len(block), -1) % split.size(1), into.view(len(block), -1) % split.size(2)
+        value = split[block[:, None, None], out[:, :, None], into[:, None, :]].flatten(0, 1)
     weights.put(labels.path, value.contiguous())

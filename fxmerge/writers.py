@@ -1,8 +1,8 @@
-"""Rules of the ops that own per-channel parameters or meet two operands: writers, carriers and ties.
+"""Rules of the ops that own per-channel parameters: writers and carriers.
 
 A writer (linear, convolution) reads labels on its reduction axis, column j of the weight reading label l, and makes
 new ones on its output axis. A carrier (BatchNorm, depthwise convolution, a raw parameter) ties its own per-channel
-parameters to the labels that pass. A tie makes the labels of two operands equal, position by position.
+parameters to the labels that pass.
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from .ir import Lab, Param, View
-from .labels import holds, numbers, simplify, spread, varying
+from .ir import Lab, Param
+from .labels import spread, varying
 
 
 def _operands(ctx: Any, x: Any, weight: Any, bias: Any) -> str | None:
@@ -142,20 +141,21 @@ def conv(
     if groups > 1:
         ctx.block(reads.view(groups, -1))
         ctx.block(writes.view(groups, -1))
+        ctx.bond(torch.cat([reads.view(groups, -1), writes.view(groups, -1)], 1))
     ctx.tie(reads, ctx.axis(weight, 1, groups))
     ctx.layer("conv", slots, reads=reads.view(groups, -1), writes=writes, groups=groups)
     return Lab(spread(writes, ctx.shape, axis))
 
 
-def carry(ctx: Any, op: str, x: Lab, params: dict[str, Any], axis: int, eps: float = 0.0) -> Any:
+def carry(ctx: Any, op: str, x: Lab, params: dict[str, Any], axis: int, eps: float = 0.0, groups: int = 1) -> Any:
     """Tie per-channel parameters (C,) to the labels along an axis of x."""
     if any(p is not None and not isinstance(p, Param) for p in params.values()):
         return ctx.unknown("has per-channel constants that are computed, not parameters")
-    labels = ctx.along(x, axis)
+    labels = ctx.carried(x, axis)
     along = [ctx.axis(param, 0) for param in params.values() if param is not None]
     if along:
         ctx.tie(labels.expand(len(along), -1), torch.stack(along))
-    ctx.layer(op, _slots(**params), carries=labels, eps=eps)
+    ctx.layer(op, _slots(**params), carries=labels, eps=eps, groups=groups)
     return x
 
 
@@ -180,113 +180,3 @@ def carry_norm(ctx: Any, op: str, input: Any, params: dict[str, Any], eps: float
     if not isinstance(input, Lab) or input.t.dim() < 2:
         return ctx.unknown("does not normalise an activation with channels on axis 1")
     return carry(ctx, op, input, params, axis=1, eps=eps)
-
-
-def elementwise(ctx: Any, a: Any, b: Any, **kwargs: Any) -> Any:
-    """Two operands meet position by position: whatever channels both have there become one."""
-    if kwargs.get("out") is not None or ctx.shape is None:
-        return ctx.unknown("gives something other than one tensor")
-    if (isinstance(a, Param) and isinstance(b, Param)) or not (isinstance(a, Lab) or isinstance(b, Lab)):
-        return ctx.unknown("joins parameters, not activations")
-    if isinstance(a, Lab) and isinstance(b, Lab):
-        if isinstance(a, View) == isinstance(b, View):
-            return _meet(ctx, a.t, b.t)
-        return _raw_parameter(ctx, b, a, first=True) if isinstance(a, View) else _raw_parameter(ctx, a, b, first=False)
-    x, other = (a, b) if isinstance(a, Lab) else (b, a)
-    if isinstance(other, Param) and other.value.numel() > 1:
-        return _raw_parameter(ctx, x, other, first=other is a)
-    value = other.value if isinstance(other, Param) else other
-    if isinstance(value, Tensor) and meets(x.t, value.shape):
-        return ctx.unknown("meets a constant tensor")
-    return ctx.resized(x, ctx.shape)
-
-
-def addcmul(ctx: Any, input: Any, tensor1: Any, tensor2: Any, *, value: Any = 1) -> Any:
-    """input + value * tensor1 * tensor2."""
-    shape, name = ctx.shape, ctx.rule_name
-    sizes = [t.t.shape if isinstance(t, Lab) else t.value.shape if isinstance(t, Param) else t.shape
-             for t in (tensor1, tensor2)]  # fmt: skip
-    ctx.shape, ctx.rule_name = tuple(torch.broadcast_shapes(*sizes)), "mul"  # type: ignore[no-untyped-call]
-    product = elementwise(ctx, tensor1, tensor2)
-    ctx.shape, ctx.rule_name = shape, "add"
-    total = elementwise(ctx, input, product) if isinstance(product, Lab) else product
-    ctx.rule_name = name
-    return total
-
-
-def glu(ctx: Any, input: Any, dim: int = -1) -> Any:
-    """One half along an axis times the sigmoid of the other: the halves lose the same places."""
-    if not isinstance(input, Lab):
-        return ctx.unknown("halves something that is no activation")
-    first, second = input.t.chunk(2, dim)
-    if dim % input.t.dim() in varying(input.t):
-        ctx.tie(first, second)
-    return Lab(simplify(first))
-
-
-def masked_fill(ctx: Any, input: Any, mask: Any, value: Any) -> Any:
-    """where(mask, value, input) for a value that is one number."""
-    return elementwise(ctx, input, mask)
-
-
-def choose(ctx: Any, condition: Any, input: Any, other: Any) -> Any:
-    """where(condition, input, other): all that have a place of their own along the channels become one."""
-    found: Any = None
-    for operand in (input, other, condition):
-        if isinstance(operand, Param):
-            return ctx.unknown("chooses between parameters")
-        if isinstance(operand, Lab):
-            if found is None:
-                found = ctx.resized(operand, ctx.shape) if operand.t.dim() == len(ctx.shape) else operand
-            else:
-                found = _meet(ctx, found.t, operand.t)
-        if not isinstance(found, Lab) and found is not None:
-            return found
-    for operand in (input, other, condition):
-        if isinstance(operand, Tensor) and found is not None and meets(found.t, operand.shape):
-            return ctx.unknown("meets a constant tensor")
-    return ctx.unknown("has no operand that is an activation") if found is None else ctx.resized(found, ctx.shape)
-
-
-def meets(labels: Tensor, shape: Any) -> bool:
-    """Does an operand of that shape have a size of its own along an axis that the labels vary along?"""
-    offset = len(shape) - labels.dim()
-    return any(axis + offset >= 0 and shape[axis + offset] > 1 for axis in varying(labels))
-
-
-def _raw_parameter(ctx: Any, x: Lab, given: Lab | Param, first: bool) -> Any:
-    """x + p, x * p and their like: p carries what x brings wherever it has a size of its own."""
-    assert isinstance(given, (View, Param))
-    param, shape = (given.param, given.t.shape) if isinstance(given, View) else (given, given.value.shape)
-    if not meets(x.t, shape):
-        ctx.freeze(param, "is not per channel")
-        return ctx.resized(x, ctx.shape)
-    elements = ctx.elements(param)
-    op = {"add": "offset", "sub": "offset", "mul": "scale", "div": "scale"}.get(ctx.rule_name, ctx.rule_name)
-    sign = ("-" if ctx.rule_name == "sub" else "/" if ctx.rule_name == "div" else "") + ("r" if first else "")
-    ctx.layer(op + (sign if sign not in ("", "r") else ""), {"weight": param.path}, carries=elements)
-    return _meet(ctx, x.t, given.t if isinstance(given, View) else elements)
-
-
-def _meet(ctx: Any, a: Tensor, b: Tensor) -> Any:
-    dims = len(ctx.shape)
-    a, b = (t.reshape([1] * (dims - t.dim()) + list(t.shape)) if t.dim() < dims else t for t in (a, b))
-    a, b = simplify(a), simplify(b)
-    a_alone = [axis for axis in varying(a) if b.size(axis) == 1]
-    b_alone = [axis for axis in varying(b) if a.size(axis) == 1]
-    if a_alone and b_alone:
-        return ctx.unknown("spreads two kinds of channels over each other")
-    if b_alone:
-        a, b, a_alone = b, a, b_alone
-    shared = [axis for axis in varying(a) if b.size(axis) > 1]
-    if a_alone and not shared:  # b has no place along a's channels: nothing to tie, but one channel of b feeds many
-        ctx.pin(numbers(b), "is spread over the channels of another tensor")
-        return ctx.resized(Lab(a), ctx.shape)
-    if not varying(a) and not varying(b) and not numbers(a).numel() and not numbers(b).numel():
-        return Lab(a.expand(ctx.shape))
-    ctx.tie(a, b)
-    if len(varying(a)) == len(varying(b)):  # the one that tells copies of a channel from each other
-        simplest = a if a_alone or not holds(b) or numbers(a).numel() >= numbers(b).numel() else b
-    else:
-        simplest = a if a_alone or len(varying(a)) < len(varying(b)) or not holds(b) else b
-    return Lab(simplify(torch.broadcast_to(simplest, ctx.shape)))

@@ -131,7 +131,7 @@ def test_a_model_that_does_not_run_on_probes_is_merged_without_refit(model: nn.M
     with pytest.raises(FxMergeError, match=rf"the model {why}.* on a batch of calibration"):
         fxmerge.merge(model, x, ratio=0.5, calibration=[x, -x][::-1])
     text = result.report.text()
-    assert "refit left out, as the model " + why.replace("\\", "").split("(")[0].strip() in text
+    assert "refit is left out, as the model " + why.replace("\\", "").split("(")[0].strip() in text
     assert "give merge(..., calibration=batches)" in " ".join(text.split())
     assert fxmerge.merge(model, x, ratio=0.5, calibration=[x]).report.refitted
 
@@ -183,4 +183,4 @@ def test_a_recorded_model_says_that_it_is_not_refitted() -> None:
             return self.body(x) if float(x.sum()) > 0 else self.body(-x)
 
     result = fxmerge.merge(Steered().eval(), torch.rand(2, 3, 6, 6), ratio=0.5)
-    assert "refit left out, as only parts of the model could be traced" in result.report.text()
+    assert "refit is left out, as only parts of the model could be traced" in result.report.text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -193,6 +194,14 @@ def test_refusals_say_who_looked() -> None:
     reasons = " ".join(r.reason for r in fxmerge.analyze(Branch(), X).refusals)
     assert "asks a tensor for its value" in reasons
     assert "did not run its two" in " ".join(r.reason for r in fxmerge.analyze(Unvisited(), X).refusals)
+
+
+@pytest.mark.parametrize("refit", ["none", "synthetic"])
+def test_the_report_says_that_nothing_was_re_solved(refit: str) -> None:
+    report = fxmerge.merge(Branch(), X, refit=refit).report
+    assert report.refitted == ()
+    assert ("no layer was re-solved" in report.text(400)) == (refit == "synthetic")
+    assert len(json.loads(report.json())["notes"]) == (refit == "synthetic")
 
 
 def test_what_other_code_asks_a_part_for_is_kept() -> None:

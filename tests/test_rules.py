@@ -289,8 +289,3 @@ def test_a_module_with_hooks_is_pinned() -> None:
     assert "has forward hooks" in refused["writer"]
 
 
-def test_a_parametrized_module_is_pinned() -> None:
-    model, x = Sample(lambda m, x: m.part(x), parts={"part": nn.Conv2d(8, 8, 1)}).make()
-    nn.utils.parametrizations.weight_norm(model.get_submodule("part"))
-    refused = {r.name: r.reason for r in fxmerge.analyze(model, x).refusals}
-    assert "has parametrized weights" in refused["writer"]

@@ -1,0 +1,34 @@
+"""Unparametrizing: a weight that torch.nn.utils.parametrize computes at each use becomes a plain parameter.
+
+A layer whose weight is a parameter can be merged where one whose weight is computed cannot. The value is the one that
+the layer has in evaluation mode; what it was computed from (a direction and a length, say) is gone from the copy.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+
+def unparametrize(model: nn.Module) -> None:
+    """Give each parametrized module of a model, in place, plain tensors and the class that it had before.
+
+    torch's own `remove_parametrizations` also edits the class, which copies of a module share with the original.
+    """
+    for module in list(model.modules()):
+        if not parametrize.is_parametrized(module):
+            continue
+        plain = {}
+        for name, how in module.parametrizations.items():  # type: ignore[union-attr, operator]
+            with torch.no_grad():
+                value = getattr(module, name).detach().clone()
+            trained = [p.requires_grad for p in how.parameters()]
+            plain[name] = nn.Parameter(value, requires_grad=any(trained)) if trained else value
+        module.__class__ = type(module).__bases__[0]
+        del module.parametrizations
+        for name, value in plain.items():
+            if isinstance(value, nn.Parameter):
+                module.register_parameter(name, value)
+            else:
+                module.register_buffer(name, value)
