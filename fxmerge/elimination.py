@@ -19,6 +19,7 @@ from torch import Tensor
 from .evidence import Reading
 
 RIDGE = 1e-2  # of the mean diagonal
+SHRINK = 0.1  # the share of removed columns at which matrices are copied without them
 ROUNDS = 48  # at most so many times is the cheapest looked for; wide groups lose several channels at once
 
 
@@ -27,7 +28,8 @@ class _Reader:
         gram, self.weight = reading.gram.double(), reading.weight.double().clone()
         level = gram.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
         eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        self.inverse = torch.linalg.inv(gram + RIDGE * level * eye)
+        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram + RIDGE * level * eye))
+        self.left = torch.ones(len(gram), dtype=torch.bool)  # the columns that nobody has removed
         self.scale = float(((self.weight @ gram) * self.weight).sum().clamp(min=1e-300))
         self.columns, self.channels = reading.columns, reading.channels
 
@@ -46,9 +48,18 @@ class _Reader:
         if not len(columns):
             return
         share = torch.linalg.solve(self.inverse[columns][:, columns], self.inverse[columns])  # (q, p)
-        self.weight -= self.weight[:, columns] @ share
-        self.inverse = self.inverse - self.inverse[:, columns] @ share
+        self.weight.addmm_(self.weight[:, columns], share, alpha=-1)
+        self.inverse.addmm_(self.inverse[:, columns], share, alpha=-1)
         self.columns, self.channels = self.columns[~here], self.channels[~here]
+        self.left[columns] = False
+        if self.left.sum() < (1 - SHRINK) * len(self.left):
+            self._shrink()
+
+    def _shrink(self) -> None:
+        """Rows and columns of H^-1 that were removed are of no further use."""
+        self.columns = (torch.cumsum(self.left, 0) - 1)[self.columns]
+        self.inverse, self.weight = self.inverse[self.left][:, self.left], self.weight[:, self.left]
+        self.left = self.left[self.left]
 
 
 def eliminate(readings: Sequence[Reading], candidates: Tensor, count: int) -> Tensor:

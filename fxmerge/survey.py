@@ -62,7 +62,7 @@ def _reader(
     run: Lockstep, node: fx.Node, outputs: Sequence[Tensor], layer: Layer, norms: dict[str, Layer],
     settings: Settings, generator: torch.Generator,
 ) -> tuple[Tensor, Tensor, int] | None:  # fmt: skip
-    """(gram (g p, g p), weight (o, g p) in units of what follows, columns for each place); None: no layer."""
+    """(gram (g p, g p), weight (o, g p) in units of what follows, columns for each place); None: no layer, or no finite numbers."""
     module = run.original.module
     owner = module.get_submodule(str(node.target)) if node.op == "call_module" else None
     weight = at(module, layer.params["weight"])
@@ -77,6 +77,8 @@ def _reader(
     inputs = run.original.values[input_of(node, layer.op).name]
     parts = [patches(x, form, index) for x, index in zip(inputs, index_of, strict=True)]
     gram = _diagonal(second_moments(parts, settings.reduce))
+    if not bool(torch.isfinite(gram).all()):
+        return None
     whole = _diagonal(rows)
     norm = behind(module, node, norms, set()).norm
     if norm is not None:

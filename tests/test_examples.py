@@ -13,7 +13,7 @@ import pytest
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SAYS = {
-    "merge_your_own.py": ["layer1.0.conv1", "64 -> 32", "parameters 11,689,512 ->", "gives (1, 1000)"],
+    "merge_your_own.py": ["features.3.squeeze", "16 -> 8", "parameters 1,235,496 ->", "gives (1, 1000)"],
     "custom_rule.py": ["without a rule: []", "sinc", "custom_rule.py:", "with it: ['a: 16 -> 8 channels']", "{'a':"],
     "look_at_groups.py": ["stem: 16 channels", "conv1: 32 channels", "stem -> layer:conv1: read", "bn2: carry"],
     "aot_package.py": ["a batch of 5 gives (5, 10)", "gives the merged model's output: True"],
@@ -47,5 +47,5 @@ def test_example(name: str, tmp_path: Path) -> None:
 def test_finetuning_brings_accuracy_back(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, str(EXAMPLES / "finetune.py")], capture_output=True, text=True, timeout=120)
     trained, merged, tuned = map(float, re.findall(r"([\d.]+) %", done.stdout))
-    assert merged < trained - 20
-    assert tuned > merged + 20
+    assert merged < trained - 5
+    assert tuned > merged + 3
