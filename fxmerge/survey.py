@@ -62,7 +62,10 @@ def _reader(
     run: Lockstep, node: fx.Node, outputs: Sequence[Tensor], layer: Layer, norms: dict[str, Layer],
     settings: Settings, generator: torch.Generator,
 ) -> tuple[Tensor, Tensor, int] | None:  # fmt: skip
-    """(gram (g p, g p), weight (o, g p) in units of what follows, columns for each place); None: no layer, or no finite numbers."""
+    """(gram (g p, g p), weight (o, g p) in units of what follows, columns for each place).
+
+    None where it is no layer, or its inputs are not finite.
+    """
     module = run.original.module
     owner = module.get_submodule(str(node.target)) if node.op == "call_module" else None
     weight = at(module, layer.params["weight"])

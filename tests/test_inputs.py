@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from netmaking import one_thread, plain_merge  # noqa: F401
+from netmaking import one_thread, plain_merge, randomised  # noqa: F401
 from nets import NETS
 from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_manager import PassManager
@@ -108,3 +110,41 @@ def test_a_forward_that_updates_its_input_leaves_the_callers_tensor_alone() -> N
     assert report.after.parameters == report.before.parameters
     assert report.verdict.error == 0
     assert torch.equal(x, before)
+
+
+@dataclass
+class Scores:
+    logits: Tensor
+    name: str = "scores"
+
+
+class Cache:
+    """What no pytree knows."""
+
+
+class Answering(nn.Module):
+    """Gives an object that holds what it found."""
+
+    def __init__(self, wrap: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.a, self.b, self.wrap = nn.Linear(4, 8), nn.Linear(8, 3), wrap
+        randomised(self, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.wrap(self.b(torch.relu(self.a(x))))
+
+
+def test_tensors_in_a_dataclass_are_compared() -> None:
+    model, x = Answering(Scores).eval(), torch.randn(5, 4)
+    result = plain_merge(model, x, ratio=0.5, decomposition="prune")
+    before, after = model(x).logits, result.module(x)
+    found = next(t for t in vars(after).values() if isinstance(t, Tensor)) if isinstance(after, Scores) else after[0]
+    assert result.report.verdict.error == pytest.approx(float((before - found).norm() / before.norm()), rel=0.5)
+    assert result.report.verdict.error > 0.01
+
+
+def test_what_is_left_out_of_the_output_is_told() -> None:
+    model, x = Answering(lambda y: {"y": y, "cache": Cache()}).eval(), torch.randn(5, 4)
+    result = plain_merge(model, x, ratio=0.5)
+    for report in (result.report, result.analysis.report):
+        assert "left out of the output: Cache" in report.text()
