@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ from nets import NETS
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from two_processes import run_on_two
 
 import fxmerge
 from fxmerge import FxMergeError, Options, refit
@@ -311,11 +309,7 @@ def test_wide_layers_are_solved_on_fewer_rows(rows: int, width: int, count: int)
 
 def test_two_processes_come_to_the_weights_of_one(tmp_path: Path) -> None:
     """torchrun, gloo: the same bits on both ranks, those of one process within rounding."""
-    script = Path(__file__).with_name("distributed_refit.py")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{script.parents[1]}:{script.parent}"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    done = subprocess.run([*command, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    run_on_two("distributed_refit.py", tmp_path)
     model, x = NETS["residual"]()
     data = torch.randn(64, *x.shape[1:], generator=torch.Generator().manual_seed(7))
     for name, given in (("synthetic", None), ("calibration", list(data.split(16)))):

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ from netmaking import one_thread, plain_merge  # noqa: F401
 from nets import NETS
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from two_processes import run_on_two
 
 import fxmerge
 from fxmerge.verify import difference, outputs
@@ -110,11 +108,7 @@ def test_a_trained_model_is_saved_as_it_is_now(tmp_path: Path) -> None:
 
 def test_two_processes_train_it(tmp_path: Path) -> None:
     """DDP and FSDP2 on two ranks give the weights of one process with the whole batch."""
-    script = Path(__file__).with_name("distributed_training.py")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{script.parents[1]}:{script.parent}"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    done = subprocess.run([*command, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    run_on_two("distributed_training.py", tmp_path)
     module = plain_merge(*NETS["mlp"]()).module.train()
     before = {k: v.clone() for k, v in module.state_dict().items()}
     data = torch.randn(8, 12, generator=torch.Generator().manual_seed(7))
