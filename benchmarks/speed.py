@@ -89,10 +89,9 @@ def scale_matrix(rows: Array, kept: NDArray[np.int64], norm: nn.BatchNorm2d) -> 
     unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     apart = 1 - unit @ unit.T
     scale = np.zeros((len(rows), len(kept)))
-    place = {int(channel): at for at, channel in enumerate(kept)}
     for i, row in enumerate(rows):
-        if i in place:
-            scale[i, place[i]] = 1
+        if i in kept:  # both looks through the array are the published code's
+            scale[i, np.where(kept == i)[0]] = 1
             continue
         length, gamma_i, beta_i, mean_i, var_i = np.linalg.norm(row), gamma[i], beta[i], mean[i], var[i]
         cosines, scales, offsets = [], [], []

@@ -63,8 +63,8 @@ def group_plan(group: Group, kept: Tensor, mapping: Map | None) -> GroupPlan:
         nowhere = tuple(Partner(i, -1, 0.0, 0.0) for i in dropped.nonzero().flatten().tolist())
         return GroupPlan(group.name, group.channels, tuple(kept.tolist()), nowhere)
     up = mapping.up[dropped]
-    scale, into = up.abs().max(1)
-    signed = up.gather(1, into[:, None])[:, 0]
-    columns = (dropped.nonzero().flatten(), torch.where(scale > 0, kept[into], -1), signed, mapping.cosine[dropped])
+    into = up.abs().argmax(1, keepdim=True)
+    signed, into = up.gather(1, into)[:, 0], into[:, 0]
+    columns = (dropped.nonzero().flatten(), torch.where(signed != 0, kept[into], -1), signed, mapping.cosine[dropped])
     partners = tuple(map(Partner, *(c.tolist() for c in columns)))
     return GroupPlan(group.name, group.channels, tuple(kept.tolist()), partners)

@@ -16,6 +16,7 @@ from torch.export import ExportedProgram
 
 from .calibration import bind
 from .errors import FxMergeError, first_line, source_line
+from .evaluating import reproducible, reseed
 from .exporting import opened
 from .folding import fold
 from .ir import Capture
@@ -74,10 +75,10 @@ def capture(model: Any, example_inputs: Any) -> Capture:
     # a copy that shares the parameters, which nobody writes; buffers are its own, since a forward may update them
     traced_model = deep_copy(model, model.parameters())
     for inner in traced_model.modules():  # .eval() of an exported graph module raises
-        inner.training = False
+        if inner.training:
+            inner.training = False
     recall = Recall()
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with torch.no_grad(), reproducible():
         try:
             with recall.watching(traced_model):
                 expected = traced_model(*fresh(args), **fresh(kwargs))
@@ -92,13 +93,14 @@ def capture(model: Any, example_inputs: Any) -> Capture:
             expected, traced_model = plain(expected), returning_plain(traced_model)
         module, recorded = _graph(traced_model, args, kwargs)
         values = list(recorded.inputs) if recorded else bind(module, args, kwargs)
-        torch.manual_seed(0)
+        reseed()
         recorder = _Recorder(module, recall)
         actual = recorder.run(*fresh(values), enable_io_processing=False)
     _compare(type(model).__name__, expected, actual)
     whole = [*module.named_modules(), *(recorded.host.named_modules() if recorded else ())]
     for name, traced in whole:
-        traced.training = training.get(name, model.training)
+        if traced.training != training.get(name, model.training):
+            traced.training = training.get(name, model.training)
     return Capture(
         module,
         args,
@@ -120,7 +122,7 @@ def _graph(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     try:
         return fold(trace(model, fresh(args), fresh(kwargs))), None
     except FxMergeError as refused:
-        torch.manual_seed(0)
+        reseed()
         try:
             recorded = record(model, fresh(args), fresh(kwargs))
         except Exception as error:

@@ -83,14 +83,8 @@ class Context:
     def tie(self, left: Tensor, right: Tensor) -> None:
         """Labels that become equal, position by position; those that meet FIXED are pinned."""
         left, right = thin(left), thin(right)
-        sizes = list(zip(left.shape, right.shape, strict=False)) if left.dim() == right.dim() else []
-        alone = [(left, [b == 1 for _, b in sizes]), (right, [a == 1 for a, _ in sizes])]
-        firsts = [t[tuple(slice(0, 1) if spread else slice(None) for spread in s)] for t, s in alone]
-        if sizes and all(f.numel() < t.numel() for f, (t, _) in zip(firsts, alone, strict=True)):
-            for first, (t, _) in zip(firsts, alone, strict=True):  # not each of one with each of the other
-                self.tie(first, t)
-            left, right = firsts
-        left, right = torch.broadcast_tensors(thin(left), thin(right))  # type: ignore[no-untyped-call]
+        if left.shape != right.shape:
+            left, right = self._met(left, right)
         left, right = left.flatten(), right.flatten()
         if not bool(torch.minimum(left, right).all()):  # FIXED is 0, and no label is less
             for one, other in ((left, right), (right, left)):
@@ -98,8 +92,22 @@ class Context:
             here = (left != FIXED) & (right != FIXED)
             left, right = left[here], right[here]
         differ = left != right
-        if bool(differ.any()):
-            self._run.ties.append(Tie(self._node.name, left[differ], right[differ]))
+        if not bool(differ.all()):
+            left, right = left[differ], right[differ]
+        if left.numel():
+            self._run.ties.append(Tie(self._node.name, left, right))
+
+    def _met(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        """Two label tensors laid over each other; each axis that is only one's own is tied by itself."""
+        sizes = list(zip(left.shape, right.shape, strict=False)) if left.dim() == right.dim() else []
+        alone = [(left, [b == 1 for _, b in sizes]), (right, [a == 1 for a, _ in sizes])]
+        firsts = [t[tuple(slice(0, 1) if spread else slice(None) for spread in s)] for t, s in alone]
+        if sizes and all(f.numel() < t.numel() for f, (t, _) in zip(firsts, alone, strict=True)):
+            for first, (t, _) in zip(firsts, alone, strict=True):  # not each of one with each of the other
+                self.tie(first, t)
+            left, right = firsts
+        met: tuple[Tensor, Tensor] = torch.broadcast_tensors(left, right)  # type: ignore[no-untyped-call]
+        return met
 
     def pin(self, labels: Tensor, reason: str) -> None:
         self._run.pins += self._pins(labels, reason)

@@ -58,7 +58,7 @@ def mostsim(evidence: Evidence, kept: Tensor) -> Mapping:
     norm = inner.square.clamp(min=0).sqrt()
     solid = norm > norm.max() * 1e-9  # a channel without weight can carry nobody, and is carried by nobody
     norm = torch.where(solid, norm, 1)
-    cosine = inner.across / torch.outer(norm[dropped], norm[kept])  # (m, k)
+    cosine = (inner.across / norm[kept]).div_(norm[dropped][:, None])  # (m, k)
     offset: Tensor | None
     if evidence.published is not None:
         scale, offset, able = _published_pairs(evidence.published, norm, dropped, kept)
@@ -68,15 +68,14 @@ def mostsim(evidence: Evidence, kept: Tensor) -> Mapping:
         if not evidence.scalable:  # only an equal channel will do: 2<a,b> / (|a|^2 + |b|^2) is 1 just when a = b
             cosine *= 2 * scale / (1 + scale.square())
             scale = torch.ones_like(scale)
-    possible = solid[dropped][:, None] & solid[kept][None, :]
-    if evidence.published is None:
-        possible &= cosine > MIN_COSINE
-    if not bool((evidence.cells == evidence.cells[0]).all()):
-        possible &= evidence.cells[dropped][:, None] == evidence.cells[kept][None, :]
-    distance = -cosine  # of lam (1 - cos) + (1 - lam) |B| / S, but for a constant
-    if offset is not None:
-        distance = distance.mul_(evidence.lam).add_(_minmax(offset, possible), alpha=1 - evidence.lam)
-    distance.masked_fill_(~possible, torch.inf)
+    possible = _possible(evidence, solid, cosine, dropped, kept)
+    if offset is None:
+        distance = -cosine
+    else:  # lam (1 - cos) + (1 - lam) minmax(|B| / S), but for a constant
+        low, span = _range(offset, possible)
+        distance = offset.sub_(low).mul_((1 - evidence.lam) / span).sub_(cosine, alpha=evidence.lam)
+    if possible is not None:
+        distance.masked_fill_(~possible, torch.inf)
     best = distance.argmin(1, keepdim=True)  # (m, 1) of (m, k)
     closest, nearest, by = (t.gather(1, best)[:, 0] for t in (cosine, distance, scale))
     found = torch.isfinite(nearest)
@@ -119,12 +118,28 @@ def _published_pairs(form: PublishedForm, norm: Tensor, dropped: Tensor, kept: T
     return scale, offset.abs_().div_(scale), solid
 
 
-def _minmax(values: Tensor, possible: Tensor) -> Tensor:
-    """Each row to [0, 1] over its possible entries; a row of equal values to 0."""
-    low = values.masked_fill(~possible, torch.inf).amin(1, keepdim=True)
-    high = values.masked_fill(~possible, -torch.inf).amax(1, keepdim=True)
+def _possible(evidence: Evidence, solid: Tensor, cosine: Tensor, dropped: Tensor, kept: Tensor) -> Tensor | None:
+    """Which kept channel can do for which dropped one, (m, k); None where all can."""
+    one_cell = bool((evidence.cells == evidence.cells[0]).all())
+    if evidence.published is not None and one_cell and bool(solid.all()):
+        return None
+    possible = solid[dropped][:, None] & solid[kept][None, :]
+    if evidence.published is None:
+        possible &= cosine > MIN_COSINE
+    if not one_cell:
+        possible &= evidence.cells[dropped][:, None] == evidence.cells[kept][None, :]
+    return possible
+
+
+def _range(values: Tensor, possible: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The least of each row's possible entries and how far they reach, (m, 1); 1 where they are all equal."""
+    if possible is None:
+        low, high = torch.aminmax(values, dim=1, keepdim=True)
+    else:
+        low = values.masked_fill(~possible, torch.inf).amin(1, keepdim=True)
+        high = values.masked_fill(~possible, -torch.inf).amax(1, keepdim=True)
     span = high - low
-    return (values - low).div_(torch.where(span > 0, span, 1))
+    return low, torch.where(span > 0, span, 1)
 
 
 def fold(evidence: Evidence, kept: Tensor) -> Mapping:

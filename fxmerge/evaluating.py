@@ -5,7 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
+
+
+@contextmanager
+def reproducible() -> Iterator[None]:
+    """The same random numbers each time; afterwards the generators are where they were."""
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
+    with torch.random.fork_rng(devices=gpus):
+        reseed()
+        yield
+
+
+def reseed() -> None:
+    """Seed the generators that can be in use. torch.manual_seed would wake up, or remember, those that are not."""
+    torch.default_generator.manual_seed(0)
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.manual_seed_all(0)
 
 
 @contextmanager
@@ -14,7 +31,7 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
 
     The flags are set one by one, as `.eval()` of a graph module that torch.export made raises.
     """
-    modes = {part: part.training for module in modules for part in module.modules()}
+    modes = {part: part.training for module in modules for part in module.modules() if part.training}
     for part in modes:
         part.training = False
     try:

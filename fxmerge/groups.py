@@ -82,6 +82,7 @@ def _parts(facts: Provenance, atom: Ints, pinned: dict[int, Pin]) -> tuple[Ints,
     random = np.random.default_rng(0)  # a random 64-bit word a node; sums of words tell sets of nodes apart
     words = np.zeros(int(atom.max()) + 1, dtype=np.uint64)
     present: dict[str, Ints] = {}
+    seen: Ints
     holders = [(name, thin(t)) for name, t in facts.labels.items() if name not in facts.views]
     holders += [(name, thin(v.t)) for name, value in facts.values.items() for v in leaves(value) if isinstance(v, Lab)]
     for layer in facts.layers:
@@ -89,12 +90,13 @@ def _parts(facts: Provenance, atom: Ints, pinned: dict[int, Pin]) -> tuple[Ints,
     for name, labels in holders:
         held = labels.numpy().reshape(-1)
         number, atoms_held = copy[held], atom[held]
-        for which in range(int(number.max(initial=0)) + 1):  # a slice may take one copy of a channel and leave another
-            times = np.bincount(atoms_held[number == which] if which or number.any() else atoms_held)
+        copies = int(number.max(initial=0)) + 1
+        for which in range(copies):  # a slice may take one copy of a channel and leave another
+            times = np.bincount(atoms_held[number == which] if copies > 1 else atoms_held)
             seen = np.flatnonzero(times)
             words[seen] += times[seen].astype(np.uint64) * random.integers(1, 2**63, dtype=np.uint64)
-        inside = np.flatnonzero(np.bincount(atoms_held))
         if name:
+            inside = seen if copies == 1 else np.unique(atoms_held)
             present[name] = np.union1d(present[name], inside) if name in present else inside
     return np.unique(words, return_inverse=True)[1].astype(np.int64), present
 
@@ -127,7 +129,7 @@ def _components(
     facts: Provenance, atom: Ints, part: Ints, pinned: dict[int, Pin], order: Ints
 ) -> tuple[Ints, dict[int, tuple[Ints, Ints]]]:
     """Join parts that share blocks: (the group of each atom or -1, group -> (its atoms in order, the cell of each))."""
-    free = np.array([a for a in order.tolist() if a not in pinned], dtype=np.int64)
+    free = order[~np.isin(order, list(pinned))]
     graph: nx.Graph[tuple[str, int]] = nx.Graph()
     graph.add_nodes_from(("part", p) for p in dict.fromkeys(part[free].tolist()))
     rows = np.zeros(int(atom.max()) + 1, dtype=np.int64)  # a number for each combination of block rows
@@ -142,13 +144,12 @@ def _components(
     component_of = {
         node: number for number, component in enumerate(nx.connected_components(graph)) for node in component
     }
-    by_group: dict[int, list[int]] = defaultdict(list)
-    for a, p in zip(free.tolist(), part[free].tolist(), strict=True):
-        by_group[component_of["part", p]].append(a)
+    parts, of_part = np.unique(part[free], return_inverse=True)
+    component = np.array([component_of["part", p] for p in parts.tolist()], dtype=np.int64)[of_part]
     of_group = np.full(int(atom.max()) + 1, -1, dtype=np.int64)
     cells: dict[int, tuple[Ints, Ints]] = {}
-    for number, inside_list in enumerate(by_group.values()):
-        inside = np.array(inside_list, dtype=np.int64)
+    for number, which in enumerate(dict.fromkeys(component.tolist())):
+        inside = free[component == which]
         cell = np.unique(part[inside] * (rows.max() + 1) + rows[inside], return_inverse=True)[1]
         of_group[inside] = number
         cells[number] = (inside, cell.astype(np.int64))

@@ -29,10 +29,11 @@ def across(rows: Tensor, kept: Tensor) -> Pairs:
     """
     rows = rows if rows.dtype in (torch.float32, torch.float64) else rows.float()
     one, other = others(kept, len(rows)).to(rows.device), kept.to(rows.device)
-    products = rows.new_zeros(len(one), len(other))
+    products, square = rows.new_zeros(len(one), len(other)), rows.new_zeros(len(rows), dtype=torch.float64)
     for some in torch.split(rows, 16 * BITE, dim=1):  # some columns at a time, so that no half of a weight is copied
         products.addmm_(some.index_select(0, one), some.index_select(0, other).T)
-    return Pairs(products.double(), torch.linalg.vector_norm(rows, dim=1).double().square())
+        square += torch.linalg.vector_norm(some, dim=1).double().square()
+    return Pairs(products.double(), square)
 
 
 def pairs(inner: Tensor | Pairs, dropped: Tensor, kept: Tensor) -> Pairs:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from .errors import FxMergeError
 from .options import Options
@@ -13,8 +13,7 @@ from .options import Options
 VERSION = 1
 
 
-@dataclass(frozen=True)
-class Partner:
+class Partner(NamedTuple):
     """Where one dropped channel went: `into` kept channel `scale` times, or nowhere (into -1)."""
 
     channel: int
@@ -47,7 +46,9 @@ class Plan:
 
     def json(self) -> str:
         """The plan as JSON text; `Plan.from_json` reads it back equal."""
-        return json.dumps({"fxmerge_plan": VERSION, **dataclasses.asdict(self)}, indent=1, sort_keys=True)
+        groups = [{**vars(g), "partners": [p._asdict() for p in g.partners]} for g in self.groups]
+        told = {"fxmerge_plan": VERSION, "options": dataclasses.asdict(self.options), "groups": groups}
+        return json.dumps(told, indent=1, sort_keys=True)
 
     @staticmethod
     def from_json(text: str) -> Plan:

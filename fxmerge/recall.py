@@ -56,7 +56,7 @@ class Recall:
 
 def _version(layer: nn.Module) -> int:
     """A number that grows whenever a parameter is written."""
-    return sum(p._version for p in layer.parameters())
+    return sum(p._version for p in layer._parameters.values() if p is not None)  # those of `_PLAIN` are its own
 
 
 def _same(one: Tensor, other: Any) -> bool:

@@ -253,7 +253,7 @@ class Report(Shown):
                     **_group_json(g),
                     "kept": kept,
                     "similarity": plan.similarity if plan else 1.0,
-                    "partners": [vars(p) for p in plan.partners] if plan else [],
+                    "partners": [p._asdict() for p in plan.partners] if plan else [],
                 }
             )
         return json.dumps(

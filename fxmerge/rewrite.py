@@ -101,10 +101,12 @@ class Rewriter:
         sliced = value.new_empty(len(rows), len(kept), *value.shape[2:])
         for some, target in zip(torch.split(rows, BITE), torch.split(sliced, BITE), strict=True):
             whole = value.index_select(0, some).to(precise)
-            total = whole.index_select(1, kept)
+            total = target if target.dtype == precise else whole.new_empty(target.shape)
+            torch.index_select(whole, 1, kept, out=total)
             for source, into, scale in parts:
                 total.index_add_(1, into, whole.index_select(1, source).mul_(scale))
-            target.copy_(total)
+            if total is not target:
+                target.copy_(total)
         self.weights.put(labels.path, sliced)
 
     def _absorb_writers(self, merge: Merge, mixing: Tensor) -> None:

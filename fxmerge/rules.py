@@ -245,8 +245,15 @@ def spellings() -> Iterator[tuple[Any, Rule, Spelling]]:
 
 
 def table() -> dict[Any, tuple[Rule, Spelling]]:
-    """RULES by key, as the interpreter looks them up."""
-    return {k: (rule, spelling) for k, rule, spelling in spellings()}
+    """RULES by key, as the interpreter looks them up; made anew where rows were added or changed."""
+    global _made
+    rows = tuple(RULES.values())
+    if len(rows) != len(_made[0]) or not all(map(operator.is_, rows, _made[0])):
+        _made = rows, {k: (rule, spelling) for k, rule, spelling in spellings()}
+    return _made[1]
+
+
+_made: tuple[tuple[Rule, ...], dict[Any, tuple[Rule, Spelling]]] = (), {}
 
 
 def find(target: Any, known: dict[Any, tuple[Rule, Spelling]]) -> tuple[Rule, Spelling] | None:

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 
 from .assembling import assembled
 from .errors import FxMergeError
-from .evaluating import evaluating
+from .evaluating import evaluating, reproducible
 from .ir import Capture, Group, Grouping, Member, ParamLabels, Provenance
 from .movement import fresh, tree
 from .outputs import returned
@@ -36,8 +36,7 @@ class Verdict:
 
 def outputs(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> list[Tensor]:
     """The floating-point tensors that a model gives, in evaluation mode; its training flags stay as they were."""
-    with evaluating(module), torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with evaluating(module), torch.no_grad(), reproducible():
         return returned(module(*fresh(list(args)), **fresh(dict(kwargs or {}))))
 
 

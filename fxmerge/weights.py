@@ -32,6 +32,7 @@ class Weights:
 
     def __init__(self, module: nn.Module, shared: frozenset[int] = frozenset()) -> None:
         self.module, self.shared = module, shared
+        self.owners = dict(module.named_modules(remove_duplicate=False))
         self.holders: dict[int, list[tuple[dict[str, Any], str]]] = {}
         for owner in module.modules():
             for held in (owner._parameters, owner._buffers, owner.__dict__):
@@ -40,7 +41,9 @@ class Weights:
                         self.holders.setdefault(id(value), []).append((held, name))
 
     def __getitem__(self, path: str) -> Tensor:
-        return at(self.module, path)
+        owner, _, name = path.rpartition(".")
+        value: Tensor = getattr(self.owners[owner], name)
+        return value
 
     def put(self, path: str, value: Tensor) -> Tensor:
         """Put a tensor in another's place, wherever the module holds that very tensor."""
@@ -92,7 +95,8 @@ def deep_copy(module: M, shared: Iterable[Tensor]) -> M:
         memo[id(m)] = type(m).__new__(type(m))
     for m in plain:
         state: dict[str, Any] = m.__getstate__()  # type: ignore[no-untyped-call]
-        memo[id(m)].__setstate__({name: _field(value, memo) for name, value in state.items()})
+        copied = {name: v if type(v) in _ATOMS else _field(v, memo) for name, v in state.items()}
+        memo[id(m)].__setstate__(copied)
     return copy.deepcopy(module, memo)
 
 
@@ -108,17 +112,20 @@ def _plain(cls: type[nn.Module]) -> bool:
 
 
 def _field(value: Any, memo: dict[int, Any]) -> Any:
-    if type(value) in _ATOMS or (type(value) is tuple and all(type(v) in _ATOMS for v in value)):
+    if type(value) is tuple and all(type(v) in _ATOMS for v in value):
         return value
     if id(value) in memo or not (type(value) in (dict, OrderedDict) or (type(value) in (list, set) and not value)):
         return copy.deepcopy(value, memo)
     copied = memo[id(value)] = type(value)()
     if value:
-        copied.update({_field(name, memo): _field(one, memo) for name, one in value.items()})
+        for name, one in value.items():
+            copied[name if type(name) in _ATOMS else _field(name, memo)] = (
+                one if type(one) in _ATOMS else _field(one, memo)
+            )
     return copied
 
 
-_ATOMS = (int, float, bool, str, type(None))
+_ATOMS = frozenset((int, float, bool, str, type(None)))
 
 
 def sharing_copy(module: fx.GraphModule) -> tuple[fx.GraphModule, Weights]:
