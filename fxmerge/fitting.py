@@ -24,12 +24,15 @@ from .evaluating import evaluating
 from .ir import Capture, Layer, Provenance
 from .lockstep import Lockstep, Settings, moments
 from .probes import probed
+from .systems import Reduce
 from .targets import pair
 from .weights import at
 
-STEPS, RATE = 20, 0.1  # of Adam, in deviations of the probes
+STEPS = 20  # of Adam, with a short memory and a rate (in deviations of the probes) that falls to FALL of the first:
+RATE, BETAS, FALL = 0.15, (0.7, 0.9), 0.3  # in a dozen steps twice as near as the usual 0.1, (0.9, 0.999), 1
 BUDGET = 4e12  # FLOPs of all steps together, at most; no probe is moved where fewer than LEAST steps are within it
 LEAST = 5
+STRAY = 0.5  # divergence of a layer's outputs from the statistics behind it, where its inputs have theirs
 
 
 def normed(facts: Provenance) -> dict[str, Layer]:
@@ -41,6 +44,15 @@ def mismatch(captured: Capture, facts: Provenance, batches: Sequence[Sequence[An
     """The divergence of the batches' statistics at the BatchNorms from the running ones; 0 without a BatchNorm."""
     with evaluating(captured.module), torch.no_grad():
         return float(_divergence(captured, facts, batches, settings))
+
+
+def holds(captured: Capture, facts: Provenance, batches: Batches, settings: Settings) -> bool:
+    """Do the running statistics tell what the layers give, so that streams can be held where they say?
+
+    They are compared where every earlier BatchNorm is held: a trained network is within STRAY whatever the probes, one
+    that was never trained is not, and no stream of it ever comes where they say.
+    """
+    return mismatch(captured, facts, batches[:1], replace(settings, held=True)) < STRAY
 
 
 def fitted(
@@ -68,24 +80,36 @@ def _moved(
     captured: Capture, facts: Provenance, batches: Batches, settings: Settings, places: Sequence[int], steps: int,
     stage: Callable[[str], None],
 ) -> Batches:  # fmt: skip
-    alone, found = replace(settings, held=False, reduce=lambda value: value), []
+    alone, found = replace(settings, held=False), []
     with evaluating(captured.module), torch.enable_grad():
         for number, batch in enumerate(batches):
             stage(f"probes {number + 1} of {len(batches)}")
             moving = {place: batch[place].clone().requires_grad_() for place in places}
             values = [moving.get(place, value) for place, value in enumerate(batch)]
-            adam = torch.optim.Adam(list(moving.values()), lr=RATE)
+            adam = torch.optim.Adam(list(moving.values()), lr=RATE, betas=BETAS)
+            falling = torch.optim.lr_scheduler.LinearLR(adam, 1.0, FALL, total_iters=steps)
             for _ in range(steps):
-                loss = _divergence(captured, facts, [values], alone)
+                loss = _divergence(captured, facts, [values], alone, _own_moments)
                 slopes = torch.autograd.grad(loss, list(moving.values()), allow_unused=True)
                 for value, slope in zip(moving.values(), slopes, strict=True):
                     value.grad = slope
                 adam.step()
+                falling.step()
             found.append([moving[place].detach() if place in moving else value for place, value in enumerate(batch)])
     return found
 
 
-def _divergence(captured: Capture, facts: Provenance, batches: Sequence[Sequence[Any]], settings: Settings) -> Tensor:
+def _own_moments(values: Sequence[Tensor], axis: int, reduce: Reduce) -> tuple[Tensor, Tensor]:
+    """`moments` of the one batch that is being moved, in its own precision: a backward pass in float64 takes long."""
+    axes = [a for a in range(values[0].dim()) if a != axis]
+    variance, mean = torch.var_mean(values[0], axes, correction=0)
+    return mean.double(), variance.double()
+
+
+def _divergence(
+    captured: Capture, facts: Provenance, batches: Sequence[Sequence[Any]], settings: Settings,
+    moments: Callable[[Sequence[Tensor], int, Reduce], tuple[Tensor, Tensor]] = moments,
+) -> Tensor:  # fmt: skip
     norms, module, found = normed(facts), captured.module, []
     run = Lockstep(pair(module, facts), batches, settings)
     for step in run:

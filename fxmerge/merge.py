@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from .capture import capture, confined
 from .constants import recompute
 from .errors import FxMergeError, source_line
 from .evidence import Reading
-from .fitting import fitted, mismatch
+from .fitting import fitted, holds, mismatch
 from .groups import aligned, group
 from .ir import Capture, Group, Grouping, Provenance, Refusal
 from .lockstep import Settings
@@ -138,6 +139,8 @@ def _merged(
     narrowed = [g for g in groups if sum(counts[g.name]) < g.channels]
     settings = Settings(options.rows, options.seed, options.refit == "synthetic", summed)
     batches, notes = _batches(captured, facts, options, given, settings, stage) if narrowed else ([], ())
+    if notes == (_STRAYS,):
+        settings = replace(settings, held=False)
     surveyed: Mapping[str, tuple[Reading, ...]] = {}
     if batches and decided is None and options.selection == "repair":
         stage("survey")
@@ -194,7 +197,14 @@ def _batches(
         batches = fed(captured, facts, options, given, lambda b: mismatch(captured, facts, b, settings))
     except UnprobedError as why:
         return [], (str(why),)
-    return batches if given is not None else fitted(captured, facts, batches, settings, stage), ()
+    if given is not None:
+        return batches, ()
+    if not holds(captured, facts, batches, settings):
+        return batches, (_STRAYS,)
+    return fitted(captured, facts, batches, settings, stage), ()
+
+
+_STRAYS = "probes run as they are, since the BatchNorms' running statistics are far from what the layers give"
 
 
 def _grouped(captured: Capture, facts: Provenance) -> tuple[Provenance, Grouping]:

@@ -33,7 +33,7 @@ from .weights import Weights, at, fetch_bias
 EXACT = 1e-10  # relative square error at which a layer needs no refit
 MATCH = 2.0  # the moment matching's factor stays between 1 / MATCH and MATCH
 RIDGE = 3e-2  # the pull towards the weights that are there, of the Gram's mean diagonal
-ROUNDS = 2  # of the alternation behind a rectifier
+ROUNDS = 4  # of the alternation behind a rectifier
 
 
 @dataclass(frozen=True)

@@ -184,3 +184,30 @@ def test_a_recorded_model_says_that_it_is_not_refitted() -> None:
 
     result = fxmerge.merge(Steered().eval(), torch.rand(2, 3, 6, 6), ratio=0.5)
     assert "refit is left out, as only parts of the model could be traced" in result.report.text()
+
+
+def strayed() -> nn.Module:
+    """Layers that shrink their inputs a thousandfold, and BatchNorms that were never told."""
+    torch.manual_seed(0)
+    net = nn.Sequential(*(
+        part for _ in range(4) for part in (nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+    ))  # fmt: skip
+    for part in net:
+        if isinstance(part, nn.Conv2d):
+            part.weight.data *= 1e-3
+    return net.eval()
+
+
+def test_streams_are_held_where_the_running_statistics_are_true_only() -> None:
+    x = torch.randn(8, 8, 6, 6)
+    net = strayed()
+    merged = fxmerge.merge(net, x, ratio=0.25, samples=64)
+    assert any("probes run as they are" in note for note in merged.report.notes)
+    assert merged.report.verdict.error < 1e-5  # 1e-4 if held, and far more in deeper networks
+    told = strayed()
+    for part in told:
+        if isinstance(part, nn.BatchNorm2d):
+            part.momentum = None  # the mean of all that it has seen
+            part.reset_running_stats()
+    told.train()(fxmerge.PROBES["leaves"](x, 256, torch.Generator().manual_seed(9)))
+    assert fxmerge.merge(told.eval(), x, ratio=0.25, samples=64).report.notes == ()
