@@ -101,9 +101,27 @@ def _moved(
 
 def _own_moments(values: Sequence[Tensor], axis: int, reduce: Reduce) -> tuple[Tensor, Tensor]:
     """`moments` of the one batch that is being moved, in its own precision: a backward pass in float64 takes long."""
-    axes = [a for a in range(values[0].dim()) if a != axis]
-    variance, mean = torch.var_mean(values[0], axes, correction=0)
+    mean, variance = _Moments.apply(values[0], axis)
     return mean.double(), variance.double()
+
+
+class _Moments(torch.autograd.Function):
+    """Mean and variance along all axes but one, with the few passes over x that it takes and no more."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+        axes, ctx.view = [a for a in range(x.dim()) if a != axis], [-1 if a == axis else 1 for a in range(x.dim())]
+        mean = x.mean(axes)
+        apart = x - mean.view(ctx.view)
+        ctx.save_for_backward(apart)
+        return mean, apart.square().mean(axes)
+
+    @staticmethod
+    def backward(ctx: Any, of_mean: Tensor, of_variance: Tensor) -> tuple[Tensor, None]:
+        (apart,) = ctx.saved_tensors
+        each = of_mean.numel() / apart.numel()  # d mean / dx = each, d variance / dx = 2 each (x - mean)
+        slope, level = (of_variance * (2 * each)).view(ctx.view), (of_mean * each).view(ctx.view)
+        return torch.addcmul(level, apart, slope), None
 
 
 def _divergence(

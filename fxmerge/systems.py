@@ -20,7 +20,7 @@ from torch import Tensor
 from .linalg import solve_ridge
 
 Reduce = Callable[[Tensor], Tensor]  # a sum over all processes
-CHUNK = 8192  # rows at a time in float64
+CHUNK = 2048  # rows at a time whose products are summed in the rows' own precision, float32 at least
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class System:
 
     def with_targets(self, rows: list[Tensor], targets: list[Tensor], reduce: Reduce) -> System:
         """The same patches with other targets: (rows, g, p) and (rows, g, o) by batch."""
-        mean = reduce(torch.stack([t.sum(0, dtype=torch.float64) for t in targets]).sum(0)) / self.count
-        cross = reduce(_product(rows, targets)) / self.count - self.mean_p[:, :, None] * mean[:, None, :]
+        mean = _mean(targets, self.count, reduce)
+        cross = reduce(_product(rows, self.mean_p, targets, mean)) / self.count
         return replace(self, mean_t=mean, cross=cross)
 
     def solve(self, start: Tensor, ridge: float) -> Tensor:
@@ -56,28 +56,41 @@ class System:
 
 def system(rows: list[Tensor], targets: list[Tensor], reduce: Reduce, centred: bool = True) -> System:
     """The system of these rows: patches (rows, g, p) and targets (rows, g, o) by batch."""
-    count = float(reduce(torch.tensor(float(sum(map(len, rows))), dtype=torch.float64, device=rows[0].device)))
-    sums = (torch.stack([part.sum(0, dtype=torch.float64) for part in parts]).sum(0) for parts in (rows, targets))
-    mean_p, mean_t = (reduce(s) / count * centred for s in sums)
-    gram = reduce(_product(rows, rows)) / count - mean_p[:, :, None] * mean_p[:, None, :]
-    cross = reduce(_product(rows, targets)) / count - mean_p[:, :, None] * mean_t[:, None, :]
+    count = _count(rows, reduce)
+    mean_p, mean_t = _mean(rows, count, reduce) * centred, _mean(targets, count, reduce) * centred
+    gram = reduce(_product(rows, mean_p, rows, mean_p)) / count
+    cross = reduce(_product(rows, mean_p, targets, mean_t)) / count
     return System(count, mean_p, mean_t, gram, cross)
 
 
 def second_moments(rows: list[Tensor], reduce: Reduce) -> Tensor:
     """Of patches (rows, g, p) about their mean: (g, p, p), float64."""
-    count = reduce(torch.tensor(float(sum(map(len, rows))), dtype=torch.float64, device=rows[0].device))
-    mean = reduce(torch.stack([part.sum(0, dtype=torch.float64) for part in rows]).sum(0)) / count
-    return reduce(_product(rows, rows)) / count - mean[:, :, None] * mean[:, None, :]
+    count = _count(rows, reduce)
+    mean = _mean(rows, count, reduce)
+    return reduce(_product(rows, mean, rows, mean)) / count
 
 
-def _product(rows: list[Tensor], others: list[Tensor]) -> Tensor:
-    """sum over rows of row' other, (g, p, o), in float64 by chunks."""
+def _count(rows: list[Tensor], reduce: Reduce) -> float:
+    return float(reduce(torch.tensor(float(sum(map(len, rows))), dtype=torch.float64, device=rows[0].device)))
+
+
+def _mean(parts: list[Tensor], count: float, reduce: Reduce) -> Tensor:
+    return reduce(torch.stack([part.sum(0, dtype=torch.float64) for part in parts]).sum(0)) / count
+
+
+def _product(rows: list[Tensor], mean: Tensor, others: list[Tensor], other_mean: Tensor) -> Tensor:
+    """sum over rows of (row - mean)' (other - its mean): (g, p, o), float64.
+
+    Rows are multiplied in their own precision, some at a time, and these products are summed in float64: about their
+    means nothing cancels, and what is rounded is far below the ridge.
+    """
     total: Tensor | None = None
     for row, other in zip(rows, others, strict=True):
         for a, b in zip(torch.split(row, CHUNK), torch.split(other, CHUNK), strict=True):
-            one = a.double().transpose(0, 1)
-            part = one.mT @ (one if other is row else b.double().transpose(0, 1))
+            precise = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+            one = (a.to(precise) - mean.to(precise)).transpose(0, 1)
+            two = one if other is row else (b.to(precise) - other_mean.to(precise)).transpose(0, 1)
+            part = (one.mT @ two).double()
             total = part if total is None else total.add_(part)
     assert total is not None
     return total
