@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, fx
 
 from . import movement, rules
-from .context import Context, Opaque
+from .context import Context, Opaque, layer_name
 from .errors import source_line
 from .exporting import by_name, overload_name
-from .ir import Block, Bond, Capture, Lab, Layer, Param, ParamLabels, Pin, Provenance, Tie, View
+from .ir import Block, Bond, Capture, Lab, Layer, Param, ParamLabels, Pin, Provenance, Tie, Untouched, View
 from .labels import fixed, numbers
 from .torchcalls import in_place
 from .weights import at
@@ -171,8 +171,34 @@ class _Run:
         return Provenance(
             stands, values, self.kinds, self.sources, self.commutes, tuple(self.layers), params, tuple(self.ties),
             tuple(self.pins), tuple(self.blocks), tuple(self.mixers), self.count, views,
-            tuple(self.bonds),
+            tuple(self.bonds), untouched=self.untouched(),
         )  # fmt: skip
+
+    def untouched(self) -> tuple[Untouched, ...]:
+        """The parameters that no layer of the graph holds channels with, by the user's layers, and why."""
+        found: dict[str, Untouched] = {}
+        module = self.capture.module
+        held = {id(at(module, path)) for layer in self.layers for path in layer.params.values()}
+        frozen = {id(at(module, path)): about for path, about in self.frozen.items()}
+        for path, value in module.named_parameters():
+            if id(value) not in held:
+                reason, node = frozen.get(id(value), ("has no channels of its own", None))
+                labels = self.elements.get(self.owners.get(id(value), path))
+                pins = (p for p in self.pins if labels is not None and bool(torch.isin(labels, p.labels).any()))
+                pin = next(pins, None) if node is None else None
+                name = str(node.target) if node is not None and node.op == "call_module" else layer_name(path)
+                where = source_line(node) if node is not None else pin.where if pin else ""
+                size = value.size(0) if value.dim() else 1
+                found.setdefault(name, Untouched(name, size, pin.reason if pin else reason, where))
+        fetched = [(n.op, str(n.target)) for n in module.graph.nodes if n.op in ("call_module", "get_attr")]
+        called = tuple(f"{target}." for op, target in fetched if op == "call_module")
+        owners = {target.rpartition(".")[0] for op, target in fetched if op == "get_attr"}
+        for path, value in self.capture.model.named_parameters() if self.capture.model is not None else ():
+            own = path.partition(".parametrizations.")[0] + ".weight" if ".parametrizations." in path else path
+            if not own.startswith(called) and own.rpartition(".")[0] not in owners:
+                name, size = layer_name(own), value.size(0) if value.dim() else 1
+                found.setdefault(name, Untouched(name, size, "does not run on the example inputs", ""))
+        return tuple(found.values())
 
 
 _NUMPY = {"axis": "dim", "keepdims": "keepdim"}  # torch takes numpy's names too
