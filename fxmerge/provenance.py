@@ -152,7 +152,23 @@ class _Run:
             self.renewed[self.latest(node.args[0])] = node
         return out
 
+    def spare(self) -> None:
+        """Rows of a table that nothing takes follow the others, so that what is left of it is a rectangle."""
+        met = torch.zeros(self.count, dtype=torch.bool)
+        for tie in self.ties:
+            met[tie.left], met[tie.right] = True, True
+        for pin in self.pins:
+            met[pin.labels] = True
+        for elements in self.elements.values():
+            for axis in range(elements.dim() if elements.dim() > 1 else 0):
+                along = elements.movedim(axis, 0).flatten(1)
+                taken = met[along].any(1)
+                if bool(taken.any()) and not bool(taken.all()):
+                    first, others = along[taken][:1], along[~taken]
+                    self.ties.append(Tie("", first.expand_as(others).flatten(), others.flatten()))
+
     def facts(self) -> Provenance:
+        self.spare()
         params = {}
         for path in sorted({*self.axes, *self.elements}):
             labels = ParamLabels(path, self.axes.get(path, {}), self.elements.get(path), self.groups.get(path, 1))
