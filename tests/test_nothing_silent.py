@@ -85,3 +85,23 @@ class Odd(nn.Module):
 
 def test_layers_without_a_rule_are_told() -> None:
     assert unsaid(Odd().eval(), torch.randn(2, 4, 3)) == []
+
+
+class Tied(nn.Module):
+    """One weight of three names, of which a run uses two: those of the embedding and of the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared, self.table = nn.Embedding(11, 6), nn.Embedding(11, 6)
+        self.inside, self.head = nn.Linear(6, 6), nn.Linear(6, 11, bias=False)
+        self.table.weight = self.head.weight = self.shared.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(torch.relu(self.inside(self.table(x))))
+        return out
+
+
+def test_a_tied_weight_runs_where_one_of_its_names_does() -> None:
+    model, x = Tied().eval(), torch.randint(0, 11, (2, 5))
+    assert unsaid(model, x) == []
+    assert [r.reason for r in fxmerge.analyze(model, x).refusals if "does not run" in r.reason] == []
