@@ -26,7 +26,7 @@ from .recall import Recall
 from .recorded import Recorded
 from .recording import record
 from .tracing import trace
-from .unparametrizing import unparametrize
+from .unparametrizing import computed, unparametrize
 from .weights import deep_copy
 
 
@@ -73,7 +73,7 @@ def capture(model: Any, example_inputs: Any) -> Capture:
         raise FxMergeError("example_inputs hold a tensor without elements; give at least one sample")
     training = {name: m.training for name, m in model.named_modules()}
     # a copy that shares the parameters, which nobody writes; buffers are its own, since a forward may update them
-    traced_model = deep_copy(model, model.parameters())
+    traced_model = deep_copy(model, [*model.parameters(), *computed(model)])
     for inner in traced_model.modules():  # .eval() of an exported graph module raises
         if inner.training:
             inner.training = False

@@ -238,7 +238,10 @@ def _plain(
 
 
 def _equal(found: Tensor, want: Tensor) -> bool:
-    return found.shape == want.shape and bool(((found == want) | (found == _ANY)).all())
+    if found.shape != want.shape:
+        return False
+    found, want = thin(found), thin(want)
+    return bool(((found == want) | (found == _ANY)).all())
 
 
 def _same(found: Any, want: Any) -> bool:

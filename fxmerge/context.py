@@ -180,9 +180,8 @@ class Context:
         self._run.mixers.append((self._node.name, numbers(labels)))
 
     def layer(self, op: str, params: dict[str, str], **facts: Any) -> None:
-        name = str(self._node.target) if self._node.op == "call_module" else next(iter(params.values()), "")
-        if self._node.op != "call_module":
-            name = name.removesuffix(".weight") or name
+        called = self._node.op == "call_module"
+        name = str(self._node.target) if called else layer_name(next(iter(params.values()), ""))
         self._run.layers.append(Layer(self._node.name, name or self._node.name, op, params, **facts))
 
     def query(self, x: Any, *args: Any, **kwargs: Any) -> Any:
@@ -227,6 +226,12 @@ class Context:
 
 TRANSPOSES = ("T", "mT")  # attributes that are movements
 _VERBS = {"has", "takes", "gives", "changes", "reduces", "is", "does", "meets", "spreads", "joins", "asks", "maps"}
+
+
+def layer_name(path: str) -> str:
+    """What users call the layer that a parameter is of: its module, or the parameter itself."""
+    owner, _, name = path.rpartition(".")
+    return owner if owner and name in ("weight", "bias") else path
 
 
 class Opaque:

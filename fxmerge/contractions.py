@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ir import Lab, Param
+from .ir import Lab, Param, View
 from .labels import fixed, holds, rows, simplify, varying
-from .ties import meets, operand_shape
+from .ties import as_table, meets, operand_shape
 from .writers import matrix
 
 
@@ -107,12 +107,30 @@ def matmul(ctx: Any, a: Any, b: Any) -> Any:
     """a (..., m, k) @ b (..., k, n)."""
     if isinstance(a, Lab) and isinstance(b, Param) and b.value.dim() == 2:
         return matrix(ctx, a, b)
+    a, b = tables(ctx, a, b)
     if not isinstance(a, Lab) or not isinstance(b, Lab) or a.t.dim() < 2 or b.t.dim() < 2:
         return ctx.unknown("has an operand that is no activation")
     batch = "abcdefgh"[: max(a.t.dim(), b.t.dim()) - 2]
     letters_a = batch[len(batch) - (a.t.dim() - 2) :] + "mk"
     letters_b = batch[len(batch) - (b.t.dim() - 2) :] + "kn"
     return _broadcast(ctx, a.t, b.t, letters_a, letters_b, batch + "mn")
+
+
+def tables(ctx: Any, *operands: Any) -> tuple[Any, ...]:
+    """Operands of which some are parameters and none holds an activation's channels, as labels; else as they are."""
+    raw = [isinstance(o, (Param, View)) for o in operands]
+    plain = [isinstance(o, Tensor) or (isinstance(o, Lab) and not holds(o.t)) for o in operands]
+    if sum(raw) != 1 or not all(r or p for r, p in zip(raw, plain, strict=True)):
+        return operands
+    return tuple(as_table(ctx, o) for o in operands)
+
+
+def outer(ctx: Any, input: Any, vec2: Any) -> Any:
+    """input[i] vec2[j]."""
+    a, b = tables(ctx, input, vec2)
+    if not isinstance(a, Lab) or not isinstance(b, Lab):
+        return ctx.unknown("has an operand that is no activation")
+    return contract(ctx, a.t, b.t, "i", "j", "ij")
 
 
 def addmm(ctx: Any, input: Any, mat1: Any, mat2: Any, beta: Any = 1, alpha: Any = 1) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .contractions import contract
+from .contractions import contract, tables
 from .ir import Lab
 from .labels import simplify, varying
 
@@ -19,6 +19,7 @@ def einsum(ctx: Any, equation: Any, *operands: Any, tensors: Any = None) -> Any:
         operands = tuple(operands[0] if tensors is None else tensors)
     if not isinstance(equation, str) or ctx.shape is None or not operands:
         return ctx.unknown("is not given as an equation and operands")
+    operands = tables(ctx, *operands)
     if not all(isinstance(o, Lab) for o in operands):
         return ctx.unknown("has an operand that is no activation")
     inputs, out = spelled(equation, [o.t.dim() for o in operands])

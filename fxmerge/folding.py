@@ -62,7 +62,7 @@ def fold(module: fx.GraphModule) -> fx.GraphModule:
 
 def _as_linear(module: fx.GraphModule, known: dict[Any, Any]) -> None:
     """x @ w.t(), however the transpose of a parameter is spelled, becomes F.linear(x, w): the same numbers."""
-    calls = ("call_function", "call_method")
+    calls, changed = ("call_function", "call_method"), False
     for node in list(module.graph.nodes):
         found = rules.find(node.target, known) if node.op in calls else None
         turned: Any = node.args[1] if found is not None and found[0].name == "matmul" and len(node.args) == 2 else None
@@ -78,7 +78,9 @@ def _as_linear(module: fx.GraphModule, known: dict[Any, Any]) -> None:
             node.op, node.target, node.args = "call_function", F.linear, (node.args[0], weight)
             if not turned.users:
                 module.graph.erase_node(turned)
-            module.recompile()
+            changed = True
+    if changed:
+        module.recompile()
 
 
 def _as_weight(module: fx.GraphModule, user: fx.Node, node: fx.Node, known: dict[Any, Any]) -> bool:

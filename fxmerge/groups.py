@@ -19,6 +19,7 @@ from typing import Any
 import networkx as nx
 import numpy as np
 import torch
+from torch import Tensor
 
 from .ir import Group, Grouping, Lab, Layer, Pin, Provenance, Refusal, Tie
 from .labels import thin
@@ -36,7 +37,7 @@ def group(facts: Provenance) -> Grouping:
     of_group, components = _components(facts, atom, part, pinned, written)
     builder = Builder(facts, atom, of_group, present)
     named = _named([builder.build(number, *inside) for number, inside in components.items()])
-    refusals = _refusals(facts, atom, pinned)
+    refusals = _refusals(facts, atom, pinned, named)
     graph = _graph(named, refusals, facts.layers)
     return Grouping(tuple(named), refusals, torch.from_numpy(atom), graph)
 
@@ -133,14 +134,19 @@ def _components(
     graph: nx.Graph[tuple[str, int]] = nx.Graph()
     graph.add_nodes_from(("part", p) for p in dict.fromkeys(part[free].tolist()))
     rows = np.zeros(int(atom.max()) + 1, dtype=np.int64)  # a number for each combination of block rows
+    held, combinations = np.isin(np.arange(len(rows)), list(pinned)), 1
     for number, block in enumerate(facts.blocks):
         inside = atom[block.labels.numpy()]
-        if any(a in pinned for a in np.unique(inside).tolist()):
+        if held[inside].any():
             continue
         graph.add_edges_from((("part", p), ("block", number)) for p in np.unique(part[inside]).tolist())
         for at, row in enumerate(inside):
-            rows[np.unique(row)] = rows[np.unique(row)] * (len(inside) + 1) + at + 1
-        rows = np.unique(rows, return_inverse=True)[1].astype(np.int64)
+            here = np.unique(row)
+            rows[here] = rows[here] * (len(inside) + 1) + at + 1
+        touched = np.unique(inside)
+        found, which = np.unique(rows[touched], return_inverse=True)
+        rows[touched] = combinations + which
+        combinations += len(found)
     component_of = {
         node: number for number, component in enumerate(nx.connected_components(graph)) for node in component
     }
@@ -150,7 +156,7 @@ def _components(
     cells: dict[int, tuple[Ints, Ints]] = {}
     for number, which in enumerate(dict.fromkeys(component.tolist())):
         inside = free[component == which]
-        cell = np.unique(part[inside] * (rows.max() + 1) + rows[inside], return_inverse=True)[1]
+        cell = np.unique(part[inside] * combinations + rows[inside], return_inverse=True)[1]
         of_group[inside] = number
         cells[number] = (inside, cell.astype(np.int64))
     return of_group, cells
@@ -166,15 +172,28 @@ def _named(found: list[Group]) -> list[Group]:
     return named
 
 
-def _refusals(facts: Provenance, atom: Ints, pinned: dict[int, Pin]) -> tuple[Refusal, ...]:
-    """One refusal for each writer and reason."""
+def _refusals(facts: Provenance, atom: Ints, pinned: dict[int, Pin], groups: list[Group]) -> tuple[Refusal, ...]:
+    """One refusal for each writer and reason, and for each other layer that is in no group: none is left unsaid."""
     found: dict[tuple[str, str, str], int] = defaultdict(int)
+
+    def add(layer: Layer, labels: Tensor) -> None:
+        for a in np.unique(atom[labels.numpy()]).tolist():
+            if a in pinned:
+                found[layer.module, pinned[a].reason, pinned[a].where] += 1
+
     for layer in facts.layers:
         if layer.writes is not None:
-            for a in np.unique(atom[layer.writes.numpy()]).tolist():
-                if a in pinned:
-                    found[layer.module, pinned[a].reason, pinned[a].where] += 1
-    return tuple(Refusal(name, channels, reason, where) for (name, reason, where), channels in found.items())
+            add(layer, layer.writes)
+    told = {name for name, *_ in found}
+    told |= {m.layer.module for g in groups for m in (*g.writers, *g.carriers, *g.readers)}
+    for layer in facts.layers:
+        labels = layer.reads if layer.carries is None else layer.carries
+        if layer.module not in told and labels is not None:
+            add(layer, labels)
+    told |= {name for name, *_ in found}
+    refused = [Refusal(name, channels, reason, where) for (name, reason, where), channels in found.items()]
+    left = [u for u in facts.untouched if u.module not in told]
+    return (*refused, *(Refusal(u.module, u.channels, u.reason, u.where) for u in left))
 
 
 def graphml(graph: Any) -> str:

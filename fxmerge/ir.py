@@ -128,6 +128,16 @@ class Bond:
 
 
 @dataclass(frozen=True)
+class Untouched:
+    """A module's parameters that no layer of the graph reads or writes channels with, and why."""
+
+    module: str
+    channels: int  # along the first axis
+    reason: str
+    where: str
+
+
+@dataclass(frozen=True)
 class Provenance:
     """Which channel went where: what one run of the graph on labels found."""
 
@@ -146,6 +156,7 @@ class Provenance:
     views: frozenset[str] = frozenset()  # nodes that are views of raw parameters, not activations
     bonds: tuple[Bond, ...] = ()  # found only where it was asked for whole blocks
     whole: Tensor | None = None  # labels of the blocks that leave whole
+    untouched: tuple[Untouched, ...] = ()
 
 
 @dataclass(frozen=True)

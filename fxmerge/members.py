@@ -56,6 +56,7 @@ class Builder:
         # a weight that writes and reads along one axis (an embedding that is the head too) cannot absorb anything
         partners &= not {_side(m) for m in members["write"]} & {_side(m) for m in members["read"]}
         partners &= self.facts.whole is None or not self._holds(number, self.facts.whole)  # a block takes nobody's part
+        partners &= all(m.layer.op != "table" for m in members["carry"])  # nor does one angle that of another
         first = members["write"][0].layer.module if members["write"] else ""
         writers, readers, junctions, rigid = self._paths(number, members["write"], members["read"])
         nodes = self.nodes[number]

@@ -271,10 +271,12 @@ def _provable(
         edits, failures = recompute(captured, facts, survivors(facts, grouping.atom, chosen))
         if not failures:
             return chosen, edits, refused
-        failure = failures[0]
-        guilty = [g for g, _ in chosen if _hit(g, grouping, failure.labels)]
-        guilty = guilty or [g for g, _ in chosen]  # a size that follows a width it should not: decline all
-        for g in guilty:
-            why = f"the sizes at {failure.node} cannot follow"
-            refused.append(Refusal(g.name, g.channels, why, source_line(nodes[failure.node])))
-        chosen = [(g, kept) for g, kept in chosen if g not in guilty]
+        gone: set[str] = set()
+        for failure in failures:
+            guilty = [g for g, _ in chosen if _hit(g, grouping, failure.labels)]
+            guilty = guilty or [g for g, _ in chosen]  # a size that follows a width it should not: decline all
+            if gone.isdisjoint(g.name for g in guilty):  # else it may follow from those
+                why = f"the sizes at {failure.node} cannot follow"
+                refused += [Refusal(g.name, g.channels, why, source_line(nodes[failure.node])) for g in guilty]
+                gone |= {g.name for g in guilty}
+        chosen = [(g, kept) for g, kept in chosen if g.name not in gone]

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .ir import Aten, Lab, Param, View
-from .labels import FIXED, fixed, holds, simplify, spread, varying
+from .labels import FIXED, fixed, holds, rows, simplify, spread, varying
 
 SPELLINGS: dict[str, tuple[Any, ...]] = {
     "view": ("view", "reshape", torch.reshape, "view_as", "reshape_as"),
@@ -129,8 +129,6 @@ def execute(ctx: Any, *args: Any, **kwargs: Any) -> Any:
     out = run(ctx.target, plain_args, plain_kwargs)
 
     moved = args[0].param if isinstance(args[0], View) else args[0]
-    if indexing and isinstance(args[0], Param) and isinstance(out, Tensor):
-        _untaken(ctx, ctx.elements(args[0]), out, [*args[1:], *kwargs.values()])
     if isinstance(moved, Param) and isinstance(out, Tensor):
         return View(simplify(out), moved)
 
@@ -140,19 +138,10 @@ def execute(ctx: Any, *args: Any, **kwargs: Any) -> Any:
     result = tree(as_value, tuple(out) if isinstance(out, (list, tuple)) else out)
     before = max((len(varying(t)) for t in leaves(plain_args) if isinstance(t, Tensor)), default=0)
     for value in leaves(result):
-        if isinstance(value, Lab) and len(varying(value.t)) > max(before, 1):
+        if isinstance(value, Lab) and len(varying(value.t)) > max(before, 1) and ctx.rule_name != "stack":
             # a channel axis became (blocks, size): what is kept must stay a rectangle
             _block(ctx, value.t)
     return result
-
-
-def _untaken(ctx: Any, elements: Tensor, out: Tensor, index: list[Any]) -> None:
-    """Rows of a table that no place takes follow the others, so that what is left of it is a rectangle."""
-    if elements.dim() < 2 or not any(isinstance(leaf, (Tensor, Param)) for leaf in leaves(index)):
-        return
-    taken = torch.isin(elements, out).flatten(1).any(1)
-    if bool(taken.any()) and not bool(taken.all()):
-        ctx.tie(elements[taken][:1], elements[~taken])
 
 
 def _indexed_by_values(ctx: Any, labels: list[Any], kwargs: dict[str, Any], args: tuple[Any, ...]) -> Any:
@@ -254,6 +243,24 @@ def _block(ctx: Any, labels: Tensor) -> None:
         ctx.block(rows)
 
 
+def _beside(ctx: Any, tensors: list[Tensor], axis: int) -> bool:
+    """Are parts of blocks joined, as the halves of each head that a rotation turns? Then each part stays a rectangle.
+
+    The axis joined along is what is inside of a block, so the rows of each operand lose equally many; where blocks
+    leave whole, those at one place of all operands leave together.
+    """
+    blocks = [a for a in varying(tensors[0]) if a != axis]
+    if not blocks or max(blocks) > axis or any(varying(t) != (*blocks, axis) for t in tensors):
+        return False
+    inside = [rows(t, blocks) for t in tensors]
+    if any(bool((r == FIXED).any()) or torch.unique(r).numel() < r.numel() for r in inside):
+        return False
+    for part in inside:
+        ctx.block(part)
+    ctx.bond(torch.cat(inside, 1))
+    return True
+
+
 def _tie_across(ctx: Any, args: list[Any], kwargs: dict[str, Any]) -> None:
     """Joined operands must lose the same places along every axis but the joined one."""
     tensors = [t for t in args[0] if isinstance(t, Tensor) and t.numel()]
@@ -261,6 +268,8 @@ def _tie_across(ctx: Any, args: list[Any], kwargs: dict[str, Any]) -> None:
     if ctx.rule_name == "stack":
         tensors, axis = [t.unsqueeze(axis) for t in tensors], axis
     axis %= max(tensors[0].dim(), 1)
+    if _beside(ctx, tensors, axis):
+        return
     first = tensors[0].select(axis, 0)
     if len(varying(first)) == 0 and all(len(varying(t.select(axis, 0))) == 0 for t in tensors):
         return

@@ -46,6 +46,8 @@ class Rule:
 def per_channel_rule(ctx: Any, x: Any, *rest: Any, **kwargs: Any) -> Any:
     """Each channel is mapped by itself; axes that change size must not be the ones that labels vary along."""
     others = [*rest, *kwargs.values()]
+    if ctx.rule_name == "identity" and any(isinstance(a, Param) for a in (x, *others)):
+        return _converted(ctx, x, *rest, **kwargs)
     if not isinstance(x, Lab) or any(isinstance(a, (Lab, Param)) for a in others):
         return ctx.unknown("takes more than one activation or parameter here")
     shape = ctx.shape
@@ -56,6 +58,18 @@ def per_channel_rule(ctx: Any, x: Any, *rest: Any, **kwargs: Any) -> Any:
     if len(shape) != x.t.dim():
         return ctx.unknown("changes the number of axes")
     return ctx.resized(x, shape)
+
+
+def _converted(ctx: Any, x: Any, *rest: Any, **kwargs: Any) -> Any:
+    """A parameter in another dtype holds what it held; what takes the dtype of one takes no more of it."""
+    x = x.value if isinstance(x, Param) and not x.value.is_floating_point() else x  # places, not values
+    if isinstance(x, Param):
+        return View(ctx.elements(x), x)
+    if isinstance(x, Tensor):
+        ctx.kind = "query"
+        values = movement.tree(lambda v: v.value if isinstance(v, Param) else v, [list(rest), kwargs])
+        return movement.run(ctx.target, (x, *values[0]), values[1])
+    return x
 
 
 def per_channel(name: str, *spellings: Spelling, commutes: bool | Callable[..., bool] = False) -> Rule:
@@ -120,7 +134,11 @@ def constant_rule(ctx: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
 
 def sampled_rule(ctx: Any, input: Any, *places: Any, **kwargs: Any) -> Any:
     """Values of a feature map at places that the model computes: each channel by itself (grid_sample, roi_align)."""
-    held = any(isinstance(p, Lab) and holds(p.t) for p in (*places, *kwargs.values()))
+    given = (*places, *kwargs.values())
+    for place in given:
+        if isinstance(place, View):
+            ctx.freeze(place.param, "says places, not channels")
+    held = any(isinstance(p, Lab) and not isinstance(p, View) and holds(p.t) for p in given)
     if not isinstance(input, Lab) or ctx.shape is None or held:
         return ctx.unknown("takes places that hold channels")
     return ctx.resized(input, ctx.shape)

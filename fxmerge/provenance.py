@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, fx
 
 from . import movement, rules
-from .context import Context, Opaque
+from .context import Context, Opaque, layer_name
 from .errors import source_line
 from .exporting import by_name, overload_name
-from .ir import Block, Bond, Capture, Lab, Layer, Param, ParamLabels, Pin, Provenance, Tie, View
+from .ir import Block, Bond, Capture, Lab, Layer, Param, ParamLabels, Pin, Provenance, Tie, Untouched, View
 from .labels import fixed, numbers
 from .torchcalls import in_place
 from .weights import at
@@ -152,7 +152,23 @@ class _Run:
             self.renewed[self.latest(node.args[0])] = node
         return out
 
+    def spare(self) -> None:
+        """Rows of a table that nothing takes follow the others, so that what is left of it is a rectangle."""
+        met = torch.zeros(self.count, dtype=torch.bool)
+        for tie in self.ties:
+            met[tie.left], met[tie.right] = True, True
+        for pin in self.pins:
+            met[pin.labels] = True
+        for elements in self.elements.values():
+            for axis in range(elements.dim() if elements.dim() > 1 else 0):
+                along = elements.movedim(axis, 0).flatten(1)
+                taken = met[along].any(1)
+                if bool(taken.any()) and not bool(taken.all()):
+                    first, others = along[taken][:1], along[~taken]
+                    self.ties.append(Tie("", first.expand_as(others).flatten(), others.flatten()))
+
     def facts(self) -> Provenance:
+        self.spare()
         params = {}
         for path in sorted({*self.axes, *self.elements}):
             labels = ParamLabels(path, self.axes.get(path, {}), self.elements.get(path), self.groups.get(path, 1))
@@ -171,8 +187,39 @@ class _Run:
         return Provenance(
             stands, values, self.kinds, self.sources, self.commutes, tuple(self.layers), params, tuple(self.ties),
             tuple(self.pins), tuple(self.blocks), tuple(self.mixers), self.count, views,
-            tuple(self.bonds),
+            tuple(self.bonds), untouched=self.untouched(),
         )  # fmt: skip
+
+    def untouched(self) -> tuple[Untouched, ...]:
+        """The parameters that no layer of the graph holds channels with, by the user's layers, and why."""
+        found: dict[str, Untouched] = {}
+        module = self.capture.module
+        held = {id(at(module, path)) for layer in self.layers for path in layer.params.values()}
+        frozen = {id(at(module, path)): about for path, about in self.frozen.items()}
+        for path, value in module.named_parameters():
+            if id(value) not in held:
+                reason, node = frozen.get(id(value), ("has no channels of its own", None))
+                labels = self.elements.get(self.owners.get(id(value), path))
+                pins = (p for p in self.pins if labels is not None and bool(torch.isin(labels, p.labels).any()))
+                pin = next(pins, None) if node is None else None
+                name = str(node.target) if node is not None and node.op == "call_module" else layer_name(path)
+                where = source_line(node) if node is not None else pin.where if pin else ""
+                size = value.size(0) if value.dim() else 1
+                found.setdefault(name, Untouched(name, size, pin.reason if pin else reason, where))
+        fetched = [(n.op, str(n.target)) for n in module.graph.nodes if n.op in ("call_module", "get_attr")]
+        called = tuple(f"{target}." for op, target in fetched if op == "call_module")
+        owners = {target.rpartition(".")[0] for op, target in fetched if op == "get_attr"}
+        names: dict[int, list[str]] = {}
+        users = self.capture.model.named_parameters(remove_duplicate=False) if self.capture.model is not None else ()
+        for path, value in users:
+            own = path.partition(".parametrizations.")[0] + ".weight" if ".parametrizations." in path else path
+            names.setdefault(id(value), []).append(own)
+        sizes = {id(v): v.size(0) if v.dim() else 1 for v in (self.capture.model or module).parameters()}
+        for key, paths in names.items():  # a tied weight runs where one of its names does
+            if not any(p.startswith(called) or p.rpartition(".")[0] in owners for p in paths):
+                name = layer_name(paths[0])
+                found.setdefault(name, Untouched(name, sizes[key], "does not run on the example inputs", ""))
+        return tuple(found.values())
 
 
 _NUMPY = {"axis": "dim", "keepdims": "keepdim"}  # torch takes numpy's names too

@@ -87,13 +87,13 @@ def _index(call: Call, about: Resize) -> Call | None:
     """x[:, 8:24]: a bound becomes the number of survivors before it. Any other index along a narrowed axis: None."""
     index, values = (c.args[1] if isinstance(c.args[1], tuple) else (c.args[1],) for c in (call, about.was))
     new: list[Any] = []
-    axis = 0
-    for item, value in zip(index, values, strict=True):
-        if item is None:
+    axis, given = 0, len(about.before) + sum(isinstance(v, int) for v in values) - values.count(None)
+    for at, (item, value) in enumerate(zip(index, values, strict=True)):
+        if item is None or item is Ellipsis:
             new.append(item)
+            if item is Ellipsis:  # all axes but those that the rest names
+                axis = given - sum(v is not None for v in values[at + 1 :])
             continue
-        if item is Ellipsis:
-            return None
         stays = about.survivors(axis)
         if not bool(stays.all()):
             if not isinstance(value, slice) or value.step not in (None, 1):

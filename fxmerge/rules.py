@@ -71,6 +71,7 @@ _ROWS: tuple[Rule, ...] = (
     # contractions: the two sides of the contracted axis are tied
     Rule("matmul", "contraction", contractions.matmul, (operator.matmul, torch.matmul, "matmul", torch.bmm, "bmm",
                                                           torch.mm, "mm")),
+    Rule("outer", "contraction", contractions.outer, (torch.outer, torch.ger)),
     Rule("addmm", "writer", contractions.addmm, (torch.addmm, "addmm")),
     Rule("baddbmm", "contraction", contractions.baddbmm, (torch.baddbmm, "baddbmm")),
     Rule("einsum", "contraction", einsums.einsum, (torch.einsum, torch.functional.einsum)),

@@ -11,13 +11,17 @@ import torch
 from torch import Tensor
 
 from .ir import Lab, Param, View
-from .labels import holds, numbers, rows, simplify, varying
+from .labels import fixed, holds, numbers, rows, simplify, varying
 
 
 def elementwise(ctx: Any, a: Any, b: Any, **kwargs: Any) -> Any:
     """Two operands meet position by position: whatever channels both have there become one."""
     if kwargs.get("out") is not None or ctx.shape is None:
         return ctx.unknown("gives something other than one tensor")
+    if not isinstance(a, Lab) and not isinstance(b, Lab):
+        known, other = (a, b) if isinstance(a, Param) else (b, a)
+        if isinstance(known, Param) and isinstance(other, Tensor) and not _own_sizes(known.value, other):
+            return _meet(ctx, as_table(ctx, known).t, as_table(ctx, other).t)
     if (isinstance(a, Param) and isinstance(b, Param)) or not (isinstance(a, Lab) or isinstance(b, Lab)):
         return ctx.unknown("joins parameters, not activations")
     if isinstance(a, Lab) and isinstance(b, Lab):
@@ -31,6 +35,27 @@ def elementwise(ctx: Any, a: Any, b: Any, **kwargs: Any) -> Any:
     if isinstance(value, Tensor) and meets(x.t, value.shape):
         return _constant(ctx, x, value)
     return ctx.resized(x, ctx.shape)
+
+
+def as_table(ctx: Any, operand: Any) -> Lab:
+    """An operand of what depends on no input (the angles of a rotation, say): its places go with what they meet.
+
+    A parameter or buffer that a table is computed from carries a label for each element; a constant holds none.
+    """
+    if isinstance(operand, View):
+        ctx.layer("table", {"weight": operand.param.path}, carries=ctx.elements(operand.param))
+        return Lab(operand.t)
+    if isinstance(operand, Param):
+        elements = ctx.elements(operand)
+        ctx.layer("table", {"weight": operand.path}, carries=elements)
+        return Lab(simplify(elements))
+    return operand if isinstance(operand, Lab) else Lab(fixed(operand.shape))
+
+
+def _own_sizes(value: Tensor, constant: Tensor) -> bool:
+    """Has the constant entries of its own along an axis of the parameter?"""
+    sizes = zip(reversed(value.shape), reversed(constant.shape), strict=False)
+    return any(one > 1 and other > 1 for one, other in sizes)
 
 
 def _constant(ctx: Any, x: Lab, value: Tensor) -> Any:

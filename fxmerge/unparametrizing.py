@@ -1,4 +1,6 @@
-"""Unparametrizing: a weight that torch.nn.utils.parametrize computes at each use becomes a plain parameter.
+"""Unparametrizing: a weight that is computed at each use, by torch.nn.utils, becomes a plain parameter.
+
+That is what `parametrize` does, and the older hooks of `weight_norm` and `spectral_norm`.
 
 A layer whose weight is a parameter can be merged where one whose weight is computed cannot. The value is the one that
 the layer has in evaluation mode; what it was computed from (a direction and a length, say) is gone from the copy.
@@ -7,8 +9,10 @@ the layer has in evaluation mode; what it was computed from (a direction and a l
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.spectral_norm import SpectralNorm, remove_spectral_norm
+from torch.nn.utils.weight_norm import WeightNorm, remove_weight_norm
 
 
 def unparametrize(model: nn.Module) -> None:
@@ -17,6 +21,11 @@ def unparametrize(model: nn.Module) -> None:
     torch's own `remove_parametrizations` also edits the class, which copies of a module share with the original.
     """
     for module in list(model.modules()):
+        for hook in list(module._forward_pre_hooks.values()):
+            if isinstance(hook, WeightNorm):
+                remove_weight_norm(module, hook.name)
+            elif isinstance(hook, SpectralNorm):
+                remove_spectral_norm(module, hook.name)
         if not parametrize.is_parametrized(module):
             continue
         plain = {}
@@ -32,3 +41,9 @@ def unparametrize(model: nn.Module) -> None:
                 module.register_parameter(name, value)
             else:
                 module.register_buffer(name, value)
+
+
+def computed(model: nn.Module) -> list[Tensor]:
+    """The weights that hooks have left on a model as plain attributes; torch does not copy what has a history."""
+    held = (value for module in model.modules() for value in module.__dict__.values())
+    return [value for value in held if isinstance(value, Tensor) and value.grad_fn is not None]

@@ -255,7 +255,7 @@ def _copy(module: nn.Module, member: Member, slot: str, pairs: Tensor, scale: Te
     path = member.layer.params.get(slot)
     if path is not None:
         value = at(module, path)
-        flat = value.view(-1) if member.layer.op.startswith(("scale", "offset", "joined")) else value
+        flat = value.view(-1) if member.layer.op.startswith(("scale", "offset", "joined", "table")) else value
         if slot == "weight" and member.layer.transposed:
             flat = value.movedim(1, 0)
         here, local = member.local(pairs[0])

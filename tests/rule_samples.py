@@ -235,6 +235,11 @@ SAMPLES: dict[str, Callable[[Any], Sample]] = {
     "conv_transpose": conv,
     "embedding": embedding,
     "matmul": matmul,
+    "outer": lambda key: Sample(
+        lambda m, x: x * call(key)(m.angles, x.new_ones(x.shape[0])).t().cos(),
+        dims=0,
+        parts={"angles": torch.arange(8.0)},
+    ),
     "addmm": addmm,
     "baddbmm": baddbmm,
     "addcmul": addcmul,

@@ -83,3 +83,26 @@ def test_what_follows_can_be_trained() -> None:
     assert all(p.requires_grad for p in merged.parameters())
     merged(x).sum().backward()
     assert all(p.grad is not None for p in merged.parameters())
+
+
+@pytest.mark.parametrize("way", [nn.utils.weight_norm, nn.utils.spectral_norm], ids=lambda f: f.__name__)
+@pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
+@pytest.mark.parametrize("ran", [False, True])
+def test_hooks_of_old(way: Callable[[Any], Any], ran: bool) -> None:
+    """The weight is computed by a hook before each forward; before the first one it may have a history."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(3, 12, 3), nn.ReLU(), nn.Conv1d(12, 8, 3), nn.ReLU(), nn.Conv1d(8, 3, 1)).double()
+    randomised(model)
+    way(model[2])
+    model, x = model.eval(), torch.randn(2, 3, 9, dtype=torch.float64)
+    if ran:
+        model(x)
+    names = set(model.state_dict())
+    result = plain_merge(model, x, decomposition="prune")
+    assert set(model.state_dict()) == names and len(model[2]._forward_pre_hooks) == 1
+    assert {p.name: len(p.kept) for p in result.plan.groups} == {"0": 6, "2": 4}
+    found = result.analysis
+    assert max(verify.permutation(found.captured, found.facts, found.grouping).values()) < 1e-10
+    with torch.no_grad():
+        kept = plain_merge(model, x, ratio=0.0)
+        torch.testing.assert_close(kept.module(x), model(x), rtol=1e-12, atol=1e-12)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from sandwich import Sample, spelled
 from torch import Tensor, fx, nn
 
 import fxmerge
-from fxmerge import rules, verify
+from fxmerge import constants, rules, verify
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -289,3 +290,34 @@ def test_a_module_with_hooks_is_pinned() -> None:
     assert "has forward hooks" in refused["writer"]
 
 
+
+
+class Unfollowable(nn.Module):
+    """Several pairs of layers between which sizes cannot follow, one apart from the other."""
+
+    def __init__(self, pairs: int) -> None:
+        super().__init__()
+        self.into = nn.ModuleList(nn.Linear(5, 8) for _ in range(pairs))
+        self.out = nn.ModuleList(nn.Linear(3, 5) for _ in range(pairs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for into, out in zip(self.into, self.out, strict=True):
+            x = out(F.relu(into(x))[:, [0, 2, 5]])
+        return x
+
+
+def test_sizes_that_cannot_follow_are_found_in_one_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many there are, each with its own node and reason."""
+    runs, merging = 0, importlib.import_module("fxmerge.merge")
+
+    def counted(*args: Any) -> Any:
+        nonlocal runs
+        runs += 1
+        return constants.recompute(*args)
+
+    monkeypatch.setattr(merging, "recompute", counted)
+    result = plain_merge(Unfollowable(6).eval(), torch.randn(2, 5), ratio=0.5, decomposition="prune")
+    refused = {r.name: r.reason for r in result.report.refusals}
+    assert [refused[f"into.{i}"].split()[3] for i in range(6)] == ["getitem", *(f"getitem_{i}" for i in range(1, 6))]
+    assert [p.name for p in result.plan.groups] == [f"out.{i}" for i in range(5)]
+    assert runs == 2
