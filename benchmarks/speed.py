@@ -82,7 +82,9 @@ def absorb(weight: Tensor, up: Tensor) -> Tensor:
     return out
 
 
-def scale_matrix(rows: Array, kept: NDArray[np.int64], norm: nn.BatchNorm2d) -> NDArray[np.float64]:
+def scale_matrix(
+    rows: Array, kept: NDArray[np.int64], norm: nn.BatchNorm2d, threshold: float = THRESHOLD
+) -> NDArray[np.float64]:
     """(n, k): where each of n channels goes and how much of it, with the published code's S and B."""
     buffers = norm.weight, norm.bias, norm.running_mean, norm.running_var
     gamma, beta, mean, var = (t.detach().numpy() for t in buffers if t is not None)
@@ -105,7 +107,7 @@ def scale_matrix(rows: Array, kept: NDArray[np.int64], norm: nn.BatchNorm2d) -> 
             offsets.append(abs(gamma_j / var_j * constant + beta[j]) / scale_ij)
         relative = (np.array(offsets) - np.min(offsets)) / (np.max(offsets) - np.min(offsets))
         best = np.argmin(LAM * np.array(cosines) + (1 - LAM) * relative)
-        if not THRESHOLD or 1 - cosines[best] >= THRESHOLD:
+        if not threshold or 1 - cosines[best] >= threshold:
             scale[i, best] = scales[best]
     return scale
 

@@ -1,0 +1,181 @@
+"""fxmerge beside its peers: `python -m benchmarks.peers --data DIR --weights DIR --out docs`; writes peers.md.
+
+One run, the same machine, weights and test images, and the same number of channels kept in the same layers; no
+fine-tuning. Torch-Pruning (from the registry) and the published neuron merging keep the largest l1 norms. Each merge
+has a process of its own, so that its peak of memory is its own; what is imported and loaded before does not count.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import fxmerge
+from benchmarks.accuracy import CASES, Case, images
+from benchmarks.data import accuracy
+from benchmarks.models import load_checkpoint
+from benchmarks.paper import BATCH, NETWORKS, Network, find_weights, measured, measuring
+from benchmarks.published import chains, largest, neuron_merging
+from fxmerge.files import write_text
+
+NAMES = ("lenet", "resnet56")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every method gets: a model, a sample, {layer: channels kept}, unlabelled training images."""
+
+    network: Network
+    model: nn.Module
+    example: Tensor
+    counts: Mapping[str, int]
+    train: Tensor
+
+
+def ours(**options: Any) -> Callable[[Task], nn.Module]:
+    def run(task: Task) -> nn.Module:
+        given = list(task.train.split(100)) if options.get("refit") == "calibration" else None
+        keep = dict(task.counts)
+        settings = fxmerge.Options(scope="internal", keep=keep, threshold=task.network.threshold, **options)
+        return fxmerge.merge(task.model, task.example, settings, calibration=given).module
+
+    return run
+
+
+def torch_pruning(task: Task) -> nn.Module:
+    """Its dependency graph, told which channels go; what it leaves is what its pruners leave."""
+    import torch_pruning as tp
+
+    kept = {name: largest(task.model.get_submodule(name), count) for name, count in task.counts.items()}
+    with torch.enable_grad():
+        graph = tp.DependencyGraph().build_dependency(task.model, example_inputs=task.example)
+        for name, stay in kept.items():
+            layer = task.model.get_submodule(name)
+            gone = sorted({*range(len(layer.weight))} - {*stay.tolist()})  # type: ignore[arg-type]
+            drop = tp.prune_conv_out_channels if isinstance(layer, nn.Conv2d) else tp.prune_linear_out_channels
+            graph.get_pruning_group(layer, drop, idxs=gone).prune()
+    return task.model
+
+
+METHODS: dict[str, Callable[[Task], nn.Module]] = {
+    "fxmerge": ours(),
+    "fxmerge, training images": ours(refit="calibration"),
+    "fxmerge, no refit": ours(refit="none", selection="l1", mostsim_scale="reference"),
+    "fxmerge, prune only": ours(refit="none", selection="l1", decomposition="prune"),
+    "Torch-Pruning": torch_pruning,
+    "neuron merging, published": lambda task: neuron_merging(task.model, task.counts, task.network.threshold),
+}
+
+
+def task_of(case: Case, ratio: float, data: Path, weights: Path) -> Task:
+    network = NETWORKS[case.network]
+    model = network.build().eval()
+    metadata = load_checkpoint(find_weights(network, weights), model)
+    train = images(network, metadata, data, "train", case.calibration)[0]
+    widths = {name: len(model.get_submodule(name).weight) for name, _, _ in chains(model)}  # type: ignore[arg-type]
+    return Task(network, model, train[:2], {n: max(1, round(w * (1 - ratio))) for n, w in widths.items()}, train)
+
+
+def one(case: Case, ratio: float, method: str, data: Path, weights: Path) -> dict[str, float]:
+    """One method's figures: what it made, and what that took."""
+    task = task_of(case, ratio, data, weights)
+    if "fxmerge" in method:
+        fxmerge.merge(nn.Linear(4, 4), torch.zeros(1, 4))  # what is imported late is imported now
+    elif method == "Torch-Pruning":
+        import torch_pruning  # noqa: F401
+    before = _forgotten()
+    start, wall = time.process_time(), time.perf_counter()
+    small = METHODS[method](task).eval()
+    seconds, wall = time.process_time() - start, time.perf_counter() - wall
+    peak = _peak() - before
+    network = NETWORKS[case.network]
+    metadata = load_checkpoint(find_weights(network, weights), network.build())
+    x, y = images(network, metadata, data, "test", case.images)
+    size = sum(p.numel() for p in small.parameters())
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        small(task.example[:1])
+    found = {"cpu": seconds, "wall": wall, "peak": peak, "parameters": size, "flops": counter.get_total_flops()}
+    return {**found, "accuracy": accuracy(small, x, y, BATCH)}
+
+
+def _forgotten() -> float:
+    """MiB that this process holds now; from here on the most that it has held is counted anew (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    return _status("VmRSS")
+
+
+def _peak() -> float:
+    """MiB, the most that this process has held."""
+    return _status("VmHWM")
+
+
+def _status(entry: str) -> float:
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(float(line.split()[1]) / 1024 for line in lines if line.startswith(entry))
+
+
+def markdown(key: str, rows: Mapping[float, Mapping[str, Mapping[str, float]]]) -> str:
+    """A network's table."""
+    case, network = CASES[key], NETWORKS[CASES[key].network]
+    shown = f"{f'first {case.images:,}' if case.images else 'all'} test images"
+    lines = [f"## {network.title}, {network.dataset}", "", f"{shown}; {case.calibration:,} training images.", ""]
+    lines += ["| dropped | method | accuracy, % | CPU s | peak, MiB | parameters | FLOPs |"]
+    lines += ["|---|---|--:|--:|--:|--:|--:|"]
+    for ratio, by in rows.items():
+        for method, f in by.items():
+            figures = f"{f['accuracy']:.2f} | {f['cpu']:.2f} | {f['peak']:.0f} | {f['parameters']:,} | {f['flops']:,}"
+            lines.append(f"| {ratio:.0%} | {method} | {figures} |")
+    return "\n".join([*lines, ""])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = measuring("peers", "fxmerge beside its peers.", NAMES)
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where peers.md goes")
+    parser.add_argument("--one", nargs=3, metavar=("CASE", "RATIO", "METHOD"), help=argparse.SUPPRESS)
+    args = measured(parser, argv)
+    if args.one:
+        key, ratio, method = args.one
+        print(json.dumps(one(CASES[key], float(ratio), method, args.data, args.weights)))
+        return
+    if args.out is None:
+        parser.error("--out is required")
+    console = Console(stderr=True, highlight=False)
+    given = ["--data", str(args.data), "--weights", str(args.weights), "--threads", str(torch.get_num_threads())]
+    parts = []
+    for key in args.only:
+        rows: dict[float, dict[str, dict[str, float]]] = {}
+        for ratio in CASES[key].ratios:
+            for method in METHODS:
+                command = [sys.executable, "-m", "benchmarks.peers", *given, "--one", key, str(ratio), method]
+                run = subprocess.run(command, capture_output=True, text=True, check=False)
+                if run.returncode:
+                    raise SystemExit(f"{method} fails on {key} at {ratio:.0%}:\n{run.stderr[-2000:]}")
+                figures = json.loads(run.stdout.splitlines()[-1])
+                rows.setdefault(ratio, {})[method] = figures
+                told = f"{figures['accuracy']:.2f} % in {figures['cpu']:.2f} s"
+                console.print(f"{key} {ratio:.0%} {method}: {told}", markup=False)
+        parts.append(markdown(key, rows))
+    head = [
+        "# Beside the peers",
+        "",
+        f"`python -m benchmarks.peers` makes this page; threads: {torch.get_num_threads()}, torch {torch.__version__}.",
+        "Seconds and memory are the merge's alone; fxmerge's hold tracing, analysis, rewriting and checking, too.",
+        "",
+    ]
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_text(args.out / "peers.md", "\n".join([*head, *parts]))
+
+
+if __name__ == "__main__":
+    main()
