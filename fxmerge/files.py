@@ -41,7 +41,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """
     odd = sorted(name for name, value in tensors.items() if value.dtype not in TYPE_NAMES)
     if odd:
-        raise FxMergeError(f"{odd[0]} is {tensors[odd[0]].dtype}, which safetensors cannot hold; convert the model first")
+        raise FxMergeError(f"{odd[0]} is {tensors[odd[0]].dtype}, which safetensors cannot hold; convert it first")
     names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from .errors import FxMergeError
 from .stored import Slot, Stored, left_in, slots
@@ -15,16 +17,20 @@ from .weights import Weights, deep_copy
 INDEX = "model.safetensors.index.json"
 
 
-def on_disk(model: nn.Module, weights: str | Path | Sequence[str | Path]) -> nn.Module:
-    """A copy of a model whose parameters stay in safetensors files, and are read when an op needs them.
+def on_disk(model: nn.Module | Callable[[], nn.Module], weights: str | Path | Sequence[str | Path]) -> nn.Module:
+    """A copy of a model whose weights stay in safetensors files, and are read when an op needs them.
 
-    model: of any weights; made under `torch.device("meta")` it takes no memory.
-    weights: one file, several, or a folder of them (with or without model.safetensors.index.json): the state_dict.
-    Tensors below 64 KiB and buffers are read at once. What is merged is written to the folder for temporary files
-    (TMPDIR), `result.save` copies it from there. Raises FxMergeError where files and model do not fit.
+    model: with any weights, or on the meta device, where it takes no memory; or a function that makes it: its
+        parameters are then made without memory, its buffers as always.
+    weights: a file, several, or a folder of them (with or without model.safetensors.index.json): the state_dict.
+    Tensors below 64 KiB are read at once. What is merged goes to the folder for temporary files (TMPDIR), and
+    `result.save` copies it from there. Raises FxMergeError where files and model do not fit.
     """
+    if not isinstance(model, nn.Module) and callable(model):
+        with without_memory():
+            model = model()
     if not isinstance(model, nn.Module):
-        raise FxMergeError(f"model is a {type(model).__name__}, not a torch.nn.Module")
+        raise FxMergeError(f"model is a {type(model).__name__}, not a torch.nn.Module, nor a function that makes one")
     found = _slots(weights)
     held = [*model.parameters(), *model.buffers()]
     copied = deep_copy(model, held)
@@ -34,8 +40,25 @@ def on_disk(model: nn.Module, weights: str | Path | Sequence[str | Path]) -> nn.
         into.put(path, value)
     bare = [name for name, value in [*copied.named_parameters(), *copied.named_buffers()] if value.is_meta]
     if bare:
-        raise FxMergeError(f"{bare[0]} is in no file and has no value in the model; make the model on the CPU instead")
+        raise FxMergeError(
+            f"{bare[0]} is in no file and has no value on the meta device; give a function that makes the model, "
+            "or make it on the CPU"
+        )
     return copied
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """Modules made in here have parameters on the meta device, and buffers with values."""
+
+    def bare(module: nn.Module, name: str, value: nn.Parameter | None) -> nn.Parameter | None:
+        return None if value is None or value.is_meta else nn.Parameter(value.detach().to("meta"), value.requires_grad)
+
+    hook = register_module_parameter_registration_hook(bare)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def in_memory(module: nn.Module) -> nn.Module:
@@ -70,10 +93,7 @@ def _filled(model: nn.Module, found: Mapping[str, Slot], weights: object) -> dic
 
 def _slots(weights: str | Path | Sequence[str | Path]) -> dict[str, Slot]:
     """Where each tensor stands, in any of the files."""
-    if isinstance(weights, (str, Path)):
-        paths = _files(Path(weights))
-    else:
-        paths = [Path(p) for p in weights]
+    paths = _files(Path(weights)) if isinstance(weights, (str, Path)) else [Path(p) for p in weights]
     found: dict[str, Slot] = {}
     for path in paths:
         for name, slot in slots(path).items():

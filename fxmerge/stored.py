@@ -1,4 +1,4 @@
-"""Stored tensors: weights that stay in a file and are read when an op needs them, so that a model need not fit in memory.
+"""Stored tensors: weights that stay in a file and are read when an op needs them.
 
 A `Stored` tensor has a shape and a dtype but no memory. Whatever op meets it reads it, works on the numbers, and lets
 go of them; the tensor read last is kept, as the next op often wants the same. What an op writes in place goes to a
@@ -17,7 +17,7 @@ import mmap
 import os
 import tempfile
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from torch.utils import _pytree as pytree
 from .errors import FxMergeError
 
 SMALL = 2**16  # bytes; tensors that are smaller are held in memory
+HOLE = 2**20  # bytes that are worth giving back
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2": torch.float8_e5m2,
@@ -39,6 +40,7 @@ DTYPES: dict[str, torch.dtype] = {
 }  # fmt: skip
 _PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
 _malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None  # glibc has it
+_CPU = torch.device("cpu")
 TYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -67,7 +69,7 @@ class Slot:
                     raise OSError("the file has changed since it was opened")
                 file.seek(self.offset)
                 while done < len(room):  # one read gives 2 GiB at most
-                    count = file.readinto(room[done:])  # type: ignore[attr-defined]
+                    count = file.readinto(room[done:])
                     if not count:
                         raise OSError("the file is too short")
                     done += count
@@ -98,7 +100,7 @@ class Spool:
 
 
 def _trim() -> None:
-    """Give the system back what malloc keeps: between small tensors that live on, large ones that have gone leave holes."""
+    """Give back what malloc keeps: large tensors that have gone leave holes between small ones that live on."""
     if _malloc_trim is not None:
         _malloc_trim(0)
 
@@ -119,13 +121,18 @@ class Cell:
     def __init__(self, slot: Slot, dtype: torch.dtype, spool: Spool) -> None:
         self.slot, self.dtype, self.spool = slot, dtype, spool
 
+    def copy(self) -> Cell:
+        """Another of the same numbers, until one is written."""
+        return Cell(self.slot, self.dtype, self.spool)
+
     def read(self) -> Tensor:
         known = Cell.last
         if known is not None and known[0] is self.slot and known[1] is self.dtype:
             return known[2]
         del known
         Cell.last = None  # never two of them for the cache's sake
-        _trim()
+        if self.slot.nbytes >= HOLE:
+            _trim()
         value = self.slot.read().to(self.dtype)
         Cell.last = self.slot, self.dtype, value
         return value
@@ -139,53 +146,70 @@ class Stored(Tensor):
     """A tensor whose numbers are in a file. Views of it are for reading only: what is written to one is lost."""
 
     cell: Cell
+    turned: bool  # is it the transpose of what is in the file? Of a linear layer's weight autograd keeps that
 
     @staticmethod
-    def __new__(cls, cell: Cell, requires_grad: bool = False) -> Stored:
-        made: Stored = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, cell.slot.shape, dtype=cell.dtype, device="cpu", requires_grad=requires_grad
+    def __new__(cls, cell: Cell, requires_grad: bool = False, turned: bool = False) -> Stored:
+        meta = torch.empty(cell.slot.shape, dtype=cell.dtype, device="meta")
+        like = meta.t() if turned else meta
+        made: Stored = torch.Tensor._make_wrapper_subclass(
+            cls, like.shape, like.stride(), dtype=cell.dtype, device=_CPU, requires_grad=requires_grad
         )
-        made.cell = cell
+        made.cell, made.turned = cell, turned
         return made
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _SAME:
-            return Stored(args[0].cell)
-        if func is torch.ops.aten.clone.default:
-            return Stored(Cell(args[0].cell.slot, args[0].cell.dtype, args[0].cell.spool))
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        first = args[0] if args else None
+        if isinstance(first, Stored):
+            if func in _SAME:
+                return Stored(first.cell, turned=first.turned)
+            if func is torch.ops.aten.t.default and first.dim() == 2:
+                return Stored(first.cell, turned=not first.turned)
+            if func is torch.ops.aten.clone.default and not first.turned:
+                return Stored(first.cell.copy())
         kwargs = kwargs or {}
         written = [v for v in _written(func, args, kwargs) if isinstance(v, Stored)]
-        values: dict[int, Tensor] = {}
+        numbers: dict[Cell, Tensor] = {}  # as they are in the files
+        values: dict[Stored, Tensor] = {}
 
         def value(leaf: Any) -> Any:
             if not isinstance(leaf, Stored):
                 return leaf
-            return values.setdefault(id(leaf.cell), leaf.cell.read())
+            if leaf not in values:
+                whole = numbers.setdefault(leaf.cell, leaf.cell.read())
+                values[leaf] = whole.t() if leaf.turned else whole
+            return values[leaf]
 
-        out = func(*pytree.tree_map(value, args), **pytree.tree_map(value, kwargs))
+        call = pytree.tree_map(value, (args, kwargs))
+        if written:  # what was read will not be what is in the file
+            Cell.last = None
+        out = func(*call[0], **call[1])
         for target in written:
-            changed = values[id(target.cell)]
-            target.cell.write(changed)
-            out = pytree.tree_map(lambda leaf: target if leaf is changed else leaf, out)  # noqa: B023
+            target.cell.write(numbers[target.cell])
+            out = pytree.tree_map(lambda leaf: target if leaf is values[target] else leaf, out)  # noqa: B023
         return out
 
     @property
-    def data(self) -> Tensor:  # type: ignore[override]
+    def data(self) -> Tensor:
         return self.detach()
 
     @data.setter
     def data(self, value: Tensor) -> None:
         if not (isinstance(value, Stored) and value.cell is self.cell):
-            raise FxMergeError("weights that are on disk keep their type and place; use fxmerge.in_memory(module) first")
+            raise FxMergeError(
+                "weights that are on disk keep their type and place; use fxmerge.in_memory(module) first"
+            )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Stored:
         if id(self) not in memo:
-            made = Stored(Cell(self.cell.slot, self.cell.dtype, self.cell.spool), self.requires_grad)
+            made = Stored(self.cell.copy(), self.requires_grad, self.turned)
             if isinstance(self, torch.nn.Parameter):
-                made._is_param = True  # type: ignore[attr-defined]
+                made._is_param = True
             memo[id(self)] = made
         found: Stored = memo[id(self)]
         return found
@@ -202,12 +226,11 @@ _SAME = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 
 def _written(func: Any, args: Any, kwargs: Any) -> list[Any]:
     """The operands that an op writes in place."""
-    arguments = func._schema.arguments
     if not func._schema.is_mutable:
         return []
-    writes = [a.alias_info is not None and a.alias_info.is_write for a in arguments]
-    found = [v for v, writes_it in zip(args, writes, strict=False) if writes_it]
-    return found + [kwargs[a.name] for a, writes_it in zip(arguments, writes, strict=True) if writes_it and a.name in kwargs]
+    given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+    written = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    return [given[name] for name in written if name in given]
 
 
 def beside(old: Tensor, value: Tensor) -> Tensor:
@@ -251,5 +274,8 @@ def slots(path: Path) -> dict[str, Slot]:
 def left_in(found: Mapping[str, Slot], dtypes: Mapping[str, torch.dtype] | None = None) -> dict[str, Tensor]:
     """Tensors that stay in their files, and are of these types when read; those below SMALL are read."""
     spool = Spool()
-    cells = {name: Cell(slot, (dtypes or {}).get(name, slot.dtype), spool) for name, slot in found.items()}
-    return {name: Stored(cell) if cell.slot.nbytes >= SMALL else cell.slot.read().to(cell.dtype) for name, cell in cells.items()}
+
+    def tensor(slot: Slot, dtype: torch.dtype) -> Tensor:
+        return slot.read().to(dtype) if slot.nbytes < SMALL else Stored(Cell(slot, dtype, spool))
+
+    return {name: tensor(slot, (dtypes or {}).get(name, slot.dtype)) for name, slot in found.items()}
