@@ -45,19 +45,20 @@ def save(
     """Write the folder, whole or not at all. Raises FxMergeError where something else is in the place."""
     text, tensors, why = written(captured, module)
     fit = fitted(captured, module, facts, alive, tensors)
-    texts = {PLAN: plan.json(), **{name: tell(report) for name, tell in REPORTS.items()}}
-    texts |= {MODEL: text} if text else {}
+    texts = {PLAN: plan.json()} | ({MODEL: text} if text else {})
     told = {
         _KEY: str(VERSION),
         "no_model": why,
         "own_class": json.dumps(fit.json()),
         "tensors": _digest(tensors),
-        **{name: _of_text(texts[name]) for name in (PLAN, MODEL) if name in texts},
+        **{name: _of_text(one) for name, one in texts.items()},
     }
 
     def fill(there: Path) -> None:
         for name, one in texts.items():
             write_text(there / name, one)
+        for name, tell in REPORTS.items():
+            write_text(there / name, tell(report))
         write_tensors(there / WEIGHTS, tensors, told)
 
     write_folder(folder, {MODEL, WEIGHTS, PLAN, *REPORTS}, fill)
