@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 import fxmerge
 
-MOST = 600_000_000  # in memory; four times as many on disk
+MOST = 300_000_000  # in memory; four times as many on disk
 MIB = 2**20
 
 
@@ -60,6 +60,9 @@ class Stack(nn.Module):
         if kind == "conv":
             layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
         self.body, self.head = nn.Sequential(*layers), nn.Linear(width, 10)
+        for layer in layers:
+            if isinstance(layer, (nn.Linear, nn.Conv2d)):
+                nn.init.kaiming_normal_(layer.weight)  # signals neither fade nor grow with depth
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.head(self.body(x))

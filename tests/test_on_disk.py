@@ -275,9 +275,12 @@ torch.set_num_threads(1)
 path, out, kept = sys.argv[1], sys.argv[2], sys.argv[3] == "disk"
 net, small = Net("linear", 256, 512), Net("linear", 2, 8)
 fxmerge.merge(small.model(), small.example(), refit="none").save(out)  # imports what is imported on the way
+fxmerge.load(out, on_disk=True)
 held = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData"))
 resource.setrlimit(resource.RLIMIT_DATA, (held * 1024 + 64 * 2**20,) * 2)
-model = fxmerge.on_disk(net.model, path)
+with torch.device("meta"):
+    bare = net.model()
+model = fxmerge.on_disk(bare, path)
 fxmerge.merge(model if kept else fxmerge.in_memory(model), net.example(), refit="none").save(out)
 print("merged")
 """
