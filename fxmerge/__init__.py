@@ -17,6 +17,7 @@ from .passes import MergePass, compile
 from .perchannel import Module, Rule, per_channel
 from .plan import Plan
 from .probes import PROBES
+from .residence import in_memory, on_disk
 from .results import Analysis, Result
 from .rules import RULES
 from .saving import load
@@ -41,8 +42,10 @@ __all__ = [
     "analyze",
     "apply",
     "compile",
+    "in_memory",
     "load",
     "merge",
+    "on_disk",
     "per_channel",
     "verify",
 ]

@@ -29,6 +29,8 @@ class Input:
     """torchvision:resnet18, timm:NAME, package.module:factory, path/to/file.py:factory, a .pt2 file, a saved folder"""
     weights: Path | None = None
     """a .safetensors file with the model's state_dict"""
+    on_disk: bool = False
+    """let the weights stay in the file (or folder of files), for models that are larger than memory"""
     shape: tuple[int, ...] = (1, 3, 224, 224)
     """shape of the example input"""
 
@@ -104,7 +106,7 @@ def _run(command: Demo | Analyze | Merge | Draw) -> str:
     drawing = command.out if isinstance(command, Draw) else getattr(command, "report", None)
     if drawing is not None:
         drawn_as(drawing)  # before a long computation
-    model, inputs = load(command.input.spec, command.input.weights, command.input.shape)
+    model, inputs = load(command.input.spec, command.input.weights, command.input.shape, command.input.on_disk)
     if isinstance(command, Analyze):
         report = analyze(model, inputs).report
         return report.json() if command.json else report.text(demonstration.width()).rstrip()

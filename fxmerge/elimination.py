@@ -26,9 +26,7 @@ ROUNDS = 48  # at most so many times is the cheapest looked for; wide groups los
 class _Reader:
     def __init__(self, reading: Reading) -> None:
         gram, self.weight = reading.gram.double(), reading.weight.double().clone()
-        level = gram.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
-        eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram + RIDGE * level * eye))
+        self.inverse = _inverse(gram)
         self.left = torch.ones(len(gram), dtype=torch.bool)  # the columns that nobody has removed
         self.scale = float(((self.weight @ gram) * self.weight).sum().clamp(min=1e-300))
         self.columns, self.channels = reading.columns, reading.channels
@@ -60,6 +58,28 @@ class _Reader:
         self.columns = (torch.cumsum(self.left, 0) - 1)[self.columns]
         self.inverse, self.weight = self.inverse[self.left][:, self.left], self.weight[:, self.left]
         self.left = self.left[self.left]
+
+
+def _inverse(gram: Tensor) -> Tensor:
+    """(G + ridge)^-1; where rounding outweighs the ridge (inputs that hardly move), of G without what is below zero."""
+    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    for change in (_as_it_is, _positive):
+        found = change(gram)
+        level = found.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
+        factor, failed = torch.linalg.cholesky_ex(found + RIDGE * level * eye)
+        if not bool(failed):
+            return torch.cholesky_inverse(factor)
+    return eye
+
+
+def _as_it_is(gram: Tensor) -> Tensor:
+    return gram
+
+
+def _positive(gram: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(gram)
+    positive: Tensor = (vectors * values.clamp(min=0)) @ vectors.T
+    return positive
 
 
 def eliminate(readings: Sequence[Reading], candidates: Tensor, count: int) -> Tensor:

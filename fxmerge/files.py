@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import FxMergeError
+from .stored import TYPE_NAMES, raw
 
 
 def write(path: Path, fill: Callable[[Path], object]) -> None:
@@ -33,9 +35,30 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Tensors as safetensors; one under several names is written under each."""
-    own = {k: v.detach().clone().contiguous() for k, v in tensors.items()}
-    write(path, lambda there: save_file(own, there, dict(metadata)))
+    """Tensors as a safetensors file, one after the other, so that those on disk are in memory one at a time.
+
+    One under several names is written under each. The larger types come first, as the format's own library has it.
+    """
+    odd = sorted(name for name, value in tensors.items() if value.dtype not in TYPE_NAMES)
+    if odd:
+        raise FxMergeError(f"{odd[0]} is {tensors[odd[0]].dtype}, which safetensors cannot hold; convert it first")
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name in names:
+        begin, end = end, end + tensors[name].nbytes
+        kind, shape = TYPE_NAMES[tensors[name].dtype], list(tensors[name].shape)
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+
+    def fill(there: Path) -> None:
+        with there.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name in names:
+                file.write(memoryview(raw(tensors[name])))
+
+    write(path, fill)
 
 
 def write_folder(folder: Path, known: Collection[str], fill: Callable[[Path], object]) -> None:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from . import movement, rules
+from .stored import beside
 from .torchcalls import in_place
 from .weights import at
 
@@ -158,6 +159,8 @@ def _computed(module: fx.GraphModule, node: fx.Node, as_weight: bool) -> str | N
     while hasattr(holder, path):
         path += "_"
     found = made.detach().clone().contiguous()
+    for source in held:
+        found = beside(source, found)
     if trained:
         grad = any(values[s].requires_grad for s in trained)
         holder.register_parameter(path, nn.Parameter(found, requires_grad=grad))

@@ -231,6 +231,7 @@ class Capture:
     left_out: tuple[str, ...] = ()  # types of objects in the model's output that no graph can return
     model: nn.Module | None = None  # the user's own, whose class a saved result may be loaded into
     program: ExportedProgram | None = None  # what the model came as, where it came so
+    blank: bool = False  # has it shapes, but no values of its weights (a model on the meta device)?
 
     @property
     def route(self) -> str:

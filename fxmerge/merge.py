@@ -107,6 +107,11 @@ def _merge(
         started = time.perf_counter()
         stage("capture")
         captured = capture(model, example_inputs)
+        if captured.blank:
+            raise FxMergeError(
+                "weights of this model are on the meta device, without values: it can be analysed, and merged once "
+                "they are there; fxmerge.on_disk(model, 'weights.safetensors') reads them as they are needed"
+            )
         try:
             return _merged(captured, options, decided, given, stage, started)
         except FxMergeError as error:

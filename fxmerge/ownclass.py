@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 
 from .errors import FxMergeError
 from .ir import Capture, Provenance
+from .stored import beside
 from .verify import difference, outputs
 from .weights import deep_copy, resize
 
@@ -84,9 +85,12 @@ def narrowed(model: nn.Module, tensors: Mapping[str, Tensor], fit: Fit) -> nn.Mo
             raise FxMergeError(f"{name} is {shapes}; give the model that was merged")
         tie = ties.get(name, name)
         if tie not in made:
-            fresh = value.detach().to(value.device if old is None else old.device, copy=True)
-            for first, end, factor in fit.rows.get(name, ()):
+            scaled = fit.rows.get(name, ())
+            place = value.device if old is None or old.is_meta else old.device
+            fresh = value.detach().to(place, copy=True) if scaled else value.detach().clone().to(place)
+            for first, end, factor in scaled:
                 fresh[first:end] *= factor
+            fresh = beside(value, fresh)
             trained = value.is_floating_point() if old is None else old.requires_grad
             made[tie] = nn.Parameter(fresh, trained) if last in owner._parameters else fresh
         setattr(owner, last, made[tie])

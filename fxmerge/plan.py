@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from .errors import FxMergeError
 from .options import Options
@@ -13,7 +14,8 @@ from .options import Options
 VERSION = 1
 
 
-class Partner(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Partner:
     """Where one dropped channel went: `into` kept channel `scale` times, or nowhere (into -1)."""
 
     channel: int
@@ -46,9 +48,7 @@ class Plan:
 
     def json(self) -> str:
         """The plan as JSON text; `Plan.from_json` reads it back equal."""
-        groups = [{**vars(g), "partners": [p._asdict() for p in g.partners]} for g in self.groups]
-        told = {"fxmerge_plan": VERSION, "options": dataclasses.asdict(self.options), "groups": groups}
-        return json.dumps(told, indent=1, sort_keys=True)
+        return json_text({"fxmerge_plan": VERSION, **fields(self)}, sort_keys=True)
 
     @staticmethod
     def from_json(text: str) -> Plan:
@@ -66,6 +66,17 @@ class Plan:
             raise
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise FxMergeError(f"this plan is damaged: {error!r}") from error
+
+
+def fields(record: Any) -> dict[str, Any]:
+    return {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
+
+
+def json_text(data: Any, sort_keys: bool = False) -> str:
+    """JSON of plain data and records, of which a large plan has many: they become dicts one at a time."""
+    text = io.StringIO()
+    json.dump(data, text, indent=1, sort_keys=sort_keys, default=fields)
+    return text.getvalue()
 
 
 def _group(data: dict[str, Any]) -> GroupPlan:

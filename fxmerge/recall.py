@@ -2,7 +2,7 @@
 
 What a plain convolution or linear layer gives depends on its input and its parameters alone. Where the graph calls the
 very module that the model called, with the very bits, the interpreter takes what the model got. The first calls are
-held, until their inputs and outputs together are as large as the model's parameters.
+held, until their inputs and outputs together are as large as the model's parameters in memory.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .stored import Stored
 
 _PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # these very classes: one derived from them may do anything
 
@@ -31,7 +33,7 @@ class Recall:
             for m in model.modules()
             if type(m) in _PLAIN and not (m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__)
         ]
-        self.room = sum(p.numel() for p in model.parameters())
+        self.room = sum(p.numel() for p in model.parameters() if not isinstance(p, Stored))
         handles = [m.register_forward_hook(self._note) for m in watched]
         try:
             yield

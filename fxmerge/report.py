@@ -16,7 +16,7 @@ from torch import fx, nn
 from .cost import Cost, call_cost, cost
 from .ir import Capture, Group, Grouping, Provenance, Refusal
 from .page import finite
-from .plan import GroupPlan, Plan
+from .plan import GroupPlan, Plan, json_text
 from .refit import Refitted
 from .showing import Shown
 from .verify import Verdict
@@ -264,10 +264,10 @@ class Report(Shown):
                     **_group_json(g),
                     "kept": kept,
                     "similarity": plan.similarity if plan else 1.0,
-                    "partners": [p._asdict() for p in plan.partners] if plan else [],
+                    "partners": list(plan.partners) if plan else [],
                 }
             )
-        return json.dumps(
+        return json_text(
             {
                 "fxmerge_report": VERSION,
                 "parameters_before": self.before.parameters,
@@ -279,8 +279,7 @@ class Report(Shown):
                 "notes": list(self.notes),
                 "groups": groups,
                 "refusals": _refusals_json(self.refusals, self.captured),
-            },
-            indent=1,
+            }
         )
 
 

@@ -13,6 +13,7 @@ import hashlib
 import json
 import types
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from .ownclass import Fit, fitted, narrowed
 from .plan import Plan
 from .report import Report
 from .source import source
+from .stored import left_in, raw, slots, stored
 from .verify import difference, outputs
 from .weights import at
 
@@ -43,19 +45,20 @@ def save(
     """Write the folder, whole or not at all. Raises FxMergeError where something else is in the place."""
     text, tensors, why = written(captured, module)
     fit = fitted(captured, module, facts, alive, tensors)
-    texts = {PLAN: plan.json(), **{name: tell(report) for name, tell in REPORTS.items()}}
-    texts |= {MODEL: text} if text else {}
+    texts = {PLAN: plan.json()} | ({MODEL: text} if text else {})
     told = {
         _KEY: str(VERSION),
         "no_model": why,
         "own_class": json.dumps(fit.json()),
         "tensors": _digest(tensors),
-        **{name: _of_text(texts[name]) for name in (PLAN, MODEL) if name in texts},
+        **{name: _of_text(one) for name, one in texts.items()},
     }
 
     def fill(there: Path) -> None:
         for name, one in texts.items():
             write_text(there / name, one)
+        for name, tell in REPORTS.items():
+            write_text(there / name, tell(report))
         write_tensors(there / WEIGHTS, tensors, told)
 
     write_folder(folder, {MODEL, WEIGHTS, PLAN, *REPORTS}, fill)
@@ -74,7 +77,7 @@ def written(captured: Capture, module: nn.Module) -> tuple[str, dict[str, Tensor
     for plain in (True, False):
         try:
             text = source(graph, type(captured.model).__name__, plain)
-            made = _run(text, Path(MODEL)).MergedModel()
+            made = _made(text, Path(MODEL), stored(graph))
         except FxMergeError as error:
             return "", tensors, str(error)
         except Exception as error:
@@ -82,7 +85,7 @@ def written(captured: Capture, module: nn.Module) -> tuple[str, dict[str, Tensor
             continue
         held = {name: at(graph, name).detach() for name in made.state_dict()}
         try:
-            made.load_state_dict(held)
+            made.load_state_dict(held, assign=stored(graph))
             made.to(next((v.device for v in held.values()), None))
             given = outputs(made, captured.args, captured.kwargs)
         except Exception as error:
@@ -94,15 +97,16 @@ def written(captured: Capture, module: nn.Module) -> tuple[str, dict[str, Tensor
     return "", tensors, f"{why}; please report this model"
 
 
-def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
+def load(folder: str | Path, model: nn.Module | None = None, on_disk: bool = False) -> nn.Module:
     """The model that `Result.save` wrote, in evaluation mode; by default the folder's model.py is run.
 
     model: an instance of the class that was merged. A copy of it is returned with the merged weights, its tensors
         narrowed, so that its own methods go on working; nothing in the folder is executed.
+    on_disk: let the weights stay in the folder, as `fxmerge.on_disk` does.
     Raises FxMergeError for a folder that is damaged, incomplete, newer than this fxmerge or none of its making.
     """
     folder = Path(folder)
-    tensors, told = _read(folder)
+    tensors, told = _read(folder, on_disk)
     Plan.from_json(_checked(folder, PLAN, told))
     if model is not None:
         if not isinstance(model, nn.Module):
@@ -118,25 +122,27 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
         why = told.get("no_model", "")
         raise FxMergeError(f"{folder} has no {MODEL}: {why}; give load(folder, model=your_model)")
     try:
-        module = _run(_checked(folder, MODEL, told), folder / MODEL).MergedModel()
-        module.load_state_dict(tensors)
+        module = _made(_checked(folder, MODEL, told), folder / MODEL, on_disk)
+        module.load_state_dict(tensors, assign=on_disk)
     except FxMergeError:
         raise
     except Exception as error:
         raise FxMergeError(f"{folder / MODEL} cannot be run: {type(error).__name__}: {error}") from error
-    assert isinstance(module, nn.Module)
     return module.eval()
 
 
-def _run(text: str, path: Path) -> Any:
-    """A generated model.py as a module."""
+def _made(text: str, path: Path, empty: bool) -> nn.Module:
+    """The model of a generated model.py; `empty`: without memory for its weights, which are still to be assigned."""
     module = types.ModuleType(path.stem)
     module.__file__ = str(path)
     exec(compile(text, str(path), "exec"), module.__dict__)
-    return module
+    with torch.device("meta") if empty else nullcontext():
+        made = module.MergedModel()
+    assert isinstance(made, nn.Module)
+    return made
 
 
-def _read(folder: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+def _read(folder: Path, on_disk: bool) -> tuple[dict[str, Tensor], Mapping[str, str]]:
     """The tensors of a folder and what their file tells of it, checked."""
     path = folder / WEIGHTS
     if not path.is_file():
@@ -144,9 +150,11 @@ def _read(folder: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
     try:
         with safe_open(path, framework="pt") as opened:
             told = opened.metadata() or {}
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            names = [] if on_disk else opened.keys()
+            tensors = {name: opened.get_tensor(name) for name in names}
     except (OSError, SafetensorError, ValueError) as error:
         raise FxMergeError(f"{path} is damaged: {error}") from error
+    tensors = left_in(slots(path)) if on_disk else tensors
     version = told.get(_KEY, "")
     if not version.isdecimal():
         raise FxMergeError(f"{path} was not saved by fxmerge; load it with safetensors")
@@ -186,7 +194,7 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     """A checksum of tensors, their names, types and shapes."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        value = tensors[name].detach().cpu().contiguous()
+        value = tensors[name]
         digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(memoryview(raw(value)))
     return digest.hexdigest()

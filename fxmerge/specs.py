@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from . import programs, saving
+from . import programs, residence, saving
 from .errors import FxMergeError
 
 _FORMS = (
@@ -22,37 +22,48 @@ _FORMS = (
 )
 
 
-def load(spec: str, weights: Path | None, shape: tuple[int, ...]) -> tuple[nn.Module | ExportedProgram, Any]:
+def load(
+    spec: str, weights: Path | None, shape: tuple[int, ...], on_disk: bool = False
+) -> tuple[nn.Module | ExportedProgram, Any]:
     """A model and example inputs for it. A file or module may give its own as `example_inputs`, a value or a function.
+
+    on_disk: let the weights stay where they are (see `fxmerge.on_disk`).
 
     Raises FxMergeError for a spec, a factory or a weights file that does not work, naming it.
     """
     if spec.endswith(".pt2") or Path(spec).is_dir():
         if weights is not None:
             raise FxMergeError(f"{spec} has weights of its own; leave out --weights")
-        found: Any = programs.load(Path(spec)) if spec.endswith(".pt2") else saving.load(spec)
+        if on_disk and spec.endswith(".pt2"):
+            raise FxMergeError(f"torch.export reads {spec} as a whole; leave out --on-disk")
+        found: Any = programs.load(Path(spec)) if spec.endswith(".pt2") else saving.load(spec, on_disk=on_disk)
         return found, None if isinstance(found, ExportedProgram) else torch.randn(shape)
     source, _, name = spec.rpartition(":")
     if not source or not name:
         raise FxMergeError(f"{spec!r} names no model; give {_FORMS}")
+    if on_disk and weights is None:
+        raise FxMergeError("--on-disk needs --weights: the file or folder of safetensors that they stay in")
     torch.manual_seed(0)
+    made = _without_memory if on_disk else _made
     if source == "torchvision":
         module = _imported("torchvision.models", spec)
-        model = _made(spec, lambda: module.get_model(name, weights=None))
+        model = made(spec, lambda: module.get_model(name, weights=None))
         inputs: Any = None
     elif source == "timm":
         module = _imported("timm", spec)
-        model = _made(spec, lambda: module.create_model(name, pretrained=False))
+        model = made(spec, lambda: module.create_model(name, pretrained=False))
         inputs = None
     else:
         module = _file(Path(source)) if source.endswith(".py") else _imported(source, spec)
         factory = getattr(module, name, None)
         if not callable(factory):
             raise FxMergeError(f"{source} has no callable {name!r}; give {_FORMS}")
-        model = _made(spec, factory)
+        model = made(spec, factory)
         inputs = getattr(module, "example_inputs", None)
         inputs = inputs() if callable(inputs) else inputs
-    if weights is not None:
+    if weights is not None and on_disk:
+        model = residence.on_disk(model, weights)
+    elif weights is not None:
         load_weights(model, weights)
     if inputs is None:
         inputs = torch.randn(shape)
@@ -101,3 +112,8 @@ def _made(spec: str, factory: Any) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise FxMergeError(f"{spec} gives a {type(model).__name__}, not a torch.nn.Module")
     return model
+
+
+def _without_memory(spec: str, factory: Any) -> nn.Module:
+    with residence.without_memory():
+        return _made(spec, factory)

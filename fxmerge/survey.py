@@ -16,6 +16,7 @@ from .evidence import Reading
 from .ir import Capture, Group, Layer, Provenance
 from .lockstep import Lockstep, Settings, line
 from .patches import enough, form_of, input_of, patches, rows_of, sample
+from .stored import beside
 from .systems import second_moments
 from .targets import behind, pair
 from .weights import at
@@ -87,7 +88,7 @@ def _reader(
     if norm is not None:
         whole = whole * line(module, norm, *run.statistics(norm, outputs))[0][:, None]
     assert layer.reads is not None
-    return gram.cpu(), whole.cpu(), blocks * width // layer.reads.numel()
+    return beside(weight, gram.cpu()), beside(weight, whole.cpu()), blocks * width // layer.reads.numel()
 
 
 def _diagonal(blocks: Tensor) -> Tensor:

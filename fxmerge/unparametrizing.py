@@ -14,6 +14,8 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm, remove_spectral_norm
 from torch.nn.utils.weight_norm import WeightNorm, remove_weight_norm
 
+from .stored import beside
+
 
 def unparametrize(model: nn.Module) -> None:
     """Give each parametrized module of a model, in place, plain tensors and the class that it had before.
@@ -32,6 +34,8 @@ def unparametrize(model: nn.Module) -> None:
         for name, how in module.parametrizations.items():  # type: ignore[union-attr, operator]
             with torch.no_grad():
                 value = getattr(module, name).detach().clone()
+            for source in how.parameters():
+                value = beside(source, value)
             trained = [p.requires_grad for p in how.parameters()]
             plain[name] = nn.Parameter(value, requires_grad=any(trained)) if trained else value
         module.__class__ = type(module).__bases__[0]

@@ -72,6 +72,9 @@ def compare(captured: Capture, merged: nn.Module) -> Verdict:
 def in_float64(captured: Capture) -> tuple[fx.GraphModule, tuple[Any, ...], dict[str, Any]]:
     """A float64 copy of a captured model, and of the arguments of its example call."""
 
+    if captured.blank:
+        raise FxMergeError("a model on the meta device has no values to try; give one with weights")
+
     def double(value: Any) -> Any:
         return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from .ir import Layer, ParamLabels
 from .labels import compact
+from .stored import beside
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -46,7 +47,11 @@ class Weights:
         return value
 
     def put(self, path: str, value: Tensor) -> Tensor:
-        """Put a tensor in another's place, wherever the module holds that very tensor."""
+        """Put a tensor in another's place, wherever the module holds that very tensor; on disk if that one is."""
+        return self.replace(path, beside(self[path], value))
+
+    def replace(self, path: str, value: Tensor) -> Tensor:
+        """Put this very tensor in another's place."""
         old = self[path]
         fresh = nn.Parameter(value, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else value
         holders = self.holders.pop(id(old))

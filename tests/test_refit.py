@@ -319,3 +319,12 @@ def test_two_processes_come_to_the_weights_of_one(tmp_path: Path) -> None:
         for key, value in alone.items():
             assert torch.equal(one[key], other[key])
             torch.testing.assert_close(one[key], value, rtol=1e-4, atol=1e-5)
+
+
+def test_inputs_that_hardly_move_do_not_stop_selection() -> None:
+    """Second moments about a mean that is far larger are rounding errors: symmetric, but with negative eigenvalues."""
+    noise = torch.randn(12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    gram = (noise + noise.T) * 1e-18
+    assert float(torch.linalg.eigvalsh(gram)[0]) < 0
+    reading = Reading(gram, torch.randn(5, 12), torch.arange(12), torch.arange(12)[:, None])
+    assert len(eliminate([reading], torch.arange(12), 7)) == 7

@@ -1,0 +1,275 @@
+"""How merging grows with depth and width: `python -m benchmarks.growth --out docs/growth.md`.
+
+Synthetic networks, each merged in a process of its own, on one thread: CPU seconds of the whole of `fxmerge.merge`, and
+the peak of its memory over what the process held before it (the model, if it is in memory, and the libraries). An
+exponent e says that the cost grows as parameters ** e; it is fitted to the larger half of a series, where what every
+merge pays (tracing, for one) no longer counts. `--most` leaves out larger networks.
+
+The series `on disk` merges weights that stay in files and saves the result: its models are larger than its memory.
+"""
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import fxmerge
+
+MOST = 300_000_000  # in memory; four times as many on disk
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Net:
+    """A stack of layers of one width: linear, or convolutions with BatchNorm."""
+
+    kind: str
+    depth: int
+    width: int
+
+    def model(self) -> nn.Module:
+        return Stack(self.kind, self.depth, self.width).eval()
+
+    def example(self) -> Tensor:
+        return torch.randn(2, self.width, *[4, 4][: 2 * (self.kind == "conv")])
+
+
+class Stack(nn.Module):
+    def __init__(self, kind: str, depth: int, width: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for _ in range(depth):
+            if kind == "conv":
+                layers += [nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+            else:
+                layers += [nn.Linear(width, width), nn.ReLU()]
+        if kind == "conv":
+            layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+        self.body, self.head = nn.Sequential(*layers), nn.Linear(width, 10)
+        for layer in layers:
+            if isinstance(layer, (nn.Linear, nn.Conv2d)):
+                nn.init.kaiming_normal_(layer.weight)  # signals neither fade nor grow with depth
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.body(x))
+        return out
+
+
+@dataclass(frozen=True)
+class Series:
+    """Networks that differ in one size, and how they are merged."""
+
+    title: str
+    nets: tuple[Net, ...]
+    options: Mapping[str, Any]
+    on_disk: bool = False
+
+
+def _depths(kind: str, width: int, *depths: int) -> tuple[Net, ...]:
+    return tuple(Net(kind, depth, width) for depth in depths)
+
+
+def _widths(kind: str, depth: int, *widths: int) -> tuple[Net, ...]:
+    return tuple(Net(kind, depth, width) for width in widths)
+
+
+PLAIN = {"refit": "none"}
+PRUNE = {"refit": "none", "decomposition": "prune"}
+SERIES: dict[str, Series] = {
+    "depth": Series("depth, linear, width 1024", _depths("linear", 1024, 16, 32, 64, 128, 256, 512, 1024), PLAIN),
+    "conv": Series("depth, convolutions, width 256", _depths("conv", 256, 16, 32, 64, 128, 256, 512), PLAIN),
+    "refit": Series("depth, linear, width 256, with refit", _depths("linear", 256, 8, 16, 32, 64), {}),
+    "prune": Series("width, prune, 8 layers", _widths("linear", 8, 512, 1024, 2048, 4096, 8192), PRUNE),
+    "mostsim": Series("width, mostsim, 8 layers", _widths("linear", 8, 512, 1024, 2048, 4096, 8192), PLAIN),
+    "disk": Series("on disk, depth, width 1024", _depths("linear", 1024, 64, 128, 256, 512, 1024), PLAIN, on_disk=True),
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One merge."""
+
+    depth: int
+    width: int
+    parameters: int
+    seconds: float
+    peak: int  # bytes over what was held before
+    model: int  # bytes
+
+
+def high_water() -> int:
+    """The most resident memory that this process had since `lower_water`, in bytes (Linux)."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
+
+
+def lower_water() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def write_layers(net: Net, folder: Path) -> None:
+    """Random weights, a file for each tensor, so that no two are in memory."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.device("meta"):
+        state = net.model().state_dict()
+    for name, value in state.items():
+        scale = (2 / value.size(-1)) ** 0.5 if value.dim() > 1 else 0.0
+        save_file({name: torch.randn(value.shape, generator=generator).mul_(scale)}, folder / f"{name}.safetensors")
+
+
+def measure(net: Net, options: Mapping[str, Any], on_disk: bool) -> Point:
+    """Merge it here; imports and first calls come before."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    small = Net(net.kind, 2, 8)
+    with tempfile.TemporaryDirectory() as place:
+        fxmerge.merge(small.model(), small.example(), **options).save(Path(place, "small"))
+        if on_disk:
+            files = Path(place, "weights")
+            files.mkdir()
+            subprocess.run([sys.executable, "-m", "benchmarks.growth", "--write", str(files), *_told(net)], check=True)
+            model = fxmerge.on_disk(net.model, files)
+        else:
+            model = net.model()
+        parameters = sum(p.numel() for p in model.parameters())
+        lower_water()
+        before, start = high_water(), time.process_time()
+        result = fxmerge.merge(model, net.example(), **options)
+        if on_disk:
+            result.save(Path(place, "merged"))
+        seconds = time.process_time() - start
+        return Point(net.depth, net.width, parameters, seconds, high_water() - before, 4 * parameters)
+
+
+def _told(net: Net) -> list[str]:
+    return ["--net", json.dumps(asdict(net))]
+
+
+def point(key: str, net: Net) -> Point:
+    """The same in a process of its own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "benchmarks.growth", "--series", key, *_told(net)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True, env=environment)
+    return Point(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def exponent(points: Sequence[Point], cost: str) -> float:
+    """e of cost ~ parameters ** e, by least squares on logarithms over the larger half; NaN for fewer than two."""
+    larger = sorted(points, key=lambda p: p.parameters)[len(points) // 2 - (len(points) == 2) :]
+    if len(larger) < 2:
+        return math.nan
+    x, y = (np.log([getattr(p, name) for p in larger]) for name in ("parameters", cost))
+    return float(np.polyfit(x, y, 1)[0])
+
+
+def markdown(found: Mapping[str, Sequence[Point]]) -> str:
+    parts = ["| cost grows as parameters ** e | time | memory |", "|---|---|---|"]
+    for key, points in found.items():
+        slopes = (f"{exponent(points, cost):.2f}" for cost in ("seconds", "peak"))
+        parts.append(f"| {SERIES[key].title} | " + " | ".join(slopes) + " |")
+    for key, points in found.items():
+        parts += ["", f"## {SERIES[key].title}", ""]
+        sizes = "model on disk, MiB | peak, MiB" if SERIES[key].on_disk else "model, MiB | peak over it, MiB"
+        parts += [f"| layers | width | parameters | CPU s | {sizes} |", "|---|---|---|---|---|---|"]
+        for p in points:
+            cells = f"{p.parameters:,}", f"{p.seconds:.2f}", f"{p.model / MIB:,.0f}", f"{p.peak / MIB:,.0f}"
+            parts.append(" | ".join([f"| {p.depth}", str(p.width), *cells]) + " |")
+    return "\n".join([*parts, ""])
+
+
+def plot(found: Mapping[str, Sequence[Point]], path: Path) -> None:
+    """Time and memory against parameters, both axes logarithmic."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "the same ids for the same picture"
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5))
+    for key, points in found.items():
+        x = [p.parameters for p in points]
+        axes[0].loglog(x, [p.seconds for p in points], marker="o", label=SERIES[key].title)
+        axes[1].loglog(x, [p.peak / MIB for p in points], marker="o")
+    sizes = np.array(sorted(p.parameters for points in found.values() for p in points))
+    axes[1].loglog(sizes, 4 * sizes / MIB, color="grey", linestyle=":", label="the model itself")
+    axes[0].set(xlabel="parameters", ylabel="CPU seconds", title="time")
+    axes[1].set(xlabel="parameters", ylabel="MiB", title="peak memory of the merge")
+    for axis in axes:
+        axis.legend(fontsize="small")
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+
+
+HEAD = """# Growth
+
+`python -m benchmarks.growth --out docs/growth.md` makes this page: each network is merged at ratio 0.5 in a process of
+its own, on one thread. Time is that of the whole of `fxmerge.merge`, in CPU seconds; memory is the peak over what the
+process held before, and includes the merged model.
+
+With depth all stages are linear. With width w parameters grow as w ** 2: so does `prune`, while what compares every
+channel with every other (`mostsim`) takes n ** 2 inner products of rows of w numbers, w ** 3 in all: an exponent of 1.5
+is the least for it.
+
+![time and memory against parameters](growth.svg)
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.growth", description="Merge time and memory by size.")
+    parser.add_argument("--out", type=Path, metavar="FILE.md", help="the page; the plot goes beside it")
+    parser.add_argument("--only", nargs="+", choices=SERIES, default=list(SERIES), help="series to run")
+    parser.add_argument("--most", type=float, default=MOST, help="parameters in memory, at most (on disk: four times)")
+    parser.add_argument("--series", choices=SERIES, help=argparse.SUPPRESS)
+    parser.add_argument("--net", help=argparse.SUPPRESS)
+    parser.add_argument("--write", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.net:
+        net = Net(**json.loads(args.net))
+        if args.write:
+            write_layers(net, args.write)
+        else:
+            series = SERIES[args.series]
+            print(json.dumps(asdict(measure(net, series.options, series.on_disk))))
+        return
+    console = Console(stderr=True, highlight=False)
+    found: dict[str, list[Point]] = {}
+    for key in args.only:
+        for net in SERIES[key].nets:
+            with torch.device("meta"):
+                size = sum(p.numel() for p in net.model().parameters())
+            if size <= args.most * (4 if SERIES[key].on_disk else 1):
+                one = point(key, net)
+                found.setdefault(key, []).append(one)
+                console.print(
+                    f"{SERIES[key].title}: {one.depth} layers of {one.width}, {one.parameters:,} parameters, "
+                    f"{one.seconds:.2f} s, {one.peak / MIB:.0f} MiB",
+                    markup=False,
+                )
+    if args.out is None:
+        print(markdown(found), end="")
+        return
+    try:
+        plot(found, args.out.with_suffix(".svg"))
+    except ImportError:
+        console.print("no plot: pip install matplotlib")
+    args.out.write_text(HEAD + "\n" + markdown(found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
