@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from . import movement
 from .errors import source_line
-from .ir import Block, Bond, Lab, Layer, Param, Pin, Tie
+from .ir import Block, Bond, Contraction, Lab, Layer, Param, Pin, Tie
 from .labels import FIXED, fixed, numbers, rows, simplify, spread, thin, varying
 
 
@@ -183,6 +183,9 @@ class Context:
         called = self._node.op == "call_module"
         name = str(self._node.target) if called else layer_name(next(iter(params.values()), ""))
         self._run.layers.append(Layer(self._node.name, name or self._node.name, op, params, **facts))
+
+    def contraction(self, a: Tensor, b: Tensor, letters_a: str, letters_b: str) -> None:
+        self._run.contractions.append(Contraction(self._node.name, a, b, (letters_a, letters_b)))
 
     def query(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """A shape, a dtype, a device: read off the operand; a dtype or device off what the example run showed."""

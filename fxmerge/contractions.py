@@ -23,6 +23,7 @@ def contract(ctx: Any, a: Tensor, b: Tensor, letters_a: str, letters_b: str, let
     shape = ctx.shape
     if shape is None or len(set(letters_a)) < len(letters_a) or len(set(letters_b)) < len(letters_b):
         return ctx.unknown("takes a diagonal")
+    ctx.contraction(a, b, letters_a, letters_b)
     summed = [c for c in letters_a if c in letters_b and c not in letters_out]
     alone = [c for c in letters_a + letters_b if c not in letters_out and c not in summed]
     varying_a = {letters_a[i] for i in varying(a)}

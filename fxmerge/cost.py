@@ -28,6 +28,16 @@ def cost(module: fx.GraphModule, inputs: Sequence[Any]) -> Cost:
 
     Elementwise ops count as nothing, as is the custom.
     """
+    by_node = flops_by_node(module, inputs)
+    flops: dict[str, int] = {}
+    for node in module.graph.nodes:
+        name = str(node.target) if node.op == "call_module" else node.name
+        flops[name] = flops.get(name, 0) + by_node[node.name]
+    return Cost(parameters(module), sum(by_node.values()), _by_module(module, flops))
+
+
+def flops_by_node(module: fx.GraphModule, inputs: Sequence[Any]) -> dict[str, int]:
+    """Node -> the FLOPs of its call, for the values of the graph's placeholders."""
     counter = FlopCounterMode(display=False)
     flops: dict[str, int] = {}
 
@@ -35,15 +45,14 @@ def cost(module: fx.GraphModule, inputs: Sequence[Any]) -> Cost:
         def run_node(self, n: fx.Node) -> Any:
             before = counter.get_total_flops()
             value = super().run_node(n)
-            name = str(n.target) if n.op == "call_module" else n.name
-            flops[name] = flops.get(name, 0) + counter.get_total_flops() - before
+            flops[n.name] = counter.get_total_flops() - before
             return value
 
     interpreter = Counting(module)
     interpreter.extra_traceback = False
     with evaluating(module), torch.no_grad(), counter:
         interpreter.run(*fresh(list(inputs)), enable_io_processing=False)
-    return Cost(parameters(module), counter.get_total_flops(), _by_module(module, flops))
+    return flops
 
 
 def call_cost(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Cost:

@@ -138,6 +138,16 @@ class Untouched:
 
 
 @dataclass(frozen=True)
+class Contraction:
+    """One sum of products of two activations, their axes named as in einsum: label tensors and letters."""
+
+    node: str
+    left: Tensor
+    right: Tensor
+    letters: tuple[str, str]
+
+
+@dataclass(frozen=True)
 class Provenance:
     """Which channel went where: what one run of the graph on labels found."""
 
@@ -154,6 +164,7 @@ class Provenance:
     mixers: tuple[tuple[str, Tensor], ...]  # (node, labels it couples inexactly)
     label_count: int
     views: frozenset[str] = frozenset()  # nodes that are views of raw parameters, not activations
+    contractions: tuple[Contraction, ...] = ()
     bonds: tuple[Bond, ...] = ()  # found only where it was asked for whole blocks
     whole: Tensor | None = None  # labels of the blocks that leave whole
     untouched: tuple[Untouched, ...] = ()

@@ -17,7 +17,9 @@ from . import movement, rules
 from .context import Context, Opaque, layer_name
 from .errors import source_line
 from .exporting import by_name, overload_name
-from .ir import Block, Bond, Capture, Lab, Layer, Param, ParamLabels, Pin, Provenance, Tie, Untouched, View
+from .ir import (
+    Block, Bond, Capture, Contraction, Lab, Layer, Param, ParamLabels, Pin, Provenance, Tie, Untouched, View,
+)  # fmt: skip
 from .labels import fixed, numbers
 from .torchcalls import in_place
 from .weights import at
@@ -38,6 +40,7 @@ class _Run:
         self.pins: list[Pin] = []
         self.blocks: list[Block] = []
         self.bonds: list[Bond] = []
+        self.contractions: list[Contraction] = []
         self.numbers: list[Tensor] = []  # labels of blocks, which are no channels
         self.mixers: list[tuple[str, Tensor]] = []
         self.layers: list[Layer] = []
@@ -187,7 +190,7 @@ class _Run:
         return Provenance(
             stands, values, self.kinds, self.sources, self.commutes, tuple(self.layers), params, tuple(self.ties),
             tuple(self.pins), tuple(self.blocks), tuple(self.mixers), self.count, views,
-            tuple(self.bonds), untouched=self.untouched(),
+            tuple(self.contractions), tuple(self.bonds), untouched=self.untouched(),
         )  # fmt: skip
 
     def untouched(self) -> tuple[Untouched, ...]:
