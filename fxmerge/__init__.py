@@ -8,7 +8,7 @@ print(result.report.text())
 from __future__ import annotations
 
 from . import verify
-from .allocation import ALLOCATORS
+from .allocators import ALLOCATORS
 from .decomposition import DECOMPOSITIONS
 from .errors import FxMergeError
 from .merge import analyze, apply, merge

@@ -1,18 +1,26 @@
-"""Allocation: how many channels each group keeps. ALLOCATORS maps a name to a function of groups and options."""
+"""Allocation: how many channels each group keeps, by a ratio or by a budget, as the blocks of its cells allow.
+
+A budget is shared out on ladders (`allocators`): the numbers of channels that a group may keep at all.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import numpy as np
 import torch
 from scipy.optimize import Bounds, LinearConstraint, milp
 
+from .allocators import ALLOCATORS, Floats, Ints, Ladder, Price, Problem
 from .errors import FxMergeError
 from .ir import Group
 from .options import Options
+
+RUNGS = 256  # of a ladder with equal cells, about, at most
+TRIED = 17  # shares at which unequal cells are spread
+TOLERANCE = 0.01  # of what a budget allows
 
 
 def rounded(keep: float, size: int, cells: int, round_to: int) -> int:
@@ -80,25 +88,100 @@ def shaken(group: Group, block: int) -> torch.Tensor:
     return torch.cat(kept).sort().values
 
 
-def uniform(groups: Sequence[Group], options: Options) -> dict[str, tuple[int, ...]]:
+def by_ratio(groups: Sequence[Group], options: Options) -> dict[str, tuple[int, ...]]:
     """Every group keeps the share 1 - ratio, or what `keep` says: {group: channels kept in each cell}."""
     kept = {}
     for group in groups:
-        asked = next((v for pattern, v in options.keep.items() if fnmatchcase(group.name, pattern)), None)
-        if isinstance(asked, int):
-            counts = spread(group, asked / group.channels, 1, asked) if asked <= group.channels else None
-            if counts is None:
-                blocks = f" in {len(set(group.cells.tolist()))} cells that blocks tie together" if group.blocks else ""
-                has = f"which has {group.channels}{blocks}"
-                raise FxMergeError(f"keep asks for {asked} channels of {group.name}, {has}")
-        else:
-            share = 1 - options.ratio if asked is None else asked
-            counts = spread(group, share, options.round_to) or tuple(torch.bincount(group.cells).tolist())
-        kept[group.name] = counts
+        asked = _asked(group, options)
+        kept[group.name] = (
+            spread(group, 1 - options.ratio, options.round_to) or all_of(group) if asked is None else asked
+        )
     return kept
 
 
-ALLOCATORS: dict[str, Callable[[Sequence[Group], Options], dict[str, tuple[int, ...]]]] = {"uniform": uniform}
+def all_of(group: Group) -> tuple[int, ...]:
+    return tuple(torch.bincount(group.cells).tolist())
+
+
+def _asked(group: Group, options: Options) -> tuple[int, ...] | None:
+    """What `keep` says of a group, None where it says nothing."""
+    asked = next((v for pattern, v in options.keep.items() if fnmatchcase(group.name, pattern)), None)
+    if not isinstance(asked, int):
+        return None if asked is None else spread(group, asked, options.round_to) or all_of(group)
+    counts = spread(group, asked / group.channels, 1, asked) if asked <= group.channels else None
+    if counts is None:
+        blocks = f" in {len(set(group.cells.tolist()))} cells that blocks tie together" if group.blocks else ""
+        has = f"which has {group.channels}{blocks}"
+        raise FxMergeError(f"keep asks for {asked} channels of {group.name}, {has}")
+    return counts
+
+
+def rungs(group: Group, options: Options) -> Floats:
+    """What a group may keep under a budget, (R, cells), the most first: all, and what max_ratio and round_to leave."""
+    asked = _asked(group, options)
+    if asked is not None:
+        return np.array([asked], dtype=np.float64)
+    sizes = torch.bincount(group.cells)
+    least = (1 - options.max_ratio) * group.channels - 1e-9
+    if bool((sizes == sizes[0]).all()):
+        size, cells = int(sizes[0]), len(sizes)
+        step = options.round_to // math.gcd(options.round_to, cells)
+        multiples = range((size - 1) // step * step, 0, -step * max(1, size // (RUNGS * step)))
+        found = [(size,) * cells, *((k,) * cells for k in multiples if k * cells >= least)]
+    else:
+        shares = np.linspace(1, 1 - options.max_ratio, TRIED)[1:]
+        tried = {sum(c): c for share in shares if (c := spread(group, float(share), options.round_to)) is not None}
+        fewer = sorted((total for total in tried if least <= total < group.channels), reverse=True)
+        found = [all_of(group), *(tried[total] for total in fewer)]
+    return np.array(found, dtype=np.float64)
+
+
+def by_budget(
+    groups: Sequence[Group],
+    options: Options,
+    ladders: Mapping[str, Floats],
+    errors: Mapping[str, Floats],
+    price: Price,
+    share: float,
+    what: str,
+) -> dict[str, tuple[int, ...]]:
+    """{group: channels kept in each cell} at a price of `share` of the original's, or less where rungs allow no nearer.
+
+    Raises FxMergeError where the lowest rungs cost more.
+    """
+    steps = tuple(Ladder(ladders[g.name], errors[g.name]) for g in groups)
+    problem = Problem(steps, price, share * price.original)
+    full = np.zeros(len(steps), dtype=np.int64)
+    if problem.cost(problem.bottom) > problem.target * (1 + TOLERANCE):
+        least = problem.cost(problem.bottom) / price.original
+        raise FxMergeError(
+            f"the budget asks for {share:.1%} of the {what}, but {least:.1%} are left where all {len(groups)} groups "
+            f"in scope give up what they may; {remedies(options)}"
+        )
+    chosen = full if problem.cost(full) <= problem.target or share >= 1 else ALLOCATORS[options.allocation](problem)
+    chosen = _nearer(problem, chosen)
+    return {g.name: tuple(int(k) for k in ladders[g.name][rung]) for g, rung in zip(groups, chosen, strict=True)}
+
+
+def _nearer(problem: Problem, chosen: Ints) -> Ints:
+    """Where a budget is met by far, one rung up, if that overshoots by less than TOLERANCE."""
+    if problem.cost(chosen) >= problem.target * (1 - TOLERANCE):
+        return chosen
+    up = [chosen - (np.arange(len(chosen)) == g) for g in range(len(chosen)) if chosen[g] > 0]
+    able = [c for c in up if problem.cost(c) <= problem.target * (1 + TOLERANCE)]
+    return max([chosen, *able], key=problem.cost)
+
+
+def remedies(options: Options) -> str:
+    """What makes a budget easier to meet, of what these options hold it back by."""
+    found = [f"raise max_ratio (now {options.max_ratio:g})", "ask for a larger share"]
+    if options.scope == "internal":
+        found.append('widen scope to "all"')
+    if options.keep or options.ignore:
+        found.append("let go of groups that keep and ignore hold")
+    if options.round_to > 1:
+        found.append(f"lower round_to (now {options.round_to})")
+    return ", ".join(found[:-1]) + f", or {found[-1]}"
 
 
 def check_patterns(groups: Sequence[Group], modules: Sequence[str], options: Options) -> None:

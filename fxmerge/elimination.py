@@ -11,7 +11,7 @@ again; several readers' losses are added, each as a share of the variance of its
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -39,19 +39,22 @@ class _Reader:
         found = (own * solved).sum((1, 2)).cpu() / self.scale
         return torch.zeros(count, dtype=torch.float64).index_add_(0, self.channels, found)
 
-    def remove(self, gone: Tensor) -> None:
-        """gone: bool by channel of the group."""
+    def remove(self, gone: Tensor) -> float:
+        """What it costs here that these go together. gone: bool by channel of the group."""
         here = gone[self.channels]
         columns = self.columns[here].flatten()
         if not len(columns):
-            return
+            return 0.0
         share = torch.linalg.solve(self.inverse[columns][:, columns], self.inverse[columns])  # (q, p)
+        solved = torch.linalg.solve(self.inverse[columns][:, columns], self.weight[:, columns].T)
+        lost = float((self.weight[:, columns].T * solved).sum()) / self.scale
         self.weight.addmm_(self.weight[:, columns], share, alpha=-1)
         self.inverse.addmm_(self.inverse[:, columns], share, alpha=-1)
         self.columns, self.channels = self.columns[~here], self.channels[~here]
         self.left[columns] = False
         if self.left.sum() < (1 - SHRINK) * len(self.left):
             self._shrink()
+        return lost
 
     def _shrink(self) -> None:
         """Rows and columns of H^-1 that were removed are of no further use."""
@@ -84,10 +87,32 @@ def _positive(gram: Tensor) -> Tensor:
 
 def eliminate(readings: Sequence[Reading], candidates: Tensor, count: int) -> Tensor:
     """Of `candidates` (indices into a group's channels) the places of those that stay, `count` of them, ascending."""
+    left = torch.ones(len(candidates), dtype=torch.bool)
+    for cheapest, _ in _descent(readings, candidates, len(candidates) - count):
+        left[cheapest] = False
+    return left.nonzero().flatten()
+
+
+def curve(readings: Sequence[Reading], candidates: Tensor, least: int) -> Tensor:
+    """What it costs that only k of `candidates` stay: (n + 1,) by k, infinite below `least`.
+
+    The sum over readers of the share of their outputs' variance that no re-solving brings back. One factorisation.
+    """
+    n = len(candidates)
+    found = torch.full((n + 1,), torch.inf, dtype=torch.float64)
+    found[n], left, total = 0.0, n, 0.0
+    for cheapest, lost in _descent(readings, candidates, n - least):
+        steps = torch.arange(1, len(cheapest) + 1) / len(cheapest)
+        found[left - torch.arange(1, len(cheapest) + 1)] = total + lost * steps.double()
+        left, total = left - len(cheapest), total + lost
+    return found
+
+
+def _descent(readings: Sequence[Reading], candidates: Tensor, drop: int) -> Iterator[tuple[Tensor, float]]:
+    """(the places in `candidates` of those that go next, what that costs), until `drop` have gone."""
     readers = [_Reader(r) for r in readings]
     channels = 1 + max(int(candidates.max()), *(int(r.channels.max()) for r in readings))
     left = torch.ones(len(candidates), dtype=torch.bool)
-    drop = len(candidates) - count
     at_once = max(1, -(-drop // ROUNDS))
     while drop > 0:
         total = torch.stack([r.losses(channels) for r in readers]).sum(0)[candidates]
@@ -95,7 +120,5 @@ def eliminate(readings: Sequence[Reading], candidates: Tensor, count: int) -> Te
         left[cheapest] = False
         gone = torch.zeros(channels, dtype=torch.bool)
         gone[candidates[cheapest]] = True
-        for reader in readers:
-            reader.remove(gone)
+        yield cheapest, sum(reader.remove(gone) for reader in readers)
         drop -= len(cheapest)
-    return left.nonzero().flatten()

@@ -8,38 +8,41 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.export import ExportedProgram
 
 from . import verify
 from .absorbing import decompose, group_plan
-from .allocation import ALLOCATORS, check_patterns, ignored, shaken
+from .allocation import by_ratio, check_patterns, rungs
 from .assembling import assembled
+from .budgeting import Allotted, Room, allot, original_of
 from .calibration import Batches, UnprobedError, fed, summed
 from .capture import capture, confined
-from .constants import recompute
-from .errors import FxMergeError, source_line
+from .curves import curves
+from .errors import FxMergeError
 from .evidence import Reading
 from .fitting import fitted, holds, mismatch
-from .groups import aligned, group
-from .ir import Capture, Group, Grouping, Provenance, Refusal
+from .ir import Capture, Group, Grouping, Provenance
 from .lockstep import Settings
+from .narrowing import Chosen, grouped, in_scope, provable, replayed
 from .options import Options
 from .plan import GroupPlan, Plan
 from .progress import progress
 from .provenance import provenance
 from .refit import Refitted, refit
 from .report import Report
-from .resizing import Call
 from .results import Analysis, Result
 from .rewrite import Rewriter, survivors
 from .selection import select
 from .similarity import candidates, state
 from .survey import readings
 from .targets import pair
+from .timing import compared
 
 
 def analyze(
@@ -53,7 +56,7 @@ def analyze(
     """
     options = settled(options, changes)
     captured = capture(model, example_inputs)
-    facts, grouping = _grouped(captured, provenance(captured, options.heads == "whole"))
+    facts, grouping = grouped(captured, provenance(captured, options.heads == "whole"))
     return Analysis(captured, facts, grouping, grouping.refusals)
 
 
@@ -99,89 +102,153 @@ def _merge(
     decided: Mapping[str, GroupPlan] | None,
     given: Any,
 ) -> Result:
+    with progress() as stage:
+        return prepared(model, example_inputs, options, given, stage).merged(options, decided)
+
+
+def prepared(
+    model: nn.Module | ExportedProgram, example_inputs: Any, options: Options, given: Any, stage: Callable[[str], None]
+) -> Prepared:
+    """A model, ready to be merged by these options, or by ones that differ in their budget only."""
     if given is not None:
         options = options.replace(refit="calibration")
     if given is None and options.refit == "calibration":
         raise FxMergeError("refit='calibration' needs batches of inputs; give merge(..., calibration=batches)")
-    with progress() as stage:
+    stage("capture")
+    captured = capture(model, example_inputs)
+    if captured.blank:
+        raise FxMergeError(
+            "weights of this model are on the meta device, without values: it can be analysed, and merged once "
+            "they are there; fxmerge.on_disk(model, 'weights.safetensors') reads them as they are needed"
+        )
+    return Prepared(captured, options, given, stage)
+
+
+class Prepared:
+    """What is found out once, however often a model is merged: each stage when it is first asked for."""
+
+    def __init__(self, captured: Capture, options: Options, given: Any, stage: Callable[[str], None]) -> None:
+        self.captured, self.options, self.given, self.stage = captured, options, given, stage
+        self.settings = Settings(options.rows, options.seed, options.refit == "synthetic", summed)
+        self.tensors = state(captured.module)
+        self.seen: dict[str, tuple[Reading, ...]] = {}
+
+    @cached_property
+    def found(self) -> tuple[Provenance, Grouping]:
+        self.stage("provenance")
+        facts = provenance(self.captured, self.options.heads == "whole")
+        self.stage("groups")
+        return grouped(self.captured, facts)
+
+    @cached_property
+    def batches(self) -> tuple[Batches, tuple[str, ...]]:
+        """What refit runs on, or none and the reason."""
+        found = _batches(self.captured, self.found[0], self.options, self.given, self.settings, self.stage)
+        if found[1] == (_STRAYS,):
+            self.settings = replace(self.settings, held=False)
+        return found
+
+    def readings(self, groups: Sequence[Group]) -> Mapping[str, tuple[Reading, ...]]:
+        """What the readers of these groups see of them on the batches."""
+        missing = [g for g in groups if g.name not in self.seen]
+        if self.batches[0] and missing:
+            self.stage("survey")
+            facts = self.found[0]
+            self.seen |= readings(self.captured, facts, missing, self.batches[0], self.settings, self.stage)
+        return self.seen
+
+    def merged(self, options: Options, decided: Mapping[str, GroupPlan] | None = None) -> Result:
+        """Merge as these options say, which differ from the ones that this was prepared with in their budget only."""
         started = time.perf_counter()
-        stage("capture")
-        captured = capture(model, example_inputs)
-        if captured.blank:
-            raise FxMergeError(
-                "weights of this model are on the meta device, without values: it can be analysed, and merged once "
-                "they are there; fxmerge.on_disk(model, 'weights.safetensors') reads them as they are needed"
-            )
         try:
-            return _merged(captured, options, decided, given, stage, started)
+            return self._merged(options, decided, started)
         except FxMergeError as error:
-            if captured.recorded is None:
+            if self.captured.recorded is None:
                 raise
             try:  # what the user's own code sees may depend on widths in a way that nobody can mend
-                return _merged(confined(captured), options, decided, given, stage, started)
+                return self.confined._merged(options, decided, started)
             except FxMergeError:
                 raise error from None
 
+    @cached_property
+    def confined(self) -> Prepared:
+        return Prepared(confined(self.captured), self.options, self.given, self.stage)
 
-def _merged(
-    captured: Capture,
-    options: Options,
-    decided: Mapping[str, GroupPlan] | None,
-    given: Any,
-    stage: Callable[[str], None],
-    started: float,
-) -> Result:
-    stage("provenance")
-    facts = provenance(captured, options.heads == "whole")
-    stage("groups")
-    facts, grouping = _grouped(captured, facts)
-    if decided is None:
-        check_patterns(grouping.groups, [n for n, _ in captured.module.named_modules()], options)
-    groups, refusals = _in_scope(grouping, options)
-    tensors = state(captured.module)
-    stage("allocation")
-    counts = _replayed(groups, decided) if decided is not None else ALLOCATORS["uniform"](groups, options)
-    narrowed = [g for g in groups if sum(counts[g.name]) < g.channels]
-    settings = Settings(options.rows, options.seed, options.refit == "synthetic", summed)
-    batches, notes = _batches(captured, facts, options, given, settings, stage) if narrowed else ([], ())
-    if notes == (_STRAYS,):
-        settings = replace(settings, held=False)
-    surveyed: Mapping[str, tuple[Reading, ...]] = {}
-    if batches and decided is None and options.selection == "repair":
-        stage("survey")
-        surveyed = readings(captured, facts, narrowed, batches, settings, stage)
-    chosen: list[tuple[Group, Tensor]] = []
-    for g in narrowed:
-        stage(f"selection {g.name}")
-        if decided is not None:
-            kept = torch.tensor(decided[g.name].kept)
-        else:
-            seen = candidates(g, tensors, options.seed, surveyed.get(g.name, ()))
-            kept = select(options.selection, seen, g.cells, counts[g.name])
-        chosen.append((g, kept))
-    chosen, edits, refused = _provable(captured, facts, grouping, chosen)
-    refusals = (*refusals, *refused)
-    rewriter, plans = Rewriter(captured.module, facts), []
-    for g, kept in chosen:
-        stage(f"decomposition {g.name}")
-        mapping, merged = decompose(g, kept, captured, tensors, options)
-        rewriter.absorb(merged)
-        plans.append(group_plan(g, kept, mapping))
-    stage("rewrite")
-    alive = survivors(facts, grouping.atom, chosen)
-    rewritten = rewriter.finish(alive, edits)
-    refitted: tuple[Refitted, ...] = ()
-    if batches and chosen:
-        stage("refit")
-        refitted = refit(pair(captured.module, facts, rewritten, alive), batches, settings, stage)
-    module = assembled(captured, rewritten)
-    stage("verify")
-    verdict = verify.compare(captured, module)
-    analysis = Analysis(captured, facts, grouping, refusals)
-    plan = Plan(options, tuple(plans))
-    told = (grouping.groups, refusals, captured, module, plan, verdict, refitted, notes)
-    report = Report(*told, facts=facts, grouping=grouping, seconds=time.perf_counter() - started)
-    return Result(module, plan, report, analysis)
+    def _merged(self, options: Options, decided: Mapping[str, GroupPlan] | None, started: float) -> Result:
+        captured, stage, tensors = self.captured, self.stage, self.tensors
+        facts, grouping = self.found
+        if decided is None:
+            check_patterns(grouping.groups, [n for n, _ in captured.module.named_modules()], options)
+        groups, refusals = in_scope(grouping, options)
+        while True:
+            stage("allocation")
+            if decided is not None:
+                allotted = Allotted(replayed(groups, decided))
+            elif options.budget:
+                allotted = self._allotted(groups, options)
+            else:
+                allotted = Allotted(by_ratio(groups, options))
+            counts = allotted.counts
+            narrowed = [g for g in groups if sum(counts[g.name]) < g.channels]
+            batches, notes = self.batches if narrowed else ([], ())
+            surveyed: Mapping[str, tuple[Reading, ...]] = {}
+            if batches and decided is None and options.selection == "repair":
+                surveyed = self.readings(narrowed)
+            chosen: Chosen = []
+            for g in narrowed:
+                stage(f"selection {g.name}")
+                if decided is not None:
+                    kept = torch.tensor(decided[g.name].kept)
+                else:
+                    seen = candidates(g, tensors, options.seed, surveyed.get(g.name, ()))
+                    kept = select(options.selection, seen, g.cells, counts[g.name])
+                chosen.append((g, kept))
+            chosen, edits, refused = provable(captured, facts, grouping, chosen)
+            refusals = (*refusals, *refused)
+            if not refused or not options.budget or decided is not None:
+                break
+            groups = [g for g in groups if g.name not in {r.name for r in refused}]  # the others make good for them
+        rewriter, plans = Rewriter(captured.module, facts), []
+        for g, kept in chosen:
+            stage(f"decomposition {g.name}")
+            mapping, merged = decompose(g, kept, captured, tensors, options)
+            rewriter.absorb(merged)
+            plans.append(group_plan(g, kept, mapping))
+        stage("rewrite")
+        alive = survivors(facts, grouping.atom, chosen)
+        rewritten = rewriter.finish(alive, edits)
+        refitted: tuple[Refitted, ...] = ()
+        if batches and chosen:
+            stage("refit")
+            refitted = refit(pair(captured.module, facts, rewritten, alive), batches, self.settings, stage)
+        module = assembled(captured, rewritten)
+        stage("verify")
+        verdict = verify.compare(captured, module)
+        timing = None
+        if "latency" in options.budget and decided is None:
+            stage("latency")
+            timing = compared(original_of(captured), module, captured.args, captured.kwargs)
+        analysis = Analysis(captured, facts, grouping, refusals)
+        plan = Plan(options, tuple(plans))
+        told = (grouping.groups, refusals, captured, module, plan, verdict, refitted, (*notes, *allotted.notes))
+        seconds = time.perf_counter() - started
+        report = Report(*told, facts=facts, grouping=grouping, seconds=seconds, timing=timing)
+        return Result(module, plan, report, analysis)
+
+    def _allotted(self, groups: Sequence[Group], options: Options) -> Allotted:
+        """What a budget leaves each group, by what each would lose."""
+        facts, grouping = self.found
+        ladders = {g.name: rungs(g, options) for g in groups}
+        free = [g for g in groups if len(ladders[g.name]) > 1]
+        errors = {name: np.zeros(len(kept)) for name, kept in ladders.items()}
+        batches = self.batches[0] if free else []
+        if options.allocation != "uniform":
+            surveyed = self.readings(free) if batches else {}
+            self.stage("curves")
+            known = (self.captured, facts, free, ladders, surveyed, self.tensors, options, bool(batches))
+            errors |= curves(*known)
+        room = Room(self.captured, facts, grouping, groups, ladders, errors, options, bool(batches))
+        return allot(room, self.tensors, self.stage)
 
 
 def _batches(
@@ -210,78 +277,3 @@ def _batches(
 
 
 _STRAYS = "probes run as they are, since the BatchNorms' running statistics are far from what the layers give"
-
-
-def _grouped(captured: Capture, facts: Provenance) -> tuple[Provenance, Grouping]:
-    """The groups; where blocks are shuffled into each other, with the channels at one place of all blocks as one.
-
-    Whether a graph shuffles is found by trial: blocks lose different places, and the sizes are checked.
-    """
-    grouping = group(facts)
-    while True:
-        blocked = [g for g in grouping.groups if g.blocks]
-        failures = []
-        for number in range(max((len(g.blocks) for g in blocked), default=0)):
-            trial = [(g, shaken(g, min(number, len(g.blocks) - 1))) for g in blocked]
-            failures += recompute(captured, facts, survivors(facts, grouping.atom, trial))[1]
-        guilty = [g for g in blocked for f in failures if _hit(g, grouping, f.labels)]
-        if not guilty:
-            return facts, grouping
-        facts = aligned(facts, grouping, guilty)
-        grouping = group(facts)
-
-
-def _hit(group: Group, grouping: Grouping, labels: Tensor) -> bool:
-    return bool(torch.isin(grouping.atom[labels], group.atoms).any())
-
-
-def _in_scope(grouping: Grouping, options: Options) -> tuple[list[Group], tuple[Refusal, ...]]:
-    """The groups that these options let in, and a refusal for each other."""
-    inside, out = [], list(grouping.refusals)
-    for g in grouping.groups:
-        why = ""
-        if ignored(g, options):
-            why = "is ignored, as the options say"
-        elif options.scope == "internal" and not g.internal:
-            why = "is not internal: it has several writers, several readers, or a mixer"
-        if why:
-            out.append(Refusal(g.name, g.channels, why, ""))
-        else:
-            inside.append(g)
-    return inside, tuple(out)
-
-
-def _replayed(groups: Sequence[Group], decided: Mapping[str, GroupPlan]) -> dict[str, tuple[int, ...]]:
-    known = {g.name: g for g in groups}
-    counts = {g.name: tuple(torch.bincount(g.cells).tolist()) for g in groups}
-    for name, planned in decided.items():
-        if name not in known or known[name].channels != planned.channels:
-            has = f"has {known[name].channels} channels" if name in known else "is not there"
-            raise FxMergeError(f"the plan's group {name} of {planned.channels} channels {has} in this model")
-        kept = known[name].cells[list(planned.kept)]
-        counts[name] = tuple(torch.bincount(kept, minlength=len(counts[name])).tolist())
-        for block in known[name].blocks:
-            if len({sum(counts[name][cell] for cell in row) for row in block}) > 1:
-                raise FxMergeError(f"the plan keeps unequally many channels of the blocks of {name}")
-    return counts
-
-
-def _provable(
-    captured: Capture, facts: Provenance, grouping: Grouping, chosen: list[tuple[Group, Tensor]]
-) -> tuple[list[tuple[Group, Tensor]], dict[str, Call], list[Refusal]]:
-    """Leave out groups whose narrowing makes a size in the graph wrong that cannot be put right."""
-    refused: list[Refusal] = []
-    nodes = {n.name: n for n in captured.module.graph.nodes}
-    while True:
-        edits, failures = recompute(captured, facts, survivors(facts, grouping.atom, chosen))
-        if not failures:
-            return chosen, edits, refused
-        gone: set[str] = set()
-        for failure in failures:
-            guilty = [g for g, _ in chosen if _hit(g, grouping, failure.labels)]
-            guilty = guilty or [g for g, _ in chosen]  # a size that follows a width it should not: decline all
-            if gone.isdisjoint(g.name for g in guilty):  # else it may follow from those
-                why = f"the sizes at {failure.node} cannot follow"
-                refused += [Refusal(g.name, g.channels, why, source_line(nodes[failure.node])) for g in guilty]
-                gone |= {g.name for g in guilty}
-        chosen = [(g, kept) for g, kept in chosen if g.name not in gone]

@@ -10,14 +10,18 @@ from typing import Annotated, Any
 
 import tyro
 
+from .allocators import ALLOCATORS
 from .decomposition import DECOMPOSITIONS
 from .errors import FxMergeError
 from .probes import PROBES
 from .selection import SELECTORS
 
+BUDGETS = ("flops", "params", "latency")
+
 CHOICES: dict[str, tuple[str, ...]] = {
     "scope": ("internal", "all"),
     "heads": ("width", "whole"),
+    "allocation": tuple(ALLOCATORS),
     "selection": tuple(SELECTORS),
     "decomposition": tuple(DECOMPOSITIONS),
     "mostsim_scale": ("exact", "reference"),
@@ -37,12 +41,21 @@ def _one_of(field_name: str, what: str) -> Any:
     return tyro.conf.arg(help=f"{what}; one of {', '.join(CHOICES[field_name])}")
 
 
+class _Unsaid(float):
+    """A default that nobody asked for, so that asking for another thing does not contradict it."""
+
+
 @dataclass(frozen=True)
 class Options:
     """How to merge. Raises FxMergeError for a value that makes no sense, naming the field."""
 
-    ratio: float = 0.5
+    ratio: float = _Unsaid(0.5)
     """share of its channels that each group gives up, 0 <= ratio < 1"""
+    budget: Mapping[str, float] = field(default_factory=dict)
+    """in place of ratio, the share of the whole model that may remain: flops 0.5, params 0.36 or latency 0.7"""
+    allocation: Annotated[str, _one_of("allocation", "how a budget is shared out between the groups")] = "greedy"
+    max_ratio: float = 0.9
+    """under a budget: share of its channels that a group gives up at most"""
     keep: Mapping[str, int | float] = field(default_factory=dict)
     """{group name pattern: channels (int) or share (float) kept}, over ratio"""
     ignore: tuple[str, ...] = ()
@@ -73,6 +86,7 @@ class Options:
 
     def __post_init__(self) -> None:
         self._number("ratio", 0, 1, "it is the share of channels to give up, 0 <= ratio < 1", below=True)
+        self._number("max_ratio", 0, 1, "it is a share of channels, 0 < max_ratio < 1", below=True)
         self._number("threshold", -1, 1, "it is a cosine")
         self._number("lam", 0, 1, "it is a weight between 0 and 1")
         for name in ("round_to", "samples", "batch", "rows", "seed"):
@@ -92,8 +106,10 @@ class Options:
             raise FxMergeError(f"keep is a {type(self.keep).__name__}; give {{group name pattern: channels or share}}")
         for pattern, value in self.keep.items():
             self._keep(pattern, value)
+        self._budget()
         object.__setattr__(self, "ignore", tuple(self.ignore))
         object.__setattr__(self, "keep", dict(self.keep))
+        object.__setattr__(self, "budget", dict(self.budget))
 
     def _number(self, name: str, low: float, high: float, what: str, below: bool = False) -> None:
         value = getattr(self, name)
@@ -109,6 +125,24 @@ class Options:
             raise FxMergeError(
                 f"keep[{pattern!r}] is {value!r}; give a whole number of channels from 1 up, or a share in (0, 1]"
             )
+
+    def _budget(self) -> None:
+        form = (
+            'give one of {"flops": 0.5}, {"params": 0.5}, {"latency": 0.5}: the share of the original that may remain'
+        )
+        if not isinstance(self.budget, Mapping) or len(self.budget) > 1:
+            raise FxMergeError(f"budget is {self.budget!r}; {form}")
+        for kind, share in self.budget.items():
+            if kind not in BUDGETS:
+                raise FxMergeError(f"budget has the key {kind!r}; {form}")
+            number = isinstance(share, (int, float)) and not isinstance(share, bool) and math.isfinite(share)
+            if not number or not 0 < share <= 1:
+                raise FxMergeError(f"budget[{kind!r}] is {share!r}; it is a share of the original, 0 < share <= 1")
+            if not isinstance(self.ratio, _Unsaid):
+                told = f"ratio {self.ratio:g} and budget {{{kind!r}: {share:g}}}"
+                raise FxMergeError(f"{told} contradict each other; give one of them")
+            if self.max_ratio == 0:
+                raise FxMergeError("max_ratio is 0, which leaves a budget nothing to take; give 0 < max_ratio < 1")
 
     def replace(self, **changes: Any) -> Options:
         """The same options with some fields changed; an unknown field is an FxMergeError."""

@@ -48,7 +48,9 @@ class Plan:
 
     def json(self) -> str:
         """The plan as JSON text; `Plan.from_json` reads it back equal."""
-        return json_text({"fxmerge_plan": VERSION, **fields(self)}, sort_keys=True)
+        options = fields(self.options)
+        del options["ratio" if self.options.budget else "budget"]  # one of them was asked for
+        return json_text({"fxmerge_plan": VERSION, **fields(self), "options": options}, sort_keys=True)
 
     @staticmethod
     def from_json(text: str) -> Plan:

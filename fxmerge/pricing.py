@@ -1,18 +1,13 @@
 """Pricing: what a model would cost if its groups kept so many channels, exactly, without building it.
 
 A weight's elements and the products of an op are counted along axes. Along an axis of labels as many places are left as
-labels are alive, which is a linear function of the channels that each cell keeps, k:
-
-    width(k) = fixed + sum_c m_c k_c                       m_c: places that one channel of cell c holds
-    price(k) = sum_t coefficient_t prod_f width_tf(k)      t: a parameter, or an op; f: its axes
-
-Coefficients of ops are what torch.utils.flop_counter counts in the original, divided by its own widths.
+labels are alive, which is a linear function of the channels that each cell keeps (`allocators.Price`). What an op costs
+in the original is what torch.utils.flop_counter counts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from math import prod
 
 import numpy as np
@@ -21,55 +16,12 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_array
 from torch import Tensor
 
+from .allocators import Floats, Price
 from .cost import flops_by_node
 from .ir import Capture, Contraction, Group, Layer, ParamLabels, Provenance
 from .labels import thin, varying
 
-Floats = NDArray[np.float64]
-Counts = Mapping[str, tuple[int, ...]]  # group -> channels kept in each of its cells
 LARGEST = 2**22  # places that a contraction's two operands are compared at, at most
-
-
-@dataclass(frozen=True)
-class Price:
-    """One kind of cost as a function of the channels kept in each cell of each group."""
-
-    slots: Mapping[str, slice]  # group -> its cells in k
-    full: Floats  # (C,) k of the original
-    coefficients: Floats  # (T,)
-    factors: NDArray[np.int64]  # (T, F) rows of `widths`; the last row is 1
-    widths: csr_array  # (W, C)
-    fixed: Floats  # (W,)
-
-    @property
-    def original(self) -> float:
-        return self.at(self.full)
-
-    def __call__(self, counts: Counts) -> float:
-        return self.at(self.vector(counts))
-
-    def vector(self, counts: Counts) -> Floats:
-        """k (C,); groups that are not named keep all."""
-        k = self.full.copy()
-        for name, kept in counts.items():
-            k[self.slots[name]] = kept
-        return k
-
-    def at(self, k: Floats) -> float:
-        return float(self._values(k).prod(1) @ self.coefficients)
-
-    def gradient(self, k: Floats) -> tuple[float, Floats]:
-        """The price, and what one channel more of each cell adds to it: (C,)."""
-        values = self._values(k)
-        slope = np.zeros(len(self.fixed))
-        for f in range(values.shape[1]):
-            others = np.delete(values, f, 1).prod(1) * self.coefficients
-            slope += np.bincount(self.factors[:, f], others, len(slope))
-        return float(values.prod(1) @ self.coefficients), self.widths.T @ slope
-
-    def _values(self, k: Floats) -> Floats:
-        found: Floats = (self.widths @ k + self.fixed)[self.factors]
-        return found
 
 
 class _Pricer:
@@ -186,7 +138,7 @@ def _contracted(pricer: _Pricer, contraction: Contraction) -> Iterator[int]:
     axes = list(dict.fromkeys(a + b))
     if set(a) & set(b) and prod(_sizes(contraction)[c] for c in axes) <= LARGEST:
         left, right = (_spread(t, own, axes) for t, own in ((left, a), (right, b)))
-        one, other = (x.reshape(-1).numpy() for x in torch.broadcast_tensors(left, right))
+        one, other = (x.reshape(-1).numpy() for x in torch.broadcast_tensors(left, right))  # type: ignore[no-untyped-call]
         free, bound = pricer.cell[one] >= 0, pricer.cell[other] >= 0
         if not bool(((one != other) & free & bound).any()):  # channels meet themselves
             yield pricer.counted(np.where(free, one, other))

@@ -19,6 +19,8 @@ from .page import finite
 from .plan import GroupPlan, Plan, json_text
 from .refit import Refitted
 from .showing import Shown
+from .spending import Spent, spent
+from .timing import Timing
 from .verify import Verdict
 
 VERSION = 1  # of the JSON's schema
@@ -185,6 +187,7 @@ class Report(Shown):
     facts: Provenance = field(kw_only=True, repr=False)
     grouping: Grouping = field(kw_only=True, repr=False)
     seconds: float = field(kw_only=True)  # that the merge took
+    timing: Timing | None = field(kw_only=True, default=None)  # of the merged model, where a latency was asked for
 
     @cached_property
     def before(self) -> Cost:
@@ -245,9 +248,15 @@ class Report(Shown):
             f"parameters {before.parameters:,} -> {after.parameters:,} ({size} left)"
             f"\nFLOPs      {before.flops:,} -> {after.flops:,} ({_share(after.flops, before.flops)} left)"
             f"\nrelative error of the outputs on the example inputs: {self.verdict.error:.3g}"
+            + (f"\n{self.spent.line()}" if self.spent else "")
             + "".join(f"\n{note}" for note in self.notes)
             + _left_out(self.captured)
         )
+
+    @property
+    def spent(self) -> Spent | None:
+        """What the budget asked for and what is left; None without a budget."""
+        return spent(self.plan.options.budget, self.before, self.after, self.timing)
 
     def json(self) -> str:
         """JSON text: parameters_before, parameters_after, flops_before, flops_after, error, refit, groups, refusals.
@@ -276,6 +285,7 @@ class Report(Shown):
                 "flops_after": self.after.flops,
                 "error": finite(self.verdict.error),
                 "refit": [finite(vars(r)) for r in self.refitted],
+                "budget": vars(self.spent) if self.spent else None,
                 "notes": list(self.notes),
                 "groups": groups,
                 "refusals": _refusals_json(self.refusals, self.captured),

@@ -29,12 +29,10 @@ def check(model: nn.Module, inputs: Any, **options: Any) -> int:
     result = plain_merge(model.eval(), inputs, decomposition="prune", **options)
     found = result.analysis
     named = {g.name: g for g in found.groups}
-    counts = {
-        p.name: tuple(torch.bincount(named[p.name].cells[list(p.kept)]).tolist()) for p in result.plan.groups
-    }
+    counts = {p.name: tuple(torch.bincount(named[p.name].cells[list(p.kept)]).tolist()) for p in result.plan.groups}
     parts = (found.captured, found.facts, found.groups, found.grouping.atom)
     flops, size = flops_price(*parts), parameters_price(*parts)
-    assert flops.original == pytest.approx(counted(model, inputs), rel=1e-12)
+    assert flops.original == pytest.approx(counted(found.captured.module, inputs), rel=1e-12)
     assert flops(counts) == pytest.approx(counted(result.module, inputs), rel=1e-12)
     assert size.original == pytest.approx(sum(p.numel() for p in found.captured.module.parameters()), rel=1e-12)
     assert size(counts) == pytest.approx(sum(p.numel() for p in result.module.parameters()), rel=1e-12)

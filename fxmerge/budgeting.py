@@ -1,0 +1,138 @@
+"""Budgeting: what each group keeps, so that the merged model costs what a budget allows.
+
+FLOPs and parameters are priced without building anything. Latency is measured: FLOPs are shared out, the graph of those
+widths is cut and timed beside the original, and the share of FLOPs is moved until the time is right.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from .allocation import TOLERANCE, all_of, by_budget, remedies
+from .allocators import Counts, Floats, Price
+from .assembling import assembled
+from .errors import FxMergeError
+from .ir import Capture, Group, Grouping, Layer, Provenance
+from .narrowing import sliced
+from .options import Options
+from .pricing import flops_price, parameters_price
+from .refit import can_shift
+from .spending import NAMES
+from .targets import SOLVED
+from .timing import TOLERANCE as TIME_TOLERANCE
+from .timing import compared
+
+TRIES = 12  # models timed, at most
+HOPELESS = 0.25  # noise of a clock that tells nothing
+
+
+@dataclass(frozen=True)
+class Allotted:
+    """{group: channels kept in each cell}, and what there is to say about it."""
+
+    counts: Counts
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a budget is shared out in: groups, the rungs of each, the error at each rung."""
+
+    captured: Capture
+    facts: Provenance
+    grouping: Grouping
+    groups: Sequence[Group]
+    ladders: Mapping[str, Floats]
+    errors: Mapping[str, Floats]
+    options: Options
+    refitted: bool  # will layers be re-solved, and be given biases?
+
+    def price(self, kind: str) -> Price:
+        parts = (self.captured, self.facts, self.groups, self.grouping.atom)
+        return flops_price(*parts) if kind == "flops" else parameters_price(*parts, self.gaining())
+
+    def gaining(self) -> list[Layer]:
+        """The layers that refit will give a bias: those without one that stand behind a group that narrows."""
+        if not self.refitted:
+            return []
+        free = [g for g in self.groups if len(self.ladders[g.name]) > 1]
+        moved = {m.layer.node for g in free for m in (*g.writers, *g.carriers)}
+        used = Counter(layer.params["weight"] for layer in self.facts.layers if "weight" in layer.params)
+        layers, found = {layer.node: layer for layer in self.facts.layers if layer.op in SOLVED}, []
+        for node in self.captured.module.graph.nodes:
+            if any(source.name in moved for source in node.all_input_nodes):
+                moved.add(node.name)
+                layer = layers.get(node.name)
+                if layer and "bias" not in layer.params and can_shift(layer) and used[layer.params["weight"]] == 1:
+                    found.append(layer)
+        return found
+
+
+def allot(room: Room, tensors: Mapping[str, Tensor], stage: Callable[[str], None]) -> Allotted:
+    """What each group keeps. Raises FxMergeError where the budget cannot be met."""
+    ((kind, share),) = room.options.budget.items()
+    if kind == "latency":
+        return _timed(room, share, tensors, stage)
+    price = room.price(kind)
+    counts = by_budget(room.groups, room.options, room.ladders, room.errors, price, share, NAMES[kind])
+    reached = price(counts) / price.original
+    if share < 1 and abs(reached / share - 1) > TOLERANCE:
+        return Allotted(
+            counts, (f"no widths that may be come nearer to the budget; to come nearer, {remedies(room.options)}",)
+        )
+    return Allotted(counts)
+
+
+def _timed(room: Room, share: float, tensors: Mapping[str, Tensor], stage: Callable[[str], None]) -> Allotted:
+    """The share of FLOPs is moved, by false position, until the graph cut to it takes the time that is allowed."""
+    price, captured = room.price("flops"), room.captured
+    known: list[tuple[float, float, Counts]] = [(1.0, 1.0, {g.name: all_of(g) for g in room.groups})]
+    lowest = {g.name: tuple(int(k) for k in room.ladders[g.name][-1]) for g in room.groups}
+    least, noise, asked = price(lowest) / price.original, 0.0, max(share, price(lowest) / price.original)
+    for _ in range(TRIES if share < 1 else 0):
+        counts: Counts = by_budget(room.groups, room.options, room.ladders, room.errors, price, asked, "FLOPs")
+        stage(f"latency at {asked:.0%} of the FLOPs")
+        cut = sliced(captured, room.facts, room.grouping, room.groups, counts, tensors)
+        timing = compared(original_of(captured), assembled(captured, cut), captured.args, captured.kwargs)
+        noise = max(noise, timing.noise)
+        if noise > HOPELESS:
+            raise FxMergeError(
+                f"latency cannot be measured here: the original differs from itself by {noise:.0%} of its "
+                f"{timing.seconds * 1e3:.3g} ms; give larger inputs, a quieter machine, or a budget of flops"
+            )
+        flops, took = price(counts) / price.original, timing.share
+        known.append((flops, took, counts))
+        if abs(took / share - 1) <= TIME_TOLERANCE / 2:
+            break
+        if took > share and flops <= least * (1 + TOLERANCE):
+            if took > share * (1 + TIME_TOLERANCE + 2 * noise):
+                raise FxMergeError(
+                    f"the budget asks for {share:.1%} of the latency, but {took:.1%} is left at {flops:.1%} of the "
+                    f"FLOPs, the least there can be; {remedies(room.options)}"
+                )
+            break
+        over = min((p for p in known if p[1] > share), key=lambda p: p[1])
+        under = max((p for p in known if p[1] <= share), key=lambda p: p[1], default=None)
+        if under is None:
+            asked = max(least, 0.9 * flops * share / took)
+        else:
+            part = min(0.9, max(0.1, (share - under[1]) / (over[1] - under[1])))
+            asked = under[0] + part * (over[0] - under[0])
+            if any(abs(asked / p[0] - 1) < 1e-3 for p in known):  # no widths in between
+                break
+    _, took, counts = min(known, key=lambda p: abs(p[1] - share))
+    notes = []
+    if share < 1 and abs(took / share - 1) > TIME_TOLERANCE:
+        notes.append(f"of the widths timed none came nearer to the latency asked for than {took:.1%}")
+    if noise > TIME_TOLERANCE:
+        notes.append(f"the latency's noise is {noise:.1%}, more than the {TIME_TOLERANCE:.0%} it should be met within")
+    return Allotted(counts, tuple(notes))
+
+
+def original_of(captured: Capture) -> nn.Module:
+    """What a merged model is timed beside."""
+    return captured.module if captured.recorded is None else captured.recorded.host

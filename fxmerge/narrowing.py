@@ -1,0 +1,112 @@
+"""Narrowing: which groups may be touched, and whether what is chosen of them can be cut out of the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, fx
+
+from .allocation import ignored, shaken
+from .constants import recompute
+from .errors import FxMergeError, source_line
+from .groups import aligned, group
+from .ir import Capture, Group, Grouping, Provenance, Refusal
+from .options import Options
+from .plan import GroupPlan
+from .resizing import Call
+from .rewrite import Rewriter, survivors
+from .selection import select
+from .similarity import candidates
+
+Chosen = list[tuple[Group, Tensor]]  # groups that narrow, with the channels that they keep
+
+
+def grouped(captured: Capture, facts: Provenance) -> tuple[Provenance, Grouping]:
+    """The groups; where blocks are shuffled into each other, with the channels at one place of all blocks as one.
+
+    Whether a graph shuffles is found by trial: blocks lose different places, and the sizes are checked.
+    """
+    grouping = group(facts)
+    while True:
+        blocked = [g for g in grouping.groups if g.blocks]
+        failures = []
+        for number in range(max((len(g.blocks) for g in blocked), default=0)):
+            trial = [(g, shaken(g, min(number, len(g.blocks) - 1))) for g in blocked]
+            failures += recompute(captured, facts, survivors(facts, grouping.atom, trial))[1]
+        guilty = [g for g in blocked for f in failures if _hit(g, grouping, f.labels)]
+        if not guilty:
+            return facts, grouping
+        facts = aligned(facts, grouping, guilty)
+        grouping = group(facts)
+
+
+def _hit(group: Group, grouping: Grouping, labels: Tensor) -> bool:
+    return bool(torch.isin(grouping.atom[labels], group.atoms).any())
+
+
+def in_scope(grouping: Grouping, options: Options) -> tuple[list[Group], tuple[Refusal, ...]]:
+    """The groups that these options let in, and a refusal for each other."""
+    inside, out = [], list(grouping.refusals)
+    for g in grouping.groups:
+        why = ""
+        if ignored(g, options):
+            why = "is ignored, as the options say"
+        elif options.scope == "internal" and not g.internal:
+            why = "is not internal: it has several writers, several readers, or a mixer"
+        if why:
+            out.append(Refusal(g.name, g.channels, why, ""))
+        else:
+            inside.append(g)
+    return inside, tuple(out)
+
+
+def replayed(groups: Sequence[Group], decided: Mapping[str, GroupPlan]) -> dict[str, tuple[int, ...]]:
+    known = {g.name: g for g in groups}
+    counts = {g.name: tuple(torch.bincount(g.cells).tolist()) for g in groups}
+    for name, planned in decided.items():
+        if name not in known or known[name].channels != planned.channels:
+            has = f"has {known[name].channels} channels" if name in known else "is not there"
+            raise FxMergeError(f"the plan's group {name} of {planned.channels} channels {has} in this model")
+        kept = known[name].cells[list(planned.kept)]
+        counts[name] = tuple(torch.bincount(kept, minlength=len(counts[name])).tolist())
+        for block in known[name].blocks:
+            if len({sum(counts[name][cell] for cell in row) for row in block}) > 1:
+                raise FxMergeError(f"the plan keeps unequally many channels of the blocks of {name}")
+    return counts
+
+
+def provable(
+    captured: Capture, facts: Provenance, grouping: Grouping, chosen: Chosen
+) -> tuple[Chosen, dict[str, Call], list[Refusal]]:
+    """Leave out groups whose narrowing makes a size in the graph wrong that cannot be put right."""
+    refused: list[Refusal] = []
+    nodes = {n.name: n for n in captured.module.graph.nodes}
+    while True:
+        edits, failures = recompute(captured, facts, survivors(facts, grouping.atom, chosen))
+        if not failures:
+            return chosen, edits, refused
+        gone: set[str] = set()
+        for failure in failures:
+            guilty = [g for g, _ in chosen if _hit(g, grouping, failure.labels)]
+            guilty = guilty or [g for g, _ in chosen]  # a size that follows a width it should not: decline all
+            if gone.isdisjoint(g.name for g in guilty):  # else it may follow from those
+                why = f"the sizes at {failure.node} cannot follow"
+                refused += [Refusal(g.name, g.channels, why, source_line(nodes[failure.node])) for g in guilty]
+                gone |= {g.name for g in guilty}
+        chosen = [(g, kept) for g, kept in chosen if g.name not in gone]
+
+
+def sliced(
+    captured: Capture,
+    facts: Provenance,
+    grouping: Grouping,
+    groups: Sequence[Group],
+    counts: Mapping[str, Sequence[int]],
+    tensors: Mapping[str, Tensor],
+) -> fx.GraphModule:
+    """The graph with so many channels left, nobody carrying the others: of the right sizes, good for a clock only."""
+    narrowed = [g for g in groups if sum(counts[g.name]) < g.channels]
+    chosen = [(g, select("l2", candidates(g, tensors, 0), g.cells, counts[g.name])) for g in narrowed]
+    chosen, edits, _ = provable(captured, facts, grouping, chosen)
+    return Rewriter(captured.module, facts).finish(survivors(facts, grouping.atom, chosen), edits)
