@@ -24,6 +24,10 @@ from .similarity import Statistics, candidates, moments, statistics
 from .targets import behind
 from .weights import columns
 
+# Errors of groups are weighed by this power of their readers' sensitivity. 0 would take a share of any variance for
+# equally bad, 1 would be right were nothing repaired downstream: later layers make good much of what reaches them.
+POWER = 0.5
+
 
 @torch.no_grad()
 def curves(
@@ -35,11 +39,12 @@ def curves(
     tensors: Mapping[str, Tensor],
     options: Options,
     repaired: bool,
+    sensitive: Mapping[str, float],
 ) -> dict[str, Floats]:
     """{group: the error at each of its rungs, (R,)}, ascending.
 
     rungs: {group: channels kept in each cell, (R, cells)}; surveyed: what is known of readers from batches;
-    repaired: will layers be re-solved?
+    repaired: will layers be re-solved? sensitive: how much the model's outputs move with a layer's (`sensitivity`)
     """
     norms = {layer.node: layer for layer in facts.layers if layer.op == "batch_norm"}
     repaired = repaired or options.decomposition == "lstsq"
@@ -55,7 +60,8 @@ def curves(
                 least = int(kept[:, cell].min())
                 own = curve(readings, inside, least).numpy() if ranked is None else ranked(inside)
                 total += own[kept[:, cell].astype(np.int64)]
-        found[group.name] = np.maximum.accumulate(total)
+        seen = [sensitive.get(m.layer.node, 0.0) for m in group.readers or group.writers]
+        found[group.name] = np.maximum.accumulate(total) * (sum(seen) ** POWER if sensitive else 1.0)
     return found
 
 
@@ -79,7 +85,8 @@ def _expected(
             read = (read.view(*read.shape[:2], len(gain), -1) * gain[:, None]).flatten(2)
         own = covariance[reader.channels][:, reader.channels]
         place = torch.arange(len(reader.channels))
-        readings.append(Reading(own, read.flatten(1).T.contiguous(), reader.channels, place[:, None]))
+        read = read.flatten(1).T.contiguous()
+        readings.append(Reading(own, read, reader.channels, place[:, None]))
     return tuple(readings) or (_seen_whole(found),)
 
 

@@ -39,6 +39,7 @@ from .report import Report
 from .results import Analysis, Result
 from .rewrite import Rewriter, survivors
 from .selection import select
+from .sensitivity import sensitivity
 from .similarity import candidates, state
 from .survey import readings
 from .targets import pair
@@ -157,6 +158,13 @@ class Prepared:
             self.seen |= readings(self.captured, facts, missing, self.batches[0], self.settings, self.stage)
         return self.seen
 
+    @cached_property
+    def sensitive(self) -> Mapping[str, float]:
+        """How much the outputs move with an error of each layer that reads a group."""
+        facts, grouping = self.found
+        groups = in_scope(grouping, self.options)[0]
+        return sensitivity(self.captured, facts, groups, self.batches[0], self.settings, self.stage)
+
     def merged(self, options: Options, decided: Mapping[str, GroupPlan] | None = None) -> Result:
         """Merge as these options say, which differ from the ones that this was prepared with in their budget only."""
         started = time.perf_counter()
@@ -246,7 +254,7 @@ class Prepared:
             surveyed = self.readings(free) if batches else {}
             self.stage("curves")
             known = (self.captured, facts, free, ladders, surveyed, self.tensors, options, bool(batches))
-            errors |= curves(*known)
+            errors |= curves(*known, self.sensitive if batches else {})
         room = Room(self.captured, facts, grouping, groups, ladders, errors, options, bool(batches))
         return allot(room, self.tensors, self.stage)
 

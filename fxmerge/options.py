@@ -86,7 +86,7 @@ class Options:
 
     def __post_init__(self) -> None:
         self._number("ratio", 0, 1, "it is the share of channels to give up, 0 <= ratio < 1", below=True)
-        self._number("max_ratio", 0, 1, "it is a share of channels, 0 < max_ratio < 1", below=True)
+        self._number("max_ratio", 1e-9, 1, "it is a share of channels, 0 < max_ratio < 1", below=True)
         self._number("threshold", -1, 1, "it is a cosine")
         self._number("lam", 0, 1, "it is a weight between 0 and 1")
         for name in ("round_to", "samples", "batch", "rows", "seed"):
@@ -141,8 +141,6 @@ class Options:
             if not isinstance(self.ratio, _Unsaid):
                 told = f"ratio {self.ratio:g} and budget {{{kind!r}: {share:g}}}"
                 raise FxMergeError(f"{told} contradict each other; give one of them")
-            if self.max_ratio == 0:
-                raise FxMergeError("max_ratio is 0, which leaves a budget nothing to take; give 0 < max_ratio < 1")
 
     def replace(self, **changes: Any) -> Options:
         """The same options with some fields changed; an unknown field is an FxMergeError."""

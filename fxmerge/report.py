@@ -285,7 +285,7 @@ class Report(Shown):
                 "flops_after": self.after.flops,
                 "error": finite(self.verdict.error),
                 "refit": [finite(vars(r)) for r in self.refitted],
-                "budget": vars(self.spent) if self.spent else None,
+                **({"budget": vars(self.spent)} if self.spent else {}),
                 "notes": list(self.notes),
                 "groups": groups,
                 "refusals": _refusals_json(self.refusals, self.captured),

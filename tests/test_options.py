@@ -12,14 +12,20 @@ import torch
 from netmaking import plain_merge
 from torch import nn
 
-from fxmerge import DECOMPOSITIONS, PROBES, SELECTORS, FxMergeError, Options
-from fxmerge.allocation import ALLOCATORS, rounded
+from fxmerge import ALLOCATORS, DECOMPOSITIONS, PROBES, SELECTORS, FxMergeError, Options
+from fxmerge.allocation import by_ratio, rounded
 from fxmerge.ir import Group
 
 NAN, INF = math.nan, math.inf
 
 NONSENSE: dict[str, list[Any]] = {
     "ratio": [-0.1, 1, 1.0, 1.5, NAN, INF, "a", True, None, [0.5]],
+    "budget": [{"flop": 0.5}, {"flops": 0}, {"flops": 0.0}, {"flops": 1.1}, {"flops": -0.5}, {"flops": NAN},
+               {"flops": "a"},
+               {"flops": True}, {"flops": None}, {"flops": 0.5, "params": 0.5}, {5: 0.5}, 0.5, "flops", None,
+               [("flops", 0.5)]],
+    "allocation": ["magic", "", None, 0],
+    "max_ratio": [0, 0.0, -0.1, 1, 1.5, NAN, "a", True, None],
     "threshold": [-1.1, 1.1, NAN, "a", False, None],
     "lam": [-0.1, 1.1, NAN, "a", True, None],
     "round_to": [0, -1, 1.5, "8", True, None, NAN],
@@ -41,6 +47,9 @@ NONSENSE: dict[str, list[Any]] = {
 
 GOOD: dict[str, list[Any]] = {
     "ratio": [0, 0.0, 0.5, 0.999],
+    "budget": [{}, {"flops": 0.5}, {"params": 1}, {"latency": 1e-3}],
+    "allocation": list(ALLOCATORS),
+    "max_ratio": [0.01, 0.9, 0.999],
     "threshold": [-1, 0, 0.45, 1],
     "lam": [0, 0.7, 1],
     "round_to": [1, 8, 64],
@@ -78,10 +87,10 @@ def test_nonsense_is_refused_by_name(name: str, value: Any) -> None:
 def test_good_values_pass(name: str, value: Any) -> None:
     found = getattr(Options(**{name: value}), name)
     assert found == (tuple(value) if name == "ignore" else value)
-    changed = Options(ratio=0.25, seed=3).replace(**{name: value})
+    changed = Options(threshold=0.25, seed=3).replace(**{name: value})
     assert getattr(changed, name) == found
     for other in dataclasses.fields(Options):
-        if other.name not in (name, "ratio", "seed"):
+        if other.name not in (name, "threshold", "seed"):
             assert getattr(changed, other.name) == getattr(Options(), other.name)
 
 
@@ -93,6 +102,20 @@ def test_unknown_options_are_refused_and_the_known_are_listed() -> None:
         assert all(f.name in str(caught.value) for f in dataclasses.fields(Options))
     with pytest.raises(FxMergeError, match="dict"):
         plain_merge(model, x, {"ratio": 0.5})  # type: ignore[arg-type]
+
+
+def test_a_ratio_and_a_budget_contradict_each_other() -> None:
+    for ask in (
+        lambda: Options(ratio=0.5, budget={"flops": 0.5}),
+        lambda: Options(ratio=0.3).replace(budget={"flops": 0.5}),
+        lambda: Options(budget={"flops": 0.5}).replace(ratio=0.3),
+    ):
+        with pytest.raises(FxMergeError, match=r"ratio .* and budget .* contradict"):
+            ask()
+    options = Options(seed=1).replace(budget={"flops": 0.5}).replace(seed=2)
+    assert options.budget == {"flops": 0.5}
+    assert Options(budget={"flops": 0.5}).replace(budget={}, ratio=0.3).ratio == 0.3
+    assert Options().ratio == 0.5
 
 
 def test_options_are_frozen_and_replace_copies() -> None:
@@ -171,10 +194,9 @@ UNIFORM: list[tuple[dict[str, Any], list[int]]] = [
 ]
 
 
-@pytest.mark.parametrize("name", ALLOCATORS)
 @pytest.mark.parametrize(("fields", "expected"), UNIFORM)
-def test_allocation_by_hand(name: str, fields: dict[str, Any], expected: list[int]) -> None:
-    counts = ALLOCATORS[name](GROUPS, Options(**fields))
+def test_allocation_by_hand(fields: dict[str, Any], expected: list[int]) -> None:
+    counts = by_ratio(GROUPS, Options(**fields))
     assert [len(c) for c in counts.values()] == [1, 1, 4, 1]
     assert all(len(set(c)) == 1 for c in counts.values())
     found = {group: c[0] for group, c in counts.items()}
@@ -193,7 +215,7 @@ def test_allocation_by_hand(name: str, fields: dict[str, Any], expected: list[in
 ])  # fmt: skip
 def test_what_keep_cannot_have_names_the_group(keep: dict[str, int], group: str) -> None:
     with pytest.raises(FxMergeError, match=group):
-        ALLOCATORS["uniform"](GROUPS, Options(keep=keep))
+        by_ratio(GROUPS, Options(keep=keep))
 
 
 # sizes of the cells, and blocks: cells that were shuffled across several blocks
@@ -220,7 +242,7 @@ def test_unequal_cells_are_as_near_to_the_share_as_any(
         rows = all(len({sum(counts[c] for c in row) for row in block}) == 1 for block in blocks)
         return rows and sum(counts) % round_to == 0
 
-    (found,) = ALLOCATORS["uniform"]([a_group("a", sizes, blocks)], Options(ratio=ratio, round_to=round_to)).values()
+    (found,) = by_ratio([a_group("a", sizes, blocks)], Options(ratio=ratio, round_to=round_to)).values()
     assert all(1 <= k <= n for k, n in zip(found, sizes, strict=True))
     assert allowed(found)
     tried = itertools.product(*(range(1, n + 1) for n in sizes))
