@@ -21,6 +21,7 @@ from .options import Options
 RUNGS = 256  # of a ladder with equal cells, about, at most
 TRIED = 17  # shares at which unequal cells are spread
 TOLERANCE = 0.01  # of what a budget allows
+PAIRED, MOVES = 8, range(-3, 4)  # groups that are moved to come nearer to a budget, by so many rungs
 
 
 def rounded(keep: float, size: int, cells: int, round_to: int) -> int:
@@ -164,12 +165,17 @@ def by_budget(
 
 
 def _nearer(problem: Problem, chosen: Ints) -> Ints:
-    """Where a budget is met by far, one rung up, if that overshoots by less than TOLERANCE."""
-    if problem.cost(chosen) >= problem.target * (1 - TOLERANCE):
+    """Where a budget is met by far: some rungs up or down in two of the groups whose rungs cost least."""
+    cost, bottom = problem.cost(chosen), problem.bottom
+    if cost >= problem.target * (1 - TOLERANCE):
         return chosen
-    up = [chosen - (np.arange(len(chosen)) == g) for g in range(len(chosen)) if chosen[g] > 0]
-    able = [c for c in up if problem.cost(c) <= problem.target * (1 + TOLERANCE)]
-    return max([chosen, *able], key=problem.cost)
+    one = np.eye(len(chosen), dtype=np.int64)
+    steps = [abs(problem.cost(chosen + (one[g] if chosen[g] < bottom[g] else -one[g])) - cost) for g in range(len(one))]
+    fine = [g for g in np.argsort(steps, kind="stable").tolist() if bottom[g] > 0][:PAIRED]
+    moves = [a * one[g] + b * one[h] for g in fine for h in fine for a in MOVES for b in MOVES if g <= h]
+    tried = [m for move in moves if ((m := chosen + move) >= 0).all() and (m <= bottom).all()]
+    able = [rungs for rungs in tried if problem.cost(rungs) <= problem.target * (1 + TOLERANCE)]
+    return min([chosen, *able], key=lambda rungs: abs(problem.cost(rungs) - problem.target))
 
 
 def remedies(options: Options) -> str:

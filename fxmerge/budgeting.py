@@ -26,7 +26,7 @@ from .targets import SOLVED
 from .timing import TOLERANCE as TIME_TOLERANCE
 from .timing import compared
 
-TRIES = 12  # models timed, at most
+TRIES, BRIEF = 8, 1.5  # models timed, at most, and for so many seconds
 HOPELESS = 0.25  # noise of a clock that tells nothing
 
 
@@ -97,7 +97,7 @@ def _timed(room: Room, share: float, tensors: Mapping[str, Tensor], stage: Calla
         counts: Counts = by_budget(room.groups, room.options, room.ladders, room.errors, price, asked, "FLOPs")
         stage(f"latency at {asked:.0%} of the FLOPs")
         cut = sliced(captured, room.facts, room.grouping, room.groups, counts, tensors)
-        timing = compared(original_of(captured), assembled(captured, cut), captured.args, captured.kwargs)
+        timing = compared(original_of(captured), assembled(captured, cut), captured.args, captured.kwargs, BRIEF)
         noise = max(noise, timing.noise)
         if noise > HOPELESS:
             raise FxMergeError(

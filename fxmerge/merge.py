@@ -233,7 +233,7 @@ class Prepared:
         stage("verify")
         verdict = verify.compare(captured, module)
         timing = None
-        if "latency" in options.budget and decided is None:
+        if "latency" in options.budget and chosen:
             stage("latency")
             timing = compared(original_of(captured), module, captured.args, captured.kwargs)
         analysis = Analysis(captured, facts, grouping, refusals)
