@@ -28,6 +28,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "refit, training images": {"refit": "calibration"},
 }
 
+BUDGETS = "<!-- benchmarks.budgets -->"  # what follows it in accuracy.md is that benchmark's
+
 
 @dataclass(frozen=True)
 class Case:
@@ -144,7 +146,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         head += "\n![accuracy against parameters left](accuracy.svg)\n"
     except ImportError:
         console.print("no plot: pip install matplotlib")
-    (args.out / "accuracy.md").write_text("\n".join([head, *parts]), encoding="utf-8")
+    page = args.out / "accuracy.md"
+    kept = page.read_text(encoding="utf-8").partition(BUDGETS) if page.is_file() else ("", "", "")
+    page.write_text("\n".join([head, *parts]) + "\n" * bool(kept[1]) + kept[1] + kept[2], encoding="utf-8")
 
 
 if __name__ == "__main__":

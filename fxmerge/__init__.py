@@ -22,6 +22,7 @@ from .results import Analysis, Result
 from .rules import RULES
 from .saving import load
 from .selection import SELECTORS
+from .sweep import Sweep, sweep
 
 __version__ = "0.1.0"
 
@@ -39,6 +40,7 @@ __all__ = [
     "Plan",
     "Result",
     "Rule",
+    "Sweep",
     "analyze",
     "apply",
     "compile",
@@ -47,5 +49,6 @@ __all__ = [
     "merge",
     "on_disk",
     "per_channel",
+    "sweep",
     "verify",
 ]

@@ -1,6 +1,6 @@
-"""The command line: `fxmerge demo | analyze SPEC | merge SPEC --out DIR | draw SPEC --out FILE`.
+"""The command line: `fxmerge demo | analyze SPEC | merge SPEC --out DIR | sweep SPEC --out DIR | draw SPEC --out FILE`.
 
-Flags of `merge` are Options' fields.
+Flags of `merge` and `sweep` are Options' fields.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import tyro
 from . import demo as demonstration
 from .errors import FxMergeError
 from .merge import analyze, merge
-from .options import Options
+from .options import BUDGETS, Options
 from .showing import drawn_as
-from .specs import load
+from .specs import function, load
+from .sweep import sweep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +68,23 @@ class Merge:
 
 
 @dataclasses.dataclass(frozen=True)
+class Sweep:
+    """Merge a model at several budgets; a table and a plot of what each costs and how good it still is."""
+
+    input: Annotated[Input, tyro.conf.arg(name="")]
+    budgets: tuple[float, ...]
+    """shares of the original that may remain"""
+    out: Path
+    """folder for the points, each as soon as it is there; points that are there already are not made again"""
+    kind: Annotated[str, tyro.conf.arg(help=f"what they are shares of; one of {', '.join(BUDGETS)}")] = "flops"
+    evaluate: str | None = None
+    """package.module:function or path/to/file.py:function, which takes a model and gives a number"""
+    options: Annotated[Options, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Options)
+    json: bool = False
+    """print JSON instead of a table"""
+
+
+@dataclasses.dataclass(frozen=True)
 class Draw:
     """Draw a model with its merge groups to a file, as its ending asks for; nothing is changed."""
 
@@ -79,6 +97,7 @@ Command = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Analyze, tyro.conf.subcommand("analyze")]
     | Annotated[Merge, tyro.conf.subcommand("merge")]
+    | Annotated[Sweep, tyro.conf.subcommand("sweep")]
     | Annotated[Draw, tyro.conf.subcommand("draw")]
 )
 
@@ -99,13 +118,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _run(command: Demo | Analyze | Merge | Draw) -> str:
+def _run(command: Demo | Analyze | Merge | Sweep | Draw) -> str:
     if isinstance(command, Demo):
         rows = demonstration.run()
         return demonstration.as_json(rows) if command.json else demonstration.as_text(rows)
     drawing = command.out if isinstance(command, Draw) else getattr(command, "report", None)
     if drawing is not None:
         drawn_as(drawing)  # before a long computation
+    measure = function(command.evaluate) if isinstance(command, Sweep) and command.evaluate else None
     model, inputs = load(command.input.spec, command.input.weights, command.input.shape, command.input.on_disk)
     if isinstance(command, Analyze):
         report = analyze(model, inputs).report
@@ -113,6 +133,10 @@ def _run(command: Demo | Analyze | Merge | Draw) -> str:
     if isinstance(command, Draw):
         analyze(model, inputs).report.draw(command.out)
         return f"written: {command.out}"
+    if isinstance(command, Sweep):
+        given = (command.budgets, measure, command.kind, command.options)
+        curve = sweep(model, inputs, *given, out=command.out)
+        return curve.json() if command.json else curve.text(demonstration.width()) + f"written: {command.out}"
     result = merge(model, inputs, command.options)
     write = {".pt2": result.save_program, ".onnx": result.to_onnx}.get(command.out.suffix, result.save)
     write(command.out)

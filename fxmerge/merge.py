@@ -23,6 +23,7 @@ from .assembling import assembled
 from .budgeting import Allotted, Room, allot, original_of
 from .calibration import Batches, UnprobedError, fed, summed
 from .capture import capture, confined
+from .cost import Cost
 from .curves import curves
 from .errors import FxMergeError
 from .evidence import Reading
@@ -35,7 +36,7 @@ from .plan import GroupPlan, Plan
 from .progress import progress
 from .provenance import provenance
 from .refit import Refitted, refit
-from .report import Report
+from .report import Report, original_cost
 from .results import Analysis, Result
 from .rewrite import Rewriter, survivors
 from .selection import select
@@ -141,6 +142,15 @@ class Prepared:
         self.stage("groups")
         return grouped(self.captured, facts)
 
+    @property
+    def original(self) -> nn.Module:
+        """The model as it was captured."""
+        return original_of(self.captured)
+
+    @cached_property
+    def before(self) -> Cost:
+        return original_cost(self.captured)
+
     @cached_property
     def batches(self) -> tuple[Batches, tuple[str, ...]]:
         """What refit runs on, or none and the reason."""
@@ -235,7 +245,7 @@ class Prepared:
         timing = None
         if "latency" in options.budget and chosen:
             stage("latency")
-            timing = compared(original_of(captured), module, captured.args, captured.kwargs)
+            timing = compared(self.original, module, captured.args, captured.kwargs)
         analysis = Analysis(captured, facts, grouping, refusals)
         plan = Plan(options, tuple(plans))
         told = (grouping.groups, refusals, captured, module, plan, verdict, refitted, (*notes, *allotted.notes))

@@ -133,7 +133,7 @@ class AnalysisReport(Shown):
 
     @cached_property
     def cost(self) -> Cost:
-        return _original_cost(self.captured)
+        return original_cost(self.captured)
 
     def _costs(self) -> tuple[Cost, ...]:
         return (self.cost,)
@@ -192,7 +192,7 @@ class Report(Shown):
     @cached_property
     def before(self) -> Cost:
         """What the original weighs and costs, counted when first asked for."""
-        return _original_cost(self.captured)
+        return original_cost(self.captured)
 
     @cached_property
     def after(self) -> Cost:
@@ -297,7 +297,7 @@ def _left_out(captured: Capture) -> str:
     return f"\nleft out of the output: {', '.join(captured.left_out)}" if captured.left_out else ""
 
 
-def _original_cost(captured: Capture) -> Cost:
+def original_cost(captured: Capture) -> Cost:
     if captured.recorded is None:
         return cost(captured.module, captured.inputs)
     return call_cost(captured.recorded.host, captured.args, captured.kwargs)

@@ -54,10 +54,7 @@ def load(
         model = made(spec, lambda: module.create_model(name, pretrained=False))
         inputs = None
     else:
-        module = _file(Path(source)) if source.endswith(".py") else _imported(source, spec)
-        factory = getattr(module, name, None)
-        if not callable(factory):
-            raise FxMergeError(f"{source} has no callable {name!r}; give {_FORMS}")
+        module, factory = _named(spec, _FORMS)
         model = made(spec, factory)
         inputs = getattr(module, "example_inputs", None)
         inputs = inputs() if callable(inputs) else inputs
@@ -68,6 +65,23 @@ def load(
     if inputs is None:
         inputs = torch.randn(shape)
     return model, inputs
+
+
+def function(spec: str) -> Any:
+    """What `package.module:function` or `path/to/file.py:function` names; FxMergeError where it names nothing."""
+    if spec.count(":") < 1:
+        raise FxMergeError(f"{spec!r} names no function; give package.module:function or path/to/file.py:function")
+    return _named(spec, "package.module:function or path/to/file.py:function")[1]
+
+
+def _named(spec: str, forms: str) -> tuple[Any, Any]:
+    """(a module, the callable of it that a spec names)"""
+    source, _, name = spec.rpartition(":")
+    module = _file(Path(source)) if source.endswith(".py") else _imported(source, spec)
+    found = getattr(module, name, None)
+    if not callable(found):
+        raise FxMergeError(f"{source} has no callable {name!r}; give {forms}")
+    return module, found
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

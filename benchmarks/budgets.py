@@ -1,0 +1,108 @@
+"""Accuracy at a budget of FLOPs, uniform against greedy: `python -m benchmarks.budgets --data DIR --weights DIR --out docs`.
+
+ResNet-56 on CIFAR-10 without data, its inner channels and all of them: `fxmerge.sweep` at each budget, by each
+allocator. The tables go into accuracy.md behind its other sections, the curves into budgets.svg. With --points DIR a run
+that was stopped goes on where it was. Test images only measure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+import fxmerge
+from benchmarks.accuracy import BUDGETS, images
+from benchmarks.data import accuracy
+from benchmarks.models import load_checkpoint
+from benchmarks.paper import BATCH, NETWORKS, find_weights, measured, measuring
+
+SCOPES = {"internal": "inner channels", "all": "all channels"}
+SHARES = (0.7, 0.5, 0.35, 0.25)
+IMAGES = 2000
+Curves = Mapping[str, fxmerge.Sweep]  # allocator -> its curve
+
+
+def curves(scope: str, data: Path, weights: Path, points: Path | None, console: Console) -> dict[str, fxmerge.Sweep]:
+    """Allocator -> top-1 accuracy on the first test images at each budget."""
+    network = NETWORKS["resnet56"]
+    model = network.build().eval()
+    metadata = load_checkpoint(find_weights(network, weights), model)
+    x, y = images(network, metadata, data, "test", IMAGES)
+
+    def top1(module: object) -> float:
+        return accuracy(module, x, y, BATCH)  # type: ignore[arg-type]
+
+    found = {}
+    for allocation in fxmerge.ALLOCATORS:
+        options = fxmerge.Options(scope=scope, allocation=allocation, threshold=network.threshold)
+        folder = points / f"{scope}-{allocation}" if points else None
+        found[allocation] = fxmerge.sweep(model, x[:2], SHARES, top1, options=options, out=folder)
+        console.print(f"{scope} {allocation}\n{found[allocation].text()}", markup=False)
+    return found
+
+
+def markdown(results: Mapping[str, Curves]) -> str:
+    """One table for each scope: a row for each budget, accuracy and parameters left by each allocator."""
+    lines = [f"{BUDGETS}\n", "## ResNet-56, CIFAR-10, at a budget of FLOPs\n"]
+    original = next(iter(next(iter(results.values())).values())).original
+    lines.append(
+        f"`python -m benchmarks.budgets`; first {IMAGES:,} test images, original {original.value:.2f} %; refit, no data. "
+        "`uniform`: every group keeps the same share; `greedy`: by each group's own error.\n"
+    )
+    lines.append("![accuracy against FLOPs left](budgets.svg)\n")
+    for scope, found in results.items():
+        lines.append(f"{SCOPES[scope]}:\n")
+        lines.append("| FLOPs left | " + " | ".join(f"{a} | parameters left" for a in found) + " |")
+        lines.append("|---" * (1 + 2 * len(found)) + "|")
+        for at, share in enumerate(SHARES):
+            cells = []
+            for curve in found.values():
+                point = curve.points[at]
+                whole = f"{point.value:.2f} | {point.parameters / original.parameters:.1%}"
+                cells.append("not met | -" if point.failed else whole)
+            lines.append(f"| {share:.0%} | " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def plot(results: Mapping[str, Curves], path: Path) -> None:
+    """Accuracy against FLOPs left, one panel a scope."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "the same ids for the same picture"
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(results), figsize=(5.5 * len(results), 4), squeeze=False, sharey=True)
+    for axis, (scope, found) in zip(axes[0], results.items(), strict=True):
+        for allocation, curve in found.items():
+            met = [p for p in curve.points if not p.failed]
+            axis.plot([100 * p.left for p in met], [p.value for p in met], marker="o", label=allocation)
+            axis.axhline(curve.original.value, color="grey", linestyle=":")
+        axis.set(title=f"ResNet-56, {SCOPES[scope]}", xlabel="FLOPs left, %", ylabel="top-1 accuracy, %")
+    axes[0][0].legend(fontsize="small")
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = measuring("budgets", "Accuracy at a budget of FLOPs.", SCOPES)
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where accuracy.md and budgets.svg go")
+    parser.add_argument("--points", type=Path, metavar="DIR", help="folder of finished points, for going on later")
+    args = measured(parser, argv)
+    console = Console(stderr=True, highlight=False)
+    results = {scope: curves(scope, args.data, args.weights, args.points, console) for scope in args.only}
+    page = args.out / "accuracy.md"
+    before = page.read_text(encoding="utf-8").partition(BUDGETS)[0].rstrip() + "\n\n" if page.is_file() else ""
+    page.write_text(before + markdown(results), encoding="utf-8")
+    try:
+        plot(results, args.out / "budgets.svg")
+    except ImportError:
+        console.print("no plot: pip install matplotlib")
+
+
+if __name__ == "__main__":
+    main()

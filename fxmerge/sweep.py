@@ -1,0 +1,263 @@
+"""Sweep: a model merged at several budgets; what each costs and how good it still is, as a table and a plot.
+
+The model is captured and analysed, refit's batches made and channels surveyed, once for all budgets. With a folder
+every finished point is written there at once, and one that lies there already is not made again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.utils._pytree import tree_leaves
+
+from .errors import FxMergeError
+from .evaluating import evaluating
+from .files import write_text
+from .merge import Prepared, prepared, settled
+from .options import Options
+from .page import finite
+from .plotting import curve
+from .progress import progress
+from .spending import NAMES
+
+VERSION = 1  # of the files of a folder
+Evaluate = Callable[[nn.Module], Any]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One merged model, or the budget that could not be met and why.
+
+    left: share of the original; noise: of a latency, its standard error; value: what `evaluate` gave; error: relative
+    error of the outputs on the example inputs; widths: {group: channels kept}, of groups that narrowed
+    """
+
+    kind: str
+    asked: float
+    left: float = math.nan
+    noise: float | None = None
+    parameters: int = 0
+    flops: int = 0
+    error: float = math.nan
+    value: float | None = None
+    widths: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    seconds: float = 0.0
+    failed: str = ""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The points of a sweep, the largest budget first; `original` is the model as it was."""
+
+    original: Point
+    points: tuple[Point, ...]
+
+    @property
+    def evaluated(self) -> bool:
+        return self.original.value is not None
+
+    def text(self, width: int = 120) -> str:
+        """A table with one row for each budget, then what there is to say about some."""
+        table = Table(title=f"Left of the {NAMES[self.original.kind]}, and what that does", title_justify="left")
+        for name in (
+            "asked for",
+            "left",
+            "parameters",
+            "FLOPs",
+            "output error",
+            *(["value"] * self.evaluated),
+            "seconds",
+        ):
+            table.add_column(name, justify="right", no_wrap=True)
+        for p in (self.original, *self.points):
+            if p.failed:
+                table.add_row(f"{p.asked:.1%}", "not met", *[""] * (len(table.columns) - 2))
+                continue
+            told = [
+                f"{p.asked:.1%}" if p is not self.original else "original",
+                f"{p.left:.1%}",
+                f"{p.parameters:,}",
+                f"{p.flops:,}",
+                f"{p.error:.3g}",
+            ]
+            table.add_row(*told, *([f"{p.value:.4g}"] if p.value is not None else []), f"{p.seconds:.0f}")
+        console = Console(file=io.StringIO(), width=width)
+        console.print(table)
+        for p in self.points:
+            for note in filter(None, (p.failed, *p.notes)):
+                console.print(f"{p.asked:.1%}: {note}", highlight=False, markup=False)
+        return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
+
+    def json(self) -> str:
+        """JSON text: {"fxmerge_sweep", "original", "points"}, the fields of `Point`; no number is NaN, but null."""
+        points = [finite(dataclasses.asdict(p)) for p in self.points]
+        told = {"fxmerge_sweep": VERSION, "original": finite(dataclasses.asdict(self.original)), "points": points}
+        return json.dumps(told, indent=1)
+
+    def svg(self, path: str | Path | None = None) -> str:
+        """The value (without `evaluate` the output error) against what is left in %, as SVG text; written to `path`.
+
+        Raises FxMergeError where no budget was met, or for a path that does not end in .svg.
+        """
+        met = [p for p in self.points if not p.failed]
+        if not met:
+            raise FxMergeError("no budget of this sweep was met, so that there is nothing to draw")
+        told = [(100 * p.left, p.value if p.value is not None else p.error) for p in met]
+        kind, up = NAMES[self.original.kind], "value" if self.evaluated else "relative error of the outputs"
+        level = (self.original.value, "original") if self.original.value is not None else None
+        drawn = curve(told, f"{len(met)} budgets of {kind}", f"{kind} left, %", up, level)
+        if path is not None:
+            if Path(path).suffix != ".svg":
+                raise FxMergeError(f"{path}: a sweep is drawn as .svg; any browser shows it")
+            write_text(Path(path), drawn)
+        return drawn
+
+
+def sweep(
+    model: nn.Module | ExportedProgram,
+    example_inputs: Any,
+    budgets: Sequence[float],
+    evaluate: Evaluate | None = None,
+    kind: str = "flops",
+    options: Options | None = None,
+    calibration: Any = None,
+    out: str | Path | None = None,
+    **changes: Any,
+) -> Sweep:
+    """Merge at each budget, the largest first. `model` itself is never modified.
+
+    budgets: shares of the original that may remain, of what `kind` says: "flops", "params" or "latency".
+    evaluate: a function of a model, in evaluation mode, that gives a number (accuracy, say); without it only the
+        error of the outputs on the example inputs is told.
+    options: `Options` without ratio and budget, or their fields as keyword arguments; calibration as in `merge`.
+    out: a folder for finished points (one JSON file each, with the plan), which are not made again by a later call with
+        the same model, weights, inputs, options and evaluate; its sweep.json, sweep.txt and sweep.svg tell them all.
+    A budget that cannot be met is a row that says why. Raises FxMergeError as `merge` does, where none can be met, and
+    where `evaluate` gives no number.
+    """
+    base = settled(options, changes)
+    if base.budget:
+        raise FxMergeError("a sweep's budgets are its own; leave the option `budget` out")
+    if isinstance(budgets, (str, int, float)) or not isinstance(budgets, Sequence) or not budgets:
+        raise FxMergeError(f"budgets is {budgets!r}; give some shares of the original, as [0.75, 0.5, 0.25]")
+    asked = [base.replace(budget={kind: share}) for share in budgets]
+    asked = sorted({o.budget[kind]: o for o in asked}.values(), key=lambda o: -o.budget[kind])
+    folder = Path(out) if out is not None else None
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    with progress() as stage:
+        named = [""]
+        ready = prepared(model, example_inputs, asked[0], calibration, lambda what: stage(f"{named[0]}{what}"))
+        digest = _digest(ready, evaluate) if folder is not None else ""
+        points = []
+        for one in asked:
+            ((_, share),) = one.budget.items()
+            named[0] = f"{share:.1%} of the {NAMES[kind]}: "
+            points.append(_point(ready, one.replace(refit=ready.options.refit), evaluate, folder, digest))
+        named[0] = "original: "
+        original = _original(ready, kind, evaluate, folder, digest)
+    found = Sweep(original, tuple(points))
+    if all(p.failed for p in points):
+        raise FxMergeError(points[0].failed)
+    if folder is not None:
+        write_text(folder / "sweep.json", found.json())
+        write_text(folder / "sweep.txt", found.text())
+        found.svg(folder / "sweep.svg")
+    return found
+
+
+def _point(ready: Prepared, options: Options, evaluate: Evaluate | None, folder: Path | None, digest: str) -> Point:
+    ((kind, share),) = options.budget.items()
+
+    def made() -> tuple[Point, Any]:
+        started = time.perf_counter()
+        try:
+            result = ready.merged(options)
+        except FxMergeError as error:
+            return Point(kind, share, failed=str(error)), None
+        report = result.report
+        spent, after = report.spent, report.after
+        left, noise = (spent.left, spent.noise) if spent else (1.0, None)
+        widths = {g.name: len(g.kept) for g in result.plan.groups}
+        value = _value(evaluate, result.module)
+        seconds = time.perf_counter() - started
+        size = (left, noise, after.parameters, after.flops, report.verdict.error)
+        point = Point(kind, share, *size, value, widths, report.notes, seconds)
+        return point, json.loads(result.plan.json())
+
+    return _kept(made, folder, f"{kind}-{share:g}", f"{digest} {options}")
+
+
+def _original(ready: Prepared, kind: str, evaluate: Evaluate | None, folder: Path | None, digest: str) -> Point:
+    def made() -> tuple[Point, Any]:
+        before = ready.before
+        value = _value(evaluate, ready.original)
+        return Point(kind, 1.0, 1.0, None, before.parameters, before.flops, 0.0, value), None
+
+    return _kept(made, folder, f"{kind}-original", digest)
+
+
+def _kept(made: Callable[[], tuple[Point, Any]], folder: Path | None, name: str, digest: str) -> Point:
+    """A point as its file tells it, or made and written."""
+    if folder is None:
+        return made()[0]
+    path, digest = folder / f"{name}.json", hashlib.sha256(digest.encode()).hexdigest()
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+        if known["fxmerge_point"] == VERSION and known["digest"] == digest:
+            given = known["point"]
+            numbers = {f: math.nan for f in ("left", "error") if given[f] is None}
+            return Point(**{**given, **numbers, "notes": tuple(given["notes"])})
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # not there, or no file of ours: it is made
+    point, plan = made()
+    if not point.failed:
+        told = {"fxmerge_point": VERSION, "digest": digest, "point": finite(dataclasses.asdict(point)), "plan": plan}
+        write_text(path, json.dumps(told, indent=1))
+    return point
+
+
+def _value(evaluate: Evaluate | None, module: nn.Module) -> float | None:
+    if evaluate is None:
+        return None
+    with evaluating(module), torch.no_grad():
+        given = evaluate(module)
+    try:
+        value = float(given)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise FxMergeError(f"evaluate gave a {type(given).__name__}; it should give one number") from error
+    if not math.isfinite(value):
+        raise FxMergeError(f"evaluate gave {value}; it should give a finite number")
+    return value
+
+
+def _digest(ready: Prepared, evaluate: Evaluate | None) -> str:
+    """What a point depends on beside its options: code, weights, inputs, batches."""
+    found = hashlib.sha256()
+    tensors: list[Any] = [ready.captured.inputs, [v for _, v in sorted(ready.tensors.items())]]
+    if ready.options.refit == "calibration":
+        tensors.append(ready.batches[0])
+    for leaf in tree_leaves(tensors):
+        if isinstance(leaf, Tensor):
+            found.update(f"{leaf.dtype} {tuple(leaf.shape)}".encode())
+            found.update(leaf.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        else:
+            found.update(repr(leaf).encode())
+    code = f"{ready.captured.module.code} {sorted(ready.tensors)}"
+    named = "" if evaluate is None else f"{getattr(evaluate, '__module__', '')}.{getattr(evaluate, '__qualname__', '')}"
+    return f"{found.hexdigest()} {code} {named} {VERSION}"
