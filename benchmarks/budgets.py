@@ -1,8 +1,8 @@
-"""Accuracy at a budget of FLOPs, uniform against greedy: `python -m benchmarks.budgets --data DIR --weights DIR --out docs`.
+"""Accuracy at a budget of FLOPs: `python -m benchmarks.budgets --data DIR --weights DIR --out docs`.
 
-ResNet-56 on CIFAR-10 without data, its inner channels and all of them: `fxmerge.sweep` at each budget, by each
-allocator. The tables go into accuracy.md behind its other sections, the curves into budgets.svg. With --points DIR a run
-that was stopped goes on where it was. Test images only measure.
+ResNet-56 on CIFAR-10 without data, its inner channels and all of them: `fxmerge.sweep` by each allocator. The tables
+go into accuracy.md behind its other sections, the curves into budgets.svg. With --points DIR a run that was stopped
+goes on where it was. Test images only measure.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def markdown(results: Mapping[str, Curves]) -> str:
     lines = [f"{BUDGETS}\n", "## ResNet-56, CIFAR-10, at a budget of FLOPs\n"]
     original = next(iter(next(iter(results.values())).values())).original
     lines.append(
-        f"`python -m benchmarks.budgets`; first {IMAGES:,} test images, original {original.value:.2f} %; refit, no data. "
-        "`uniform`: every group keeps the same share; `greedy`: by each group's own error.\n"
+        f"`python -m benchmarks.budgets`; first {IMAGES:,} test images, original {original.value:.2f} %; refit, no "
+        "data. `uniform`: every group keeps the same share; `greedy`: by each group's own error.\n"
     )
     lines.append("![accuracy against FLOPs left](budgets.svg)\n")
     for scope, found in results.items():
