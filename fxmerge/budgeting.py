@@ -50,10 +50,13 @@ class Room:
     errors: Mapping[str, Floats]
     options: Options
     refitted: bool  # will layers be re-solved, and be given biases?
+    flops: Mapping[str, int]  # of the original's nodes
 
     def price(self, kind: str) -> Price:
-        parts = (self.captured, self.facts, self.groups, self.grouping.atom)
-        return flops_price(*parts) if kind == "flops" else parameters_price(*parts, self.gaining())
+        parts = (self.facts, self.groups, self.grouping.atom)
+        if kind == "flops":
+            return flops_price(*parts, self.flops)
+        return parameters_price(self.captured, *parts, self.gaining())
 
     def gaining(self) -> list[Layer]:
         """The layers that refit will give a bias: those without one that stand behind a group that narrows."""

@@ -23,7 +23,7 @@ from .assembling import assembled
 from .budgeting import Allotted, Room, allot, original_of
 from .calibration import Batches, UnprobedError, fed, summed
 from .capture import capture, confined
-from .cost import Cost
+from .cost import Cost, flops_by_node
 from .curves import curves
 from .errors import FxMergeError
 from .evidence import Reading
@@ -152,6 +152,10 @@ class Prepared:
         return original_cost(self.captured)
 
     @cached_property
+    def flops(self) -> Mapping[str, int]:
+        return flops_by_node(self.captured.module, self.captured.inputs)
+
+    @cached_property
     def batches(self) -> tuple[Batches, tuple[str, ...]]:
         """What refit runs on, or none and the reason."""
         found = _batches(self.captured, self.found[0], self.options, self.given, self.settings, self.stage)
@@ -265,7 +269,7 @@ class Prepared:
             self.stage("curves")
             known = (self.captured, facts, free, ladders, surveyed, self.tensors, options, bool(batches))
             errors |= curves(*known, self.sensitive if batches else {})
-        room = Room(self.captured, facts, grouping, groups, ladders, errors, options, bool(batches))
+        room = Room(self.captured, facts, grouping, groups, ladders, errors, options, bool(batches), self.flops)
         return allot(room, self.tensors, self.stage)
 
 

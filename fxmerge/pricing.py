@@ -7,7 +7,7 @@ in the original is what torch.utils.flop_counter counts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 
 import numpy as np
@@ -17,7 +17,6 @@ from scipy.sparse import csr_array
 from torch import Tensor
 
 from .allocators import Floats, Price
-from .cost import flops_by_node
 from .ir import Capture, Contraction, Group, Layer, ParamLabels, Provenance
 from .labels import thin, varying
 
@@ -87,14 +86,14 @@ def parameters_price(
     return pricer.price()
 
 
-def flops_price(captured: Capture, facts: Provenance, groups: Sequence[Group], atom: Tensor) -> Price:
-    """FLOPs of one run on the example inputs."""
+def flops_price(facts: Provenance, groups: Sequence[Group], atom: Tensor, counted: Mapping[str, int]) -> Price:
+    """FLOPs of one run on the example inputs, of which the original's nodes take so many (`cost.flops_by_node`)."""
     pricer = _Pricer(groups, atom)
     layers = {layer.node: layer for layer in facts.layers if layer.reads is not None or layer.op == "depthwise"}
     products: dict[str, list[Contraction]] = {}
     for contraction in facts.contractions:
         products.setdefault(contraction.node, []).append(contraction)
-    for node, flops in flops_by_node(captured.module, captured.inputs).items():
+    for node, flops in counted.items():
         if node in layers:
             pricer.add(flops, _along(pricer, facts.params[layers[node].params["weight"]]))
         elif node in products:

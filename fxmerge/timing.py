@@ -30,11 +30,11 @@ class Timing:
 
 
 def compared(
-    original: nn.Module, other: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], seconds: float = SECONDS
+    original: nn.Module, other: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], seconds: float | None = None
 ) -> Timing:
     """Time two modules in turns, original, other, original, on the device that the inputs are on.
 
-    Rounds go on until the noise is a quarter of TOLERANCE, or for `seconds`. A round's share is the other's time over
+    Rounds go on until the noise is a quarter of TOLERANCE, or for `seconds` (SECONDS). A round's share is the other's time over
     the mean of the original's before and after it, so that a machine that slows down slows down both.
     """
     devices = {leaf.device for leaf in tree_leaves((list(args), dict(kwargs))) if isinstance(leaf, Tensor)}
@@ -45,7 +45,7 @@ def compared(
         shares: list[float] = []
         selves: list[float] = []
         firsts: list[float] = []
-        end = time.perf_counter() + seconds
+        end = time.perf_counter() + (SECONDS if seconds is None else seconds)
         while len(shares) < ROUNDS or (time.perf_counter() < end and _error(selves) > TOLERANCE / 4):
             first, own, second = (_seconds(m, args, kwargs, times, devices) for m in (original, other, original))
             shares.append(2 * own / (first + second))

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fxmerge
+from fxmerge.cost import flops_by_node
 from fxmerge.pricing import flops_price, parameters_price
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -32,8 +33,9 @@ def check(model: nn.Module, inputs: Any, **options: Any) -> int:
     found = result.analysis
     named = {g.name: g for g in found.groups}
     counts = {p.name: tuple(torch.bincount(named[p.name].cells[list(p.kept)]).tolist()) for p in result.plan.groups}
-    parts = (found.captured, found.facts, found.groups, found.grouping.atom)
-    flops, size = flops_price(*parts), parameters_price(*parts)
+    parts = (found.facts, found.groups, found.grouping.atom)
+    flops = flops_price(*parts, flops_by_node(found.captured.module, found.captured.inputs))
+    size = parameters_price(found.captured, *parts)
     assert flops.original == pytest.approx(counted(found.captured.module, inputs), rel=1e-12)
     assert flops(counts) == pytest.approx(counted(result.module, inputs), rel=1e-12)
     assert size.original == pytest.approx(sum(p.numel() for p in found.captured.module.parameters()), rel=1e-12)
@@ -79,7 +81,8 @@ def test_the_gradient_is_what_one_channel_more_costs(name: str) -> None:
     """Prices are products of widths: a group that both reads and writes a layer makes a square of its own."""
     model, x = NETS[name]()
     found = fxmerge.analyze(model, x)
-    price = flops_price(found.captured, found.facts, found.groups, found.grouping.atom)
+    flops = flops_by_node(found.captured.module, found.captured.inputs)
+    price = flops_price(found.facts, found.groups, found.grouping.atom, flops)
     k = price.full * 0.5
     value, slope = price.gradient(k)
     assert value == pytest.approx(price.at(k))
