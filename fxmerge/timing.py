@@ -34,8 +34,8 @@ def compared(
 ) -> Timing:
     """Time two modules in turns, original, other, original, on the device that the inputs are on.
 
-    Rounds go on until the noise is a quarter of TOLERANCE, or for `seconds` (SECONDS). A round's share is the other's time over
-    the mean of the original's before and after it, so that a machine that slows down slows down both.
+    Rounds go on until the noise is a quarter of TOLERANCE, or for `seconds` (SECONDS). A round's share is the other's
+    time over the mean of the original's before and after it, so that a machine that slows down slows down both.
     """
     devices = {leaf.device for leaf in tree_leaves((list(args), dict(kwargs))) if isinstance(leaf, Tensor)}
     with evaluating(original, other), torch.no_grad():
