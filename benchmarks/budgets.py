@@ -39,7 +39,7 @@ def curves(scope: str, data: Path, weights: Path, points: Path | None, console: 
         options = fxmerge.Options(scope=scope, allocation=allocation, threshold=network.threshold)
         folder = points / f"{scope}-{allocation}" if points else None
         found[allocation] = fxmerge.sweep(model, x[:2], SHARES, top1, options=options, out=folder)
-        console.print(f"{scope} {allocation}\n{found[allocation].text()}", markup=False)
+        console.print(f"{scope} {allocation}\n{found[allocation].text()}", markup=False, soft_wrap=True)
     return found
 
 

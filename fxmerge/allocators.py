@@ -118,23 +118,35 @@ def uniform(problem: Problem) -> Ints:
 
 def greedy(problem: Problem) -> Ints:
     """Down by the least error per cost saved, until the budget is met; then up again wherever it leaves room."""
-    hulls = [hull(x.totals, x.errors) for x in problem.ladders]
+    lines = [hull(x.totals, x.errors) for x in problem.ladders]
+    rungs, bottom = np.zeros(len(lines), dtype=np.int64), problem.bottom
     slots = list(problem.price.slots.values())
-    rungs, bottom = np.zeros(len(hulls), dtype=np.int64), problem.bottom
-    rate = np.zeros(len(hulls))
-    while (rungs < bottom).any():
-        k = problem.kept(rungs)
+    k, fewer = problem.kept(rungs), np.zeros_like(problem.price.full)  # the channels kept, and those of the next step
+    paid, rate = (
+        np.full(len(lines), np.inf),
+        np.zeros(len(lines)),
+    )  # what the next step loses, and that by what it saves
+
+    def ahead(g: int) -> None:
+        x, r = problem.ladders[g], rungs[g]
+        k[slots[g]] = x.counts[r]
+        if r < bottom[g]:
+            fewer[slots[g]] = x.counts[r] - x.counts[r + 1]
+            paid[g] = lines[g][r + 1] - lines[g][r]
+        else:
+            paid[g] = np.inf
+
+    for g in range(len(lines)):
+        ahead(g)
+    starts = [slot.start for slot in slots]
+    while np.isfinite(paid).any():
         cost, slope = problem.price.gradient(k)
         if cost <= problem.target:
             break
-        for g, (x, line) in enumerate(zip(problem.ladders, hulls, strict=True)):
-            r = rungs[g]
-            if r == bottom[g]:
-                rate[g] = np.inf
-                continue
-            saved = slope[slots[g]] @ (x.counts[r] - x.counts[r + 1])
-            rate[g] = (line[r + 1] - line[r]) / max(saved, 1e-300)
-        rungs[int(rate.argmin())] += 1
+        rate = paid / np.maximum(np.add.reduceat(slope * fewer, starts), 1e-300)
+        g = int(rate.argmin())
+        rungs[g] += 1
+        ahead(g)
     return _filled(problem, rungs, np.argsort(-rate, kind="stable").tolist())
 
 

@@ -10,11 +10,13 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from .allocation import TOLERANCE, all_of, by_budget, remedies
 from .allocators import Counts, Floats, Price
 from .assembling import assembled
+from .calibration import rank_and_size, summed
 from .errors import FxMergeError
 from .ir import Capture, Group, Grouping, Layer, Provenance
 from .narrowing import sliced
@@ -24,7 +26,7 @@ from .refit import can_shift
 from .spending import NAMES
 from .targets import SOLVED
 from .timing import TOLERANCE as TIME_TOLERANCE
-from .timing import compared
+from .timing import Timing, compared
 
 TRIES, BRIEF = 8, 1.5  # models timed, at most, and for so many seconds
 HOPELESS = 0.25  # noise of a clock that tells nothing
@@ -101,6 +103,7 @@ def _timed(room: Room, share: float, tensors: Mapping[str, Tensor], stage: Calla
         stage(f"latency at {asked:.0%} of the FLOPs")
         cut = sliced(captured, room.facts, room.grouping, room.groups, counts, tensors)
         timing = compared(original_of(captured), assembled(captured, cut), captured.args, captured.kwargs, BRIEF)
+        timing = _agreed(captured, timing)
         noise = max(noise, timing.noise)
         if noise > HOPELESS:
             raise FxMergeError(
@@ -134,6 +137,13 @@ def _timed(room: Room, share: float, tensors: Mapping[str, Tensor], stage: Calla
     if noise > TIME_TOLERANCE:
         notes.append(f"the latency's noise is {noise:.1%}, more than the {TIME_TOLERANCE:.0%} it should be met within")
     return Allotted(counts, tuple(notes))
+
+
+def _agreed(captured: Capture, timing: Timing) -> Timing:
+    """The mean over all processes, so that all of them decide the same."""
+    device = next((v.device for v in captured.inputs if isinstance(v, Tensor)), None)
+    told = torch.tensor([timing.share, timing.noise, timing.seconds], dtype=torch.float64, device=device)
+    return Timing(*(summed(told) / rank_and_size()[1]).tolist())
 
 
 def original_of(captured: Capture) -> nn.Module:

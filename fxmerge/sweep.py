@@ -62,40 +62,29 @@ class Point:
 
 @dataclass(frozen=True)
 class Sweep:
-    """The points of a sweep, the largest budget first; `original` is the model as it was."""
+    """The points of a sweep, the largest budget first; `original` is the model as it was.
+
+    measure: the name of the function that gave the values, "" where there was none
+    """
 
     original: Point
     points: tuple[Point, ...]
-
-    @property
-    def evaluated(self) -> bool:
-        return self.original.value is not None
+    measure: str = ""
 
     def text(self, width: int = 120) -> str:
         """A table with one row for each budget, then what there is to say about some."""
         table = Table(title=f"Left of the {NAMES[self.original.kind]}, and what that does", title_justify="left")
-        for name in (
-            "asked for",
-            "left",
-            "parameters",
-            "FLOPs",
-            "output error",
-            *(["value"] * self.evaluated),
-            "seconds",
-        ):
+        names = ("asked for", "left", "parameters", "FLOPs", "output error", self.measure, "seconds")
+        for name in filter(None, names):
             table.add_column(name, justify="right", no_wrap=True)
         for p in (self.original, *self.points):
             if p.failed:
                 table.add_row(f"{p.asked:.1%}", "not met", *[""] * (len(table.columns) - 2))
                 continue
-            told = [
-                f"{p.asked:.1%}" if p is not self.original else "original",
-                f"{p.left:.1%}",
-                f"{p.parameters:,}",
-                f"{p.flops:,}",
-                f"{p.error:.3g}",
-            ]
-            table.add_row(*told, *([f"{p.value:.4g}"] if p.value is not None else []), f"{p.seconds:.0f}")
+            asked = "original" if p is self.original else f"{p.asked:.1%}"
+            value = [] if p.value is None else [f"{p.value:.4g}"]
+            size = (f"{p.left:.1%}", f"{p.parameters:,}", f"{p.flops:,}", f"{p.error:.3g}")
+            table.add_row(asked, *size, *value, f"{p.seconds:.0f}")
         console = Console(file=io.StringIO(), width=width)
         console.print(table)
         for p in self.points:
@@ -104,9 +93,14 @@ class Sweep:
         return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
 
     def json(self) -> str:
-        """JSON text: {"fxmerge_sweep", "original", "points"}, the fields of `Point`; no number is NaN, but null."""
+        """JSON text: {"fxmerge_sweep", "original", "measure", "points"}, the fields of `Point`; null for NaN."""
         points = [finite(dataclasses.asdict(p)) for p in self.points]
-        told = {"fxmerge_sweep": VERSION, "original": finite(dataclasses.asdict(self.original)), "points": points}
+        told: dict[str, Any] = {
+            "fxmerge_sweep": VERSION,
+            "original": finite(dataclasses.asdict(self.original)),
+            "measure": self.measure,
+            "points": points,
+        }
         return json.dumps(told, indent=1)
 
     def svg(self, path: str | Path | None = None) -> str:
@@ -118,7 +112,7 @@ class Sweep:
         if not met:
             raise FxMergeError("no budget of this sweep was met, so that there is nothing to draw")
         told = [(100 * p.left, p.value if p.value is not None else p.error) for p in met]
-        kind, up = NAMES[self.original.kind], "value" if self.evaluated else "relative error of the outputs"
+        kind, up = NAMES[self.original.kind], self.measure or "relative error of the outputs"
         level = (self.original.value, "original") if self.original.value is not None else None
         drawn = curve(told, f"{len(met)} budgets of {kind}", f"{kind} left, %", up, level)
         if path is not None:
@@ -171,7 +165,7 @@ def sweep(
             points.append(_point(ready, one.replace(refit=ready.options.refit), evaluate, folder, digest))
         named[0] = "original: "
         original = _original(ready, kind, evaluate, folder, digest)
-    found = Sweep(original, tuple(points))
+    found = Sweep(original, tuple(points), _name(evaluate))
     if all(p.failed for p in points):
         raise FxMergeError(points[0].failed)
     if folder is not None:
@@ -244,6 +238,13 @@ def _value(evaluate: Evaluate | None, module: nn.Module) -> float | None:
     if not math.isfinite(value):
         raise FxMergeError(f"evaluate gave {value}; it should give a finite number")
     return value
+
+
+def _name(evaluate: Evaluate | None) -> str:
+    if evaluate is None:
+        return ""
+    name = getattr(evaluate, "__name__", type(evaluate).__name__)
+    return name if name.isidentifier() else "value"
 
 
 def _digest(ready: Prepared, evaluate: Evaluate | None) -> str:

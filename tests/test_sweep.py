@@ -61,6 +61,7 @@ def test_each_point_is_the_merge_at_its_budget() -> None:
         assert point.value == float(size(alone.module))
         assert point.widths == {g.name: len(g.kept) for g in alone.plan.groups}
     text = found.text()
+    assert found.measure == "evaluated" and "evaluated" in text and ">evaluated</text>" in found.svg()
     assert all(f"{p.parameters:,}" in text and f"{p.flops:,}" in text for p in (found.original, *found.points))
     told = json.loads(found.json())
     assert [p["value"] for p in told["points"]] == [p.value for p in found.points]
@@ -189,7 +190,7 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     flags = ["sweep", f"{file}:make", "--out", str(out), "--refit", "none", "--budgets", "0.7", "0.4"]
     assert main([*flags, "--kind", "params", "--evaluate", f"{file}:count"]) == 0
     told = capsys.readouterr().out
-    assert "70.0%" in told and "40.0%" in told and "value" in told
+    assert "70.0%" in told and "40.0%" in told and "count" in told
     assert {"params-0.7.json", "params-0.4.json", "sweep.svg"} <= {p.name for p in out.iterdir()}
     assert main([*flags, "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["points"]) == 2
