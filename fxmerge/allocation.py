@@ -154,10 +154,11 @@ def by_budget(
     problem = Problem(steps, price, share * price.original)
     full = np.zeros(len(steps), dtype=np.int64)
     if problem.cost(problem.bottom) > problem.target * (1 + TOLERANCE):
-        least = problem.cost(problem.bottom) / price.original
+        least, free = problem.cost(problem.bottom) / price.original, int((problem.bottom > 0).sum())
+        where = f"where the {free} groups in scope that may narrow give up what they may" if free else "at the least"
+        told = f"the budget asks for {share:.1%} of the {what}, but {least:.1%} are left {where}"
         raise FxMergeError(
-            f"the budget asks for {share:.1%} of the {what}, but {least:.1%} are left where all {len(groups)} groups "
-            f"in scope give up what they may; {remedies(options)}"
+            f"{told}; {remedies(options)}" if free else f"{told}: no group may narrow; {remedies(options, False)}"
         )
     chosen = full if problem.cost(full) <= problem.target or share >= 1 else ALLOCATORS[options.allocation](problem)
     chosen = _nearer(problem, chosen)
@@ -178,16 +179,18 @@ def _nearer(problem: Problem, chosen: Ints) -> Ints:
     return min([chosen, *able], key=lambda rungs: abs(problem.cost(rungs) - problem.target))
 
 
-def remedies(options: Options) -> str:
-    """What makes a budget easier to meet, of what these options hold it back by."""
-    found = [f"raise max_ratio (now {options.max_ratio:g})", "ask for a larger share"]
+def remedies(options: Options, narrow: bool = True) -> str:
+    """What makes a budget easier to meet, of what these options hold it back by; `narrow`: may any group narrow?"""
+    found = ["ask for a larger share"]
+    if narrow:
+        found.append(f"raise max_ratio (now {options.max_ratio:g})")
     if options.scope == "internal":
         found.append('widen scope to "all"')
     if options.keep or options.ignore:
         found.append("let go of groups that keep and ignore hold")
     if options.round_to > 1:
         found.append(f"lower round_to (now {options.round_to})")
-    return ", ".join(found[:-1]) + f", or {found[-1]}"
+    return " or ".join([", ".join(found[:-1]), found[-1]] if len(found) > 1 else found)
 
 
 def check_patterns(groups: Sequence[Group], modules: Sequence[str], options: Options) -> None:

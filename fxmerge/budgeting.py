@@ -85,11 +85,14 @@ def allot(room: Room, tensors: Mapping[str, Tensor], stage: Callable[[str], None
     price = room.price(kind)
     counts = by_budget(room.groups, room.options, room.ladders, room.errors, price, share, NAMES[kind])
     reached = price(counts) / price.original
-    if share < 1 and abs(reached / share - 1) > TOLERANCE:
-        return Allotted(
-            counts, (f"no widths that may be come nearer to the budget; to come nearer, {remedies(room.options)}",)
-        )
-    return Allotted(counts)
+    if share == 1 or abs(reached / share - 1) <= TOLERANCE:
+        return Allotted(counts)
+    if room.options.keep and all(sum(counts[name]) == kept[0].sum() for name, kept in room.ladders.items()):
+        return Allotted(counts, ("what keep asks for leaves less than the budget does",))
+    multiples = (
+        f": kept channels are multiples of round_to, {room.options.round_to}" if room.options.round_to > 1 else ""
+    )
+    return Allotted(counts, (f"no widths that groups may have come nearer to the budget{multiples}",))
 
 
 def _timed(room: Room, share: float, tensors: Mapping[str, Tensor], stage: Callable[[str], None]) -> Allotted:

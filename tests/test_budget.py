@@ -165,14 +165,19 @@ def test_what_cannot_be_met_tells_the_least_and_what_to_change() -> None:
     bottom = plain_merge(model, x, ratio=0.5)
     least = flops(bottom.module, x) / flops(model, x)
     with pytest.raises(
-        FxMergeError, match=r"asks for 10.0% of the FLOPs, but (\S+)% are left.* raise max_ratio"
-    ) as caught:
+        FxMergeError, match=r"asks for 10.0% of the FLOPs, but \S+% are left where the 3 .* max_ratio"
+    ) as why:
         plain_merge(model, x, budget={"flops": 0.1}, max_ratio=0.5)
-    assert f"{least:.1%}" in str(caught.value)
-    with pytest.raises(FxMergeError, match="let go of groups that keep and ignore hold"):
-        plain_merge(model, x, budget={"flops": 0.5}, keep={"*": 1.0})
+    assert f"{least:.1%}" in str(why.value)
+    for options in ({"keep": {"*": 1.0}}, {"ignore": ("*",)}):
+        with pytest.raises(
+            FxMergeError, match=r"100.0% are left at the least: no group may narrow; .* keep and ignore hold"
+        ):
+            plain_merge(model, x, budget={"flops": 0.5}, **options)
     with pytest.raises(FxMergeError, match="widen scope"):
         plain_merge(*made("residual"), budget={"params": 0.1}, scope="internal")
+    with pytest.raises(FxMergeError, match=r"no group may narrow; ask for a larger share or lower round_to \(now 64\)"):
+        plain_merge(model, x, budget={"flops": 0.5}, round_to=64)
 
 
 def test_widths_that_come_no_nearer_are_told() -> None:
@@ -181,7 +186,13 @@ def test_widths_that_come_no_nearer_are_told() -> None:
     assert result.report.spent is not None and not result.report.spent.met
     assert result.report.spent.left <= 0.5
     assert "NOT within 1%" in result.report.text()
-    assert "lower round_to (now 16)" in result.report.notes[0]
+    assert "multiples of round_to, 16" in result.report.notes[0]
+    less = plain_merge(model, x, budget={"flops": 0.9}, keep={"c1": 8}).report
+    assert (
+        less.spent is not None
+        and less.spent.left < 0.89
+        and less.notes == ("what keep asks for leaves less than the budget does",)
+    )
 
 
 # Latency, by a clock that goes by FLOPs, and by the real one
