@@ -19,12 +19,14 @@ from benchmarks.models import load_checkpoint
 from benchmarks.paper import BATCH, NETWORKS, find_weights, measured, measuring
 
 SCOPES = {"internal": "inner channels", "all": "all channels"}
-SHARES = (0.7, 0.5, 0.35, 0.25)
+SHARES = (0.7, 0.5, 0.35)
 IMAGES = 2000
 Curves = Mapping[str, fxmerge.Sweep]  # allocator -> its curve
 
 
-def curves(scope: str, data: Path, weights: Path, points: Path | None, console: Console) -> dict[str, fxmerge.Sweep]:
+def curves(
+    scope: str, shares: Sequence[float], data: Path, weights: Path, points: Path | None, console: Console
+) -> dict[str, fxmerge.Sweep]:
     """Allocator -> top-1 accuracy on the first test images at each budget."""
     network = NETWORKS["resnet56"]
     model = network.build().eval()
@@ -38,7 +40,7 @@ def curves(scope: str, data: Path, weights: Path, points: Path | None, console: 
     for allocation in fxmerge.ALLOCATORS:
         options = fxmerge.Options(scope=scope, allocation=allocation, threshold=network.threshold)
         folder = points / f"{scope}-{allocation}" if points else None
-        found[allocation] = fxmerge.sweep(model, x[:2], SHARES, top1, options=options, out=folder)
+        found[allocation] = fxmerge.sweep(model, x[:2], shares, top1, options=options, out=folder)
         console.print(f"{scope} {allocation}\n{found[allocation].text()}", markup=False, soft_wrap=True)
     return found
 
@@ -46,9 +48,10 @@ def curves(scope: str, data: Path, weights: Path, points: Path | None, console: 
 def markdown(results: Mapping[str, Curves]) -> str:
     """One table for each scope: a row for each budget, accuracy and parameters left by each allocator."""
     lines = [f"{BUDGETS}\n", "## ResNet-56, CIFAR-10, at a budget of FLOPs\n"]
-    original = next(iter(next(iter(results.values())).values())).original
+    first = next(iter(next(iter(results.values())).values()))
+    original, told = first.original, " ".join(f"{p.asked:g}" for p in first.points)
     lines.append(
-        f"`python -m benchmarks.budgets`; first {IMAGES:,} test images, original {original.value:.2f} %; refit, no "
+        f"`python -m benchmarks.budgets --shares {told}`; first {IMAGES:,} test images, original {original.value:.2f} %; refit, no "
         "data. `uniform`: every group keeps the same share; `greedy`: by each group's own error.\n"
     )
     lines.append("![accuracy against FLOPs left](budgets.svg)\n")
@@ -56,7 +59,7 @@ def markdown(results: Mapping[str, Curves]) -> str:
         lines.append(f"{SCOPES[scope]}:\n")
         lines.append("| FLOPs left | " + " | ".join(f"{a} | parameters left" for a in found) + " |")
         lines.append("|---" * (1 + 2 * len(found)) + "|")
-        for at, share in enumerate(SHARES):
+        for at, share in enumerate(p.asked for p in next(iter(found.values())).points):
             cells = []
             for curve in found.values():
                 point = curve.points[at]
@@ -91,10 +94,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = measuring("budgets", "Accuracy at a budget of FLOPs.", SCOPES)
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where accuracy.md and budgets.svg go")
+    parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="of the FLOPs that may remain")
     parser.add_argument("--points", type=Path, metavar="DIR", help="folder of finished points, for going on later")
     args = measured(parser, argv)
     console = Console(stderr=True, highlight=False)
-    results = {scope: curves(scope, args.data, args.weights, args.points, console) for scope in args.only}
+    results = {scope: curves(scope, args.shares, args.data, args.weights, args.points, console) for scope in args.only}
     page = args.out / "accuracy.md"
     before = page.read_text(encoding="utf-8").partition(BUDGETS)[0].rstrip() + "\n\n" if page.is_file() else ""
     page.write_text(before + markdown(results), encoding="utf-8")
