@@ -51,8 +51,8 @@ def markdown(results: Mapping[str, Curves]) -> str:
     first = next(iter(next(iter(results.values())).values()))
     original, told = first.original, " ".join(f"{p.asked:g}" for p in first.points)
     lines.append(
-        f"`python -m benchmarks.budgets --shares {told}`; first {IMAGES:,} test images, original {original.value:.2f} %; refit, no "
-        "data. `uniform`: every group keeps the same share; `greedy`: by each group's own error.\n"
+        f"`python -m benchmarks.budgets --shares {told}`; first {IMAGES:,} test images, original {original.value:.2f} "
+        "%; refit, no data. `uniform`: every group keeps the same share; `greedy`: by each group's own error.\n"
     )
     lines.append("![accuracy against FLOPs left](budgets.svg)\n")
     for scope, found in results.items():

@@ -7,8 +7,10 @@ import pytest
 
 pytest.importorskip("matplotlib")  # an extra that the plot takes
 
-from benchmarks import accuracy
+import fxmerge
+from benchmarks import accuracy, budgets
 from benchmarks.accuracy import CASES, METHODS, Case, Cell
+from fxmerge.sweep import Point
 
 CASE = Case("resnet56", "internal", (0.3, 0.5), 500, 2000)
 ROWS = [
@@ -40,3 +42,30 @@ def test_the_plot_is_the_same_for_the_same_numbers(tmp_path: Path) -> None:
         accuracy.plot({"resnet56": (94.65, ROWS)}, tmp_path / name)
     first, second = ((tmp_path / name).read_text() for name in ("a.svg", "b.svg"))
     assert first == second and "ResNet-56, internal" in first
+
+
+def curve(values: list[float]) -> fxmerge.Sweep:
+    original = Point("flops", 1.0, 1.0, None, 1000, 10**6, 0.0, 94.65)
+    shares = ([0.5, 0.35], values)
+    points = [Point("flops", s, s, None, round(1000 * s), round(1e6 * s), 0.1, v) for s, v in zip(*shares, strict=True)]
+    return fxmerge.Sweep(original, tuple(points), "top1")
+
+
+def test_budgets_stand_behind_the_other_sections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = tmp_path / "accuracy.md"
+    page.write_text("# Accuracy\n\nkept\n")
+    for better in (0.0, 1.0):
+        found = {"uniform": curve([89.0, 80.0]), "greedy": curve([91.0 + better, 85.0])}
+        monkeypatch.setattr(budgets, "curves", lambda *args, _found=found: _found)
+        budgets.main(["--data", ".", "--weights", ".", "--out", str(tmp_path)])
+    lines, before = page.read_text().splitlines(), page.read_text().partition(accuracy.BUDGETS)[2]
+    assert lines[:3] == ["# Accuracy", "", "kept"] and lines.count("all channels:") == 1
+    assert "| FLOPs left | uniform | parameters left | greedy | parameters left |" in lines
+    assert lines.count("| 50% | 89.00 | 50.0% | 92.00 | 50.0% |") == 2  # one for each scope
+    assert any("--shares 0.5 0.35" in line and "original 94.65 %" in line for line in lines)
+    assert "ResNet-56, all channels" in (tmp_path / "budgets.svg").read_text()
+    monkeypatch.setattr(accuracy, "cells", lambda *args: (94.65, ROWS))
+    accuracy.main(["--data", ".", "--weights", ".", "--only", "resnet56", "--out", str(tmp_path)])
+    again = page.read_text()
+    assert "kept" not in again and "## ResNet-56, CIFAR-10, inner channels" in again
+    assert again.partition(accuracy.BUDGETS)[2].splitlines() == before.splitlines()
