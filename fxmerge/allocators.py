@@ -36,10 +36,7 @@ class Price:
     factors: NDArray[np.int64]  # (T, F) rows of `widths`; the last row is 1
     widths: csr_array  # (W, C)
     fixed: Floats  # (W,)
-
-    @property
-    def original(self) -> float:
-        return self.at(self.full)
+    original: float  # the original's price, without what a merge would add to it
 
     def __call__(self, counts: Counts) -> float:
         return self.at(self.vector(counts))

@@ -41,15 +41,16 @@ class _Pricer:
         self.widths: list[Floats] = []
         self.fixed: list[float] = []
         self.terms: list[tuple[float, list[int]]] = []
+        self.original = 0.0
 
-    def width(self, labels: Tensor, share: float = 1.0) -> int:
-        """The row that counts those of the labels that are alive, times `share`."""
-        return self.counted(self.atom[labels.reshape(-1)].numpy(), share)
+    def width(self, labels: Tensor) -> int:
+        """The row that counts those of the labels that are alive."""
+        return self.counted(self.atom[labels.reshape(-1)].numpy())
 
-    def counted(self, atoms: NDArray[np.int64], share: float = 1.0) -> int:
+    def counted(self, atoms: NDArray[np.int64]) -> int:
         cells = self.cell[atoms]
-        held = np.bincount(cells[cells >= 0], minlength=len(self.full)) / np.maximum(self.full, 1) * share
-        fixed = float((cells < 0).sum()) * share
+        held = np.bincount(cells[cells >= 0], minlength=len(self.full)) / np.maximum(self.full, 1)
+        fixed = float((cells < 0).sum())
         key = (fixed, held.tobytes())
         if key not in self.rows:
             self.rows[key] = len(self.widths)
@@ -60,6 +61,7 @@ class _Pricer:
     def add(self, total: float, factors: Sequence[int]) -> None:
         """A term that is `total` in the original."""
         whole = prod(float(self.widths[f] @ self.full) + self.fixed[f] for f in factors)
+        self.original += total
         if total:
             self.terms.append((total / whole, list(factors)))
 
@@ -69,7 +71,8 @@ class _Pricer:
         factors = np.array([f + [last] * (most - len(f)) for _, f in self.terms], dtype=np.int64).reshape(-1, most)
         rows = np.stack([*self.widths, np.zeros(len(self.full))])
         coefficients = np.array([c for c, _ in self.terms])
-        return Price(self.slots, self.full, coefficients, factors, csr_array(rows), np.array([*self.fixed, 1.0]))
+        fixed = np.array([*self.fixed, 1.0])
+        return Price(self.slots, self.full, coefficients, factors, csr_array(rows), fixed, self.original)
 
 
 def parameters_price(
@@ -115,7 +118,7 @@ def _along(pricer: _Pricer, labels: ParamLabels) -> list[int]:
         if axis == 1 and labels.groups > 1:
             rows = pricer.atom[along.reshape(labels.groups, -1)]
             if not bool((rows == rows[:, :1]).all()):  # else whole rows leave, and those that stay are as wide as ever
-                found.append(pricer.width(along, 1 / labels.groups))
+                found.append(pricer.width(along))
         else:
             found.append(pricer.width(along))
     return found

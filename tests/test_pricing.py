@@ -38,6 +38,7 @@ def check(model: nn.Module, inputs: Any, **options: Any) -> int:
     size = parameters_price(found.captured, *parts)
     assert flops.original == pytest.approx(counted(found.captured.module, inputs), rel=1e-12)
     assert flops(counts) == pytest.approx(counted(result.module, inputs), rel=1e-12)
+    assert flops({}) == pytest.approx(flops.original) and size({}) == pytest.approx(size.original)
     assert size.original == pytest.approx(sum(p.numel() for p in found.captured.module.parameters()), rel=1e-12)
     assert size(counts) == pytest.approx(sum(p.numel() for p in result.module.parameters()), rel=1e-12)
     return len(counts)
