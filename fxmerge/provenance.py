@@ -18,7 +18,19 @@ from .context import Context, Opaque, layer_name
 from .errors import source_line
 from .exporting import by_name, overload_name
 from .ir import (
-    Block, Bond, Capture, Contraction, Lab, Layer, Param, ParamLabels, Pin, Provenance, Tie, Untouched, View,
+    Block,
+    Bond,
+    Capture,
+    Contraction,
+    Lab,
+    Layer,
+    Param,
+    ParamLabels,
+    Pin,
+    Provenance,
+    Tie,
+    Untouched,
+    View,
 )  # fmt: skip
 from .labels import fixed, numbers
 from .torchcalls import in_place

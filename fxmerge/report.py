@@ -18,6 +18,7 @@ from .ir import Capture, Group, Grouping, Provenance, Refusal
 from .page import finite
 from .plan import GroupPlan, Plan, json_text
 from .refit import Refitted
+from .refused import parameters_held
 from .showing import Shown
 from .spending import Spent, spent
 from .timing import Timing
@@ -40,31 +41,6 @@ def _text(*tables: Table | str, width: int = 120) -> str:
 def _right(table: Table, *names: str) -> None:
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
-
-
-def _submodule(module: nn.Module | None, path: str) -> nn.Module | None:
-    try:
-        return module.get_submodule(path) if module is not None else None
-    except AttributeError:
-        return None
-
-
-def parameters_held(refusal: Refusal, captured: Capture) -> int:
-    """How many parameters of the layer that writes them the refused channels hold back: their rows, with the bias."""
-    owner, _, name = refusal.name.rpartition(".")
-    layer, own = None, []
-    for module in (captured.module, captured.model):  # what did not run is in the user's model only
-        layer = _submodule(module, refusal.name)
-        own = [p for _, p in layer.named_parameters(recurse=False)] if layer is not None else []
-        if layer is None:  # a parameter that a function is called with
-            layer = _submodule(module, owner)
-            named = layer.named_parameters(recurse=False) if layer is not None else ()
-            own = [p for n, p in named if n == name or n.rpartition(".")[0] == name]
-        if own:
-            break
-    sizes = [getattr(layer, name, None) for name in ("out_features", "out_channels", "embedding_dim")]
-    written = next((size for size in sizes if isinstance(size, int)), own[0].size(0) if own else 0)
-    return round(sum(p.numel() for p in own) * refusal.channels / written) if written else 0
 
 
 def refusal_table(refusals: Sequence[Refusal], captured: Capture) -> Table:
