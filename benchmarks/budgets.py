@@ -54,7 +54,8 @@ def markdown(results: Mapping[str, Curves]) -> str:
         f"`python -m benchmarks.budgets --shares {told}`; first {IMAGES:,} test images, original {original.value:.2f} "
         "%; refit, no data. `uniform`: every group keeps the same share; `greedy`: by each group's own error.\n"
     )
-    lines.append("![accuracy against FLOPs left](budgets.svg)\n")
+    if len(first.points) > 1:
+        lines.append("![accuracy against FLOPs left](budgets.svg)\n")
     for scope, found in results.items():
         lines.append(f"{SCOPES[scope]}:\n")
         lines.append("| FLOPs left | " + " | ".join(f"{a} | parameters left" for a in found) + " |")
@@ -102,6 +103,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     page = args.out / "accuracy.md"
     before = page.read_text(encoding="utf-8").partition(BUDGETS)[0].rstrip() + "\n\n" if page.is_file() else ""
     page.write_text(before + markdown(results), encoding="utf-8")
+    if len(args.shares) < 2:
+        return  # one point is no curve
     try:
         plot(results, args.out / "budgets.svg")
     except ImportError:
