@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .calibration import Batches
+from .calibration import Batches, UnprobedError, fed
 from .cost import cost
 from .evaluating import evaluating
 from .ir import Capture, Layer, Provenance
 from .lockstep import Lockstep, Settings, moments
+from .options import Options
 from .probes import probed
 from .systems import Reduce
 from .targets import pair
@@ -44,6 +45,30 @@ def mismatch(captured: Capture, facts: Provenance, batches: Sequence[Sequence[An
     """The divergence of the batches' statistics at the BatchNorms from the running ones; 0 without a BatchNorm."""
     with evaluating(captured.module), torch.no_grad():
         return float(_divergence(captured, facts, batches, settings))
+
+
+STRAYS = "probes run as they are, since the BatchNorms' running statistics are far from what the layers give"
+
+
+def batches_of(
+    captured: Capture, facts: Provenance, options: Options, given: Any, settings: Settings,
+    stage: Callable[[str], None],
+) -> tuple[Batches, tuple[str, ...]]:  # fmt: skip
+    """What refit runs on, the user's batches or fitted probes, or none and the reason; (STRAYS,): not to be held."""
+    if options.refit == "none":
+        return [], ()
+    if captured.recorded is not None:  # its code between the parts cannot run in lockstep: the widths are its own
+        return [], ("refit is left out, as only parts of the model could be traced",)
+    stage("probes" if given is None else "calibration")
+    try:
+        batches = fed(captured, facts, options, given, lambda b: mismatch(captured, facts, b, settings))
+    except UnprobedError as why:
+        return [], (str(why),)
+    if given is not None:
+        return batches, ()
+    if not holds(captured, facts, batches, settings):
+        return batches, (STRAYS,)
+    return fitted(captured, facts, batches, settings, stage), ()
 
 
 def holds(captured: Capture, facts: Provenance, batches: Batches, settings: Settings) -> bool:

@@ -21,13 +21,13 @@ from .absorbing import decompose, group_plan
 from .allocation import by_ratio, check_patterns, rungs
 from .assembling import assembled
 from .budgeting import Allotted, Room, allot, original_of
-from .calibration import Batches, UnprobedError, fed, summed
+from .calibration import Batches, summed
 from .capture import capture, confined
 from .cost import Cost, flops_by_node
 from .curves import curves
 from .errors import FxMergeError
 from .evidence import Reading
-from .fitting import fitted, holds, mismatch
+from .fitting import STRAYS, batches_of
 from .ir import Capture, Group, Grouping, Provenance
 from .lockstep import Settings
 from .narrowing import Chosen, grouped, in_scope, provable, replayed
@@ -131,7 +131,7 @@ class Prepared:
 
     def __init__(self, captured: Capture, options: Options, given: Any, stage: Callable[[str], None]) -> None:
         self.captured, self.options, self.given, self.stage = captured, options, given, stage
-        self.settings = Settings(options.rows, options.seed, options.refit == "synthetic", summed)
+        self.probing = Settings(options.rows, options.seed, options.refit == "synthetic", summed)
         self.tensors = state(captured.module)
         self.seen: dict[str, tuple[Reading, ...]] = {}
 
@@ -158,10 +158,12 @@ class Prepared:
     @cached_property
     def batches(self) -> tuple[Batches, tuple[str, ...]]:
         """What refit runs on, or none and the reason."""
-        found = _batches(self.captured, self.found[0], self.options, self.given, self.settings, self.stage)
-        if found[1] == (_STRAYS,):
-            self.settings = replace(self.settings, held=False)
-        return found
+        return batches_of(self.captured, self.found[0], self.options, self.given, self.probing, self.stage)
+
+    @property
+    def settings(self) -> Settings:
+        """How the batches are run."""
+        return replace(self.probing, held=False) if self.batches[1] == (STRAYS,) else self.probing
 
     def readings(self, groups: Sequence[Group]) -> Mapping[str, tuple[Reading, ...]]:
         """What the readers of these groups see of them on the batches."""
@@ -271,31 +273,3 @@ class Prepared:
             errors |= curves(*known, self.sensitive if batches else {})
         room = Room(self.captured, facts, grouping, groups, ladders, errors, options, bool(batches), self.flops)
         return allot(room, self.tensors, self.stage)
-
-
-def _batches(
-    captured: Capture,
-    facts: Provenance,
-    options: Options,
-    given: Any,
-    settings: Settings,
-    stage: Callable[[str], None],
-) -> tuple[Batches, tuple[str, ...]]:
-    """What refit runs on, or none and the reason."""
-    if options.refit == "none":
-        return [], ()
-    if captured.recorded is not None:  # its code between the parts cannot run in lockstep: the widths are its own
-        return [], ("refit is left out, as only parts of the model could be traced",)
-    stage("probes" if given is None else "calibration")
-    try:
-        batches = fed(captured, facts, options, given, lambda b: mismatch(captured, facts, b, settings))
-    except UnprobedError as why:
-        return [], (str(why),)
-    if given is not None:
-        return batches, ()
-    if not holds(captured, facts, batches, settings):
-        return batches, (_STRAYS,)
-    return fitted(captured, facts, batches, settings, stage), ()
-
-
-_STRAYS = "probes run as they are, since the BatchNorms' running statistics are far from what the layers give"
