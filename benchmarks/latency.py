@@ -16,13 +16,13 @@ from pathlib import Path
 
 import torch
 import torchvision
-from fxmerge.timing import compared
 from rich.console import Console
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import fxmerge
 from fxmerge.files import write_text
+from fxmerge.timing import compared
 
 MODELS = ("resnet50", "vgg16", "mobilenet_v2", "convnext_tiny", "vit_b_16")
 MODES: dict[str, Callable[[nn.Module], nn.Module]] = {

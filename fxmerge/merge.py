@@ -23,7 +23,7 @@ from .assembling import assembled
 from .budgeting import Allotted, Room, allot, original_of
 from .calibration import Batches, summed
 from .capture import capture, confined
-from .cost import Cost, flops_by_node
+from .cost import flops_by_node
 from .curves import curves
 from .errors import FxMergeError
 from .evidence import Reading
@@ -36,7 +36,7 @@ from .plan import GroupPlan, Plan
 from .progress import progress
 from .provenance import provenance
 from .refit import Refitted, refit
-from .report import Report, original_cost
+from .report import Report
 from .results import Analysis, Result
 from .rewrite import Rewriter, survivors
 from .selection import select
@@ -146,10 +146,6 @@ class Prepared:
     def original(self) -> nn.Module:
         """The model as it was captured."""
         return original_of(self.captured)
-
-    @cached_property
-    def before(self) -> Cost:
-        return original_cost(self.captured)
 
     @cached_property
     def flops(self) -> Mapping[str, int]:

@@ -32,6 +32,7 @@ from .options import Options
 from .page import finite
 from .plotting import curve
 from .progress import progress
+from .report import original_cost
 from .spending import NAMES
 
 VERSION = 1  # of the files of a folder
@@ -199,7 +200,7 @@ def _point(ready: Prepared, options: Options, evaluate: Evaluate | None, folder:
 
 def _original(ready: Prepared, kind: str, evaluate: Evaluate | None, folder: Path | None, digest: str) -> Point:
     def made() -> tuple[Point, Any]:
-        before = ready.before
+        before = original_cost(ready.captured)
         value = _value(evaluate, ready.original)
         return Point(kind, 1.0, 1.0, None, before.parameters, before.flops, 0.0, value), None
 
