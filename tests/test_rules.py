@@ -21,11 +21,18 @@ from fxmerge import constants, rules, verify
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SPELLINGS = list(rules.spellings())
-every_spelling = pytest.mark.parametrize(
-    ("key", "rule"),
-    [(key, rule) for key, rule, _ in SPELLINGS],
-    ids=[f"{rule.name}-{rules.describe(spelling)}" for _, rule, spelling in SPELLINGS],
-)
+
+
+def spellings_of(chosen: Callable[[fxmerge.Rule], bool]) -> pytest.MarkDecorator:
+    rows = [(key, rule, f"{rule.name}-{rules.describe(spelling)}") for key, rule, spelling in SPELLINGS if chosen(rule)]
+    return pytest.mark.parametrize(("key", "rule"), [row[:2] for row in rows], ids=[row[2] for row in rows])
+
+
+def speaks_of_factors(rule: fxmerge.Rule) -> bool:
+    return rule.kind in ("per_channel", "movement") and isinstance(rule.commutes, bool)
+
+
+every_spelling = spellings_of(lambda _: True)
 
 
 def sample_of(key: Any, rule: fxmerge.Rule) -> Sample:
@@ -125,12 +132,10 @@ class Watched(fx.Interpreter):
         return entries.amax(others, keepdim=True) if others else entries
 
 
-@every_spelling
+@spellings_of(speaks_of_factors)
 @pytest.mark.filterwarnings("ignore:.*deprecated:UserWarning")
 def test_commutes(key: Any, rule: fxmerge.Rule) -> None:
     """`commutes` is True for just those per-channel ops that a positive factor passes."""
-    if rule.kind not in ("per_channel", "movement") or not isinstance(rule.commutes, bool):
-        pytest.skip("says nothing of factors by itself")
     sample = sample_of(key, rule)
     model, x = sample.make()
     with torch.no_grad():
@@ -308,14 +313,14 @@ class Unfollowable(nn.Module):
 
 def test_sizes_that_cannot_follow_are_found_in_one_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many there are, each with its own node and reason."""
-    runs, merging = 0, importlib.import_module("fxmerge.merge")
+    runs, narrowing = 0, importlib.import_module("fxmerge.narrowing")
 
     def counted(*args: Any) -> Any:
         nonlocal runs
         runs += 1
         return constants.recompute(*args)
 
-    monkeypatch.setattr(merging, "recompute", counted)
+    monkeypatch.setattr(narrowing, "recompute", counted)
     result = plain_merge(Unfollowable(6).eval(), torch.randn(2, 5), ratio=0.5, decomposition="prune")
     refused = {r.name: r.reason for r in result.report.refusals}
     assert [refused[f"into.{i}"].split()[3] for i in range(6)] == ["getitem", *(f"getitem_{i}" for i in range(1, 6))]
