@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from .ir import Aten, Lab, Param, View
 from .labels import FIXED, fixed, holds, rows, simplify, spread, varying
@@ -77,6 +77,8 @@ def run(target: Any, args: Any, kwargs: Any) -> Any:
 
 def tree(function: Callable[[Any], Any], value: Any) -> Any:
     """`value` with the function applied to each leaf of its lists, tuples, dicts and slices."""
+    if type(value) in _LEAVES:  # nearly all; the questions below take longer than most functions
+        return function(value)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(tree(function, v) for v in value))
     if isinstance(value, torch.Size):
@@ -88,6 +90,9 @@ def tree(function: Callable[[Any], Any], value: Any) -> Any:
     if isinstance(value, slice):
         return slice(tree(function, value.start), tree(function, value.stop), tree(function, value.step))
     return function(value)
+
+
+_LEAVES = frozenset((fx.Node, Tensor, int, float, bool, str, type(None)))
 
 
 def fresh(value: Any) -> Any:

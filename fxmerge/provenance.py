@@ -224,16 +224,15 @@ class _Run:
         fetched = [(n.op, str(n.target)) for n in module.graph.nodes if n.op in ("call_module", "get_attr")]
         called = tuple(f"{target}." for op, target in fetched if op == "call_module")
         owners = {target.rpartition(".")[0] for op, target in fetched if op == "get_attr"}
-        names: dict[int, list[str]] = {}
+        names: dict[int, tuple[int, list[str]]] = {}
         users = self.capture.model.named_parameters(remove_duplicate=False) if self.capture.model is not None else ()
         for path, value in users:
             own = path.partition(".parametrizations.")[0] + ".weight" if ".parametrizations." in path else path
-            names.setdefault(id(value), []).append(own)
-        sizes = {id(v): v.size(0) if v.dim() else 1 for v in (self.capture.model or module).parameters()}
-        for key, paths in names.items():  # a tied weight runs where one of its names does
+            names.setdefault(id(value), (value.size(0) if value.dim() else 1, []))[1].append(own)
+        for size, paths in names.values():  # a tied weight runs where one of its names does
             if not any(p.startswith(called) or p.rpartition(".")[0] in owners for p in paths):
                 name = layer_name(paths[0])
-                found.setdefault(name, Untouched(name, sizes[key], "does not run on the example inputs", ""))
+                found.setdefault(name, Untouched(name, size, "does not run on the example inputs", ""))
         return tuple(found.values())
 
 

@@ -35,7 +35,7 @@ class Weights:
         self.module, self.shared = module, shared
         self.owners = dict(module.named_modules(remove_duplicate=False))
         self.holders: dict[int, list[tuple[dict[str, Any], str]]] = {}
-        for owner in module.modules():
+        for owner in dict.fromkeys(self.owners.values()):
             for held in (owner._parameters, owner._buffers, owner.__dict__):
                 for name, value in held.items():
                     if isinstance(value, Tensor):
@@ -94,8 +94,9 @@ def deep_copy(module: M, shared: Iterable[Tensor]) -> M:
     their fields are copied here, and deepcopy is left what else they hold, and modules that say how they are copied.
     """
     memo: dict[int, Any] = {id(t): t for t in shared}
-    classes = {cls: _plain(cls) for cls in {type(m) for m in module.modules()}}
-    plain = [m for m in module.modules() if classes[type(m)] and "__deepcopy__" not in m.__dict__]
+    modules = list(module.modules())
+    classes = {cls: _plain(cls) for cls in {type(m) for m in modules}}
+    plain = [m for m in modules if classes[type(m)] and "__deepcopy__" not in m.__dict__]
     for m in plain:
         memo[id(m)] = type(m).__new__(type(m))
     for m in plain:
@@ -135,8 +136,8 @@ _ATOMS = frozenset((int, float, bool, str, type(None)))
 
 def sharing_copy(module: fx.GraphModule) -> tuple[fx.GraphModule, Weights]:
     """A copy of a module that still shares all of its tensors, and the weights to make them its own one by one."""
-    tensors = [*module.parameters(), *module.buffers()]
-    tensors += [v for m in module.modules() for v in m.__dict__.values() if isinstance(v, Tensor)]
+    held = (d for m in module.modules() for d in (m._parameters, m._buffers, m.__dict__))
+    tensors = [v for values in held for v in values.values() if isinstance(v, Tensor)]
     copied = deep_copy(module, tensors)
     return copied, Weights(copied, frozenset(id(t) for t in tensors))
 
