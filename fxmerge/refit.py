@@ -33,7 +33,7 @@ from .weights import Weights, at, fetch_bias
 EXACT = 1e-10  # relative square error at which a layer needs no refit
 MATCH = 2.0  # the moment matching's factor stays between 1 / MATCH and MATCH
 RIDGE = 3e-2  # the pull towards the weights that are there, of the Gram's mean diagonal
-ROUNDS = 4  # of the alternation behind a rectifier
+ROUNDS = 6  # of the alternation behind a rectifier
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,14 @@ class _Refit:
         normal = system(rows.patches, shaped(rows.targets), reduce, centred)
         weight = normal.solve(start, ridge)
         bias = normal.intercept(weight, normal.mean_t)
+        last, pace = (weight, bias), 1.0
         for _ in range(ROUNDS if rectified else 0):
+            # each round is a gradient step of a convex loss, in the Gram's metric: FISTA's momentum makes fewer do
+            # (Beck & Teboulle, 2009, equations 4.1 to 4.3)
+            here, faster = (weight, bias), (1 + (1 + 4 * pace**2) ** 0.5) / 2
+            ahead, pace = (pace - 1) / faster, faster
+            weight, bias = (now + ahead * (now - then) for now, then in zip(here, last, strict=True))
+            last = here
             predicted = [_predict(p, weight, bias) for p in rows.patches]
             moved = [
                 aims.rectified(t, y, affine, now)

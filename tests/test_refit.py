@@ -6,9 +6,12 @@ import copy
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import scipy.optimize
 import torch
 from netmaking import one_thread  # noqa: F401
 from nets import NETS
@@ -18,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from two_processes import run_on_two
 
 import fxmerge
-from fxmerge import FxMergeError, Options, refit
+from fxmerge import FxMergeError, Options, refit, targets
 from fxmerge.elimination import eliminate
 from fxmerge.evidence import Reading
 from fxmerge.ir import Layer
@@ -328,3 +331,31 @@ def test_inputs_that_hardly_move_do_not_stop_selection() -> None:
     assert float(torch.linalg.eigvalsh(gram)[0]) < 0
     reading = Reading(gram, torch.randn(5, 12), torch.arange(12), torch.arange(12)[:, None])
     assert len(eliminate([reading], torch.arange(12), 7)) == 7
+
+
+def test_behind_a_rectifier_the_solution_is_next_to_the_best() -> None:
+    """What the rectifier stops need not be met: scipy minimises that loss, convex in weight and bias, to its end."""
+    generator = torch.Generator().manual_seed(0)
+    p = torch.randn(2000, 1, 12, generator=generator, dtype=torch.float64)
+    t = torch.randn(2000, 5, generator=generator, dtype=torch.float64)
+    t += p[:, 0] @ torch.randn(12, 5, generator=generator, dtype=torch.float64) / 3 - 0.5
+    ones = torch.ones(5, dtype=torch.float64)
+    step, rows = targets.affine(2 * ones, 0.3 * ones), refit._Rows([p], [t], [None])
+
+    def loss(flat: np.ndarray[Any, Any]) -> tuple[float, np.ndarray[Any, Any]]:
+        leaf = torch.from_numpy(flat).requires_grad_()
+        found = p[:, 0] @ leaf[5:].view(5, 12).T + leaf[:5]
+        apart = torch.where(2 * t + 0.3 > 0, found - t, (found + 0.15).clamp(min=0))
+        value = apart.square().sum()
+        value.backward()
+        return value.item(), leaf.grad.numpy()  # type: ignore[union-attr]
+
+    best = scipy.optimize.minimize(loss, np.zeros(65), jac=True, method="L-BFGS-B", options={"gtol": 1e-9}).fun
+    solver = SimpleNamespace(settings=SimpleNamespace(reduce=alone), _reduced=lambda values: float(sum(values)))
+
+    def reached(rectified: bool) -> float:
+        start = torch.zeros(1, 5, 12, dtype=torch.float64)
+        weight, bias = refit._Refit._solution(solver, rows, start, step, rectified, None, True)  # type: ignore[arg-type]
+        return refit._Refit._error(solver, rows, weight, bias, step, True) / best  # type: ignore[arg-type]
+
+    assert 1 <= reached(True) < 1.01 and reached(False) > 1.1
