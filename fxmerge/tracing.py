@@ -72,10 +72,15 @@ class Tracer(fx.Tracer):
 
 
 def user_line() -> str:
-    """The innermost line on the stack that is neither torch's nor ours, as a traceback has it."""
+    """The innermost line of the model's code on the stack that is neither torch's nor ours, as a traceback has it.
+
+    "" where there is none: an nn.Sequential has no line of the user's, and who called `merge` did not write the layer.
+    """
     frame = inspect.currentframe()
     while frame is not None:
         path = frame.f_code.co_filename
+        if path.endswith("/fxmerge/capture.py"):
+            break
         if "/torch/" not in path and "/fxmerge/" not in path and not path.startswith("<"):
             code = linecache.getline(path, frame.f_lineno).strip()
             return f'  File "{path}", line {frame.f_lineno}, in {frame.f_code.co_name}\n    {code}\n'

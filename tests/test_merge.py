@@ -95,6 +95,12 @@ def test_stack_traces_are_the_users_lines() -> None:
     assert all("nets.py" in (n.stack_trace or "") for n in module.graph.nodes if n.op.startswith("call"))
 
 
+def test_layers_that_no_line_calls_name_no_line() -> None:
+    """Not the line that called merge, nor that of a console script."""
+    analysis = fxmerge.analyze(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(2, 4))
+    assert [r.where for r in analysis.refusals] == [""]
+
+
 def test_the_merged_module_trains() -> None:
     model, x = NETS["dense"]()
     model.a.weight.requires_grad_(False)
