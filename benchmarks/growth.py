@@ -199,7 +199,7 @@ def plot(found: Mapping[str, Sequence[Point]], path: Path) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "the same ids for the same picture"
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5))
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
     for key, points in found.items():
         x = [p.parameters for p in points]
         axes[0].loglog(x, [p.seconds for p in points], marker="o", label=SERIES[key].title)
@@ -208,10 +208,10 @@ def plot(found: Mapping[str, Sequence[Point]], path: Path) -> None:
     axes[1].loglog(sizes, 4 * sizes / MIB, color="grey", linestyle=":", label="the model itself")
     axes[0].set(xlabel="parameters", ylabel="CPU seconds", title="time")
     axes[1].set(xlabel="parameters", ylabel="MiB", title="peak memory of the merge")
+    axes[1].legend(fontsize="small")
     for axis in axes:
-        axis.legend(fontsize="small")
         axis.grid(alpha=0.3)
-    figure.tight_layout()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
     figure.savefig(path, metadata={"Date": None})
 
 
