@@ -8,6 +8,8 @@ than the parameters it is made of. Views of a parameter stay views; a table that
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 import torch
@@ -15,10 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from . import movement, rules
+from .ir import FOLDED
 from .stored import beside
 from .torchcalls import in_place
 from .weights import at
 
+_Made = tuple[str, tuple[str, ...]]  # a new parameter's path, and the paths of what it is made of
 _RANDOM = ("dropout", "rrelu", "stochastic_depth", "new")
 _TABLES = ("embedding",)  # rows of a table: no arithmetic either
 
@@ -31,34 +35,90 @@ def fold(module: fx.GraphModule) -> fx.GraphModule:
     known = rules.table()
     _as_linear(module, known)
     constant: dict[fx.Node, bool] = {}  # node that depends on parameters alone -> is there arithmetic in it?
+    updates: list[fx.Node] = []
     for node in module.graph.nodes:
         if node.op == "get_attr":
             constant[node] = False
         elif node.op in ("call_function", "call_method") and node.all_input_nodes:
             found = rules.find(node.target, known)
-            if in_place(node, node.target) and node.args[0] in constant:
-                return module  # a forward that writes its own parameters: nothing is known to be constant
-            if found is None or found[0].name in _RANDOM or in_place(node, node.target):
-                continue
-            if all(n in constant for n in node.all_input_nodes):
-                moves = found[0].kind in ("movement", "query") or found[0].name in _TABLES
+            update, alone = in_place(node, node.target), all(n in constant for n in node.all_input_nodes)
+            if update and node.args[0] in constant:
+                updates.append(node)
+                if not alone or not _repeatable(node.target):
+                    return module  # what is made of parameters is another tensor in each run
+            if alone and (update or found is not None) and (found is None or found[0].name not in _RANDOM):
+                moves = found is not None and (found[0].kind in ("movement", "query") or found[0].name in _TABLES)
                 constant[node] = not moves or any(constant[n] for n in node.all_input_nodes)
+    updated = _updated(module, constant, updates) if updates else {}
+    if updated is None:
+        return module
+    constant.update(dict.fromkeys(updated, True))
     used = {str(n.target) for n in module.graph.nodes if n.op == "get_attr"}
-    made: dict[str, str] = {}
+    made: dict[str, _Made] = {}
     for node, computed in list(constant.items()):
         outside = [u for u in node.users if u not in constant]
         if node.op == "get_attr" or not outside:
             continue
         weighs = [u for u in outside if _as_weight(module, u, node, known)]
         if computed or weighs:
-            _replace(module, node, weighs if not computed else outside, bool(weighs), made)
+            _replace(module, node, weighs if not computed else outside, bool(weighs), made, updated)
     if made:
+        kept = any(u not in constant for node in updated for u in node.users)
         for node in reversed(constant):
-            if not node.users:
+            if not node.users and not (kept and node in updated):
                 module.graph.erase_node(node)
         _drop_unused(module, used)
         module.recompile()
     return module
+
+
+def _updated(
+    module: fx.GraphModule, constant: dict[fx.Node, bool], updates: list[fx.Node]
+) -> dict[fx.Node, Any] | None:
+    """The values that share memory with what is updated in place, after the last update.
+
+    None where that cannot be said once for all: a parameter itself is written, or somebody reads in between.
+    """
+    values: dict[fx.Node, Any] = {}
+    place = {node: number for number, node in enumerate(module.graph.nodes)}
+
+    def memory(value: Any) -> int:
+        return value.untyped_storage()._cdata if isinstance(value, Tensor) else 0
+
+    last: dict[int, int] = {}  # memory -> place of its last update
+    try:
+        with torch.no_grad():
+            for node in constant:
+                if node in updates:
+                    written = memory(values[node.args[0]])  # type: ignore[index]
+                    if written in {memory(values[n]) for n in values if n.op == "get_attr"}:
+                        return None
+                    last[written] = place[node]
+                values[node] = _called(module, node, values.__getitem__)
+        found = {node: value for node, value in values.items() if memory(value) in last}
+    except (TypeError, RuntimeError, ValueError, IndexError):
+        return None
+    read = [(user, value) for node, value in found.items() for user in node.users if user not in constant]
+    return None if any(place[user] < last[memory(value)] for user, value in read) else found
+
+
+def _repeatable(target: Any) -> bool:
+    """Does an op in place do the same in each run? One that is not torch's might not."""
+    name = target if isinstance(target, str) else getattr(target, "__name__", "").split(".")[0]
+    packet = getattr(torch.ops.aten, name, None)
+    random = torch.Tag.nondeterministic_seeded
+    if packet is None:
+        return target is operator.setitem
+    return not any(random in getattr(packet, overload).tags for overload in packet.overloads())
+
+
+def _called(module: fx.GraphModule, node: fx.Node, value: Callable[[fx.Node], Any]) -> Any:
+    """What a node of a constant subgraph gives."""
+    if node.op == "get_attr":
+        return at(module, str(node.target))
+    args, kwargs = fx.map_arg(node.args, value), fx.map_arg(node.kwargs, value)
+    target: Any = node.target
+    return getattr(args[0], target)(*args[1:], **kwargs) if node.op == "call_method" else target(*args, **kwargs)
 
 
 def _as_linear(module: fx.GraphModule, known: dict[Any, Any]) -> None:
@@ -92,38 +152,42 @@ def _as_weight(module: fx.GraphModule, user: fx.Node, node: fx.Node, known: dict
     return found is not None and found[0].kind in ("writer", "carrier") and node not in user.args[:1]
 
 
-def _spelled(value: Any) -> str:
+def _spelled(value: Any, updated: Container[fx.Node]) -> str:
     """A constant subgraph as text: the same text is the same value."""
     if isinstance(value, fx.Node):
+        if value in updated:
+            return value.name
         if value.op == "get_attr":
             return f"self.{value.target}"
         called = value.target if isinstance(value.target, str) else id(value.target)
-        return f"{called}({_spelled(value.args)}, {_spelled(value.kwargs)})"
+        return f"{called}({_spelled(value.args, updated)}, {_spelled(value.kwargs, updated)})"
     if isinstance(value, (tuple, list)):
-        return f"[{', '.join(map(_spelled, value))}]"
+        return f"[{', '.join(_spelled(v, updated) for v in value)}]"
     if isinstance(value, dict):
-        return f"{{{', '.join(f'{k}: {_spelled(v)}' for k, v in value.items())}}}"
+        return f"{{{', '.join(f'{k}: {_spelled(v, updated)}' for k, v in value.items())}}}"
     return repr(value)
 
 
 def _replace(
-    module: fx.GraphModule, node: fx.Node, users: list[fx.Node], as_weight: bool, known: dict[str, str]
-) -> None:
+    module: fx.GraphModule, node: fx.Node, users: list[fx.Node], as_weight: bool, known: dict[str, _Made],
+    updated: Mapping[fx.Node, Any],
+) -> None:  # fmt: skip
     """Put a new parameter in the place of the node, for these users; one parameter for one value (`known`)."""
-    text = _spelled(node)
-    path = known.get(text) or _computed(module, node, as_weight)
-    if path is None:
+    text = _spelled(node, updated)
+    computed = known.get(text) or _computed(module, node, as_weight, updated)
+    if computed is None:
         return
-    known[text] = path
+    known[text] = computed
+    path, sources = computed
     with module.graph.inserting_before(node):
         fetched = module.graph.get_attr(path)
-    fetched.meta = dict(node.meta)
+    fetched.meta = {**node.meta, FOLDED: sources}
     for user in users:
         user.replace_input_with(node, fetched)
 
 
-def _computed(module: fx.GraphModule, node: fx.Node, as_weight: bool) -> str | None:
-    """The path of a new parameter with the node's value, or None where it should stay as it is.
+def _computed(module: fx.GraphModule, node: fx.Node, as_weight: bool, updated: Mapping[fx.Node, Any]) -> _Made | None:
+    """A new parameter with the node's value, or None where it should stay as it is.
 
     Where all that it is made of are buffers it is a buffer too.
     """
@@ -134,13 +198,10 @@ def _computed(module: fx.GraphModule, node: fx.Node, as_weight: bool) -> str | N
         if of not in values:
             if of.op == "get_attr":
                 sources.append(of)
-                values[of] = at(module, str(of.target))
-            else:
-                args, kwargs = fx.map_arg(of.args, value), fx.map_arg(of.kwargs, value)
-                target: Any = of.target
-                values[of] = (
-                    getattr(args[0], target)(*args[1:], **kwargs) if of.op == "call_method" else target(*args, **kwargs)
-                )
+            if of in updated:  # and not updated once more, but what it is made of is asked for
+                for source in of.all_input_nodes:
+                    value(source)
+            values[of] = updated[of] if of in updated else _called(module, of, value)
         return values[of]
 
     try:
@@ -166,7 +227,7 @@ def _computed(module: fx.GraphModule, node: fx.Node, as_weight: bool) -> str | N
         holder.register_parameter(path, nn.Parameter(found, requires_grad=grad))
     else:
         holder.register_buffer(path, found)
-    return f"{owner}.{path}".lstrip(".")
+    return f"{owner}.{path}".lstrip("."), tuple(str(s.target) for s in sources)
 
 
 def _drop_unused(module: fx.GraphModule, before: set[str]) -> None:

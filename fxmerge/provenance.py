@@ -18,6 +18,7 @@ from .context import Context, Opaque, layer_name
 from .errors import source_line
 from .exporting import by_name, overload_name
 from .ir import (
+    FOLDED,
     Block,
     Bond,
     Capture,
@@ -224,13 +225,14 @@ class _Run:
         fetched = [(n.op, str(n.target)) for n in module.graph.nodes if n.op in ("call_module", "get_attr")]
         called = tuple(f"{target}." for op, target in fetched if op == "call_module")
         owners = {target.rpartition(".")[0] for op, target in fetched if op == "get_attr"}
+        folded = {path for n in module.graph.nodes for path in n.meta.get(FOLDED, ())}
         names: dict[int, tuple[int, list[str]]] = {}
         users = self.capture.model.named_parameters(remove_duplicate=False) if self.capture.model is not None else ()
         for path, value in users:
             own = path.partition(".parametrizations.")[0] + ".weight" if ".parametrizations." in path else path
             names.setdefault(id(value), (value.size(0) if value.dim() else 1, []))[1].append(own)
         for size, paths in names.values():  # a tied weight runs where one of its names does
-            if not any(p.startswith(called) or p.rpartition(".")[0] in owners for p in paths):
+            if not any(p.startswith(called) or p.rpartition(".")[0] in owners or p in folded for p in paths):
                 name = layer_name(paths[0])
                 found.setdefault(name, Untouched(name, size, "does not run on the example inputs", ""))
         return tuple(found.values())

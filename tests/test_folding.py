@@ -204,3 +204,58 @@ def test_a_parameter_that_forward_writes_is_not_folded() -> None:
     result = plain_merge(model, x, ratio=0.5)
     assert result.plan.groups == ()
     assert result.report.verdict.error == 0
+
+
+def zeroed_part(m: Any, x: Tensor) -> Tensor:
+    """torchvision's swin-v2: the keys' part of the packed bias is zeroed in a copy."""
+    bias = m.bias.clone()
+    bias[8:16].zero_()
+    q, k, v = F.linear(x, m.w, bias).chunk(3, -1)
+    return m.out(F.relu(q) * F.relu(k) + F.relu(v))
+
+
+@pytest.mark.parametrize("exported", [False, True])
+def test_a_copy_that_is_written_in_place(exported: bool) -> None:
+    model, x = made(zeroed_part, w=raw(24, 6), bias=raw(24), out=nn.Linear(8, 3))
+    before = model.bias.detach().clone()
+    if exported:
+        result = fxmerge.merge(torch.export.export(model, (x,)), ratio=0.5, decomposition="prune", refit="none")
+    else:
+        result = checked(model, x, w=4)
+    assert [len(p.kept) for p in result.plan.groups] == [4]
+    held = dict(result.module.named_parameters())["bias_folded"]
+    assert held.shape == (12,) and held[4:8].abs().max() == 0 and held[:4].abs().min() > 0
+    assert torch.equal(model.bias, before)
+
+
+def test_a_copy_that_is_written_twice_and_read_through_a_view() -> None:
+    def wiring(m: Any, x: Tensor) -> Tensor:
+        weight = m.w.clone()
+        part = weight[:4]
+        part.mul_(2)
+        weight.add_(1)
+        return m.b(F.relu(torch.cat([F.linear(x, weight), F.linear(x, part)], -1)))
+
+    model, x = made(wiring, w=raw(8, 6), b=nn.Linear(12, 2))
+    folded = capture(model, x).module
+    assert not any("mul_" in str(n.target) or "add_" in str(n.target) for n in folded.graph.nodes)
+    assert verify.difference(verify.outputs(model, (x,)), verify.outputs(folded, (x,))) < 1e-14
+
+
+def read_before(m: Any, x: Tensor) -> Tensor:
+    weight = m.w * 2
+    y = F.linear(x, weight)
+    weight.add_(1)
+    return m.b(F.relu(y + F.linear(x, weight)))
+
+
+def random_each_time(m: Any, x: Tensor) -> Tensor:
+    weight = m.w * 2
+    weight[0].bernoulli_(0.5)
+    return m.b(F.relu(F.linear(x, weight)))
+
+
+@pytest.mark.parametrize("wiring", [read_before, random_each_time])
+def test_what_is_not_the_same_at_all_reads_is_not_folded(wiring: Any) -> None:
+    model, x = made(wiring, w=raw(8, 6), b=nn.Linear(8, 2))
+    assert "w_folded" not in names(model, x)

@@ -105,3 +105,21 @@ def test_a_tied_weight_runs_where_one_of_its_names_does() -> None:
     model, x = Tied().eval(), torch.randint(0, 11, (2, 5))
     assert unsaid(model, x) == []
     assert [r.reason for r in fxmerge.analyze(model, x).refusals if "does not run" in r.reason] == []
+
+
+def test_what_a_folded_parameter_is_made_of_runs() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale, self.idle = nn.Linear(5, 4, bias=False), nn.Linear(3, 3)
+            self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            weight = self.a.weight * self.scale.weight.sum()
+            return self.b(nn.functional.linear(x, weight, self.a.bias).relu())
+
+    found = fxmerge.analyze(Scaled().eval(), torch.randn(2, 3)).refusals
+    assert {r.name: r.reason for r in found} == {
+        "b": "is the model's output",
+        "idle": "does not run on the example inputs",
+    }
