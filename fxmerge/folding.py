@@ -42,11 +42,11 @@ def fold(module: fx.GraphModule) -> fx.GraphModule:
         elif node.op in ("call_function", "call_method") and node.all_input_nodes:
             found = rules.find(node.target, known)
             update, alone = in_place(node, node.target), all(n in constant for n in node.all_input_nodes)
-            if update and node.args[0] in constant:
+            if update and node.all_input_nodes[0] in constant:
                 updates.append(node)
                 if not alone or not _repeatable(node.target):
                     return module  # what is made of parameters is another tensor in each run
-            if alone and (update or found is not None) and (found is None or found[0].name not in _RANDOM):
+            if alone and (update or (found is not None and found[0].name not in _RANDOM)):
                 moves = found is not None and (found[0].kind in ("movement", "query") or found[0].name in _TABLES)
                 constant[node] = not moves or any(constant[n] for n in node.all_input_nodes)
     updated = _updated(module, constant, updates) if updates else {}
@@ -90,7 +90,7 @@ def _updated(
         with torch.no_grad():
             for node in constant:
                 if node in updates:
-                    written = memory(values[node.args[0]])  # type: ignore[index]
+                    written = memory(values[node.all_input_nodes[0]])
                     if written in {memory(values[n]) for n in values if n.op == "get_attr"}:
                         return None
                     last[written] = place[node]
