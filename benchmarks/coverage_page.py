@@ -67,6 +67,10 @@ def summary(title: str, rows: Mapping[Key, Row]) -> list[str]:
         times = f", median {_median(pruned, 'merge_s')} s" if pruned else ""
         out.append(f"- peer: {len(pruned)} of {len(theirs)} pruned, {kept} of them with outputs of their shape{times}")
         pairs = [(row, theirs.get((row["suite"], row["name"]))) for row in merged]
+        both = [(row, p) for row, p in pairs if p and p["status"] == "ok"]
+        if both:
+            ours_s, theirs_s = (_median([pair[at] for pair in both], "merge_s") for at in (0, 1))
+            out.append(f"- the {len(both)} models that both did: median {ours_s} s for a merge, the peer {theirs_s} s")
         more = [f"{r['name']} (+{100 * (r['left'] - p['left']):.0f})" for r, p in pairs if p and _more(r, p)]
         out.append(f"- more left than the peer by over {100 * MARGIN:.0f} points: {_listed(more)}")
         pruned_keys = {key for key, row in theirs.items() if row["status"] == "ok" and row.get("shapes_kept")}
@@ -81,7 +85,7 @@ def _more(row: Row, peer: Row) -> bool:
 
 
 def _median(rows: Sequence[Row], field: str) -> str:
-    return f"{median(row[field] for row in rows):.1f}"
+    return f"{median(row[field] for row in rows):.2f}"
 
 
 def _listed(names: Sequence[str]) -> str:

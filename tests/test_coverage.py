@@ -155,8 +155,8 @@ def test_page() -> None:
         row(name="idle", groups=0, left=1.0),
         row(name="bad", status="failed", error="Bad cannot be traced: a | b"),
         row(name="worse", status="failed", error="Worse cannot be traced: a | b"),
-        row(tool="peer", left=0.3),
-        row(name="wrong", tool="peer", left=0.1, shapes_kept=False),
+        row(tool="peer", left=0.3, merge_s=7.0),
+        row(name="wrong", tool="peer", left=0.1, shapes_kept=False, merge_s=8.0),
         row(name="bad", tool="peer", left=0.3),
     )
     assert "- timm: 2 of 5 models merged, 1 of them with oracle 1 <= 1e-10" in text
@@ -164,6 +164,7 @@ def test_page() -> None:
     assert "nothing to merge: 1: idle" in text
     assert "more left than the peer by over 5 points: 1: a (+10)" in text
     assert "pruned by the peer but not merged: 1: bad" in text
+    assert f"the 2 models that both did: median {ROW['merge_s']:.2f} s for a merge, the peer 7.50 s" in text
     assert "| **1e-03 (0)** |" in text and "31 % of channels: topk has no rule" in text
     assert "| 2 | cannot be traced: a \\| b | bad, worse |" in text
 
