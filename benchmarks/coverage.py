@@ -160,6 +160,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="models at a time")
     parser.add_argument("--no-peer", action="store_true", help="fxmerge only")
     parser.add_argument("--again", action="store_true", help="measure rows that are there already, too")
+    parser.add_argument("--remark", default="", metavar="TEXT", help="a line for the page: how this was run")
     args = parser.parse_args(argv)
     path = args.json or args.out.with_suffix(".jsonl")
     console = Console(stderr=True, highlight=False)
@@ -172,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         run(todo, path, vars(args), args.jobs, console)
     finally:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(page(read_rows(path)), encoding="utf-8")
+        args.out.write_text(page(read_rows(path), args.remark), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -31,10 +31,10 @@ HEADER = "| model | parameters | captured | groups | left | analysis, s | merge,
 RULE = "|---|--:|---|--:|--:|--:|--:|--:|--:|--:|---|"
 
 
-def page(rows: Mapping[Key, Row]) -> str:
-    """The whole page."""
+def page(rows: Mapping[Key, Row], remark: str = "") -> str:
+    """The whole page; `remark` says how the rows were measured."""
     suites = sorted({suite for suite, _, tool in rows}, key=lambda s: (s != "torchvision", s != "timm", s))
-    parts = [INTRODUCTION, *summary("all", rows)]
+    parts = [INTRODUCTION, *([remark, ""] if remark else []), *summary("all", rows)]
     for suite in suites:
         inside = {key: row for key, row in rows.items() if key[0] == suite}
         names = sorted({name for _, name, _ in inside})

@@ -170,4 +170,5 @@ def test_page() -> None:
 
 
 def test_page_without_rows() -> None:
-    assert "0 of 0 models merged" in page({})
+    assert "0 of 0 models merged" in page({}, "on paper")
+    assert "\non paper\n" in page({}, "on paper")
