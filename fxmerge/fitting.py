@@ -31,7 +31,7 @@ from .weights import at
 
 STEPS = 20  # of Adam, with a short memory and a rate (in deviations of the probes) that falls to FALL of the first:
 RATE, BETAS, FALL = 0.15, (0.7, 0.9), 0.3  # in a dozen steps twice as near as the usual 0.1, (0.9, 0.999), 1
-BUDGET = 4e12  # FLOPs of all steps together, at most; no probe is moved where fewer than LEAST steps are within it
+BUDGET = 2.4e12  # FLOPs of all steps together, at most; no probe is moved where fewer than LEAST steps are within it
 LEAST = 5
 STRAY = 0.5  # divergence of a layer's outputs from the statistics behind it, where its inputs have theirs
 

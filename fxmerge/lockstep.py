@@ -81,14 +81,16 @@ class Stream:
         for source_name, reader in last.items():
             self.expires.setdefault(reader, []).append(source_name)
 
-    def call(self, node: fx.Node, number: int) -> Any:
-        """What a node gives for one batch."""
+    def call(self, node: fx.Node, number: int, given: Mapping[str, Any] | None = None) -> Any:
+        """What a node gives for one batch; `given` are values to take in place of those that are there."""
         if node.op == "placeholder":
             return self.batches[number][self.placeholders.index(node.name)]
         if node.op == "get_attr":
             return at(self.module, str(node.target))
 
         def operand(source: fx.Node) -> Any:
+            if given is not None and source.name in given:
+                return given[source.name]
             if source.name not in self.values:  # a parameter that was added on the way
                 return at(self.module, str(source.target))
             return self.values[source.name][number]
@@ -150,9 +152,18 @@ class Lockstep:
             mean, variance = moments(inputs, 1, self.reduce)
         return mean, (variance + layer.eps).sqrt()
 
+    def again(self, node: fx.Node, value: Any, number: int) -> Any:
+        """What a node of the merged graph gives for one batch where its one input is this."""
+        if node.name in self.norms:
+            return self._normalise(self.merged, [value], self.norms[node.name], self.kept)[0]
+        source = next(n for n in node.all_input_nodes if n.op != "get_attr")
+        found = self.merged.call(node, number, {source.name: value})
+        layer = self.rectified.get(node.name)
+        return found if layer is None else self._held([found], layer, self.kept)[0]
+
     def _run(self, stream: Stream, node: fx.Node, kept: Callable[[Tensor], Tensor] | None) -> Values:
         if node.name in self.norms:
-            values = self._normalise(stream, node, self.norms[node.name], kept)
+            values = self._normalise(stream, stream.values[node.all_input_nodes[0].name], self.norms[node.name], kept)
         else:
             values = [stream.call(node, i) for i in range(len(stream.batches))]
         layer = self.rectified.get(node.name)
@@ -171,12 +182,11 @@ class Lockstep:
         return [x + shift.to(x).view(view) for x in values]
 
     def _normalise(
-        self, stream: Stream, node: fx.Node, layer: Layer, kept: Callable[[Tensor], Tensor] | None
+        self, stream: Stream, inputs: list[Tensor], layer: Layer, kept: Callable[[Tensor], Tensor] | None
     ) -> Values:
-        inputs: list[Tensor] = stream.values[node.all_input_nodes[0].name]
         if kept is None:
-            self.known[node.name] = self.statistics(layer, inputs)
-        mean, deviation = self.known[node.name]
+            self.known[layer.node] = self.statistics(layer, inputs)
+        mean, deviation = self.known[layer.node]
         if kept is not None and layer.carries is not None:
             mean, deviation = (t[kept(layer.carries).to(t.device)] for t in (mean, deviation))
         gain, offset = line(stream.module, layer, mean, deviation)

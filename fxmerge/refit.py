@@ -22,18 +22,31 @@ from math import isfinite
 import torch
 from torch import Tensor, fx, nn
 
+from . import joint
 from . import targets as aims
+from .cost import flops_by_node
 from .evaluating import evaluating
 from .ir import Layer
 from .lockstep import Lockstep, Pair, Settings, Step, line, moments
-from .patches import Form, at_positions, enough, form_of, input_of, operands, patches, rows_of, sample, weight_of
-from .systems import system
+from .patches import (
+    FEWEST,
+    Form,
+    at_positions,
+    channel_axis,
+    enough,
+    form_of,
+    input_of,
+    operands,
+    patches,
+    positions,
+    rows_of,
+    sample,
+    weight_of,
+)
+from .solving import ROUNDS, Rows, error, solution
 from .weights import Weights, at, fetch_bias
 
 EXACT = 1e-10  # relative square error at which a layer needs no refit
-MATCH = 2.0  # the moment matching's factor stays between 1 / MATCH and MATCH
-RIDGE = 3e-2  # the pull towards the weights that are there, of the Gram's mean diagonal
-ROUNDS = 6  # of the alternation behind a rectifier
 
 
 @dataclass(frozen=True)
@@ -62,12 +75,25 @@ def refit(
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """A sample of a layer's output positions, by batch."""
+class _Place:
+    """A layer's call in the merged graph, its geometry and the weights that are there, float64."""
 
-    patches: list[Tensor]  # (rows, g, p)
-    targets: list[Tensor]  # (rows, o), corrected by the other stream
-    others: list[Tensor] | list[None]  # (rows, o) of the merged graph's other stream
+    layer: Layer
+    node: fx.Node
+    form: Form
+    start: Tensor  # (g, o, p)
+    bias: Tensor  # (g, o)
+
+
+@dataclass(frozen=True)
+class _Site:
+    """A layer that is being solved and what its outputs meet."""
+
+    step: Step
+    place: _Place
+    behind: aims.Behind
+    affine: aims.Affine
+    stays: Tensor  # the original's outputs that the merged graph still has
 
 
 class _Refit:
@@ -80,6 +106,17 @@ class _Refit:
         used = Counter(layer.params["weight"] for layer in facts.layers if "weight" in layer.params)
         self.shared = {path for path, times in used.items() if times > 1}
         self.generator = torch.Generator().manual_seed(settings.seed)
+        self.chains = joint.chains(self.layers, list(self.merged.graph.nodes), self._lost, self.shared)
+        self.used = self._affordable(batches) if self.chains else 0
+        self.within = {layer.node: chain for chain in self.chains.values() for layer in chain.layers if self.used}
+
+    def _lost(self, layer: Layer) -> bool:
+        return layer.reads is not None and len(self.kept(layer.reads.flatten())) < layer.reads.numel()
+
+    def _affordable(self, batches: Sequence[Sequence[object]]) -> int:
+        flops = flops_by_node(self.merged, batches[0])
+        total = sum(flops[layer.node] for chain in self.chains.values() for layer in chain.layers)
+        return joint.affordable(total, len(batches), self.settings.reduce)
 
     def run(self, stage: Callable[[str], None]) -> tuple[Refitted, ...]:
         moved: dict[str, bool] = {}  # node -> is its value in the merged graph another than the original's?
@@ -89,57 +126,120 @@ class _Refit:
             comes = any(moved.get(source.name, False) for source in node.all_input_nodes)
             own = layer is not None and any(self._changed(path) for path in layer.params.values())
             moved[node.name] = comes or own
+            if layer is not None and node.name in self.within:
+                self._begin(step, layer, self.within[node.name])
             if layer is not None and comes and layer.op in aims.SOLVED:
                 stage(f"refit {layer.module}")
                 records.append(self._solve(step, layer))
         return tuple(records)
+
+    def _begin(self, step: Step, layer: Layer, chain: joint.Chain) -> None:
+        """At a chain's first layer its inputs are kept, unless there are too few positions."""
+        if chain.nodes[0].name != step.node.name:
+            return
+        form, weight = self._form(step.node, layer), self.weights[layer.params["weight"]]
+        count = 0.0 if form is None else float(sum(positions(y, form) for y in step.outputs[: self.used]))
+        unknowns = 0 if form is None else rows_of(weight, form).size(2)
+        if float(self.settings.reduce(weight.new_tensor(count, dtype=torch.float64))) >= joint.POSITIONS * unknowns > 0:
+            chain.begin(self.run_of.merged.values[input_of(step.node, layer.op).name])
+        else:
+            self.within = {name: other for name, other in self.within.items() if other is not chain}
 
     def _changed(self, path: str) -> bool:
         before, now = at(self.original, path), at(self.merged, path)
         return before.shape != now.shape or not torch.equal(before, now)
 
     def _solve(self, step: Step, layer: Layer) -> Refitted:
-        node, path = step.node, layer.params["weight"]
-        owner = self.merged.get_submodule(str(node.target)) if node.op == "call_module" else None
-        form = form_of(node, layer, owner, self.weights[path])
-        if path in self.shared:
+        place = self._place(step.node, layer)
+        if layer.params["weight"] in self.shared:
             return Refitted(layer.module, 0.0, 0.0, "as it is: one weight serves several calls")
-        if form is None:
+        if place is None:
             return Refitted(layer.module, 0.0, 0.0, "as it is: a call of unknown geometry")
         if not all(isinstance(y, Tensor) and y.is_floating_point() for y in step.outputs):
             return Refitted(layer.module, 0.0, 0.0, "as it is: its outputs are no floating-point tensors")
-        found = aims.behind(self.merged, node, self.norms, self._present())
-        out_labels = layer.writes if layer.writes is not None else layer.carries
-        assert out_labels is not None
-        stays = self.kept(out_labels).to(step.outputs[0].device)
-        affine = self._affine(node, found, step.outputs, stays)
-        inputs = self.run_of.merged.values[input_of(node, layer.op).name]
-        start = rows_of(self.weights[path], form).double()
+        site, reduce = self._site(step, place), self.settings.reduce
+        start, bias = place.start, place.bias
         count = enough(self.settings.rows, start.size(0) * start.size(2))
-        index_of = sample(step.outputs, form, count, self.generator, self.settings.reduce)
-        rows = self._rows(step, form, index_of, inputs, found, affine, stays)
-        held = self._bias(node, layer, owner)
-        bias = start.new_zeros(start.shape[:2]) if held is None else held.double().view(start.shape[:2])
-        rectified = found.rectified
-        scale = self._reduced([t.double().square().sum() for t in rows.targets])
-        before = self._error(rows, start, bias, affine, rectified)
+        if step.node.name in self.within:
+            count = min(count, FEWEST)  # where the joint steps begin, no more
+        index_of = sample(step.outputs, place.form, count, self.generator, reduce)
+        rows = self._rows(site, index_of)
+        scale = float(reduce(torch.stack([t.double().square().sum() for t in rows.targets]).sum()))
+        judge = (site.affine, site.behind.rectified)
+        before = error(rows, start, bias, *judge, reduce)
         if not isfinite(before) or not isfinite(scale):
             return Refitted(layer.module, 0.0, 0.0, "as it is: its inputs or outputs are not finite")
         if before <= EXACT * scale:
             return Refitted(layer.module, before / max(scale, 1e-300), before / max(scale, 1e-300), "exact as it is")
-        moments_wanted = self._output_moments(step, form, stays) if found.norm is not None else None
-        weight, offset = self._solution(rows, start, affine, rectified, moments_wanted, can_shift(layer))
-        after = self._error(rows, weight, offset, affine, rectified)
+        wanted = self._output_moments(site) if site.behind.norm is not None else None
+        rounds = 0 if step.node.name in self.within else ROUNDS  # what is fitted jointly needs none
+        weight, offset = solution(rows, start, *judge, wanted, can_shift(layer), reduce, rounds)
+        after = error(rows, weight, offset, *judge, reduce)
         note = ""
         if not after <= before:
-            weight, offset, after = start, bias, before
-            note = "as it is: no solution is better"
+            after, note = before, "as it is: no solution is better"
         else:
-            self._write(layer, node, owner, form, weight, offset)
+            self._write(place, weight, offset)
+        if self._jointly(site):
+            rows, now = self._rows(site, index_of), self._place(step.node, layer)
+            assert now is not None
+            after, note = error(rows, now.start, now.bias, *judge, reduce), ""
         return Refitted(layer.module, before / scale, after / scale, note)
 
-    def _bias(self, node: fx.Node, layer: Layer, owner: nn.Module | None) -> Tensor | None:
-        """The bias that is there: the layer's own, or one that absorbing gave it."""
+    def _jointly(self, site: _Site) -> bool:
+        """Fit the layer with the one that it reads, where nothing else does; the merged stream goes on with both."""
+        chain = self.within.get(site.step.node.name)
+        if chain is None or chain.nodes[-1] is not site.step.node or not chain.intact:
+            return False
+        places = []
+        for layer in chain.layers:
+            node = next(n for n in chain.nodes if n.name == layer.node)
+            place = self._place(node, layer)
+            if place is None:
+                return False
+            if can_shift(layer):
+                self._write(place, place.start, place.bias)  # so that there is a bias to move
+            places.append(joint.Place(place.form, self.weights[layer.params["weight"]], self._held(node, layer)))
+        goals = [self._goal(site, number) for number in range(self._plenty(site))]
+        better = joint.fit(self.run_of, chain, places, goals, self.settings.seed)
+        if better:
+            source = input_of(site.step.node, chain.layers[-1].op)
+            self.run_of.merged.values[source.name] = [
+                joint.along(self.run_of, chain, number) for number in range(len(chain.inputs))
+            ]
+        return better
+
+    def _plenty(self, site: _Site) -> int:
+        """So many batches have ENOUGH positions, or all that are used."""
+        count = sum(positions(y, site.place.form) for y in site.step.outputs[: self.used])
+        every = float(self.settings.reduce(torch.tensor(float(count), dtype=torch.float64)))
+        return max(1, min(self.used, round(self.used * joint.ENOUGH / max(every, 1.0))))
+
+    def _owner(self, node: fx.Node) -> nn.Module | None:
+        return self.merged.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+    def _form(self, node: fx.Node, layer: Layer) -> Form | None:
+        return form_of(node, layer, self._owner(node), self.weights[layer.params["weight"]])
+
+    def _place(self, node: fx.Node, layer: Layer) -> _Place | None:
+        form = self._form(node, layer)
+        if form is None:
+            return None
+        start, held = rows_of(self.weights[layer.params["weight"]], form).double(), self._held(node, layer)
+        bias = start.new_zeros(start.shape[:2]) if held is None else held.double().view(start.shape[:2])
+        return _Place(layer, node, form, start, bias)
+
+    def _site(self, step: Step, place: _Place) -> _Site:
+        found = aims.behind(self.merged, step.node, self.norms, self._present())
+        layer = place.layer
+        out_labels = layer.writes if layer.writes is not None else layer.carries
+        assert out_labels is not None
+        stays = self.kept(out_labels).to(step.outputs[0].device)
+        return _Site(step, place, found, self._affine(step.node, found, step.outputs, stays), stays)
+
+    def _held(self, node: fx.Node, layer: Layer) -> Tensor | None:
+        """The bias that is there: the layer's own, or one that absorbing or an earlier solution gave it."""
+        owner = self._owner(node)
         if "bias" in layer.params:
             return self.weights[layer.params["bias"]]
         given = getattr(owner, "bias", None) if owner is not None else operands(node, layer.op).get("bias")
@@ -157,115 +257,68 @@ class _Refit:
         gain, constant = line(self.original, found.norm, *self.run_of.statistics(found.norm, outputs))
         return aims.affine(gain[stays], constant[stays])
 
-    def _rows(
-        self, step: Step, form: Form, index_of: Sequence[Tensor], inputs: Sequence[Tensor], found: aims.Behind,
-        affine: aims.Affine, stays: Tensor,
-    ) -> _Rows:  # fmt: skip
+    def _rows(self, site: _Site, index_of: Sequence[Tensor]) -> Rows:
         """The output positions chosen of each batch."""
-        sampled, wanted, others = [], [], []
-        other = found.other
-        for number, (x, y, index) in enumerate(zip(inputs, step.outputs, index_of, strict=True)):
+        source = input_of(site.step.node, site.place.layer.op)
+        inputs = self.run_of.merged.values[source.name]
+        sampled = [patches(x, site.place.form, index) for x, index in zip(inputs, index_of, strict=True)]
+        return Rows(sampled, *self._targets(site, index_of))
+
+    def _targets(self, site: _Site, index_of: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor | None]]:
+        """What the layer ought to put out there, corrected by the other stream, and the merged graph's other stream."""
+        wanted, others, form, stays = [], [], site.place.form, site.stays
+        other = site.behind.other
+        for number, (y, index) in enumerate(zip(site.step.outputs, index_of, strict=True)):
             target = at_positions(y, form, index)[:, stays]
             now = None
             if other is not None:
                 streams = self.run_of.original.values[other.name][number], self.run_of.merged.values[other.name][number]
                 if streams[0].shape == y.shape:
                     before, now = at_positions(streams[0], form, index)[:, stays], at_positions(streams[1], form, index)
-                    target = aims.residual(target, affine, before, now)
-            sampled.append(patches(x, form, index))
+                    target = aims.residual(target, site.affine, before, now)
             wanted.append(target)
             others.append(now)
-        return _Rows(sampled, wanted, others)  # type: ignore[arg-type]
+        return wanted, others
 
-    def _output_moments(self, step: Step, form: Form, stays: Tensor) -> tuple[Tensor, Tensor]:
+    def _goal(self, site: _Site, number: int) -> joint.Goal:
+        """What the layer's outputs ought to come to behind what they meet next, for one batch."""
+        wanted, other = site.step.outputs[number], site.behind.other
+        axis = channel_axis(wanted, site.place.form)
+        view = [-1 if a == axis else 1 for a in range(wanted.dim())]
+        wanted = wanted.index_select(axis, site.stays)
+        gain, constant = (t.to(wanted).view(view) for t in (site.affine.gain, site.affine.constant))
+        wanted = torch.addcmul(constant, wanted, gain)
+        offset = constant.expand_as(wanted)
+        if other is not None:
+            before, now = (run.values[other.name][number] for run in (self.run_of.original, self.run_of.merged))
+            if now.shape == wanted.shape:
+                wanted, offset = wanted + before.index_select(axis, site.stays), offset + now
+        return joint.Goal(gain, offset, wanted, site.behind.rectified)
+
+    def _output_moments(self, site: _Site) -> tuple[Tensor, Tensor]:
         """Mean and variance of what the original puts out: (o,), (o,)."""
-        axis = step.outputs[0].dim() - form.spatial - 1
-        mean, variance = moments(step.outputs, axis, self.settings.reduce)
-        return mean[stays], variance[stays]
+        outputs = site.step.outputs
+        mean, variance = moments(outputs, channel_axis(outputs[0], site.place.form), self.settings.reduce)
+        return mean[site.stays], variance[site.stays]
 
-    def _solution(
-        self,
-        rows: _Rows,
-        start: Tensor,
-        affine: aims.Affine,
-        rectified: bool,
-        wanted: tuple[Tensor, Tensor] | None,
-        centred: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """(W', b'): solved, alternated behind a rectifier, moments matched."""
-        blocks = start.shape[:2]
-        ridge, reduce = RIDGE, self.settings.reduce
-
-        def shaped(targets: list[Tensor]) -> list[Tensor]:
-            return [t.reshape(len(t), *blocks) for t in targets]
-
-        normal = system(rows.patches, shaped(rows.targets), reduce, centred)
-        weight = normal.solve(start, ridge)
-        bias = normal.intercept(weight, normal.mean_t)
-        last, pace = (weight, bias), 1.0
-        for _ in range(ROUNDS if rectified else 0):
-            # each round is a gradient step of a convex loss, in the Gram's metric: FISTA's momentum makes fewer do
-            # (Beck & Teboulle, 2009, equations 4.1 to 4.3)
-            here, faster = (weight, bias), (1 + (1 + 4 * pace**2) ** 0.5) / 2
-            ahead, pace = (pace - 1) / faster, faster
-            weight, bias = (now + ahead * (now - then) for now, then in zip(here, last, strict=True))
-            last = here
-            predicted = [_predict(p, weight, bias) for p in rows.patches]
-            moved = [
-                aims.rectified(t, y, affine, now)
-                for t, y, now in zip(rows.targets, predicted, rows.others, strict=True)
-            ]
-            normal = normal.with_targets(rows.patches, shaped(moved), reduce)
-            weight = normal.solve(weight, ridge)
-            bias = normal.intercept(weight, normal.mean_t)
-        if wanted is not None and centred:
-            mean, variance = (t.view(blocks) for t in wanted)
-            own = normal.variance(weight)
-            factor = (variance / own.clamp(min=1e-300)).sqrt().clamp(1 / MATCH, MATCH)
-            weight = weight * torch.where(own > 0, factor, 1)[:, :, None]
-            bias = normal.intercept(weight, mean)
-        return weight, bias
-
-    def _error(self, rows: _Rows, weight: Tensor, bias: Tensor, affine: aims.Affine, rectified: bool) -> float:
-        """Square error of a solution, over all rows and channels; behind a rectifier, of what passes it."""
-        found = []
-        for patch, target, now in zip(rows.patches, rows.targets, rows.others, strict=True):
-            predicted = _predict(patch, weight, bias)
-            if rectified:
-                target = aims.rectified(target, predicted, affine, now)
-            found.append((predicted - target).double().square().sum())
-        return self._reduced(found)
-
-    def _reduced(self, values: Sequence[Tensor]) -> float:
-        return float(self.settings.reduce(torch.stack(list(values)).sum()))
-
-    def _write(
-        self, layer: Layer, node: fx.Node, owner: nn.Module | None, form: Form, weight: Tensor, bias: Tensor
-    ) -> None:
-        path = layer.params["weight"]
+    def _write(self, place: _Place, weight: Tensor, bias: Tensor) -> None:
+        layer, owner, path = place.layer, self._owner(place.node), place.layer.params["weight"]
         old = self.weights[path]
-        old.data.copy_(weight_of(weight, form, old))
+        old.data.copy_(weight_of(weight, place.form, old))
         if "bias" in layer.params:
             self.weights[layer.params["bias"]].data.copy_(bias.flatten())
         elif can_shift(layer):
+            held, value = self._held(place.node, layer), bias.flatten().to(old)
+            if held is not None:
+                held.data.copy_(value)
+                return
             prefix, _, name = path.rpartition(".")
             added = f"{prefix}.{'bias' if owner is not None else name + '_bias'}".lstrip(".")
-            value = bias.flatten().to(old)
-            if owner is not None and getattr(owner, "bias", None) is not None:
-                self.weights[added].data.copy_(value)  # absorbing gave it one
-                return
             self.weights.add(added, value, old.requires_grad)
             if owner is None:
-                fetch_bias(node, added)
+                fetch_bias(place.node, added)
 
 
 def can_shift(layer: Layer) -> bool:
     """May the layer have a bias? A matrix product has no place for one."""
     return layer.op != "matrix" or "bias" in layer.params
-
-
-def _predict(patch: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Outputs (rows, o) for patches (rows, g, p), in the patches' precision, float32 at least."""
-    patch = patch if patch.dtype == torch.float64 else patch.float()
-    out = torch.baddbmm(bias.to(patch)[:, None], patch.transpose(0, 1), weight.to(patch).mT)  # (g, rows, o)
-    return out.transpose(0, 1).flatten(1)

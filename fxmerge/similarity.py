@@ -160,7 +160,8 @@ def moments(found: Statistics, reader: int, seed: int) -> tuple[Tensor, Tensor]:
     values = torch.cat([noise, -noise]) @ points.T + found.mean
     for step in (*found.functions, *found.readers[reader]):
         values = step.function(values) if step.function is not None else values * step.gain + step.constant
-    return values.mean(0), second_moments([values[:, None]], lambda total: total)[0]
+    mean, second = second_moments([values[:, None]], lambda total: total)
+    return mean[0], second[0]
 
 
 def _is_norm(node: str, carriers: Mapping[str, Member]) -> bool:

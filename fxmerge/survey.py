@@ -80,7 +80,7 @@ def _reader(
     index_of = sample(outputs, form, enough(settings.rows, blocks * width), generator, settings.reduce)
     inputs = run.original.values[input_of(node, layer.op).name]
     parts = [patches(x, form, index) for x, index in zip(inputs, index_of, strict=True)]
-    gram = _diagonal(second_moments(parts, settings.reduce))
+    gram = _diagonal(second_moments(parts, settings.reduce)[1])
     if not bool(torch.isfinite(gram).all()):
         return None
     whole = _diagonal(rows)

@@ -63,11 +63,11 @@ def system(rows: list[Tensor], targets: list[Tensor], reduce: Reduce, centred: b
     return System(count, mean_p, mean_t, gram, cross)
 
 
-def second_moments(rows: list[Tensor], reduce: Reduce) -> Tensor:
-    """Of patches (rows, g, p) about their mean: (g, p, p), float64."""
+def second_moments(rows: list[Tensor], reduce: Reduce) -> tuple[Tensor, Tensor]:
+    """The mean of patches (rows, g, p) and their second moments about it: (g, p), (g, p, p), float64."""
     count = _count(rows, reduce)
     mean = _mean(rows, count, reduce)
-    return reduce(_product(rows, mean, rows, mean)) / count
+    return mean, reduce(_product(rows, mean, rows, mean)) / count
 
 
 def _count(rows: list[Tensor], reduce: Reduce) -> float:

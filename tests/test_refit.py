@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from two_processes import run_on_two
 
 import fxmerge
-from fxmerge import FxMergeError, Options, refit, targets
+from fxmerge import FxMergeError, Options, joint, refit, solving, targets
 from fxmerge.elimination import eliminate
 from fxmerge.evidence import Reading
 from fxmerge.ir import Layer
@@ -113,7 +113,7 @@ class Two(nn.Module):
 
 @pytest.mark.parametrize("source", ["synthetic", "calibration"])
 def test_what_is_redundant_is_repaired_to_nothing(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(refit, "RIDGE", 1e-6)
+    monkeypatch.setattr(solving, "RIDGE", 1e-6)
     torch.manual_seed(0)
     model, x = Two().double().eval(), torch.randn(300, 6, dtype=torch.float64)
     more: dict[str, Any] = {"calibration": [x]} if source == "calibration" else {}
@@ -340,7 +340,7 @@ def test_behind_a_rectifier_the_solution_is_next_to_the_best() -> None:
     t = torch.randn(2000, 5, generator=generator, dtype=torch.float64)
     t += p[:, 0] @ torch.randn(12, 5, generator=generator, dtype=torch.float64) / 3 - 0.5
     ones = torch.ones(5, dtype=torch.float64)
-    step, rows = targets.affine(2 * ones, 0.3 * ones), refit._Rows([p], [t], [None])
+    step, rows = targets.affine(2 * ones, 0.3 * ones), solving.Rows([p], [t], [None])
 
     def loss(flat: np.ndarray[Any, Any]) -> tuple[float, np.ndarray[Any, Any]]:
         leaf = torch.from_numpy(flat).requires_grad_()
@@ -355,7 +355,7 @@ def test_behind_a_rectifier_the_solution_is_next_to_the_best() -> None:
 
     def reached(rectified: bool) -> float:
         start = torch.zeros(1, 5, 12, dtype=torch.float64)
-        weight, bias = refit._Refit._solution(solver, rows, start, step, rectified, None, True)  # type: ignore[arg-type]
-        return refit._Refit._error(solver, rows, weight, bias, step, True) / best  # type: ignore[arg-type]
+        weight, bias = solving.solution(rows, start, step, rectified, None, True, alone)
+        return solving.error(rows, weight, bias, step, True, alone) / best
 
     assert 1 <= reached(True) < 1.01 and reached(False) > 1.1
