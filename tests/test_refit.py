@@ -6,7 +6,6 @@ import copy
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from two_processes import run_on_two
 
 import fxmerge
-from fxmerge import FxMergeError, Options, joint, refit, solving, targets
+from fxmerge import FxMergeError, Options, solving, targets
 from fxmerge.elimination import eliminate
 from fxmerge.evidence import Reading
 from fxmerge.ir import Layer
@@ -351,7 +350,6 @@ def test_behind_a_rectifier_the_solution_is_next_to_the_best() -> None:
         return value.item(), leaf.grad.numpy()  # type: ignore[union-attr]
 
     best = scipy.optimize.minimize(loss, np.zeros(65), jac=True, method="L-BFGS-B", options={"gtol": 1e-9}).fun
-    solver = SimpleNamespace(settings=SimpleNamespace(reduce=alone), _reduced=lambda values: float(sum(values)))
 
     def reached(rectified: bool) -> float:
         start = torch.zeros(1, 5, 12, dtype=torch.float64)
