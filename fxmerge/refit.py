@@ -8,7 +8,8 @@ At a linear layer or convolution of the merged graph whose input is no longer th
 
 and the merged stream goes on with W'. Both readers that lost channels and writers whose input has moved are solved.
 Where a BatchNorm follows, mean and deviation of its input are then matched to the original's, channel by channel.
-A layer is left as it is where the original's outputs come out anyway, where one weight serves several calls, and where
+A reader that lost channels is then fitted once more together with their writer, where no other layer reads them
+(`joint`). A layer is left as it is where the original's outputs come out anyway, where one weight serves several calls, and where
 no solution is better than the weight that is there.
 """
 
@@ -67,7 +68,8 @@ def refit(
 ) -> tuple[Refitted, ...]:
     """Re-solve the layers of the pair's merged graph in place, on batches of values of the graph's placeholders.
 
-    Cost: two forward passes, and a product (p, rows) (rows, p) for each layer of p weights an output.
+    Cost: two forward passes, a product (p, rows) (rows, p) for each layer of p weights an output, and `joint.PASSES`
+    forward passes of the merged layers that are fitted jointly, within `joint.BUDGET`.
     """
     assert pair.merged is not None
     with evaluating(pair.original, pair.merged), torch.no_grad():
