@@ -113,12 +113,12 @@ class Goal:
         return found if self.least is None else torch.maximum(found, self.least)
 
 
-def affordable(flops: float, count: int, reduce: Reduce) -> int:
+def affordable(flops: float, count: int, device: torch.device, reduce: Reduce) -> int:
     """How many batches of `count` are used, the same share on every process; 0 where one batch of all is too much.
 
     flops: of a forward pass of all chains for one batch
     """
-    told = reduce(torch.tensor([PASSES * flops * count, float(count)], dtype=torch.float64))
+    told = reduce(torch.tensor([PASSES * flops * count, float(count)], dtype=torch.float64, device=device))
     share = min(1.0, BUDGET / max(float(told[0]), 1.0))
     return max(1, int(share * count)) if share * float(told[1]) >= 1 else 0
 
@@ -213,7 +213,7 @@ class _Joint:
 
     def _variables(self) -> list[_Variable]:
         """Each layer's, from its patches and S; none where an op on the way has no gradient, or values overflow."""
-        batches = float(self.reduce(torch.tensor(float(len(self.goals)), dtype=torch.float64)))
+        batches = float(self.reduce(self.leaves[0].new_tensor(float(len(self.goals)), dtype=torch.float64)))
         rows: list[list[Tensor]] = [[] for _ in self.places]
         squares: list[Tensor | float] = [0.0 for _ in self.places]
         counts = [0.0 for _ in self.places]

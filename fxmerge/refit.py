@@ -118,7 +118,8 @@ class _Refit:
     def _affordable(self, batches: Sequence[Sequence[object]]) -> int:
         flops = flops_by_node(self.merged, batches[0])
         total = sum(flops[layer.node] for chain in self.chains.values() for layer in chain.layers)
-        return joint.affordable(total, len(batches), self.settings.reduce)
+        device = self.weights[next(iter(self.chains.values())).layers[0].params["weight"]].device
+        return joint.affordable(total, len(batches), device, self.settings.reduce)
 
     def run(self, stage: Callable[[str], None]) -> tuple[Refitted, ...]:
         moved: dict[str, bool] = {}  # node -> is its value in the merged graph another than the original's?
@@ -214,7 +215,7 @@ class _Refit:
     def _plenty(self, site: _Site) -> int:
         """So many batches have ENOUGH positions, or all that are used."""
         count = sum(positions(y, site.place.form) for y in site.step.outputs[: self.used])
-        every = float(self.settings.reduce(torch.tensor(float(count), dtype=torch.float64)))
+        every = float(self.settings.reduce(site.affine.gain.new_tensor(float(count))))
         return max(1, min(self.used, round(self.used * joint.ENOUGH / max(every, 1.0))))
 
     def _owner(self, node: fx.Node) -> nn.Module | None:

@@ -175,7 +175,7 @@ def test_goals_count_what_passes_the_rectifier() -> None:
     ("flops", "count", "used"), [(0.0, 7, 7), (1e9, 7, 7), (joint.BUDGET / joint.PASSES / 3.5, 7, 3), (1e13, 7, 0)]
 )
 def test_batches_within_the_budget(flops: float, count: int, used: int) -> None:
-    assert joint.affordable(flops, count, lambda t: t) == used
+    assert joint.affordable(flops, count, torch.device("cpu"), lambda t: t) == used
 
 
 def test_chains_end_where_others_read() -> None:
