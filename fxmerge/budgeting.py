@@ -21,8 +21,8 @@ from .errors import FxMergeError
 from .ir import Capture, Group, Grouping, Layer, Provenance
 from .narrowing import sliced
 from .options import Options
+from .placing import can_shift
 from .pricing import flops_price, parameters_price
-from .refit import can_shift
 from .spending import NAMES
 from .targets import SOLVED
 from .timing import TOLERANCE as TIME_TOLERANCE

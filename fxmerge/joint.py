@@ -88,7 +88,7 @@ def chains(
 
 
 @dataclass(frozen=True)
-class Place:
+class Fitted:
     """Where a layer's weights are: the parameters themselves, which are written, and their geometry."""
 
     form: Form
@@ -123,7 +123,7 @@ def affordable(flops: float, count: int, device: torch.device, reduce: Reduce) -
     return max(1, int(share * count)) if share * float(told[1]) >= 1 else 0
 
 
-def fit(run: Lockstep, chain: Chain, places: Sequence[Place], goals: Sequence[Goal], seed: int) -> bool:
+def fit(run: Lockstep, chain: Chain, places: Sequence[Fitted], goals: Sequence[Goal], seed: int) -> bool:
     """Lower E by the weights of a chain's layers, in place; False where it comes to nothing.
 
     goals: of the batches that are used
@@ -146,7 +146,7 @@ def along(run: Lockstep, chain: Chain, number: int, seen: list[tuple[Tensor, Ten
 
 class _Joint:
     def __init__(
-        self, run: Lockstep, chain: Chain, places: Sequence[Place], goals: Sequence[Goal],
+        self, run: Lockstep, chain: Chain, places: Sequence[Fitted], goals: Sequence[Goal],
         seed: int,
     ) -> None:  # fmt: skip
         self.lockstep, self.chain, self.places, self.goals = run, chain, places, goals
@@ -248,7 +248,7 @@ class _Joint:
 class _Variable:
     """A layer's weights W0 + K'^-1 V L^-1 and its bias b0 + K'^-1 v - DW mean."""
 
-    def __init__(self, place: Place, mean: Tensor, gram: Tensor, square: Tensor) -> None:
+    def __init__(self, place: Fitted, mean: Tensor, gram: Tensor, square: Tensor) -> None:
         self.place, self.mean = place, mean if place.bias is not None else torch.zeros_like(mean)
         self.start = rows_of(place.weight.detach(), place.form).to(torch.float64, copy=True)  # (g, o, p)
         blocks = self.start.shape[:2]

@@ -9,8 +9,8 @@ At a linear layer or convolution of the merged graph whose input is no longer th
 and the merged stream goes on with W'. Both readers that lost channels and writers whose input has moved are solved.
 Where a BatchNorm follows, mean and deviation of its input are then matched to the original's, channel by channel.
 A reader that lost channels is then fitted once more together with their writer, where no other layer reads them
-(`joint`). A layer is left as it is where the original's outputs come out anyway, where one weight serves several calls, and where
-no solution is better than the weight that is there.
+(`joint`). A layer is left as it is where the original's outputs come out anyway, where one weight serves several calls,
+and where no solution is better than the weight that is there.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from math import isfinite
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from . import joint
 from . import targets as aims
@@ -31,21 +31,18 @@ from .ir import Layer
 from .lockstep import Lockstep, Pair, Settings, Step, line, moments
 from .patches import (
     FEWEST,
-    Form,
     at_positions,
     channel_axis,
     enough,
-    form_of,
     input_of,
-    operands,
     patches,
     positions,
     rows_of,
     sample,
-    weight_of,
 )
+from .placing import Place, Places, can_shift
 from .solving import ROUNDS, Rows, error, solution
-from .weights import Weights, at, fetch_bias
+from .weights import at
 
 EXACT = 1e-10  # relative square error at which a layer needs no refit
 
@@ -77,22 +74,11 @@ def refit(
 
 
 @dataclass(frozen=True)
-class _Place:
-    """A layer's call in the merged graph, its geometry and the weights that are there, float64."""
-
-    layer: Layer
-    node: fx.Node
-    form: Form
-    start: Tensor  # (g, o, p)
-    bias: Tensor  # (g, o)
-
-
-@dataclass(frozen=True)
 class _Site:
     """A layer that is being solved and what its outputs meet."""
 
     step: Step
-    place: _Place
+    place: Place
     behind: aims.Behind
     affine: aims.Affine
     stays: Tensor  # the original's outputs that the merged graph still has
@@ -102,7 +88,8 @@ class _Refit:
     def __init__(self, pair: Pair, batches: Sequence[Sequence[object]], settings: Settings) -> None:
         assert pair.merged is not None
         self.run_of, self.kept, self.settings = Lockstep(pair, batches, settings), pair.kept, settings
-        self.original, self.merged, self.weights = pair.original, pair.merged, Weights(pair.merged)
+        self.original, self.merged, self.places = pair.original, pair.merged, Places(pair.merged)
+        self.weights = self.places.weights
         facts, self.layers = pair.facts, {layer.node: layer for layer in pair.facts.layers}
         self.norms = {name: layer for name, layer in self.layers.items() if layer.op == "batch_norm"}
         used = Counter(layer.params["weight"] for layer in facts.layers if "weight" in layer.params)
@@ -140,7 +127,7 @@ class _Refit:
         """At a chain's first layer its inputs are kept, unless there are too few positions."""
         if chain.nodes[0].name != step.node.name:
             return
-        form, weight = self._form(step.node, layer), self.weights[layer.params["weight"]]
+        form, weight = self.places.form(step.node, layer), self.weights[layer.params["weight"]]
         count = 0.0 if form is None else float(sum(positions(y, form) for y in step.outputs[: self.used]))
         unknowns = 0 if form is None else rows_of(weight, form).size(2)
         if float(self.settings.reduce(weight.new_tensor(count, dtype=torch.float64))) >= joint.POSITIONS * unknowns > 0:
@@ -153,7 +140,7 @@ class _Refit:
         return before.shape != now.shape or not torch.equal(before, now)
 
     def _solve(self, step: Step, layer: Layer) -> Refitted:
-        place = self._place(step.node, layer)
+        place = self.places.of(step.node, layer)
         if layer.params["weight"] in self.shared:
             return Refitted(layer.module, 0.0, 0.0, "as it is: one weight serves several calls")
         if place is None:
@@ -182,9 +169,9 @@ class _Refit:
         if not after <= before:
             after, note = before, "as it is: no solution is better"
         else:
-            self._write(place, weight, offset)
+            self.places.write(place, weight, offset)
         if self._jointly(site):
-            rows, now = self._rows(site, index_of), self._place(step.node, layer)
+            rows, now = self._rows(site, index_of), self.places.of(step.node, layer)
             assert now is not None
             after, note = error(rows, now.start, now.bias, *judge, reduce), ""
         return Refitted(layer.module, before / scale, after / scale, note)
@@ -197,12 +184,10 @@ class _Refit:
         places = []
         for layer in chain.layers:
             node = next(n for n in chain.nodes if n.name == layer.node)
-            place = self._place(node, layer)
+            place = self.places.of(node, layer)
             if place is None:
                 return False
-            if can_shift(layer):
-                self._write(place, place.start, place.bias)  # so that there is a bias to move
-            places.append(joint.Place(place.form, self.weights[layer.params["weight"]], self._held(node, layer)))
+            places.append(joint.Fitted(place.form, self.weights[layer.params["weight"]], self.places.bias(node, layer)))
         goals = [self._goal(site, number) for number in range(self._plenty(site))]
         better = joint.fit(self.run_of, chain, places, goals, self.settings.seed)
         if better:
@@ -218,35 +203,13 @@ class _Refit:
         every = float(self.settings.reduce(site.affine.gain.new_tensor(float(count))))
         return max(1, min(self.used, round(self.used * joint.ENOUGH / max(every, 1.0))))
 
-    def _owner(self, node: fx.Node) -> nn.Module | None:
-        return self.merged.get_submodule(str(node.target)) if node.op == "call_module" else None
-
-    def _form(self, node: fx.Node, layer: Layer) -> Form | None:
-        return form_of(node, layer, self._owner(node), self.weights[layer.params["weight"]])
-
-    def _place(self, node: fx.Node, layer: Layer) -> _Place | None:
-        form = self._form(node, layer)
-        if form is None:
-            return None
-        start, held = rows_of(self.weights[layer.params["weight"]], form).double(), self._held(node, layer)
-        bias = start.new_zeros(start.shape[:2]) if held is None else held.double().view(start.shape[:2])
-        return _Place(layer, node, form, start, bias)
-
-    def _site(self, step: Step, place: _Place) -> _Site:
+    def _site(self, step: Step, place: Place) -> _Site:
         found = aims.behind(self.merged, step.node, self.norms, self._present())
         layer = place.layer
         out_labels = layer.writes if layer.writes is not None else layer.carries
         assert out_labels is not None
         stays = self.kept(out_labels).to(step.outputs[0].device)
         return _Site(step, place, found, self._affine(step.node, found, step.outputs, stays), stays)
-
-    def _held(self, node: fx.Node, layer: Layer) -> Tensor | None:
-        """The bias that is there: the layer's own, or one that absorbing or an earlier solution gave it."""
-        owner = self._owner(node)
-        if "bias" in layer.params:
-            return self.weights[layer.params["bias"]]
-        given = getattr(owner, "bias", None) if owner is not None else operands(node, layer.op).get("bias")
-        return at(self.merged, str(given.target)) if isinstance(given, fx.Node) else given
 
     def _present(self) -> set[str]:
         return set(self.run_of.merged.values) & set(self.run_of.original.values)
@@ -303,25 +266,3 @@ class _Refit:
         outputs = site.step.outputs
         mean, variance = moments(outputs, channel_axis(outputs[0], site.place.form), self.settings.reduce)
         return mean[site.stays], variance[site.stays]
-
-    def _write(self, place: _Place, weight: Tensor, bias: Tensor) -> None:
-        layer, owner, path = place.layer, self._owner(place.node), place.layer.params["weight"]
-        old = self.weights[path]
-        old.data.copy_(weight_of(weight, place.form, old))
-        if "bias" in layer.params:
-            self.weights[layer.params["bias"]].data.copy_(bias.flatten())
-        elif can_shift(layer):
-            held, value = self._held(place.node, layer), bias.flatten().to(old)
-            if held is not None:
-                held.data.copy_(value)
-                return
-            prefix, _, name = path.rpartition(".")
-            added = f"{prefix}.{'bias' if owner is not None else name + '_bias'}".lstrip(".")
-            self.weights.add(added, value, old.requires_grad)
-            if owner is None:
-                fetch_bias(place.node, added)
-
-
-def can_shift(layer: Layer) -> bool:
-    """May the layer have a bias? A matrix product has no place for one."""
-    return layer.op != "matrix" or "bias" in layer.params

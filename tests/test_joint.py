@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import fxmerge
 from fxmerge import joint
 from fxmerge.ir import Layer
-from fxmerge.joint import Goal, Place, _Variable
+from fxmerge.joint import Fitted, Goal, _Variable
 from fxmerge.patches import Form
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -115,11 +115,11 @@ def test_an_op_without_a_slope_is_left_to_single_layers(monkeypatch: pytest.Monk
     assert torch.equal(one.module.a.weight, other.module.a.weight)
 
 
-def place(groups: int, outs: int, width: int, bias: bool) -> Place:
+def place(groups: int, outs: int, width: int, bias: bool) -> Fitted:
     weight = nn.Parameter(torch.randn(groups * outs, width, dtype=F64))
     form = Form("linear", (), (), (), (), 1) if groups == 1 else Form("conv", (width,), (1,), ((0, 0),), (1,), groups)
     weight = weight if groups == 1 else nn.Parameter(weight.detach()[:, None])
-    return Place(form, weight, nn.Parameter(torch.randn(groups * outs, dtype=F64)) if bias else None)
+    return Fitted(form, weight, nn.Parameter(torch.randn(groups * outs, dtype=F64)) if bias else None)
 
 
 @pytest.mark.parametrize(("groups", "bias"), [(1, True), (1, False), (3, True)])
