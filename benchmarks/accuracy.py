@@ -138,6 +138,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where accuracy.md and .svg go")
     args = measured(parser, argv)
     console = Console(stderr=True, highlight=False)
+    args.out.mkdir(parents=True, exist_ok=True)
     results = {key: cells(CASES[key], args.data, args.weights, console) for key in args.only}
     parts = [markdown(CASES[key], *found, published(CASES[key], args.reference)) for key, found in results.items()]
     head = "# Accuracy without fine-tuning\n\nTop-1 accuracy in %. `python -m benchmarks.accuracy` makes this page.\n"
