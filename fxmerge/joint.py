@@ -17,17 +17,16 @@ S (Hutchinson, 1990). The pull, ridge d tr(DW' S DW) / 2 for DW = W - W0, is wha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from .ir import Layer
+from .chains import Chain
 from .lockstep import Lockstep
-from .patches import Form, at_positions, input_of, patches, positions, rows_of, weight_of
+from .patches import Form, at_positions, patches, positions, rows_of, weight_of
 from .systems import Reduce, second_moments
-from .targets import SOLVED
 
 STEPS = 10  # of L-BFGS, without a line search: in these coordinates none is needed, and the best of all steps is taken
 PASSES = 3 * (STEPS + 2)  # forward passes that they cost; a backward pass costs two
@@ -37,54 +36,6 @@ ENOUGH = 2**17  # positions: more bring nothing
 ROWS = 8192  # positions for a Gram that only chooses coordinates
 RIDGE = 3e-2
 LEAST = 1e-3
-
-
-@dataclass
-class Chain:
-    """What lies between a layer and the one layer that reads it: nodes in order, and which of them are fitted."""
-
-    nodes: tuple[fx.Node, ...]
-    layers: tuple[Layer, ...]
-    inputs: list[Tensor] = field(default_factory=list)  # of the first node, by batch, once it is reached
-    versions: list[int] = field(default_factory=list)  # of these: has anyone written there since?
-
-    def begin(self, inputs: Sequence[Tensor]) -> None:
-        self.inputs = list(inputs)
-        self.versions = [x._version for x in inputs]
-
-    @property
-    def intact(self) -> bool:
-        return bool(self.inputs) and self.versions == [x._version for x in self.inputs]
-
-
-def chains(
-    layers: Mapping[str, Layer], nodes: Sequence[fx.Node], lost: Callable[[Layer], bool], shared: Container[str]
-) -> dict[str, Chain]:
-    """The chains that end at a layer that `lost` inputs, by the last node.
-
-    layers: by node; shared: the weights that serve several calls
-    """
-    found: dict[str, Chain] = {}
-    for last in nodes:
-        layer = layers.get(last.name)
-        if layer is None or layer.op not in SOLVED or layer.op == "depthwise" or not lost(layer):
-            continue
-        way, fitted, node = [last], [layer], input_of(last, layer.op)
-        while len(node.users) == 1 and node.op in ("call_module", "call_function", "call_method"):
-            way.append(node)
-            own = layers.get(node.name)
-            if own is not None and own.op in SOLVED:
-                fitted.append(own)
-                if own.op != "depthwise":
-                    break
-            sources = [n for n in node.all_input_nodes if n.op != "get_attr"]
-            if len(sources) != 1:
-                break
-            node = sources[0]
-        arrived = len(fitted) > 1 and fitted[-1].node == way[-1].name and fitted[-1].op != "depthwise"
-        if arrived and not any(layer.params["weight"] in shared for layer in fitted):
-            found[last.name] = Chain(tuple(way[::-1]), tuple(fitted[::-1]))
-    return found
 
 
 @dataclass(frozen=True)

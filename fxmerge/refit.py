@@ -25,6 +25,7 @@ from torch import Tensor, fx
 
 from . import joint
 from . import targets as aims
+from .chains import Chain, chains
 from .cost import flops_by_node
 from .evaluating import evaluating
 from .ir import Layer
@@ -95,7 +96,7 @@ class _Refit:
         used = Counter(layer.params["weight"] for layer in facts.layers if "weight" in layer.params)
         self.shared = {path for path, times in used.items() if times > 1}
         self.generator = torch.Generator().manual_seed(settings.seed)
-        self.chains = joint.chains(self.layers, list(self.merged.graph.nodes), self._lost, self.shared)
+        self.chains = chains(self.layers, list(self.merged.graph.nodes), self._lost, self.shared)
         self.used = self._affordable(batches) if self.chains else 0
         self.within = {layer.node: chain for chain in self.chains.values() for layer in chain.layers if self.used}
 
@@ -123,7 +124,7 @@ class _Refit:
                 records.append(self._solve(step, layer))
         return tuple(records)
 
-    def _begin(self, step: Step, layer: Layer, chain: joint.Chain) -> None:
+    def _begin(self, step: Step, layer: Layer, chain: Chain) -> None:
         """At a chain's first layer its inputs are kept, unless there are too few positions."""
         if chain.nodes[0].name != step.node.name:
             return

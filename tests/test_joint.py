@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import fxmerge
 from fxmerge import joint
+from fxmerge.chains import chains
 from fxmerge.ir import Layer
 from fxmerge.joint import Fitted, Goal, _Variable
 from fxmerge.patches import Form
@@ -195,8 +196,8 @@ def test_chains_end_where_others_read() -> None:
     graph = torch.fx.symbolic_trace(Net()).graph
     ops = {"a": "conv", "d": "depthwise", "b": "conv", "c": "conv", "e": "conv"}
     layers = {name: Layer(name, name, op, {"weight": f"{name}.weight"}) for name, op in ops.items()}
-    found = joint.chains(layers, list(graph.nodes), lambda layer: True, ())
+    found = chains(layers, list(graph.nodes), lambda layer: True, ())
     assert {end: [layer.node for layer in chain.layers] for end, chain in found.items()} == {"b": ["a", "d", "b"]}
     assert [node.name for node in found["b"].nodes] == ["a", "relu", "d", "b"]
-    assert not joint.chains(layers, list(graph.nodes), lambda layer: True, {"d.weight"})
-    assert not joint.chains(layers, list(graph.nodes), lambda layer: layer.node != "b", ())
+    assert not chains(layers, list(graph.nodes), lambda layer: True, {"d.weight"})
+    assert not chains(layers, list(graph.nodes), lambda layer: layer.node != "b", ())
