@@ -5,6 +5,10 @@ from pathlib import Path
 
 import pytest
 
+# One thread for each worker and each process that a test starts, before any of them imports torch: OpenMP's threads
+# spin while they wait, and more of them than cores make a test of ten seconds last minutes.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
