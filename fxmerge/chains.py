@@ -25,8 +25,13 @@ class Chain:
         self.inputs = list(inputs)
         self.versions = [x._version for x in inputs]
 
+    def end(self) -> None:
+        """Let go of the inputs: nobody asks for them again."""
+        self.inputs.clear()
+
     @property
     def intact(self) -> bool:
+        """Are the inputs there, and as they were?"""
         return bool(self.inputs) and self.versions == [x._version for x in self.inputs]
 
 

@@ -96,10 +96,7 @@ def along(run: Lockstep, chain: Chain, number: int, seen: list[tuple[Tensor, Ten
 
 
 class _Joint:
-    def __init__(
-        self, run: Lockstep, chain: Chain, places: Sequence[Fitted], goals: Sequence[Goal],
-        seed: int,
-    ) -> None:  # fmt: skip
+    def __init__(self, run: Lockstep, chain: Chain, places: Sequence[Fitted], goals: Sequence[Goal], seed: int) -> None:
         self.lockstep, self.chain, self.places, self.goals = run, chain, places, goals
         self.reduce, self.seed = run.reduce, seed
         self.leaves = [t for place in places for t in (place.weight, place.bias) if t is not None]

@@ -122,6 +122,8 @@ class _Refit:
             if layer is not None and comes and layer.op in aims.SOLVED:
                 stage(f"refit {layer.module}")
                 records.append(self._solve(step, layer))
+            if layer is not None and node.name in self.chains:
+                self.chains[node.name].end()
         return tuple(records)
 
     def _begin(self, step: Step, layer: Layer, chain: Chain) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import fxmerge
 from fxmerge import joint
-from fxmerge.chains import chains
+from fxmerge.chains import Chain, chains
 from fxmerge.ir import Layer
 from fxmerge.joint import Fitted, Goal, _Variable
 from fxmerge.patches import Form
@@ -163,6 +163,23 @@ def test_slopes_by_differences(groups: int, bias: bool) -> None:
         way = torch.randn_like(at)
         difference = (energy(at + 1e-5 * way) - energy(at - 1e-5 * way)) / 2e-5
         assert difference == pytest.approx(float((slope * way).sum()), rel=1e-5, abs=1e-6)
+
+
+def test_what_a_chain_keeps_goes_with_its_last_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory holds live activations: at a chain's first layer, no earlier chain still has its inputs."""
+    begun: list[Chain] = []
+    begin = Chain.begin
+
+    def watched(chain: Chain, inputs: Any) -> None:
+        assert not any(earlier.inputs for earlier in begun)
+        begun.append(chain)
+        begin(chain, inputs)
+
+    monkeypatch.setattr(Chain, "begin", watched)
+    torch.manual_seed(0)
+    blocks = nn.Sequential(*(Rectified() for _ in range(3))).eval()
+    merged(blocks, torch.randn(8, 6, 12, 12))
+    assert len(begun) == 3 and not any(chain.inputs for chain in begun)
 
 
 def test_goals_count_what_passes_the_rectifier() -> None:
