@@ -160,7 +160,7 @@ class _Joint:
         return self.reduce(total) / scale, {id(leaf): slope for leaf, slope in zip(self.leaves, found, strict=True)}
 
     def _variables(self) -> list[_Variable]:
-        """Each layer's, from its patches and S; none where an op on the way has no gradient, or values overflow."""
+        """Each layer's, from its patches and S; none where an op on the way has no gradient, or a matrix no root."""
         batches = float(self.reduce(self.leaves[0].new_tensor(float(len(self.goals)), dtype=torch.float64)))
         rows: list[list[Tensor]] = [[] for _ in self.places]
         squares: list[Tensor | float] = [0.0 for _ in self.places]
@@ -189,7 +189,10 @@ class _Joint:
             square = self.reduce(square) / self.reduce(square.new_tensor(seen_at))
             if not bool(gram.isfinite().all()) or not bool(square.isfinite().all()):
                 return []
-            found.append(_Variable(place, mean, gram, square))
+            try:
+                found.append(_Variable(place, mean, gram, square))
+            except RuntimeError:  # rounding outweighs the ridge: inputs that hardly move
+                return []
         return found
 
 

@@ -165,6 +165,19 @@ def test_slopes_by_differences(groups: int, bias: bool) -> None:
         assert difference == pytest.approx(float((slope * way).sum()), rel=1e-5, abs=1e-6)
 
 
+@pytest.mark.parametrize("gram", [-1.0, torch.inf])
+def test_a_gram_without_a_root_is_left_to_single_layers(gram: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = Narrow().double().eval(), torch.randn(200, 12, dtype=F64)
+    one = alone(model, x, monkeypatch)
+
+    def broken(rows: list[Tensor], reduce: Any) -> tuple[Tensor, Tensor]:
+        width = rows[0].size(-1)
+        return torch.zeros(1, width, dtype=F64), torch.full((1, width), gram, dtype=F64).diag_embed()
+
+    monkeypatch.setattr(joint, "second_moments", broken)
+    assert torch.equal(one.module.a.weight, merged(model, x).module.a.weight)
+
+
 def test_what_a_chain_keeps_goes_with_its_last_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory holds live activations: at a chain's first layer, no earlier chain still has its inputs."""
     begun: list[Chain] = []
