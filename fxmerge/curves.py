@@ -104,7 +104,7 @@ def _ranked(
 
     Of channel i is lost |w_i|^2 min_j (M_ii - M_ij^2 / M_jj), j among those that stay, M second moments about 0.
     """
-    norm = torch.linalg.vector_norm(candidates(group, tensors, options.seed).rows.double(), dim=1)
+    norm = candidates(group, tensors, options.seed).norms
     loss = torch.zeros(group.channels, group.channels, dtype=torch.float64)
     for reading in readings:
         moments, energy = reading.gram, reading.weight.square().sum(0)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property, reduce
 
+import torch
 from torch import Tensor
 
 
@@ -19,23 +21,47 @@ class Reading:
 
 @dataclass(frozen=True)
 class Candidates:
-    """The channels that a selector chooses from.
+    """The channels that a selector chooses from: all n of a group, or those that `index` names.
 
-    rows:     (n, d) what each channel's writers compute it with, a bias as one more column
-    kernels:  (n, in, k) the first writer's kernels by input channel
-    readings: how each reader sees the whole group, where probes were run; `index` says which of its channels these are
+    parts:    (n, d_i) each: what the group's writers compute a channel with, one after another; a bias is one column
+    filters:  (n, in, k) the first writer's kernels by input channel
+    readings: how each reader sees the whole group, where probes were run
+
+    `rows` and `kernels` are put together when they are asked for: the weights of a classifier take long to copy.
     """
 
-    rows: Tensor
-    kernels: Tensor
+    parts: tuple[Tensor, ...]
+    filters: Tensor
     seed: int = 0
     readings: tuple[Reading, ...] = ()
     index: Tensor | None = None
 
+    def __len__(self) -> int:
+        return len(self.filters) if self.index is None else len(self.index)
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """(n, d) all parts side by side."""
+        parts = [self._those(part) for part in self.parts]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    @cached_property
+    def kernels(self) -> Tensor:
+        """(n, in, k) the first writer's kernels by input channel."""
+        return self._those(self.filters)
+
+    @cached_property
+    def norms(self) -> Tensor:
+        """(n,) Euclidean norms of the rows."""
+        norms: list[Tensor] = [torch.linalg.vector_norm(self._those(part), 2, dim=1) for part in self.parts]
+        return reduce(torch.hypot, norms)
+
     def only(self, index: Tensor) -> Candidates:
-        if len(index) == len(self.rows):
-            return self
-        return Candidates(self.rows[index], self.kernels[index], self.seed, self.readings, index)
+        """Some of a whole group's channels."""
+        return self if len(index) == len(self) else replace(self, index=index)
+
+    def _those(self, values: Tensor) -> Tensor:
+        return values if self.index is None else values[self.index]
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,8 @@ class Builder:
 
     def __init__(self, facts: Provenance, atom: Ints, of_group: Ints, present: dict[str, Ints]) -> None:
         self.facts, self.atom, self.of_group = facts, atom, of_group
+        self.order = {name: number for number, name in enumerate(facts.kinds)}
+        self.lookup = np.full(len(of_group), -1, dtype=np.int64)  # atom -> its place in the group that is being built
         self.nodes: dict[int, set[str]] = defaultdict(set)  # group -> nodes whose labels hold it
         for name, inside in present.items():
             for number in np.unique(of_group[inside]).tolist():
@@ -38,7 +40,7 @@ class Builder:
                             self.written_at[number, layer.node] = True
 
     def build(self, number: int, inside: Ints, cell: Ints) -> Group:
-        lookup = np.full(len(self.of_group), -1, dtype=np.int64)
+        lookup = self.lookup
         lookup[inside] = np.arange(len(inside))
         members: dict[str, list[Member]] = {"write": [], "carry": [], "read": []}
         partners = True
@@ -60,7 +62,7 @@ class Builder:
         first = members["write"][0].layer.module if members["write"] else ""
         writers, readers, junctions, rigid = self._paths(number, members["write"], members["read"])
         nodes = self.nodes[number]
-        ordered = [n for n in self.facts.kinds if n in nodes]
+        ordered = sorted((n for n in nodes if n in self.order), key=self.order.__getitem__)
         mixed = [n for n, labels in self.facts.mixers if self._holds(number, labels)]
         blocked = [
             n
@@ -69,11 +71,13 @@ class Builder:
             and not self.facts.commutes.get(n, False)
         ]
         blocked += [m.layer.node for m in members["carry"] if m.layer.op == "joined"]  # a class token does not scale
+        blocks = self._blocks(number, lookup, cell)
+        lookup[inside] = -1
         single = len(writers) == 1 and len(readers) == 1 and not junctions and not mixed
         return Group(
             first, torch.from_numpy(inside), torch.from_numpy(cell), tuple(writers), tuple(members["carry"]),
             tuple(readers), tuple(dict.fromkeys(mixed)), tuple(junctions), single,
-            tuple(dict.fromkeys([*blocked, *rigid])), self._blocks(number, lookup, cell), partners,
+            tuple(dict.fromkeys([*blocked, *rigid])), blocks, partners,
         )  # fmt: skip
 
     def _blocks(self, number: int, lookup: Ints, cell: Ints) -> tuple[tuple[tuple[int, ...], ...], ...]:

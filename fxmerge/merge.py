@@ -28,6 +28,7 @@ from .curves import curves
 from .errors import FxMergeError
 from .evidence import Reading
 from .fitting import STRAYS, batches_of
+from .garbage import older_left_alone
 from .ir import Capture, Group, Grouping, Provenance
 from .lockstep import Settings
 from .narrowing import Chosen, grouped, in_scope, provable, replayed
@@ -57,8 +58,9 @@ def analyze(
     Raises FxMergeError for a model that cannot be traced or inputs that it does not take.
     """
     options = settled(options, changes)
-    captured = capture(model, example_inputs)
-    facts, grouping = grouped(captured, provenance(captured, options.heads == "whole"))
+    with older_left_alone():
+        captured = capture(model, example_inputs)
+        facts, grouping = grouped(captured, provenance(captured, options.heads == "whole"))
     return Analysis(captured, facts, grouping, grouping.refusals)
 
 
@@ -104,7 +106,7 @@ def _merge(
     decided: Mapping[str, GroupPlan] | None,
     given: Any,
 ) -> Result:
-    with progress() as stage:
+    with progress() as stage, older_left_alone():
         return prepared(model, example_inputs, options, given, stage).merged(options, decided)
 
 

@@ -47,7 +47,7 @@ def l1(channels: Candidates, count: int) -> Tensor:
 
 
 def l2(channels: Candidates, count: int) -> Tensor:
-    return largest(torch.linalg.vector_norm(channels.rows, 2, dim=1), count)
+    return largest(channels.norms, count)
 
 
 def gm(channels: Candidates, count: int) -> Tensor:
@@ -56,7 +56,7 @@ def gm(channels: Candidates, count: int) -> Tensor:
 
 def random(channels: Candidates, count: int) -> Tensor:
     generator = torch.Generator().manual_seed(channels.seed)
-    return torch.randperm(len(channels.rows), generator=generator)[:count].sort().values
+    return torch.randperm(len(channels), generator=generator)[:count].sort().values
 
 
 def reprune(channels: Candidates, count: int) -> Tensor:
@@ -118,7 +118,7 @@ def reprune_kernel(channels: Candidates, count: int) -> Tensor:
 def repair(channels: Candidates, count: int) -> Tensor:
     if not channels.readings:
         return l2(channels, count)
-    index = torch.arange(len(channels.rows)) if channels.index is None else channels.index
+    index = torch.arange(len(channels)) if channels.index is None else channels.index
     return eliminate(channels.readings, index, count)
 
 

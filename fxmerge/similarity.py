@@ -65,17 +65,16 @@ def candidates(
     rows = []
     for writer in group.writers:
         raw = rows_of(writer, tensors[writer.layer.params["weight"]], n)
-        if "bias" in writer.layer.params and not any(_is_norm(name, carriers) for name in writer.steps):
-            raw = torch.cat([raw, laid_out(bias_of(writer.layer, tensors)[writer.where], writer, n, 0.0).to(raw)], 1)
         rows.append(raw)
+        if "bias" in writer.layer.params and not any(_is_norm(name, carriers) for name in writer.steps):
+            rows.append(laid_out(bias_of(writer.layer, tensors)[writer.where], writer, n, 0.0).to(raw))
     first = group.writers[0]
     weight = tensors[first.layer.params["weight"]]
     out_first = weight.movedim(1, 0) if first.layer.transposed else weight
     whole = in_order(first, len(out_first))
     kernels = out_first if whole else out_first[first.where[:, 0]]
     kernels = kernels.flatten(2) if weight.dim() > 2 else kernels[:, :, None]
-    joined = rows[0] if len(rows) == 1 else torch.cat(rows, 1)
-    return Candidates(joined, laid_out(kernels, first, n, 0.0), seed, readings)
+    return Candidates(tuple(rows), laid_out(kernels, first, n, 0.0), seed, readings)
 
 
 def statistics(

@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 from .errors import FxMergeError
 from .evaluating import evaluating
 from .files import write_text
+from .garbage import older_left_alone
 from .merge import Prepared, prepared, settled
 from .options import Options
 from .page import finite
@@ -155,7 +156,7 @@ def sweep(
     folder = Path(out) if out is not None else None
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-    with progress() as stage:
+    with progress() as stage, older_left_alone():
         named = [""]
         ready = prepared(model, example_inputs, asked[0], calibration, lambda what: stage(f"{named[0]}{what}"))
         digest = _digest(ready, evaluate) if folder is not None else ""

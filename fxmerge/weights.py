@@ -13,9 +13,11 @@ from torch import Tensor, fx, nn
 
 from .ir import Layer, ParamLabels
 from .labels import compact
+from .linalg import BITE
 from .stored import beside
 
 M = TypeVar("M", bound=nn.Module)
+MUCH = 2**20  # elements; what is made of less on the way stays in the cache
 
 
 def at(module: nn.Module, path: str) -> Tensor:
@@ -216,8 +218,7 @@ def gather(weights: Weights, labels: ParamLabels, pick: Callable[[Tensor], Tenso
         weights.put(labels.path, value.flatten()[chosen.to(value.device)].reshape(shape))
         return
     if labels.groups == 1:
-        for axis, along in labels.axes.items():
-            value = value.index_select(axis, pick(along).to(value.device))
+        value = _taken(value, {axis: pick(along).to(value.device) for axis, along in labels.axes.items()})
     else:
         # each block of a grouped weight takes places of its own: W (groups, out/groups, in/groups, *kernel)
         split = value.reshape(labels.groups, -1, *value.shape[1:])
@@ -226,3 +227,15 @@ def gather(weights: Weights, labels: ParamLabels, pick: Callable[[Tensor], Tenso
         out, into = out.view(len(block), -1) % split.size(1), into.view(len(block), -1) % split.size(2)
         value = split[block[:, None, None], out[:, :, None], into[:, None, :]].flatten(0, 1)
     weights.put(labels.path, value.contiguous())
+
+
+def _taken(value: Tensor, index: dict[int, Tensor]) -> Tensor:
+    """A tensor's entries at these places of its axes; some rows at a time where it loses rows and columns."""
+    if set(index) != {0, 1} or value.numel() < MUCH:
+        for axis, places_taken in index.items():
+            value = value.index_select(axis, places_taken)
+        return value
+    taken = value.new_empty(len(index[0]), len(index[1]), *value.shape[2:])
+    for some, target in zip(torch.split(index[0], BITE), torch.split(taken, BITE), strict=True):
+        torch.index_select(value.index_select(0, some), 1, index[1], out=target)
+    return taken

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fxmerge
-from fxmerge import Options, Plan
+from fxmerge import Options, Plan, weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -284,3 +285,30 @@ def test_shared_weights_stay_shared() -> None:
     assert [(p.name, len(p.kept)) for p in result.plan.groups] == [("0", 4)]
     one, other = (result.module.get_submodule(name).weight for name in ("2", "4"))
     assert one is other
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_merge_leaves_the_collector_as_it_was(frozen: bool) -> None:
+    model, x = next(iter(NETS.values()))()
+    seen = []
+    model.register_forward_pre_hook(lambda module, args: seen.append(gc.get_freeze_count()))
+    if frozen:
+        gc.freeze()
+    try:
+        plain_merge(model, x, ratio=0.5)
+        with pytest.raises(fxmerge.FxMergeError):
+            plain_merge(model, torch.zeros(1), ratio=0.5)
+        assert gc.isenabled() and bool(gc.get_freeze_count()) == frozen
+        assert seen[0] > 0  # while it works, what was there before is no collection's business
+    finally:
+        gc.unfreeze()
+
+
+def test_large_weights_lose_rows_and_columns_at_once() -> None:
+    """Beyond a size they are sliced some rows at a time: the output is that of rows and columns taken one by one."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 1500), nn.ReLU(), nn.Linear(1500, 1100), nn.ReLU(), nn.Linear(1100, 4)).double()
+    result = plain_merge(model, torch.randn(2, 8).double(), ratio=0.5, decomposition="prune")
+    first, second = (result.plan.groups[i].kept for i in (0, 1))
+    assert model[2].weight.numel() > weights.MUCH
+    assert torch.equal(result.module.get_parameter("2.weight"), model[2].weight[list(second)][:, list(first)])

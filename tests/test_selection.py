@@ -25,7 +25,7 @@ def candidates(n: int, channels: int = 3, kernel: int = 4, seed: int = 0) -> Can
     generator = torch.Generator().manual_seed(seed)
     kernels = torch.randn(n, channels, kernel, generator=generator, dtype=torch.float64)
     bias = torch.randn(n, 1, generator=generator, dtype=torch.float64)
-    return Candidates(torch.cat([kernels.flatten(1), bias], 1), kernels, seed)
+    return Candidates((kernels.flatten(1), bias), kernels, seed)
 
 
 def best(scores: list[float], count: int) -> list[int]:
@@ -162,7 +162,7 @@ def test_select_keeps_equally_many_of_each_cell(name: str, cells: list[int]) -> 
         assert torch.bincount(owner[found], minlength=max(cells) + 1).tolist() == [counts] * (max(cells) + 1)
         for cell in range(max(cells) + 1):  # each cell as if it were alone
             inside = [i for i in range(8) if cells[i] == cell]
-            alone = SELECTORS[name](Candidates(c.rows[inside], c.kernels[inside], c.seed), counts)
+            alone = SELECTORS[name](Candidates((c.rows[inside],), c.kernels[inside], c.seed), counts)
             assert [i for i in found.tolist() if i in inside] == [inside[i] for i in alone.tolist()]
 
 
@@ -192,7 +192,7 @@ BY_HAND: list[Case] = [
 @pytest.mark.parametrize(("name", "rows", "count", "expected"), BY_HAND)
 def test_by_hand(name: str, rows: Rows, count: int, expected: list[int]) -> None:
     values = torch.tensor(rows, dtype=torch.float64)
-    found = SELECTORS[name](Candidates(values, values[:, :, None]), count).tolist()
+    found = SELECTORS[name](Candidates((values,), values[:, :, None]), count).tolist()
     assert len(set(found)) == count
     assert not expected or found == expected
 
@@ -204,7 +204,7 @@ def clustered(sizes: list[int], seed: int, spread: float) -> tuple[Candidates, T
     owner = torch.cat([torch.full((s,), i) for i, s in enumerate(sizes)])
     owner = owner[torch.randperm(len(owner), generator=generator)]
     kernels = centres[owner] + spread * torch.randn(len(owner), 2, 12, generator=generator, dtype=torch.float64)
-    return Candidates(kernels.flatten(1), kernels), owner
+    return Candidates((kernels.flatten(1),), kernels), owner
 
 
 @pytest.mark.parametrize("name", ["reprune", "reprune-kernel"])
@@ -239,7 +239,7 @@ def test_reprune_kernel_covers_as_much_as_greedy(seed: int) -> None:
 
 def test_random_is_uniform_and_seeded() -> None:
     rows = torch.zeros(10, 1)
-    picks = [SELECTORS["random"](Candidates(rows, rows[:, :, None], seed), 4) for seed in range(500)]
+    picks = [SELECTORS["random"](Candidates((rows,), rows[:, :, None], seed), 4) for seed in range(500)]
     share = torch.bincount(torch.cat(picks), minlength=10) / 500
     assert ((share - 0.4).abs() < 5 * (0.4 * 0.6 / 500) ** 0.5).all()
     assert len({tuple(p.tolist()) for p in picks}) > 100  # of 210 subsets
@@ -255,5 +255,5 @@ def test_l1_decides_near_the_cut_by_the_published_sums(seed: int, dtype: torch.d
     rows[::3] = rows[::3].flip(1)
     order = torch.argsort(torch.linalg.vector_norm(rows, 1, dim=1), stable=True)
     for count in (1, 20, 33, 64):
-        found = SELECTORS["l1"](Candidates(rows, rows[:, :, None]), count)
+        found = SELECTORS["l1"](Candidates((rows,), rows[:, :, None]), count)
         assert torch.equal(found, order[64 - count :].sort().values)
