@@ -89,14 +89,23 @@ def shaken(group: Group, block: int) -> torch.Tensor:
     return torch.cat(kept).sort().values
 
 
-def by_ratio(groups: Sequence[Group], options: Options) -> dict[str, tuple[int, ...]]:
-    """Every group keeps the share 1 - ratio, or what `keep` says: {group: channels kept in each cell}."""
-    kept = {}
-    for group in groups:
+def by_ratio(
+    groups: Sequence[Group], options: Options, overlaps: Mapping[str, Mapping[str, float]]
+) -> dict[str, tuple[int, ...]]:
+    """Every group keeps the share s = 1 - ratio, or what `keep` says: {group: channels kept in each cell}.
+
+    overlaps: {group: {group of whole blocks: share of its channels in them}}. Where blocks leave and the others lose
+    width, both together leave s: sqrt(s) of the blocks, and of the channels in those what is then missing to s.
+    """
+    share, kept = 1 - options.ratio, dict[str, tuple[int, ...]]()
+    left: dict[str, float] = {}  # share of each group that stays
+    doubled = {name for g in groups for name in overlaps.get(g.name, ())}
+    for group in sorted(groups, key=lambda g: g.name not in doubled):  # blocks first: the others follow them
+        gone = sum(part * (1 - left.get(name, 1)) for name, part in overlaps.get(group.name, {}).items())
+        own = math.sqrt(share) if group.name in doubled else min(1.0, share / (1 - gone))
         asked = _asked(group, options)
-        kept[group.name] = (
-            spread(group, 1 - options.ratio, options.round_to) or all_of(group) if asked is None else asked
-        )
+        kept[group.name] = spread(group, own, options.round_to) or all_of(group) if asked is None else asked
+        left[group.name] = sum(kept[group.name]) / group.channels
     return kept
 
 

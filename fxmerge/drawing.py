@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from .frames import nested
 from .ir import Capture, Group, Grouping, Layer, Provenance, Refusal
 from .labels import holds, simplify, thin
+from .members import survivors
 from .picture import Arrow, Box, Picture, Shade, colours, members
 from .plan import Plan
 
@@ -24,6 +25,12 @@ def draw(
 ) -> Picture:
     """Draw up the picture of an analysis, or with a plan of a merge. Pure: equal facts give an equal picture."""
     return _Drawing(captured, facts, grouping, tuple(refusals), plan).finish()
+
+
+def _told_apart(labels: Tensor, atom: Tensor) -> Tensor:
+    """Labels with every axis along which their atoms do not vary narrowed to its first place."""
+    varies = thin(simplify(atom[labels])).shape
+    return labels[tuple(slice(0, size) for size in varies)]
 
 
 class _Drawing:
@@ -41,13 +48,17 @@ class _Drawing:
             n: p.path for p in (recorded.parts if recorded else ()) for run in (p.nodes, *p.again) for n in run
         }
         self.glue = recorded.glue if recorded else frozenset[str]()
-        self.of_atom = np.full(int(grouping.atom.max()) + 1, -1, dtype=np.int64)
-        self.alive = torch.ones(len(self.of_atom), dtype=torch.bool)
-        for number, g in enumerate(grouping.groups):
-            self.of_atom[g.atoms.numpy()] = number
-            if g.name in self.planned:
-                self.alive[g.atoms] = False
-                self.alive[g.atoms[list(self.planned[g.name].kept)]] = True
+        numbers = {g.name: number for number, g in enumerate(grouping.everything)}
+        self.of_label = []  # for each part of the grouping (label_count,): the group's number or -1
+        for part in grouping.parts:
+            of_atom = np.full(int(part.atom.max()) + 1, -1, dtype=np.int64)
+            for g in part.groups:
+                of_atom[g.atoms.numpy()] = numbers[g.name]
+            self.of_label.append(of_atom[part.atom.numpy()])
+        planned = [(g, torch.tensor(self.planned[g.name].kept)) for g in grouping.everything if g.name in self.planned]
+        self.alive = survivors(grouping, planned)  # (label_count,)
+        atoms = torch.stack([part.atom for part in grouping.parts])
+        self.atom = torch.unique(atoms, dim=1, return_inverse=True)[1]  # alike in all parts
 
     def finish(self) -> Picture:
         origins, through = self._origins()
@@ -117,7 +128,7 @@ class _Drawing:
 
     def _pinning(self) -> set[str]:
         """Nodes without a rule that were the first to pin some channel."""
-        seen, found = np.zeros(len(self.of_atom), dtype=bool), set()
+        seen, found = np.zeros(int(self.grouping.atom.max()) + 1, dtype=bool), set()
         seen[int(self.grouping.atom[0])] = True
         for pin in self.facts.pins:
             inside = self.grouping.atom[pin.labels.reshape(-1)].numpy()
@@ -132,8 +143,8 @@ class _Drawing:
         return self._groups_of(labels) if labels is not None else set()
 
     def _groups_of(self, labels: Tensor) -> set[int]:
-        found = np.unique(self.of_atom[self.grouping.atom[thin(labels)].numpy()])
-        return {int(number) for number in found if number >= 0}
+        held = thin(labels).numpy()
+        return {int(number) for of_label in self.of_label for number in np.unique(of_label[held]) if number >= 0}
 
     def _fused(self, origins: Mapping[str, Mapping[str, object]]) -> dict[str, str]:
         """The node whose box each drawn node stands in.
@@ -160,7 +171,7 @@ class _Drawing:
 
     def _roles(self) -> dict[str, list[tuple[int, str]]]:
         roles: dict[str, list[tuple[int, str]]] = defaultdict(list)
-        for number, g in enumerate(self.grouping.groups):
+        for number, g in enumerate(self.grouping.everything):
             for role, nodes in members(g).items():
                 for node in nodes:
                     roles[node].append((number, role))
@@ -190,13 +201,13 @@ class _Drawing:
         labels = self.facts.labels.get(name)
         if labels is None or not holds(labels):
             return 0, 0
-        here = thin(simplify(self.grouping.atom[thin(labels)]))  # along an axis of equal atoms channels do not vary
-        if name not in self.layers and len(torch.unique(here)) < here.numel():
+        labels = _told_apart(thin(labels), self.atom)
+        if name not in self.layers and len(torch.unique(self.atom[labels])) < labels.numel():
             return 0, 0  # places, not channels
-        return here.numel(), int(self.alive[here].sum())
+        return labels.numel(), int(self.alive[labels].sum())
 
     def _shades(self) -> tuple[Shade, ...]:
-        groups = self.grouping.groups
+        groups = self.grouping.everything
         reasons = {r.name: r.reason for r in self.refusals}
         found = []
         for g, colour in zip(groups, colours([not g.internal for g in groups]), strict=True):

@@ -6,6 +6,8 @@
 3. Parts that share a block (rows that must lose equally many) are decided together: a networkx graph of parts and
    blocks, whose connected components are the groups. Within a group, channels merge within their cell (part and block
    rows) only.
+
+`Grouping.graph` says what came of it, for users: its nodes and edges are told at `_graph`.
 """
 
 from __future__ import annotations
@@ -40,6 +42,36 @@ def group(facts: Provenance) -> Grouping:
     refusals = _refusals(facts, atom, pinned, named)
     graph = _graph(named, refusals, facts.layers)
     return Grouping(tuple(named), refusals, torch.from_numpy(atom), graph)
+
+
+def joined(widths: Grouping, facts: Provenance, wholes: Grouping) -> Grouping:
+    """Groups whose blocks lose width, and besides them, as NAME#whole, the groups of those blocks that leave whole."""
+    leaving = np.zeros(int(wholes.atom.max()) + 1, dtype=bool)
+    if facts.whole is not None:
+        leaving[wholes.atom[facts.whole].numpy()] = True
+    named = [replace(g, name=f"{g.name}#whole") for g in wholes.groups if leaving[g.atoms.numpy()].all()]
+    graph = nx.compose(widths.graph, _graph(named, (), facts.layers))
+    return replace(widths, graph=graph, wholes=replace(wholes, groups=tuple(named), refusals=(), graph=graph))
+
+
+def overlaps(grouping: Grouping) -> dict[str, dict[str, float]]:
+    """{group that loses width: {group of blocks that leave whole: the share of its channels that lie in them}}."""
+    if grouping.wholes is None:
+        return {}
+    sides = []
+    for part in grouping.parts:
+        number = np.full(int(part.atom.max()) + 1, -1, dtype=np.int64)
+        for at, g in enumerate(part.groups):
+            number[g.atoms.numpy()] = at
+        sides.append(number[part.atom.numpy()])
+    found: dict[str, dict[str, float]] = {}
+    for at, g in enumerate(grouping.groups):
+        inside = sides[1][sides[0] == at]
+        which, count = np.unique(inside[inside >= 0], return_counts=True)
+        shares = (count / len(inside)).tolist()
+        if shares:
+            found[g.name] = {grouping.wholes.groups[w].name: s for w, s in zip(which.tolist(), shares, strict=True)}
+    return found
 
 
 def aligned(facts: Provenance, grouping: Grouping, groups: Sequence[Group]) -> Provenance:
@@ -204,6 +236,14 @@ def graphml(graph: Any) -> str:
 
 
 def _graph(groups: list[Group], refusals: Sequence[Refusal], layers: Sequence[Layer]) -> nx.DiGraph[str]:
+    """A DiGraph whose attributes are text, whole numbers and truth values only.
+
+    group       NAME             kind="group", channels, internal, mixers (how many)
+    layer       layer:NODE       kind=op, module=path
+    refusal     refused:NUMBER   kind="refused", module=path, channels, reason, where
+    edges       layer -> group role="write", group -> layer role="read" or "carry", layer -> refusal role="write";
+                channels: how many of the group's (refusal's) channels stand there
+    """
     graph: nx.DiGraph[str] = nx.DiGraph()
     for g in groups:
         graph.add_node(g.name, kind="group", channels=g.channels, internal=g.internal, mixers=len(g.mixers))

@@ -279,17 +279,20 @@ class Merge:
 
 @dataclass(frozen=True)
 class Grouping:
-    """What may be merged with what, what may not, and the networkx graph that says so.
-
-    graph: a DiGraph whose attributes are text, whole numbers and truth values only.
-        group       NAME             kind="group", channels, internal, mixers (how many)
-        layer       layer:NODE       kind=op, module=path
-        refusal     refused:NUMBER   kind="refused", module=path, channels, reason, where
-        edges       layer -> group role="write", group -> layer role="read" or "carry", layer -> refusal role="write";
-                    channels: how many of the group's (refusal's) channels stand there
-    """
+    """What may be merged with what, what may not, and the networkx graph that says so (see `groups`)."""
 
     groups: tuple[Group, ...]
     refusals: tuple[Refusal, ...]
     atom: Tensor  # (label_count,) the atom of each label
     graph: Any  # networkx.DiGraph
+    wholes: Grouping | None = None  # heads="both": the blocks that may leave whole besides; its atoms are its own
+
+    @property
+    def parts(self) -> tuple[Grouping, ...]:
+        """This grouping and the one of the blocks that may leave whole, each with its own atoms."""
+        return (self,) if self.wholes is None else (self, self.wholes)
+
+    @property
+    def everything(self) -> tuple[Group, ...]:
+        """The groups of all parts; their names are unique."""
+        return tuple(g for part in self.parts for g in part.groups)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -10,9 +11,23 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .ir import Group, Layer, Member, Provenance
+from .ir import Group, Grouping, Layer, Member, Provenance
 
 Ints = NDArray[np.int64]
+
+
+def survivors(grouping: Grouping, kept: Sequence[tuple[Group, Tensor]]) -> Tensor:
+    """alive (label_count,): does the label's channel stay, and so the block that it is in?"""
+    alive = torch.ones(len(grouping.atom), dtype=torch.bool)
+    for part in grouping.parts:
+        mine = {g.name for g in part.groups}
+        stays = torch.ones(int(part.atom.max()) + 1, dtype=torch.bool)
+        for group, index in kept:
+            if group.name in mine:
+                stays[group.atoms] = False
+                stays[group.atoms[index]] = True
+        alive &= stays[part.atom]
+    return alive
 
 
 class Builder:

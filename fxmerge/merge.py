@@ -29,8 +29,10 @@ from .errors import FxMergeError
 from .evidence import Reading
 from .fitting import STRAYS, batches_of
 from .garbage import older_left_alone
+from .groups import overlaps
 from .ir import Capture, Group, Grouping, Provenance
 from .lockstep import Settings
+from .members import survivors
 from .narrowing import Chosen, grouped, in_scope, provable, replayed
 from .options import Options
 from .plan import GroupPlan, Plan
@@ -39,7 +41,7 @@ from .provenance import provenance
 from .refit import Refitted, refit
 from .report import Report
 from .results import Analysis, Result
-from .rewrite import Rewriter, survivors
+from .rewrite import Rewriter
 from .selection import select
 from .sensitivity import sensitivity
 from .similarity import candidates, state
@@ -60,7 +62,7 @@ def analyze(
     options = settled(options, changes)
     with older_left_alone():
         captured = capture(model, example_inputs)
-        facts, grouping = grouped(captured, provenance(captured, options.heads == "whole"))
+        facts, grouping = grouped(captured, provenance(captured, options.heads != "width"), options.heads)
     return Analysis(captured, facts, grouping, grouping.refusals)
 
 
@@ -140,9 +142,9 @@ class Prepared:
     @cached_property
     def found(self) -> tuple[Provenance, Grouping]:
         self.stage("provenance")
-        facts = provenance(self.captured, self.options.heads == "whole")
+        facts = provenance(self.captured, self.options.heads != "width")
         self.stage("groups")
-        return grouped(self.captured, facts)
+        return grouped(self.captured, facts, self.options.heads)
 
     @property
     def original(self) -> nn.Module:
@@ -200,7 +202,7 @@ class Prepared:
         captured, stage, tensors = self.captured, self.stage, self.tensors
         facts, grouping = self.found
         if decided is None:
-            check_patterns(grouping.groups, [n for n, _ in captured.module.named_modules()], options)
+            check_patterns(grouping.everything, [n for n, _ in captured.module.named_modules()], options)
         groups, refusals = in_scope(grouping, options)
         while True:
             stage("allocation")
@@ -209,7 +211,7 @@ class Prepared:
             elif options.budget:
                 allotted = self._allotted(groups, options)
             else:
-                allotted = Allotted(by_ratio(groups, options))
+                allotted = Allotted(by_ratio(groups, options, overlaps(grouping)))
             counts = allotted.counts
             narrowed = [g for g in groups if sum(counts[g.name]) < g.channels]
             batches, notes = self.batches if narrowed else ([], ())
@@ -237,7 +239,7 @@ class Prepared:
             rewriter.absorb(merged)
             plans.append(group_plan(g, kept, mapping))
         stage("rewrite")
-        alive = survivors(facts, grouping.atom, chosen)
+        alive = survivors(grouping, chosen)
         rewritten = rewriter.finish(alive, edits)
         refitted: tuple[Refitted, ...] = ()
         if batches and chosen:
@@ -252,7 +254,7 @@ class Prepared:
             timing = compared(self.original, module, captured.args, captured.kwargs)
         analysis = Analysis(captured, facts, grouping, refusals)
         plan = Plan(options, tuple(plans))
-        told = (grouping.groups, refusals, captured, module, plan, verdict, refitted, (*notes, *allotted.notes))
+        told = (grouping.everything, refusals, captured, module, plan, verdict, refitted, (*notes, *allotted.notes))
         seconds = time.perf_counter() - started
         report = Report(*told, facts=facts, grouping=grouping, seconds=seconds, timing=timing)
         return Result(module, plan, report, analysis)

@@ -10,19 +10,31 @@ from torch import Tensor, fx
 from .allocation import ignored, shaken
 from .constants import recompute
 from .errors import FxMergeError, source_line
-from .groups import aligned, group
+from .groups import aligned, group, joined
 from .ir import Capture, Group, Grouping, Provenance, Refusal
+from .members import survivors
 from .options import Options
 from .plan import GroupPlan
 from .resizing import Call
-from .rewrite import Rewriter, survivors
+from .rewrite import Rewriter
 from .selection import select
 from .similarity import candidates
+from .wholes import whole, width
 
 Chosen = list[tuple[Group, Tensor]]  # groups that narrow, with the channels that they keep
 
 
-def grouped(captured: Capture, facts: Provenance) -> tuple[Provenance, Grouping]:
+def grouped(captured: Capture, facts: Provenance, heads: str) -> tuple[Provenance, Grouping]:
+    """The groups, where blocks lose width, leave whole, or do both (`Options.heads`)."""
+    if heads == "whole":
+        return _unshuffled(captured, whole(facts))
+    narrower, grouping = _unshuffled(captured, width(facts))
+    if heads == "both":
+        grouping = joined(grouping, *_unshuffled(captured, whole(facts)))
+    return narrower, grouping
+
+
+def _unshuffled(captured: Capture, facts: Provenance) -> tuple[Provenance, Grouping]:
     """The groups; where blocks are shuffled into each other, with the channels at one place of all blocks as one.
 
     Whether a graph shuffles is found by trial: blocks lose different places, and the sizes are checked.
@@ -33,7 +45,7 @@ def grouped(captured: Capture, facts: Provenance) -> tuple[Provenance, Grouping]
         failures = []
         for number in range(max((len(g.blocks) for g in blocked), default=0)):
             trial = [(g, shaken(g, min(number, len(g.blocks) - 1))) for g in blocked]
-            failures += recompute(captured, facts, survivors(facts, grouping.atom, trial))[1]
+            failures += recompute(captured, facts, survivors(grouping, trial))[1]
         guilty = [g for g in blocked for f in failures if _hit(g, grouping, f.labels)]
         if not guilty:
             return facts, grouping
@@ -42,13 +54,14 @@ def grouped(captured: Capture, facts: Provenance) -> tuple[Provenance, Grouping]
 
 
 def _hit(group: Group, grouping: Grouping, labels: Tensor) -> bool:
-    return bool(torch.isin(grouping.atom[labels], group.atoms).any())
+    part = next(p for p in grouping.parts if any(g.name == group.name for g in p.groups))
+    return bool(torch.isin(part.atom[labels], group.atoms).any())
 
 
 def in_scope(grouping: Grouping, options: Options) -> tuple[list[Group], tuple[Refusal, ...]]:
     """The groups that these options let in, and a refusal for each other."""
     inside, out = [], list(grouping.refusals)
-    for g in grouping.groups:
+    for g in grouping.everything:
         why = ""
         if ignored(g, options):
             why = "is ignored, as the options say"
@@ -83,7 +96,7 @@ def provable(
     refused: list[Refusal] = []
     nodes = {n.name: n for n in captured.module.graph.nodes}
     while True:
-        edits, failures = recompute(captured, facts, survivors(facts, grouping.atom, chosen))
+        edits, failures = recompute(captured, facts, survivors(grouping, chosen))
         if not failures:
             return chosen, edits, refused
         gone: set[str] = set()
@@ -109,4 +122,4 @@ def sliced(
     narrowed = [g for g in groups if sum(counts[g.name]) < g.channels]
     chosen = [(g, select("l2", candidates(g, tensors, 0), g.cells, counts[g.name])) for g in narrowed]
     chosen, edits, _ = provable(captured, facts, grouping, chosen)
-    return Rewriter(captured.module, facts).finish(survivors(facts, grouping.atom, chosen), edits)
+    return Rewriter(captured.module, facts).finish(survivors(grouping, chosen), edits)

@@ -20,7 +20,7 @@ BUDGETS = ("flops", "params", "latency")
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "scope": ("internal", "all"),
-    "heads": ("width", "whole"),
+    "heads": ("width", "whole", "both"),
     "allocation": tuple(ALLOCATORS),
     "selection": tuple(SELECTORS),
     "decomposition": tuple(DECOMPOSITIONS),
@@ -33,7 +33,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 _SCOPE = "internal: groups with one writer and one reader, as in the paper; all: residual and shared groups too"
 
 
-_HEADS = "attention's heads, groups of convolutions and of norms: each loses width, or whole ones leave"
+_HEADS = "attention's heads, groups of convolutions and of norms: each loses width, whole ones leave, or both"
 
 
 def _one_of(field_name: str, what: str) -> Any:
@@ -138,6 +138,9 @@ class Options:
             number = isinstance(share, (int, float)) and not isinstance(share, bool) and math.isfinite(share)
             if not number or not 0 < share <= 1:
                 raise FxMergeError(f"budget[{kind!r}] is {share!r}; it is a share of the original, 0 < share <= 1")
+            if self.heads == "both":
+                told = "heads='both' takes a ratio: how much of a budget blocks and their widths give is not decided"
+                raise FxMergeError(f"{told}; give ratio in place of budget, or heads='width' or 'whole'")
             if not isinstance(self.ratio, _Unsaid):
                 told = f"ratio {self.ratio:g} and budget {{{kind!r}: {share:g}}}"
                 raise FxMergeError(f"{told} contradict each other; give one of them")

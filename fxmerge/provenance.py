@@ -36,7 +36,6 @@ from .ir import (
 from .labels import fixed, numbers
 from .torchcalls import in_place
 from .weights import at
-from .wholes import whole as wholes
 
 
 class _Run:
@@ -242,10 +241,9 @@ _NUMPY = {"axis": "dim", "keepdims": "keepdim"}  # torch takes numpy's names too
 
 
 def provenance(capture: Capture, whole: bool = False) -> Provenance:
-    """Run a captured graph on labels; `whole`: blocks of channels leave whole, where they can.
+    """Run a captured graph on labels; `whole`: find the bonds too that let blocks of channels leave whole (`wholes`).
 
     Cost: one pass of integer arithmetic on label tensors, whose spatial axes have stride 0. Raises nothing: whatever
     has no rule is pinned, and the pin says why.
     """
-    found = _Run(capture, whole).run()
-    return wholes(found) if whole else found
+    return _Run(capture, whole).run()

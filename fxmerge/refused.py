@@ -28,5 +28,6 @@ def parameters_held(refusal: Refusal, captured: Capture) -> int:
         if own:
             break
     sizes = [getattr(layer, name, None) for name in ("out_features", "out_channels", "embedding_dim")]
-    written = next((size for size in sizes if isinstance(size, int)), own[0].size(0) if own else 0)
+    first = own[0].size(0) if own and own[0].dim() else len(own)  # a number alone is one channel
+    written = next((size for size in sizes if isinstance(size, int)), first)
     return round(sum(p.numel() for p in own) * refusal.channels / written) if written else 0

@@ -9,12 +9,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from torch import fx, nn
 
 from .cost import Cost, call_cost, cost
 from .ir import Capture, Group, Grouping, Provenance, Refusal
+from .members import survivors
 from .page import finite
 from .plan import GroupPlan, Plan, json_text
 from .refit import Refitted
@@ -206,6 +208,9 @@ class Report(Shown):
         (p0, f0), (p1, f1) = self._writer_cost(group, self.before), self._writer_cost(group, self.after)
         merged = sum(p.into >= 0 for p in plan.partners)
         note = []
+        staying = self._in_blocks_that_stay(group, plan)
+        if staying < len(plan.kept):
+            note.append(f"{staying} in blocks that stay")
         if self.plan.options.decomposition == "mostsim" and group.scale_blocks:
             note.append(f"scale 1 ({_listed(list(group.scale_blocks))})")
         if self.plan.options.decomposition != "prune" and not group.partners:
@@ -216,6 +221,15 @@ class Report(Shown):
             group.name, f"{plan.channels} -> {len(plan.kept)}", f"{p0:,} -> {p1:,}", f"{f0:,} -> {f1:,}",
             f"{plan.similarity:.2f}", "; ".join(note),
         ]  # fmt: skip
+
+    def _in_blocks_that_stay(self, group: Group, plan: GroupPlan) -> int:
+        """How many of a group's kept channels stand in blocks that do not leave whole (heads="both")."""
+        wholes = self.grouping.wholes
+        if wholes is None or all(g.name != group.name for g in self.grouping.groups):
+            return len(plan.kept)
+        planned = {p.name: torch.tensor(p.kept) for p in self.plan.groups}
+        alive = survivors(wholes, [(g, planned[g.name]) for g in wholes.groups if g.name in planned])
+        return int(torch.isin(group.atoms[list(plan.kept)], self.grouping.atom[alive]).sum())
 
     def _totals(self) -> str:
         before, after = self.before, self.after

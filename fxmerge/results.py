@@ -12,9 +12,9 @@ from torch.export import ExportedProgram
 
 from . import programs, saving
 from .ir import Capture, Group, Grouping, Provenance, Refusal
+from .members import survivors
 from .plan import Plan
 from .report import AnalysisReport, Report
-from .rewrite import survivors
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,11 @@ class Analysis:
 
     @property
     def groups(self) -> tuple[Group, ...]:
-        return self.grouping.groups
+        return self.grouping.everything
 
     @property
     def graph(self) -> Any:
-        """Groups and layers as a networkx graph (see `groups.Grouping`)."""
+        """Groups and layers as a networkx graph (see `groups`)."""
         return self.grouping.graph
 
     @property
@@ -63,11 +63,9 @@ class Result:
         Raises FxMergeError where the folder holds files of others; `fxmerge.load` reads it.
         """
         captured, facts, groups = self.analysis.captured, self.analysis.facts, self.analysis.grouping
-        named = {g.name: g for g in groups.groups}
+        named = {g.name: g for g in groups.everything}
         kept = [(named[p.name], torch.tensor(p.kept)) for p in self.plan.groups]
-        saving.save(
-            Path(folder), captured, self.module, self.plan, self.report, facts, survivors(facts, groups.atom, kept)
-        )
+        saving.save(Path(folder), captured, self.module, self.plan, self.report, facts, survivors(groups, kept))
 
     def exported(self, dynamic_shapes: Any = None) -> ExportedProgram:
         """The merged model as torch.export has it; one that came as an ExportedProgram keeps its dynamic shapes.

@@ -8,27 +8,18 @@ sizes follow.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 
-from .ir import Group, Layer, Member, Merge, ParamLabels, Provenance
+from .ir import Layer, Member, Merge, ParamLabels, Provenance
 from .linalg import BITE
 from .resizing import Call
 from .weights import blocks_left, columns, fetch_bias, from_columns, gather, places, resize, sharing_copy
 
 _WITHOUT_BIAS = ("matrix", "embedding")  # ops that take no bias, unless they are addmm: it is added behind them
-
-
-def survivors(facts: Provenance, atom: Tensor, kept: Sequence[tuple[Group, Tensor]]) -> Tensor:
-    """alive (label_count,): does the label's channel stay?"""
-    alive = torch.ones(int(atom.max()) + 1, dtype=torch.bool)
-    for group, index in kept:
-        alive[group.atoms] = False
-        alive[group.atoms[index]] = True
-    return alive[atom]
 
 
 class Rewriter:
@@ -94,10 +85,11 @@ class Rewriter:
         stays = alive[labels.axes[1]]
         place = torch.cumsum(stays, 0) - 1  # where a column that stays comes to stand
         kept, shape = stays.nonzero().flatten().to(device), (1, -1, *[1] * (value.dim() - 2))
-        parts = [
-            (part.source.to(device), place[part.target].to(device), part.scale.to(device, precise).view(shape))
-            for part in self.partners[labels.path]
-        ]
+        parts = []
+        for part in self.partners[labels.path]:
+            here = stays[part.target]  # one whose block leaves takes nobody's part
+            scale = part.scale[here].to(device, precise).view(shape)
+            parts.append((part.source[here].to(device), place[part.target[here]].to(device), scale))
         sliced = value.new_empty(len(rows), len(kept), *value.shape[2:])
         for some, target in zip(torch.split(rows, BITE), torch.split(sliced, BITE), strict=True):
             whole = value.index_select(0, some).to(precise)

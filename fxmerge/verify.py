@@ -100,8 +100,8 @@ def permutation(captured: Capture, facts: Provenance, grouping: Grouping, seed: 
     module, args, kwargs = in_float64(captured)
     before = outputs(whole(captured, module), args, kwargs)
     found = {}
-    for group in grouping.groups:
-        permuted = permute(module, facts, grouping, group, seed)
+    for part, group in ((p, g) for p in grouping.parts for g in p.groups):
+        permuted = permute(module, facts, part, group, seed)
         found[group.name] = difference(before, outputs(whole(captured, permuted), args, kwargs))
     return found
 
@@ -116,7 +116,7 @@ def overcoupling(
     module, args, kwargs = in_float64(captured)
     before = outputs(whole(captured, module), args, kwargs)
     found = {}
-    for group in grouping.groups:
+    for part, group in ((p, g) for p in grouping.parts for g in p.groups):
         if group.channels == int(group.cells.max()) + 1:
             continue
         for member in (*group.writers, *group.carriers, *group.readers):
@@ -126,7 +126,7 @@ def overcoupling(
                 for slot, path in member.layer.params.items()
                 if slot == "weight" or not reads
             }
-            permuted = permute(module, facts, grouping, group, seed, left_out)
+            permuted = permute(module, facts, part, group, seed, left_out)
             name = f"{member.layer.module} ({member.role})"
             found[group.name, name] = difference(before, outputs(whole(captured, permuted), args, kwargs))
     return found

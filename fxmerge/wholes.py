@@ -32,6 +32,13 @@ def atoms(facts: Provenance) -> Ints:
     return connected_components(edges, directed=False)[1].astype(np.int64)
 
 
+def width(facts: Provenance) -> Provenance:
+    """The same facts, with what holds where no block leaves whole."""
+    ties = [tie for bond in facts.bonds for tie in bond.ties]
+    pins = [pin for bond in facts.bonds for pin in bond.pins]
+    return replace(facts, ties=(*facts.ties, *ties), pins=(*facts.pins, *pins)) if facts.bonds else facts
+
+
 def whole(facts: Provenance) -> Provenance:
     """The same facts, with each block that can leave whole as one channel; of the others, what holds instead."""
     rows = [(b.node, b.labels) for b in facts.blocks] + [(b.node, b.rows) for b in facts.bonds]

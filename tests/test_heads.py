@@ -14,7 +14,8 @@ from test_written_by_others import made
 from torch import Tensor, nn
 
 import fxmerge
-from fxmerge import verify
+from fxmerge import Options, Plan, verify
+from fxmerge.plan import GroupPlan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -311,6 +312,101 @@ def test_heads_and_then_width(cls: Any) -> None:
     assert sizes[2] < 0.8 * sizes[1] < 0.6 * sizes[0]
 
 
+def rows(group: Any) -> dict[tuple[str, int], int]:
+    """{(a writer's weight, its row): the channel}."""
+    return {
+        (w.layer.params["weight"], row): channel
+        for w in group.writers
+        for channel, where in zip(w.channels.tolist(), w.where.tolist(), strict=True)
+        for row in where
+    }
+
+
+def narrowed_by_hand(model: Any, x: Tensor, result: fxmerge.Result) -> tuple[list[int], nn.Module]:
+    """Some of the blocks are taken by hand; of what is left, those channels stay that the plan keeps."""
+    (heads,) = (list(p.kept) for p in result.plan.groups if p.name.endswith("#whole"))
+    fewer = by_hand(model, heads)
+    before, after = ({g.name: g for g in f.groups} for f in (result.analysis, fxmerge.analyze(fewer, x)))
+    groups = []
+    for p in result.plan.groups:
+        if p.name not in after:
+            continue
+        there, kept = rows(after[p.name]), set()
+        for (path, row), channel in rows(before[p.name]).items():
+            axis, copies = model.by_block.get(path, (1, 1))
+            if axis == 0:
+                size = len(model.get_parameter(path)) // copies // model.blocks
+                copy, block, inner = row // size // model.blocks, row // size % model.blocks, row % size
+                row = (copy * len(heads) + heads.index(block)) * size + inner if block in heads else -1
+            if channel in p.kept and row >= 0:
+                kept.add(there[path, row])
+        groups.append(GroupPlan(p.name, after[p.name].channels, tuple(sorted(kept))))
+    options = Options(scope="all", decomposition="prune", refit="none")
+    return heads, fxmerge.apply(Plan(options, tuple(groups)), fewer, x).module
+
+
+@every_whole
+def test_both_is_fewer_and_narrower_made_by_hand(cls: Any) -> None:
+    model, x = built(cls)
+    result = plain_merge(model, x, heads="both", ratio=0.75, decomposition="prune", selection="l2")
+    heads, expected = narrowed_by_hand(model, x, result)
+    assert len(heads) == (1 if cls is Linearised else 2)  # whose heads have no width to lose
+    with torch.no_grad():
+        assert verify.difference([expected(x)], [result.module(x)]) < 1e-10
+    sizes = [{n: p.shape for n, p in m.named_parameters()} for m in (result.module, expected)]
+    assert sizes[0] == sizes[1]
+    found = result.analysis
+    assert max(verify.permutation(found.captured, found.facts, found.grouping).values()) < 1e-10
+    again = fxmerge.apply(Plan.from_json(result.plan.json()), model, x)
+    with torch.no_grad():
+        assert torch.equal(again.module(x), result.module(x))
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.75])
+@pytest.mark.parametrize("cls", [Attention, GroupedQueries, GroupedConv], ids=lambda c: c.__name__)
+def test_both_leave_together_what_the_ratio_says(cls: Any, ratio: float) -> None:
+    model, x = built(cls, 8)
+    result = plain_merge(model, x, heads="both", ratio=ratio, decomposition="prune")
+    inner = result.module.get_parameter("c.weight" if cls is GroupedConv else "proj.weight")
+    whole = model.get_parameter("c.weight" if cls is GroupedConv else "proj.weight")
+    assert abs(inner.size(1) / whole.size(1) - (1 - ratio)) < 0.13  # 8 blocks of 4 channels are coarse
+    (heads,) = (p for p in result.plan.groups if p.name.endswith("#whole"))
+    assert len(heads.kept) == round(8 * math.sqrt(1 - ratio)) and inner.size(1) < whole.size(1) * len(heads.kept) / 8
+    assert "in blocks that stay" in result.report.text(200)
+    assert {s.name: s.kept for s in result.report.picture.shades}[heads.name] == len(heads.kept)
+    assert heads.name in result.report.html() and heads.name in result.analysis.graph
+
+
+@pytest.mark.parametrize("decomposition", ["mostsim", "fold", "lstsq"])
+@pytest.mark.parametrize("cls", [Attention, Rotated, GroupedConv], ids=lambda c: c.__name__)
+def test_both_by_every_method_with_refit(cls: Any, decomposition: str) -> None:
+    model, x = built(cls)
+    torch.manual_seed(0)
+    batches = [torch.randn(16, *x.shape[1:], dtype=torch.float64) for _ in range(4)]
+
+    def error(**options: Any) -> float:
+        merged = fxmerge.merge(model, x, heads="both", decomposition=decomposition, **options).module
+        with torch.no_grad():
+            return verify.difference([model(batches[0])], [merged(batches[0])])
+
+    assert error(calibration=batches[1:]) < 0.9 * error(refit="none")
+
+
+def test_keep_and_ignore_name_blocks_and_widths_apart() -> None:
+    model, x = built(Attention)
+    result = plain_merge(model, x, heads="both", ratio=0.0, keep={"qkv#whole": 3, "qkv": 0.5})
+    kept = {p.name: len(p.kept) for p in result.plan.groups}
+    assert kept == {"qkv#whole": 3, "qkv": 16}
+    result = plain_merge(model, x, heads="both", ignore=("qkv#whole",))
+    assert not any(p.name.endswith("#whole") for p in result.plan.groups)
+    assert {p.name: len(p.kept) for p in result.plan.groups}["qkv"] == 16  # half of 32: no block leaves
+
+
+def test_both_takes_no_budget() -> None:
+    with pytest.raises(fxmerge.FxMergeError, match=r"heads='both' takes a ratio.*'width' or 'whole'"):
+        Options(heads="both", budget={"flops": 0.5})
+
+
 class Shuffled(GroupedConv):
     """A channel shuffle deals each group out to all others: no group can leave whole."""
 
@@ -365,13 +461,14 @@ class Masked(Attention):
 
 @pytest.mark.parametrize("cls", [Shuffled, Slopes, Sloped, PerHead, Masked], ids=lambda c: c.__name__)
 def test_blocks_lose_width_where_they_cannot_leave_whole(cls: Any) -> None:
-    """And then heads="whole" gives just what heads="width" gives."""
+    """And then heads="whole" and heads="both" give just what heads="width" gives."""
     model, x = built(cls)
-    one, other = (plain_merge(model, x, heads=heads, decomposition="prune") for heads in ("whole", "width"))
-    assert [(p.name, p.kept) for p in one.plan.groups] == [(p.name, p.kept) for p in other.plan.groups]
-    with torch.no_grad():
-        assert torch.equal(one.module(x), other.module(x))
-    assert sum(p.numel() for p in one.module.parameters()) < 0.8 * sum(p.numel() for p in model.parameters())
+    first, *others = (plain_merge(model, x, heads=h, decomposition="prune") for h in ("width", "whole", "both"))
+    for other in others:
+        assert [(p.name, p.kept) for p in first.plan.groups] == [(p.name, p.kept) for p in other.plan.groups]
+        with torch.no_grad():
+            assert torch.equal(first.module(x), other.module(x))
+    assert sum(p.numel() for p in first.module.parameters()) < 0.8 * sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize(

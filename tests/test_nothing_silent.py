@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -123,3 +124,23 @@ def test_what_a_folded_parameter_is_made_of_runs() -> None:
         "b": "is the model's output",
         "idle": "does not run on the example inputs",
     }
+
+
+class Scaled(nn.Module):
+    """CLIP's: a number that is learned scales the output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.scale = nn.Linear(4, 8), nn.Linear(8, 4), nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.relu(self.a(x))) * self.scale
+
+
+def test_a_parameter_without_axes_is_one_channel() -> None:
+    found = fxmerge.analyze(Scaled(), torch.randn(2, 4))
+    (refused,) = (r for r in found.refusals if r.name == "scale")
+    assert refused.channels == 1
+    told = {r["name"]: r for r in json.loads(found.report.json())["refusals"]}
+    assert told["scale"]["parameters"] == 1
+    assert "scale" in found.report.text() and "scale" in found.report.html()
