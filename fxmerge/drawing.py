@@ -57,8 +57,9 @@ class _Drawing:
             self.of_label.append(of_atom[part.atom.numpy()])
         planned = [(g, torch.tensor(self.planned[g.name].kept)) for g in grouping.everything if g.name in self.planned]
         self.alive = survivors(grouping, planned)  # (label_count,)
-        atoms = torch.stack([part.atom for part in grouping.parts])
-        self.atom = torch.unique(atoms, dim=1, return_inverse=True)[1]  # alike in all parts
+        self.atom = grouping.atom  # (label_count,) a number for what is alike in all parts
+        for part in grouping.parts[1:]:
+            self.atom = self.atom * (int(part.atom.max()) + 1) + part.atom
 
     def finish(self) -> Picture:
         origins, through = self._origins()

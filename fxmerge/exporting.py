@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .movement import fresh
@@ -75,6 +76,7 @@ def of_any_batch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
     The samples are what all tensors have as many of, on their first axis. A single one is doubled for the export,
     which takes a size of 1 for a constant. What comes out must give what the model gives on the very example.
+    Raises GuardOnDataDependentSymNode where the model's path depends on values.
     """
     given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     sizes = {t.size(0) for t in given if t.dim()}
@@ -87,7 +89,9 @@ def of_any_batch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         program = torch.export.export(model, traced_args, traced_kwargs, dynamic_shapes=shapes, strict=False)
         module = opened(program)
         before, after = (tree_leaves(m(*fresh(args), **fresh(kwargs))) for m in (model, module))
-    except Exception:  # whatever torch.export says: the size is then a constant
+    except GuardOnDataDependentSymNode:  # what values decide, no size of the example's does
+        raise
+    except Exception:  # whatever else torch.export says: the size is then a constant
         return None
     return module if len(before) == len(after) and all(map(_agree, before, after)) else None
 

@@ -76,10 +76,11 @@ def overlaps(grouping: Grouping) -> dict[str, dict[str, float]]:
 
 def aligned(facts: Provenance, grouping: Grouping, groups: Sequence[Group]) -> Provenance:
     """The same facts, with the channels that stand at one place of these groups' blocks tied to each other."""
-    inside = torch.cat([g.atoms for g in groups])
-    kept, ties = [], list(facts.ties)
+    inside = torch.zeros(int(grouping.atom.max()) + 1, dtype=torch.bool)
+    inside[torch.cat([g.atoms for g in groups])] = True
+    touched, kept, ties = inside[grouping.atom], [], list(facts.ties)
     for block in facts.blocks:
-        if bool(torch.isin(grouping.atom[block.labels], inside).any()):
+        if bool(touched[block.labels].any()):
             first, others = block.labels[:1].expand_as(block.labels[1:]), block.labels[1:]
             ties.append(Tie(block.node, first.reshape(-1), others.reshape(-1)))
         else:
@@ -115,7 +116,7 @@ def _parts(facts: Provenance, atom: Ints, pinned: dict[int, Pin]) -> tuple[Ints,
     random = np.random.default_rng(0)  # a random 64-bit word a node; sums of words tell sets of nodes apart
     words = np.zeros(int(atom.max()) + 1, dtype=np.uint64)
     present: dict[str, Ints] = {}
-    seen: Ints
+    inside: Ints
     holders = [(name, thin(t)) for name, t in facts.labels.items() if name not in facts.views]
     holders += [(name, thin(v.t)) for name, value in facts.values.items() for v in leaves(value) if isinstance(v, Lab)]
     for layer in facts.layers:
@@ -124,12 +125,15 @@ def _parts(facts: Provenance, atom: Ints, pinned: dict[int, Pin]) -> tuple[Ints,
         held = labels.numpy().reshape(-1)
         number, atoms_held = copy[held], atom[held]
         copies = int(number.max(initial=0)) + 1
-        for which in range(copies):  # a slice may take one copy of a channel and leave another
-            times = np.bincount(atoms_held[number == which] if copies > 1 else atoms_held)
-            seen = np.flatnonzero(times)
-            words[seen] += times[seen].astype(np.uint64) * random.integers(1, 2**63, dtype=np.uint64)
+        word = random.integers(1, 2**63, copies, dtype=np.uint64)  # a slice may take one copy of a channel only
+        if copies == 1:
+            times = np.bincount(atoms_held)
+            inside = np.flatnonzero(times)
+            words[inside] += times[inside].astype(np.uint64) * word
+        else:
+            inside = np.unique(atoms_held)
+            np.add.at(words, atoms_held, word[number])
         if name:
-            inside = seen if copies == 1 else np.unique(atoms_held)
             present[name] = np.union1d(present[name], inside) if name in present else inside
     return np.unique(words, return_inverse=True)[1].astype(np.int64), present
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from .allocation import ignored, shaken
-from .constants import recompute
+from .constants import Failure, recompute
 from .errors import FxMergeError, source_line
 from .groups import aligned, group, joined
 from .ir import Capture, Group, Grouping, Provenance, Refusal
@@ -42,20 +42,27 @@ def _unshuffled(captured: Capture, facts: Provenance) -> tuple[Provenance, Group
     grouping = group(facts)
     while True:
         blocked = [g for g in grouping.groups if g.blocks]
-        failures = []
+        guilty: dict[str, Group] = {}
         for number in range(max((len(g.blocks) for g in blocked), default=0)):
-            trial = [(g, shaken(g, min(number, len(g.blocks) - 1))) for g in blocked]
-            failures += recompute(captured, facts, survivors(grouping, trial))[1]
-        guilty = [g for g in blocked for f in failures if _hit(g, grouping, f.labels)]
+            untold = [g for g in blocked if number < len(g.blocks) and g.name not in guilty]
+            trial = [(g, shaken(g, number)) for g in untold]
+            failures = recompute(captured, facts, survivors(grouping, trial))[1] if trial else ()
+            guilty |= {g.name: g for g in _hit(untold, grouping, failures)}
         if not guilty:
             return facts, grouping
-        facts = aligned(facts, grouping, guilty)
+        facts = aligned(facts, grouping, list(guilty.values()))
         grouping = group(facts)
 
 
-def _hit(group: Group, grouping: Grouping, labels: Tensor) -> bool:
-    part = next(p for p in grouping.parts if any(g.name == group.name for g in p.groups))
-    return bool(torch.isin(part.atom[labels], group.atoms).any())
+def _hit(groups: Sequence[Group], grouping: Grouping, failures: Sequence[Failure]) -> list[Group]:
+    """Those of some groups that hold labels of the failures."""
+    failed: dict[str, bool] = {}
+    for part in grouping.parts:
+        atoms = torch.zeros(int(part.atom.max()) + 1, dtype=torch.bool)
+        for failure in failures:
+            atoms[part.atom[failure.labels]] = True
+        failed |= {g.name: bool(atoms[g.atoms].any()) for g in part.groups}
+    return [g for g in groups if failed[g.name]]
 
 
 def in_scope(grouping: Grouping, options: Options) -> tuple[list[Group], tuple[Refusal, ...]]:
@@ -101,7 +108,7 @@ def provable(
             return chosen, edits, refused
         gone: set[str] = set()
         for failure in failures:
-            guilty = [g for g, _ in chosen if _hit(g, grouping, failure.labels)]
+            guilty = _hit([g for g, _ in chosen], grouping, [failure])
             guilty = guilty or [g for g, _ in chosen]  # a size that follows a width it should not: decline all
             if gone.isdisjoint(g.name for g in guilty):  # else it may follow from those
                 why = f"the sizes at {failure.node} cannot follow"

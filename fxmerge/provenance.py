@@ -214,9 +214,11 @@ class _Run:
         for path, value in module.named_parameters():
             if id(value) not in held:
                 reason, node = frozen.get(id(value), ("has no channels of its own", None))
+                mine = torch.zeros(self.count, dtype=torch.bool)
                 labels = self.elements.get(self.owners.get(id(value), path))
-                pins = (p for p in self.pins if labels is not None and bool(torch.isin(labels, p.labels).any()))
-                pin = next(pins, None) if node is None else None
+                if labels is not None:
+                    mine[labels] = True
+                pin = next((p for p in self.pins if bool(mine[p.labels].any())), None) if node is None else None
                 name = str(node.target) if node is not None and node.op == "call_module" else layer_name(path)
                 where = source_line(node) if node is not None else pin.where if pin else ""
                 size = value.size(0) if value.dim() else 1

@@ -196,7 +196,7 @@ UNIFORM: list[tuple[dict[str, Any], list[int]]] = [
 
 @pytest.mark.parametrize(("fields", "expected"), UNIFORM)
 def test_allocation_by_hand(fields: dict[str, Any], expected: list[int]) -> None:
-    counts = by_ratio(GROUPS, Options(**fields))
+    counts = by_ratio(GROUPS, Options(**fields), {})
     assert [len(c) for c in counts.values()] == [1, 1, 4, 1]
     assert all(len(set(c)) == 1 for c in counts.values())
     found = {group: c[0] for group, c in counts.items()}
@@ -215,7 +215,7 @@ def test_allocation_by_hand(fields: dict[str, Any], expected: list[int]) -> None
 ])  # fmt: skip
 def test_what_keep_cannot_have_names_the_group(keep: dict[str, int], group: str) -> None:
     with pytest.raises(FxMergeError, match=group):
-        by_ratio(GROUPS, Options(keep=keep))
+        by_ratio(GROUPS, Options(keep=keep), {})
 
 
 # sizes of the cells, and blocks: cells that were shuffled across several blocks
@@ -242,7 +242,7 @@ def test_unequal_cells_are_as_near_to_the_share_as_any(
         rows = all(len({sum(counts[c] for c in row) for row in block}) == 1 for block in blocks)
         return rows and sum(counts) % round_to == 0
 
-    (found,) = by_ratio([a_group("a", sizes, blocks)], Options(ratio=ratio, round_to=round_to)).values()
+    (found,) = by_ratio([a_group("a", sizes, blocks)], Options(ratio=ratio, round_to=round_to), {}).values()
     assert all(1 <= k <= n for k, n in zip(found, sizes, strict=True))
     assert allowed(found)
     tried = itertools.product(*(range(1, n + 1) for n in sizes))
