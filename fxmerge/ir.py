@@ -19,6 +19,7 @@ from .recorded import Recorded
 Kind = Literal[
     "query", "movement", "per_channel", "writer", "carrier", "tie", "mixer", "contraction", "unknown", "output", "input"
 ]
+DEPTHWISE = ("depthwise", "depthwise_transpose")  # ops of layers with a filter for each channel
 FOLDED = "folded_from"  # in a node's meta: the paths of the tensors that its parameter was computed from
 
 

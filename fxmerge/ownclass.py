@@ -120,8 +120,9 @@ def _some(names: Sequence[str]) -> str:
 def _follow(owner: nn.Module, sized: Tensor) -> None:
     """The sizes that a layer keeps, after its weight."""
     groups, transposed = getattr(owner, "groups", 1), getattr(owner, "transposed", False)
-    if groups > 1 and groups == owner.in_channels and not transposed:  # depthwise
-        groups = sized.size(0) // (int(owner.out_channels) // groups)  # type: ignore[arg-type]
+    if groups > 1 and groups == owner.in_channels:  # depthwise
+        groups = sized.size(0) // (1 if transposed else int(owner.out_channels) // groups)  # type: ignore[arg-type]
+        transposed = False  # sized by its channels
     resize(owner, sized, groups, transposed)
 
 

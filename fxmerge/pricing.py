@@ -17,7 +17,7 @@ from scipy.sparse import csr_array
 from torch import Tensor
 
 from .allocators import Floats, Price
-from .ir import Capture, Contraction, Group, Layer, ParamLabels, Provenance
+from .ir import DEPTHWISE, Capture, Contraction, Group, Layer, ParamLabels, Provenance
 from .labels import thin, varying
 
 LARGEST = 2**22  # places that a contraction's two operands are compared at, at most
@@ -92,7 +92,7 @@ def parameters_price(
 def flops_price(facts: Provenance, groups: Sequence[Group], atom: Tensor, counted: Mapping[str, int]) -> Price:
     """FLOPs of one run on the example inputs, of which the original's nodes take so many (`cost.flops_by_node`)."""
     pricer = _Pricer(groups, atom)
-    layers = {layer.node: layer for layer in facts.layers if layer.reads is not None or layer.op == "depthwise"}
+    layers = {layer.node: layer for layer in facts.layers if layer.reads is not None or layer.op in DEPTHWISE}
     products: dict[str, list[Contraction]] = {}
     for contraction in facts.contractions:
         products.setdefault(contraction.node, []).append(contraction)

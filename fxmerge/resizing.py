@@ -202,5 +202,6 @@ IMPLICIT: dict[str, Implicit] = {
     "layer_norm": _normalized,
     "rms_norm": _normalized,
     "conv": _counted(6, "groups"),
+    "conv_transpose": _counted(6, "groups"),
     "group_norm": _counted(1, "num_groups"),
 }

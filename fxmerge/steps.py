@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from .ir import Capture, Layer, Member
+from .ir import DEPTHWISE, Capture, Layer, Member
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def step_of(node: fx.Node, carrier: Member | None, captured: Capture, tensors: M
         constant = slot(carrier, "bias", tensors, n, 0.0) - gain * slot(carrier, "running_mean", tensors, n, 0.0)
         return Step(node.name, gain, gain, constant)
     weight = tensors[carrier.layer.params["weight"]].double()
-    if op == "depthwise":
+    if op in DEPTHWISE:
         own = weight.flatten(1)[carrier.where].flatten(1)  # (m, copies * kernel)
         filters = laid_out(own, carrier, n, 1.0)
         gain, features = _split(filters)

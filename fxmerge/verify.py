@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from .assembling import assembled
 from .errors import FxMergeError
 from .evaluating import evaluating, reproducible
-from .ir import Capture, Group, Grouping, Member, ParamLabels, Provenance
+from .ir import DEPTHWISE, Capture, Group, Grouping, Member, ParamLabels, Provenance
 from .movement import fresh, tree
 from .outputs import returned
 from .weights import at, gather, places, sharing_copy
@@ -200,7 +200,7 @@ def duplicate(
     return module, args or kwargs, kept
 
 
-_RESCALING = ("batch_norm", "depthwise", "scale", "scale/")  # carriers whose weight can change a copy's scale
+_RESCALING = ("batch_norm", *DEPTHWISE, "scale", "scale/")  # carriers whose weight can change a copy's scale
 
 
 def _overwrite(module: fx.GraphModule, group: Group, pairs: Tensor, generator: torch.Generator) -> None:
@@ -271,7 +271,7 @@ def _carry(module: nn.Module, carrier: Member, pairs: Tensor, before: Tensor, af
     layer = carrier.layer
     change: Mapping[str, Callable[[], Tensor]] = {
         "batch_norm": lambda: after,
-        "depthwise": lambda: after,
+        **dict.fromkeys(DEPTHWISE, lambda: after),
         "scale": lambda: after,
         "scale/": lambda: after,
     }
@@ -284,7 +284,7 @@ def _carry(module: nn.Module, carrier: Member, pairs: Tensor, before: Tensor, af
             var[i] = before[here].square()[:, None].to(var) * (var[j] + layer.eps) - layer.eps
         _copy(module, carrier, "weight", pairs, after)
         _copy(module, carrier, "bias", pairs, after)
-    elif layer.op == "depthwise":
+    elif layer.op in DEPTHWISE:
         _copy(module, carrier, "weight", pairs, after / before)
         _copy(module, carrier, "bias", pairs, after)
     elif layer.op in ("scale", "scale/"):

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .ir import Lab, Param
 from .labels import spread, varying
@@ -104,11 +105,25 @@ def conv_transpose(
     groups: int = 1,
     dilation: Any = 1,
 ) -> Any:
-    """Transposed convolution. W: (in, out/groups, *kernel)."""
+    """Transposed convolution. W: (in, out/groups, *kernel); of the grouped ones, those with one channel a group."""
     why = _operands(ctx, input, weight, bias)
-    if why or groups > 1:
-        return ctx.unknown(why or "is grouped")
-    return _transposed(ctx, "conv_transpose", input, weight, bias, input.t.dim() - (weight.value.dim() - 2) - 1)
+    if not why and groups > 1 and tuple(weight.value.shape[:2]) != (groups, 1):
+        why = "is grouped"
+    if why:
+        return ctx.unknown(why)
+    axis = input.t.dim() - (weight.value.dim() - 2) - 1
+    if groups == 1:
+        return _transposed(ctx, "conv_transpose", input, weight, bias, axis)
+    return _depthwise(ctx, "depthwise_transpose", ctx.along(input, axis), weight, bias, axis, groups)
+
+
+def _depthwise(ctx: Any, op: str, passed: Tensor, weight: Param, bias: Any, axis: int, groups: int) -> Any:
+    """A filter for each channel: W's first axis carries what is passed on."""
+    for param in (weight, bias):
+        if param is not None:
+            ctx.tie(passed, ctx.axis(param, 0))
+    ctx.layer(op, _slots(weight=weight, bias=bias), carries=passed, groups=groups)
+    return Lab(spread(passed, ctx.shape, axis))
 
 
 def conv(
@@ -129,12 +144,7 @@ def conv(
     reads, slots = ctx.along(input, axis), _slots(weight=weight, bias=bias)
     out, per_group = weight.value.shape[:2]
     if groups > 1 and per_group == 1:
-        passed = reads.repeat_interleave(out // groups)
-        for param in (weight, bias):
-            if param is not None:
-                ctx.tie(passed, ctx.axis(param, 0))
-        ctx.layer("depthwise", slots, carries=passed, groups=groups)
-        return Lab(spread(passed, ctx.shape, axis))
+        return _depthwise(ctx, "depthwise", reads.repeat_interleave(out // groups), weight, bias, axis, groups)
     writes = ctx.axis(weight, 0)
     if bias is not None:
         ctx.tie(writes, ctx.axis(bias, 0))

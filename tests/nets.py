@@ -129,6 +129,12 @@ def multiplier(m: Any, x: Tensor) -> Tensor:
     return m.fc(F.relu(m.b(F.relu(m.dn(m.d(F.relu(m.a(x))))))).mean((2, 3)))
 
 
+@net(IMAGE, a=conv(3, 12), n=BatchNorm2d(12), up=nn.ConvTranspose2d(12, 12, 4, 2, 1, groups=12), un=BatchNorm2d(12),
+     b=conv(12, 8), fc=Linear(8, 5))  # fmt: skip
+def upsampled_depthwise(m: Any, x: Tensor) -> Tensor:
+    return m.fc(F.relu(m.b(F.relu(m.un(m.up(F.relu(m.n(m.a(x)))))))).mean((2, 3)))
+
+
 @net(IMAGE, a=conv(3, 16), g=conv(16, 16, groups=4), n=BatchNorm2d(16), h=conv(16, 12, groups=2), fc=Linear(12, 5))
 def grouped(m: Any, x: Tensor) -> Tensor:
     return m.fc(F.relu(m.h(F.relu(m.n(m.g(F.relu(m.a(x))))))).mean((2, 3)))

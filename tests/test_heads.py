@@ -459,7 +459,21 @@ class Masked(Attention):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
 
 
-@pytest.mark.parametrize("cls", [Shuffled, Slopes, Sloped, PerHead, Masked], ids=lambda c: c.__name__)
+class Unruled(Blocked):
+    """The scores pass an op without a rule, behind which nothing says that they are of heads."""
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__(blocks)
+        self.q, self.k, self.v = (nn.Linear(5, blocks * SIZE) for _ in range(3))
+        self.proj, self.out = nn.Linear(blocks * SIZE, 7), nn.Linear(7, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (p(x).unflatten(-1, (self.blocks, SIZE)).transpose(1, 2) for p in (self.q, self.k, self.v))
+        y = torch.cummax(q @ k.transpose(-2, -1), -1)[0].softmax(-1) @ v
+        return self.out(F.relu(self.proj(y.transpose(1, 2).flatten(2))))
+
+
+@pytest.mark.parametrize("cls", [Shuffled, Slopes, Sloped, PerHead, Masked, Unruled], ids=lambda c: c.__name__)
 def test_blocks_lose_width_where_they_cannot_leave_whole(cls: Any) -> None:
     """And then heads="whole" and heads="both" give just what heads="width" gives."""
     model, x = built(cls)

@@ -45,8 +45,9 @@ def test_the_merged_module_is_sound(name: str) -> None:
         if isinstance(module, nn.Linear):
             assert module.weight.shape == (module.out_features, module.in_features)
         if isinstance(module, nn.modules.conv._ConvNd):
-            out, into = module.out_channels, module.in_channels // module.groups
-            assert module.weight.shape[:2] == ((into, out) if module.transposed else (out, into))
+            first, second = module.out_channels, module.in_channels
+            first, second = (second, first) if module.transposed else (first, second)
+            assert module.weight.shape[:2] == (first, second // module.groups)
             assert out % module.groups == 0
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             assert module.running_mean is not None

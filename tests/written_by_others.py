@@ -54,6 +54,21 @@ class SharedHead(nn.Module):
 
 
 @other(*IMAGE)
+class LearnedUpsampling(nn.Module):
+    """DLA and CenterNet: a transposed convolution with a filter for each channel, as a module and as a function."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.a, self.out = conv(3, 8 * n), conv(8 * n, 4)
+        self.up = nn.ConvTranspose2d(8 * n, 8 * n, 4, 2, 1, groups=8 * n, bias=False)
+        self.filters = nn.Parameter(torch.rand(8 * n, 1, 2, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(F.relu(self.a(x)))
+        return self.out(F.relu(F.conv_transpose2d(x, self.filters, stride=2, groups=x.size(1))))
+
+
+@other(*IMAGE)
 class GluFunction(nn.Module):
     def __init__(self, n: int) -> None:
         super().__init__()
