@@ -84,8 +84,8 @@ def _numbered(ctx: Any, numbers: Tensor, letters: str, channels: Tensor, letters
     met = [letters_of.find(c) for at, c in enumerate(letters) if numbers.size(at) > 1]
     unnumbered = [axis for axis in met if axis in varying(channels) and axis not in axes]
     if ctx.whole and unnumbered:  # as many values as blocks, that do not leave
-        inside = rows(channels, unnumbered)
-        ctx.bond(torch.cat([fixed((len(inside), 1)), inside], 1))
+        staying = rows(channels, unnumbered)
+        ctx.bond(torch.cat([fixed((len(staying), 1)), staying], 1))
     inside = [rows(numbers, varying(numbers)), rows(channels, axes)] if axes and blocks else []
     if inside:
         ctx.bond(torch.cat(inside, 1), pins=(numbers, "numbers the blocks of other channels"))

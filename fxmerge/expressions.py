@@ -220,11 +220,12 @@ class Body:
                 return f"torch.Tensor.{method}"
         home = getattr(target, "__module__", None) or ""
         if home.split(".")[0] in LIBRARIES and name.isidentifier():
-            public = home if not home.startswith("torch._C") else ""
+            public = home if not home.startswith(("torch._C", "torch.ops")) else ""
             if public:
                 self.imports.add(f"from {public} import {name}")
                 return str(name)
-        raise _unwritable(node, f"calls {home}.{name or target!r}, which is neither torch's, torchvision's nor timm's")
+        what = f"{home}.{name or target!r}"
+        raise _unwritable(node, f"calls {what}, which is no public function of torch, torchvision or timm")
 
     def _tight(self, value: Any) -> str:
         if isinstance(value, fx.Node):

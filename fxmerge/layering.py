@@ -99,13 +99,14 @@ def _conv(kind: type[nn.Module]) -> Callable[[Tensor, dict[str, Any]], nn.Module
     return make
 
 
-def _norm(kind: type[nn.Module]) -> Callable[[Tensor, dict[str, Any]], nn.Module]:
-    def make(w: Tensor, given: dict[str, Any]) -> nn.Module:
-        if given["training"]:
-            raise ValueError("statistics of the batch")
-        return kind(w.numel(), eps=given["eps"], momentum=given["momentum"])
+def _batch_norm(w: Tensor, given: dict[str, Any]) -> nn.Module:
+    kind = _BATCH_NORMS.get(given["input"].meta["val"].dim())  # a layer takes inputs of its own dimensions only
+    if given["training"] or kind is None:
+        raise ValueError("statistics of the batch, or an input that no layer takes")
+    return kind(w.numel(), eps=given["eps"], momentum=given["momentum"])
 
-    return make
+
+_BATCH_NORMS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 
 
 def _layer_norm(w: Tensor, given: dict[str, Any]) -> nn.Module:
@@ -124,7 +125,7 @@ _LAYERS: dict[str, Callable[[Tensor, dict[str, Any]], nn.Module]] = {
     "conv1d.default": _conv(nn.Conv1d),
     "conv2d.default": _conv(nn.Conv2d),
     "conv3d.default": _conv(nn.Conv3d),
-    "batch_norm.default": _norm(nn.BatchNorm2d),
+    "batch_norm.default": _batch_norm,
 }
 
 

@@ -71,6 +71,12 @@ def narrowed(model: nn.Module, tensors: Mapping[str, Tensor], fit: Fit) -> nn.Mo
         raise FxMergeError(
             f"{kind} has {_some(missing)}, which the merged model does not have; give the model that was merged"
         )
+    for path, number in fit.attributes.items():
+        owner_path, _, last = path.rpartition(".")
+        owner = modules.get(owner_path)
+        if owner is None or type(vars(owner).get(last)) is not int:
+            raise FxMergeError(f"{kind} has no whole number {path}; give the model that was merged")
+        setattr(owner, last, number)
     made: dict[str, Tensor] = {}
     for name, value in tensors.items():
         path, _, last = name.rpartition(".")
@@ -100,12 +106,6 @@ def narrowed(model: nn.Module, tensors: Mapping[str, Tensor], fit: Fit) -> nn.Mo
         if isinstance(module, nn.MultiheadAttention):
             module.embed_dim = module.out_proj.in_features
             module.head_dim = module.embed_dim // module.num_heads
-    for path, number in fit.attributes.items():
-        owner_path, _, last = path.rpartition(".")
-        owner = modules.get(owner_path)
-        if owner is None or type(vars(owner).get(last)) is not int:
-            raise FxMergeError(f"{kind} has no whole number {path}; give the model that was merged")
-        setattr(owner, last, number)
     return copied
 
 
@@ -137,13 +137,14 @@ def fitted(
     bound = max((_CLOSE.get(t.dtype, 1e-5) for t in expected), default=1e-5)
     rows = _queries(captured, merged, facts, alive) if isinstance(merged, fx.GraphModule) else {}
     changed = dict(_changed(captured, merged, model)) if isinstance(merged, fx.GraphModule) else {}
+    counted = dict(_counted(merged, model))
     kinds = {path: _kind(model, path) for path in changed}  # layers of one class keep their numbers alike
     known = list(dict.fromkeys(kinds.values()))
     unused = tuple(sorted(set(model.state_dict()) - set(tensors)))
     why = "its outputs on the example inputs are others"
     sets = (set(c) for size in range(len(known), -1, -1) for c in itertools.combinations(known, size))
     for chosen in itertools.islice(sets, _TRIALS):
-        attributes = {path: number for path, number in changed.items() if kinds[path] in chosen}
+        attributes = counted | {path: number for path, number in changed.items() if kinds[path] in chosen}
         for factors in [rows, {}] if rows else [rows]:
             fit = Fit("", attributes, factors, unused)
             try:
@@ -156,6 +157,16 @@ def fitted(
             if difference(expected, given) <= bound:
                 return fit
     return Fit(f"the code of {type(model).__name__} holds sizes that nobody can change from outside: {why}")
+
+
+def _counted(merged: nn.Module, model: nn.Module) -> Iterator[tuple[str, int]]:
+    """Groups of the user's convolutions and norms, where the merged model's same layer has fewer."""
+    theirs = dict(merged.named_modules(remove_duplicate=False))
+    for path, own in model.named_modules(remove_duplicate=False):
+        for name in ("groups", "num_groups"):
+            before, now = vars(own).get(name), vars(theirs.get(path, own)).get(name)
+            if type(theirs.get(path)) is type(own) and type(before) is type(now) is int and before != now:
+                yield f"{path}.{name}", now
 
 
 def _kind(model: nn.Module, path: str) -> tuple[type, str]:

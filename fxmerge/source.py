@@ -29,7 +29,7 @@ import json
 import torch
 {others}
 
-class MergedModel(nn.Module):
+class MergedModel({base}):
     def __init__(self):
         super().__init__()
 '''
@@ -64,6 +64,7 @@ def source(module: fx.GraphModule, name: str, plain: bool = True) -> str:
     foreign = sorted(i for i in body.imports if not i.startswith("import "))
     head = _HEAD.format(
         name=name,
+        base="nn.Sequential" if in_order(_children(module)) else "nn.Module",
         count=count,
         standard="".join(f"{line}\n" for line in standard),
         others="\n".join(sorted([*others, *foreign], key=_order)) + "\n",
@@ -104,28 +105,32 @@ def _init(root: fx.GraphModule, imports: set[str]) -> Iterator[str]:
             if held is not None and (kept or f"{path}.{name}".lstrip(".") in fetched):
                 yield f'{code}.register_buffer("{name}", {_empty(held)})'
 
+    def put(owner: nn.Module, place: str, name: str, made: str) -> str:
+        if owner is not root or in_attributes(_children(root)):
+            return f"{place} = {made}"
+        return f"self.append({made})" if in_order(_children(root)) else f'self.add_module("{name}", {made})'
+
     def walk(owner: nn.Module, code: str, path: str) -> Iterator[str]:
         yield from raw(owner, code, path)
-        for name, child in owner._modules.items():
-            if child is None:
-                continue
+        listed = in_order(_children(owner))
+        for name in sorted(_children(owner), key=int) if listed else _children(owner):
+            child = owner.get_submodule(name)
             place, inner = code + access(owner, name), f"{path}.{name}".lstrip(".")
-            names = [n for n, m in child._modules.items() if m is not None]
+            names = _children(child)
             if id(child) in known:
-                yield f"{place} = {known[id(child)]}"
+                yield put(owner, place, name, known[id(child)])
             elif id(child) in called or type(child) in LAYERS:
                 known[id(child)] = place
-                yield f"{place} = {constructor(child, imports)}{_cast(child, floats)}"
+                yield put(owner, place, name, f"{constructor(child, imports)}{_cast(child, floats)}")
                 note(child, place, inner)
                 if names and not isinstance(child, nn.Sequential):
                     raise FxMergeError(f"{inner} is a {type(child).__name__}, which no file of plain layers can hold")
             else:
                 known[id(child)] = place
-                listed = in_order([n for n, m in owner._modules.items() if m is not None])
                 if in_order(names):
-                    yield f"{place} = nn.ModuleList(nn.Module() for _ in range({len(names)}))"
-                elif not listed or not in_attributes(names):
-                    yield f"{place} = nn.Module{'' if in_attributes(names) else 'Dict'}()"
+                    yield put(owner, place, name, f"nn.ModuleList(nn.Module() for _ in range({len(names)}))")
+                elif owner is root or not listed or not in_attributes(names):
+                    yield put(owner, place, name, f"nn.Module{'' if in_attributes(names) else 'Dict'}()")
                 yield from walk(child, place, inner)
 
     yield from walk(root, "self", "")
@@ -135,6 +140,10 @@ def _init(root: fx.GraphModule, imports: set[str]) -> Iterator[str]:
     for path, value in root.named_parameters():
         if not value.requires_grad and value.is_floating_point() and f"{path}" not in fetched:
             yield f"self{access(root, path)}.requires_grad_(False)"
+
+
+def _children(owner: nn.Module) -> list[str]:
+    return [name for name, child in owner._modules.items() if child is not None]
 
 
 LAYERS = tuple(
@@ -171,10 +180,10 @@ def constructor(layer: nn.Module, imports: set[str]) -> str:
     signature = inspect.signature(cls)
     if any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values()):
         signature = inspect.signature(cls.__mro__[1])  # LSTM(*args) hands its own on
-    given = []
+    given, placed = [], ("device", "dtype", *(("mode",) if issubclass(cls, nn.RNNBase) else ()))
     for parameter in signature.parameters.values():
         starred = parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
-        if starred or parameter.name in ("device", "dtype", "mode"):
+        if starred or parameter.name in placed:
             continue
         value = _argument(layer, parameter)
         if value is parameter.empty or value == parameter.default:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from .errors import FxMergeError
 
@@ -102,6 +102,8 @@ def entry(owner: nn.Module, name: str) -> str:
     children = [n for n, child in owner._modules.items() if child is not None]
     if name not in children or in_attributes(children):
         return f".{name}"
+    if isinstance(owner, fx.GraphModule) and not in_order(children):  # the model itself, which is no list nor dict
+        return f'.get_submodule("{name}")'
     return f"[{name}]" if in_order(children) else f'["{name}"]'
 
 

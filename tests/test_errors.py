@@ -57,6 +57,26 @@ def spoiled(value: float) -> nn.Module:
     return model
 
 
+class Bounded(Branching):
+    """A mask, or a bound, as a buffer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.b(torch.maximum(torch.relu(self.a(x)), self.bound))
+        return out
+
+
+def bounded(value: float) -> nn.Module:
+    model = Bounded()
+    model.register_buffer("bound", torch.tensor(value))
+    return model
+
+
+def infinite_norm() -> nn.Module:
+    norm = nn.BatchNorm1d(8)
+    norm.running_var[3] = float("inf")  # type: ignore[index]
+    return norm
+
+
 X, ROWS = torch.zeros(4, 12), torch.ones(3, 4)
 residual, image = NETS["residual"]()
 
@@ -78,6 +98,11 @@ CASES: dict[str, Case] = {
     "a shape": (lambda: plain_merge(mlp(), (4, 12)), r"does not run on these example inputs"),
     "NaN": (lambda: plain_merge(spoiled(float("nan")), X), r"b.weight holds NaN or infinity"),
     "infinity": (lambda: fxmerge.analyze(spoiled(float("inf")), X), r"b.weight holds NaN or infinity"),
+    "NaN in a buffer": (lambda: plain_merge(bounded(float("nan")), ROWS), r"bound holds NaN; a model"),
+    "infinite statistics": (
+        lambda: plain_merge(nn.Sequential(nn.Linear(4, 8), infinite_norm(), nn.Linear(8, 2)), ROWS),
+        r"1.running_var holds NaN or infinity",
+    ),
     "a model that raises": (lambda: plain_merge(Raising(), ROWS), r"does not run.*KeyError: .a mistake"),
     "a lazy module": (
         lambda: plain_merge(nn.Sequential(nn.LazyLinear(4), nn.ReLU()), ROWS),
@@ -199,3 +224,11 @@ def test_an_empty_batch() -> None:
     with contextlib.suppress(FxMergeError):
         result = plain_merge(mlp(), torch.zeros(0, 12))
         assert [p.name for p in result.plan.groups] == ["a", "b"]
+
+
+def test_an_infinite_buffer_is_no_mistake() -> None:
+    """Masks and bounds are: a model with one is merged."""
+    model = bounded(-float("inf"))
+    result = plain_merge(model, ROWS, ratio=0.5)
+    assert [len(g.kept) for g in result.plan.groups] == [4]
+    assert bool(torch.isfinite(result.module(ROWS)).all())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -390,6 +391,23 @@ def test_both_by_every_method_with_refit(cls: Any, decomposition: str) -> None:
             return verify.difference([model(batches[0])], [merged(batches[0])])
 
     assert error(calibration=batches[1:]) < 0.9 * error(refit="none")
+
+
+@pytest.mark.parametrize("heads", ["whole", "both"])
+@pytest.mark.parametrize("cls", [GroupedConv, GroupedFunction, GroupNormed], ids=lambda c: c.__name__)
+def test_fewer_groups_fit_into_the_users_class(cls: Any, heads: str, tmp_path: Path) -> None:
+    """A layer keeps its number of groups as an attribute, which no tensor tells."""
+    model, x = built(cls)
+    result = plain_merge(model, x, heads=heads, decomposition="prune")
+    result.save(tmp_path / "saved")
+    own = fxmerge.load(tmp_path / "saved", model=model)
+    assert type(own) is cls
+    with torch.no_grad():
+        assert verify.difference([result.module(x)], [own(x)]) < 1e-10
+    for name, layer in own.named_modules():
+        if isinstance(layer, nn.Conv2d):
+            merged = result.module.get_submodule(name) if name != "g" or cls is GroupedConv else layer
+            assert repr(layer) == repr(merged) and layer.in_channels == layer.weight.size(1) * layer.groups
 
 
 def test_keep_and_ignore_name_blocks_and_widths_apart() -> None:

@@ -48,7 +48,7 @@ def test_the_merged_module_is_sound(name: str) -> None:
             first, second = module.out_channels, module.in_channels
             first, second = (second, first) if module.transposed else (first, second)
             assert module.weight.shape[:2] == (first, second // module.groups)
-            assert out % module.groups == 0
+            assert module.out_channels % module.groups == 0
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             assert module.running_mean is not None
             assert module.running_mean.shape == (module.num_features,)

@@ -60,6 +60,26 @@ class Recurrent(nn.Module):
         return out
 
 
+class Enlarged(nn.Module):
+    """Layers that are made with a `mode`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+        self.up = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.b(self.up(F.relu(self.a(x))))
+        return out
+
+
+def sequential(*first: nn.Module) -> nn.Module:
+    """A model that has no names but numbers, with one convolution in it twice."""
+    again = nn.Conv2d(8, 8, 3, padding=1)
+    layers = [*first, nn.BatchNorm2d(8), again, nn.ReLU(), again, nn.Flatten(), nn.Linear(288, 4)]
+    return nn.Sequential(*layers).eval()
+
+
 class Mixed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -112,6 +132,9 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     **NETS,
     "odd": lambda: (Odd().eval(), torch.randint(0, 5, (2, 5))),
     "recurrent": lambda: (Recurrent().eval(), torch.randn(2, 5, 6)),
+    "sequential": lambda: (sequential(nn.Conv2d(3, 8, 3)), torch.randn(2, 3, 8, 8)),
+    "nested": lambda: (sequential(nn.Sequential(nn.Conv2d(3, 8, 3)), nn.Sequential()), torch.randn(2, 3, 8, 8)),
+    "enlarged": lambda: (Enlarged().eval(), torch.randn(2, 3, 8, 8)),
     "mixed": lambda: (Mixed().eval(), torch.randn(2, 6)),
     "bfloat16": half,
     "resnet18": lambda: torchvision_net("resnet18", 64),
@@ -193,6 +216,20 @@ def test_every_route_back_gives_the_merged_model(name: str, folders: dict[str, A
         assert type(own) is type(model)
         assert difference(expected, given(result, own)) <= (3e-2 if name == "bfloat16" else 1e-5)
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("dims", [2, 3, 4, 5])
+def test_batch_norms_of_exported_graphs_take_their_inputs(dims: int, tmp_path: Path) -> None:
+    """An aten batch_norm takes inputs of any dimensions, a layer of its own only."""
+    torch.manual_seed(0)
+    first: nn.Module = nn.Linear(3, 8) if dims == 2 else (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 3](3, 8, 1)
+    norm = (nn.BatchNorm1d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dims - 2](8)
+    last: nn.Module = nn.Linear(8, 2) if dims == 2 else (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 3](8, 2, 1)
+    model, x = randomised(nn.Sequential(first, norm, nn.ReLU(), last)).eval(), torch.randn(4, 3, *[5] * (dims - 2))
+    result = plain_merge(torch.export.export(model, (x,)), None, ratio=0.5)
+    result.save(tmp_path / "saved")
+    assert type(norm).__name__ in (tmp_path / "saved" / "model.py").read_text()
+    assert difference(given(result, result.module), given(result, fxmerge.load(tmp_path / "saved"))) <= 1e-6
 
 
 def test_what_a_folder_holds(folders: dict[str, Any]) -> None:
