@@ -71,7 +71,8 @@ class _Check:
             return list(known[1])
         if isinstance(value, tuple):
             parts = [self.shrunk(v) for v in value]
-            return [tuple(p[0] for p in parts)] if all(parts) else []
+            made = type(value) if hasattr(value, "_fields") else lambda *several: several
+            return [made(*(p[0] for p in parts))] if all(parts) else []
         if isinstance(value, list):
             return [list(found) for found in self.shrunk(tuple(value))]
         if isinstance(value, dict):

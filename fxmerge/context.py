@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from math import prod
 from typing import Any
@@ -187,11 +188,22 @@ class Context:
     def contraction(self, a: Tensor, b: Tensor, letters_a: str, letters_b: str) -> None:
         self._run.contractions.append(Contraction(self._node.name, a, b, (letters_a, letters_b)))
 
+    def takes(self, index: int, name: str) -> bool:
+        """Does the graph use one of the several values that the op gives?"""
+        for user in self._node.users:
+            taken = user.args[1] if user.target in (operator.getitem, getattr) and user.args[0] is self._node else None
+            if taken is None or (taken in (index, name) and user.users):
+                return True
+        return False
+
     def query(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """A shape, a dtype, a device: read off the operand; a dtype or device off what the example run showed."""
         if self.target is getattr and args[0] in TRANSPOSES:
             self.kind = "movement"
             return movement.execute(self, x, *args)
+        if self.target is getattr and hasattr(x, "_fields"):  # one of several values
+            self.kind = "movement"
+            return getattr(x, args[0])
         if self.target is getattr and isinstance(x, Lab):
             name, source = args[0], self._node.args[0]
             if name in ("dtype", "device") and isinstance(source, fx.Node):

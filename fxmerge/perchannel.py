@@ -7,6 +7,7 @@ gives in the same terms, and tells `ctx` what it learnt: `ctx.tie`, `ctx.pin`, `
 
 from __future__ import annotations
 
+from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -86,6 +87,10 @@ def reduction_rule(ctx: Any, x: Any, dim: Any = None, keepdim: bool = False, **k
         return ctx.unknown("reduces something that is no activation")
     if ctx.shape is None:
         return ctx.unknown("gives something other than one tensor")
+    return _reduced(ctx, x, dim, keepdim, tuple(ctx.shape))
+
+
+def _reduced(ctx: Any, x: Lab, dim: Any, keepdim: bool, shape: tuple[int, ...]) -> Any:
     axes = along(dim, x.t)
     held = movement.varying_axes(x)
     blocks = [axis for axis in held if axis not in axes]
@@ -93,7 +98,7 @@ def reduction_rule(ctx: Any, x: Any, dim: Any = None, keepdim: bool = False, **k
     if axes & set(held) and held[-1] in axes:  # over what is inside of blocks, or over all channels
         ctx.mix(x.t)
         if not blocks or not ctx.whole:
-            return Lab(fixed(ctx.shape))
+            return Lab(fixed(shape))
         sizes = [s if axis in blocks else 1 for axis, s in enumerate(x.t.shape)]
         labels = ctx.numbered(sizes, [rows(x.t, blocks)]).expand(x.t.shape)
     elif axes & set(held):  # over blocks: what stands at one place of all of them is one channel
@@ -101,9 +106,34 @@ def reduction_rule(ctx: Any, x: Any, dim: Any = None, keepdim: bool = False, **k
         ctx.tie(labels, x.t)
         labels = labels.expand(x.t.shape)
     out = without(labels, axes, keepdim)
-    if tuple(out.shape) != tuple(ctx.shape):
+    if tuple(out.shape) != shape:
         return ctx.unknown("gives something other than one tensor")
     return Lab(out)
+
+
+Extreme = namedtuple("Extreme", ["values", "indices"])  # as torch.return_types.max has them
+
+
+def extreme_rule(ctx: Any, x: Any, dim: Any = None, keepdim: bool = False, *, other: Any = None, **kwargs: Any) -> Any:
+    """max, min and median: of two activations, of all there is, or along an axis, and then the places too.
+
+    Places along an axis of channels are numbers of channels, which change once some have gone: nobody may use them.
+    """
+    second = dim if other is None else other
+    if isinstance(second, (Lab, Param, Tensor)):
+        ctx.kind = "tie"
+        return ties.elementwise(ctx, x, second, **kwargs)
+    if dim is None or not isinstance(x, Lab):
+        return reduction_rule(ctx, x, dim, keepdim, **kwargs)
+    if along(dim, x.t) & set(movement.varying_axes(x)) and ctx.takes(1, "indices"):
+        return ctx.unknown("gives the numbers of channels")
+    values = _reduced(ctx, x, dim, keepdim, tuple(without(x.t, along(dim, x.t), keepdim).shape))
+    return Extreme(values, values)
+
+
+def extreme(name: str, *spellings: Spelling) -> Rule:
+    """Its values scale with the channel, its places do not."""
+    return Rule(name, "per_channel", extreme_rule, spellings, lambda ctx, *args, **kw: not ctx.takes(1, "indices"))
 
 
 def reduction(name: str, *spellings: Spelling, commutes: bool = False) -> Rule:

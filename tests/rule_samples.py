@@ -96,6 +96,10 @@ def transpose(key: Any) -> Sample:
     return spelled(key, 1, 3, reads=WIDTH, flat=True)
 
 
+def extreme(key: Any) -> Sample:
+    return spelled(key, 2, True, then=lambda pair: pair[0] * pair.values + pair[1])
+
+
 def joined(key: Any) -> Sample:
     return Sample(lambda m, x: call(key)([x, x.relu()], 1), reads=2 * WIDTH)
 
@@ -230,6 +234,7 @@ SAMPLES: dict[str, Callable[[Any], Sample]] = {
     **dict.fromkeys(["add", "sub", "rsub", "mul", "div", "maximum", "minimum"], two),
     **dict.fromkeys(["mean", "sum", "amax", "amin", "var", "std", "logsumexp"], flat((2, 3), into=WIDTH)),
     **dict.fromkeys(["zeros_like", "ones_like"], like),
+    **dict.fromkeys(["max", "min", "median"], extreme),
     "linear": linear,
     "conv": conv,
     "conv_transpose": conv,

@@ -68,6 +68,50 @@ class LearnedUpsampling(nn.Module):
         return self.out(F.relu(F.conv_transpose2d(x, self.filters, stride=2, groups=x.size(1))))
 
 
+@other(2, 3, 9)
+class PointNet(nn.Module):
+    """Points are joined by the largest of each feature; a second operand keeps the features above a floor."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.a, self.b, self.out = nn.Conv1d(3, 8 * n, 1), nn.Conv1d(8 * n, 12 * n, 1), nn.Linear(12 * n, 4)
+        self.floor = nn.Conv1d(3, 12 * n, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.max(self.b(F.relu(self.a(x))), self.floor(x))
+        values, _ = torch.max(y, 2, keepdim=True)
+        return self.out(values.squeeze(2) + y.min(2).values)
+
+
+@other(*IMAGE, stays={"spatial": "is spread over the channels of another tensor"})
+class Cbam(nn.Module):
+    """Gates from the mean and the largest, of each channel and over the channels."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.a, self.out, self.spatial = conv(3, 8 * n), conv(8 * n, 4), conv(2, 1, 7)
+        self.gate = nn.Sequential(nn.Linear(8 * n, 4 * n), nn.ReLU(), nn.Linear(4 * n, 8 * n))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.a(x))
+        x = x * torch.sigmoid(self.gate(x.mean((2, 3))) + self.gate(x.amax((2, 3))))[:, :, None, None]
+        both = torch.cat([x.mean(1, keepdim=True), torch.max(x, 1, keepdim=True)[0]], 1)
+        return self.out(x * torch.sigmoid(self.spatial(both)))
+
+
+@other(*IMAGE, stays={"a": "max gives the numbers of channels"})
+class NumbersOfChannels(nn.Module):
+    """Which channel is the largest is part of the output."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.a, self.b, self.out = conv(3, 8), conv(8, 6 * n), conv(6 * n, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = F.relu(self.a(x))
+        return self.out(F.relu(self.b(x))), x.max(1)[1]
+
+
 @other(*IMAGE)
 class GluFunction(nn.Module):
     def __init__(self, n: int) -> None:
