@@ -7,7 +7,9 @@ import linecache
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
+from torch.fx._symbolic_trace import _assert_is_none
 
 from . import rules
 from .errors import FxMergeError, first_line
@@ -129,6 +131,8 @@ def hidden(module: fx.GraphModule) -> int:
     for node in module.graph.nodes:
         if node.op == "placeholder":
             activations.add(node)
+        elif node.target in _ASSERTIONS:
+            continue
         elif node.op in ("call_module", "call_function", "call_method") and activations & set(node.all_input_nodes):
             if node.op == "call_module":
                 cls = rules.module_class(module.get_submodule(str(node.target)), known)
@@ -139,6 +143,9 @@ def hidden(module: fx.GraphModule) -> int:
                 activations.add(node)
                 count += found is None
     return count
+
+
+_ASSERTIONS = (_assert_is_none, torch._assert)  # that an argument which was left out is left out again
 
 
 def _where(error: Exception) -> str:
