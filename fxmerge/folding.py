@@ -33,7 +33,7 @@ def fold(module: fx.GraphModule) -> fx.GraphModule:
     Raises nothing: what cannot be computed is left as it stands.
     """
     known = rules.table()
-    _as_linear(module, known)
+    _unturned(module, known)
     constant: dict[fx.Node, bool] = {}  # node that depends on parameters alone -> is there arithmetic in it?
     updates: list[fx.Node] = []
     for node in module.graph.nodes:
@@ -121,27 +121,54 @@ def _called(module: fx.GraphModule, node: fx.Node, value: Callable[[fx.Node], An
     return getattr(args[0], target)(*args[1:], **kwargs) if node.op == "call_method" else target(*args, **kwargs)
 
 
-def _as_linear(module: fx.GraphModule, known: dict[Any, Any]) -> None:
-    """x @ w.t(), however the transpose of a parameter is spelled, becomes F.linear(x, w): the same numbers."""
+def _unturned(module: fx.GraphModule, known: dict[Any, Any]) -> None:
+    """x @ w.t() becomes F.linear(x, w), and F.linear(x, w.t(), b) becomes x @ w + b, so that w is one weight for all.
+
+    However the transpose of a parameter is spelled; a copy of it would be no longer shared with whoever else has it.
+    """
     calls, changed = ("call_function", "call_method"), False
     for node in list(module.graph.nodes):
         found = rules.find(node.target, known) if node.op in calls else None
-        turned: Any = node.args[1] if found is not None and found[0].name == "matmul" and len(node.args) == 2 else None
-        if not isinstance(turned, fx.Node) or turned.op not in calls or len(turned.all_input_nodes) != 1:
+        name = found[0].name if found is not None else ""
+        if name not in ("matmul", "linear") or not 2 <= len(node.args) + len(node.kwargs) <= 3:
             continue
-        (weight,), row = turned.all_input_nodes, rules.find(turned.target, known)
-        value = at(module, str(weight.target)) if weight.op == "get_attr" else None
-        if not isinstance(value, Tensor) or value.dim() != 2 or row is None or row[0].kind not in ("movement", "query"):
+        turned = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
+        weight = _transposed(module, turned, known)
+        if weight is None:
             continue
-        places = torch.arange(value.numel()).view(value.shape)
-        moved = movement.run(turned.target, (places, *turned.args[1:]), turned.kwargs)
-        if isinstance(moved, Tensor) and torch.equal(moved, places.t()):
+        if name == "matmul":
             node.op, node.target, node.args = "call_function", F.linear, (node.args[0], weight)
-            if not turned.users:
-                module.graph.erase_node(turned)
-            changed = True
+        else:
+            bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+            x = node.args[0] if node.args else node.kwargs["input"]
+            node.target, node.args, node.kwargs = torch.matmul, (x, weight), {}
+            if bias is not None:
+                with module.graph.inserting_after(node):
+                    total = module.graph.call_function(operator.add, (node, bias))
+                total.meta = dict(node.meta)
+                node.replace_all_uses_with(total, delete_user_cb=lambda user, total=total: user is not total)
+        if not turned.users:
+            module.graph.erase_node(turned)
+        changed = True
     if changed:
+        module.graph.lint()
         module.recompile()
+
+
+def _transposed(module: fx.GraphModule, turned: Any, known: dict[Any, Any]) -> fx.Node | None:
+    """The parameter that a node is the transpose of."""
+    if not isinstance(turned, fx.Node) or turned.op not in ("call_function", "call_method"):
+        return None
+    row = rules.find(turned.target, known)
+    if len(turned.all_input_nodes) != 1 or row is None or row[0].kind not in ("movement", "query"):
+        return None
+    (weight,) = turned.all_input_nodes
+    value = at(module, str(weight.target)) if weight.op == "get_attr" else None
+    if not isinstance(value, Tensor) or value.dim() != 2:
+        return None
+    places = torch.arange(value.numel()).view(value.shape)
+    moved = movement.run(turned.target, (places, *turned.args[1:]), turned.kwargs)
+    return weight if isinstance(moved, Tensor) and torch.equal(moved, places.t()) else None
 
 
 def _as_weight(module: fx.GraphModule, user: fx.Node, node: fx.Node, known: dict[Any, Any]) -> bool:

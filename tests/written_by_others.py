@@ -68,6 +68,20 @@ class LearnedUpsampling(nn.Module):
         return self.out(F.relu(F.conv_transpose2d(x, self.filters, stride=2, groups=x.size(1))))
 
 
+@other(4, 12)
+class TiedAutoencoder(nn.Module):
+    """The decoder's weights are the encoder's, transposed: one parameter each, before and behind."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(12, 8 * n), nn.Linear(8 * n, 6 * n)
+        self.back, self.out = nn.Parameter(torch.zeros(8 * n)), nn.Parameter(torch.zeros(12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        code = F.relu(self.b(F.relu(self.a(x))))
+        return F.linear(F.relu(F.linear(code, self.b.weight.t(), self.back)), self.a.weight.T, bias=self.out)
+
+
 @other(2, 3, 9)
 class PointNet(nn.Module):
     """Points are joined by the largest of each feature; a second operand keeps the features above a floor."""
