@@ -214,6 +214,17 @@ def setitem(ctx: Any, x: Any, index: Any, value: Any) -> Any:
     return written
 
 
+def index_add(ctx: Any, input: Any, dim: int, index: Any, source: Any, **kwargs: Any) -> Any:
+    """Entries of the source are added at places along an axis that no channels stand on: messages along edges."""
+    if not isinstance(input, Lab) or not isinstance(source, Lab) or (isinstance(index, Lab) and holds(index.t)):
+        return ctx.unknown("takes something else than activations, and places that hold no channels")
+    axis = dim % input.t.dim()
+    if axis in varying(input.t) or axis in varying(source.t) or not source.t.size(axis):
+        return ctx.unknown("adds over the axis of the channels")
+    ctx.tie(input.t, simplify(source.t.narrow(axis, 0, 1).expand(input.t.shape)))
+    return input
+
+
 def channel_shuffle(ctx: Any, input: Any, groups: int) -> Any:
     """Blocks of channels dealt out like cards; every block must lose equally many."""
     if isinstance(input, Lab) and 1 in varying(input.t):

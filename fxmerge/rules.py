@@ -69,6 +69,8 @@ _ROWS: tuple[Rule, ...] = (
         ),
     ),
     Rule("embedding", "writer", writers.embedding, (Module(nn.Embedding, ("weight", "max_norm")), F.embedding)),
+    Rule("embedding_bag", "writer", writers.embedding_bag,
+         (Module(nn.EmbeddingBag, ("weight", "max_norm")), F.embedding_bag)),
     # contractions: the two sides of the contracted axis are tied
     Rule("matmul", "contraction", contractions.matmul, (operator.matmul, torch.matmul, "matmul", torch.bmm, "bmm",
                                                           torch.mm, "mm")),
@@ -219,6 +221,7 @@ _ROWS: tuple[Rule, ...] = (
     Rule("expand_as", "movement", movement.expand_as, ("expand_as",), True),
     Rule("enter", "movement", movement.entered, (movement.enter,), True),
     Rule("setitem", "tie", movement.setitem, (operator.setitem,)),
+    Rule("index_add", "tie", movement.index_add, (torch.index_add, "index_add", "index_add_")),
     Rule("sampled", "per_channel", sampled_rule,
          (F.grid_sample, Aten("grid_sampler"), Aten("torchvision::roi_align")), True),
     Rule("pad", "per_channel", movement.pad, (F.pad,), True),

@@ -94,6 +94,15 @@ def embedding(
     return Lab(spread(writes, ctx.shape, len(ctx.shape) - 1))
 
 
+def embedding_bag(
+    ctx: Any, input: Any = None, *given: Any, weight: Any = None, max_norm: Any = None, **kwargs: Any
+) -> Any:
+    """Sums, means or maxima of some rows of a table: as `embedding`. The function takes the table second."""
+    table = next((g for g in given if isinstance(g, Param)), weight)
+    changes = max_norm is not None or any(isinstance(g, float) for g in given)
+    return embedding(ctx, input, table, None, 1.0 if changes else None)
+
+
 def conv_transpose(
     ctx: Any,
     input: Any,

@@ -51,6 +51,17 @@ def embedding(key: Any) -> Sample:
     return Sample(lambda m, x: x + call(key)(m.ids, m.w), dims=0, parts={"w": raw(5, 8), **parts})
 
 
+def embedding_bag(key: Any) -> Sample:
+    """Three rows a sample, by the signs of its inputs."""
+
+    def ids(m: Any) -> Any:
+        return (m.input > 0).long() + 2
+
+    if inspect.isclass(key):
+        return Sample(lambda m, x: x + m.part(ids(m)), dims=0, parts={"part": key(5, 8, mode="sum")})
+    return Sample(lambda m, x: x + call(key)(ids(m), m.w), dims=0, parts={"w": raw(5, 8)})
+
+
 def scores(m: Any) -> Any:
     """(2, SIDE, SIDE) numbers of the input, which hold no channels."""
     return m.input.transpose(1, 2).matmul(m.input)

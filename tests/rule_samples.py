@@ -18,6 +18,7 @@ from layer_samples import (
     batch_norm,
     conv,
     embedding,
+    embedding_bag,
     enter,
     gather,
     instance_norm,
@@ -98,6 +99,16 @@ def transpose(key: Any) -> Sample:
 
 def extreme(key: Any) -> Sample:
     return spelled(key, 2, True, then=lambda pair: pair[0] * pair.values + pair[1])
+
+
+def index_add(key: Any) -> Sample:
+    """Messages: each sample sends to one of the two, and more than one may send to the same."""
+
+    def add(m: Any, x: Any) -> Any:
+        sent = m.second(m.input)
+        return getattr(x, key)(0, m.ids, sent) if isinstance(key, str) else call(key)(x, 0, m.ids, sent)
+
+    return Sample(add, parts={"second": None, "ids": torch.tensor([1, 1])})
 
 
 def joined(key: Any) -> Sample:
@@ -239,6 +250,8 @@ SAMPLES: dict[str, Callable[[Any], Sample]] = {
     "conv": conv,
     "conv_transpose": conv,
     "embedding": embedding,
+    "embedding_bag": embedding_bag,
+    "index_add": index_add,
     "matmul": matmul,
     "outer": lambda key: Sample(
         lambda m, x: x * call(key)(m.angles, x.new_ones(x.shape[0])).t().cos(),
