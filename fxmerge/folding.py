@@ -24,7 +24,7 @@ from .weights import at
 
 _Made = tuple[str, tuple[str, ...]]  # a new parameter's path, and the paths of what it is made of
 _RANDOM = ("dropout", "rrelu", "stochastic_depth", "new")
-_TABLES = ("embedding",)  # rows of a table: no arithmetic either
+_TABLES = ("embedding", "embedding_bag")  # rows of a table: no arithmetic either
 
 
 def fold(module: fx.GraphModule) -> fx.GraphModule:

@@ -52,14 +52,10 @@ def embedding(key: Any) -> Sample:
 
 
 def embedding_bag(key: Any) -> Sample:
-    """Three rows a sample, by the signs of its inputs."""
-
-    def ids(m: Any) -> Any:
-        return (m.input > 0).long() + 2
-
+    parts: dict[str, Any] = {"ids": torch.tensor([[2, 4, 1], [0, 0, 3]])}
     if inspect.isclass(key):
-        return Sample(lambda m, x: x + m.part(ids(m)), dims=0, parts={"part": key(5, 8, mode="sum")})
-    return Sample(lambda m, x: x + call(key)(ids(m), m.w), dims=0, parts={"w": raw(5, 8)})
+        return Sample(lambda m, x: x + m.part(m.ids), dims=0, parts={"part": key(5, 8, mode="sum"), **parts})
+    return Sample(lambda m, x: x + call(key)(m.ids, m.w), dims=0, parts={"w": raw(5, 8), **parts})
 
 
 def scores(m: Any) -> Any:
