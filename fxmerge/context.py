@@ -66,6 +66,22 @@ class Context:
         self.meet(x.t, spread(shared, [s if a == axis else 1 for a, s in enumerate(x.t.shape)], axis))
         return shared
 
+    def mixing(self, x: Lab) -> Lab | None:
+        """An activation whose places an op mixes: what stands at the places of a channel becomes one.
+
+        Places are the axes behind batch and channels; without a batch axis, which holds no labels, those behind the
+        first. None where channels stand along no other axis: then it is they that are mixed.
+        """
+        held = varying(x.t)
+        first = 1 if x.t.dim() == 3 and 0 in held else 2
+        if all(axis < first for axis in held):
+            return x
+        if all(axis >= first for axis in held):
+            return None
+        one = x.t[tuple(slice(0, 1) if axis >= first else slice(None) for axis in range(x.t.dim()))]
+        self.tie(one.expand_as(x.t), x.t)
+        return Lab(simplify(one.expand_as(x.t)))
+
     def resized(self, x: Lab, shape: Sequence[int]) -> Any:
         """The same labels on another shape of as many axes, where labels do not vary along an axis that changes."""
         small = x.t

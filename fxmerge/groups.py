@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .ir import Group, Grouping, Lab, Layer, Pin, Provenance, Refusal, Tie
+from .ir import Block, Group, Grouping, Lab, Layer, Pin, Provenance, Refusal, Tie
 from .labels import thin
 from .members import Builder, Ints
 from .movement import leaves
@@ -33,6 +33,7 @@ from .wholes import atoms
 def group(facts: Provenance) -> Grouping:
     """Find the merge groups of a provenance. Deterministic: the same graph gives the same groups, in order."""
     atom = atoms(facts)
+    facts = replace(facts, blocks=tuple(b for b in facts.blocks if not _solid(b, atom)))
     written = _writer_order(facts, atom)
     pinned = _pinned(facts, atom, set(written.tolist()))
     part, present = _parts(facts, atom, pinned)
@@ -42,6 +43,16 @@ def group(facts: Provenance) -> Grouping:
     refusals = _refusals(facts, atom, pinned, named)
     graph = _graph(named, refusals, facts.layers)
     return Grouping(tuple(named), refusals, torch.from_numpy(atom), graph)
+
+
+def _solid(block: Block, atom: Ints) -> bool:
+    """Is each row one channel, and each channel several rows? Then rows leave together, and a rectangle stays.
+
+    A vector that is folded into an image (channels, height, width), whose places a convolution ties to each other.
+    """
+    rows = atom[block.labels.numpy()]
+    alike = rows.shape[1] > 1 and bool((rows == rows[:, :1]).all())
+    return alike and int(np.unique(rows[:, 0], return_counts=True)[1].min()) > 1
 
 
 def joined(widths: Grouping, facts: Provenance, wholes: Grouping) -> Grouping:

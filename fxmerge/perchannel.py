@@ -78,6 +78,17 @@ def per_channel(name: str, *spellings: Spelling, commutes: bool | Callable[..., 
     return Rule(name, "per_channel", per_channel_rule, spellings, commutes)
 
 
+def spatial_rule(ctx: Any, x: Any, *rest: Any, **kwargs: Any) -> Any:
+    """Each channel by itself, but its places mixed: pooling, interpolation."""
+    if isinstance(x, Lab):
+        x = ctx.mixing(x)
+    return ctx.unknown("mixes the channels") if x is None else per_channel_rule(ctx, x, *rest, **kwargs)
+
+
+def spatial(name: str, *spellings: Spelling, commutes: bool = False) -> Rule:
+    return Rule(name, "per_channel", spatial_rule, spellings, commutes)
+
+
 def reduction_rule(ctx: Any, x: Any, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Any:
     """A reduction keeps the labels of the axes it leaves; over channels it is a mixer, whose result holds none.
 
@@ -171,7 +182,8 @@ def sampled_rule(ctx: Any, input: Any, *places: Any, **kwargs: Any) -> Any:
     held = any(isinstance(p, Lab) and not isinstance(p, View) and holds(p.t) for p in given)
     if not isinstance(input, Lab) or ctx.shape is None or held:
         return ctx.unknown("takes places that hold channels")
-    return ctx.resized(input, ctx.shape)
+    mixed = ctx.mixing(input)
+    return ctx.unknown("mixes the channels") if mixed is None else ctx.resized(mixed, ctx.shape)
 
 
 def type_as_rule(ctx: Any, x: Any, other: Any) -> Any:

@@ -68,6 +68,25 @@ class LearnedUpsampling(nn.Module):
         return self.out(F.relu(F.conv_transpose2d(x, self.filters, stride=2, groups=x.size(1))))
 
 
+@other(2, 6)
+class Generator(nn.Module):
+    """DCGAN's: a vector is folded into an image, and grows; a decoder's beside it, which only enlarges and pools."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.z, self.norm, self.up = (
+            nn.Linear(6, 8 * n * 16),
+            nn.BatchNorm2d(8 * n),
+            nn.ConvTranspose2d(8 * n, 6 * n, 4, 2, 1),
+        )
+        self.w, self.out = nn.Linear(6, 6 * n * 16), nn.Conv2d(6 * n, 3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.up(F.relu(self.norm(self.z(x).view(-1, self.norm.num_features, 4, 4))))
+        w = F.max_pool2d(self.w(x).view(x.size(0), -1, 4, 4), 3, 1, 1)
+        return torch.tanh(self.out(F.relu(y) + F.interpolate(w, scale_factor=2)))
+
+
 @other(4, 12)
 class TiedAutoencoder(nn.Module):
     """The decoder's weights are the encoder's, transposed: one parameter each, before and behind."""
