@@ -58,9 +58,11 @@ def check_model(model: Any) -> None:
         odd = (
             value.is_floating_point() and not value.is_meta and not bool(torch.isfinite(value.sum(dtype=torch.float32)))
         )
+        if not odd:
+            continue
         weighs = isinstance(value, nn.Parameter) or name.endswith(("running_mean", "running_var"))
         sound = torch.isfinite(value) if weighs else ~torch.isnan(value)  # masks and bounds may well be infinite
-        if odd and not bool(sound.all()):
+        if not bool(sound.all()):
             what = "NaN or infinity" if weighs else "NaN"
             raise FxMergeError(f"{name} holds {what}; a model with such weights cannot be merged")
 
