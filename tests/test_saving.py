@@ -228,7 +228,8 @@ def test_batch_norms_of_exported_graphs_take_their_inputs(dims: int, tmp_path: P
     model, x = randomised(nn.Sequential(first, norm, nn.ReLU(), last)).eval(), torch.randn(4, 3, *[5] * (dims - 2))
     result = plain_merge(torch.export.export(model, (x,)), None, ratio=0.5)
     result.save(tmp_path / "saved")
-    assert type(norm).__name__ in (tmp_path / "saved" / "model.py").read_text()
+    text = (tmp_path / "saved" / "model.py").read_text()  # older torch: no layer can be put back into such a graph
+    assert (f"nn.{type(norm).__name__}(" in text) == (f"nn.{type(first).__name__}(" in text)
     assert difference(given(result, result.module), given(result, fxmerge.load(tmp_path / "saved"))) <= 1e-6
 
 
