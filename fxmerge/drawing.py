@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from .frames import nested
 from .ir import Capture, Group, Grouping, Layer, Provenance, Refusal
 from .labels import holds, simplify, thin
-from .members import survivors
+from .members import group_of_label, planned, survivors
 from .picture import Arrow, Box, Picture, Shade, colours, members
 from .plan import Plan
 
@@ -48,15 +48,12 @@ class _Drawing:
             n: p.path for p in (recorded.parts if recorded else ()) for run in (p.nodes, *p.again) for n in run
         }
         self.glue = recorded.glue if recorded else frozenset[str]()
-        numbers = {g.name: number for number, g in enumerate(grouping.everything)}
-        self.of_label = []  # for each part of the grouping (label_count,): the group's number or -1
+        self.of_label, first = [], 0  # for each part of the grouping (label_count,): the group's number or -1
         for part in grouping.parts:
-            of_atom = np.full(int(part.atom.max()) + 1, -1, dtype=np.int64)
-            for g in part.groups:
-                of_atom[g.atoms.numpy()] = numbers[g.name]
-            self.of_label.append(of_atom[part.atom.numpy()])
-        planned = [(g, torch.tensor(self.planned[g.name].kept)) for g in grouping.everything if g.name in self.planned]
-        self.alive = survivors(grouping, planned)  # (label_count,)
+            number = group_of_label(part)
+            self.of_label.append(np.where(number < 0, number, number + first))
+            first += len(part.groups)
+        self.alive = survivors(grouping, planned(grouping.everything, plan) if plan else [])  # (label_count,)
         self.atom = grouping.atom  # (label_count,) a number for what is alike in all parts
         for part in grouping.parts[1:]:
             self.atom = self.atom * (int(part.atom.max()) + 1) + part.atom

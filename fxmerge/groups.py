@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .ir import Block, Group, Grouping, Lab, Layer, Pin, Provenance, Refusal, Tie
 from .labels import thin
-from .members import Builder, Ints
+from .members import Builder, Ints, group_of_label
 from .movement import leaves
 from .wholes import atoms
 
@@ -69,15 +69,10 @@ def overlaps(grouping: Grouping) -> dict[str, dict[str, float]]:
     """{group that loses width: {group of blocks that leave whole: the share of its channels that lie in them}}."""
     if grouping.wholes is None:
         return {}
-    sides = []
-    for part in grouping.parts:
-        number = np.full(int(part.atom.max()) + 1, -1, dtype=np.int64)
-        for at, g in enumerate(part.groups):
-            number[g.atoms.numpy()] = at
-        sides.append(number[part.atom.numpy()])
+    narrower, leaving = (group_of_label(part) for part in grouping.parts)
     found: dict[str, dict[str, float]] = {}
     for at, g in enumerate(grouping.groups):
-        inside = sides[1][sides[0] == at]
+        inside = leaving[narrower == at]
         which, count = np.unique(inside[inside >= 0], return_counts=True)
         shares = (count / len(inside)).tolist()
         if shares:

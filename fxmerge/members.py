@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .ir import Group, Grouping, Layer, Member, Provenance
+from .plan import Plan
 
 Ints = NDArray[np.int64]
 
@@ -28,6 +29,21 @@ def survivors(grouping: Grouping, kept: Sequence[tuple[Group, Tensor]]) -> Tenso
                 stays[group.atoms[index]] = True
         alive &= stays[part.atom]
     return alive
+
+
+def planned(groups: Sequence[Group], plan: Plan) -> list[tuple[Group, Tensor]]:
+    """Those of some groups that a plan narrows, with the channels that it keeps: what `survivors` takes."""
+    kept = {p.name: p.kept for p in plan.groups}
+    return [(g, torch.tensor(kept[g.name])) for g in groups if g.name in kept]
+
+
+def group_of_label(part: Grouping) -> Ints:
+    """(label_count,) the number of the group that each label is in, by the order of `part.groups`; -1 for none."""
+    of_atom = np.full(int(part.atom.max()) + 1, -1, dtype=np.int64)
+    for number, group in enumerate(part.groups):
+        of_atom[group.atoms.numpy()] = number
+    found: Ints = of_atom[part.atom.numpy()]
+    return found
 
 
 class Builder:

@@ -16,7 +16,7 @@ from torch import fx, nn
 
 from .cost import Cost, call_cost, cost
 from .ir import Capture, Group, Grouping, Provenance, Refusal
-from .members import survivors
+from .members import planned, survivors
 from .page import finite
 from .plan import GroupPlan, Plan, json_text
 from .refit import Refitted
@@ -224,12 +224,19 @@ class Report(Shown):
 
     def _in_blocks_that_stay(self, group: Group, plan: GroupPlan) -> int:
         """How many of a group's kept channels stand in blocks that do not leave whole (heads="both")."""
-        wholes = self.grouping.wholes
-        if wholes is None or all(g.name != group.name for g in self.grouping.groups):
+        if self._staying is None or all(g.name != group.name for g in self.grouping.groups):
             return len(plan.kept)
-        planned = {p.name: torch.tensor(p.kept) for p in self.plan.groups}
-        alive = survivors(wholes, [(g, planned[g.name]) for g in wholes.groups if g.name in planned])
-        return int(torch.isin(group.atoms[list(plan.kept)], self.grouping.atom[alive]).sum())
+        return int(self._staying[group.atoms[list(plan.kept)]].sum())
+
+    @cached_property
+    def _staying(self) -> torch.Tensor | None:
+        """(atoms,) does any label of the atom stand in a block that stays? None where no blocks leave besides."""
+        if (wholes := self.grouping.wholes) is None:
+            return None
+        alive = survivors(wholes, planned(wholes.groups, self.plan))
+        stays = torch.zeros(int(self.grouping.atom.max()) + 1, dtype=torch.bool)
+        stays[self.grouping.atom[alive]] = True
+        return stays
 
     def _totals(self) -> str:
         before, after = self.before, self.after

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from torch.export import ExportedProgram
 
 from . import programs, saving
 from .ir import Capture, Group, Grouping, Provenance, Refusal
-from .members import survivors
+from .members import planned, survivors
 from .plan import Plan
 from .report import AnalysisReport, Report
 
@@ -63,8 +62,7 @@ class Result:
         Raises FxMergeError where the folder holds files of others; `fxmerge.load` reads it.
         """
         captured, facts, groups = self.analysis.captured, self.analysis.facts, self.analysis.grouping
-        named = {g.name: g for g in groups.everything}
-        kept = [(named[p.name], torch.tensor(p.kept)) for p in self.plan.groups]
+        kept = planned(groups.everything, self.plan)
         saving.save(Path(folder), captured, self.module, self.plan, self.report, facts, survivors(groups, kept))
 
     def exported(self, dynamic_shapes: Any = None) -> ExportedProgram:

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from .errors import FxMergeError
 from .expressions import LIBRARIES, Body
-from .spelling import access, broken, in_attributes, in_order, literal
+from .spelling import access, broken, children, in_attributes, in_order, literal
 
 _HEAD = '''"""{name}, merged by fxmerge: {count:,} parameters.
 
@@ -64,7 +64,7 @@ def source(module: fx.GraphModule, name: str, plain: bool = True) -> str:
     foreign = sorted(i for i in body.imports if not i.startswith("import "))
     head = _HEAD.format(
         name=name,
-        base="nn.Sequential" if in_order(_children(module)) else "nn.Module",
+        base="nn.Sequential" if in_order(children(module)) else "nn.Module",
         count=count,
         standard="".join(f"{line}\n" for line in standard),
         others="\n".join(sorted([*others, *foreign], key=_order)) + "\n",
@@ -106,17 +106,17 @@ def _init(root: fx.GraphModule, imports: set[str]) -> Iterator[str]:
                 yield f'{code}.register_buffer("{name}", {_empty(held)})'
 
     def put(owner: nn.Module, place: str, name: str, made: str) -> str:
-        if owner is not root or in_attributes(_children(root)):
+        if owner is not root or in_attributes(children(root)):
             return f"{place} = {made}"
-        return f"self.append({made})" if in_order(_children(root)) else f'self.add_module("{name}", {made})'
+        return f"self.append({made})" if in_order(children(root)) else f'self.add_module("{name}", {made})'
 
     def walk(owner: nn.Module, code: str, path: str) -> Iterator[str]:
         yield from raw(owner, code, path)
-        listed = in_order(_children(owner))
-        for name in sorted(_children(owner), key=int) if listed else _children(owner):
+        listed = in_order(children(owner))
+        for name in sorted(children(owner), key=int) if listed else children(owner):
             child = owner.get_submodule(name)
             place, inner = code + access(owner, name), f"{path}.{name}".lstrip(".")
-            names = _children(child)
+            names = children(child)
             if id(child) in known:
                 yield put(owner, place, name, known[id(child)])
             elif id(child) in called or type(child) in LAYERS:
@@ -140,10 +140,6 @@ def _init(root: fx.GraphModule, imports: set[str]) -> Iterator[str]:
     for path, value in root.named_parameters():
         if not value.requires_grad and value.is_floating_point() and f"{path}" not in fetched:
             yield f"self{access(root, path)}.requires_grad_(False)"
-
-
-def _children(owner: nn.Module) -> list[str]:
-    return [name for name, child in owner._modules.items() if child is not None]
 
 
 LAYERS = tuple(

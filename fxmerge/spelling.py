@@ -99,18 +99,22 @@ def access(module: nn.Module, path: str) -> str:
 
 
 def entry(owner: nn.Module, name: str) -> str:
-    children = [n for n, child in owner._modules.items() if child is not None]
-    if name not in children or in_attributes(children):
+    names = children(owner)
+    if name not in names or in_attributes(names):
         return f".{name}"
-    if isinstance(owner, fx.GraphModule) and not in_order(children):  # the model itself, which is no list nor dict
+    if isinstance(owner, fx.GraphModule) and not in_order(names):  # the model itself, which is no list nor dict
         return f'.get_submodule("{name}")'
-    return f"[{name}]" if in_order(children) else f'["{name}"]'
+    return f"[{name}]" if in_order(names) else f'["{name}"]'
 
 
-def in_order(children: Sequence[str]) -> bool:
+def children(owner: nn.Module) -> list[str]:
+    return [name for name, child in owner._modules.items() if child is not None]
+
+
+def in_order(names: Sequence[str]) -> bool:
     """Are these the names 0, 1, 2, ... of a list?"""
-    return bool(children) and sorted(children) == sorted(map(str, range(len(children))))
+    return bool(names) and sorted(names) == sorted(map(str, range(len(names))))
 
 
-def in_attributes(children: Sequence[str]) -> bool:
-    return all(name.isidentifier() and not keyword.iskeyword(name) for name in children)
+def in_attributes(names: Sequence[str]) -> bool:
+    return all(name.isidentifier() and not keyword.iskeyword(name) for name in names)

@@ -130,20 +130,10 @@ def encoder(
     return src if module.norm is None else module.norm(src)
 
 
-def decoder(
-    module: nn.TransformerDecoder,
-    tgt: Any,
-    memory: Any,
-    tgt_mask: Any = None,
-    memory_mask: Any = None,
-    tgt_key_padding_mask: Any = None,
-    memory_key_padding_mask: Any = None,
-    tgt_is_causal: Any = None,
-    memory_is_causal: bool = False,
-) -> Any:
-    """nn.TransformerDecoder: its layers one after another."""
+def decoder(module: nn.TransformerDecoder, tgt: Any, *given: Any, **masks: Any) -> Any:
+    """nn.TransformerDecoder: its layers one after another, which take just what it takes."""
     for layer in module.layers:
-        tgt = layer(tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask)
+        tgt = layer(tgt, *given, **masks)
     return tgt if module.norm is None else module.norm(tgt)
 
 
