@@ -124,6 +124,8 @@ class _Refit:
                 records.append(self._solve(step, layer))
             if layer is not None and node.name in self.chains:
                 self.chains[node.name].end()
+        self.merged.graph.lint()
+        self.merged.recompile()  # a call that was given a bias fetches it in code that is not there yet
         return tuple(records)
 
     def _begin(self, step: Step, layer: Layer, chain: Chain) -> None:

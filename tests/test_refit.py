@@ -357,3 +357,49 @@ def test_behind_a_rectifier_the_solution_is_next_to_the_best() -> None:
         return solving.error(rows, weight, bias, step, True, alone) / best
 
     assert 1 <= reached(True) < 1.01 and reached(False) > 1.1
+
+
+class FunctionalLayers(nn.Module):
+    """Layers that are function calls without a bias, traced by torch.fx."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.randn(32, 16) / 4)
+        self.b = nn.Parameter(torch.randn(32, 32) / 6)
+        self.c = nn.Parameter(torch.randn(8, 32) / 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        relu, linear = nn.functional.relu, nn.functional.linear
+        return linear(relu(linear(relu(linear(x, self.a)), self.b)), self.c)
+
+
+class ExportedLayers(nn.Module):
+    """A loop over a size, so that torch.export captures it: each layer becomes a function call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(16, 32, bias=False)
+        self.b, self.c = nn.Linear(32, 32, bias=False), nn.Linear(32, 8, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(x.shape[-1] // 16):
+            x = nn.functional.relu(self.a(x))
+        out: Tensor = self.c(nn.functional.relu(self.b(x)))
+        return out
+
+
+@pytest.mark.parametrize("make", [FunctionalLayers, ExportedLayers])
+def test_biases_that_refit_adds_are_in_the_code_that_runs(make: Callable[[], nn.Module], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = make().eval()
+    batches = [torch.randn(64, 16) for _ in range(8)]
+    result = fxmerge.merge(model, torch.randn(64, 16), ratio=0.5, calibration=batches)
+    x = torch.randn(64, 16)
+    assert isinstance(result.module, torch.fx.GraphModule)
+    added = [n for n in result.module.graph.nodes if n.op == "get_attr" and "bias" in str(n.target)]
+    assert added  # else this test shows nothing
+    with torch.no_grad():
+        of_graph = torch.fx.Interpreter(result.module).run(x)
+        torch.testing.assert_close(result.module(x), of_graph, rtol=0, atol=0)
+        result.save(tmp_path / "saved")
+        torch.testing.assert_close(fxmerge.load(tmp_path / "saved")(x), of_graph)
