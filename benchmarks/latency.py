@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import fxmerge
-from fxmerge.files import write_text
-from fxmerge.timing import compared
+from fxmerge.graph.latency import compared
+from fxmerge.weights.files import write_text
 
 MODELS = ("resnet50", "vgg16", "mobilenet_v2", "convnext_tiny", "vit_b_16")
 MODES: dict[str, Callable[[nn.Module], nn.Module]] = {

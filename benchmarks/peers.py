@@ -26,7 +26,7 @@ from benchmarks.data import accuracy
 from benchmarks.models import load_checkpoint
 from benchmarks.paper import BATCH, NETWORKS, Network, find_weights, measured, measuring
 from benchmarks.published import chains, largest, neuron_merging
-from fxmerge.files import write_text
+from fxmerge.weights.files import write_text
 
 NAMES = ("lenet", "resnet56")
 

@@ -7,22 +7,22 @@ print(result.report.text())
 
 from __future__ import annotations
 
-from . import verify
-from .allocators import ALLOCATORS
-from .decomposition import DECOMPOSITIONS
-from .errors import FxMergeError
-from .merge import analyze, apply, merge
-from .options import Options
-from .passes import MergePass, compile
-from .perchannel import Module, Rule, per_channel
-from .plan import Plan
-from .probes import PROBES
-from .residence import in_memory, on_disk
-from .results import Analysis, Result
-from .rules import RULES
-from .saving import load
-from .selection import SELECTORS
-from .sweep import Sweep, sweep
+from fxmerge import verify
+from fxmerge.errors import FxMergeError
+from fxmerge.export.save import load
+from fxmerge.methods.allocation import ALLOCATORS
+from fxmerge.methods.decomposition import DECOMPOSITIONS
+from fxmerge.methods.probes import PROBES
+from fxmerge.methods.selection import SELECTORS
+from fxmerge.options import Options
+from fxmerge.passes import MergePass, compile
+from fxmerge.pipeline import analyze, apply, merge
+from fxmerge.plan import Plan
+from fxmerge.result import Analysis, Result
+from fxmerge.rules.elementwise import Module, Rule, per_channel
+from fxmerge.rules.table import RULES
+from fxmerge.sweep import Sweep, sweep
+from fxmerge.weights.on_disk import in_memory, on_disk
 
 __version__ = "0.1.0"
 

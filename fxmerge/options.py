@@ -10,11 +10,11 @@ from typing import Annotated, Any
 
 import tyro
 
-from .allocators import ALLOCATORS
-from .decomposition import DECOMPOSITIONS
-from .errors import FxMergeError
-from .probes import PROBES
-from .selection import SELECTORS
+from fxmerge.errors import FxMergeError
+from fxmerge.methods.allocation import ALLOCATORS
+from fxmerge.methods.decomposition import DECOMPOSITIONS
+from fxmerge.methods.probes import PROBES
+from fxmerge.methods.selection import SELECTORS
 
 BUDGETS = ("flops", "params", "latency")
 

@@ -8,8 +8,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import FxMergeError
-from .options import Options
+from fxmerge.errors import FxMergeError
+from fxmerge.options import Options
 
 VERSION = 1
 

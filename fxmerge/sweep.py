@@ -24,17 +24,17 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves
 
-from .errors import FxMergeError
-from .evaluating import evaluating
-from .files import write_text
-from .garbage import older_left_alone
-from .merge import Prepared, prepared, settled
-from .options import Options
-from .page import finite
-from .plotting import curve
-from .progress import progress
-from .report import original_cost
-from .spending import NAMES
+from fxmerge.errors import FxMergeError
+from fxmerge.garbage import older_left_alone
+from fxmerge.graph.eval_mode import evaluating
+from fxmerge.options import Options
+from fxmerge.pipeline import Prepared, prepared, settled
+from fxmerge.progress import progress
+from fxmerge.report.budget_line import NAMES
+from fxmerge.report.picture.curve import curve
+from fxmerge.report.picture.page import finite
+from fxmerge.report.reports import original_cost
+from fxmerge.weights.files import write_text
 
 VERSION = 1  # of the files of a folder
 Evaluate = Callable[[nn.Module], Any]

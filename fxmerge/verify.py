@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .assembling import assembled
-from .errors import FxMergeError
-from .evaluating import evaluating, reproducible
-from .ir import DEPTHWISE, Capture, Group, Grouping, Member, ParamLabels, Provenance
-from .movement import fresh, tree
-from .outputs import returned
-from .weights import at, gather, places, sharing_copy
+from fxmerge.errors import FxMergeError
+from fxmerge.graph.eval_mode import evaluating, reproducible
+from fxmerge.graph.outputs import returned
+from fxmerge.ir.records import DEPTHWISE, Capture, Group, Grouping, Member, ParamLabels, Provenance
+from fxmerge.rewrite.reassemble import assembled
+from fxmerge.rules.movement import fresh, tree
+from fxmerge.weights.by_path import at, gather, places, sharing_copy
 
 
 @dataclass(frozen=True)

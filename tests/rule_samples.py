@@ -34,7 +34,7 @@ from query_samples import query
 from sandwich import SIDE, WIDTH, Sample, call, digit, spelled
 from torch import nn
 
-from fxmerge.ir import Aten
+from fxmerge.ir.records import Aten
 
 
 def positive(key: Any) -> Sample:

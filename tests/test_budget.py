@@ -19,13 +19,15 @@ from torch.nn import BatchNorm2d, Linear
 from torch.utils.flop_counter import FlopCounterMode
 
 import fxmerge
-from fxmerge import ALLOCATORS, FxMergeError, Options, Plan, budgeting, timing
-from fxmerge.allocators import Ladder, Price, Problem, greedy, hull, uniform
-from fxmerge.elimination import RIDGE, curve, eliminate
-from fxmerge.evidence import Reading
-from fxmerge.timing import Timing, compared
+from fxmerge import ALLOCATORS, FxMergeError, Options, Plan
+from fxmerge.graph import latency
+from fxmerge.graph.latency import Timing, compared
+from fxmerge.methods.allocation import Ladder, Price, Problem, greedy, hull, uniform
+from fxmerge.methods.elimination import RIDGE, curve, eliminate
+from fxmerge.methods.evidence import Reading
+from fxmerge.planning import budget
 
-merging = importlib.import_module("fxmerge.merge")
+merging = importlib.import_module("fxmerge.pipeline")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -213,7 +215,7 @@ def clock(model: nn.Module, x: Tensor, noise: float) -> Callable[..., Timing]:
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.9])
 def test_a_latency_is_met_within_three_percent(share: float, allocation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = made("chain")
-    for module in (budgeting, merging):
+    for module in (budget, merging):
         monkeypatch.setattr(module, "compared", clock(model, x, 0.001))
     result = plain_merge(model, x, budget={"latency": share}, allocation=allocation)
     spent = result.report.spent
@@ -225,13 +227,13 @@ def test_a_latency_is_met_within_three_percent(share: float, allocation: str, mo
 def test_a_latency_out_of_reach_and_one_that_nobody_can_measure(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = made("chain")
     monkeypatch.setattr(merging, "compared", clock(model, x, 0.001))
-    monkeypatch.setattr(budgeting, "compared", clock(model, x, 0.001))
+    monkeypatch.setattr(budget, "compared", clock(model, x, 0.001))
     with pytest.raises(FxMergeError, match=r"asks for 15.0% of the latency, but 2\d.\d% is left at .* raise max_ratio"):
         plain_merge(model, x, budget={"latency": 0.15})
-    monkeypatch.setattr(budgeting, "compared", clock(model, x, 0.05))
+    monkeypatch.setattr(budget, "compared", clock(model, x, 0.05))
     noisy = plain_merge(model, x, budget={"latency": 0.5})
     assert "the latency's noise is 5.0%, more than the 3%" in noisy.report.text()
-    monkeypatch.setattr(budgeting, "compared", clock(model, x, 0.4))
+    monkeypatch.setattr(budget, "compared", clock(model, x, 0.4))
     with pytest.raises(FxMergeError, match="cannot be measured here: the original differs from itself by 40%"):
         plain_merge(model, x, budget={"latency": 0.5})
 
@@ -241,7 +243,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, spread: float) -> None:
         self.now, self.spread, self.random = 0.0, spread, np.random.default_rng(0)
-        monkeypatch.setattr(timing.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(latency.time, "perf_counter", lambda: self.now)
 
     def module(self, seconds: float) -> nn.Module:
         def forward(net: Any, x: Tensor) -> Tensor:
@@ -267,8 +269,8 @@ def test_a_latency_budget_by_the_real_clock(monkeypatch: pytest.MonkeyPatch) -> 
     torch.manual_seed(0)
     model = randomised(Net(chain, c1=conv(3, 64, bias=False), n1=BatchNorm2d(64), c2=conv(64, 64, bias=False),
                            n2=BatchNorm2d(64), c3=conv(64, 64), fc=Linear(64, 10))).eval()  # fmt: skip
-    monkeypatch.setattr(budgeting, "BRIEF", 0.3)
-    monkeypatch.setattr(timing, "SECONDS", 0.5)
+    monkeypatch.setattr(budget, "BRIEF", 0.3)
+    monkeypatch.setattr(latency, "SECONDS", 0.5)
     try:
         report = plain_merge(model, torch.randn(4, 3, 32, 32), budget={"latency": 0.6}).report
     except FxMergeError:
@@ -395,7 +397,7 @@ def test_greedy_takes_channels_that_nobody_reads(options: dict[str, Any]) -> Non
 
 
 def test_options_go_through_the_command_line(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    from fxmerge.cli import main
+    from fxmerge.cli.main import main
 
     (tmp_path / "net.py").write_text(
         "import torch\ndef make():\n    return torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.ReLU(),\n"

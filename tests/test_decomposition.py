@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fxmerge import DECOMPOSITIONS
-from fxmerge.decomposition import fold, least_squares, mostsim
-from fxmerge.evidence import Evidence, PublishedForm
+from fxmerge.methods.decomposition import fold, least_squares, mostsim
+from fxmerge.methods.evidence import Evidence, PublishedForm
 
 EPS = 1e-5
 LAM = 0.85

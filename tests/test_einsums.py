@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import fxmerge
 from fxmerge import verify
-from fxmerge.einsums import spelled
+from fxmerge.rules.einsum import spelled
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

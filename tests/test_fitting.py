@@ -10,11 +10,12 @@ from netmaking import one_thread, randomised  # noqa: F401
 from torch import Tensor, nn
 
 import fxmerge
-from fxmerge import FxMergeError, calibration, fitting
-from fxmerge.calibration import enough
-from fxmerge.capture import capture
-from fxmerge.lockstep import Settings
-from fxmerge.provenance import provenance
+from fxmerge import FxMergeError
+from fxmerge.analysis.propagate import provenance
+from fxmerge.calibration import batches, fit_probes
+from fxmerge.calibration.batches import enough
+from fxmerge.calibration.paired_run import Settings
+from fxmerge.capture.capture_model import capture
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SETTINGS = Settings(rows=1000, seed=0, held=False, reduce=lambda value: value)
@@ -56,49 +57,49 @@ def given() -> tuple[Normed, Any, Any, Tensor]:
 
 def test_the_divergence_is_that_of_gaussians() -> None:
     model, captured, facts, x = given()
-    assert fitting.mismatch(captured, facts, [[x]], SETTINGS) == pytest.approx(by_hand(model, x), rel=1e-9)
+    assert fit_probes.mismatch(captured, facts, [[x]], SETTINGS) == pytest.approx(by_hand(model, x), rel=1e-9)
 
 
 def test_fitting_lowers_the_divergence_and_touches_nothing_else() -> None:
     model, captured, facts, x = given()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     kept, model.a.weight.requires_grad = x.clone(), False
-    ((moved,),) = fitting.fitted(captured, facts, [[x]], SETTINGS)
+    ((moved,),) = fit_probes.fitted(captured, facts, [[x]], SETTINGS)
     assert by_hand(model, moved) < by_hand(model, x) / 2
     assert torch.equal(x, kept) and not moved.requires_grad
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
     assert [p.requires_grad for p in (model.a.weight, model.b.weight)] == [False, True]
-    assert torch.equal(moved, fitting.fitted(captured, facts, [[x]], SETTINGS)[0][0])
+    assert torch.equal(moved, fit_probes.fitted(captured, facts, [[x]], SETTINGS)[0][0])
 
 
 def test_what_is_too_dear_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     _, captured, facts, x = given()
     once = 3 * 16 * (2 * 36 * (27 * 8 + 72 * 6) + 2 * 6 * 4)  # FLOPs of a step, by hand
-    monkeypatch.setattr(fitting, "BUDGET", fitting.LEAST * once - 1)
-    assert fitting.fitted(captured, facts, [[x]], SETTINGS)[0][0] is x
-    monkeypatch.setattr(fitting, "BUDGET", fitting.LEAST * once)
-    assert fitting.fitted(captured, facts, [[x]], SETTINGS)[0][0] is not x
+    monkeypatch.setattr(fit_probes, "BUDGET", fit_probes.LEAST * once - 1)
+    assert fit_probes.fitted(captured, facts, [[x]], SETTINGS)[0][0] is x
+    monkeypatch.setattr(fit_probes, "BUDGET", fit_probes.LEAST * once)
+    assert fit_probes.fitted(captured, facts, [[x]], SETTINGS)[0][0] is not x
 
 
 def test_without_statistics_or_a_gradient_probes_stay() -> None:
     plain = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2)).eval()
     x = torch.randn(8, 4)
     captured = capture(plain, x)
-    assert fitting.fitted(captured, provenance(captured), [[x]], SETTINGS)[0][0] is x
+    assert fit_probes.fitted(captured, provenance(captured), [[x]], SETTINGS)[0][0] is x
     _, captured, facts, images = given()
     with torch.inference_mode():
         frozen = images.clone()  # autograd refuses such a tensor, as an op without a gradient does
     broken = captured.module.get_submodule("a")
     broken.register_forward_pre_hook(lambda module, args: (args[0] * frozen[:1, :1, :1, :1],))
-    assert fitting.fitted(captured, facts, [[images]], SETTINGS)[0][0] is images
+    assert fit_probes.fitted(captured, facts, [[images]], SETTINGS)[0][0] is images
 
 
 @pytest.mark.parametrize(("forward", "count"), [(1e15, 4096), (5e11, 512), (0, 128)])
 def test_probes_are_fewer_where_they_are_dear(monkeypatch: pytest.MonkeyPatch, forward: float, count: int) -> None:
     _, captured, _, _ = given()
     flops = 2 * 36 * (27 * 8 + 72 * 6) + 2 * 6 * 4
-    monkeypatch.setattr(calibration, "FORWARD", 512 * flops if forward == 5e11 else forward)
+    monkeypatch.setattr(batches, "FORWARD", 512 * flops if forward == 5e11 else forward)
     assert enough(captured) == count
 
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import fxmerge
 from fxmerge import verify
-from fxmerge.capture import capture
-from fxmerge.exporting import export
+from fxmerge.capture.capture_model import capture
+from fxmerge.capture.torch_export import export
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -19,11 +19,11 @@ from nets import NETS
 from torch import Tensor, nn
 
 import fxmerge
-from fxmerge import formats
-from fxmerge.frames import Frame, nested
-from fxmerge.ir import Refusal
-from fxmerge.overview import overview
-from fxmerge.picture import Arrow, Box, Picture, Shade
+from fxmerge.ir.records import Refusal
+from fxmerge.report.picture import formats
+from fxmerge.report.picture.frames import Frame, nested
+from fxmerge.report.picture.overview import overview
+from fxmerge.report.picture.records import Arrow, Box, Picture, Shade
 from fxmerge.verify import Verdict
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -10,11 +10,11 @@ from netmaking import one_thread  # noqa: F401
 from torch import Tensor, nn
 
 import fxmerge
-from fxmerge import joint
-from fxmerge.chains import Chain, chains
-from fxmerge.ir import Layer
-from fxmerge.joint import Fitted, Goal, _Variable
-from fxmerge.patches import Form
+from fxmerge.calibration.patches import Form
+from fxmerge.ir.records import Layer
+from fxmerge.refit import joint
+from fxmerge.refit.chains import Chain, chains
+from fxmerge.refit.joint import Fitted, Goal, _Variable
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 F64 = torch.float64

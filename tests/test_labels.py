@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fxmerge.labels import FIXED, compact, fixed, numbers, simplify, spread, thin, varying
+from fxmerge.ir.labels import FIXED, compact, fixed, numbers, simplify, spread, thin, varying
 
 QUICK = settings(max_examples=100, deadline=None)
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import fxmerge
 from fxmerge import Options
-from fxmerge.decomposition import least_squares, push
-from fxmerge.linalg import coordinates, distances, gram, solve_ridge
-from fxmerge.similarity import moments, state, statistics
+from fxmerge.methods.decomposition import least_squares, push
+from fxmerge.methods.linalg import coordinates, distances, gram, solve_ridge
+from fxmerge.planning.statistics import moments, state, statistics
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

@@ -21,10 +21,11 @@ from safetensors.torch import load_file, save_file, save_model
 from torch import Tensor, nn
 
 import fxmerge
-from fxmerge import FxMergeError, stored
-from fxmerge.files import write_tensors
-from fxmerge.stored import Cell, Spool, Stored
+from fxmerge import FxMergeError
 from fxmerge.verify import difference, outputs
+from fxmerge.weights import disk_tensor
+from fxmerge.weights.disk_tensor import Cell, Spool, Stored
+from fxmerge.weights.files import write_tensors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -51,7 +52,7 @@ def net(path: Path, seed: int = 0) -> tuple[Net, Tensor]:
 
 def on_disk(values: Tensor, path: Path) -> Stored:
     save_file({"w": values}, path)
-    slot = stored.slots(path)["w"]
+    slot = disk_tensor.slots(path)["w"]
     return Stored(Cell(slot, slot.dtype, Spool()))
 
 
@@ -137,7 +138,7 @@ def test_safetensors_written_here_are_read_by_their_library(tmp_path: Path) -> N
 @pytest.mark.parametrize("refit", ["none", "synthetic"])
 @pytest.mark.parametrize("name", ["chain_2d", "residual", "grouped", "encoder", "raw_parameters", "flatten", "shuffle"])
 def test_merged_as_in_memory_to_the_bit(name: str, refit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stored, "SMALL", 0)  # every tensor stays on disk
+    monkeypatch.setattr(disk_tensor, "SMALL", 0)  # every tensor stays on disk
     model, x = NETS[name]()
     save_model(model, str(tmp_path / "w.safetensors"))
     options = {"refit": refit, "samples": 64}
@@ -253,7 +254,7 @@ def test_a_file_that_changes_is_noticed(tmp_path: Path) -> None:
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from fxmerge.cli import main
+    from fxmerge.cli.main import main
 
     net(tmp_path / "w.safetensors")
     spec, out = f"{__file__}:Net", ["--shape", "2", "160", "--refit", "none", "--out"]

@@ -13,8 +13,8 @@ from netmaking import plain_merge
 from torch import nn
 
 from fxmerge import ALLOCATORS, DECOMPOSITIONS, PROBES, SELECTORS, FxMergeError, Options
-from fxmerge.allocation import by_ratio, rounded
-from fxmerge.ir import Group
+from fxmerge.ir.records import Group
+from fxmerge.planning.counts import by_ratio, rounded
 
 NAN, INF = math.nan, math.inf
 

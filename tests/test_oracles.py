@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import fxmerge
 from fxmerge import Analysis, Options, Plan, verify
-from fxmerge.groups import group
-from fxmerge.ir import Grouping, Provenance, Tie
+from fxmerge.analysis.groups import group
+from fxmerge.ir.records import Grouping, Provenance, Tie
 from fxmerge.plan import GroupPlan
 
 pytestmark = pytest.mark.usefixtures("one_thread")

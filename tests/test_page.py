@@ -17,8 +17,8 @@ from torch import nn
 
 import fxmerge
 from benchmarks.picture import photograph
-from fxmerge.page import page
-from fxmerge.picture import Picture
+from fxmerge.report.picture.page import page
+from fxmerge.report.picture.records import Picture
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [

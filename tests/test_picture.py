@@ -13,11 +13,11 @@ from nets import NETS
 from torch import Tensor, nn
 
 import fxmerge
-from fxmerge.drawing import draw
-from fxmerge.frames import MANY, nested, open_frames
-from fxmerge.groups import graphml
-from fxmerge.overview import overview
-from fxmerge.picture import Picture, colours, members
+from fxmerge.analysis.groups import graphml
+from fxmerge.report.picture.build import draw
+from fxmerge.report.picture.frames import MANY, nested, open_frames
+from fxmerge.report.picture.overview import overview
+from fxmerge.report.picture.records import Picture, colours, members
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

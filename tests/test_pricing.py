@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fxmerge
-from fxmerge.cost import flops_by_node
-from fxmerge.pricing import flops_price, parameters_price
+from fxmerge.graph.cost import flops_by_node
+from fxmerge.planning.price import flops_price, parameters_price
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -15,7 +15,7 @@ from torch.export import Dim, ExportedProgram
 
 import fxmerge
 from fxmerge import FxMergeError
-from fxmerge.cli import main
+from fxmerge.cli.main import main
 from fxmerge.verify import difference, outputs
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import fxmerge
-from fxmerge.recall import Recall
-from fxmerge.weights import deep_copy
+from fxmerge.capture.output_cache import Recall
+from fxmerge.weights.by_path import deep_copy
 
 
 class Odd(nn.Module):

@@ -20,13 +20,14 @@ from torch.utils.data import DataLoader, TensorDataset
 from two_processes import run_on_two
 
 import fxmerge
-from fxmerge import FxMergeError, Options, solving, targets
-from fxmerge.elimination import eliminate
-from fxmerge.evidence import Reading
-from fxmerge.ir import Layer
-from fxmerge.patches import at_positions, enough, form_of, patches, positions, rows_of, weight_of
-from fxmerge.probes import PROBES, tokens
-from fxmerge.systems import system
+from fxmerge import FxMergeError, Options
+from fxmerge.calibration.patches import at_positions, enough, form_of, patches, positions, rows_of, weight_of
+from fxmerge.ir.records import Layer
+from fxmerge.methods.elimination import eliminate
+from fxmerge.methods.evidence import Reading
+from fxmerge.methods.least_squares import system
+from fxmerge.methods.probes import PROBES, tokens
+from fxmerge.refit import solve, targets
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -112,7 +113,7 @@ class Two(nn.Module):
 
 @pytest.mark.parametrize("source", ["synthetic", "calibration"])
 def test_what_is_redundant_is_repaired_to_nothing(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(solving, "RIDGE", 1e-6)
+    monkeypatch.setattr(solve, "RIDGE", 1e-6)
     torch.manual_seed(0)
     model, x = Two().double().eval(), torch.randn(300, 6, dtype=torch.float64)
     more: dict[str, Any] = {"calibration": [x]} if source == "calibration" else {}
@@ -339,7 +340,7 @@ def test_behind_a_rectifier_the_solution_is_next_to_the_best() -> None:
     t = torch.randn(2000, 5, generator=generator, dtype=torch.float64)
     t += p[:, 0] @ torch.randn(12, 5, generator=generator, dtype=torch.float64) / 3 - 0.5
     ones = torch.ones(5, dtype=torch.float64)
-    step, rows = targets.affine(2 * ones, 0.3 * ones), solving.Rows([p], [t], [None])
+    step, rows = targets.affine(2 * ones, 0.3 * ones), solve.Rows([p], [t], [None])
 
     def loss(flat: np.ndarray[Any, Any]) -> tuple[float, np.ndarray[Any, Any]]:
         leaf = torch.from_numpy(flat).requires_grad_()
@@ -353,8 +354,8 @@ def test_behind_a_rectifier_the_solution_is_next_to_the_best() -> None:
 
     def reached(rectified: bool) -> float:
         start = torch.zeros(1, 5, 12, dtype=torch.float64)
-        weight, bias = solving.solution(rows, start, step, rectified, None, True, alone)
-        return solving.error(rows, weight, bias, step, True, alone) / best
+        weight, bias = solve.solution(rows, start, step, rectified, None, True, alone)
+        return solve.error(rows, weight, bias, step, True, alone) / best
 
     assert 1 <= reached(True) < 1.01 and reached(False) > 1.1
 

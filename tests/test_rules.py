@@ -16,15 +16,17 @@ from sandwich import Sample, spelled
 from torch import Tensor, fx, nn
 
 import fxmerge
-from fxmerge import constants, rules, verify
+from fxmerge import verify
+from fxmerge.analysis import literal_sizes
+from fxmerge.rules import table
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SPELLINGS = list(rules.spellings())
+SPELLINGS = list(table.spellings())
 
 
 def spellings_of(chosen: Callable[[fxmerge.Rule], bool]) -> pytest.MarkDecorator:
-    rows = [(key, rule, f"{rule.name}-{rules.describe(spelling)}") for key, rule, spelling in SPELLINGS if chosen(rule)]
+    rows = [(key, rule, f"{rule.name}-{table.describe(spelling)}") for key, rule, spelling in SPELLINGS if chosen(rule)]
     return pytest.mark.parametrize(("key", "rule"), [row[:2] for row in rows], ids=[row[2] for row in rows])
 
 
@@ -58,7 +60,7 @@ def test_spelling(key: Any, rule: fxmerge.Rule) -> None:
         type(found.captured.module.get_submodule(str(n.target))) if n.op == "call_module" else n.target
         for n in found.captured.module.graph.nodes
     ]
-    assert key in targets or any(rules.find(t, {key: (rule, key)}) for t in targets if callable(t))
+    assert key in targets or any(table.find(t, {key: (rule, key)}) for t in targets if callable(t))
     merged = [p.name for p in result.plan.groups]
     reasons = {r.name: r.reason for r in result.report.refusals}
     if not sample.merged:
@@ -313,12 +315,12 @@ class Unfollowable(nn.Module):
 
 def test_sizes_that_cannot_follow_are_found_in_one_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many there are, each with its own node and reason."""
-    runs, narrowing = 0, importlib.import_module("fxmerge.narrowing")
+    runs, narrowing = 0, importlib.import_module("fxmerge.analysis.grouping")
 
     def counted(*args: Any) -> Any:
         nonlocal runs
         runs += 1
-        return constants.recompute(*args)
+        return literal_sizes.recompute(*args)
 
     monkeypatch.setattr(narrowing, "recompute", counted)
     result = plain_merge(Unfollowable(6).eval(), torch.randn(2, 5), ratio=0.5, decomposition="prune")

@@ -443,7 +443,7 @@ def test_a_save_that_raises_leaves_the_old_folder(tmp_path: Path, monkeypatch: p
     saved("mlp", tmp_path / "o")
     before = {p.name: p.read_bytes() for p in (tmp_path / "o").iterdir()}
     result = plain_merge(*made("residual"))
-    monkeypatch.setattr("fxmerge.files._exchange", lambda one, two: False)
+    monkeypatch.setattr("fxmerge.weights.files._exchange", lambda one, two: False)
 
     def fails(one: Any, two: Any) -> None:
         raise OSError("no space left on device")

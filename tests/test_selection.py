@@ -13,8 +13,8 @@ from scipy.cluster.hierarchy import linkage
 from torch import Tensor
 
 from fxmerge import SELECTORS
-from fxmerge.evidence import Candidates
-from fxmerge.selection import select
+from fxmerge.methods.evidence import Candidates
+from fxmerge.methods.selection import select
 
 Rows = list[list[float]]
 Correct = Callable[[Candidates, int, list[int]], bool]

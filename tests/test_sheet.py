@@ -17,9 +17,9 @@ from nets import NETS
 from torch import nn
 
 import fxmerge
-from fxmerge import sheet
-from fxmerge.page import finite, frame
-from fxmerge.similarity import state
+from fxmerge.planning.statistics import state
+from fxmerge.report.picture import group_panel
+from fxmerge.report.picture.page import finite, frame
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -79,7 +79,7 @@ def test_cosines_of_plain_rows() -> None:
     model = nn.Sequential(nn.Linear(5, 40, bias=False), nn.ReLU(), nn.Linear(40, 3))
     found = fxmerge.analyze(model, torch.randn(2, 5))
     at = torch.tensor([0, 7, 39])
-    seen = sheet.cosines(found.groups[0], found.captured, state(found.captured.module), fxmerge.Options(), at)
+    seen = group_panel.cosines(found.groups[0], found.captured, state(found.captured.module), fxmerge.Options(), at)
     rows = F.normalize(model[0].weight[at].detach().double())
     assert torch.allclose(seen, rows @ rows.T)
 
@@ -89,10 +89,10 @@ def test_wide_groups_are_sampled_evenly() -> None:
     model = nn.Sequential(nn.Linear(5, 500), nn.ReLU(), nn.Linear(500, 3))
     group = data_of(plain_merge(model, torch.randn(2, 5), ratio=0.5).report.html())["groups"][0]
     channels = sorted(group["likeness"]["channels"])
-    assert len(channels) == sheet.SIDE
+    assert len(channels) == group_panel.SIDE
     assert (channels[0], channels[-1]) == (0, 499)
     assert max(b - a for a, b in itertools.pairwise(channels)) <= 8
-    assert 0 < len(group["partners"]) <= sheet.PARTNERS
+    assert 0 < len(group["partners"]) <= group_panel.PARTNERS
     assert group["dropped"] == 250
 
 

@@ -63,7 +63,7 @@ def test_no_pickle_and_no_printing() -> None:
         for node in ast.walk(ast.parse(p.read_text(encoding="utf-8")))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
     ]
-    assert set(printing) <= {"cli.py"}
+    assert set(printing) <= {"main.py"}
 
 
 def test_public_names() -> None:

@@ -17,9 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fxmerge
 from fxmerge import FxMergeError, Options, Plan
-from fxmerge.cli import main
-from fxmerge.merge import Prepared
-from fxmerge.plotting import HEIGHT, WIDTH, curve, ticks
+from fxmerge.cli.main import main
+from fxmerge.pipeline import Prepared
+from fxmerge.report.picture.curve import HEIGHT, WIDTH, curve, ticks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 X = torch.randn(4, 12, generator=torch.Generator().manual_seed(0))

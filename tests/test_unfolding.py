@@ -10,8 +10,8 @@ from netmaking import one_thread, plain_merge  # noqa: F401
 from torch import Tensor, nn
 
 import fxmerge
-from fxmerge.evaluating import reproducible
-from fxmerge.tracing import hidden, symbolic
+from fxmerge.capture.symbolic import hidden, symbolic
+from fxmerge.graph.eval_mode import reproducible
 from fxmerge.verify import difference, outputs
 
 pytestmark = pytest.mark.usefixtures("one_thread")

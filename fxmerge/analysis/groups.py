@@ -1,0 +1,272 @@
+"""Groups: labels that must live or die together become atoms, atoms that are alike become merge groups.
+
+1. Ties make labels equal: connected components are atoms. A pin in an atom pins all of it.
+2. Two atoms are alike when they stand in the same nodes equally often: then every writer, carrier and reader of one is
+   one of the other too, and one can be merged into the other. Alike atoms make a part.
+3. Parts that share a block (rows that must lose equally many) are decided together: a networkx graph of parts and
+   blocks, whose connected components are the groups. Within a group, channels merge within their cell (part and block
+   rows) only.
+
+`Grouping.graph` says what came of it, for users: its nodes and edges are told at `_graph`.
+"""
+
+from __future__ import annotations
+
+import io
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import networkx as nx
+import numpy as np
+import torch
+from torch import Tensor
+
+from fxmerge.analysis.members import Builder, Ints, group_of_label
+from fxmerge.analysis.whole_blocks import atoms
+from fxmerge.ir.labels import thin
+from fxmerge.ir.records import Block, Group, Grouping, Lab, Layer, Pin, Provenance, Refusal, Tie
+from fxmerge.rules.movement import leaves
+
+
+def group(facts: Provenance) -> Grouping:
+    """Find the merge groups of a provenance. Deterministic: the same graph gives the same groups, in order."""
+    atom = atoms(facts)
+    facts = replace(facts, blocks=tuple(b for b in facts.blocks if not _solid(b, atom)))
+    written = _writer_order(facts, atom)
+    pinned = _pinned(facts, atom, set(written.tolist()))
+    part, present = _parts(facts, atom, pinned)
+    of_group, components = _components(facts, atom, part, pinned, written)
+    builder = Builder(facts, atom, of_group, present)
+    named = _named([builder.build(number, *inside) for number, inside in components.items()])
+    refusals = _refusals(facts, atom, pinned, named)
+    graph = _graph(named, refusals, facts.layers)
+    return Grouping(tuple(named), refusals, torch.from_numpy(atom), graph)
+
+
+def _solid(block: Block, atom: Ints) -> bool:
+    """Is each row one channel, and each channel several rows? Then rows leave together, and a rectangle stays.
+
+    A vector that is folded into an image (channels, height, width), whose places a convolution ties to each other.
+    """
+    rows = atom[block.labels.numpy()]
+    alike = rows.shape[1] > 1 and bool((rows == rows[:, :1]).all())
+    return alike and int(np.unique(rows[:, 0], return_counts=True)[1].min()) > 1
+
+
+def joined(widths: Grouping, facts: Provenance, wholes: Grouping) -> Grouping:
+    """Groups whose blocks lose width, and besides them, as NAME#whole, the groups of those blocks that leave whole."""
+    leaving = np.zeros(int(wholes.atom.max()) + 1, dtype=bool)
+    if facts.whole is not None:
+        leaving[wholes.atom[facts.whole].numpy()] = True
+    named = [replace(g, name=f"{g.name}#whole") for g in wholes.groups if leaving[g.atoms.numpy()].all()]
+    graph = nx.compose(widths.graph, _graph(named, (), facts.layers))
+    return replace(widths, graph=graph, wholes=replace(wholes, groups=tuple(named), refusals=(), graph=graph))
+
+
+def overlaps(grouping: Grouping) -> dict[str, dict[str, float]]:
+    """{group that loses width: {group of blocks that leave whole: the share of its channels that lie in them}}."""
+    if grouping.wholes is None:
+        return {}
+    narrower, leaving = (group_of_label(part) for part in grouping.parts)
+    found: dict[str, dict[str, float]] = {}
+    for at, g in enumerate(grouping.groups):
+        inside = leaving[narrower == at]
+        which, count = np.unique(inside[inside >= 0], return_counts=True)
+        shares = (count / len(inside)).tolist()
+        if shares:
+            found[g.name] = {grouping.wholes.groups[w].name: s for w, s in zip(which.tolist(), shares, strict=True)}
+    return found
+
+
+def aligned(facts: Provenance, grouping: Grouping, groups: Sequence[Group]) -> Provenance:
+    """The same facts, with the channels that stand at one place of these groups' blocks tied to each other."""
+    inside = torch.zeros(int(grouping.atom.max()) + 1, dtype=torch.bool)
+    inside[torch.cat([g.atoms for g in groups])] = True
+    touched, kept, ties = inside[grouping.atom], [], list(facts.ties)
+    for block in facts.blocks:
+        if bool(touched[block.labels].any()):
+            first, others = block.labels[:1].expand_as(block.labels[1:]), block.labels[1:]
+            ties.append(Tie(block.node, first.reshape(-1), others.reshape(-1)))
+        else:
+            kept.append(block)
+    return replace(facts, ties=tuple(ties), blocks=tuple(kept))
+
+
+def _pinned(facts: Provenance, atom: Ints, written: set[int]) -> dict[int, Pin]:
+    """The first pin of each pinned atom; a block with a pinned atom, or one that no layer writes, is pinned whole."""
+    pinned: dict[int, Pin] = {int(atom[0]): Pin(torch.zeros(0), "fixed", "", "")}
+    for pin in facts.pins:
+        for a in np.unique(atom[pin.labels.numpy()]):
+            pinned.setdefault(int(a), pin)
+    for block in facts.blocks:
+        for a in set(np.unique(atom[block.labels.numpy()]).tolist()) - written:
+            pinned.setdefault(a, Pin(block.labels, "stands beside zeros or a raw parameter", block.node, ""))
+    changed = True
+    while changed:
+        changed = False
+        for block in facts.blocks:
+            inside = np.unique(atom[block.labels.numpy()])
+            first = next((pinned[a] for a in inside.tolist() if a in pinned), None)
+            if first is not None and any(a not in pinned for a in inside.tolist()):
+                changed = True
+                for a in inside.tolist():
+                    pinned.setdefault(a, replace(first, reason=f"shares a block at {block.node}: {first.reason}"))
+    return pinned
+
+
+def _parts(facts: Provenance, atom: Ints, pinned: dict[int, Pin]) -> tuple[Ints, dict[str, Ints]]:
+    """A number for each atom, equal for atoms whose copies stand in the same nodes; and who stands where."""
+    copy = _copies(facts, atom)
+    random = np.random.default_rng(0)  # a random 64-bit word a node; sums of words tell sets of nodes apart
+    words = np.zeros(int(atom.max()) + 1, dtype=np.uint64)
+    present: dict[str, Ints] = {}
+    inside: Ints
+    holders = [(name, thin(t)) for name, t in facts.labels.items() if name not in facts.views]
+    holders += [(name, thin(v.t)) for name, value in facts.values.items() for v in leaves(value) if isinstance(v, Lab)]
+    for layer in facts.layers:
+        holders += [("", t) for t in (layer.writes, layer.carries) if t is not None]
+    for name, labels in holders:
+        held = labels.numpy().reshape(-1)
+        number, atoms_held = copy[held], atom[held]
+        copies = int(number.max(initial=0)) + 1
+        word = random.integers(1, 2**63, copies, dtype=np.uint64)  # a slice may take one copy of a channel only
+        if copies == 1:
+            times = np.bincount(atoms_held)
+            inside = np.flatnonzero(times)
+            words[inside] += times[inside].astype(np.uint64) * word
+        else:
+            inside = np.unique(atoms_held)
+            np.add.at(words, atoms_held, word[number])
+        if name:
+            present[name] = np.union1d(present[name], inside) if name in present else inside
+    return np.unique(words, return_inverse=True)[1].astype(np.int64), present
+
+
+def _copies(facts: Provenance, atom: Ints) -> Ints:
+    """Which copy of its atom each label is, (label_count,): 0, 1, ... along the axis of the parameter that it is of."""
+    copy = np.zeros(len(atom), dtype=np.int64)
+    for labels in facts.params.values():
+        for along in labels.axes.values():
+            held = along.numpy().reshape(-1)
+            inside = atom[held]
+            if np.bincount(inside, minlength=1).max() == 1:
+                continue
+            order = np.argsort(inside, kind="stable")
+            _, first, at = np.unique(inside[order], return_index=True, return_inverse=True)
+            copy[held[order]] = np.arange(len(held)) - first[at.reshape(-1)]
+    return copy
+
+
+def _writer_order(facts: Provenance, atom: Ints) -> Ints:
+    """Atoms in the order in which layers write them."""
+    written = [atom[layer.writes.numpy()] for layer in facts.layers if layer.writes is not None]
+    if not written:
+        return np.zeros(0, dtype=np.int64)
+    everything = np.concatenate(written)
+    return everything[np.sort(np.unique(everything, return_index=True)[1])]
+
+
+def _components(
+    facts: Provenance, atom: Ints, part: Ints, pinned: dict[int, Pin], order: Ints
+) -> tuple[Ints, dict[int, tuple[Ints, Ints]]]:
+    """Join parts that share blocks: (the group of each atom or -1, group -> (its atoms in order, the cell of each))."""
+    free = order[~np.isin(order, list(pinned))]
+    graph: nx.Graph[tuple[str, int]] = nx.Graph()
+    graph.add_nodes_from(("part", p) for p in dict.fromkeys(part[free].tolist()))
+    rows = np.zeros(int(atom.max()) + 1, dtype=np.int64)  # a number for each combination of block rows
+    held, combinations = np.isin(np.arange(len(rows)), list(pinned)), 1
+    for number, block in enumerate(facts.blocks):
+        inside = atom[block.labels.numpy()]
+        if held[inside].any():
+            continue
+        graph.add_edges_from((("part", p), ("block", number)) for p in np.unique(part[inside]).tolist())
+        for at, row in enumerate(inside):
+            here = np.unique(row)
+            rows[here] = rows[here] * (len(inside) + 1) + at + 1
+        touched = np.unique(inside)
+        found, which = np.unique(rows[touched], return_inverse=True)
+        rows[touched] = combinations + which
+        combinations += len(found)
+    component_of = {
+        node: number for number, component in enumerate(nx.connected_components(graph)) for node in component
+    }
+    parts, of_part = np.unique(part[free], return_inverse=True)
+    component = np.array([component_of["part", p] for p in parts.tolist()], dtype=np.int64)[of_part]
+    of_group = np.full(int(atom.max()) + 1, -1, dtype=np.int64)
+    cells: dict[int, tuple[Ints, Ints]] = {}
+    for number, which in enumerate(dict.fromkeys(component.tolist())):
+        inside = free[component == which]
+        cell = np.unique(part[inside] * combinations + rows[inside], return_inverse=True)[1]
+        of_group[inside] = number
+        cells[number] = (inside, cell.astype(np.int64))
+    return of_group, cells
+
+
+def _named(found: list[Group]) -> list[Group]:
+    """Names are unique: the second group that a layer writes is `layer#2`."""
+    seen: dict[str, int] = defaultdict(int)
+    named = []
+    for g in found:
+        seen[g.name] += 1
+        named.append(replace(g, name=g.name if seen[g.name] == 1 else f"{g.name}#{seen[g.name]}"))
+    return named
+
+
+def _refusals(facts: Provenance, atom: Ints, pinned: dict[int, Pin], groups: list[Group]) -> tuple[Refusal, ...]:
+    """One refusal for each writer and reason, and for each other layer that is in no group: none is left unsaid."""
+    found: dict[tuple[str, str, str], int] = defaultdict(int)
+
+    def add(layer: Layer, labels: Tensor) -> None:
+        for a in np.unique(atom[labels.numpy()]).tolist():
+            if a in pinned:
+                found[layer.module, pinned[a].reason, pinned[a].where] += 1
+
+    for layer in facts.layers:
+        if layer.writes is not None:
+            add(layer, layer.writes)
+    told = {name for name, *_ in found}
+    told |= {m.layer.module for g in groups for m in (*g.writers, *g.carriers, *g.readers)}
+    for layer in facts.layers:
+        labels = layer.reads if layer.carries is None else layer.carries
+        if layer.module not in told and labels is not None:
+            add(layer, labels)
+    told |= {name for name, *_ in found}
+    refused = [Refusal(name, channels, reason, where) for (name, reason, where), channels in found.items()]
+    left = [u for u in facts.untouched if u.module not in told]
+    return (*refused, *(Refusal(u.module, u.channels, u.reason, u.where) for u in left))
+
+
+def graphml(graph: Any) -> str:
+    """A `Grouping.graph` as GraphML text, every attribute with its type."""
+    held = io.BytesIO()
+    nx.write_graphml(graph, held, infer_numeric_types=False)
+    return held.getvalue().decode("utf-8")
+
+
+def _graph(groups: list[Group], refusals: Sequence[Refusal], layers: Sequence[Layer]) -> nx.DiGraph[str]:
+    """A DiGraph whose attributes are text, whole numbers and truth values only.
+
+    group       NAME             kind="group", channels, internal, mixers (how many)
+    layer       layer:NODE       kind=op, module=path
+    refusal     refused:NUMBER   kind="refused", module=path, channels, reason, where
+    edges       layer -> group role="write", group -> layer role="read" or "carry", layer -> refusal role="write";
+                channels: how many of the group's (refusal's) channels stand there
+    """
+    graph: nx.DiGraph[str] = nx.DiGraph()
+    for g in groups:
+        graph.add_node(g.name, kind="group", channels=g.channels, internal=g.internal, mixers=len(g.mixers))
+        for role, members in (("write", g.writers), ("carry", g.carriers), ("read", g.readers)):
+            for m in members:
+                graph.add_node(f"layer:{m.layer.node}", kind=m.layer.op, module=m.layer.module)
+                ends = (f"layer:{m.layer.node}", g.name) if role == "write" else (g.name, f"layer:{m.layer.node}")
+                graph.add_edge(*ends, role=role, channels=len(m.channels))
+    for number, r in enumerate(refusals):
+        told = {"module": r.name, "channels": r.channels, "reason": r.reason, "where": r.where}
+        graph.add_node(f"refused:{number}", kind="refused", **told)
+        for layer in layers:
+            if layer.module == r.name and layer.writes is not None:
+                graph.add_node(f"layer:{layer.node}", kind=layer.op, module=layer.module)
+                graph.add_edge(f"layer:{layer.node}", f"refused:{number}", role="write", channels=r.channels)
+    return graph

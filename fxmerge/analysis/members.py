@@ -1,0 +1,199 @@
+"""Members: which layers hold a group's channels, where, and what stands between them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fxmerge.ir.records import Group, Grouping, Layer, Member, Provenance
+from fxmerge.plan import Plan
+
+Ints = NDArray[np.int64]
+
+
+def survivors(grouping: Grouping, kept: Sequence[tuple[Group, Tensor]]) -> Tensor:
+    """alive (label_count,): does the label's channel stay, and so the block that it is in?"""
+    alive = torch.ones(len(grouping.atom), dtype=torch.bool)
+    for part in grouping.parts:
+        mine = {g.name for g in part.groups}
+        stays = torch.ones(int(part.atom.max()) + 1, dtype=torch.bool)
+        for group, index in kept:
+            if group.name in mine:
+                stays[group.atoms] = False
+                stays[group.atoms[index]] = True
+        alive &= stays[part.atom]
+    return alive
+
+
+def planned(groups: Sequence[Group], plan: Plan) -> list[tuple[Group, Tensor]]:
+    """Those of some groups that a plan narrows, with the channels that it keeps: what `survivors` takes."""
+    kept = {p.name: p.kept for p in plan.groups}
+    return [(g, torch.tensor(kept[g.name])) for g in groups if g.name in kept]
+
+
+def group_of_label(part: Grouping) -> Ints:
+    """(label_count,) the number of the group that each label is in, by the order of `part.groups`; -1 for none."""
+    of_atom = np.full(int(part.atom.max()) + 1, -1, dtype=np.int64)
+    for number, group in enumerate(part.groups):
+        of_atom[group.atoms.numpy()] = number
+    found: Ints = of_atom[part.atom.numpy()]
+    return found
+
+
+class Builder:
+    """Fills in a group's members from the layers that hold its labels."""
+
+    def __init__(self, facts: Provenance, atom: Ints, of_group: Ints, present: dict[str, Ints]) -> None:
+        self.facts, self.atom, self.of_group = facts, atom, of_group
+        self.order = {name: number for number, name in enumerate(facts.kinds)}
+        self.lookup = np.full(len(of_group), -1, dtype=np.int64)  # atom -> its place in the group that is being built
+        self.nodes: dict[int, set[str]] = defaultdict(set)  # group -> nodes whose labels hold it
+        for name, inside in present.items():
+            for number in np.unique(of_group[inside]).tolist():
+                self.nodes[number].add(name)
+        self.holders: dict[int, list[tuple[Layer, str, Ints]]] = defaultdict(list)
+        self.written_at: dict[tuple[int, str], bool] = {}
+        for layer in facts.layers:
+            for role, labels in (("write", layer.writes), ("carry", layer.carries), ("read", layer.reads)):
+                if labels is None:
+                    continue
+                inside = atom[labels.numpy()]
+                for number in np.unique(of_group[inside]).tolist():
+                    if number >= 0:
+                        self.holders[number].append((layer, role, inside.reshape(-1)))
+                        if role == "write":
+                            self.written_at[number, layer.node] = True
+
+    def build(self, number: int, inside: Ints, cell: Ints) -> Group:
+        lookup = self.lookup
+        lookup[inside] = np.arange(len(inside))
+        members: dict[str, list[Member]] = {"write": [], "carry": [], "read": []}
+        partners = True
+        for layer, role, held in self.holders[number]:
+            at = lookup[held]
+            places = np.flatnonzero(at >= 0)
+            places = places[np.argsort(at[places], kind="stable")]
+            copies = np.bincount(at[places], minlength=len(inside))
+            for count in np.unique(copies[copies > 0]).tolist():  # one member for each number of copies
+                stands = np.flatnonzero(copies == count)
+                here = places if len(stands) * count == len(places) else places[np.isin(at[places], stands)]
+                where = here.reshape(len(stands), count)
+                partners &= _aligned(where, cell[stands])
+                members[role].append(Member(layer, role, torch.from_numpy(stands), torch.from_numpy(where)))  # type: ignore[arg-type]
+        # a weight that writes and reads along one axis (an embedding that is the head too) cannot absorb anything
+        partners &= not {_side(m) for m in members["write"]} & {_side(m) for m in members["read"]}
+        partners &= self.facts.whole is None or not self._holds(number, self.facts.whole)  # a block takes nobody's part
+        partners &= all(m.layer.op != "table" for m in members["carry"])  # nor does one angle that of another
+        first = members["write"][0].layer.module if members["write"] else ""
+        writers, readers, junctions, rigid = self._paths(number, members["write"], members["read"])
+        nodes = self.nodes[number]
+        ordered = sorted((n for n in nodes if n in self.order), key=self.order.__getitem__)
+        mixed = [n for n, labels in self.facts.mixers if self._holds(number, labels)]
+        blocked = [
+            n
+            for n in ordered
+            if self.facts.kinds[n] in ("per_channel", "tie", "mixer", "carrier")
+            and not self.facts.commutes.get(n, False)
+        ]
+        blocked += [m.layer.node for m in members["carry"] if m.layer.op == "joined"]  # a class token does not scale
+        blocks = self._blocks(number, lookup, cell)
+        lookup[inside] = -1
+        single = len(writers) == 1 and len(readers) == 1 and not junctions and not mixed
+        return Group(
+            first, torch.from_numpy(inside), torch.from_numpy(cell), tuple(writers), tuple(members["carry"]),
+            tuple(readers), tuple(dict.fromkeys(mixed)), tuple(junctions), single,
+            tuple(dict.fromkeys([*blocked, *rigid])), blocks, partners,
+        )  # fmt: skip
+
+    def _blocks(self, number: int, lookup: Ints, cell: Ints) -> tuple[tuple[tuple[int, ...], ...], ...]:
+        """The group's blocks, each a row of cells for each row of labels; a cell stands in one row of each block."""
+        found = []
+        for block in self.facts.blocks:
+            rows = lookup[self.atom[block.labels.numpy()]]
+            if (self.of_group[self.atom[block.labels.numpy()]] == number).all():
+                found.append(tuple(tuple(np.unique(cell[row]).tolist()) for row in rows))
+        return tuple(dict.fromkeys(found))
+
+    def _holds(self, number: int, labels: Tensor) -> bool:
+        return bool((self.of_group[self.atom[labels.numpy()]] == number).any())
+
+    def _back(self, number: int, node: str) -> tuple[str, list[str]]:
+        """(where the group's common coordinates begin, what was passed since), walking up from a node."""
+        steps: list[str] = []
+        while (number, node) not in self.written_at:
+            sources = [s for s in dict.fromkeys(self.facts.sources[node]) if s in self.nodes[number]]
+            if len(sources) != 1:
+                break
+            if self.facts.kinds[node] not in ("movement", "query"):
+                steps.append(node)
+            node = sources[0]
+        return node, steps[::-1]
+
+    def _paths(
+        self, number: int, writers: list[Member], readers: list[Member]
+    ) -> tuple[list[Member], list[Member], list[str], list[str]]:
+        """Members with their steps, the nodes where writers' outputs join, carriers that stand between such nodes."""
+        ends: list[tuple[Member, str, list[str]]] = []  # (reader, the node its walk ended at, steps from there)
+        for reader in readers:
+            for source in dict.fromkeys(self.facts.sources[reader.layer.node]):
+                if source in self.nodes[number]:
+                    ends.append((reader, *self._back(number, source)))
+                    break
+        junctions = {
+            n for n in self.nodes[number]
+            if (number, n) not in self.written_at
+            and len([s for s in dict.fromkeys(self.facts.sources[n]) if s in self.nodes[number]]) > 1
+        }  # fmt: skip
+        if not junctions and len(writers) == 1:
+            shared = _common_prefix([steps for _, _, steps in ends])
+            placed = [replace(r, steps=tuple(steps[len(shared) :])) for r, _, steps in ends]
+            return [replace(writers[0], steps=tuple(shared))], placed, [], []
+        onto: dict[str, list[str]] = {}
+        carrying = {layer.node for layer in self.facts.layers if layer.carries is not None}
+        rigid: list[str] = []
+        for junction in (n for n in self.facts.kinds if n in junctions):
+            for source in dict.fromkeys(self.facts.sources[junction]):
+                if source in self.nodes[number]:
+                    origin, steps = self._back(number, source)
+                    if (number, origin) not in self.written_at:
+                        rigid += [s for s in steps if s in carrying]
+                    elif onto.setdefault(origin, steps) != steps:  # one writer, joined with itself by two ways
+                        rigid += [s for s in (*onto[origin], *steps) if s in carrying]
+        placed_writers = [replace(w, steps=tuple(onto.get(w.layer.node, ()))) for w in writers]
+        placed = []
+        for reader, origin, steps in ends:
+            ahead = onto.get(origin, []) if (number, origin) in self.written_at else []
+            if steps[: len(ahead)] != ahead:  # it branches off before the common coordinates begin
+                rigid += ahead
+                steps, ahead = [], []
+            placed.append(replace(reader, steps=tuple(steps[len(ahead) :])))
+        return placed_writers, placed, [n for n in self.facts.kinds if n in junctions], rigid
+
+
+def _side(member: Member) -> tuple[str, bool]:
+    """(a layer's weight, does the member's role stand on its first axis?)"""
+    return member.layer.params.get("weight", ""), (member.role == "write") != member.layer.transposed
+
+
+def _common_prefix(paths: list[list[str]]) -> list[str]:
+    shared = []
+    for step in zip(*paths, strict=False):
+        if len(set(step)) > 1:
+            break
+        shared.append(step[0])
+    return shared
+
+
+def _aligned(where: Ints, cell: Ints) -> bool:
+    """Do the copies of all channels of a cell stand at the same distances, so that copy q of one is copy q of all?"""
+    if where.shape[1] == 1:
+        return True
+    distance = where - where[:, :1]
+    _, first, of_cell = np.unique(cell, return_index=True, return_inverse=True)
+    return bool((distance == distance[first[of_cell.reshape(-1)]]).all())

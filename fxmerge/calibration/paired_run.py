@@ -1,0 +1,215 @@
+"""Lockstep: the original and the merged graph run node by node on the same batches, values freed after their last use.
+
+A node's value is a list, one entry for each batch, so that all batches are seen at one node before the next one runs.
+On probes both streams are *held* where training left them, whatever the model's inputs look like: every BatchNorm uses
+the mean and variance of the *original's* input over all batches, so that its output has mean beta and deviation gamma.
+In a network without norms each rectified layer is held instead: its outputs are moved, channel by channel, so that the
+share FIRING of the original's is above zero. Trained units fire seldom, and a linear map of noise does not know that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxmerge.ir.records import Layer, Provenance
+from fxmerge.methods.least_squares import Reduce
+from fxmerge.rules.movement import fresh
+from fxmerge.weights.by_path import at
+
+Values = list[Any]
+FIRING = 0.1  # of a held layer's outputs are positive, were they Gaussian
+LEVEL = NormalDist().inv_cdf(FIRING)  # their mean, in deviations
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How batches are run and how many rows are solved with.
+
+    held:  are both streams held where training left them (probes), or run as they are (data)?
+    """
+
+    rows: int
+    seed: int
+    held: bool
+    reduce: Reduce
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The original graph and the merged one, or the original alone.
+
+    alive: (label_count,) which channels the merged graph still has (`rewrite.survivors`)
+    rectified: the layers that are held in a network without norms
+    """
+
+    original: fx.GraphModule
+    facts: Provenance
+    rectified: Mapping[str, Layer]
+    merged: fx.GraphModule | None = None
+    alive: Tensor | None = None
+
+    def kept(self, labels: Tensor) -> Tensor:
+        """The places among labels (m,) that the merged graph still has."""
+        return torch.arange(len(labels)) if self.alive is None else self.alive[labels].nonzero().flatten()
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where a run stands: the original has run this node, the merged graph is about to."""
+
+    node: fx.Node  # the merged graph's, where there is one
+    outputs: Values  # what the original gave
+
+
+class Stream:
+    """One graph at work."""
+
+    def __init__(self, module: fx.GraphModule, batches: Sequence[Sequence[Any]]) -> None:
+        self.module, self.batches = module, batches
+        self.values: dict[str, Values] = {}
+        self.nodes = list(module.graph.nodes)
+        self.named = {n.name: n for n in self.nodes}
+        self.placeholders = [n.name for n in self.nodes if n.op == "placeholder"]
+        last = {source.name: node.name for node in self.nodes for source in node.all_input_nodes}
+        self.expires: dict[str, list[str]] = {}  # node -> the nodes that it is the last to read
+        for source_name, reader in last.items():
+            self.expires.setdefault(reader, []).append(source_name)
+
+    def call(self, node: fx.Node, number: int, given: Mapping[str, Any] | None = None) -> Any:
+        """What a node gives for one batch; `given` are values to take in place of those that are there."""
+        if node.op == "placeholder":
+            return self.batches[number][self.placeholders.index(node.name)]
+        if node.op == "get_attr":
+            return at(self.module, str(node.target))
+
+        def operand(source: fx.Node) -> Any:
+            if given is not None and source.name in given:
+                return given[source.name]
+            if source.name not in self.values:  # a parameter that was added on the way
+                return at(self.module, str(source.target))
+            return self.values[source.name][number]
+
+        args, kwargs = fx.map_arg(node.args, operand), fx.map_arg(node.kwargs, operand)
+        if node.op == "call_module":
+            return self.module.get_submodule(str(node.target))(*args, **kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        return node.target(*args, **kwargs) if node.op == "call_function" else args[0]  # type: ignore[operator]
+
+    def free(self, name: str) -> None:
+        """A node is done with: what it was the last to read goes, and its own value if nobody reads it."""
+        for source in self.expires.get(name, ()):
+            self.values.pop(source, None)
+        if not self.named[name].users:
+            self.values.pop(name, None)
+
+
+class Lockstep:
+    """A pair's graphs, whose nodes have the same names, side by side; iterating hands out the merged one's in turn."""
+
+    def __init__(self, pair: Pair, batches: Sequence[Sequence[Any]], settings: Settings) -> None:
+        self.original = Stream(pair.original, fresh(list(batches)))
+        self.merged = self.original if pair.merged is None else Stream(pair.merged, fresh(list(batches)))
+        layers = pair.facts.layers if settings.held else ()
+        self.norms = {layer.node: layer for layer in layers if layer.op == "batch_norm"}
+        self.rectified: Mapping[str, Layer] = pair.rectified if settings.held else {}
+        self.shifts: dict[str, Tensor] = {}  # held layer -> what its outputs are moved by, (c,)
+        self.kept, self.reduce = pair.kept, settings.reduce
+        self.known: dict[str, tuple[Tensor, Tensor]] = {}  # BatchNorm -> mean and deviation over the batches
+
+    def __iter__(self) -> Iterator[Step]:
+        if self.merged is self.original:
+            for node in self.original.nodes:
+                yield Step(node, self._run(self.original, node, None))
+                self.original.free(node.name)
+            return
+        ahead = iter(self.original.nodes)
+        for node in self.merged.nodes:
+            if node.name in self.original.named:
+                for twin in ahead:
+                    outputs = self._run(self.original, twin, None)
+                    if twin.name == node.name:
+                        break
+                    self.original.free(twin.name)
+                yield Step(node, outputs)
+                del outputs
+                self.original.free(node.name)
+            self._run(self.merged, node, self.kept)
+            self.merged.free(node.name)
+
+    def statistics(self, layer: Layer, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """What the original's BatchNorm subtracts and divides by for these inputs: (c,), (c,), float64."""
+        if layer.node not in self.norms and "running_mean" in layer.params:
+            module = self.original.module
+            mean, variance = (at(module, layer.params[s]).double() for s in ("running_mean", "running_var"))
+        else:
+            mean, variance = moments(inputs, 1, self.reduce)
+        return mean, (variance + layer.eps).sqrt()
+
+    def again(self, node: fx.Node, value: Any, number: int) -> Any:
+        """What a node of the merged graph gives for one batch where its one input is this."""
+        if node.name in self.norms:
+            return self._normalise(self.merged, [value], self.norms[node.name], self.kept)[0]
+        source = next(n for n in node.all_input_nodes if n.op != "get_attr")
+        found = self.merged.call(node, number, {source.name: value})
+        layer = self.rectified.get(node.name)
+        return found if layer is None else self._held([found], layer, self.kept)[0]
+
+    def _run(self, stream: Stream, node: fx.Node, kept: Callable[[Tensor], Tensor] | None) -> Values:
+        if node.name in self.norms:
+            values = self._normalise(stream, stream.values[node.all_input_nodes[0].name], self.norms[node.name], kept)
+        else:
+            values = [stream.call(node, i) for i in range(len(stream.batches))]
+        layer = self.rectified.get(node.name)
+        stream.values[node.name] = values if layer is None else self._held(values, layer, kept)
+        return values
+
+    def _held(self, values: list[Tensor], layer: Layer, kept: Callable[[Tensor], Tensor] | None) -> Values:
+        axis = values[0].dim() - 1 - max(0, at(self.original.module, layer.params["weight"]).dim() - 2)
+        if kept is None:
+            mean, variance = moments(values, axis, self.reduce)
+            self.shifts[layer.node] = LEVEL * variance.sqrt() - mean
+        shift, labels = self.shifts[layer.node], layer.writes if layer.writes is not None else layer.carries
+        if kept is not None and labels is not None:
+            shift = shift[kept(labels).to(shift.device)]
+        view = [-1 if a == axis else 1 for a in range(values[0].dim())]
+        return [x + shift.to(x).view(view) for x in values]
+
+    def _normalise(
+        self, stream: Stream, inputs: list[Tensor], layer: Layer, kept: Callable[[Tensor], Tensor] | None
+    ) -> Values:
+        if kept is None:
+            self.known[layer.node] = self.statistics(layer, inputs)
+        mean, deviation = self.known[layer.node]
+        if kept is not None and layer.carries is not None:
+            mean, deviation = (t[kept(layer.carries).to(t.device)] for t in (mean, deviation))
+        gain, offset = line(stream.module, layer, mean, deviation)
+        view = [1, -1, *[1] * (inputs[0].dim() - 2)]
+        return [torch.addcmul(offset.to(x).view(view), x, gain.to(x).view(view)) for x in inputs]
+
+
+def line(module: fx.GraphModule, norm: Layer, mean: Tensor, deviation: Tensor) -> tuple[Tensor, Tensor]:
+    """The gain and the constant of a BatchNorm that subtracts and divides by these: (c,), (c,)."""
+    gain, constant = 1 / deviation, torch.zeros_like(mean)
+    if "weight" in norm.params:
+        gain = gain * at(module, norm.params["weight"]).double()
+    if "bias" in norm.params:
+        constant = at(module, norm.params["bias"]).double()
+    return gain, constant - gain * mean
+
+
+def moments(values: Sequence[Tensor], axis: int, reduce: Reduce) -> tuple[Tensor, Tensor]:
+    """Mean and variance along all axes but one, over all batches: (c,), (c,), float64."""
+    axes = [a for a in range(values[0].dim()) if a != axis]
+    view = [-1 if a == axis else 1 for a in range(values[0].dim())]
+    total = sum(x.numel() // x.size(axis) for x in values)
+    count = reduce(torch.tensor(float(total), dtype=torch.float64, device=values[0].device))
+    mean = reduce(torch.stack([x.sum(axes, dtype=torch.float64) for x in values]).sum(0)) / count
+    apart = [(x - mean.to(x).view(view)).square().sum(axes, dtype=torch.float64) for x in values]
+    return mean, reduce(torch.stack(apart).sum(0)) / count

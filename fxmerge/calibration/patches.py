@@ -1,0 +1,192 @@
+"""Patches: every linear layer and convolution as one product, so that one least-squares solve serves them all.
+
+A layer with g groups computes, at each output position, out = W p + b with a patch p of its input: (g, in/g * kernel).
+`patches` gathers them at chosen positions, `rows_of` and `weight_of` turn the layer's weight into W (g, out/g, p) and
+back. A transposed convolution is a plain one on the input with stride - 1 zeros between its entries, its kernel turned
+round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from fxmerge.capture.torch_export import overload_name
+from fxmerge.ir.records import Layer
+from fxmerge.methods.least_squares import Reduce
+from fxmerge.rules.movement import leaves
+
+_ARGUMENTS = {
+    "linear": ("input", "weight", "bias"),
+    "matrix": ("input", "weight"),
+    "conv": ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
+    "depthwise": ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
+    "conv_transpose": ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation"),
+}
+_DEFAULTS: dict[str, Any] = {"stride": 1, "padding": 0, "output_padding": 0, "dilation": 1, "groups": 1}
+
+
+FEWEST, ENTRIES = 16384, 2**24  # positions that a layer is solved on, unless told fewer; entries of their patches
+
+
+@dataclass(frozen=True)
+class Form:
+    """A layer's geometry; sizes have one entry for each spatial axis, none for a linear layer."""
+
+    op: str  # linear, matrix, conv, depthwise or conv_transpose
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]  # before, after
+    dilation: tuple[int, ...]
+    groups: int
+    padding_mode: str = "constant"
+
+    @property
+    def spatial(self) -> int:
+        return len(self.kernel)
+
+    @property
+    def transposed(self) -> bool:
+        return self.op == "conv_transpose"
+
+
+def operands(node: fx.Node, op: str) -> dict[str, Any]:
+    """The arguments of a call by the names that torch's functions have for them: nodes and plain values."""
+    names = _ARGUMENTS[op]
+    if overload_name(node.target) is not None:
+        names = tuple(a.name for a in node.target._schema.arguments)  # type: ignore[union-attr]
+    if overload_name(node.target) in ("matmul", "mm", "bmm"):
+        names = ("input", "weight")
+    return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+
+
+def input_of(node: fx.Node, op: str) -> fx.Node:
+    """The node whose value a layer's call reads."""
+    source: fx.Node = node.all_input_nodes[0] if node.op == "call_module" else operands(node, op)["input"]
+    return source
+
+
+def form_of(node: fx.Node, layer: Layer, owner: nn.Module | None, weight: Tensor) -> Form | None:
+    """The geometry of a call; None for a spelling that is not known here."""
+    if layer.op not in _ARGUMENTS:
+        return None
+    if layer.op in ("linear", "matrix"):
+        return Form(layer.op, (), (), (), (), 1)
+    settings = {k: getattr(owner, k) for k in _DEFAULTS if hasattr(owner, k)} if owner is not None else {}
+    settings = _DEFAULTS | (settings or {k: v for k, v in operands(node, layer.op).items() if k in _DEFAULTS})
+    if any(isinstance(leaf, fx.Node) for leaf in leaves(list(settings.values()))):
+        return None
+    kernel = tuple(weight.shape[2:])
+    stride, dilation = (_each(settings[k], len(kernel)) for k in ("stride", "dilation"))
+    reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+    if settings["padding"] == "valid":
+        padding = [(0, 0)] * len(kernel)
+    elif settings["padding"] == "same":
+        padding = [(r // 2, r - r // 2) for r in reach]
+    else:
+        padding = [(p, p) for p in _each(settings["padding"], len(kernel))]
+    mode = getattr(owner, "padding_mode", "zeros")
+    if layer.op == "conv_transpose":
+        more = _each(settings["output_padding"], len(kernel))
+        padding = [(r - p, r - p + o) for r, (p, _), o in zip(reach, padding, more, strict=True)]
+    return Form(
+        layer.op, kernel, stride, tuple(padding), dilation, int(settings["groups"]),
+        "constant" if mode == "zeros" else str(mode),
+    )  # fmt: skip
+
+
+def _each(value: Any, count: int) -> tuple[int, ...]:
+    values = tuple(value) if isinstance(value, Sequence) else (value,)
+    return tuple(int(v) for v in (values * count if len(values) == 1 else values))
+
+
+def rows_of(weight: Tensor, form: Form) -> Tensor:
+    """A layer's weight as W (g, out/g, p)."""
+    if form.op == "linear":
+        return weight[None]
+    if form.op == "matrix":
+        return weight.T[None]
+    if form.transposed:
+        split = weight.reshape(form.groups, -1, *weight.shape[1:]).transpose(1, 2)
+        return split.flip(list(range(3, split.dim()))).flatten(3).flatten(2)
+    return weight.reshape(form.groups, -1, prod(weight.shape[1:]))
+
+
+def weight_of(rows: Tensor, form: Form, like: Tensor) -> Tensor:
+    """The inverse of `rows_of`: (g, out/g, p) in the shape and dtype of `like`."""
+    if form.op == "linear":
+        weight = rows[0]
+    elif form.op == "matrix":
+        weight = rows[0].T
+    elif form.transposed:
+        split = rows.reshape(form.groups, rows.size(1), -1, *form.kernel)
+        weight = split.flip(list(range(3, split.dim()))).transpose(1, 2)
+    else:
+        weight = rows
+    return weight.reshape(like.shape).to(like)
+
+
+def positions(out: Tensor, form: Form) -> int:
+    """How many output positions there are in a layer's output."""
+    return out.numel() // out.size(channel_axis(out, form)) if out.numel() else 0
+
+
+def enough(rows: int, width: int) -> int:
+    """At most `rows` positions for patches of `width` entries, fewer where they would take more than ENTRIES of them.
+
+    A layer wide enough to have FEWEST has FEWEST all the same, so that there are more of them than unknowns.
+    """
+    return min(rows, max(FEWEST, ENTRIES // max(width, 1)))
+
+
+def sample(
+    outputs: Sequence[Tensor], form: Form, rows: int, generator: torch.Generator, reduce: Reduce
+) -> list[Tensor]:
+    """About `rows` of all output positions, at random, the same share of each batch: indices, ascending, by batch."""
+    counts = [positions(y, form) for y in outputs]
+    total = float(reduce(torch.tensor(float(sum(counts)), dtype=torch.float64, device=outputs[0].device)))
+    share, found = rows / max(total, 1), []
+    for y, count in zip(outputs, counts, strict=True):
+        index = torch.arange(count)
+        if share < 1:
+            index = torch.randperm(count, generator=generator)[: max(1, round(count * share))].sort().values
+        found.append(index.to(y.device))
+    return found
+
+
+def channel_axis(out: Tensor, form: Form) -> int:
+    return out.dim() - form.spatial - 1
+
+
+def at_positions(out: Tensor, form: Form, index: Tensor) -> Tensor:
+    """A layer's output at some of its positions: (rows, out)."""
+    moved = out.movedim(channel_axis(out, form), -1)
+    return moved[torch.unravel_index(index, moved.shape[:-1])]
+
+
+def patches(x: Tensor, form: Form, index: Tensor) -> Tensor:
+    """The input's patches for those output positions: (rows, g, p)."""
+    if not form.spatial:
+        return x[torch.unravel_index(index, x.shape[:-1])][:, None]
+    lead = x.shape[: x.dim() - form.spatial - 1]
+    x = x.reshape(-1, *x.shape[len(lead) :])
+    if form.transposed:
+        sizes = [(s - 1) * t + 1 for s, t in zip(x.shape[2:], form.stride, strict=True)]
+        stuffed = x.new_zeros(*x.shape[:2], *sizes)
+        stuffed[(slice(None), slice(None), *(slice(None, None, t) for t in form.stride))] = x
+        x = stuffed
+    stride = (1,) * form.spatial if form.transposed else form.stride
+    pads = [p for pair in reversed(form.padding) for p in pair]
+    x = F.pad(x, pads, mode=form.padding_mode) if any(pads) else x
+    windows, channels = x, x.size(1)
+    for axis, (kernel, step, gap) in enumerate(zip(form.kernel, stride, form.dilation, strict=True), 2):
+        windows = windows.unfold(axis, gap * (kernel - 1) + 1, step)[..., ::gap]
+    windows = windows.movedim(1, 1 + form.spatial)  # (n, *out, channels, *kernel)
+    taken = windows[torch.unravel_index(index, windows.shape[: 1 + form.spatial])]
+    return taken.reshape(len(index), form.groups, channels // form.groups * prod(form.kernel))

@@ -1,0 +1,105 @@
+"""Sensitivity: how much the model's outputs move with an error in what one layer puts out.
+
+For outputs y of a layer, of variance var_c in channel c, and noise of a share s of that variance, the outputs z of the
+model move by
+
+    E |dz|^2 = s sum_c var_c sum_positions E_v (d(v . z) / dy_c)^2          v: random signs, one for each output
+
+to first order (Hutchinson's estimate). One pass forward and DRAWS backward, on some of refit's batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxmerge.calibration.batches import batch_size, fixed_batch
+from fxmerge.calibration.paired_run import Lockstep, Settings, moments
+from fxmerge.graph.eval_mode import evaluating
+from fxmerge.graph.outputs import returned
+from fxmerge.ir.records import Capture, Group, Provenance
+from fxmerge.refit.targets import pair
+from fxmerge.weights.by_path import at
+
+DRAWS = 2
+SAMPLES, ELEMENTS = 128, 2**28  # samples, and elements of all their activations together, at most; one batch at least
+LEAST = 1e-6  # of the largest sensitivity
+
+
+def sensitivity(
+    captured: Capture,
+    facts: Provenance,
+    groups: Sequence[Group],
+    batches: Sequence[Sequence[Any]],
+    settings: Settings,
+    stage: Callable[[str], None] = lambda name: None,
+) -> dict[str, float]:
+    """Layer -> sensitivity, in any unit: of the groups' readers, of writers where no reader is a layer.
+
+    Empty where an op has no gradient.
+    """
+    members = [m for g in groups for m in (g.readers or g.writers)]
+    layers = {m.layer.node: m.layer for m in members if "weight" in m.layer.params}
+    some = _some(captured, batches)
+    alone = replace(settings, reduce=lambda value: value)
+    stage("sensitivity")
+    generator = torch.Generator().manual_seed(settings.seed)
+    found: dict[str, Tensor] = {}
+    try:
+        with evaluating(captured.module), torch.enable_grad():
+            outputs: dict[str, list[Tensor]] = {}
+            last: list[Any] = []
+            for step in Lockstep(pair(captured.module, facts), some, alone):
+                if step.node.name in layers:
+                    outputs[step.node.name] = step.outputs
+                last = step.outputs
+            tensors = [t for values in outputs.values() for t in values]
+            for draw in range(DRAWS):
+                total = torch.stack([_drawn(t, generator) for out in last for t in returned(out)]).sum()
+                slopes = iter(torch.autograd.grad(total, tensors, retain_graph=draw + 1 < DRAWS, allow_unused=True))
+                for node, values in outputs.items():
+                    layer = layers[node]
+                    axis = values[0].dim() - 1 - max(0, at(captured.module, layer.params["weight"]).dim() - 2)
+                    axes = [a for a in range(values[0].dim()) if a != axis]
+                    variance = moments([v.detach() for v in values], axis, alone.reduce)[1]
+                    for slope in [next(slopes) for _ in values]:
+                        moved = (
+                            variance.new_zeros(()) if slope is None else slope.double().square().sum(axes) @ variance
+                        )
+                        found[node] = found.get(node, variance.new_zeros(())) + moved
+    except RuntimeError:  # an op without a gradient
+        return {}
+    sums = settings.reduce(torch.stack([*found.values()])) if found else torch.zeros(0)
+    sums = sums.clamp(min=LEAST * float(sums.max())) if len(sums) else sums
+    return dict(zip(found, sums.tolist(), strict=True)) if bool(torch.isfinite(sums).all()) and sums.any() else {}
+
+
+def _some(captured: Capture, batches: Sequence[Sequence[Any]]) -> list[list[Any]]:
+    """A few samples, whose float inputs want a gradient: so does then everything that depends on them."""
+    size = batch_size(captured)
+    each = sum(torch.Size(s).numel() for s in captured.shapes.values()) // max(size, 1)
+    wanted = max(1, min(SAMPLES, ELEMENTS // max(each, 1)))
+    found, taken = [], 0
+    for batch in batches:
+        own = next((v.size(0) for v in batch if isinstance(v, Tensor) and v.dim()), 1)
+        part = own if fixed_batch(captured.module) else min(own, wanted - taken)
+        cut = [v[:part] if isinstance(v, Tensor) and v.dim() and v.size(0) == own else v for v in batch]
+        found.append([_leaf(v) if isinstance(v, Tensor) and v.is_floating_point() else v for v in cut])
+        taken += part
+        if taken >= wanted:
+            break
+    return found
+
+
+def _leaf(value: Tensor) -> Tensor:
+    return value.detach().clone().requires_grad_()
+
+
+def _drawn(output: Tensor, generator: torch.Generator) -> Tensor:
+    """v . z, z in deviations of its own."""
+    signs = torch.randint(0, 2, output.shape, generator=generator).to(output) * 2 - 1
+    return (output * signs).sum() / output.detach().std().clamp(min=1e-30) if output.numel() > 1 else output.sum()

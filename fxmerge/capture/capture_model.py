@@ -1,0 +1,204 @@
+"""Capture: a model and example inputs become a torch.fx graph that keeps the user's own names.
+
+The model is copied and traced in evaluation mode; the example inputs run once through both, so that the shapes are
+known and a graph that does not do what the model does is refused here and not discovered later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+
+from fxmerge.calibration.batches import bind
+from fxmerge.capture.constant_fold import fold
+from fxmerge.capture.output_cache import Recall
+from fxmerge.capture.parametrizations import computed, unparametrize
+from fxmerge.capture.record import record
+from fxmerge.capture.symbolic import trace
+from fxmerge.capture.torch_export import opened
+from fxmerge.errors import FxMergeError, first_line, source_line
+from fxmerge.graph.eval_mode import reproducible, reseed
+from fxmerge.graph.outputs import foreign, plain, returned, returning_plain
+from fxmerge.ir.recorded import Recorded
+from fxmerge.ir.records import Capture
+from fxmerge.rules.movement import fresh, leaves
+from fxmerge.weights.by_path import deep_copy
+from fxmerge.weights.meta import blanked
+
+
+def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments from what users pass: a tensor, a tuple of args, or a dict of kwargs."""
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, (tuple, list)):
+        return tuple(example_inputs), {}
+    if isinstance(example_inputs, Tensor):
+        return (example_inputs,), {}
+    raise FxMergeError(
+        f"example_inputs is a {type(example_inputs).__name__}; give a tensor, a tuple of positional arguments, "
+        "or a dict of keyword arguments"
+    )
+
+
+def check_model(model: Any) -> None:
+    """Refuse what is no trained module: another object, or weights that are not numbers."""
+    if not isinstance(model, nn.Module):
+        hint = "; call it to make an instance first" if isinstance(model, type) else ""
+        raise FxMergeError(f"model is a {type(model).__name__}, not a torch.nn.Module{hint}")
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        if torch.nn.parameter.is_lazy(value):
+            raise FxMergeError(f"{name} has no shape yet (a lazy module); run the model once on an example first")
+        # a finite sum has finite terms; the slower look is for sums that overflow
+        odd = (
+            value.is_floating_point() and not value.is_meta and not bool(torch.isfinite(value.sum(dtype=torch.float32)))
+        )
+        if not odd:
+            continue
+        weighs = isinstance(value, nn.Parameter) or name.endswith(("running_mean", "running_var"))
+        sound = torch.isfinite(value) if weighs else ~torch.isnan(value)  # masks and bounds may well be infinite
+        if not bool(sound.all()):
+            what = "NaN or infinity" if weighs else "NaN"
+            raise FxMergeError(f"{name} holds {what}; a model with such weights cannot be merged")
+
+
+def capture(model: Any, example_inputs: Any) -> Capture:
+    """Trace a model, or open an ExportedProgram.
+
+    Raises FxMergeError where the model cannot be traced or does not take these inputs, naming module and source line.
+    """
+    program = model if isinstance(model, ExportedProgram) else None
+    if program is not None:
+        model = opened(program)
+    check_model(model)
+    own = program.example_inputs if program is not None and example_inputs is None else None
+    args, kwargs = own if own is not None else arguments(example_inputs)
+    if any(isinstance(v, Tensor) and not v.numel() for v in leaves([args, kwargs])):
+        raise FxMergeError("example_inputs hold a tensor without elements; give at least one sample")
+    training = {name: m.training for name, m in model.named_modules()}
+    # a copy that shares the parameters, which nobody writes; buffers are its own, since a forward may update them
+    traced_model = deep_copy(model, [*model.parameters(), *computed(model)])
+    for inner in traced_model.modules():  # .eval() of an exported graph module raises
+        if inner.training:
+            inner.training = False
+    blank = blanked(traced_model)
+    recall = Recall()
+    with torch.no_grad(), reproducible():
+        try:
+            with nullcontext() if blank else recall.watching(traced_model):
+                expected = traced_model(*fresh(args), **fresh(kwargs))
+        except Exception as error:
+            raise FxMergeError(
+                f"{type(model).__name__} does not run on these example inputs ({_shapes(args, kwargs)}): "
+                f"{type(error).__name__}: {first_line(error)}; {_HINTS[blank]}"
+            ) from error
+        unparametrize(traced_model)
+        left_out = foreign(expected)
+        if left_out:
+            expected, traced_model = plain(expected), returning_plain(traced_model)
+        module, recorded = _graph(traced_model, args, kwargs)
+        values = list(recorded.inputs) if recorded else bind(module, args, kwargs)
+        reseed()
+        recorder = _Recorder(module, recall)
+        actual = recorder.run(*fresh(values), enable_io_processing=False)
+    if not blank:
+        _compare(type(model).__name__, expected, actual)
+    whole = [*module.named_modules(), *(recorded.host.named_modules() if recorded else ())]
+    for name, traced in whole:
+        if traced.training != training.get(name, model.training):
+            traced.training = training.get(name, model.training)
+    return Capture(
+        module,
+        args,
+        kwargs,
+        tuple(values),
+        () if blank else tuple(returned(expected)),
+        recorder.shapes,
+        recorder.dtypes,
+        recorder.devices,
+        recorded,
+        left_out,
+        model,
+        program,
+        blank,
+    )
+
+
+_HINTS = {
+    False: "give inputs as the model's forward takes them",
+    True: "weights on the meta device have no values; if its forward asks for them, give fxmerge.on_disk(model, files)",
+}
+
+
+def _graph(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[fx.GraphModule, Recorded | None]:
+    """The model's graph; recorded from one run where it cannot be traced whole."""
+    try:
+        return fold(trace(model, fresh(args), fresh(kwargs))), None
+    except FxMergeError as refused:
+        reseed()
+        try:
+            recorded = record(model, fresh(args), fresh(kwargs))
+        except Exception as error:
+            raise FxMergeError(f"{refused} (nor can a run of it be recorded: {first_line(error)})") from error
+        return recorded.module, recorded
+
+
+def confined(captured: Capture) -> Capture:
+    """The capture of a recorded model with all channels held that the user's own code sees."""
+    assert captured.recorded is not None
+    held = dict.fromkeys(captured.recorded.glue, "is seen by code that cannot be rewritten")
+    return replace(captured, recorded=replace(captured.recorded, held=held))
+
+
+class _Recorder(fx.Interpreter):
+    """Runs the graph and notes the shape, dtype and device of every tensor, but keeps none."""
+
+    def __init__(self, module: fx.GraphModule, recall: Recall) -> None:
+        super().__init__(module)
+        self.extra_traceback, self.recall = False, recall
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        self.devices: dict[str, torch.device] = {}
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        known = self.recall.output(self.fetch_attr(target), args) if not kwargs else None
+        return super().call_module(target, args, kwargs) if known is None else known
+
+    def run_node(self, n: fx.Node) -> Any:
+        try:
+            value = super().run_node(n)
+        except Exception as error:
+            raise FxMergeError(
+                f"the traced graph fails at {n.name} ({n.target}): {first_line(error)}; from {source_line(n) or '?'}"
+            ) from error
+        if isinstance(value, Tensor):
+            self.shapes[n.name] = tuple(value.shape)
+            self.dtypes[n.name], self.devices[n.name] = value.dtype, value.device
+        return value
+
+
+def _compare(name: str, expected: Any, actual: Any) -> None:
+    before, after = returned(expected), returned(actual)
+    close = len(before) == len(after) and all(
+        one.shape == other.shape
+        and torch.allclose(one, other, 1e-3, 1e-3 * float(one.nan_to_num(0, 0, 0).abs().max()) + 1e-12, equal_nan=True)
+        for one, other in zip(before, after, strict=True)
+        if one.numel() or other.numel()
+    )
+    if not close:
+        raise FxMergeError(
+            f"the traced graph of {name} does not give what the model gives on the example inputs; its forward "
+            "depends on something that torch.fx cannot see (a global, a value, randomness)"
+        )
+
+
+def _shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    def show(value: Any) -> str:
+        return f"{tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+    return ", ".join([*map(show, args), *(f"{k}={show(v)}" for k, v in kwargs.items())])

@@ -1,0 +1,281 @@
+"""Recording: a graph of one run, for models whose forward neither symbolic tracing nor torch.export can follow.
+
+The model runs on the example inputs. Submodules that symbolic tracing can follow are *parts*: their graphs are put in
+whole, once for each call. What happens between them, the *glue*, is recorded call by call as it happened. The whole is
+one graph, and it is analysed like any other, so that channels are followed from part to part. Only parts are written
+anew; glue stays the user's own code, so that nothing in it may depend on a literal width.
+
+A run shows one path only. Where the code of a module asked a tensor for its value (`if x.sum() > 0`), or did not run
+one of its submodules, another run may take another path: every tensor that this module's own code sees keeps its
+channels.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+
+from fxmerge.capture.symbolic import hidden, symbolic, user_line
+from fxmerge.graph.ops import HARMLESS, PLAIN, held_tensors, node_call, tensors
+from fxmerge.ir.recorded import Part, Recorded
+from fxmerge.rules import table
+from fxmerge.rules.movement import enter, leaves, tree
+
+
+@dataclass
+class _Frame:
+    """One module's forward, running: the nodes that its own code sees."""
+
+    path: str
+    seen: set[fx.Node] = field(default_factory=set)
+
+
+def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recorded:
+    """The graph of one run of a (private) copy of a model. Raises what the model raises, and TypeError for scripts."""
+    return _Recording(model).run(args, kwargs)
+
+
+class _Recording(TorchFunctionMode):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.graph, self.table = model, fx.Graph(), table.table()
+        self.nodes: dict[int, fx.Node] = {}  # identity of a tensor -> the node that gave it
+        self.kept: list[Any] = []  # keeps identities from being used again
+        self.paths = {id(v): n for n, v in reversed([*model.named_buffers(), *model.named_parameters()])}
+        self.familiar: set[int] = {id(v) for v in held_tensors(model)}  # tensors that were there before the run
+        self.templates: dict[str, fx.GraphModule | None] = {}
+        self.parts: dict[str, Part] = {}
+        self.rewritable: set[str] = set()  # nodes that parts put in
+        self.frames: list[_Frame] = []
+        self.doubtful: dict[str, str] = {}  # frame -> why another run may take another path
+        self.ran: set[str] = set()
+        self.seen: dict[str, set[fx.Node]] = {}
+        self.off = 0
+        self.constants = 0
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recorded:
+        wrapped = []
+        for path, module in self.model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                raise TypeError(f"{path} is a ScriptModule")
+            if path:
+                wrapped.append(module)
+                module.forward = self._wrap(module, path)
+        inputs: list[Any] = []
+        for value in leaves([args, kwargs]):
+            if isinstance(value, Tensor) and id(value) not in self.nodes:
+                self._remember(value, self.graph.placeholder(f"input_{len(inputs)}"))
+                inputs.append(value)
+        root = _Frame("", {self.nodes[id(v)] for v in inputs})
+        self.frames.append(root)
+        try:
+            with self:
+                out = self.model(*args, **kwargs)
+        finally:
+            for module in wrapped:
+                del module.forward
+        self._close()
+        self.graph.output(tree(lambda v: self._node(v) if isinstance(v, Tensor) else v, out))
+        self._unvisited()
+        held = {n.name: f"is seen by {path or 'the model'}, which {self.doubtful[path]}"
+                for path, nodes in self.seen.items() if path in self.doubtful for n in nodes}  # fmt: skip
+        module = fx.GraphModule(self.model, self.graph, type(self.model).__name__)
+        for number in range(self.constants):
+            delattr(self.model, f"_recorded_{number}")
+        self.graph.lint()
+        glue = frozenset(n.name for n in self.graph.nodes if n.name not in self.rewritable)
+        return Recorded(module, tuple(inputs), self.model, tuple(self.parts.values()), glue, held)
+
+    def _close(self) -> None:
+        frame = self.frames.pop()
+        self.seen.setdefault(frame.path, set()).update(frame.seen)
+
+    def _unvisited(self) -> None:
+        """Submodules with parameters that did not run: their parents may run them another time."""
+        inside = tuple(p + "." for p, t in self.templates.items() if t is not None) + tuple(
+            p + "." for p in self.ran if p not in self.seen
+        )
+        fetched = {str(n.target).rpartition(".")[0] for n in self.graph.nodes if n.op == "get_attr"}
+        for path, module in self.model.named_modules():
+            owns = next(module.parameters(recurse=False), None) is not None and path not in fetched
+            if path and owns and path not in self.ran and not path.startswith(inside):
+                parent = path.rpartition(".")[0]
+                while parent not in self.seen and parent:
+                    parent = parent.rpartition(".")[0]
+                self.doubtful.setdefault(parent, f"did not run its {path}")
+
+    # --- tensors and nodes
+
+    def _remember(self, value: Tensor, node: fx.Node) -> None:
+        self.nodes[id(value)] = node
+        self.kept.append(value)
+
+    def _node(self, value: Tensor) -> fx.Node:
+        """The node that gave a tensor; parameters are fetched, and everything else is a constant of this run."""
+        if id(value) in self.nodes:
+            return self.nodes[id(value)]
+        path = self.paths.get(id(value))
+        if path is not None:
+            node = self.graph.get_attr(path)
+        else:
+            name = f"_recorded_{self.constants}"
+            self.constants += 1
+            setattr(self.model, name, value.detach().clone())
+            fetched = self.graph.get_attr(name)
+            fetched.meta["constant"] = True
+            node = self.graph.call_method("clone", (fetched,))  # the code may update it in place
+        self._remember(value, node)
+        return node
+
+    def _arguments(self, value: Any) -> Any:
+        return tree(lambda v: self._node(v) if isinstance(v, Tensor) else v, value)
+
+    def _assign(self, given: Any, value: Any) -> None:
+        """Say which node gave each tensor of a result."""
+        if isinstance(value, Tensor) and isinstance(given, fx.Node):
+            self._remember(value, given)
+        elif isinstance(value, (list, tuple)):
+            for at, item in enumerate(value):
+                part = given[at] if isinstance(given, (list, tuple)) else None
+                self._assign(self._item(given, at, item) if part is None else part, item)
+        elif isinstance(value, dict):
+            for name, item in value.items():
+                part = given[name] if isinstance(given, dict) else None
+                self._assign(self._item(given, name, item) if part is None else part, item)
+
+    def _item(self, given: fx.Node, at: Any, value: Any) -> fx.Node | None:
+        return self.graph.call_function(operator.getitem, (given, at)) if tensors(value) else None
+
+    # --- functions
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.off:
+            return func(*args, **kwargs)
+        operands = tensors([args, kwargs])
+        name = getattr(func, "__name__", "")
+        name = getattr(func.__self__, "__name__", "") if name == "__get__" else name
+        tracked = any(id(t) in self.nodes or id(t) in self.paths for t in operands)
+        if not tracked or name in HARMLESS or name == "__set__":
+            out = func(*args, **kwargs)
+            for t in tensors(out):
+                self.familiar.add(id(t))
+                self.kept.append(t)
+            return out
+        frame = self.frames[-1]
+        for t in operands:
+            if id(t) not in self.nodes and id(t) not in self.paths and id(t) not in self.familiar:
+                self.doubtful.setdefault(frame.path, "makes tensors in a way that cannot be recorded")
+        op, target, given, named = node_call(func, name, args, kwargs)
+        if not all(isinstance(v, (*PLAIN, Tensor)) for v in leaves([given, named])):
+            self.doubtful.setdefault(frame.path, f"calls {name} with something that cannot be recorded")
+            frame.seen.update(self._node(t) for t in operands)
+            return func(*args, **kwargs)
+        nodes = self._arguments(list(given)), self._arguments(dict(named))
+        frame.seen.update(self._node(t) for t in operands)
+        out = func(*args, **kwargs)
+        node = self.graph.create_node(op, target, tuple(nodes[0]), nodes[1])
+        node.stack_trace = user_line()
+        if isinstance(out, Tensor) or tensors(out):
+            self._assign(node, out)
+            frame.seen.update(self.nodes[id(t)] for t in tensors(out))
+        elif out is not None:
+            self.doubtful.setdefault(frame.path, f"asks a tensor for its value ({name})")
+        return out
+
+    # --- modules
+
+    def _wrap(self, module: nn.Module, path: str) -> Callable[..., Any]:
+        forward = module.forward
+
+        @functools.wraps(forward)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            if self.off:
+                return forward(*args, **kwargs)
+            self.ran.add(path)
+            hooked = module._forward_hooks or module._forward_pre_hooks
+            plain = all(isinstance(v, (*PLAIN, Tensor)) for v in leaves([args, kwargs]))
+            if not hooked and plain:
+                own = type(module).__module__.startswith("torch.nn") and not isinstance(module, nn.Sequential)
+                if own or table.module_class(module, self.table) is not None:
+                    return self._leaf(path, forward, args, kwargs)
+                template = self._template(module, path, args, kwargs)
+                if template is not None:
+                    return self._inline(template, path, forward, args, kwargs)
+            frame = _Frame(path, {self._node(t) for t in tensors([args, kwargs])})
+            self.frames.append(frame)
+            out = forward(*args, **kwargs)
+            frame.seen.update(self._node(t) for t in tensors(out))
+            self._close()
+            self.frames[-1].seen.update({self._node(t) for t in tensors([args, kwargs, out])})
+            return out
+
+        return wrapped
+
+    def _silently(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        self.off += 1
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            self.off -= 1
+
+    def _leaf(self, path: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        nodes = self._arguments(list(args)), self._arguments(dict(kwargs))
+        out = self._silently(forward, args, kwargs)
+        node = self.graph.call_module(path, tuple(nodes[0]), nodes[1])
+        node.stack_trace = user_line()
+        self._assign(node, out)
+        self.frames[-1].seen.update(self._node(t) for t in tensors([args, kwargs, out]))
+        return out
+
+    def _template(self, module: nn.Module, path: str, args: Any, kwargs: Any) -> fx.GraphModule | None:
+        """The module's own graph, where symbolic tracing follows it for calls of this form."""
+        if not all(tensors(v) for v in [*args, *kwargs.values()]):
+            return None  # a flag or None: another call may give another
+        if path not in self.templates:
+            self.off += 1
+            try:
+                traced = symbolic(module, args, kwargs)
+                self.templates[path] = traced if hidden(traced) == 0 else None
+            except Exception:  # whatever torch.fx says: no part
+                self.templates[path] = None
+            finally:
+                self.off -= 1
+        return self.templates[path]
+
+    def _inline(self, template: fx.GraphModule, path: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Put a part's graph in at this call."""
+        given, named = list(self._arguments(list(args))), self._arguments(dict(kwargs))
+        out = self._silently(forward, args, kwargs)
+        made: dict[fx.Node, fx.Node] = {}
+        entered: list[tuple[str, str, Any]] = []
+        result: Any = None
+        for node in template.graph.nodes:
+            if node.op == "placeholder":
+                default = node.args[0] if node.args else None
+                value = given.pop(0) if given else named.get(node.target, default)
+                made[node] = self.graph.call_function(enter, (value,))
+                entered.append((made[node].name, str(node.target), node.args))
+            elif node.op == "output":
+                result = fx.map_arg(node.args[0], lambda n: made[n])
+            else:
+                made[node] = self.graph.node_copy(node, lambda n: made[n])
+                self.rewritable.add(made[node].name)
+                if node.op in ("call_module", "get_attr"):
+                    made[node].target = f"{path}.{node.target}"
+        self._assign(result, out)
+        inside = tuple(n.name for n in made.values())
+        if path in self.parts:
+            first = self.parts[path]
+            self.parts[path] = replace(first, again=(*first.again, inside))
+        else:
+            self.parts[path] = Part(path, type(self.model.get_submodule(path)).__name__, tuple(entered), inside, result)
+        self.frames[-1].seen.update(self._node(t) for t in tensors([args, kwargs, out]))
+        return out

@@ -1,0 +1,159 @@
+"""Tracing: symbolic tracing that writes out the modules `unfolding` knows, and torch.export where that sees more."""
+
+from __future__ import annotations
+
+import inspect
+import linecache
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx._symbolic_trace import _assert_is_none
+
+from fxmerge.capture.expand_modules import unfolded
+from fxmerge.capture.torch_export import export
+from fxmerge.errors import FxMergeError, first_line
+from fxmerge.rules import table
+
+
+class Tracer(fx.Tracer):
+    """torch.fx's tracer, which also writes out the modules that `unfolding` knows.
+
+    It finds a parameter's name and the user's line in constant time, where torch.fx looks through the whole model and
+    formats the whole stack for each node.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: set[nn.Module] = set()
+        self.names: dict[int, str] = {}
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        if isinstance(root, nn.Module):
+            self.names = {id(v): n for n, v in reversed([*root.named_buffers(), *root.named_parameters()])}
+        return super().trace(root, concrete_args)
+
+    def create_arg(self, a: Any) -> Any:
+        name = self.names.get(id(a)) if isinstance(a, Tensor) else None
+        return super().create_arg(a) if name is None else self.create_node("get_attr", name, (), {})
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        name = self.names.get(id(attr_val)) if isinstance(attr_val, nn.Parameter) else None
+        if name is None:
+            return super().getattr(attr, attr_val, parameter_proxy_cache)
+        if name not in parameter_proxy_cache:
+            parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
+        return parameter_proxy_cache[name]
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        if node.op not in ("placeholder", "output"):  # those are made outside of the user's code
+            node.stack_trace = user_line() or node.stack_trace
+        return node
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return m not in self.open and super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        written_out = unfolded(m)
+        if written_out is not None:
+            stack, last = dict(self.module_stack), len(self.graph.nodes)
+            self.open.add(m)
+            try:
+                return super().call_module(m, lambda *a, **k: written_out(m, *a, **k), args, kwargs)
+            except NotImplementedError:
+                self.open.discard(m)
+                self.module_stack.clear()
+                self.module_stack.update(stack)
+                for node in list(reversed(self.graph.nodes))[: len(self.graph.nodes) - last]:
+                    self.graph.erase_node(node)
+        return super().call_module(m, forward, args, kwargs)
+
+
+def user_line() -> str:
+    """The innermost line of the model's code on the stack that is neither torch's nor ours, as a traceback has it.
+
+    "" where there is none: an nn.Sequential has no line of the user's, and who called `merge` did not write the layer.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        path = frame.f_code.co_filename
+        if path.endswith("/fxmerge/capture/capture_model.py"):
+            break
+        if "/torch/" not in path and "/fxmerge/" not in path and not path.startswith("<"):
+            code = linecache.getline(path, frame.f_lineno).strip()
+            return f'  File "{path}", line {frame.f_lineno}, in {frame.f_code.co_name}\n    {code}\n'
+        frame = frame.f_back
+    return ""
+
+
+def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
+    """A graph module of the model: symbolically traced, or exported where that hides less behind ops without a rule.
+
+    Raises FxMergeError where neither works, naming the user's line.
+    """
+    if isinstance(model, fx.GraphModule):
+        return model
+    try:
+        traced = symbolic(model, args, kwargs)
+    except Exception as error:
+        traced, why = None, error
+    if traced is not None and not hidden(traced):
+        return traced
+    try:
+        exported = export(model, args, kwargs)
+    except Exception as error:
+        if traced is not None:
+            return traced
+        raise FxMergeError(
+            f"{type(model).__name__} cannot be traced by torch.fx ({first_line(why)}{_where(why)}), "
+            f"nor exported by torch.export ({first_line(error)}); move the control flow that depends on values into a "
+            "submodule that is a leaf, or merge the submodules that can be traced one by one"
+        ) from error
+    return exported if traced is None or hidden(exported) < hidden(traced) else traced
+
+
+def symbolic(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
+    """The model as torch.fx traces it. Raises what that raises."""
+    parameters = inspect.signature(model.forward).parameters
+    given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+    left_out = {k: p.default for k, p in parameters.items() if k not in given and p.default is not p.empty}
+    return fx.GraphModule(model, Tracer().trace(model, concrete_args=left_out or None), type(model).__name__)
+
+
+def hidden(module: fx.GraphModule) -> int:
+    """How many of a graph's calls have no rule, those on plain values and constants left out."""
+    known, count = table.table(), 0
+    activations: set[fx.Node] = set()
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            activations.add(node)
+        elif node.target in _ASSERTIONS:
+            continue
+        elif node.op in ("call_module", "call_function", "call_method") and activations & set(node.all_input_nodes):
+            if node.op == "call_module":
+                cls = table.module_class(module.get_submodule(str(node.target)), known)
+                found = known[cls] if cls is not None else None
+            else:
+                found = table.find(node.target, known)
+            if found is None or found[0].kind != "query":
+                activations.add(node)
+                count += found is None
+    return count
+
+
+_ASSERTIONS = (_assert_is_none, torch._assert)  # that an argument which was left out is left out again
+
+
+def _where(error: Exception) -> str:
+    """The innermost line of the error's traceback that is not torch's own."""
+    frame, place = error.__traceback__, ""
+    while frame is not None:
+        path = frame.tb_frame.f_code.co_filename
+        if "/torch/" not in path and "/fxmerge/" not in path:
+            place = f" (at {path}:{frame.tb_lineno}, in {frame.tb_frame.f_code.co_name})"
+        frame = frame.tb_next
+    return place

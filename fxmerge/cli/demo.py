@@ -1,0 +1,101 @@
+"""The demo: a trained LeNet-300-100 and 2,000 Fashion-MNIST test images, both in the package."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from importlib.resources import as_file, files
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from fxmerge.options import Options
+from fxmerge.pipeline import merge
+
+RATIOS = (0.5, 0.6, 0.7, 0.8)
+METHODS = {
+    "prune": Options(decomposition="prune", refit="none"),
+    "mostsim": Options(threshold=0.45, refit="none"),  # the paper's t for LeNet
+    "refit": Options(),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model: the share of channels it gave up, its parameters, top-1 accuracy in %."""
+
+    method: str
+    ratio: float
+    parameters: int
+    accuracy: float
+
+
+class LeNet(nn.Module):
+    """LeNet-300-100 (LeCun et al., 1998): 784-300-100-10 with ReLU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ip1, self.ip2, self.ip3 = nn.Linear(784, 300), nn.Linear(300, 100), nn.Linear(100, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.ip3(torch.relu(self.ip2(torch.relu(self.ip1(x)))))
+        return out
+
+
+def example() -> tuple[nn.Module, Tensor, Tensor]:
+    """(trained model, images (2000, 784), labels (2000,)) as they ship with the package."""
+    assets = files("fxmerge") / "assets"
+    model = LeNet()
+    with as_file(assets / "lenet_300_100.safetensors") as path:
+        model.load_state_dict(load_file(path))
+    with as_file(assets / "fashion_mnist_2000.npz") as path, np.load(path) as arrays:
+        images, labels = torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"]).long()
+    return model.eval(), (images.flatten(1).float() / 255 - 0.5) / 0.5, labels
+
+
+def run() -> list[Row]:
+    """Accuracy and size of the original and of each method at each ratio."""
+    model, images, labels = example()
+
+    def row(method: str, ratio: float, module: nn.Module) -> Row:
+        with torch.no_grad():
+            right = (module(images).argmax(1) == labels).double().mean()
+        return Row(method, ratio, sum(p.numel() for p in module.parameters()), 100 * float(right))
+
+    rows = [row("original", 0.0, model)]
+    for ratio in RATIOS:
+        for name, options in METHODS.items():
+            rows.append(row(name, ratio, merge(model, images[:2], options, ratio=ratio).module))
+    return rows
+
+
+def as_json(rows: list[Row]) -> str:
+    return json.dumps([asdict(r) for r in rows], indent=1)
+
+
+def as_text(rows: list[Row]) -> str:
+    """One line for each ratio, one column for each method."""
+    original, *others = rows
+    table = Table(title="LeNet-300-100 on 2,000 Fashion-MNIST test images, no fine-tuning", title_justify="left")
+    for name in ("channels dropped", "parameters", *(f"{m}, accuracy" for m in METHODS)):
+        table.add_column(name, justify="right")
+    table.add_row("0 %", f"{original.parameters:,}", *[f"{original.accuracy:.2f} %"] * len(METHODS))
+    for ratio in RATIOS:
+        found = {r.method: r for r in others if r.ratio == ratio}
+        size = f"{found['prune'].parameters:,}"
+        table.add_row(f"{100 * ratio:.0f} %", size, *(f"{found[m].accuracy:.2f} %" for m in METHODS))
+    console = Console(file=io.StringIO(), width=width())
+    console.print(table)
+    text: str = console.file.getvalue()  # type: ignore[attr-defined]
+    return text.rstrip()
+
+
+def width() -> int:
+    """Columns of the terminal, and enough for a table in a pipe."""
+    return max(80, shutil.get_terminal_size((120, 24)).columns)

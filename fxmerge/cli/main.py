@@ -1,0 +1,154 @@
+"""The command line: `fxmerge demo | analyze SPEC | merge SPEC --out DIR | sweep SPEC --out DIR | draw SPEC --out FILE`.
+
+Flags of `merge` and `sweep` are Options' fields.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from fxmerge.cli import demo as demonstration
+from fxmerge.cli.specs import function, load
+from fxmerge.errors import FxMergeError
+from fxmerge.options import BUDGETS, Options
+from fxmerge.pipeline import analyze, merge
+from fxmerge.report.drawable import drawn_as
+from fxmerge.sweep import sweep
+
+
+@dataclasses.dataclass(frozen=True)
+class Input:
+    """Where the model comes from."""
+
+    spec: Annotated[str, tyro.conf.Positional]
+    """torchvision:resnet18, timm:NAME, package.module:factory, path/to/file.py:factory, a .pt2 file, a saved folder"""
+    weights: Path | None = None
+    """a .safetensors file with the model's state_dict"""
+    on_disk: bool = False
+    """let the weights stay in the file (or folder of files), for models that are larger than memory"""
+    shape: tuple[int, ...] = (1, 3, 224, 224)
+    """shape of the example input"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Demo:
+    """Shrink the LeNet-300-100 that ships with fxmerge and measure it on 2,000 Fashion-MNIST test images."""
+
+    json: bool = False
+    """print JSON instead of a table"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Analyze:
+    """Show what could be merged with what, and what not and why; nothing is changed."""
+
+    input: Annotated[Input, tyro.conf.arg(name="")]
+    json: bool = False
+    """print JSON instead of tables"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Merge:
+    """Merge a model; write model.py, weights.safetensors, plan.json and the report, or a .pt2 or .onnx file."""
+
+    input: Annotated[Input, tyro.conf.arg(name="")]
+    out: Path
+    """folder to write to, made if it is not there; NAME.pt2 or NAME.onnx writes that one file"""
+    options: Annotated[Options, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Options)
+    json: bool = False
+    """print JSON instead of tables"""
+    report: Path | None = None
+    """a file to draw the merge to: .html, .svg, .dot, .gv, .mmd, .graphml or .json"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """Merge a model at several budgets; a table and a plot of what each costs and how good it still is."""
+
+    input: Annotated[Input, tyro.conf.arg(name="")]
+    budgets: tuple[float, ...]
+    """shares of the original that may remain"""
+    out: Path
+    """folder for the points, each as soon as it is there; points that are there already are not made again"""
+    kind: Annotated[str, tyro.conf.arg(help=f"what they are shares of; one of {', '.join(BUDGETS)}")] = "flops"
+    evaluate: str | None = None
+    """package.module:function or path/to/file.py:function, which takes a model and gives a number"""
+    options: Annotated[Options, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Options)
+    json: bool = False
+    """print JSON instead of a table"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Draw:
+    """Draw a model with its merge groups to a file, as its ending asks for; nothing is changed."""
+
+    input: Annotated[Input, tyro.conf.arg(name="")]
+    out: Path
+    """.html, .svg (needs Graphviz), .dot, .gv, .mmd (Mermaid), .graphml or .json"""
+
+
+Command = (
+    Annotated[Demo, tyro.conf.subcommand("demo")]
+    | Annotated[Analyze, tyro.conf.subcommand("analyze")]
+    | Annotated[Merge, tyro.conf.subcommand("merge")]
+    | Annotated[Sweep, tyro.conf.subcommand("sweep")]
+    | Annotated[Draw, tyro.conf.subcommand("draw")]
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit status is 1 for an FxMergeError, whose text goes to stderr, 2 for wrong usage."""
+    try:
+        command: Any = tyro.cli(
+            Command,
+            args=arguments,
+            prog="fxmerge",
+            description="Make trained PyTorch models structurally smaller, without training and without data.",
+        )
+        print(_run(command))
+    except (FxMergeError, OSError) as error:
+        print(f"fxmerge: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _run(command: Demo | Analyze | Merge | Sweep | Draw) -> str:
+    if isinstance(command, Demo):
+        rows = demonstration.run()
+        return demonstration.as_json(rows) if command.json else demonstration.as_text(rows)
+    drawing = command.out if isinstance(command, Draw) else getattr(command, "report", None)
+    if drawing is not None:
+        drawn_as(drawing)  # before a long computation
+    measure = function(command.evaluate) if isinstance(command, Sweep) and command.evaluate else None
+    model, inputs = load(command.input.spec, command.input.weights, command.input.shape, command.input.on_disk)
+    if isinstance(command, Analyze):
+        report = analyze(model, inputs).report
+        return report.json() if command.json else report.text(demonstration.width()).rstrip()
+    if isinstance(command, Draw):
+        analyze(model, inputs).report.draw(command.out)
+        return f"written: {command.out}"
+    if isinstance(command, Sweep):
+        given = (command.budgets, measure, command.kind, command.options)
+        curve = sweep(model, inputs, *given, out=command.out)
+        return curve.json() if command.json else curve.text(demonstration.width()) + f"written: {command.out}"
+    result = merge(model, inputs, command.options)
+    write = {".pt2": result.save_program, ".onnx": result.to_onnx}.get(command.out.suffix, result.save)
+    write(command.out)
+    if command.report is not None:
+        result.report.draw(command.report)
+    if command.json:
+        return result.report.json()
+    files = sorted(command.out.iterdir()) if command.out.is_dir() else [command.out]
+    files += [command.report] if command.report is not None else []
+    written = f"written: {', '.join(map(str, files))}"
+    return result.report.text(demonstration.width()) + written
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,134 @@
+"""Specs: how the command line names a model, `torchvision:resnet18` or `path/to/file.py:factory`."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from fxmerge.errors import FxMergeError
+from fxmerge.export import program, save
+from fxmerge.weights import on_disk as stored_models
+
+_FORMS = (
+    "torchvision:resnet18, timm:NAME, package.module:factory, path/to/file.py:factory, a .pt2 file or a saved folder"
+)
+
+
+def load(
+    spec: str, weights: Path | None, shape: tuple[int, ...], on_disk: bool = False
+) -> tuple[nn.Module | ExportedProgram, Any]:
+    """A model and example inputs for it. A file or module may give its own as `example_inputs`, a value or a function.
+
+    on_disk: let the weights stay where they are (see `fxmerge.on_disk`).
+
+    Raises FxMergeError for a spec, a factory or a weights file that does not work, naming it.
+    """
+    if spec.endswith(".pt2") or Path(spec).is_dir():
+        if weights is not None:
+            raise FxMergeError(f"{spec} has weights of its own; leave out --weights")
+        if on_disk and spec.endswith(".pt2"):
+            raise FxMergeError(f"torch.export reads {spec} as a whole; leave out --on-disk")
+        found: Any = program.load(Path(spec)) if spec.endswith(".pt2") else save.load(spec, on_disk=on_disk)
+        return found, None if isinstance(found, ExportedProgram) else torch.randn(shape)
+    source, _, name = spec.rpartition(":")
+    if not source or not name:
+        raise FxMergeError(f"{spec!r} names no model; give {_FORMS}")
+    if on_disk and weights is None:
+        raise FxMergeError("--on-disk needs --weights: the file or folder of safetensors that they stay in")
+    torch.manual_seed(0)
+    made = _without_memory if on_disk else _made
+    if source == "torchvision":
+        module = _imported("torchvision.models", spec)
+        model = made(spec, lambda: module.get_model(name, weights=None))
+        inputs: Any = None
+    elif source == "timm":
+        module = _imported("timm", spec)
+        model = made(spec, lambda: module.create_model(name, pretrained=False))
+        inputs = None
+    else:
+        module, factory = _named(spec, _FORMS)
+        model = made(spec, factory)
+        inputs = getattr(module, "example_inputs", None)
+        inputs = inputs() if callable(inputs) else inputs
+    if weights is not None and on_disk:
+        model = stored_models.on_disk(model, weights)
+    elif weights is not None:
+        load_weights(model, weights)
+    if inputs is None:
+        inputs = torch.randn(shape)
+    return model, inputs
+
+
+def function(spec: str) -> Any:
+    """What `package.module:function` or `path/to/file.py:function` names; FxMergeError where it names nothing."""
+    if spec.count(":") < 1:
+        raise FxMergeError(f"{spec!r} names no function; give package.module:function or path/to/file.py:function")
+    return _named(spec, "package.module:function or path/to/file.py:function")[1]
+
+
+def _named(spec: str, forms: str) -> tuple[Any, Any]:
+    """(a module, the callable of it that a spec names)"""
+    source, _, name = spec.rpartition(":")
+    module = _file(Path(source)) if source.endswith(".py") else _imported(source, spec)
+    found = getattr(module, name, None)
+    if not callable(found):
+        raise FxMergeError(f"{source} has no callable {name!r}; give {forms}")
+    return module, found
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a safetensors state_dict, every key of it and no other."""
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise FxMergeError(f"cannot read weights from {path}: {error}") from error
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise FxMergeError(f"{path} is not a state_dict of {type(model).__name__}: {error}") from error
+
+
+def _imported(name: str, spec: str) -> Any:
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise FxMergeError(f"{spec!r} needs the module {name}, which cannot be imported: {error}") from error
+
+
+def _file(path: Path) -> Any:
+    found = importlib.util.spec_from_file_location(path.stem, path)
+    if not path.is_file() or found is None or found.loader is None:
+        raise FxMergeError(f"there is no file {path}")
+    module = importlib.util.module_from_spec(found)
+    sys.modules.setdefault(path.stem, module)
+    try:
+        found.loader.exec_module(module)
+    except Exception as error:
+        raise FxMergeError(f"{path} cannot be run: {type(error).__name__}: {error}") from error
+    return module
+
+
+def _made(spec: str, factory: Any) -> nn.Module:
+    try:
+        model = factory()
+    except Exception as error:
+        raise FxMergeError(f"{spec} cannot make a model: {type(error).__name__}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise FxMergeError(f"{spec} gives a {type(model).__name__}, not a torch.nn.Module")
+    return model
+
+
+def _without_memory(spec: str, factory: Any) -> nn.Module:
+    with stored_models.without_memory():
+        return _made(spec, factory)

@@ -1,0 +1,225 @@
+"""The user's own class with merged weights in it: tensors narrowed, and the numbers that its layers keep of sizes.
+
+The class's code stays as it is, so a number that it keeps of a width (`head_dim`, `hidden_dim`) must follow. The merged
+graph tells which literals changed in which submodule; attributes of that submodule with the old value are tried, and
+what is tried must give the merged model's output on the example inputs. Attention whose scale the code leaves to torch
+takes it from the narrower heads: the rows that write its queries make it good.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxmerge.errors import FxMergeError
+from fxmerge.ir.records import Capture, Provenance
+from fxmerge.verify import difference, outputs
+from fxmerge.weights.by_path import deep_copy, resize
+from fxmerge.weights.disk_tensor import beside
+
+_TRIALS = 64
+_CONSTANT = ("lifted_tensor", "_tensor_constant")  # how torch.export and torch.fx name them
+_CLOSE = {torch.float16: 1e-2, torch.bfloat16: 3e-2}
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a model of the user's class needs besides narrowed tensors; `refused` says why nothing will do.
+
+    attributes: {path: whole number}
+    rows:       {parameter: [(first row, row behind the last, factor)]}
+    unused:     tensors of the class that the merged model has not, since the example run made no use of them
+    """
+
+    refused: str = ""
+    attributes: Mapping[str, int] = field(default_factory=dict)
+    rows: Mapping[str, Sequence[tuple[int, int, float]]] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
+
+    def json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(data: Any) -> Fit:
+        """Raises FxMergeError for anything but what `json` gives."""
+        try:
+            attributes = {str(k): int(v) for k, v in data["attributes"].items()}
+            rows = {str(k): [(int(a), int(b), float(f)) for a, b, f in v] for k, v in data["rows"].items()}
+            return Fit(str(data["refused"]), attributes, rows, tuple(map(str, data["unused"])))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise FxMergeError(f"the record of the user's class is damaged: {error!r}") from error
+
+
+def narrowed(model: nn.Module, tensors: Mapping[str, Tensor], fit: Fit) -> nn.Module:
+    """A copy of the user's model with these tensors in place of its own, by their names.
+
+    Raises FxMergeError where the names are not the model's, or a tensor is larger than the model's own.
+    """
+    copied, kind = deep_copy(model, []), type(model).__name__
+    modules = dict(copied.named_modules(remove_duplicate=False))
+    own = copied.state_dict(keep_vars=True)
+    first_name = {id(value): name for name, value in reversed(own.items())}
+    ties = {name: first_name[id(value)] for name, value in own.items()}
+    tensors = {**{n: tensors[t] for n, t in ties.items() if t in tensors}, **tensors}
+    missing = sorted(set(own) - set(tensors) - set(fit.unused))
+    if missing:
+        raise FxMergeError(
+            f"{kind} has {_some(missing)}, which the merged model does not have; give the model that was merged"
+        )
+    for path, number in fit.attributes.items():
+        owner_path, _, last = path.rpartition(".")
+        owner = modules.get(owner_path)
+        if owner is None or type(vars(owner).get(last)) is not int:
+            raise FxMergeError(f"{kind} has no whole number {path}; give the model that was merged")
+        setattr(owner, last, number)
+    made: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        path, _, last = name.rpartition(".")
+        owner = modules.get(path)
+        if owner is None or last not in {**owner._parameters, **owner._buffers}:
+            if last.startswith(_CONSTANT) or (owner is not None and last in vars(owner)):
+                continue  # a constant of the graph, which the class makes by itself
+            raise FxMergeError(f"{kind} has no {name}, which the merged model has; give the model that was merged")
+        old: Tensor | None = getattr(owner, last)
+        if old is not None and not _inside(value.shape, old.shape):
+            shapes = f"{tuple(old.shape)} in {kind} and {tuple(value.shape)} in the merged model"
+            raise FxMergeError(f"{name} is {shapes}; give the model that was merged")
+        tie = ties.get(name, name)
+        if tie not in made:
+            scaled = fit.rows.get(name, ())
+            place = value.device if old is None or old.is_meta else old.device
+            fresh = value.detach().to(place, copy=True) if scaled else value.detach().clone().to(place)
+            for first, end, factor in scaled:
+                fresh[first:end] *= factor
+            fresh = beside(value, fresh)
+            trained = value.is_floating_point() if old is None else old.requires_grad
+            made[tie] = nn.Parameter(fresh, trained) if last in owner._parameters else fresh
+        setattr(owner, last, made[tie])
+        if last in ("weight", "running_mean") and old is not None and old.shape != value.shape:
+            _follow(owner, made[tie])
+    for module in modules.values():
+        if isinstance(module, nn.MultiheadAttention):
+            module.embed_dim = module.out_proj.in_features
+            module.head_dim = module.embed_dim // module.num_heads
+    return copied
+
+
+def _inside(shape: Sequence[int], other: Sequence[int]) -> bool:
+    return len(shape) == len(other) and all(a <= b for a, b in zip(shape, other, strict=True))
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _follow(owner: nn.Module, sized: Tensor) -> None:
+    """The sizes that a layer keeps, after its weight."""
+    groups, transposed = getattr(owner, "groups", 1), getattr(owner, "transposed", False)
+    if groups > 1 and groups == owner.in_channels:  # depthwise
+        groups = sized.size(0) // (1 if transposed else int(owner.out_channels) // groups)  # type: ignore[arg-type]
+        transposed = False  # sized by its channels
+    resize(owner, sized, groups, transposed)
+
+
+def fitted(
+    captured: Capture, merged: nn.Module, facts: Provenance, alive: Tensor, tensors: Mapping[str, Tensor]
+) -> Fit:
+    """How the user's class takes the merged tensors, found by trial; `refused` where it cannot."""
+    model = captured.model
+    if model is None or isinstance(model, fx.GraphModule):
+        return Fit("the merged model was a graph, which has no class of its own")
+    expected = outputs(merged, captured.args, captured.kwargs)
+    bound = max((_CLOSE.get(t.dtype, 1e-5) for t in expected), default=1e-5)
+    rows = _queries(captured, merged, facts, alive) if isinstance(merged, fx.GraphModule) else {}
+    changed = dict(_changed(captured, merged, model)) if isinstance(merged, fx.GraphModule) else {}
+    counted = dict(_counted(merged, model))
+    kinds = {path: _kind(model, path) for path in changed}  # layers of one class keep their numbers alike
+    known = list(dict.fromkeys(kinds.values()))
+    unused = tuple(sorted(set(model.state_dict()) - set(tensors)))
+    why = "its outputs on the example inputs are others"
+    sets = (set(c) for size in range(len(known), -1, -1) for c in itertools.combinations(known, size))
+    for chosen in itertools.islice(sets, _TRIALS):
+        attributes = counted | {path: number for path, number in changed.items() if kinds[path] in chosen}
+        for factors in [rows, {}] if rows else [rows]:
+            fit = Fit("", attributes, factors, unused)
+            try:
+                given = outputs(narrowed(model, tensors, fit), captured.args, captured.kwargs)
+            except FxMergeError as error:
+                return Fit(str(error))
+            except Exception as error:  # the user's own code, on sizes that it was not written for
+                why = f"its code does not run on the narrower tensors ({type(error).__name__})"
+                continue
+            if difference(expected, given) <= bound:
+                return fit
+    return Fit(f"the code of {type(model).__name__} holds sizes that nobody can change from outside: {why}")
+
+
+def _counted(merged: nn.Module, model: nn.Module) -> Iterator[tuple[str, int]]:
+    """Groups of the user's convolutions and norms, where the merged model's same layer has fewer."""
+    theirs = dict(merged.named_modules(remove_duplicate=False))
+    for path, own in model.named_modules(remove_duplicate=False):
+        for name in ("groups", "num_groups"):
+            before, now = vars(own).get(name), vars(theirs.get(path, own)).get(name)
+            if type(theirs.get(path)) is type(own) and type(before) is type(now) is int and before != now:
+                yield f"{path}.{name}", now
+
+
+def _kind(model: nn.Module, path: str) -> tuple[type, str]:
+    owner, _, name = path.rpartition(".")
+    return type(model.get_submodule(owner)), name
+
+
+def _changed(captured: Capture, merged: fx.GraphModule, model: nn.Module) -> Iterator[tuple[str, int]]:
+    """Attributes of the user's submodules that hold a number which the merged graph has another for."""
+    new, submodules = {n.name: n for n in merged.graph.nodes}, dict(model.named_modules(remove_duplicate=False))
+    for node in captured.module.graph.nodes:
+        if node.name not in new or node.op not in ("call_function", "call_method"):
+            continue
+        pairs = set(_pairs((node.args, node.kwargs), (new[node.name].args, new[node.name].kwargs)))
+        stack = [str(path) for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+        for place, owner in ((path, submodules[path]) for path in ("", *stack) if path in submodules):
+            for name, value in vars(owner).items():
+                for old, now in pairs:
+                    if type(value) is int and value == old:
+                        yield f"{place}.{name}".lstrip("."), now
+
+
+def _pairs(one: Any, other: Any) -> Iterator[tuple[int, int]]:
+    if type(one) is int and type(other) is int and one != other and one > 1 and other > 0:
+        yield one, other
+    elif isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)) and len(one) == len(other):
+        for a, b in zip(one, other, strict=True):
+            yield from _pairs(a, b)
+    elif isinstance(one, dict) and isinstance(other, dict):
+        for key in one.keys() & other.keys():
+            yield from _pairs(one[key], other[key])
+
+
+def _queries(
+    captured: Capture, merged: fx.GraphModule, facts: Provenance, alive: Tensor
+) -> dict[str, list[tuple[int, int, float]]]:
+    """Rows of the parameters that write queries whose attention got a scale of its own, and sqrt(new / old width)."""
+    new = {n.name: n for n in merged.graph.nodes}
+    found: dict[str, list[tuple[int, int, float]]] = {}
+    for node in captured.module.graph.nodes:
+        scale = new[node.name].kwargs.get("scale") if node.name in new else None
+        if not isinstance(scale, float) or "scale" in node.kwargs or not isinstance(node.args[0], fx.Node):
+            continue
+        labels = torch.unique(facts.labels[node.args[0].name])
+        labels = labels[(labels > 0) & alive[labels]]
+        for layer in facts.layers:
+            if layer.writes is None or not bool(torch.isin(layer.writes, labels).any()):
+                continue
+            kept = layer.writes[alive[layer.writes]]
+            heads = captured.shapes[node.args[0].name][-3] if len(captured.shapes[node.args[0].name]) > 2 else 1
+            rows = torch.isin(kept, labels).nonzero().flatten()
+            factor = float((len(rows) // heads) ** 0.5 * scale)
+            for path in (layer.params.get("weight"), layer.params.get("bias")):
+                if path is not None:
+                    found.setdefault(path, []).append((int(rows[0]), int(rows[-1]) + 1, factor))
+    return found

@@ -1,0 +1,78 @@
+"""Cost: parameters and floating-point operations of a model, counted by torch itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from fxmerge.graph.eval_mode import evaluating
+from fxmerge.rules.movement import fresh
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a model weighs and what one run on the example inputs costs."""
+
+    parameters: int
+    flops: int  # multiply and add count as two, as torch.utils.flop_counter has it
+    by_module: dict[str, tuple[int, int]]  # module path -> (parameters, flops)
+
+
+def cost(module: fx.GraphModule, inputs: Sequence[Any]) -> Cost:
+    """Count a graph module's parameters and FLOPs for the values of its placeholders.
+
+    Elementwise ops count as nothing, as is the custom.
+    """
+    by_node = flops_by_node(module, inputs)
+    flops: dict[str, int] = {}
+    for node in module.graph.nodes:
+        name = str(node.target) if node.op == "call_module" else node.name
+        flops[name] = flops.get(name, 0) + by_node[node.name]
+    return Cost(parameters(module), sum(by_node.values()), _by_module(module, flops))
+
+
+def flops_by_node(module: fx.GraphModule, inputs: Sequence[Any]) -> dict[str, int]:
+    """Node -> the FLOPs of its call, for the values of the graph's placeholders."""
+    counter = FlopCounterMode(display=False)
+    flops: dict[str, int] = {}
+
+    class Counting(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            before = counter.get_total_flops()
+            value = super().run_node(n)
+            flops[n.name] = counter.get_total_flops() - before
+            return value
+
+    interpreter = Counting(module)
+    interpreter.extra_traceback = False
+    with evaluating(module), torch.no_grad(), counter:
+        interpreter.run(*fresh(list(inputs)), enable_io_processing=False)
+    return flops
+
+
+def call_cost(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Cost:
+    """Count the parameters and FLOPs of one call of any module."""
+    counter = FlopCounterMode(display=False)
+    with evaluating(module), torch.no_grad(), counter:
+        module(*fresh(list(args)), **fresh(dict(kwargs)))
+    counts = {name.partition(".")[2]: sum(found.values()) for name, found in counter.get_flop_counts().items()}
+    return Cost(parameters(module), counter.get_total_flops(), _by_module(module, counts))
+
+
+def _by_module(module: nn.Module, flops: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+    owners: dict[str, tuple[int, int]] = {}
+    for name, sub in module.named_modules():
+        own = sum(p.numel() for p in sub.parameters(recurse=False))
+        if name and (own or flops.get(name)):
+            owners[name] = (own, flops.get(name, 0))
+    return owners
+
+
+def parameters(module: nn.Module) -> int:
+    """Elements of all parameters, shared ones once."""
+    return sum(p.numel() for p in module.parameters())

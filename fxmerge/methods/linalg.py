@@ -1,0 +1,73 @@
+"""The linear algebra that several stages share: tensors in, tensors out, float64, no graphs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fxmerge.methods.evidence import Pairs
+
+BITE = 32  # rows of a weight that are worked on at a time, so that what is made on the way stays in the cache
+
+
+def gram(rows: Tensor) -> Tensor:
+    """Inner products of rows: (n, d) -> (n, n), float64."""
+    rows = rows.double()
+    inner: Tensor = rows @ rows.T
+    return inner
+
+
+def others(kept: Tensor, n: int) -> Tensor:
+    """The numbers below n that are not kept, ascending."""
+    return torch.ones(n, dtype=torch.bool).index_fill_(0, kept, False).nonzero().flatten()
+
+
+def across(rows: Tensor, kept: Tensor) -> Pairs:
+    """Inner products of the rows that are not kept with those that are, float64.
+
+    The rows' own precision (float32 at least) will do: a partner is as good as another that is 1e-7 nearer.
+    """
+    rows = rows if rows.dtype in (torch.float32, torch.float64) else rows.float()
+    one, other = others(kept, len(rows)).to(rows.device), kept.to(rows.device)
+    products, square = rows.new_zeros(len(one), len(other)), rows.new_zeros(len(rows), dtype=torch.float64)
+    for some in torch.split(rows, 16 * BITE, dim=1):  # some columns at a time, so that no half of a weight is copied
+        products.addmm_(some.index_select(0, one), some.index_select(0, other).T)
+        square += torch.linalg.vector_norm(some, dim=1).double().square()
+    return Pairs(products.double(), square)
+
+
+def pairs(inner: Tensor | Pairs, dropped: Tensor, kept: Tensor) -> Pairs:
+    """The same inner products of all rows, or those already picked out."""
+    if isinstance(inner, Pairs):
+        return inner
+    return Pairs(inner[dropped[:, None], kept[None, :]], inner.diagonal())
+
+
+def distances(rows: Tensor) -> Tensor:
+    """Euclidean distances between rows: (n, d) -> (n, n), float64, zero on the diagonal."""
+    inner = gram(rows.double())
+    square = inner.diagonal()
+    found = (square[:, None] + square[None, :] - 2 * inner).clamp_(min=0).sqrt_()
+    return found.fill_diagonal_(0)
+
+
+def coordinates(inner: Tensor) -> Tensor:
+    """Points (n, r) whose inner products are `inner` (n, n): the rows of a square root, null directions left out."""
+    values, vectors = torch.linalg.eigh(inner)
+    solid = values > values[-1].clamp(min=0) * 1e-12
+    points: Tensor = vectors[:, solid] * values[solid].sqrt()
+    return points
+
+
+def solve_ridge(normal: Tensor, right: Tensor, ridge: float) -> Tensor:
+    """X = (A + ridge * mean(diag A) I)^-1 B for symmetric positive semidefinite A (p, p) and B (p, q), float64.
+
+    Cholesky; where A is singular even so, the least-norm solution by eigenvalues.
+    """
+    shift = ridge * float(normal.diagonal().mean().clamp(min=0)) + torch.finfo(torch.float64).tiny
+    lifted = normal + shift * torch.eye(len(normal), dtype=normal.dtype, device=normal.device)
+    factor, failed = torch.linalg.cholesky_ex(lifted)
+    if not bool(failed):
+        return torch.cholesky_solve(right, factor)
+    least: Tensor = torch.linalg.pinv(lifted, hermitian=True) @ right
+    return least

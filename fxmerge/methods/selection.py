@@ -1,0 +1,142 @@
+"""Selection: which channels stay. SELECTORS maps a name to a function of tensors.
+
+A selector takes `Candidates` (n channels as their writers make them) and a count k, and returns k indices, ascending.
+
+    l1, l2          the largest norms of the writers' rows (Li et al., ICLR 2017)
+    gm              the farthest from all others, so that the geometric median goes (He et al., CVPR 2019)
+    random          a uniform choice
+    reprune         agglomerative clustering of the filters into k clusters, one representative each (2020)
+    reprune-kernel  Ward clustering of the kernels of each input channel; greedy maximum coverage (AAAI 2024)
+    repair          those whose loss the readers could repair least, once re-solved (`elimination`); it needs refit's
+                    batches, and is l2 without them
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.cluster.hierarchy import fcluster, linkage
+from torch import Tensor
+
+from fxmerge.methods.elimination import eliminate
+from fxmerge.methods.evidence import Candidates
+from fxmerge.methods.linalg import BITE, distances
+
+
+def largest(scores: Tensor, count: int) -> Tensor:
+    """The indices of the `count` largest scores, ascending; of equal ones the later stay, as in the published code."""
+    order = torch.argsort(scores, stable=True)
+    return order[len(order) - count :].sort().values
+
+
+def l1(channels: Candidates, count: int) -> Tensor:
+    """By sums of one term after another, as in the published code.
+
+    Summing by halves is several times as fast and decides for all but the rows whose sums are, for what d roundings
+    of positive terms can do, as good as the last that stays. Some rows at a time: |x| of all takes memory.
+    """
+    rows = channels.rows
+    sums = torch.cat([some.abs().sum(1) for some in torch.split(rows, BITE // 4)])
+    last = sums.sort().values[len(sums) - max(count, 1)]
+    slack = (rows.size(1) + BITE) * torch.finfo(rows.dtype).eps  # of two sums, each off by d eps / 2 at most
+    near = ((sums - last).abs() <= slack * last).nonzero().flatten()
+    return largest(sums.index_copy_(0, near, torch.linalg.vector_norm(rows[near], 1, dim=1)), count)
+
+
+def l2(channels: Candidates, count: int) -> Tensor:
+    return largest(channels.norms, count)
+
+
+def gm(channels: Candidates, count: int) -> Tensor:
+    return largest(distances(channels.rows).sum(0), count)
+
+
+def random(channels: Candidates, count: int) -> Tensor:
+    generator = torch.Generator().manual_seed(channels.seed)
+    return torch.randperm(len(channels), generator=generator)[:count].sort().values
+
+
+def reprune(channels: Candidates, count: int) -> Tensor:
+    """Average linkage on the filters' Euclidean distances; from each of k clusters the filter nearest to its mean."""
+    rows = channels.rows.double()
+    if count >= len(rows):
+        return torch.arange(len(rows))
+    apart = distances(rows).cpu().numpy()
+    tree = linkage(apart[np.triu_indices(len(rows), 1)], method="average")
+    member = torch.nn.functional.one_hot(torch.from_numpy(_exactly(tree, count)), count).to(rows)  # (n, k)
+    means = (member.T @ rows) / member.sum(0)[:, None]
+    off = (rows - member @ means).square().sum(1)  # (n,) to one's own cluster's mean
+    off = torch.where(member > 0, off[:, None], torch.inf)
+    nearest = off <= off.amin(0) * (1 + 1e-9)  # of two that are equally near, the first, whatever the rounding
+    return nearest.to(torch.int8).argmax(0).sort().values.cpu()
+
+
+def _exactly(tree: NDArray[np.float64], count: int) -> NDArray[np.int64]:
+    """Cluster numbers 0..count-1 from a dendrogram cut where `count` clusters are left, ties in height or not."""
+    n = len(tree) + 1
+    parent = np.arange(2 * n - 1)
+    for at in range(n - count):  # the first n - k joins; children point to the join
+        parent[tree[at, :2].astype(int)] = n + at
+    while (parent[parent] != parent).any():
+        parent = parent[parent]
+    return np.unique(parent[:n], return_inverse=True)[1].astype(np.int64)
+
+
+def reprune_kernel(channels: Candidates, count: int) -> Tensor:
+    """REPrune (Park et al., AAAI 2024): cut every input channel's dendrogram at one height, then cover its clusters.
+
+    The cutoff is the largest, over input channels, of the height at which that channel's Ward dendrogram reaches k
+    clusters. Filters are then chosen one by one, each the one whose kernels lie in most clusters not yet covered; the
+    larger norm decides between equals.
+    """
+    kernels = channels.kernels.double().cpu()
+    n = len(kernels)
+    if count >= n:
+        return torch.arange(n)
+    if n == 2 or kernels.size(1) == 0:
+        return l2(channels, count)
+    trees = [linkage(kernels[:, j].numpy(), method="ward") for j in range(kernels.size(1))]
+    cutoff = max(tree[n - count - 1, 2] for tree in trees)
+    clusters = np.stack([fcluster(tree, cutoff, criterion="distance") - 1 for tree in trees], 1)  # (n, in)
+    offset = np.concatenate([[0], np.cumsum(clusters.max(0) + 1)])
+    of_filter = torch.from_numpy(clusters + offset[:-1])  # (n, in) a number for each cluster of each input channel
+    uncovered = torch.ones(int(offset[-1]), dtype=torch.float64)
+    norms = torch.linalg.vector_norm(kernels.flatten(1), dim=1)
+    tie_break = norms / (norms.max() * 2 + 1e-300)  # < 1: decides between equal coverage only
+    left = torch.ones(n, dtype=torch.bool)
+    for _ in range(count):
+        gain = uncovered[of_filter].sum(1) + tie_break
+        choice = int(torch.where(left, gain, -torch.inf).argmax())
+        left[choice] = False
+        uncovered[of_filter[choice]] = 0
+    return (~left).nonzero().flatten()
+
+
+def repair(channels: Candidates, count: int) -> Tensor:
+    if not channels.readings:
+        return l2(channels, count)
+    index = torch.arange(len(channels)) if channels.index is None else channels.index
+    return eliminate(channels.readings, index, count)
+
+
+SELECTORS: dict[str, Callable[[Candidates, int], Tensor]] = {
+    "l1": l1,
+    "l2": l2,
+    "gm": gm,
+    "random": random,
+    "reprune": reprune,
+    "reprune-kernel": reprune_kernel,
+    "repair": repair,
+}
+
+
+def select(name: str, channels: Candidates, cells: Tensor, counts: Sequence[int]) -> Tensor:
+    """The channels that stay, ascending: counts[c] of each cell c."""
+    kept = []
+    for cell, count in enumerate(counts):
+        index = (cells == cell).nonzero().flatten()
+        kept.append(index[SELECTORS[name](channels.only(index), count).cpu()])
+    return torch.cat(kept).sort().values

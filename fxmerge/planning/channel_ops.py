@@ -1,0 +1,144 @@
+"""Steps: what the nodes between a writer and a reader do to a group's channels, one by one.
+
+A step multiplies rows by a gain (and, where it is a filter, by the filter itself) and moves the constants; or it is a
+nonlinear function of each channel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from fxmerge.ir.records import DEPTHWISE, Capture, Layer, Member
+
+
+@dataclass(frozen=True)
+class Step:
+    """One thing that a group's n channels pass: y = gain x + constant channel by channel, or a nonlinear function.
+
+    features:   (n, m) of unit length, what channels must agree in beside the gain (a filter's shape, a slope), or None
+    """
+
+    node: str
+    gain: Tensor
+    constant_gain: Tensor
+    constant: Tensor
+    features: Tensor | None = None
+    function: Callable[[Tensor], Tensor] | None = None
+
+
+def in_order(member: Member, n: int) -> bool:
+    """Does every channel stand once, in the group's own order?"""
+    return member.where.shape == (n, 1) and torch.equal(member.where[:, 0], torch.arange(n))
+
+
+def laid_out(own: Tensor, member: Member, n: int, default: float) -> Tensor:
+    """(m, ...) of the channels that stand in a layer -> (n, ...) of the whole group."""
+    if len(own) == n:
+        return own
+    return own.new_full((n, *own.shape[1:]), default).index_copy_(0, member.channels, own)
+
+
+def bias_of(layer: Layer, tensors: Mapping[str, Tensor]) -> Tensor:
+    out = layer.writes if layer.writes is not None else layer.carries
+    assert out is not None
+    return tensors[layer.params["bias"]].double() if "bias" in layer.params else torch.zeros(out.numel()).double()
+
+
+def slot(member: Member, slot: str, tensors: Mapping[str, Tensor], n: int, default: float) -> Tensor:
+    """A carrier's parameter for each channel, (n,): the mean over copies."""
+    path = member.layer.params.get(slot)
+    if path is None:
+        return torch.full((n,), default, dtype=torch.float64)
+    return laid_out(tensors[path].double().flatten()[member.where].mean(1), member, n, default)
+
+
+def gamma_of(member: Member, tensors: Mapping[str, Tensor], n: int) -> Tensor:
+    return slot(member, "weight", tensors, n, 1.0)
+
+
+def step_of(node: fx.Node, carrier: Member | None, captured: Capture, tensors: Mapping[str, Tensor], n: int) -> Step:
+    """What one node does to a group's channels."""
+    one, zero = torch.ones(n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
+    if carrier is None:
+        return Step(node.name, one, one, zero, None, _function(node, captured, n))
+    op = carrier.layer.op
+    if op in ("layer_norm", "rms_norm", "group_norm", "instance_norm"):
+        gain, constant = gamma_of(carrier, tensors, n), slot(carrier, "bias", tensors, n, 0.0)
+        return Step(node.name, gain, gain, constant, None, lambda x: _normalised(x, op) * gain + constant)
+    if op == "batch_norm":
+        bn_std = (slot(carrier, "running_var", tensors, n, 1.0) + carrier.layer.eps).sqrt()
+        gain = gamma_of(carrier, tensors, n) / bn_std
+        constant = slot(carrier, "bias", tensors, n, 0.0) - gain * slot(carrier, "running_mean", tensors, n, 0.0)
+        return Step(node.name, gain, gain, constant)
+    weight = tensors[carrier.layer.params["weight"]].double()
+    if op in DEPTHWISE:
+        own = weight.flatten(1)[carrier.where].flatten(1)  # (m, copies * kernel)
+        filters = laid_out(own, carrier, n, 1.0)
+        gain, features = _split(filters)
+        constant = laid_out(bias_of(carrier.layer, tensors)[carrier.where].mean(1), carrier, n, 0.0)
+        return Step(node.name, gain, filters.sum(1) / carrier.where.size(1), constant, features)
+    neutral = 0.0 if op.startswith("offset") else 1.0
+    values = laid_out(weight.flatten()[carrier.where], carrier, n, neutral)  # (n, copies)
+    mean = values.mean(1)
+    if op in ("scale", "scale/"):
+        length, features = _split(values if op == "scale" else 1 / values)
+        gain = length / values.size(1) ** 0.5
+        flip = torch.where(mean < 0, -1.0, 1.0)
+        return Step(node.name, gain * flip, gain * flip, zero, features * flip[:, None])
+    if op in ("offset", "offset-", "offset-r"):
+        sign = -1.0 if op == "offset-r" else 1.0
+        return Step(node.name, one * sign, one * sign, -mean if op == "offset-" else mean)
+    if op != "prelu":  # some other function of a channel and its parameter: agree in the parameter
+        return Step(node.name, one, one, zero, _split(values)[1])
+    slopes = torch.cat([torch.ones_like(values), values], 1)  # agree in the slope
+    return Step(node.name, one, one, zero, _split(slopes)[1], lambda x: torch.where(x > 0, x, x * mean))
+
+
+def _normalised(x: Tensor, op: str) -> Tensor:
+    """(samples, n) as a norm over channels leaves it; an InstanceNorm leaves each channel with deviation 1."""
+    if op == "instance_norm":
+        return (x - x.mean(0)) / x.std(0).clamp(min=1e-12)
+    centred = x if op == "rms_norm" else x - x.mean(1, keepdim=True)
+    return centred / centred.square().mean(1, keepdim=True).sqrt().clamp(min=1e-12)
+
+
+def _split(filters: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows as (length, direction): (n, m) -> (n,), (n, m)."""
+    length = torch.linalg.vector_norm(filters, dim=1)
+    return length, filters / length.clamp(min=1e-300)[:, None]
+
+
+def _function(node: fx.Node, captured: Capture, n: int) -> Callable[[Tensor], Tensor] | None:
+    """The node as a function of (samples, n), or None where it is linear for each channel (pooling, dropout)."""
+    source = node.args[0] if node.args else None
+    module = captured.module.get_submodule(str(node.target)) if node.op == "call_module" else None
+    if node.target is F.glu or isinstance(module, nn.GLU):
+        return lambda x: x * torch.sigmoid(x)  # a channel is both of its halves
+    if node.target is F.linear or isinstance(module, nn.Linear):
+        return lambda x: x  # a map over positions, which no constant passes unchanged
+    if not isinstance(source, fx.Node) or captured.shapes.get(source.name) != captured.shapes.get(node.name):
+        return None
+    pooling = nn.modules.pooling
+    if isinstance(module, (nn.modules.dropout._DropoutNd, pooling._MaxPoolNd, pooling._AvgPoolNd)):
+        return None
+    if any(isinstance(a, fx.Node) for a in (*node.args[1:], *node.kwargs.values())):
+        return None
+
+    @torch.no_grad()
+    def apply(x: Tensor) -> Tensor:
+        if module is not None:
+            return module(x.clone()).to(x)  # type: ignore[no-any-return]
+        if node.op == "call_method":
+            return getattr(x.clone(), str(node.target))(*node.args[1:], **node.kwargs)  # type: ignore[no-any-return]
+        return node.target(x.clone(), *node.args[1:], **node.kwargs)  # type: ignore[operator,no-any-return]
+
+    try:
+        fits = apply(torch.zeros(2, n, dtype=torch.float64)).shape == (2, n)
+    except (IndexError, RuntimeError, TypeError, ValueError):
+        fits = False
+    return apply if fits else lambda x: x  # one that needs the activation's own axes: not known

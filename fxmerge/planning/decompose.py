@@ -1,0 +1,70 @@
+"""Absorbing: a group's channels in numbers, its decomposition, and what each of its readers takes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fxmerge.ir.records import Capture, Decomposition, Group, Merge
+from fxmerge.methods.decomposition import DECOMPOSITIONS, cellwise_least_squares, push
+from fxmerge.methods.decomposition import Mapping as Map
+from fxmerge.options import Options
+from fxmerge.plan import GroupPlan, Partner
+from fxmerge.planning.statistics import moments, statistics
+
+
+def decompose(
+    group: Group, kept: Tensor, captured: Capture, tensors: Mapping[str, Tensor], options: Options
+) -> tuple[Map | None, Merge]:
+    """The group's (down, up) in its common coordinates, and what each reader absorbs of it."""
+    method = options.decomposition
+    if method == "prune" or not group.partners or not group.readers or _shared_reader(group):
+        return None, Merge(group, kept)
+    found = statistics(group, captured, tensors, options, kept if method == "mostsim" else None)
+    mapping = DECOMPOSITIONS[method](found.evidence, kept)
+    n = group.channels
+    carried = mapping.up.any(1)
+    carried[kept] = False
+    readers = []
+    for number, steps in enumerate(found.readers):
+        if method == "lstsq":
+            up, shift = cellwise_least_squares(*moments(found, number, options.seed), kept, group.cells)
+        else:
+            up, shift = mapping.up, torch.zeros(n, dtype=torch.float64)
+            if found.linear and method == "mostsim" and found.evidence.centred and not found.evidence.published:
+                bias = found.evidence.bias
+                shift = bias - up @ bias[kept]
+            for step in steps:
+                if step.function is not None:
+                    shift = torch.zeros_like(shift)  # a constant does not pass a nonlinear function
+                up, shift = push(up, shift, kept, step.gain, step.constant_gain, step.constant)
+            shift = torch.where(carried, shift, 0) if method == "mostsim" else torch.zeros_like(shift)
+        readers.append(Decomposition(up, shift))
+    return mapping, Merge(group, kept, mapping.down, tuple(readers), found.writer_maps)
+
+
+def _shared_reader(group: Group) -> bool:
+    """Is one weight read behind different steps? Then no one `up` is right for it."""
+    carriers = {m.layer.node for m in group.carriers}
+    seen: dict[str, list[str]] = {}
+    for reader in group.readers:
+        passed = [s for s in reader.steps if s in carriers]
+        if seen.setdefault(reader.layer.params["weight"], passed) != passed:
+            return True
+    return False
+
+
+def group_plan(group: Group, kept: Tensor, mapping: Map | None) -> GroupPlan:
+    dropped = torch.ones(group.channels, dtype=torch.bool)
+    dropped[kept] = False
+    if mapping is None:
+        nowhere = tuple(Partner(i, -1, 0.0, 0.0) for i in dropped.nonzero().flatten().tolist())
+        return GroupPlan(group.name, group.channels, tuple(kept.tolist()), nowhere)
+    up = mapping.up[dropped]
+    into = up.abs().argmax(1, keepdim=True)
+    signed, into = up.gather(1, into)[:, 0], into[:, 0]
+    columns = (dropped.nonzero().flatten(), torch.where(signed != 0, kept[into], -1), signed, mapping.cosine[dropped])
+    partners = tuple(map(Partner, *(c.tolist() for c in columns)))
+    return GroupPlan(group.name, group.channels, tuple(kept.tolist()), partners)

@@ -1,0 +1,182 @@
+"""Similarity: what a group's channels have in common, from weights and BatchNorm alone.
+
+A writer computes channel i as row_i . input + bias_i, and what stands between it and the group's common coordinates
+are per-channel steps. Each step multiplies the rows by a gain (and, where it is a filter, by the filter itself: the
+inner product of two filtered rows is the product of the inner products) and moves the constants.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxmerge.ir.records import Capture, Group, Member
+from fxmerge.methods import linalg
+from fxmerge.methods.evidence import Candidates, Evidence, PublishedForm, Reading
+from fxmerge.methods.least_squares import second_moments
+from fxmerge.options import Options
+from fxmerge.planning.channel_ops import Step, bias_of, gamma_of, in_order, laid_out, slot, step_of
+
+SAMPLES = 4096  # at least; rows of the Gaussian that stands for a group's pre-activations
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """A group's n channels as numbers: what to merge by, what each reader has before it."""
+
+    evidence: Evidence
+    linear: bool  # no nonlinear step before the common coordinates
+    mean: Tensor  # (n,) of the common coordinates before their nonlinear steps, for white input
+    covariance: Tensor | None  # (n, n) likewise; None where only partners are looked for
+    functions: tuple[Step, ...]  # the nonlinear steps before the common coordinates
+    readers: tuple[tuple[Step, ...], ...]  # for each reader, from the common coordinates on
+    writer_maps: tuple[tuple[Tensor, Tensor, Tensor], ...]  # for each writer, (n,) gain, gain on constants, constant
+
+
+def state(module: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer by path, shared ones under each of their paths."""
+    held = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    return {path: value.detach() for path, value in held}
+
+
+def rows_of(member: Member, weight: Tensor, n: int) -> Tensor:
+    """The writer's rows for each channel, (n, copies * fan_in); a transposed weight has its output axis second.
+
+    Channels that the writer does not write have rows of zeros.
+    """
+    out_first = weight.movedim(1, 0) if member.layer.transposed else weight
+    rows = out_first.flatten(1)
+    if len(rows) == n and in_order(member, n):
+        return rows  # a view
+    return laid_out(rows[member.where].flatten(1), member, n, 0.0)
+
+
+def candidates(
+    group: Group, tensors: Mapping[str, Tensor], seed: int, readings: tuple[Reading, ...] = ()
+) -> Candidates:
+    """What a selector chooses a group's channels by: its writers' rows, and the first writer's kernels."""
+    carriers, n = {m.layer.node: m for m in group.carriers}, group.channels
+    rows = []
+    for writer in group.writers:
+        raw = rows_of(writer, tensors[writer.layer.params["weight"]], n)
+        rows.append(raw)
+        if "bias" in writer.layer.params and not any(_is_norm(name, carriers) for name in writer.steps):
+            rows.append(laid_out(bias_of(writer.layer, tensors)[writer.where], writer, n, 0.0).to(raw))
+    first = group.writers[0]
+    weight = tensors[first.layer.params["weight"]]
+    out_first = weight.movedim(1, 0) if first.layer.transposed else weight
+    whole = in_order(first, len(out_first))
+    kernels = out_first if whole else out_first[first.where[:, 0]]
+    kernels = kernels.flatten(2) if weight.dim() > 2 else kernels[:, :, None]
+    return Candidates(tuple(rows), laid_out(kernels, first, n, 0.0), seed, readings)
+
+
+def statistics(
+    group: Group, captured: Capture, tensors: Mapping[str, Tensor], options: Options, kept: Tensor | None = None
+) -> Statistics:
+    """Gather a group's statistics. `tensors` are the model's parameters and buffers by path.
+
+    kept: where only partners among these are looked for, inner products of other pairs are left out.
+    """
+    published = options.decomposition == "mostsim" and options.mostsim_scale == "reference"
+    n = group.channels
+    carriers = {m.layer.node: m for m in group.carriers}
+    nodes = {node.name: node for node in captured.module.graph.nodes}
+
+    def steps_of(names: tuple[str, ...]) -> tuple[Step, ...]:
+        return tuple(step_of(nodes[name], carriers.get(name), captured, tensors, n) for name in names)
+
+    def gram(rows: Tensor) -> Any:  # (n, n), or pairs: either can be added and multiplied
+        return linalg.gram(rows) if kept is None else linalg.across(rows, kept)
+
+    inner: list[Any] = []
+    covariance = torch.zeros(n, n, dtype=torch.float64) if kept is None else None
+    mean = torch.zeros(n, dtype=torch.float64)
+    bias, maps, linear = torch.zeros(n, dtype=torch.float64), [], True
+    functions: tuple[Step, ...] = ()
+    normed = any(_is_norm(name, carriers) for w in group.writers for name in w.steps)
+    form = None
+    for writer in group.writers:
+        raw = rows_of(writer, tensors[writer.layer.params["weight"]], n)
+        spread = raw_pairs = gram(raw)
+        constants = laid_out(bias_of(writer.layer, tensors)[writer.where], writer, n, 0.0)  # (n, copies)
+        # without a BatchNorm anywhere the constants are one more column, as in the paper; with one they count apart
+        own = spread if normed else spread + gram(constants)
+        constant = constants.mean(1) if normed else torch.zeros(n, dtype=torch.float64)
+        level = constants.mean(1)
+        steps = steps_of(writer.steps)
+        gain, constant_gain = torch.ones(n, dtype=torch.float64), torch.ones(n, dtype=torch.float64)
+        moved = torch.zeros(n, dtype=torch.float64)
+        if published and len(group.writers) == 1 and steps and _is_norm(writer.steps[0], carriers):
+            form = _published(carriers[writer.steps[0]], tensors, n)
+        for step in steps:
+            if step.features is not None:
+                agreement = gram(step.features)
+                own = own * agreement
+                spread = spread * agreement
+            constant = step.constant_gain * constant + step.constant
+            moved = step.constant_gain * moved + step.constant
+            level = step.constant_gain * level + step.constant
+            gain, constant_gain = gain * step.gain, constant_gain * step.constant_gain
+            if covariance is not None:
+                spread = spread * gram(step.gain[:, None])
+            if _is_norm(step.node, carriers):
+                if covariance is not None:
+                    spread = _unit(spread, gamma_of(carriers[step.node], tensors, n))
+                level = slot(carriers[step.node], "bias", tensors, n, 0.0)
+            linear &= step.function is None
+        functions = tuple(s for s in steps if s.function is not None)
+        maps.append((gain, constant_gain, moved))
+        inner.append(raw_pairs if form is not None else own * gram(gain[:, None]))
+        bias, mean = bias + constant, mean + level
+        covariance = covariance + spread if covariance is not None else None
+    scalable = not group.scale_blocks
+    return Statistics(
+        Evidence(
+            reduce(operator.add, inner), bias, normed, group.cells, scalable, options.threshold, options.lam, form
+        ),
+        linear, mean, covariance, functions, tuple(steps_of(r.steps) for r in group.readers), tuple(maps),
+    )  # fmt: skip
+
+
+def moments(found: Statistics, reader: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Mean (n,) and covariance (n, n) of a group's channels as one reader sees them.
+
+    The common coordinates are Gaussian, with the rows' covariance (each BatchNorm's output has mean beta and deviation
+    |gamma|; without one the input counts as white); what follows is sampled, so that any activation will do.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    assert found.covariance is not None  # it was asked for
+    points = linalg.coordinates(found.covariance)
+    count = max(SAMPLES, 4 * len(points))
+    noise = torch.randn(count // 2, points.size(1), generator=generator, dtype=torch.float64)
+    values = torch.cat([noise, -noise]) @ points.T + found.mean
+    for step in (*found.functions, *found.readers[reader]):
+        values = step.function(values) if step.function is not None else values * step.gain + step.constant
+    mean, second = second_moments([values[:, None]], lambda total: total)
+    return mean[0], second[0]
+
+
+def _is_norm(node: str, carriers: Mapping[str, Member]) -> bool:
+    return node in carriers and carriers[node].layer.op == "batch_norm"
+
+
+def _unit(inner: Tensor, deviation: Tensor) -> Tensor:
+    """A covariance with the correlations of `inner` and the given deviations."""
+    scale = deviation.abs() / inner.diagonal().clamp(min=1e-300).sqrt()
+    return scale[:, None] * inner * scale[None, :]
+
+
+def _published(norm: Member, tensors: Mapping[str, Tensor], n: int) -> PublishedForm:
+    return PublishedForm(
+        gamma_of(norm, tensors, n),
+        slot(norm, "bias", tensors, n, 0.0),
+        slot(norm, "running_mean", tensors, n, 0.0),
+        slot(norm, "running_var", tensors, n, 1.0),
+    )

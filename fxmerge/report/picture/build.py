@@ -1,0 +1,247 @@
+"""Drawing: the facts of an analysis or a merge become a picture."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from fxmerge.analysis.members import group_of_label, planned, survivors
+from fxmerge.ir.labels import holds, simplify, thin
+from fxmerge.ir.records import Capture, Group, Grouping, Layer, Provenance, Refusal
+from fxmerge.plan import Plan
+from fxmerge.report.picture.frames import nested
+from fxmerge.report.picture.records import Arrow, Box, Picture, Shade, colours, members
+
+PASSED = 6  # at most so many operations are told on one arrow
+
+
+def draw(
+    captured: Capture, facts: Provenance, grouping: Grouping, refusals: Sequence[Refusal], plan: Plan | None = None
+) -> Picture:
+    """Draw up the picture of an analysis, or with a plan of a merge. Pure: equal facts give an equal picture."""
+    return _Drawing(captured, facts, grouping, tuple(refusals), plan).finish()
+
+
+def _told_apart(labels: Tensor, atom: Tensor) -> Tensor:
+    """Labels with every axis along which their atoms do not vary narrowed to its first place."""
+    varies = thin(simplify(atom[labels])).shape
+    return labels[tuple(slice(0, size) for size in varies)]
+
+
+class _Drawing:
+    def __init__(
+        self, captured: Capture, facts: Provenance, grouping: Grouping, refusals: tuple[Refusal, ...], plan: Plan | None
+    ) -> None:
+        self.captured, self.facts, self.grouping, self.refusals = captured, facts, grouping, refusals
+        self.planned = {g.name: g for g in plan.groups} if plan else {}
+        self.nodes: dict[str, fx.Node] = {n.name: n for n in captured.module.graph.nodes}
+        self.layers: dict[str, list[Layer]] = defaultdict(list)
+        for layer in facts.layers:
+            self.layers[layer.node].append(layer)
+        recorded = captured.recorded
+        self.part = {
+            n: p.path for p in (recorded.parts if recorded else ()) for run in (p.nodes, *p.again) for n in run
+        }
+        self.glue = recorded.glue if recorded else frozenset[str]()
+        self.of_label, first = [], 0  # for each part of the grouping (label_count,): the group's number or -1
+        for part in grouping.parts:
+            number = group_of_label(part)
+            self.of_label.append(np.where(number < 0, number, number + first))
+            first += len(part.groups)
+        self.alive = survivors(grouping, planned(grouping.everything, plan) if plan else [])  # (label_count,)
+        self.atom = grouping.atom  # (label_count,) a number for what is alike in all parts
+        for part in grouping.parts[1:]:
+            self.atom = self.atom * (int(part.atom.max()) + 1) + part.atom
+
+    def finish(self) -> Picture:
+        origins, through = self._origins()
+        host = self._fused(origins)
+        members: dict[str, list[str]] = defaultdict(list)
+        for name in origins:
+            members[host[name]].append(name)
+        roles = self._roles()
+        refused: dict[str, list[int]] = defaultdict(list)
+        for number, refusal in enumerate(self.refusals):
+            refused[refusal.name].append(number)
+        boxes = [self._box(names, roles, refused) for names in members.values()]
+        places, frames = nested([box.frame for box in boxes])
+        boxes = [replace(b, frame=f, label=before + b.label) for b, (f, before) in zip(boxes, places, strict=True)]
+        arrows: dict[tuple[str, str], Arrow] = {}
+        for target, found in origins.items():
+            for source, groups in found.items():
+                ends = (host[source], host[target])
+                if ends[0] != ends[1]:
+                    told = arrows.get(ends, Arrow(*ends, (), through[target, source]))
+                    arrows[ends] = Arrow(*ends, tuple(sorted({*told.groups, *groups})), told.through)
+        title = type(self.captured.recorded.host if self.captured.recorded else self.captured.module).__name__
+        return Picture(title, self._shades(), self.refusals, tuple(boxes), tuple(arrows.values()), tuple(frames))
+
+    def _origins(self) -> tuple[dict[str, dict[str, set[int]]], dict[tuple[str, str], tuple[str, ...]]]:
+        """For each node that is drawn: whence its data comes, with which groups' channels, and what it passed."""
+        passed: dict[str, dict[str, tuple[str, ...]]] = {}  # of each node: drawn nodes behind it -> operations since
+        drawn: dict[str, dict[str, set[int]]] = {}
+        through: dict[tuple[str, str], tuple[str, ...]] = {}
+        pinning = self._pinning()
+        joined: list[tuple[str, set[str]]] = []
+        for name in self.facts.kinds:
+            behind: dict[str, tuple[str, ...]] = {}
+            groups: dict[str, set[int]] = defaultdict(set)
+            for source in dict.fromkeys(self.facts.sources.get(name, ())):
+                for origin, ops in passed.get(source, {}).items():
+                    behind.setdefault(origin, ops)
+                    groups[origin] |= self._groups_at(source)
+            if self.facts.kinds[name] == "query":  # a size, no data
+                passed[name] = {}
+                continue
+            if not self._is_drawn(name, len(behind), pinning):
+                ops_here = () if self.facts.kinds[name] == "movement" else (self._operation(name),)
+                passed[name] = {origin: (ops + ops_here)[:PASSED] for origin, ops in behind.items()}
+                continue
+            if self._is_concatenation(name):
+                # concat(a, b, c) is drawn as concat(concat(a, b), c) where concat(a, b) is there: a ladder, no fan
+                whole = set(behind)
+                inner = max((j for j in joined if j[1] < whole), key=lambda j: len(j[1]), default=None)
+                if inner is not None:
+                    groups[inner[0]] = set().union(*(groups[o] for o in inner[1]))
+                    behind = {inner[0]: (), **{o: ops for o, ops in behind.items() if o not in inner[1]}}
+                joined.append((name, whole))
+            drawn[name] = {origin: groups[origin] for origin in behind}
+            through |= {(name, origin): ops for origin, ops in behind.items()}
+            passed[name] = {name: ()}
+        return drawn, through
+
+    def _is_drawn(self, name: str, streams: int, pinning: set[str]) -> bool:
+        kind = self.facts.kinds[name]
+        if name in self.layers or kind in ("input", "output") or name in pinning:
+            return True
+        if kind == "unknown" and self.nodes[name].op == "call_module":
+            return True
+        around = (self.facts.labels.get(n) for n in (name, *self.facts.sources.get(name, ())))
+        return (streams > 1 or kind == "contraction") and any(labels is not None and holds(labels) for labels in around)
+
+    def _pinning(self) -> set[str]:
+        """Nodes without a rule that were the first to pin some channel."""
+        seen, found = np.zeros(int(self.grouping.atom.max()) + 1, dtype=bool), set()
+        seen[int(self.grouping.atom[0])] = True
+        for pin in self.facts.pins:
+            inside = self.grouping.atom[pin.labels.reshape(-1)].numpy()
+            if not seen[inside].all():
+                seen[inside] = True
+                if self.facts.kinds.get(pin.node) == "unknown":
+                    found.add(pin.node)
+        return found
+
+    def _groups_at(self, name: str) -> set[int]:
+        labels = self.facts.labels.get(name)
+        return self._groups_of(labels) if labels is not None else set()
+
+    def _groups_of(self, labels: Tensor) -> set[int]:
+        held = thin(labels).numpy()
+        return {int(number) for of_label in self.of_label for number in np.unique(of_label[held]) if number >= 0}
+
+    def _fused(self, origins: Mapping[str, Mapping[str, object]]) -> dict[str, str]:
+        """The node whose box each drawn node stands in.
+
+        A norm stands with the layer that feeds it and nobody else; what a recorded model's own code does between two
+        layers stands in one box.
+        """
+        targets: dict[str, int] = defaultdict(int)
+        for found in origins.values():
+            for source in found:
+                targets[source] += 1
+        host: dict[str, str] = {}
+        code = ""  # the box of the user's own code that runs between two layers
+        for name, found in origins.items():
+            if name in self.glue and name not in self.layers and self.facts.kinds[name] not in ("input", "output"):
+                code = host[name] = code or name
+                continue
+            code = ""
+            only = next(iter(found)) if len(found) == 1 else ""
+            fits = only and targets[only] == 1 and self.facts.kinds[name] == "carrier"
+            fits = fits and self.facts.kinds[only] == "writer" and self._place(only)[0] == self._place(name)[0]
+            host[name] = only if fits else name
+        return host
+
+    def _roles(self) -> dict[str, list[tuple[int, str]]]:
+        roles: dict[str, list[tuple[int, str]]] = defaultdict(list)
+        for number, g in enumerate(self.grouping.everything):
+            for role, nodes in members(g).items():
+                for node in nodes:
+                    roles[node].append((number, role))
+        return roles
+
+    def _box(
+        self, names: list[str], roles: Mapping[str, list[tuple[int, str]]], refused: Mapping[str, list[int]]
+    ) -> Box:
+        first, last = names[0], names[-1]
+        places = [self._place(name) for name in names]
+        paths = tuple(f"{owner}.{own}" if owner else own for owner, own in places)
+        before, after = self._widths(last)
+        mine = dict.fromkeys(role for name in names for role in roles.get(name, ()))
+        member = {number for number, _ in mine}
+        mine |= dict.fromkeys((number, "pass") for number in sorted(self._groups_at(last) - member))
+        why = [r for name in names for layer in self.layers.get(name, ()) for r in refused.get(layer.module, ())]
+        label, operation = " · ".join(own for _, own in places), self._operation(first)
+        kind: str = "concat" if self._is_concatenation(first) else self.facts.kinds[first]
+        if first in self.glue and kind not in ("input", "output") and first not in self.layers:
+            label, operation, kind, before, after = "code", "the model's own", "code", 0, 0
+        return Box(
+            first, label, places[0][0], operation, kind, tuple(names), paths, before, after,
+            tuple(mine), tuple(dict.fromkeys(why)),
+        )  # fmt: skip
+
+    def _widths(self, name: str) -> tuple[int, int]:
+        labels = self.facts.labels.get(name)
+        if labels is None or not holds(labels):
+            return 0, 0
+        labels = _told_apart(thin(labels), self.atom)
+        if name not in self.layers and len(torch.unique(self.atom[labels])) < labels.numel():
+            return 0, 0  # places, not channels
+        return labels.numel(), int(self.alive[labels].sum())
+
+    def _shades(self) -> tuple[Shade, ...]:
+        groups = self.grouping.everything
+        reasons = {r.name: r.reason for r in self.refusals}
+        found = []
+        for g, colour in zip(groups, colours([not g.internal for g in groups]), strict=True):
+            plan = self.planned.get(g.name)
+            # a layer may write a group and, with other channels, be refused: only a group that no plan has can be meant
+            why = reasons.get(g.name, "") if plan is None and self._left_alone(g) else ""
+            kept = len(plan.kept) if plan else g.channels
+            found.append(Shade(g.name, g.channels, kept, colour, not g.internal, why))
+        return tuple(found)
+
+    def _left_alone(self, group: Group) -> bool:
+        return any(r.name == group.name and r.channels == group.channels for r in self.refusals)
+
+    def _operation(self, name: str) -> str:
+        node = self.nodes[name]
+        if node.op in ("placeholder", "output"):
+            return "input" if node.op == "placeholder" else "output"
+        if node.op != "call_module":
+            name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+            return name.removesuffix(".default")
+        module = self.captured.module.get_submodule(str(node.target))
+        kernel = getattr(module, "kernel_size", None)
+        sides = kernel if isinstance(kernel, tuple) else ()
+        return " ".join([type(module).__name__, *(["x".join(map(str, sides))] if sides else [])])
+
+    def _is_concatenation(self, name: str) -> bool:
+        return self.facts.kinds[name] == "movement" and self._operation(name) in ("cat", "concat", "concatenate")
+
+    def _place(self, name: str) -> tuple[str, str]:
+        """(path of the module that a node lies in, its own name there)."""
+        node = self.nodes[name]
+        layers = self.layers.get(name, [])
+        path = layers[0].module if layers else str(node.target) if node.op == "call_module" else ""
+        if path:
+            owner, _, own = path.rpartition(".")
+            return owner, own
+        stack = list((node.meta.get("nn_module_stack") or {}).values())
+        inside = [self.part.get(name, ""), str(stack[-1][0]) if stack else ""]
+        return ".".join(p for p in inside if p), name

@@ -1,0 +1,148 @@
+"""Sheet: what the page tells of each group beside the picture: costs, errors, partners, likeness of its channels.
+
+Wide groups are sampled and cosines are bytes, so that the page of a large network stays small.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.cluster.hierarchy import leaves_list, linkage
+from scipy.spatial.distance import squareform
+from torch import Tensor
+
+from fxmerge.analysis.members import Ints
+from fxmerge.graph.cost import Cost
+from fxmerge.ir.records import Capture, Group, Layer
+from fxmerge.options import Options
+from fxmerge.plan import GroupPlan, Plan
+from fxmerge.planning.channel_ops import bias_of, laid_out
+from fxmerge.planning.statistics import rows_of, state, statistics
+from fxmerge.refit.refit_layers import Refitted
+
+LIKENESS = 450_000  # bytes of all groups' heat maps together
+SIDE = 64  # channels in a heat map, at most
+PARTNERS = 60  # dropped channels that are drawn with their partner, of a group
+
+
+def sheets(
+    groups: Sequence[Group],
+    captured: Capture,
+    plan: Plan | None,
+    costs: Sequence[Cost],
+    refitted: Sequence[Refitted],
+) -> list[dict[str, Any]]:
+    """One sheet for each group, as plain data. costs: the original's, and after a merge the merged model's."""
+    options = plan.options if plan else Options()
+    planned = {g.name: g for g in plan.groups} if plan else {}
+    solved = {r.name: r for r in refitted}
+    tensors = state(captured.module)
+    side = min(SIDE, max(8, int((2 * LIKENESS / max(len(groups), 1)) ** 0.5)))
+    return [_sheet(g, captured, planned.get(g.name), costs, solved, tensors, options, side) for g in groups]
+
+
+def _sheet(
+    group: Group,
+    captured: Capture,
+    plan: GroupPlan | None,
+    costs: Sequence[Cost],
+    solved: Mapping[str, Refitted],
+    tensors: Mapping[str, Tensor],
+    options: Options,
+    side: int,
+) -> dict[str, Any]:
+    layers = [m.layer for m in (*group.writers, *group.carriers, *group.readers)]
+    unique = {layer.node: layer for layer in layers}
+    names = dict.fromkeys(layer.module for layer in unique.values())
+    spent = [_spent(list(unique.values()), c) for c in costs]
+    return {
+        "parameters": [p for p, _ in spent],
+        "flops": [f for _, f in spent],
+        "writers": _names(m.layer for m in group.writers),
+        "carriers": _names(m.layer for m in group.carriers),
+        "readers": _names(m.layer for m in group.readers),
+        "mixers": list(group.mixers),
+        "ties": list(group.ties),
+        "scaleBlocks": list(group.scale_blocks),
+        "refit": [vars(solved[name]) for name in names if name in solved],
+        "similarity": round(plan.similarity, 4) if plan else 1.0,
+        "dropped": len(plan.partners) if plan else 0,
+        "unpartnered": sum(p.into < 0 for p in plan.partners) if plan else 0,
+        "partners": _partners(plan) if plan else [],
+        "likeness": likeness(group, captured, plan, tensors, options, side),
+    }
+
+
+def _names(layers: Any) -> list[str]:
+    return list(dict.fromkeys(layer.module for layer in layers))
+
+
+def _spent(layers: Sequence[Layer], cost: Cost) -> tuple[int, int]:
+    """Parameters and FLOPs of some layers, each module and each node counted once."""
+    keys: dict[str, None] = {}
+    for layer in layers:
+        own = layer.module if layer.module in cost.by_module else layer.module.rpartition(".")[0]
+        keys |= dict.fromkeys(k for k in (own, layer.node) if k in cost.by_module)
+    found = [cost.by_module[key] for key in keys]
+    return sum(p for p, _ in found), sum(f for _, f in found)
+
+
+def _partners(plan: GroupPlan) -> list[list[float]]:
+    """(dropped channel, kept channel, scale, cosine) of merged channels, evenly from the most to the least similar."""
+    ordered = sorted((p for p in plan.partners if p.into >= 0), key=lambda p: (-p.cosine, p.channel))
+    at = np.unique(np.linspace(0, len(ordered) - 1, min(len(ordered), PARTNERS)).round().astype(int))
+    chosen = sorted((ordered[i] for i in at), key=lambda p: (p.into, p.channel))
+    return [[p.channel, p.into, round(p.scale, 3), round(p.cosine, 3)] for p in chosen]
+
+
+def likeness(
+    group: Group,
+    captured: Capture,
+    plan: GroupPlan | None,
+    tensors: Mapping[str, Tensor],
+    options: Options,
+    side: int,
+) -> dict[str, Any]:
+    """Cosines of a group's channels (some of a wide group's), in the order of a clustering.
+
+    channels: which ones; kept: "1" for those that stay; cosines: the upper triangle, row by row, the diagonal left
+    out, bytes of base64 with -1 at 0 and 1 at 254.
+    """
+    n = group.channels
+    at = torch.linspace(0, n - 1, min(n, side), dtype=torch.float64).round().long()
+    cosine = cosines(group, captured, tensors, options, at).numpy()
+    order: Ints = np.arange(len(at), dtype=np.int64)
+    if len(at) > 2:
+        apart = np.clip(1 - cosine, 0, 2)
+        np.fill_diagonal(apart, 0)
+        order = leaves_list(linkage(squareform(apart, checks=False), "average", optimal_ordering=True)).astype(np.int64)
+    cosine, channels = cosine[np.ix_(order, order)], at.numpy()[order]
+    upper = cosine[np.triu_indices(len(at), 1)]
+    kept = set(plan.kept) if plan else set(range(n))
+    return {
+        "channels": channels.tolist(),
+        "kept": "".join("01"[int(c) in kept] for c in channels),
+        "cosines": base64.b64encode(((np.clip(upper, -1, 1) + 1) * 127).round().astype(np.uint8)).decode("ascii"),
+    }
+
+
+def cosines(group: Group, captured: Capture, tensors: Mapping[str, Tensor], options: Options, at: Tensor) -> Tensor:
+    """Cosines of some channels' rows in the group's common coordinates, (m, m)."""
+    n, inner = group.channels, torch.zeros(len(at), len(at), dtype=torch.float64)
+    gains = [torch.ones(n, dtype=torch.float64)] * len(group.writers)
+    normed = False
+    if group.partners:
+        found = statistics(group, captured, tensors, options, at[:1])  # for the gains: hardly any inner products
+        gains, normed = [gain for gain, _, _ in found.writer_maps], found.evidence.centred
+    for writer, gain in zip(group.writers, gains, strict=True):
+        rows = rows_of(writer, tensors[writer.layer.params["weight"]], n)[at].double()
+        if not normed:
+            rows = torch.cat([rows, laid_out(bias_of(writer.layer, tensors)[writer.where], writer, n, 0.0)[at]], 1)
+        rows = rows * gain[at, None]
+        inner += (rows @ rows.T).cpu()
+    norm = inner.diagonal().clamp(min=0).sqrt()
+    return inner / torch.outer(norm, norm).clamp(min=1e-300)

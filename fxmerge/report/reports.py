@@ -1,0 +1,300 @@
+"""Report: the records of a merge as a table and as JSON; how they are drawn is in `showing.py`."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import fx, nn
+
+from fxmerge.analysis.members import planned, survivors
+from fxmerge.graph.cost import Cost, call_cost, cost
+from fxmerge.graph.latency import Timing
+from fxmerge.ir.records import Capture, Group, Grouping, Provenance, Refusal
+from fxmerge.plan import GroupPlan, Plan, json_text
+from fxmerge.refit.refit_layers import Refitted
+from fxmerge.report.budget_line import Spent, spent
+from fxmerge.report.drawable import Shown
+from fxmerge.report.picture.page import finite
+from fxmerge.report.refusals import parameters_held
+from fxmerge.verify import Verdict
+
+VERSION = 1  # of the JSON's schema
+
+
+def _share(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.1f} %" if whole else "-"
+
+
+def _text(*tables: Table | str, width: int = 120) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    for table in tables:
+        console.print(table, highlight=False, markup=False)
+    return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
+
+
+def _right(table: Table, *names: str) -> None:
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+
+
+def refusal_table(refusals: Sequence[Refusal], captured: Capture) -> Table:
+    """The layers that stay, those that hold back most parameters first."""
+    table = Table(title="Left as it was", title_justify="left")
+    table.add_column("layer", overflow="fold")
+    _right(table, "channels", "parameters")
+    table.add_column("reason", overflow="fold")
+    table.add_column("source", overflow="fold")
+    held = {r: parameters_held(r, captured) for r in refusals}
+    for r in sorted(refusals, key=lambda r: -held[r]):
+        table.add_row(r.name, str(r.channels), f"{held[r]:,}", r.reason, r.where)
+    return table
+
+
+def refit_table(refitted: Sequence[Refitted]) -> Table:
+    table = Table(title="Refitted", title_justify="left")
+    table.add_column("layer", overflow="fold")
+    _right(table, "error before", "after")
+    table.add_column("note", overflow="fold")
+    for r in refitted:
+        table.add_row(r.name, f"{r.before:.4f}", f"{r.after:.4f}", r.note)
+    return table
+
+
+def _members(group: Group, role: str) -> list[str]:
+    members = {"writers": group.writers, "carriers": group.carriers, "readers": group.readers}[role]
+    return list(dict.fromkeys(m.layer.module for m in members))
+
+
+def _refusals_json(refusals: Sequence[Refusal], captured: Capture) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": r.name,
+            "channels": r.channels,
+            "parameters": parameters_held(r, captured),
+            "reason": r.reason,
+            "where": r.where,
+        }
+        for r in refusals
+    ]
+
+
+def _group_json(group: Group) -> dict[str, Any]:
+    return {
+        "name": group.name,
+        "channels": group.channels,
+        **{role: _members(group, role) for role in ("writers", "carriers", "readers")},
+        "mixers": list(group.mixers),
+        "ties": list(group.ties),
+        "internal": group.internal,
+        "scale_blocks": list(group.scale_blocks),
+    }
+
+
+@dataclass(frozen=True)
+class AnalysisReport(Shown):
+    """What could be merged, and what could not."""
+
+    groups: tuple[Group, ...]
+    refusals: tuple[Refusal, ...]
+    captured: Capture
+    facts: Provenance = field(kw_only=True, repr=False)
+    grouping: Grouping = field(kw_only=True, repr=False)
+    plan: None = None
+
+    @cached_property
+    def cost(self) -> Cost:
+        return original_cost(self.captured)
+
+    def _costs(self) -> tuple[Cost, ...]:
+        return (self.cost,)
+
+    def text(self, width: int = 120) -> str:
+        """Two tables: the groups with their members, and the refusals with their reasons."""
+        table = Table(title="Merge groups", title_justify="left")
+        table.add_column("group", overflow="fold")
+        _right(table, "channels")
+        for name in ("writers", "carriers", "readers"):
+            table.add_column(name, overflow="fold")
+        for g in self.groups:
+            members = [_listed(_members(g, role)) for role in ("writers", "carriers", "readers")]
+            table.add_row(g.name, str(g.channels), *members)
+        total = f"{len(self.groups)} groups, {self.cost.parameters:,} parameters, {self.cost.flops:,} FLOPs"
+        total += _left_out(self.captured)
+        return _text(
+            table, *([refusal_table(self.refusals, self.captured)] if self.refusals else []), total, width=width
+        )
+
+    def json(self) -> str:
+        """JSON text: groups, refusals, parameters, flops. Its schema is fxmerge/assets/report.schema.json."""
+        return json.dumps(
+            {
+                "fxmerge_report": VERSION,
+                "parameters": self.cost.parameters,
+                "flops": self.cost.flops,
+                "groups": [_group_json(g) for g in self.groups],
+                "refusals": _refusals_json(self.refusals, self.captured),
+            },
+            indent=1,
+        )
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+@dataclass(frozen=True)
+class Report(Shown):
+    """What a merge did, to whom, at what price."""
+
+    groups: tuple[Group, ...]
+    refusals: tuple[Refusal, ...]
+    captured: Capture
+    module: nn.Module
+    plan: Plan
+    verdict: Verdict
+    refitted: tuple[Refitted, ...] = ()
+    notes: tuple[str, ...] = ()  # what was asked for and not done
+    facts: Provenance = field(kw_only=True, repr=False)
+    grouping: Grouping = field(kw_only=True, repr=False)
+    seconds: float = field(kw_only=True)  # that the merge took
+    timing: Timing | None = field(kw_only=True, default=None)  # of the merged model, where a latency was asked for
+
+    @cached_property
+    def before(self) -> Cost:
+        """What the original weighs and costs, counted when first asked for."""
+        return original_cost(self.captured)
+
+    @cached_property
+    def after(self) -> Cost:
+        if isinstance(self.module, fx.GraphModule):
+            return cost(self.module, self.captured.inputs)
+        return call_cost(self.module, self.captured.args, self.captured.kwargs)
+
+    def _costs(self) -> tuple[Cost, ...]:
+        return (self.before, self.after)
+
+    def _outcome(self) -> tuple[Sequence[Refitted], dict[str, float]]:
+        return self.refitted, {"error": self.verdict.error, "seconds": self.seconds}
+
+    def text(self, width: int = 120) -> str:
+        """Tables: what each group lost; what was left alone and why; totals."""
+        planned = {g.name: g for g in self.plan.groups}
+        table = Table(title="Merged", title_justify="left")
+        table.add_column("group", overflow="fold")
+        _right(table, "channels", "parameters", "FLOPs", "similarity kept")
+        table.add_column("note", overflow="fold")
+        for g in self.groups:
+            if g.name in planned:
+                table.add_row(*self._row(g, planned[g.name]))
+        more = [refusal_table(self.refusals, self.captured)] if self.refusals else []
+        if self.refitted:
+            more.insert(0, refit_table(self.refitted))
+        return _text(table, *more, self._totals(), width=width)
+
+    def _writer_cost(self, group: Group, cost: Cost) -> tuple[int, int]:
+        names = [m.layer.module for m in group.writers]
+        found = [cost.by_module.get(name, (0, 0)) for name in dict.fromkeys(names)]
+        return sum(p for p, _ in found), sum(f for _, f in found)
+
+    def _row(self, group: Group, plan: GroupPlan) -> list[str]:
+        (p0, f0), (p1, f1) = self._writer_cost(group, self.before), self._writer_cost(group, self.after)
+        merged = sum(p.into >= 0 for p in plan.partners)
+        note = []
+        staying = self._in_blocks_that_stay(group, plan)
+        if staying < len(plan.kept):
+            note.append(f"{staying} in blocks that stay")
+        if self.plan.options.decomposition == "mostsim" and group.scale_blocks:
+            note.append(f"scale 1 ({_listed(list(group.scale_blocks))})")
+        if self.plan.options.decomposition != "prune" and not group.partners:
+            note.append("dropped, not merged: whole blocks, or copies that do not line up")
+        if self.plan.options.decomposition == "mostsim" and merged < len(plan.partners) and group.partners:
+            note.append(f"{len(plan.partners) - merged} dropped without a partner")
+        return [
+            group.name, f"{plan.channels} -> {len(plan.kept)}", f"{p0:,} -> {p1:,}", f"{f0:,} -> {f1:,}",
+            f"{plan.similarity:.2f}", "; ".join(note),
+        ]  # fmt: skip
+
+    def _in_blocks_that_stay(self, group: Group, plan: GroupPlan) -> int:
+        """How many of a group's kept channels stand in blocks that do not leave whole (heads="both")."""
+        if self._staying is None or all(g.name != group.name for g in self.grouping.groups):
+            return len(plan.kept)
+        return int(self._staying[group.atoms[list(plan.kept)]].sum())
+
+    @cached_property
+    def _staying(self) -> torch.Tensor | None:
+        """(atoms,) does any label of the atom stand in a block that stays? None where no blocks leave besides."""
+        if (wholes := self.grouping.wholes) is None:
+            return None
+        alive = survivors(wholes, planned(wholes.groups, self.plan))
+        stays = torch.zeros(int(self.grouping.atom.max()) + 1, dtype=torch.bool)
+        stays[self.grouping.atom[alive]] = True
+        return stays
+
+    def _totals(self) -> str:
+        before, after = self.before, self.after
+        size = _share(after.parameters, before.parameters)
+        return (
+            f"parameters {before.parameters:,} -> {after.parameters:,} ({size} left)"
+            f"\nFLOPs      {before.flops:,} -> {after.flops:,} ({_share(after.flops, before.flops)} left)"
+            f"\nrelative error of the outputs on the example inputs: {self.verdict.error:.3g}"
+            + (f"\n{self.spent.line()}" if self.spent else "")
+            + "".join(f"\n{note}" for note in self.notes)
+            + _left_out(self.captured)
+        )
+
+    @property
+    def spent(self) -> Spent | None:
+        """What the budget asked for and what is left; None without a budget."""
+        return spent(self.plan.options.budget, self.before, self.after, self.timing)
+
+    def json(self) -> str:
+        """JSON text: parameters_before, parameters_after, flops_before, flops_after, error, refit, groups, refusals.
+
+        Its schema is fxmerge/assets/report.schema.json. An error that is no finite number is null.
+        """
+        planned = {g.name: g for g in self.plan.groups}
+        groups = []
+        for g in self.groups:
+            plan = planned.get(g.name)
+            kept = list(plan.kept) if plan else list(range(g.channels))
+            groups.append(
+                {
+                    **_group_json(g),
+                    "kept": kept,
+                    "similarity": plan.similarity if plan else 1.0,
+                    "partners": list(plan.partners) if plan else [],
+                }
+            )
+        return json_text(
+            {
+                "fxmerge_report": VERSION,
+                "parameters_before": self.before.parameters,
+                "parameters_after": self.after.parameters,
+                "flops_before": self.before.flops,
+                "flops_after": self.after.flops,
+                "error": finite(self.verdict.error),
+                "refit": [finite(vars(r)) for r in self.refitted],
+                **({"budget": vars(self.spent)} if self.spent else {}),
+                "notes": list(self.notes),
+                "groups": groups,
+                "refusals": _refusals_json(self.refusals, self.captured),
+            }
+        )
+
+
+def _left_out(captured: Capture) -> str:
+    return f"\nleft out of the output: {', '.join(captured.left_out)}" if captured.left_out else ""
+
+
+def original_cost(captured: Capture) -> Cost:
+    if captured.recorded is None:
+        return cost(captured.module, captured.inputs)
+    return call_cost(captured.recorded.host, captured.args, captured.kwargs)

@@ -1,0 +1,95 @@
+"""Assembling: what a merge gives back. A graph module as a rule; for a recorded model, the user's own class again.
+
+The parts of a recorded model (see `recording.py`) are cut out of the merged graph, become graph modules of their own,
+and stand in a copy of the user's model where the original submodules stood.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import fx, nn
+
+from fxmerge.errors import FxMergeError
+from fxmerge.ir.recorded import Part
+from fxmerge.ir.records import Capture
+from fxmerge.weights.by_path import Weights, deep_copy
+
+
+def assembled(captured: Capture, merged: fx.GraphModule) -> nn.Module:
+    """The model that users get for a merged (or otherwise changed) copy of the captured graph module."""
+    recorded = captured.recorded
+    if recorded is None:
+        return merged
+    tensors = [*recorded.host.parameters(), *recorded.host.buffers()]
+    host = deep_copy(recorded.host, tensors)
+    nodes = {n.name: n for n in merged.graph.nodes}
+    inside = {name for part in recorded.parts for name in part.nodes}
+    modules = {
+        id(m): [p for p, other in host.named_modules(remove_duplicate=False) if other is m] for m in host.modules()
+    }
+    paths = {p: same for same in modules.values() for p in same}
+    for part in sorted(recorded.parts, key=lambda p: p.path):
+        new = _part(part, merged, nodes, host.get_submodule(part.path))
+        for path in paths.get(part.path, [part.path]):
+            _put(host, path, new)
+    for node in merged.graph.nodes:
+        if node.name in inside:
+            continue
+        if node.op == "call_module":
+            for path in paths.get(str(node.target), []):
+                _put(host, path, merged.get_submodule(str(node.target)))
+        elif node.op == "get_attr" and not node.meta.get("constant"):
+            owner, _, name = str(node.target).rpartition(".")
+            if owner in paths or not owner:
+                setattr(host.get_submodule(owner), name, getattr(merged.get_submodule(owner), name))
+    Weights(host, frozenset(id(t) for t in tensors)).own_all()
+    return host
+
+
+def _put(host: nn.Module, path: str, module: nn.Module) -> None:
+    owner, _, name = path.rpartition(".")
+    host.get_submodule(owner)._modules[name] = module
+
+
+def _part(part: Part, merged: fx.GraphModule, nodes: dict[str, fx.Node], original: nn.Module) -> fx.GraphModule:
+    for other in part.again:
+        for one, two in zip(part.nodes, other, strict=True):
+            if one in nodes and two in nodes and _form(nodes[one]) != _form(nodes[two]):
+                raise FxMergeError(f"{part.path} would need other sizes in each of its calls (at {one})")
+    graph, made = fx.Graph(), dict[fx.Node, fx.Node]()
+    for name, placeholder, default in part.entered:
+        made[nodes[name]] = graph.placeholder(
+            placeholder, default_value=default[0] if default else inspect.Parameter.empty
+        )
+    entered = {name for name, _, _ in part.entered}
+
+    def local(node: fx.Node) -> fx.Node:
+        if node not in made:  # a bias that merging added is fetched by a node of its own
+            made[node] = graph.node_copy(node, local)
+        return made[node]
+
+    for name in part.nodes:
+        if name in nodes and name not in entered:
+            local(nodes[name])
+    graph.output(fx.map_arg(part.result, lambda n: made[nodes[n.name]]))
+    for node in graph.nodes:
+        if node.op in ("call_module", "get_attr"):
+            node.target = str(node.target).removeprefix(part.path + ".")
+    try:
+        root = merged.get_submodule(part.path)
+    except AttributeError:  # a part without parameters
+        root = nn.Module()
+    new = fx.GraphModule(root, graph, part.class_name)
+    new.training = original.training
+    held = {**vars(nn.Module()), **vars(new)}
+    for name, value in vars(original).items():  # what other code may ask the module for: `backbone.out_channels`
+        if name not in held and not callable(value):
+            new.__dict__[name] = value
+    return new
+
+
+def _form(node: fx.Node) -> Any:
+    """What a node calls, and with which literals."""
+    return node.op, node.target, str(fx.map_arg((node.args, node.kwargs), lambda n: n.graph.output_node()))

@@ -1,0 +1,294 @@
+"""Ops that only move entries about: executed on the labels, so that no index map is ever written by hand.
+
+After a merge their literal sizes may be wrong (`view(b, 4, 16)` of 32 surviving channels): see `resizing.py`.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from fxmerge.ir.labels import FIXED, fixed, holds, rows, simplify, spread, varying
+from fxmerge.ir.records import Aten, Lab, Param, View
+
+SPELLINGS: dict[str, tuple[Any, ...]] = {
+    "view": ("view", "reshape", torch.reshape, "view_as", "reshape_as"),
+    "flatten": (nn.Flatten, torch.flatten, "flatten"),
+    "unflatten": (nn.Unflatten, torch.unflatten, "unflatten"),
+    "squeeze": (torch.squeeze, "squeeze"),
+    "unsqueeze": (torch.unsqueeze, "unsqueeze"),
+    "permute": (torch.permute, "permute"),
+    "transpose": (torch.transpose, "transpose", torch.swapaxes, torch.swapdims, "swapaxes", "swapdims", "t", torch.t),
+    "movedim": (torch.movedim, torch.moveaxis, "movedim", "moveaxis"),
+    "cat": (torch.cat, torch.concat, torch.concatenate),
+    "stack": (torch.stack,),
+    "chunk": (torch.chunk, "chunk"),
+    "split": (torch.split, torch.functional.split, "split", torch.tensor_split, "tensor_split", "split_with_sizes"),
+    "unbind": (torch.unbind, "unbind"),
+    "getitem": (operator.getitem,),
+    "slice": (Aten("slice"),),
+    "index": (Aten("index"),),
+    "gather": (torch.gather, "gather"),
+    "index_select": (torch.index_select, "index_select"),
+    "narrow": (torch.narrow, "narrow"),
+    "select": (torch.select, "select"),
+    "expand": ("expand", torch.broadcast_to, "broadcast_to"),
+    "repeat": ("repeat", torch.repeat_interleave, "repeat_interleave", torch.tile, "tile"),
+    "roll": (torch.roll, "roll"),
+    "flip": (torch.flip, "flip"),
+    "pixel_shuffle": (nn.PixelShuffle, torch.pixel_shuffle, nn.PixelUnshuffle, torch.pixel_unshuffle),
+    "unfold": (nn.Unfold, F.unfold, "unfold", Aten("im2col")),
+}
+
+
+INDEXING = (
+    "getitem",
+    "index",
+    "index_select",
+    "gather",
+)  # their tensor operands behind the first are places, not labels
+
+# label tensors are seldom contiguous
+_COPYING: dict[Any, Any] = {
+    "view": "reshape",
+    "view_as": "reshape_as",
+    torch.ops.aten.view.default: torch.ops.aten.reshape.default,
+}
+
+
+def varying_axes(x: Lab) -> tuple[int, ...]:
+    return varying(x.t)
+
+
+def run(target: Any, args: Any, kwargs: Any) -> Any:
+    """One movement op on plain tensors: `target` is a method's name, a function or a module."""
+    if isinstance(target, str):
+        return getattr(args[0], str(_COPYING.get(target, target)))(*args[1:], **kwargs)
+    if isinstance(target, nn.Unfold) or target in (F.unfold, torch.ops.aten.im2col.default):
+        # not implemented for integers; labels are exact in float64
+        return target(args[0].double(), *args[1:], **kwargs).to(args[0].dtype)
+    return (target if isinstance(target, nn.Module) else _COPYING.get(target, target))(*args, **kwargs)
+
+
+def tree(function: Callable[[Any], Any], value: Any) -> Any:
+    """`value` with the function applied to each leaf of its lists, tuples, dicts and slices."""
+    if type(value) in _LEAVES:  # nearly all; the questions below take longer than most functions
+        return function(value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(tree(function, v) for v in value))
+    if isinstance(value, torch.Size):
+        return tuple(tree(function, v) for v in value)
+    if isinstance(value, (list, tuple)):
+        return type(value)(tree(function, v) for v in value)
+    if isinstance(value, dict):
+        return {k: tree(function, v) for k, v in value.items()}
+    if isinstance(value, slice):
+        return slice(tree(function, value.start), tree(function, value.stop), tree(function, value.step))
+    return function(value)
+
+
+_LEAVES = frozenset((fx.Node, Tensor, int, float, bool, str, type(None)))
+
+
+def fresh(value: Any) -> Any:
+    """Copies of all tensors in a call's arguments: a forward may update its input in place."""
+    return tree(lambda v: v.clone() if isinstance(v, Tensor) else v, value)
+
+
+def leaves(value: Any) -> list[Any]:
+    """The leaves of nested lists, tuples, dicts and slices, in order."""
+    found: list[Any] = []
+    tree(found.append, value)
+    return found
+
+
+def execute(ctx: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run the op on labels. A constant tensor joined to labels holds no channel; as an index it stays itself."""
+    indexing = ctx.rule_name in INDEXING
+
+    def as_labels(value: Any) -> Any:
+        if isinstance(value, Lab):
+            return value.t
+        if isinstance(value, Param):
+            return value.value.cpu() if indexing and value is not args[0] else ctx.elements(value)
+        if isinstance(value, Tensor) and not indexing:
+            return fixed(value.shape)
+        return value.cpu() if isinstance(value, Tensor) else value
+
+    if indexing and not isinstance(args[0], (Lab, Param)):
+        if any(isinstance(leaf, Lab) for leaf in leaves(args[1])):
+            return ctx.unknown("is indexed by something that depends on the input")
+        return run(ctx.target, args, kwargs)
+    if indexing and any(isinstance(leaf, Lab) for leaf in leaves([*args[1:], kwargs])):
+        return _indexed_by_values(ctx, tree(as_labels, list(args)), tree(as_labels, kwargs), args)
+    plain_args, plain_kwargs = tree(as_labels, list(args)), tree(as_labels, kwargs)
+    if ctx.rule_name in ("cat", "stack"):
+        _tie_across(ctx, plain_args, plain_kwargs)
+        for raw in (v.param if isinstance(v, View) else v for v in args[0] if isinstance(v, (View, Param))):
+            ctx.layer("joined", {"weight": raw.path}, carries=ctx.elements(raw))
+    out = run(ctx.target, plain_args, plain_kwargs)
+
+    moved = args[0].param if isinstance(args[0], View) else args[0]
+    if isinstance(moved, Param) and isinstance(out, Tensor):
+        return View(simplify(out), moved)
+
+    def as_value(value: Any) -> Any:
+        return Lab(simplify(value)) if isinstance(value, Tensor) else value
+
+    result = tree(as_value, tuple(out) if isinstance(out, (list, tuple)) else out)
+    before = max((len(varying(t)) for t in leaves(plain_args) if isinstance(t, Tensor)), default=0)
+    for value in leaves(result):
+        if isinstance(value, Lab) and len(varying(value.t)) > max(before, 1) and ctx.rule_name != "stack":
+            # a channel axis became (blocks, size): what is kept must stay a rectangle
+            _block(ctx, value.t)
+    return result
+
+
+def _indexed_by_values(ctx: Any, labels: list[Any], kwargs: dict[str, Any], args: tuple[Any, ...]) -> Any:
+    """x[:, i] for places i that depend on the input: known where labels do not vary along the axes that i chooses on.
+
+    Whether they do is found by trying the first place and the last; a mask gives another shape and is refused.
+    """
+    if any(isinstance(leaf, Lab) and holds(leaf.t) for leaf in leaves(list(args[1:]))):
+        return ctx.unknown("is indexed by channels")
+    first = run(ctx.target, labels, kwargs)
+    shifted = [tree(lambda v: v - 1 if isinstance(v, Tensor) and not holds(v) else v, a) for a in labels[1:]]
+    last = run(ctx.target, [labels[0], *shifted], kwargs) if "gather" not in ctx.rule_name else first
+    if ctx.rule_name == "gather" and labels[1] % labels[0].dim() in varying(labels[0]):
+        return ctx.unknown("is indexed by something that depends on the input")
+    if tuple(first.shape) != tuple(ctx.shape or ()) or not bool((first == last).all()):
+        return ctx.unknown("is indexed by something that depends on the input")
+    return Lab(simplify(first))
+
+
+def pad(ctx: Any, input: Any, pad: Any, mode: str = "constant", value: Any = None) -> Any:
+    """Padding. Along an axis of channels, zeros get labels of their own, which live as long as what they meet."""
+    if not isinstance(input, Lab) or ctx.shape is None:
+        return ctx.unknown("pads something that is no activation")
+    dims, labels, moved = input.t.dim(), input.t, False
+    for at in range(0, len(pad), 2):
+        axis = dims - 1 - at // 2
+        if (pad[at] or pad[at + 1]) and axis in varying(labels):
+            if mode != "constant" or pad[at] < 0 or pad[at + 1] < 0:
+                return ctx.unknown("pads the channels in a way that adds no zeros")
+            shape = list(labels.shape)
+            sides = []
+            for count in (pad[at], pad[at + 1]):
+                shape[axis] = count
+                sides.append(spread(ctx.fresh(count), shape, axis))
+            labels, moved = torch.cat([sides[0], labels, sides[1]], axis), True
+    if moved:
+        ctx.kind = "movement"
+    return ctx.resized(Lab(simplify(labels)), ctx.shape)
+
+
+def enter(value: Any) -> Any:
+    """What a part of a recorded model is called with, as its own code sees it: the value itself."""
+    return value
+
+
+def entered(ctx: Any, value: Any) -> Any:
+    return value
+
+
+def setitem(ctx: Any, x: Any, index: Any, value: Any) -> Any:
+    """x[places] = value, for places along the first axis: x then holds the channels of the value, and its own."""
+    whole = x.t if isinstance(x, Lab) else fixed(x.shape) if isinstance(x, Tensor) else None
+    ctx.shape = None if whole is None else tuple(whole.shape)
+    index = index[0] if isinstance(index, tuple) and len(index) == 1 else index
+    along_first = isinstance(index, (int, slice, Tensor)) or (isinstance(index, Lab) and not holds(index.t))
+    one_axis = not isinstance(index, (Tensor, Lab)) or (index.t if isinstance(index, Lab) else index).dim() <= 1
+    if whole is None or not isinstance(value, Lab) or not along_first or not one_axis:
+        return ctx.unknown("does not write whole entries of the first axis")
+    given = value.t.unsqueeze(0) if isinstance(index, int) else value.t
+    if given.dim() != whole.dim() or 0 in varying(given) or 0 in varying(whole):
+        return ctx.unknown("writes over the axis of the channels")
+    written = Lab(simplify(given.narrow(0, 0, 1).expand(whole.shape))) if given.size(0) else Lab(whole)
+    if holds(whole):
+        ctx.tie(whole, written.t)
+    return written
+
+
+def index_add(ctx: Any, input: Any, dim: int, index: Any, source: Any, **kwargs: Any) -> Any:
+    """Entries of the source are added at places along an axis that no channels stand on: messages along edges."""
+    if not isinstance(input, Lab) or not isinstance(source, Lab) or (isinstance(index, Lab) and holds(index.t)):
+        return ctx.unknown("takes something else than activations, and places that hold no channels")
+    axis = dim % input.t.dim()
+    if axis in varying(input.t) or axis in varying(source.t) or not source.t.size(axis):
+        return ctx.unknown("adds over the axis of the channels")
+    ctx.tie(input.t, simplify(source.t.narrow(axis, 0, 1).expand(input.t.shape)))
+    return input
+
+
+def channel_shuffle(ctx: Any, input: Any, groups: int) -> Any:
+    """Blocks of channels dealt out like cards; every block must lose equally many."""
+    if isinstance(input, Lab) and 1 in varying(input.t):
+        ctx.block(ctx.along(input, 1).view(groups, -1))
+    return execute(ctx, input) if isinstance(ctx.target, nn.Module) else execute(ctx, input, groups)
+
+
+def fold(ctx: Any, input: Any, *sizes: Any, **kwargs: Any) -> Any:
+    """Patches (n, channels * places, patches) laid over each other: the places of one channel become one."""
+    if not isinstance(input, Lab) or input.t.dim() != 3 or ctx.shape is None or set(varying(input.t)) - {1}:
+        return ctx.unknown("does not lay patches of channels over each other")
+    labels = ctx.along(input, 1).view(ctx.shape[1], -1)
+    ctx.tie(labels[:, :1].expand_as(labels), labels)
+    return Lab(spread(labels[:, 0], ctx.shape, 1))
+
+
+def expand_as(ctx: Any, input: Any, other: Any) -> Any:
+    """A tensor without channels, spread over those of another, has a place for each of them."""
+    if isinstance(input, Lab) and isinstance(other, Lab) and not holds(input.t):
+        ctx.kind = "per_channel"
+        return Lab(other.t)
+    return execute(ctx, input, other)
+
+
+def _block(ctx: Any, labels: Tensor) -> None:
+    axes = varying(labels)
+    rows = labels[tuple(slice(None) if a in axes else 0 for a in range(labels.dim()))]
+    rows = rows.reshape(-1, rows.size(-1))
+    if bool((rows[1:] == rows[0]).all(1).any()):  # blocks that stand several times, as in a batch laid beside heads
+        rows = torch.unique(rows, dim=0)
+    if torch.unique(rows).numel() == rows.numel() and not bool((rows == FIXED).any()):
+        ctx.block(rows)
+
+
+def _beside(ctx: Any, tensors: list[Tensor], axis: int) -> bool:
+    """Are parts of blocks joined, as the halves of each head that a rotation turns? Then each part stays a rectangle.
+
+    The axis joined along is what is inside of a block, so the rows of each operand lose equally many; where blocks
+    leave whole, those at one place of all operands leave together.
+    """
+    blocks = [a for a in varying(tensors[0]) if a != axis]
+    if not blocks or max(blocks) > axis or any(varying(t) != (*blocks, axis) for t in tensors):
+        return False
+    inside = [rows(t, blocks) for t in tensors]
+    if any(bool((r == FIXED).any()) or torch.unique(r).numel() < r.numel() for r in inside):
+        return False
+    for part in inside:
+        ctx.block(part)
+    ctx.bond(torch.cat(inside, 1))
+    return True
+
+
+def _tie_across(ctx: Any, args: list[Any], kwargs: dict[str, Any]) -> None:
+    """Joined operands must lose the same places along every axis but the joined one."""
+    tensors = [t for t in args[0] if isinstance(t, Tensor) and t.numel()]
+    axis = kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else 0))
+    if ctx.rule_name == "stack":
+        tensors, axis = [t.unsqueeze(axis) for t in tensors], axis
+    axis %= max(tensors[0].dim(), 1)
+    if _beside(ctx, tensors, axis):
+        return
+    first = tensors[0].select(axis, 0)
+    if len(varying(first)) == 0 and all(len(varying(t.select(axis, 0))) == 0 for t in tensors):
+        return
+    for t in tensors:
+        for other in t.unbind(axis) if axis in varying(t) else [t.select(axis, 0)]:
+            ctx.tie(first, other)

@@ -1,0 +1,296 @@
+"""RULES: what each op does to labels. One row for one mathematical op; its spellings stand in the row.
+
+An op without a row pins everything that it touches: unknown is never "elementwise". The form of a rule is told in
+`perchannel.py`. A spelling is a module class (`Module(cls, attributes)` where the functional form takes attributes of
+it), a function, a method's name, or the dotted name of a function of a library that need not be there.
+
+To teach fxmerge an op of your own:
+
+    fxmerge.RULES["my_gate"] = fxmerge.per_channel("my_gate", MyGate, my_gate_function, commutes=False)
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fxmerge.capture.torch_export import overload_name
+from fxmerge.ir.records import Aten
+from fxmerge.rules import binary, contractions, einsum, layers, movement, norms
+from fxmerge.rules.elementwise import (
+    Module,
+    Rule,
+    Spelling,
+    adds_nothing,
+    constant_rule,
+    extreme,
+    moves,
+    one_factor,
+    per_channel,
+    prelu_rule,
+    query_rule,
+    reduction,
+    sampled_rule,
+    softmax_rule,
+    spatial,
+    type_as_rule,
+)
+
+_CONV = ("weight", "bias", "stride", "padding", "dilation", "groups")
+_TRANSPOSED = ("weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+_NORM = ("running_mean", "running_var", "weight", "bias", "eps")
+
+_ROWS: tuple[Rule, ...] = (
+    # writers: they read the labels on their reduction axis and make new ones on their output axis
+    Rule("linear", "writer", layers.linear, (Module(nn.Linear, ("weight", "bias")), F.linear),
+         layers.adds_no_bias),
+    Rule(
+        "conv",
+        "writer",
+        layers.conv,
+        (
+            *(Module(cls, _CONV) for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d)),
+            *(F.conv1d, F.conv2d, F.conv3d),
+        ),
+    ),
+    Rule(
+        "conv_transpose",
+        "writer",
+        layers.conv_transpose,
+        (
+            *(Module(cls, _TRANSPOSED) for cls in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)),
+            *(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
+        ),
+    ),
+    Rule("embedding", "writer", layers.embedding, (Module(nn.Embedding, ("weight", "max_norm")), F.embedding)),
+    Rule("embedding_bag", "writer", layers.embedding_bag,
+         (Module(nn.EmbeddingBag, ("weight", "max_norm")), F.embedding_bag)),
+    # contractions: the two sides of the contracted axis are tied
+    Rule("matmul", "contraction", contractions.matmul, (operator.matmul, torch.matmul, "matmul", torch.bmm, "bmm",
+                                                          torch.mm, "mm")),
+    Rule("outer", "contraction", contractions.outer, (torch.outer, torch.ger)),
+    Rule("addmm", "writer", contractions.addmm, (torch.addmm, "addmm")),
+    Rule("baddbmm", "contraction", contractions.baddbmm, (torch.baddbmm, "baddbmm")),
+    Rule("einsum", "contraction", einsum.einsum, (torch.einsum, torch.functional.einsum)),
+    Rule("attention", "contraction", contractions.attention, (F.scaled_dot_product_attention,)),
+    # carriers: their own per-channel parameters follow the labels
+    Rule(
+        "batch_norm",
+        "carrier",
+        layers.batch_norm,
+        (*(Module(cls, _NORM) for cls in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)), F.batch_norm),
+        commutes=True,  # its affine is pushed through exactly, by paths.push
+    ),
+    Rule(
+        "prelu", "carrier", prelu_rule, (Module(nn.PReLU, ("weight",)), F.prelu, torch.prelu, "prelu"), commutes=True
+    ),
+    Rule(
+        "instance_norm",
+        "carrier",
+        norms.instance_norm,
+        (*(Module(c, _NORM) for c in (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)), F.instance_norm),
+    ),
+    # ties: two labelled operands become equal, position by position
+    Rule("add", "tie", binary.elementwise, (operator.add, operator.iadd, torch.add, "add", "add_"), adds_nothing),
+    Rule(
+        "sub",
+        "tie",
+        binary.elementwise,
+        (operator.sub, operator.isub, torch.sub, torch.subtract, "sub", "sub_"),
+        adds_nothing,
+    ),
+    Rule(
+        "mul",
+        "tie",
+        binary.elementwise,
+        (operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_"),
+        one_factor,
+    ),
+    Rule(
+        "div",
+        "tie",
+        binary.elementwise,
+        (operator.truediv, operator.itruediv, torch.div, torch.true_divide, torch.divide, "div", "div_"),
+        one_factor,
+    ),
+    Rule("rsub", "tie", binary.elementwise, (torch.rsub,)),
+    Rule("maximum", "tie", binary.elementwise, (torch.maximum, "maximum")),
+    Rule("minimum", "tie", binary.elementwise, (torch.minimum, "minimum")),
+    Rule("where", "tie", binary.choose, (torch.where, "where")),
+    Rule("compare", "tie", binary.elementwise,
+         (operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge, torch.eq, torch.ne, torch.lt,
+          torch.le, torch.gt, torch.ge, "eq", "ne", "lt", "le", "gt", "ge")),
+    Rule("addcmul", "tie", binary.addcmul, (torch.addcmul, "addcmul", "addcmul_")),
+    Rule("glu", "tie", binary.glu, (Module(nn.GLU, ("dim",)), F.glu)),
+    Rule("masked_fill", "tie", binary.masked_fill, (torch.masked_fill, "masked_fill", "masked_fill_")),
+    # activations that a positive factor passes through unchanged
+    per_channel("relu", nn.ReLU, F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_", commutes=True),
+    per_channel("leaky_relu", nn.LeakyReLU, F.leaky_relu, F.leaky_relu_, commutes=True),
+    per_channel("rrelu", nn.RReLU, F.rrelu, commutes=True),
+    per_channel("abs", torch.abs, "abs", operator.abs, commutes=True),
+    per_channel("neg", torch.neg, "neg", operator.neg, commutes=True),
+    per_channel("identity", nn.Identity, "contiguous", "clone", torch.clone, "detach", "float", "double", "half",
+                "bfloat16", "to", "cpu", "cuda", Aten("alias"),
+                Aten("lift_fresh_copy"), Aten("_to_copy"), commutes=True),
+    per_channel("stochastic_depth", "torchvision.ops.stochastic_depth.stochastic_depth", commutes=True),
+    per_channel("zeros_like", torch.zeros_like, commutes=True),
+    per_channel("ones_like", torch.ones_like),
+    per_channel("dropout", nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
+                nn.FeatureAlphaDropout, F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout,
+                F.feature_alpha_dropout, torch.dropout, commutes=True),
+    # activations that only the factor 1 passes through
+    per_channel("relu6", nn.ReLU6, F.relu6),
+    per_channel("hardtanh", nn.Hardtanh, F.hardtanh, torch.clamp, torch.clip, "clamp", "clamp_", "clip",
+                "clamp_min", "clamp_max"),
+    per_channel("gelu", nn.GELU, F.gelu),
+    per_channel("silu", nn.SiLU, F.silu),
+    per_channel("mish", nn.Mish, F.mish),
+    per_channel("elu", nn.ELU, F.elu, F.elu_),
+    per_channel("celu", nn.CELU, F.celu),
+    per_channel("selu", nn.SELU, F.selu),
+    per_channel("sigmoid", nn.Sigmoid, F.sigmoid, torch.sigmoid, "sigmoid", "sigmoid_"),
+    per_channel("logsigmoid", nn.LogSigmoid, F.logsigmoid),
+    per_channel("tanh", nn.Tanh, F.tanh, torch.tanh, "tanh", "tanh_"),
+    per_channel("hardsigmoid", nn.Hardsigmoid, F.hardsigmoid),
+    per_channel("hardswish", nn.Hardswish, F.hardswish),
+    per_channel("softplus", nn.Softplus, F.softplus),
+    per_channel("softsign", nn.Softsign, F.softsign),
+    per_channel("softshrink", nn.Softshrink, F.softshrink),
+    per_channel("hardshrink", nn.Hardshrink, F.hardshrink),
+    per_channel("tanhshrink", nn.Tanhshrink, F.tanhshrink),
+    per_channel("threshold", nn.Threshold, F.threshold),
+    per_channel("exp", torch.exp, "exp"),
+    per_channel("log", torch.log, "log"),
+    per_channel("sqrt", torch.sqrt, "sqrt"),
+    per_channel("rsqrt", torch.rsqrt, "rsqrt"),
+    per_channel("reciprocal", torch.reciprocal, "reciprocal"),
+    per_channel("square", torch.square, "square"),
+    per_channel("pow", torch.pow, "pow", operator.pow),
+    per_channel("sin", torch.sin, "sin"),
+    per_channel("cos", torch.cos, "cos"),
+    per_channel("erf", torch.erf, "erf"),
+    # pooling and interpolation: spatial axes change, channels stay
+    spatial("avg_pool", nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d,
+            commutes=True),
+    spatial("max_pool", nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, F.max_pool1d, F.max_pool2d, F.max_pool3d,
+            torch.max_pool1d, torch.max_pool2d, torch.max_pool3d, commutes=True),
+    spatial("lp_pool", nn.LPPool1d, nn.LPPool2d, F.lp_pool1d, F.lp_pool2d, commutes=True),
+    spatial("adaptive_pool", nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
+            nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d, F.adaptive_avg_pool1d,
+            F.adaptive_avg_pool2d, F.adaptive_avg_pool3d, F.adaptive_max_pool1d, F.adaptive_max_pool2d,
+            F.adaptive_max_pool3d, torch.adaptive_avg_pool1d, commutes=True),
+    spatial("interpolate", nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d, F.interpolate,
+            F.upsample, Aten("upsample_bilinear2d"), Aten("upsample_nearest2d"), Aten("upsample_bicubic2d"),
+            Aten("_upsample_bicubic2d_aa"), commutes=True),
+    reduction("mean", torch.mean, "mean", commutes=True),
+    reduction("sum", torch.sum, "sum", commutes=True),
+    extreme("max", torch.max, "max"),
+    extreme("min", torch.min, "min"),
+    extreme("median", torch.median, "median"),
+    reduction("amax", torch.amax, "amax", commutes=True),
+    reduction("amin", torch.amin, "amin", commutes=True),
+    reduction("var", torch.var, "var"),
+    reduction("std", torch.std, "std", commutes=True),
+    reduction("logsumexp", torch.logsumexp, "logsumexp"),
+    # mixers: dropping a channel is not exact for the others
+    Rule("softmax", "mixer", softmax_rule,
+         (Module(nn.Softmax, ("dim",)), Module(nn.LogSoftmax, ("dim",)), F.softmax, F.log_softmax, torch.softmax,
+          torch.log_softmax, "softmax", "log_softmax")),
+    Rule("norm", "mixer", norms.norm,
+         (torch.linalg.vector_norm, torch.norm, "norm", torch.functional.norm, Aten("linalg_vector_norm"))),
+    Rule("normalize", "mixer", norms.normalize, (F.normalize,)),
+    Rule("layer_norm", "mixer", norms.layer_norm,
+         (Module(nn.LayerNorm, ("normalized_shape", "weight", "bias", "eps")), F.layer_norm, torch.layer_norm)),
+    Rule("rms_norm", "mixer", norms.rms_norm,
+         (*([Module(nn.RMSNorm, ("normalized_shape", "weight"))] if hasattr(nn, "RMSNorm") else []),
+          *([F.rms_norm] if hasattr(F, "rms_norm") else []))),
+    Rule("group_norm", "mixer", norms.group_norm,
+         (Module(nn.GroupNorm, ("num_groups", "weight", "bias", "eps")), F.group_norm)),
+    # movement: executed on the labels as it stands
+    *(Rule(name, "movement", movement.execute, spellings, True) for name, spellings in movement.SPELLINGS.items()),
+    Rule("channel_shuffle", "movement", movement.channel_shuffle,
+         (Module(nn.ChannelShuffle, ("groups",)), torch.channel_shuffle), True),
+    Rule("fold", "per_channel", movement.fold, (nn.Fold, F.fold, Aten("col2im")), True),
+    Rule("type_as", "per_channel", type_as_rule, ("type_as",), True),
+    Rule("expand_as", "movement", movement.expand_as, ("expand_as",), True),
+    Rule("enter", "movement", movement.entered, (movement.enter,), True),
+    Rule("setitem", "tie", movement.setitem, (operator.setitem,)),
+    Rule("index_add", "tie", movement.index_add, (torch.index_add, "index_add", "index_add_")),
+    Rule("sampled", "per_channel", sampled_rule,
+         (F.grid_sample, Aten("grid_sampler"), Aten("torchvision::roi_align")), True),
+    Rule("pad", "per_channel", movement.pad, (F.pad,), True),
+    # shapes and other plain values
+    Rule("new", "query", constant_rule, ("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor")),
+    Rule("query", "query", query_rule, (getattr, "size", "dim", "ndimension", "numel", "stride", "get_device",
+                                        "is_floating_point", "element_size", torch.numel, len,
+                                        torch.is_tensor, torch._assert, Aten("sym_size")), moves),
+)  # fmt: skip
+
+RULES: dict[str, Rule] = {row.name: row for row in _ROWS}
+
+
+def key(spelling: Spelling) -> Any:
+    """What a graph's node is looked up by: the module class, the function, the method's name or the dotted name."""
+    return spelling.cls if isinstance(spelling, Module) else spelling
+
+
+def dotted(target: Any) -> str:
+    """A function's dotted name, `torchvision.ops.stochastic_depth.stochastic_depth`."""
+    return f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', '')}"
+
+
+def spellings() -> Iterator[tuple[Any, Rule, Spelling]]:
+    """(key, rule, spelling) of every row, users' own rows included."""
+    for rule in RULES.values():
+        for spelling in rule.spellings:
+            yield key(spelling), rule, spelling
+
+
+def table() -> dict[Any, tuple[Rule, Spelling]]:
+    """RULES by key, as the interpreter looks them up; made anew where rows were added or changed."""
+    global _made
+    rows = tuple(RULES.values())
+    if len(rows) != len(_made[0]) or not all(map(operator.is_, rows, _made[0])):
+        _made = rows, {k: (rule, spelling) for k, rule, spelling in spellings()}
+    return _made[1]
+
+
+_made: tuple[tuple[Rule, ...], dict[Any, tuple[Rule, Spelling]]] = (), {}
+
+
+def find(target: Any, known: dict[Any, tuple[Rule, Spelling]]) -> tuple[Rule, Spelling] | None:
+    """The row of a function or method; an aten op's is that of the function or method of the same name."""
+    name = overload_name(target)
+    if name is None:
+        return known.get(target) or known.get(dotted(target))
+    for spelling in (Aten(name), getattr(F, name, None), getattr(torch, name, None), name):
+        if spelling is not None and spelling in known:
+            return known[spelling]
+    return None
+
+
+def module_class(module: nn.Module, known: dict[Any, tuple[Rule, Spelling]]) -> type[nn.Module] | None:
+    """The class in the table whose forward this module runs: itself, or a base whose forward it did not override."""
+    for cls in type(module).__mro__:
+        if cls in known and getattr(type(module), "forward", None) is getattr(cls, "forward", None):
+            return cls
+    return None
+
+
+def describe(spelling: Spelling) -> str:
+    """The name that users know a spelling by: `nn.ReLU`, `F.relu`, `.relu()`."""
+    target = key(spelling)
+    if isinstance(target, Aten):
+        return f"aten.{target.name}"
+    if isinstance(target, str):
+        return f".{target}()"
+    if inspect.isclass(target):
+        return f"nn.{target.__name__}"
+    return str(getattr(target, "__name__", math.nan))

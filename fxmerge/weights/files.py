@@ -1,0 +1,105 @@
+"""Files and folders: whole or not at all, by a temporary name in the same place and a rename. No pickle."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fxmerge.errors import FxMergeError
+from fxmerge.weights.disk_tensor import TYPE_NAMES, raw
+
+
+def write(path: Path, fill: Callable[[Path], object]) -> None:
+    """Let `fill` write a temporary file beside `path`, then put it in place."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        fill(Path(name))
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    write(path, lambda there: there.write_text(text, encoding="utf-8"))
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Tensors as a safetensors file, one after the other, so that those on disk are in memory one at a time.
+
+    One under several names is written under each. The larger types come first, as the format's own library has it.
+    """
+    odd = sorted(name for name, value in tensors.items() if value.dtype not in TYPE_NAMES)
+    if odd:
+        raise FxMergeError(f"{odd[0]} is {tensors[odd[0]].dtype}, which safetensors cannot hold; convert it first")
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name in names:
+        begin, end = end, end + tensors[name].nbytes
+        kind, shape = TYPE_NAMES[tensors[name].dtype], list(tensors[name].shape)
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+
+    def fill(there: Path) -> None:
+        with there.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name in names:
+                file.write(memoryview(raw(tensors[name])))
+
+    write(path, fill)
+
+
+def write_folder(folder: Path, known: Collection[str], fill: Callable[[Path], object]) -> None:
+    """Let `fill` write a new folder beside `folder`, then put it in place of what is there.
+
+    At any moment the name stands for the old folder or the new one: the two change places in one step, where the
+    system can do that (Linux); else the old one steps aside first. Raises FxMergeError where `folder` is no folder, or
+    holds anything but the names in `known`: those files are not ours to remove.
+    """
+    folder = Path(os.path.realpath(folder))
+    if folder.exists() and not folder.is_dir():
+        raise FxMergeError(f"{folder} is a file; give a folder")
+    strange = sorted({p.name for p in folder.iterdir()} - {*known, "__pycache__"}) if folder.exists() else []
+    if strange:
+        raise FxMergeError(f"{folder} holds {strange[0]}, which fxmerge did not write; give a new or empty folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        fill(aside)
+        os.chmod(aside, 0o755)
+        if not folder.exists():
+            os.rename(aside, folder)
+        elif not _exchange(aside, folder):
+            _step_aside(aside, folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two folders change names in one step; False where the system cannot."""
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return call is not None and call(here, os.fsencode(one), here, os.fsencode(other), swap) == 0
+
+
+def _step_aside(new: Path, folder: Path) -> None:
+    old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.old."))
+    os.replace(folder, old)
+    try:
+        os.rename(new, folder)
+    except BaseException:
+        os.replace(old, folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,122 @@
+"""Residence: models whose weights stay on disk while they are analysed, merged, run and saved."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from fxmerge.errors import FxMergeError
+from fxmerge.weights.by_path import Weights, deep_copy
+from fxmerge.weights.disk_tensor import Slot, Stored, left_in, slots
+
+INDEX = "model.safetensors.index.json"
+
+
+def on_disk(model: nn.Module | Callable[[], nn.Module], weights: str | Path | Sequence[str | Path]) -> nn.Module:
+    """A copy of a model whose weights stay in safetensors files, and are read when an op needs them.
+
+    model: with any weights, or on the meta device, where it takes no memory; or a function that makes it: its
+        parameters are then made without memory, its buffers as always.
+    weights: a file, several, or a folder of them (with or without model.safetensors.index.json): the state_dict.
+    Tensors below 64 KiB are read at once. What is merged goes to the folder for temporary files (TMPDIR), and
+    `result.save` copies it from there. Raises FxMergeError where files and model do not fit.
+    """
+    if not isinstance(model, nn.Module) and callable(model):
+        with without_memory():
+            model = model()
+    if not isinstance(model, nn.Module):
+        raise FxMergeError(f"model is a {type(model).__name__}, not a torch.nn.Module, nor a function that makes one")
+    found = _slots(weights)
+    held = [*model.parameters(), *model.buffers()]
+    copied = deep_copy(model, held)
+    into = Weights(copied)
+    filled = _filled(copied, found, weights)
+    for path, value in left_in(filled, {path: into[path].dtype for path in filled}).items():
+        into.put(path, value)
+    bare = [name for name, value in [*copied.named_parameters(), *copied.named_buffers()] if value.is_meta]
+    if bare:
+        raise FxMergeError(
+            f"{bare[0]} is in no file and has no value on the meta device; give a function that makes the model, "
+            "or make it on the CPU"
+        )
+    return copied
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """Modules made in here have parameters on the meta device, and buffers with values."""
+
+    def bare(module: nn.Module, name: str, value: nn.Parameter | None) -> nn.Parameter | None:
+        return None if value is None or value.is_meta else nn.Parameter(value.detach().to("meta"), value.requires_grad)
+
+    hook = register_module_parameter_registration_hook(bare)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def in_memory(module: nn.Module) -> nn.Module:
+    """A copy of a module whose weights, if they were on disk, are in memory."""
+    copied = deep_copy(module, [])
+    into = Weights(copied)
+    for path, value in [*copied.named_parameters(), *copied.named_buffers()]:
+        if isinstance(value, Stored):
+            into.replace(path, value.cell.read().clone())
+    return copied
+
+
+def _filled(model: nn.Module, found: Mapping[str, Slot], weights: object) -> dict[str, Slot]:
+    """Path of each tensor of the state_dict, shared ones once -> its slot. Raises FxMergeError where they differ."""
+    own = {name: v for name, v in model.state_dict(keep_vars=True).items() if isinstance(v, Tensor)}
+    names: dict[int, list[str]] = {}
+    for name, value in own.items():
+        names.setdefault(id(value), []).append(name)
+    strange = sorted(set(found) - set(own))
+    filled = {}
+    for same in names.values():
+        here = [name for name in same if name in found]
+        if not here or strange:
+            what = f"has no {same[0]}" if not here else f"has {strange[0]}, which the model does not have"
+            raise FxMergeError(f"{weights} is not a state_dict of {type(model).__name__}: it {what}")
+        slot, shape = found[here[0]], tuple(own[here[0]].shape)
+        if slot.shape != shape:
+            raise FxMergeError(f"{here[0]} is {slot.shape} in {slot.path} and {shape} in {type(model).__name__}")
+        filled[here[0]] = slot
+    return filled
+
+
+def _slots(weights: str | Path | Sequence[str | Path]) -> dict[str, Slot]:
+    """Where each tensor stands, in any of the files."""
+    paths = _files(Path(weights)) if isinstance(weights, (str, Path)) else [Path(p) for p in weights]
+    found: dict[str, Slot] = {}
+    for path in paths:
+        for name, slot in slots(path).items():
+            if name in found:
+                raise FxMergeError(f"{name} is in {found[name].path} and in {path}; leave one of them out")
+            found[name] = slot
+    return found
+
+
+def _files(path: Path) -> list[Path]:
+    index = path / INDEX if path.is_dir() else path
+    if index.suffix == ".json":
+        try:
+            return sorted({index.parent / name for name in json.loads(index.read_text())["weight_map"].values()})
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise FxMergeError(f"{index} is no index of safetensors files: {error!r}") from error
+    if path.is_dir():
+        paths = sorted(path.glob("*.safetensors"))
+        if not paths:
+            raise FxMergeError(f"there is no .safetensors file in {path}")
+        return paths
+    if not path.is_file():
+        raise FxMergeError(f"there is no file {path}")
+    return [path]
