@@ -30,6 +30,7 @@ from benchmarks import zoo
 ROOT = Path(__file__).resolve().parent
 while not (ROOT / "pyproject.toml").is_file():
     ROOT = ROOT.parent
+WIDE = 4000  # columns of a report: nothing is folded
 Case = Callable[[], tuple[nn.Module, Any, dict[str, Any]]]
 
 PLAIN: Mapping[str, tuple[str, ...]] = {  # merged without refit
@@ -122,10 +123,10 @@ def record(folder: Path, case: Case) -> None:
             "plan.json": result.plan.json(),
             "weights.txt": "".join(f"{name} {_checksum(t)}\n" for name, t in sorted(_tensors(result.module).items())),
             "code.txt": _code(result.module),
-            "report.txt": result.report.text(),
+            "report.txt": result.report.text(width=WIDE),
             "report.json": result.report.json(),
         }
-    files["analysis.txt"] = analysis.report.text()
+    files["analysis.txt"] = analysis.report.text(width=WIDE)
     files["analysis.json"] = analysis.report.json()
     temporary = folder.with_name(folder.name + ".part")
     temporary.mkdir(parents=True, exist_ok=True)
@@ -153,7 +154,8 @@ def _timeless(name: str, text: str) -> str:
     """Without seconds, and without the folders of source files."""
     text = re.sub(r"[\w./-]*/(?=[\w]+\.py:\d)", "", text)
     if not name.endswith(".json"):
-        return re.sub(r"\d+(\.\d+)? s\b", "N s", text)
+        text = re.sub(r"\d+(\.\d+)? s\b", "N s", text)
+        return re.sub(r"([ \u2500-\u257f])[ \u2500-\u257f]+", r"\1", text)  # tables are as wide as what was in them
 
     def strip(value: Any) -> Any:
         if isinstance(value, dict):
