@@ -24,6 +24,7 @@ import fxmerge
 from benchmarks import peer
 from benchmarks.zoo import Specimen, build
 from fxmerge import verify
+from fxmerge.graph import compare
 
 RATIO = 0.5
 ORACLE_PARAMETERS = 400_000_000  # a larger model has no room for its float64 copies
@@ -112,11 +113,11 @@ def oracle_findings(analysis: fxmerge.Analysis, parameters: int, seconds: float)
     captured, facts, grouping = analysis.captured, analysis.facts, analysis.grouping
     start = time.process_time()
     module, args, kwargs = verify.in_float64(captured)
-    before = verify.outputs(assembled(captured, module), args, kwargs)
+    before = compare.outputs(assembled(captured, module), args, kwargs)
     permuted = module
     for group in grouping.groups:
         permuted = verify.permute(permuted, facts, grouping, group)
-    together = verify.difference(before, verify.outputs(assembled(captured, permuted), args, kwargs))
+    together = compare.difference(before, compare.outputs(assembled(captured, permuted), args, kwargs))
     del module, permuted, before
     gc.collect()
     spent = time.process_time() - start

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.zoo import Specimen
-from fxmerge.rules.movement import leaves
+from fxmerge.graph.nested import leaves
 
 CLASSES = {"torchvision": (1000, 400, 91, 21)}
 # what its torchvision script ignores, and the same parts of the models that it does not have

@@ -8,6 +8,7 @@ print(result.report.text())
 from __future__ import annotations
 
 from fxmerge import verify
+from fxmerge.api import analyze, apply, merge
 from fxmerge.errors import FxMergeError
 from fxmerge.export.save import load
 from fxmerge.methods.allocation import ALLOCATORS
@@ -16,10 +17,10 @@ from fxmerge.methods.probes import PROBES
 from fxmerge.methods.selection import SELECTORS
 from fxmerge.options import Options
 from fxmerge.passes import MergePass, compile
-from fxmerge.pipeline import analyze, apply, merge
 from fxmerge.plan import Plan
 from fxmerge.result import Analysis, Result
-from fxmerge.rules.elementwise import Module, Rule, per_channel
+from fxmerge.rules.elementwise import per_channel
+from fxmerge.rules.rule import Module, Rule
 from fxmerge.rules.table import RULES
 from fxmerge.sweep import Sweep, sweep
 from fxmerge.weights.on_disk import in_memory, on_disk

@@ -17,7 +17,6 @@ from fxmerge.methods.probes import PROBES
 from fxmerge.methods.selection import SELECTORS
 
 BUDGETS = ("flops", "params", "latency")
-
 CHOICES: dict[str, tuple[str, ...]] = {
     "scope": ("internal", "all"),
     "heads": ("width", "whole", "both"),
@@ -28,11 +27,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "refit": ("none", "synthetic", "calibration"),
     "probes": ("auto", *PROBES),
 }
-
-
 _SCOPE = "internal: groups with one writer and one reader, as in the paper; all: residual and shared groups too"
-
-
 _HEADS = "attention's heads, groups of convolutions and of norms: each loses width, whole ones leave, or both"
 
 
@@ -152,3 +147,7 @@ class Options:
             if name not in known:
                 raise FxMergeError(f"unknown option {name!r}; the options are {', '.join(known)}")
         return dataclasses.replace(self, **changes)
+
+
+TOLERANCE = {"flops": 0.01, "params": 0.01, "latency": 0.03}  # of what was asked for
+NAMES = {"flops": "FLOPs", "params": "parameters", "latency": "latency"}

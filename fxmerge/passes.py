@@ -12,11 +12,11 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.utils import _pytree as pytree
 
+from fxmerge.api import merge
 from fxmerge.errors import FxMergeError
 from fxmerge.graph.eval_mode import evaluating
-from fxmerge.ir.records import Capture
+from fxmerge.ir.capture import Capture
 from fxmerge.options import Options
-from fxmerge.pipeline import merge
 
 _DONE = "fxmerge_merged"  # in GraphModule.meta: this pass has been here
 

@@ -5,10 +5,15 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from fxmerge.errors import FxMergeError
+from fxmerge.ir.groups import Group
 from fxmerge.options import Options
 
 VERSION = 1
@@ -88,3 +93,9 @@ def _group(data: dict[str, Any]) -> GroupPlan:
     if sorted(set(kept)) != list(kept) or not kept or kept[0] < 0 or kept[-1] >= data["channels"]:
         raise FxMergeError(f"this plan is damaged: the kept channels of {data['name']} are no subset of its channels")
     return GroupPlan(str(data["name"]), int(data["channels"]), kept, partners)
+
+
+def planned(groups: Sequence[Group], plan: Plan) -> list[tuple[Group, Tensor]]:
+    """Those of some groups that a plan narrows, with the channels that it keeps: what `survivors` takes."""
+    kept = {p.name: p.kept for p in plan.groups}
+    return [(g, torch.tensor(kept[g.name])) for g in groups if g.name in kept]

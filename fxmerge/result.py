@@ -9,10 +9,11 @@ from typing import Any
 from torch import nn
 from torch.export import ExportedProgram
 
-from fxmerge.analysis.members import planned, survivors
 from fxmerge.export import program, save
-from fxmerge.ir.records import Capture, Group, Grouping, Provenance, Refusal
-from fxmerge.plan import Plan
+from fxmerge.ir.capture import Capture
+from fxmerge.ir.groups import Group, Grouping, Refusal, survivors
+from fxmerge.ir.provenance import Provenance
+from fxmerge.plan import Plan, planned
 from fxmerge.report.reports import AnalysisReport, Report
 
 

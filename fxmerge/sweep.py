@@ -24,15 +24,14 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves
 
+from fxmerge.api import settled
 from fxmerge.errors import FxMergeError
-from fxmerge.garbage import older_left_alone
 from fxmerge.graph.eval_mode import evaluating
-from fxmerge.options import Options
-from fxmerge.pipeline import Prepared, prepared, settled
-from fxmerge.progress import progress
-from fxmerge.report.budget_line import NAMES
+from fxmerge.graph.nested import finite
+from fxmerge.options import NAMES, Options
+from fxmerge.pipeline import Prepared, prepared
+from fxmerge.progress import older_left_alone, progress
 from fxmerge.report.picture.curve import curve
-from fxmerge.report.picture.page import finite
 from fxmerge.report.reports import original_cost
 from fxmerge.weights.files import write_text
 

@@ -11,43 +11,22 @@ compare         what every merge ends with: the merged model runs, gives the ori
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from fxmerge.errors import FxMergeError
-from fxmerge.graph.eval_mode import evaluating, reproducible
-from fxmerge.graph.outputs import returned
-from fxmerge.ir.records import DEPTHWISE, Capture, Group, Grouping, Member, ParamLabels, Provenance
+from fxmerge.graph.compare import Verdict, difference, outputs
+from fxmerge.graph.nested import tree
+from fxmerge.ir.capture import Capture
+from fxmerge.ir.groups import Group, Grouping, Member
+from fxmerge.ir.provenance import DEPTHWISE, ParamLabels, Provenance
 from fxmerge.rewrite.reassemble import assembled
-from fxmerge.rules.movement import fresh, tree
-from fxmerge.weights.by_path import at, gather, places, sharing_copy
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Relative error of the merged model's outputs on the example inputs, |merged - original| / |original|."""
-
-    error: float
-
-
-def outputs(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> list[Tensor]:
-    """The floating-point tensors that a model gives, in evaluation mode; its training flags stay as they were."""
-    with evaluating(module), torch.no_grad(), reproducible():
-        return returned(module(*fresh(list(args)), **fresh(dict(kwargs or {}))))
-
-
-def difference(one: list[Tensor], other: list[Tensor]) -> float:
-    """|one - other| / |one| over all tensors together; infinite where shapes differ or numbers are not finite."""
-    if [t.shape for t in one] != [t.shape for t in other]:
-        return float("inf")
-    apart = sum(float((a.double() - b.double()).square().sum()) for a, b in zip(one, other, strict=True))
-    whole = sum(float(a.double().square().sum()) for a in one)
-    found = (apart / max(whole, 1e-300)) ** 0.5
-    return found if found == found else float("inf")
+from fxmerge.rewrite.slicing import gather, places
+from fxmerge.weights.by_path import at
+from fxmerge.weights.copy import sharing_copy
 
 
 def compare(captured: Capture, merged: nn.Module) -> Verdict:

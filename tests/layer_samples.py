@@ -11,7 +11,7 @@ from netmaking import raw
 from sandwich import WIDTH, Sample, call, digit
 from torch import nn
 
-from fxmerge.ir.records import Aten
+from fxmerge.graph.ops import Aten
 
 
 def linear(key: Any) -> Sample:

@@ -8,7 +8,7 @@ import torch
 from sandwich import SIDE, Op, Sample, call
 from torch import Tensor
 
-from fxmerge.ir.records import Aten
+from fxmerge.graph.ops import Aten
 
 QUERIES: dict[Any, Op] = {
     getattr: lambda m, x: x.reshape(x.shape[0], x.shape[1], SIDE, SIDE),

@@ -34,7 +34,7 @@ from query_samples import query
 from sandwich import SIDE, WIDTH, Sample, call, digit, spelled
 from torch import nn
 
-from fxmerge.ir.records import Aten
+from fxmerge.graph.ops import Aten
 
 
 def positive(key: Any) -> Sample:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import fxmerge
 from fxmerge import verify
+from fxmerge.graph import compare
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -58,7 +59,7 @@ def test_runs_on_other_numbers_of_samples(samples: int, heads: str) -> None:
         y = torch.randn(other, 3, 8, 8, dtype=torch.float64)
         with torch.no_grad():
             whole, alone = result.module(y), torch.cat([result.module(one[None]) for one in y])
-        assert verify.difference([alone], [whole]) < 1e-10
+        assert compare.difference([alone], [whole]) < 1e-10
     found = result.analysis
     assert max(verify.permutation(found.captured, found.facts, found.grouping).values()) < 1e-10
 
@@ -70,7 +71,7 @@ def test_is_the_original_when_nothing_goes(samples: int) -> None:
     for other in (1, 3, 6):
         y = torch.randn(other, 3, 8, 8, dtype=torch.float64)
         with torch.no_grad():
-            assert verify.difference([model(y)], [merged(y)]) < 1e-12
+            assert compare.difference([model(y)], [merged(y)]) < 1e-12
 
 
 @pytest.mark.parametrize("samples", [1, 2])

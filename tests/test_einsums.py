@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import fxmerge
 from fxmerge import verify
+from fxmerge.graph import compare
 from fxmerge.rules.einsum import spelled
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -36,7 +37,7 @@ def test_an_equation_is_spelled_out(equation: str) -> None:
     operands = [torch.randn(s, dtype=torch.float64) for s in FORMS[equation]]
     inputs, out = spelled(equation, [o.dim() for o in operands])
     again = torch.einsum(f"{','.join(inputs)}->{out}", *operands)
-    assert verify.difference([torch.einsum(equation, *operands)], [again]) < 1e-12
+    assert compare.difference([torch.einsum(equation, *operands)], [again]) < 1e-12
 
 
 def activations(equation: str, *others: str, **facts: Any) -> Sample:
@@ -70,7 +71,7 @@ def test_channels_follow(name: str) -> None:
     assert [(p.name, len(p.kept)) for p in result.plan.groups] == [("writer", 4)], result.report.refusals
     found = result.analysis
     assert max(verify.permutation(found.captured, found.facts, found.grouping).values()) < 1e-10
-    assert verify.difference([masked_by_hand(result, x)], verify.outputs(result.module, (x,))) < 1e-10
+    assert compare.difference([masked_by_hand(result, x)], compare.outputs(result.module, (x,))) < 1e-10
 
 
 def test_queries_keys_and_values_at_once() -> None:
@@ -91,7 +92,7 @@ def test_as_torch_export_spells_it() -> None:
     model, x = Sample(op, dims=1).make()
     result = plain_merge(model, x, decomposition="prune", ratio=0.5)
     assert [p.name for p in result.plan.groups] == ["writer"], result.report.refusals
-    assert verify.difference([masked_by_hand(result, x)], verify.outputs(result.module, (x,))) < 1e-10
+    assert compare.difference([masked_by_hand(result, x)], compare.outputs(result.module, (x,))) < 1e-10
 
 
 class Places(nn.Module):
@@ -192,4 +193,4 @@ def test_a_mean_inside_of_blocks_is_a_mixer(heads: str) -> None:
         with torch.no_grad():
             y = smaller.conv(x).reshape(2, 2, 4, 6, 6)
             y = smaller.out(torch.relu(y - y.mean(2, keepdim=True)).flatten(1, 2))
-            assert verify.difference([y], [result.module(x)]) < 1e-10
+            assert compare.difference([y], [result.module(x)]) < 1e-10

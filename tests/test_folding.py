@@ -15,6 +15,7 @@ import fxmerge
 from fxmerge import verify
 from fxmerge.capture.capture_model import capture
 from fxmerge.capture.torch_export import export
+from fxmerge.graph import compare
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -36,7 +37,7 @@ def checked(model: nn.Module, x: Tensor, **widths: int) -> fxmerge.Result:
     result = plain_merge(model, x, ratio=0.5)
     found = result.analysis
     folded = found.captured.module
-    assert verify.difference(verify.outputs(model, (x,)), verify.outputs(folded, (x,))) < 1e-14
+    assert compare.difference(compare.outputs(model, (x,)), compare.outputs(folded, (x,))) < 1e-14
     assert max(verify.permutation(found.captured, found.facts, found.grouping).values()) < 1e-10
     assert {p.name: len(p.kept) for p in result.plan.groups} == widths
     return result
@@ -239,7 +240,7 @@ def test_a_copy_that_is_written_twice_and_read_through_a_view() -> None:
     model, x = made(wiring, w=raw(8, 6), b=nn.Linear(12, 2))
     folded = capture(model, x).module
     assert not any("mul_" in str(n.target) or "add_" in str(n.target) for n in folded.graph.nodes)
-    assert verify.difference(verify.outputs(model, (x,)), verify.outputs(folded, (x,))) < 1e-14
+    assert compare.difference(compare.outputs(model, (x,)), compare.outputs(folded, (x,))) < 1e-14
 
 
 def read_before(m: Any, x: Tensor) -> Tensor:

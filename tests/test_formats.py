@@ -19,12 +19,11 @@ from nets import NETS
 from torch import Tensor, nn
 
 import fxmerge
-from fxmerge.ir.records import Refusal
+from fxmerge.graph.compare import Verdict
+from fxmerge.ir.groups import Refusal
 from fxmerge.report.picture import formats
-from fxmerge.report.picture.frames import Frame, nested
-from fxmerge.report.picture.overview import overview
-from fxmerge.report.picture.records import Arrow, Box, Picture, Shade
-from fxmerge.verify import Verdict
+from fxmerge.report.picture.frames import nested, overview
+from fxmerge.report.picture.records import Arrow, Box, Frame, Picture, Shade
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 needs_graphviz = pytest.mark.skipif(shutil.which("dot") is None, reason="no program `dot`: install graphviz")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import fxmerge
 from fxmerge import Options, Plan, verify
+from fxmerge.graph import compare
 from fxmerge.plan import GroupPlan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -254,7 +255,7 @@ def test_is_the_net_made_by_hand(cls: Any) -> None:
     expected = by_hand(model, kept)
     for inputs in (x, x[:1] * 0.5):
         with torch.no_grad():
-            assert verify.difference([expected(inputs)], [result.module(inputs)]) < 1e-10
+            assert compare.difference([expected(inputs)], [result.module(inputs)]) < 1e-10
     sizes = [{n: p.shape for n, p in m.named_parameters()} for m in (result.module, expected)]
     assert sizes[0] == sizes[1]
 
@@ -286,7 +287,7 @@ def refitted_and_not(cls: Any, **options: Any) -> tuple[float, float]:
     def error(**how: Any) -> float:
         merged = fxmerge.merge(model, x, **options, **how).module
         with torch.no_grad():
-            return verify.difference([model(batches[0])], [merged(batches[0])])
+            return compare.difference([model(batches[0])], [merged(batches[0])])
 
     return error(calibration=batches[1:]), error(refit="none")
 
@@ -359,7 +360,7 @@ def test_both_is_fewer_and_narrower_made_by_hand(cls: Any) -> None:
     heads, expected = narrowed_by_hand(model, x, result)
     assert len(heads) == (1 if cls is Linearised else 2)  # whose heads have no width to lose
     with torch.no_grad():
-        assert verify.difference([expected(x)], [result.module(x)]) < 1e-10
+        assert compare.difference([expected(x)], [result.module(x)]) < 1e-10
     sizes = [{n: p.shape for n, p in m.named_parameters()} for m in (result.module, expected)]
     assert sizes[0] == sizes[1]
     found = result.analysis
@@ -401,7 +402,7 @@ def test_fewer_groups_fit_into_the_users_class(cls: Any, heads: str, tmp_path: P
     own = fxmerge.load(tmp_path / "saved", model=model)
     assert type(own) is cls
     with torch.no_grad():
-        assert verify.difference([result.module(x)], [own(x)]) < 1e-10
+        assert compare.difference([result.module(x)], [own(x)]) < 1e-10
     for name, layer in own.named_modules():
         if isinstance(layer, nn.Conv2d):
             merged = result.module.get_submodule(name) if name != "g" or cls is GroupedConv else layer

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 import fxmerge
 from fxmerge.calibration.patches import Form
-from fxmerge.ir.records import Layer
+from fxmerge.ir.provenance import Layer
 from fxmerge.refit import joint
 from fxmerge.refit.chains import Chain, chains
-from fxmerge.refit.joint import Fitted, Goal, _Variable
+from fxmerge.refit.joint import Fitted, _Variable
+from fxmerge.refit.targets import Goal
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 F64 = torch.float64

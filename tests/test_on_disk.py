@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import fxmerge
 from fxmerge import FxMergeError
-from fxmerge.verify import difference, outputs
+from fxmerge.graph.compare import difference, outputs
 from fxmerge.weights import disk_tensor
 from fxmerge.weights.disk_tensor import Cell, Spool, Stored
 from fxmerge.weights.files import write_tensors

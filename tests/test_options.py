@@ -13,8 +13,9 @@ from netmaking import plain_merge
 from torch import nn
 
 from fxmerge import ALLOCATORS, DECOMPOSITIONS, PROBES, SELECTORS, FxMergeError, Options
-from fxmerge.ir.records import Group
-from fxmerge.planning.counts import by_ratio, rounded
+from fxmerge.analysis.feasible import rounded
+from fxmerge.ir.groups import Group
+from fxmerge.planning.counts import by_ratio
 
 NAN, INF = math.nan, math.inf
 

@@ -16,7 +16,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 
 import fxmerge
 from fxmerge import FxMergeError, MergePass, Options
-from fxmerge.verify import difference, outputs
+from fxmerge.graph.compare import difference, outputs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PLAIN = Options(refit="none")

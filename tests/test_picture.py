@@ -15,8 +15,7 @@ from torch import Tensor, nn
 import fxmerge
 from fxmerge.analysis.groups import graphml
 from fxmerge.report.picture.build import draw
-from fxmerge.report.picture.frames import MANY, nested, open_frames
-from fxmerge.report.picture.overview import overview
+from fxmerge.report.picture.frames import MANY, nested, open_frames, overview
 from fxmerge.report.picture.records import Picture, colours, members
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -16,7 +16,7 @@ from torch.export import Dim, ExportedProgram
 import fxmerge
 from fxmerge import FxMergeError
 from fxmerge.cli.main import main
-from fxmerge.verify import difference, outputs
+from fxmerge.graph.compare import difference, outputs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

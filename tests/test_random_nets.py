@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import fxmerge
 from fxmerge import Options, Plan, verify
+from fxmerge.graph import compare
 from fxmerge.plan import GroupPlan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -43,10 +44,10 @@ def check(source: str) -> None:
     moved = verify.permutation(found.captured, found.facts, found.grouping)
     lined_up = [g.name for g in found.groups if g.partners]  # channels whose copies do not line up may only be dropped
     assert all(moved[name] < 1e-10 for name in lined_up), moved
-    shapes = [t.shape for t in verify.outputs(model, (x,))]
+    shapes = [t.shape for t in compare.outputs(model, (x,))]
     for decomposition in ("prune", "mostsim"):
         result = plain_merge(model, x, ratio=0.5, decomposition=decomposition)
-        after = verify.outputs(result.module, (x,))
+        after = compare.outputs(result.module, (x,))
         assert [t.shape for t in after] == shapes
         assert all(bool(torch.isfinite(t).all()) for t in after)
         refused = {r.name for r in result.report.refusals}

@@ -11,7 +11,7 @@ from torch import nn
 
 import fxmerge
 from fxmerge.capture.output_cache import Recall
-from fxmerge.weights.by_path import deep_copy
+from fxmerge.weights.copy import deep_copy
 
 
 class Odd(nn.Module):

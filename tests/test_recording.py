@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import fxmerge
 from fxmerge import verify
+from fxmerge.graph import compare
 
 torch.manual_seed(0)
 X = torch.randn(2, 3, 8, 8)
@@ -170,8 +171,8 @@ def test_dead_channels_go_and_the_class_stays(name: str) -> None:
     args = inputs if isinstance(inputs, tuple) else (inputs,)
     for scale in (1.0, -1.0, 0.3, 1.7):  # other values take other branches, and go round loops more often
         other = torch.utils._pytree.tree_map(lambda t: t * scale, args)  # noqa: B023
-        before, after = verify.outputs(model, other), verify.outputs(result.module, other)
-        assert verify.difference(before, after) < 1e-5
+        before, after = compare.outputs(model, other), compare.outputs(result.module, other)
+        assert compare.difference(before, after) < 1e-5
     parameters = sum(p.numel() for p in result.module.parameters())
     assert parameters < 0.9 * sum(p.numel() for p in model.parameters())
 

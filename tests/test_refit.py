@@ -21,13 +21,14 @@ from two_processes import run_on_two
 
 import fxmerge
 from fxmerge import FxMergeError, Options
+from fxmerge.calibration import epilogue
 from fxmerge.calibration.patches import at_positions, enough, form_of, patches, positions, rows_of, weight_of
-from fxmerge.ir.records import Layer
+from fxmerge.ir.provenance import Layer
 from fxmerge.methods.elimination import eliminate
 from fxmerge.methods.evidence import Reading
 from fxmerge.methods.least_squares import system
 from fxmerge.methods.probes import PROBES, tokens
-from fxmerge.refit import solve, targets
+from fxmerge.refit import solve
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -340,7 +341,7 @@ def test_behind_a_rectifier_the_solution_is_next_to_the_best() -> None:
     t = torch.randn(2000, 5, generator=generator, dtype=torch.float64)
     t += p[:, 0] @ torch.randn(12, 5, generator=generator, dtype=torch.float64) / 3 - 0.5
     ones = torch.ones(5, dtype=torch.float64)
-    step, rows = targets.affine(2 * ones, 0.3 * ones), solve.Rows([p], [t], [None])
+    step, rows = epilogue.affine(2 * ones, 0.3 * ones), solve.Rows([p], [t], [None])
 
     def loss(flat: np.ndarray[Any, Any]) -> tuple[float, np.ndarray[Any, Any]]:
         leaf = torch.from_numpy(flat).requires_grad_()

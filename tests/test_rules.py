@@ -18,15 +18,16 @@ from torch import Tensor, fx, nn
 import fxmerge
 from fxmerge import verify
 from fxmerge.analysis import literal_sizes
-from fxmerge.rules import table
+from fxmerge.graph import compare
+from fxmerge.rules import lookup
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SPELLINGS = list(table.spellings())
+SPELLINGS = list(lookup.spellings())
 
 
 def spellings_of(chosen: Callable[[fxmerge.Rule], bool]) -> pytest.MarkDecorator:
-    rows = [(key, rule, f"{rule.name}-{table.describe(spelling)}") for key, rule, spelling in SPELLINGS if chosen(rule)]
+    rows = [(key, rule, f"{rule.name}-{lookup.describe(one)}") for key, rule, one in SPELLINGS if chosen(rule)]
     return pytest.mark.parametrize(("key", "rule"), [row[:2] for row in rows], ids=[row[2] for row in rows])
 
 
@@ -60,7 +61,7 @@ def test_spelling(key: Any, rule: fxmerge.Rule) -> None:
         type(found.captured.module.get_submodule(str(n.target))) if n.op == "call_module" else n.target
         for n in found.captured.module.graph.nodes
     ]
-    assert key in targets or any(table.find(t, {key: (rule, key)}) for t in targets if callable(t))
+    assert key in targets or any(lookup.find(t, {key: (rule, key)}) for t in targets if callable(t))
     merged = [p.name for p in result.plan.groups]
     reasons = {r.name: r.reason for r in result.report.refusals}
     if not sample.merged:
@@ -70,7 +71,7 @@ def test_spelling(key: Any, rule: fxmerge.Rule) -> None:
     assert "writer" in merged, reasons
     assert max(verify.permutation(found.captured, found.facts, found.grouping).values()) < 1e-10
     if sample.exact:
-        assert verify.difference([masked_by_hand(result, x)], verify.outputs(result.module, (x,))) < 1e-10
+        assert compare.difference([masked_by_hand(result, x)], compare.outputs(result.module, (x,))) < 1e-10
     else:
         assert all(g.mixers for g in found.groups if g.name == "writer")
 
@@ -146,7 +147,7 @@ def test_commutes(key: Any, rule: fxmerge.Rule) -> None:
         errors = []
         for scale in (0.25, 2.0, 8.0):  # powers of two, so that a cast to half precision does not round otherwise
             one, other = sample.op(model, scale * before), scale * sample.op(model, before.clone())
-            errors.append(verify.difference([one], [other]))
+            errors.append(compare.difference([one], [other]))
     assert (max(errors) < 1e-10) == rule.commutes
 
 

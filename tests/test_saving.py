@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import fxmerge
 from fxmerge import FxMergeError
-from fxmerge.verify import difference, outputs
+from fxmerge.graph.compare import difference, outputs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 HERE = Path(__file__).parent

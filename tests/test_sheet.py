@@ -17,9 +17,10 @@ from nets import NETS
 from torch import nn
 
 import fxmerge
+from fxmerge.graph.nested import finite
 from fxmerge.planning.statistics import state
 from fxmerge.report.picture import group_panel
-from fxmerge.report.picture.page import finite, frame
+from fxmerge.report.picture.page import frame
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from two_processes import run_on_two
 
 import fxmerge
-from fxmerge.verify import difference, outputs
+from fxmerge.graph.compare import difference, outputs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NAMES = ("residual", "dense", "encoder", "words", "mlp")

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import fxmerge
 from fxmerge.capture.symbolic import hidden, symbolic
+from fxmerge.graph.compare import difference, outputs
 from fxmerge.graph.eval_mode import reproducible
-from fxmerge.verify import difference, outputs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WIDTH, HEADS, LONG, SHORT = 8, 2, 6, 4

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
+from fxmerge.analysis.feasible import shaken
 from fxmerge.analysis.groups import aligned, group, joined
 from fxmerge.analysis.literal_sizes import Failure, recompute
-from fxmerge.analysis.members import survivors
 from fxmerge.analysis.whole_blocks import whole, width
-from fxmerge.errors import FxMergeError, source_line
-from fxmerge.ir.records import Capture, Group, Grouping, Provenance, Refusal
-from fxmerge.methods.selection import select
-from fxmerge.options import Options
-from fxmerge.plan import GroupPlan
-from fxmerge.planning.counts import ignored, shaken
-from fxmerge.planning.statistics import candidates
-from fxmerge.rewrite.rewriter import Rewriter
+from fxmerge.errors import source_line
+from fxmerge.ir.capture import Capture
+from fxmerge.ir.groups import Group, Grouping, Refusal, survivors
+from fxmerge.ir.provenance import Provenance
 from fxmerge.rules.resize import Call
 
 Chosen = list[tuple[Group, Tensor]]  # groups that narrow, with the channels that they keep
@@ -65,37 +61,6 @@ def _hit(groups: Sequence[Group], grouping: Grouping, failures: Sequence[Failure
     return [g for g in groups if failed[g.name]]
 
 
-def in_scope(grouping: Grouping, options: Options) -> tuple[list[Group], tuple[Refusal, ...]]:
-    """The groups that these options let in, and a refusal for each other."""
-    inside, out = [], list(grouping.refusals)
-    for g in grouping.everything:
-        why = ""
-        if ignored(g, options):
-            why = "is ignored, as the options say"
-        elif options.scope == "internal" and not g.internal:
-            why = "is not internal: it has several writers, several readers, or a mixer"
-        if why:
-            out.append(Refusal(g.name, g.channels, why, ""))
-        else:
-            inside.append(g)
-    return inside, tuple(out)
-
-
-def replayed(groups: Sequence[Group], decided: Mapping[str, GroupPlan]) -> dict[str, tuple[int, ...]]:
-    known = {g.name: g for g in groups}
-    counts = {g.name: tuple(torch.bincount(g.cells).tolist()) for g in groups}
-    for name, planned in decided.items():
-        if name not in known or known[name].channels != planned.channels:
-            has = f"has {known[name].channels} channels" if name in known else "is not there"
-            raise FxMergeError(f"the plan's group {name} of {planned.channels} channels {has} in this model")
-        kept = known[name].cells[list(planned.kept)]
-        counts[name] = tuple(torch.bincount(kept, minlength=len(counts[name])).tolist())
-        for block in known[name].blocks:
-            if len({sum(counts[name][cell] for cell in row) for row in block}) > 1:
-                raise FxMergeError(f"the plan keeps unequally many channels of the blocks of {name}")
-    return counts
-
-
 def provable(
     captured: Capture, facts: Provenance, grouping: Grouping, chosen: Chosen
 ) -> tuple[Chosen, dict[str, Call], list[Refusal]]:
@@ -115,18 +80,3 @@ def provable(
                 refused += [Refusal(g.name, g.channels, why, source_line(nodes[failure.node])) for g in guilty]
                 gone |= {g.name for g in guilty}
         chosen = [(g, kept) for g, kept in chosen if g.name not in gone]
-
-
-def sliced(
-    captured: Capture,
-    facts: Provenance,
-    grouping: Grouping,
-    groups: Sequence[Group],
-    counts: Mapping[str, Sequence[int]],
-    tensors: Mapping[str, Tensor],
-) -> fx.GraphModule:
-    """The graph with so many channels left, nobody carrying the others: of the right sizes, good for a clock only."""
-    narrowed = [g for g in groups if sum(counts[g.name]) < g.channels]
-    chosen = [(g, select("l2", candidates(g, tensors, 0), g.cells, counts[g.name])) for g in narrowed]
-    chosen, edits, _ = provable(captured, facts, grouping, chosen)
-    return Rewriter(captured.module, facts).finish(survivors(grouping, chosen), edits)

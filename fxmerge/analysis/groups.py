@@ -23,11 +23,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fxmerge.analysis.members import Builder, Ints, group_of_label
+from fxmerge.analysis.members import Builder
 from fxmerge.analysis.whole_blocks import atoms
+from fxmerge.graph.nested import leaves
+from fxmerge.ir.groups import Group, Grouping, Ints, Refusal, group_of_label
 from fxmerge.ir.labels import thin
-from fxmerge.ir.records import Block, Group, Grouping, Lab, Layer, Pin, Provenance, Refusal, Tie
-from fxmerge.rules.movement import leaves
+from fxmerge.ir.provenance import Block, Lab, Layer, Pin, Provenance, Tie
 
 
 def group(facts: Provenance) -> Grouping:

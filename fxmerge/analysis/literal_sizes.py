@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxmerge.graph import nested
+from fxmerge.ir.capture import Capture
 from fxmerge.ir.labels import compact, numbers, simplify, thin
-from fxmerge.ir.records import Capture, Lab, Param, Provenance
-from fxmerge.rules import movement, table
+from fxmerge.ir.provenance import Lab, Param, Provenance, blocks_left
+from fxmerge.rules import lookup, movement
 from fxmerge.rules.resize import IMPLICIT, Call, Resize, resized
-from fxmerge.weights.by_path import blocks_left
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def recompute(captured: Capture, facts: Provenance, alive: Tensor) -> tuple[dict
 class _Check:
     def __init__(self, captured: Capture, facts: Provenance, alive: Tensor) -> None:
         self.captured, self.facts, self.alive = captured, facts, alive
-        self.table = table.table()
+        self.table = lookup.table()
         self.values: dict[str, Any] = {}
         self.edits: dict[str, Call] = {}
         self.compacted: dict[int, tuple[Tensor, list[Lab]]] = {}  # identity of labels -> those, and their survivors
@@ -102,7 +103,7 @@ class _Check:
         def value(leaf: Any) -> Any:
             return self.values[self.latest.get(leaf.name, leaf.name)] if isinstance(leaf, fx.Node) else leaf
 
-        return movement.tree(value, tuple(call.args)), movement.tree(value, dict(call.kwargs))
+        return nested.tree(value, tuple(call.args)), nested.tree(value, dict(call.kwargs))
 
     def query(self, node: fx.Node, before: Any) -> Any:
         """Plain values that the graph computes from sizes follow by themselves."""
@@ -124,7 +125,7 @@ class _Check:
                     return old
             return leaf
 
-        args, kwargs = movement.tree(original, tuple(node.args)), movement.tree(original, dict(node.kwargs))
+        args, kwargs = nested.tree(original, tuple(node.args)), nested.tree(original, dict(node.kwargs))
         if (args, kwargs) != (tuple(node.args), dict(node.kwargs)):
             self.edit(node, Call(node.target, args, kwargs))
 
@@ -156,7 +157,7 @@ class _Check:
         return self.rule_name_of(node.target)
 
     def rule_name_of(self, target: Any) -> str:
-        found = None if isinstance(target, nn.Module) else table.find(target, self.table)
+        found = None if isinstance(target, nn.Module) else lookup.find(target, self.table)
         return found[0].name if found is not None else ""
 
     def movement(self, node: fx.Node, before: Any, expected: list[Any]) -> Any:
@@ -171,9 +172,9 @@ class _Check:
                 return want
         for want in [] if inside else expected:
             name = self.rule_name(node)
-            shapes = [movement.tree(lambda v: tuple(v.t.shape) if isinstance(v, Lab) else v, v) for v in (before, want)]
+            shapes = [nested.tree(lambda v: tuple(v.t.shape) if isinstance(v, Lab) else v, v) for v in (before, want)]
             call = Call(node.target, tuple(node.args), dict(node.kwargs))
-            was = movement.tree(lambda v: self.facts.values.get(v.name, v) if isinstance(v, fx.Node) else v, call.args)
+            was = nested.tree(lambda v: self.facts.values.get(v.name, v) if isinstance(v, fx.Node) else v, call.args)
             now = Call(call.target, args, kwargs)
             about = Resize(shapes[0], shapes[1], lambda at: self.survivors(node, at), Call(call.target, was, {}), now)
             proposal = resized(name, call, about)
@@ -194,7 +195,7 @@ class _Check:
             out = movement.run(target, *_plain(args, kwargs, self.facts, self.alive, name in movement.INDEXING))
         except (TypeError, RuntimeError, ValueError, IndexError):
             return None
-        return movement.tree(
+        return nested.tree(
             lambda v: Lab(simplify(v)) if isinstance(v, Tensor) else v, tuple(out) if isinstance(out, list) else out
         )
 
@@ -209,9 +210,9 @@ class _Check:
         return (mask.amax(others) if others else mask).expand(labels.size(axis))
 
     def fail(self, node: fx.Node) -> None:
-        held = [v.t for v in movement.leaves(self.before(node.name)) if isinstance(v, Lab)]
+        held = [v.t for v in nested.leaves(self.before(node.name)) if isinstance(v, Lab)]
         for source in self.latest.values():
-            held += [v.t for v in movement.leaves(self.before(source)) if isinstance(v, Lab)]
+            held += [v.t for v in nested.leaves(self.before(source)) if isinstance(v, Lab)]
         labels = torch.unique(torch.cat([numbers(t) for t in held]))
         self.failures.append(Failure(node.name, labels[~self.alive[labels]]))
 
@@ -226,7 +227,7 @@ def _shape(value: Any) -> tuple[int, ...] | None:
 
 
 def _labelled(value: Any) -> bool:
-    return any(isinstance(leaf, Lab) for leaf in movement.leaves(value))
+    return any(isinstance(leaf, Lab) for leaf in nested.leaves(value))
 
 
 def _plain(
@@ -246,7 +247,7 @@ def _plain(
             return torch.zeros(value.shape, dtype=torch.int64)
         return value
 
-    return movement.tree(plain, args), movement.tree(plain, kwargs)
+    return nested.tree(plain, args), nested.tree(plain, kwargs)
 
 
 def _equal(found: Tensor, want: Tensor) -> bool:
@@ -260,7 +261,7 @@ def _is(before: Any, after: Any) -> bool:
     """Is a value the very one that it was?"""
     if before is after:
         return True
-    one, other = movement.leaves(before), movement.leaves(after)
+    one, other = nested.leaves(before), nested.leaves(after)
     return len(one) == len(other) and all(
         a.t is b.t
         if isinstance(a, Lab) and isinstance(b, Lab)
@@ -275,7 +276,7 @@ _SIMPLE = (int, float, bool, str, type(None), torch.Size, torch.dtype, torch.dev
 def _same(found: Any, want: Any) -> bool:
     if found is None:
         return False
-    one, other = movement.leaves(found), movement.leaves(want)
+    one, other = nested.leaves(found), nested.leaves(want)
     return len(one) == len(other) and all(
         _equal(a.t, b.t) if isinstance(a, Lab) and isinstance(b, Lab) else a == b
         for a, b in zip(one, other, strict=True)

@@ -3,47 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from fxmerge.ir.records import Group, Grouping, Layer, Member, Provenance
-from fxmerge.plan import Plan
-
-Ints = NDArray[np.int64]
-
-
-def survivors(grouping: Grouping, kept: Sequence[tuple[Group, Tensor]]) -> Tensor:
-    """alive (label_count,): does the label's channel stay, and so the block that it is in?"""
-    alive = torch.ones(len(grouping.atom), dtype=torch.bool)
-    for part in grouping.parts:
-        mine = {g.name for g in part.groups}
-        stays = torch.ones(int(part.atom.max()) + 1, dtype=torch.bool)
-        for group, index in kept:
-            if group.name in mine:
-                stays[group.atoms] = False
-                stays[group.atoms[index]] = True
-        alive &= stays[part.atom]
-    return alive
-
-
-def planned(groups: Sequence[Group], plan: Plan) -> list[tuple[Group, Tensor]]:
-    """Those of some groups that a plan narrows, with the channels that it keeps: what `survivors` takes."""
-    kept = {p.name: p.kept for p in plan.groups}
-    return [(g, torch.tensor(kept[g.name])) for g in groups if g.name in kept]
-
-
-def group_of_label(part: Grouping) -> Ints:
-    """(label_count,) the number of the group that each label is in, by the order of `part.groups`; -1 for none."""
-    of_atom = np.full(int(part.atom.max()) + 1, -1, dtype=np.int64)
-    for number, group in enumerate(part.groups):
-        of_atom[group.atoms.numpy()] = number
-    found: Ints = of_atom[part.atom.numpy()]
-    return found
+from fxmerge.ir.groups import Group, Ints, Member
+from fxmerge.ir.provenance import Layer, Provenance
 
 
 class Builder:

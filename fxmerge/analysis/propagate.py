@@ -13,15 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxmerge.capture.torch_export import by_name, overload_name
 from fxmerge.errors import source_line
-from fxmerge.graph.ops import in_place
+from fxmerge.graph import nested
+from fxmerge.graph.ops import by_name, in_place, overload_name
+from fxmerge.ir.capture import FOLDED, Capture
 from fxmerge.ir.labels import fixed, numbers
-from fxmerge.ir.records import (
-    FOLDED,
+from fxmerge.ir.provenance import (
     Block,
     Bond,
-    Capture,
     Contraction,
     Lab,
     Layer,
@@ -33,7 +32,7 @@ from fxmerge.ir.records import (
     Untouched,
     View,
 )
-from fxmerge.rules import movement, table
+from fxmerge.rules import lookup, movement
 from fxmerge.rules.context import Context, Opaque, layer_name
 from fxmerge.weights.by_path import at
 
@@ -42,7 +41,7 @@ class _Run:
     """The interpreter: walks the graph once, one rule a node."""
 
     def __init__(self, capture: Capture, whole: bool) -> None:
-        self.capture, self.table, self.whole = capture, table.table(), whole
+        self.capture, self.table, self.whole = capture, lookup.table(), whole
         self.count, self.placeholders = 1, 0
         self.axes: dict[str, dict[int, Tensor]] = {}
         self.elements: dict[str, Tensor] = {}
@@ -77,7 +76,7 @@ class _Run:
             self.values[node] = self.step(node)
             if node.name in held:
                 ctx = Context(self, node, node.name, None, ())
-                for leaf in movement.leaves(self.values[node]):
+                for leaf in nested.leaves(self.values[node]):
                     if isinstance(leaf, Lab):
                         ctx.pin(leaf.t, held[node.name])
         return self.facts()
@@ -95,7 +94,7 @@ class _Run:
             shape = self.capture.shapes.get(node.name)
             self.placeholders += 1
             given = self.capture.inputs[self.placeholders - 1]
-            inside = movement.tree(lambda v: Lab(fixed(v.shape)) if isinstance(v, Tensor) else v, given)
+            inside = nested.tree(lambda v: Lab(fixed(v.shape)) if isinstance(v, Tensor) else v, given)
             return Lab(fixed(shape)) if shape is not None else inside
         if node.op == "get_attr":
             value = at(self.capture.module, str(node.target))
@@ -107,11 +106,11 @@ class _Run:
         def operand(value: Any) -> Any:
             return self.values[self.latest(value)] if isinstance(value, fx.Node) else value
 
-        args, kwargs = movement.tree(operand, list(node.args)), movement.tree(operand, dict(node.kwargs))
+        args, kwargs = nested.tree(operand, list(node.args)), nested.tree(operand, dict(node.kwargs))
         if node.op == "output":
             self.kinds[node.name] = "output"
             ctx = Context(self, node, "output", None, args)
-            for leaf in movement.leaves(args):
+            for leaf in nested.leaves(args):
                 if isinstance(leaf, Lab):
                     ctx.pin(leaf.t, "is the model's output")
                 elif isinstance(leaf, Param):
@@ -125,12 +124,12 @@ class _Run:
         key, why = target, "has no rule"
         if node.op == "call_module":
             target = self.capture.module.get_submodule(str(node.target))
-            key = table.module_class(target, self.table)
+            key = lookup.module_class(target, self.table)
             if target._forward_hooks or target._forward_pre_hooks:
                 key, why = None, "has forward hooks"
             elif key is None:
                 why = f"is a {type(target).__name__}, which has no rule"
-        found = self.table.get(key) if node.op == "call_module" else table.find(key, self.table)
+        found = self.table.get(key) if node.op == "call_module" else lookup.find(key, self.table)
         operands, as_given = [*args, *kwargs.values()], (tuple(args), kwargs)
         if found is not None and overload_name(target) is not None and found[0].kind != "movement":
             accepted = dict(inspect.signature(found[0].apply).parameters)
@@ -138,12 +137,12 @@ class _Run:
         if found is not None and node.op != "call_module" and found[0].kind != "movement":
             kwargs = {_NUMPY.get(name, name): value for name, value in kwargs.items()}
         ctx = Context(self, node, found[0].name if found else str(node.target), target, operands)
-        dynamic = any(isinstance(leaf, (Lab, Param, Opaque)) for leaf in movement.leaves(operands))
+        dynamic = any(isinstance(leaf, (Lab, Param, Opaque)) for leaf in nested.leaves(operands))
         if not dynamic and node.op != "call_module":
             self.kinds[node.name] = "query"
             return movement.run(target, *as_given)  # a plain value: computed as it stands
         self.kinds[node.name] = "unknown"
-        if found is None or any(isinstance(leaf, Opaque) for leaf in movement.leaves(operands)):
+        if found is None or any(isinstance(leaf, Opaque) for leaf in nested.leaves(operands)):
             return ctx.unknown(why)
         rule, spelling = found
         for attribute in getattr(spelling, "attributes", ()):

@@ -17,7 +17,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from fxmerge.ir.labels import FIXED
-from fxmerge.ir.records import Provenance, Tie
+from fxmerge.ir.provenance import Provenance, Tie
 
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]

@@ -12,16 +12,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_leaves
 
 from fxmerge.errors import FxMergeError, first_line
 from fxmerge.graph.cost import cost
+from fxmerge.graph.distributed import rank_and_size
 from fxmerge.graph.eval_mode import evaluating
+from fxmerge.graph.inputs import bind, fixed_batch
+from fxmerge.graph.nested import fresh
 from fxmerge.graph.outputs import returned
-from fxmerge.ir.records import Capture, Provenance
+from fxmerge.ir.capture import Capture
+from fxmerge.ir.provenance import Provenance
 from fxmerge.methods.probes import PROBES, probes
 from fxmerge.options import Options
-from fxmerge.rules.movement import fresh
 from fxmerge.weights.by_path import at
 
 Batches = list[list[Any]]  # by batch, values of the graph's placeholders
@@ -81,23 +83,6 @@ def enough(captured: Capture) -> int:
     wanted = max(USUAL, min(MOST, SMALL // largest_activation(captured)))
     each = cost(captured.module, captured.inputs).flops / batch_size(captured)
     return max(FEWEST, min(wanted, int(FORWARD / max(each, 1))))
-
-
-def bind(module: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
-    """The values of the placeholders, in order; those of an exported graph are the leaves of the arguments."""
-    if isinstance(module.graph._codegen, fx.graph._PyTreeCodeGen):
-        return list(tree_leaves((args, dict(kwargs))))
-    values, positional = [], list(args)
-    for node in module.graph.nodes:
-        if node.op == "placeholder":
-            default = node.args[0] if node.args else None
-            values.append(positional.pop(0) if positional else kwargs.get(str(node.target), default))
-    return values
-
-
-def fixed_batch(module: fx.GraphModule) -> bool:
-    """Does the graph take the example's batch size only? One that torch.export made does."""
-    return isinstance(module.graph._codegen, fx.graph._PyTreeCodeGen)
 
 
 def samples_at_most(captured: Capture) -> int:
@@ -203,21 +188,6 @@ def vocabularies(captured: Capture, facts: Provenance) -> dict[int, int]:
             elif facts.kinds.get(source) in ("movement", "query", "per_channel"):
                 sources += facts.sources.get(source, ())
     return found
-
-
-def rank_and_size() -> tuple[int, int]:
-    """This process among those of torch.distributed; (0, 1) where it is not at work."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
-
-
-def summed(value: Tensor) -> Tensor:
-    """A tensor's sum over all processes."""
-    if rank_and_size()[1] > 1:
-        value = value.clone().contiguous()
-        torch.distributed.all_reduce(value)
-    return value
 
 
 def share(batches: Sequence[list[Any]]) -> list[list[Any]]:

@@ -19,14 +19,15 @@ import torch
 from torch import Tensor
 
 from fxmerge.calibration.batches import Batches, UnprobedError, fed
+from fxmerge.calibration.epilogue import pair
 from fxmerge.calibration.paired_run import Lockstep, Settings, moments
 from fxmerge.graph.cost import cost
 from fxmerge.graph.eval_mode import evaluating
-from fxmerge.ir.records import Capture, Layer, Provenance
+from fxmerge.ir.capture import Capture
+from fxmerge.ir.provenance import Layer, Provenance
 from fxmerge.methods.least_squares import Reduce
 from fxmerge.methods.probes import probed
 from fxmerge.options import Options
-from fxmerge.refit.targets import pair
 from fxmerge.weights.by_path import at
 
 STEPS = 20  # of Adam, with a short memory and a rate (in deviations of the probes) that falls to FALL of the first:

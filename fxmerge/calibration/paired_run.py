@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxmerge.ir.records import Layer, Provenance
+from fxmerge.graph.nested import fresh
+from fxmerge.ir.provenance import Layer, Provenance
 from fxmerge.methods.least_squares import Reduce
-from fxmerge.rules.movement import fresh
 from fxmerge.weights.by_path import at
 
 Values = list[Any]

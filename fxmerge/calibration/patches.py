@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fxmerge.capture.torch_export import overload_name
-from fxmerge.ir.records import Layer
+from fxmerge.graph.nested import leaves
+from fxmerge.graph.ops import overload_name
+from fxmerge.ir.provenance import Layer
 from fxmerge.methods.least_squares import Reduce
-from fxmerge.rules.movement import leaves
 
 _ARGUMENTS = {
     "linear": ("input", "weight", "bias"),

@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxmerge.calibration.epilogue import behind, pair
 from fxmerge.calibration.paired_run import Lockstep, Settings, line
 from fxmerge.calibration.patches import enough, form_of, input_of, patches, rows_of, sample
 from fxmerge.graph.eval_mode import evaluating
-from fxmerge.ir.records import Capture, Group, Layer, Provenance
+from fxmerge.ir.capture import Capture
+from fxmerge.ir.groups import Group
+from fxmerge.ir.provenance import Layer, Provenance
 from fxmerge.methods.evidence import Reading
 from fxmerge.methods.least_squares import second_moments
-from fxmerge.refit.targets import behind, pair
 from fxmerge.weights.by_path import at
 from fxmerge.weights.disk_tensor import beside
 

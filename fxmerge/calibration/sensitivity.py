@@ -17,12 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxmerge.calibration.batches import batch_size, fixed_batch
+from fxmerge.calibration.batches import batch_size
+from fxmerge.calibration.epilogue import pair
 from fxmerge.calibration.paired_run import Lockstep, Settings, moments
 from fxmerge.graph.eval_mode import evaluating
+from fxmerge.graph.inputs import fixed_batch
 from fxmerge.graph.outputs import returned
-from fxmerge.ir.records import Capture, Group, Provenance
-from fxmerge.refit.targets import pair
+from fxmerge.ir.capture import Capture
+from fxmerge.ir.groups import Group
+from fxmerge.ir.provenance import Provenance
 from fxmerge.weights.by_path import at
 
 DRAWS = 2

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from fxmerge.calibration.batches import bind
 from fxmerge.capture.constant_fold import fold
 from fxmerge.capture.output_cache import Recall
 from fxmerge.capture.parametrizations import computed, unparametrize
@@ -24,11 +23,11 @@ from fxmerge.capture.symbolic import trace
 from fxmerge.capture.torch_export import opened
 from fxmerge.errors import FxMergeError, first_line, source_line
 from fxmerge.graph.eval_mode import reproducible, reseed
+from fxmerge.graph.inputs import bind
+from fxmerge.graph.nested import fresh, leaves
 from fxmerge.graph.outputs import foreign, plain, returned, returning_plain
-from fxmerge.ir.recorded import Recorded
-from fxmerge.ir.records import Capture
-from fxmerge.rules.movement import fresh, leaves
-from fxmerge.weights.by_path import deep_copy
+from fxmerge.ir.capture import Capture, Recorded
+from fxmerge.weights.copy import deep_copy
 from fxmerge.weights.meta import blanked
 
 

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fxmerge.graph.ops import in_place
-from fxmerge.ir.records import FOLDED
-from fxmerge.rules import movement, table
+from fxmerge.ir.capture import FOLDED
+from fxmerge.rules import lookup, movement
 from fxmerge.weights.by_path import at
 from fxmerge.weights.disk_tensor import beside
 
@@ -32,7 +32,7 @@ def fold(module: fx.GraphModule) -> fx.GraphModule:
 
     Raises nothing: what cannot be computed is left as it stands.
     """
-    known = table.table()
+    known = lookup.table()
     _unturned(module, known)
     constant: dict[fx.Node, bool] = {}  # node that depends on parameters alone -> is there arithmetic in it?
     updates: list[fx.Node] = []
@@ -40,7 +40,7 @@ def fold(module: fx.GraphModule) -> fx.GraphModule:
         if node.op == "get_attr":
             constant[node] = False
         elif node.op in ("call_function", "call_method") and node.all_input_nodes:
-            found = table.find(node.target, known)
+            found = lookup.find(node.target, known)
             update, alone = in_place(node, node.target), all(n in constant for n in node.all_input_nodes)
             if update and node.all_input_nodes[0] in constant:
                 updates.append(node)
@@ -128,7 +128,7 @@ def _unturned(module: fx.GraphModule, known: dict[Any, Any]) -> None:
     """
     calls, changed = ("call_function", "call_method"), False
     for node in list(module.graph.nodes):
-        found = table.find(node.target, known) if node.op in calls else None
+        found = lookup.find(node.target, known) if node.op in calls else None
         name = found[0].name if found is not None else ""
         if name not in ("matmul", "linear") or not 2 <= len(node.args) + len(node.kwargs) <= 3:
             continue
@@ -159,7 +159,7 @@ def _transposed(module: fx.GraphModule, turned: Any, known: dict[Any, Any]) -> f
     """The parameter that a node is the transpose of."""
     if not isinstance(turned, fx.Node) or turned.op not in ("call_function", "call_method"):
         return None
-    row = table.find(turned.target, known)
+    row = lookup.find(turned.target, known)
     if len(turned.all_input_nodes) != 1 or row is None or row[0].kind not in ("movement", "query"):
         return None
     (weight,) = turned.all_input_nodes
@@ -175,7 +175,7 @@ def _as_weight(module: fx.GraphModule, user: fx.Node, node: fx.Node, known: dict
     """Is the node the weight or bias of this layer, and not its input?"""
     if user.op not in ("call_function", "call_method"):
         return False
-    found = table.find(user.target, known)
+    found = lookup.find(user.target, known)
     return found is not None and found[0].kind in ("writer", "carrier") and node not in user.args[:1]
 
 

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fxmerge.rules.movement import fresh
+from fxmerge.graph.nested import fresh
 
 
 def export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
@@ -109,29 +109,3 @@ def _doubled(value: Any) -> Any:
 
 
 _ASSERTIONS = (torch.ops.aten._assert_tensor_metadata.default, torch.ops.aten._assert_async.msg)
-
-
-def overload_name(target: Any) -> str | None:
-    """The plain name of a registered op, `relu` for aten.relu_.default, `ns::op` elsewhere; None for anything else."""
-    if not isinstance(target, torch._ops.OpOverload):
-        return None
-    name = target._schema.name.removeprefix("aten::")
-    return name.removesuffix("_") if name.endswith("_") and not name.endswith("__") else name
-
-
-def by_name(target: Any, args: list[Any], kwargs: dict[str, Any], accepted: dict[str, Any]) -> tuple[list[Any], Any]:
-    """The arguments of an aten call, by the names of its schema where the rule accepts them (its order may differ)."""
-    known = [a.name for a in target._schema.arguments]
-    given = dict(zip(known, args, strict=False)) | kwargs
-    if "self" in given and "input" in accepted and "input" not in known:
-        known[known.index("self")], given["input"] = "input", given.pop("self")
-    first, *rest = [name for name in known if name in given]
-    if not any(name in accepted for name in (first, *rest)):  # operands without names of their own: a + b
-        slots = [p for p in accepted.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.VAR_POSITIONAL)][1:]
-        return list(args) if slots and slots[-1].kind is slots[-1].VAR_POSITIONAL else list(args)[: len(slots)], {}
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
-    named = {name: given[name] for name in rest if name in accepted or takes_any}
-    positions = [p.name for p in accepted.values() if p.kind is p.POSITIONAL_OR_KEYWORD][1:]  # without ctx
-    if first in positions:
-        return [], {first: given[first], **named}
-    return [given[first]], named

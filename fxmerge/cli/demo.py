@@ -15,8 +15,8 @@ from rich.table import Table
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fxmerge.api import merge
 from fxmerge.options import Options
-from fxmerge.pipeline import merge
 
 RATIOS = (0.5, 0.6, 0.7, 0.8)
 METHODS = {

@@ -13,11 +13,11 @@ from typing import Annotated, Any
 
 import tyro
 
+from fxmerge.api import analyze, merge
 from fxmerge.cli import demo as demonstration
 from fxmerge.cli.specs import function, load
 from fxmerge.errors import FxMergeError
 from fxmerge.options import BUDGETS, Options
-from fxmerge.pipeline import analyze, merge
 from fxmerge.report.drawable import drawn_as
 from fxmerge.sweep import sweep
 

@@ -17,10 +17,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxmerge.errors import FxMergeError
-from fxmerge.ir.records import Capture, Provenance
-from fxmerge.verify import difference, outputs
-from fxmerge.weights.by_path import deep_copy, resize
+from fxmerge.graph.compare import difference, outputs
+from fxmerge.ir.capture import Capture
+from fxmerge.ir.provenance import Provenance
+from fxmerge.weights.copy import deep_copy
 from fxmerge.weights.disk_tensor import beside
+from fxmerge.weights.layout import resize
 
 _TRIALS = 64
 _CONSTANT = ("lifted_tensor", "_tensor_constant")  # how torch.export and torch.fx name them

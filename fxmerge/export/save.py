@@ -25,10 +25,11 @@ from fxmerge.errors import FxMergeError
 from fxmerge.export.own_class import Fit, fitted, narrowed
 from fxmerge.export.source.layers import layered
 from fxmerge.export.source.module import source
-from fxmerge.ir.records import Capture, Provenance
+from fxmerge.graph.compare import difference, outputs
+from fxmerge.ir.capture import Capture
+from fxmerge.ir.provenance import Provenance
 from fxmerge.plan import Plan
 from fxmerge.report.reports import Report
-from fxmerge.verify import difference, outputs
 from fxmerge.weights.by_path import at
 from fxmerge.weights.disk_tensor import left_in, raw, slots, stored
 from fxmerge.weights.files import write_folder, write_tensors, write_text

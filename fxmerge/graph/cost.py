@@ -11,7 +11,7 @@ from torch import fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxmerge.graph.eval_mode import evaluating
-from fxmerge.rules.movement import fresh
+from fxmerge.graph.nested import fresh
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fxmerge.graph.eval_mode import evaluating
-from fxmerge.rules.movement import fresh
+from fxmerge.graph.nested import fresh
 
 ROUNDS, SECONDS = 9, 6.0  # at least so many rounds; no new round after so long
 SHORTEST = 5e-3  # seconds that the clock measures at once: shorter calls are repeated

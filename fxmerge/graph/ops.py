@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from fxmerge.capture.torch_export import overload_name
-from fxmerge.rules.movement import leaves
+from fxmerge.graph.nested import leaves
 
 HARMLESS = {
     "size", "dim", "ndimension", "numel", "nelement", "stride", "is_floating_point", "is_complex", "is_contiguous",
@@ -73,3 +73,36 @@ def held_tensors(model: nn.Module) -> list[Tensor]:
     return [
         t for m in model.modules() for t in tensors([*vars(m).values(), *m._buffers.values(), *m._parameters.values()])
     ]
+
+
+@dataclass(frozen=True)
+class Aten:
+    """An aten op, by its plain name, that no function or method of torch has the name of."""
+
+    name: str
+
+
+def overload_name(target: Any) -> str | None:
+    """The plain name of a registered op, `relu` for aten.relu_.default, `ns::op` elsewhere; None for anything else."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return None
+    name = target._schema.name.removeprefix("aten::")
+    return name.removesuffix("_") if name.endswith("_") and not name.endswith("__") else name
+
+
+def by_name(target: Any, args: list[Any], kwargs: dict[str, Any], accepted: dict[str, Any]) -> tuple[list[Any], Any]:
+    """The arguments of an aten call, by the names of its schema where the rule accepts them (its order may differ)."""
+    known = [a.name for a in target._schema.arguments]
+    given = dict(zip(known, args, strict=False)) | kwargs
+    if "self" in given and "input" in accepted and "input" not in known:
+        known[known.index("self")], given["input"] = "input", given.pop("self")
+    first, *rest = [name for name in known if name in given]
+    if not any(name in accepted for name in (first, *rest)):  # operands without names of their own: a + b
+        slots = [p for p in accepted.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.VAR_POSITIONAL)][1:]
+        return list(args) if slots and slots[-1].kind is slots[-1].VAR_POSITIONAL else list(args)[: len(slots)], {}
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
+    named = {name: given[name] for name in rest if name in accepted or takes_any}
+    positions = [p.name for p in accepted.values() if p.kind is p.POSITIONAL_OR_KEYWORD][1:]  # without ctx
+    if first in positions:
+        return [], {first: given[first], **named}
+    return [given[first]], named

@@ -10,23 +10,28 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from fxmerge.analysis.grouping import sliced
-from fxmerge.calibration.batches import rank_and_size, summed
+from fxmerge.analysis.feasible import all_of
+from fxmerge.analysis.grouping import provable
+from fxmerge.calibration.epilogue import SOLVED
 from fxmerge.errors import FxMergeError
+from fxmerge.graph.distributed import rank_and_size, summed
 from fxmerge.graph.latency import TOLERANCE as TIME_TOLERANCE
 from fxmerge.graph.latency import Timing, compared
-from fxmerge.ir.records import Capture, Group, Grouping, Layer, Provenance
-from fxmerge.methods.allocation import Counts, Floats, Price
-from fxmerge.options import Options
-from fxmerge.planning.counts import TOLERANCE, all_of, by_budget, remedies
+from fxmerge.ir.capture import Capture
+from fxmerge.ir.groups import Group, Grouping, survivors
+from fxmerge.ir.provenance import Layer, Provenance, can_shift
+from fxmerge.methods.allocation import ALLOCATORS, Counts, Floats, Ints, Ladder, Price, Problem
+from fxmerge.methods.selection import select
+from fxmerge.options import NAMES, Options
+from fxmerge.planning.counts import TOLERANCE
 from fxmerge.planning.price import flops_price, parameters_price
-from fxmerge.refit.layer_weights import can_shift
-from fxmerge.refit.targets import SOLVED
-from fxmerge.report.budget_line import NAMES
+from fxmerge.planning.statistics import candidates
 from fxmerge.rewrite.reassemble import assembled
+from fxmerge.rewrite.rewriter import Rewriter
 
 TRIES, BRIEF = 8, 1.5  # models timed, at most, and for so many seconds
 HOPELESS = 0.25  # noise of a clock that tells nothing
@@ -152,3 +157,77 @@ def _agreed(captured: Capture, timing: Timing) -> Timing:
 def original_of(captured: Capture) -> nn.Module:
     """What a merged model is timed beside."""
     return captured.module if captured.recorded is None else captured.recorded.host
+
+
+PAIRED, MOVES = 8, range(-3, 4)  # groups that are moved to come nearer to a budget, by so many rungs
+
+
+def by_budget(
+    groups: Sequence[Group],
+    options: Options,
+    ladders: Mapping[str, Floats],
+    errors: Mapping[str, Floats],
+    price: Price,
+    share: float,
+    what: str,
+) -> dict[str, tuple[int, ...]]:
+    """{group: channels kept in each cell} at a price of `share` of the original's, or less where rungs allow no nearer.
+
+    Raises FxMergeError where the lowest rungs cost more.
+    """
+    steps = tuple(Ladder(ladders[g.name], errors[g.name]) for g in groups)
+    problem = Problem(steps, price, share * price.original)
+    full = np.zeros(len(steps), dtype=np.int64)
+    if problem.cost(problem.bottom) > problem.target * (1 + TOLERANCE):
+        least, free = problem.cost(problem.bottom) / price.original, int((problem.bottom > 0).sum())
+        where = f"where the {free} groups in scope that may narrow give up what they may" if free else "at the least"
+        told = f"the budget asks for {share:.1%} of the {what}, but {least:.1%} are left {where}"
+        raise FxMergeError(
+            f"{told}; {remedies(options)}" if free else f"{told}: no group may narrow; {remedies(options, False)}"
+        )
+    chosen = full if problem.cost(full) <= problem.target or share >= 1 else ALLOCATORS[options.allocation](problem)
+    chosen = _nearer(problem, chosen)
+    return {g.name: tuple(int(k) for k in ladders[g.name][rung]) for g, rung in zip(groups, chosen, strict=True)}
+
+
+def _nearer(problem: Problem, chosen: Ints) -> Ints:
+    """Where a budget is met by far: some rungs up or down in two of the groups whose rungs cost least."""
+    cost, bottom = problem.cost(chosen), problem.bottom
+    if cost >= problem.target * (1 - TOLERANCE):
+        return chosen
+    one = np.eye(len(chosen), dtype=np.int64)
+    steps = [abs(problem.cost(chosen + (one[g] if chosen[g] < bottom[g] else -one[g])) - cost) for g in range(len(one))]
+    fine = [g for g in np.argsort(steps, kind="stable").tolist() if bottom[g] > 0][:PAIRED]
+    moves = [a * one[g] + b * one[h] for g in fine for h in fine for a in MOVES for b in MOVES if g <= h]
+    tried = [m for move in moves if ((m := chosen + move) >= 0).all() and (m <= bottom).all()]
+    able = [rungs for rungs in tried if problem.cost(rungs) <= problem.target * (1 + TOLERANCE)]
+    return min([chosen, *able], key=lambda rungs: abs(problem.cost(rungs) - problem.target))
+
+
+def remedies(options: Options, narrow: bool = True) -> str:
+    """What makes a budget easier to meet, of what these options hold it back by; `narrow`: may any group narrow?"""
+    found = ["ask for a larger share"]
+    if narrow:
+        found.append(f"raise max_ratio (now {options.max_ratio:g})")
+    if options.scope == "internal":
+        found.append('widen scope to "all"')
+    if options.keep or options.ignore:
+        found.append("let go of groups that keep and ignore hold")
+    if options.round_to > 1:
+        found.append(f"lower round_to (now {options.round_to})")
+    return " or ".join([", ".join(found[:-1]), found[-1]] if len(found) > 1 else found)
+
+
+def sliced(
+    captured: Capture,
+    facts: Provenance,
+    grouping: Grouping,
+    groups: Sequence[Group],
+    counts: Mapping[str, Sequence[int]],
+    tensors: Mapping[str, Tensor],
+) -> fx.GraphModule:
+    """The graph with so many channels left, nobody carrying the others: of the right sizes, good for a clock only."""
+    narrowed = [g for g in groups if sum(counts[g.name]) < g.channels]
+    chosen = [(g, select("l2", candidates(g, tensors, 0), g.cells, counts[g.name])) for g in narrowed]
+    chosen, edits, _ = provable(captured, facts, grouping, chosen)
+    return Rewriter(captured.module, facts).finish(survivors(grouping, chosen), edits)

@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fxmerge.ir.records import DEPTHWISE, Capture, Layer, Member
+from fxmerge.ir.capture import Capture
+from fxmerge.ir.groups import Member
+from fxmerge.ir.provenance import DEPTHWISE, Layer
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fxmerge.ir.records import Capture, Decomposition, Group, Merge
+from fxmerge.ir.capture import Capture
+from fxmerge.ir.groups import Decomposition, Group, Merge
 from fxmerge.methods.decomposition import DECOMPOSITIONS, cellwise_least_squares, push
 from fxmerge.methods.decomposition import Mapping as Map
 from fxmerge.options import Options

@@ -14,15 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fxmerge.calibration.epilogue import behind
 from fxmerge.calibration.paired_run import line
-from fxmerge.ir.records import Capture, Group, Layer, Provenance
+from fxmerge.ir.capture import Capture
+from fxmerge.ir.groups import Group
+from fxmerge.ir.provenance import Layer, Provenance
 from fxmerge.methods.allocation import Floats
 from fxmerge.methods.elimination import curve
 from fxmerge.methods.evidence import Reading
 from fxmerge.options import Options
 from fxmerge.planning.statistics import Statistics, candidates, moments, statistics
-from fxmerge.refit.targets import behind
-from fxmerge.weights.by_path import columns
+from fxmerge.weights.layout import columns
 
 # Errors of groups are weighed by this power of their readers' sensitivity. 0 would take a share of any variance for
 # equally bad, 1 would be right were nothing repaired downstream: later layers make good much of what reaches them.

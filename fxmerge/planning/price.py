@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_array
 from torch import Tensor
 
+from fxmerge.ir.capture import Capture
+from fxmerge.ir.groups import Group
 from fxmerge.ir.labels import thin, varying
-from fxmerge.ir.records import DEPTHWISE, Capture, Contraction, Group, Layer, ParamLabels, Provenance
+from fxmerge.ir.provenance import DEPTHWISE, Contraction, Layer, ParamLabels, Provenance
 from fxmerge.methods.allocation import Floats, Price
 
 LARGEST = 2**22  # places that a contraction's two operands are compared at, at most

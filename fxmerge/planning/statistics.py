@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxmerge.ir.records import Capture, Group, Member
+from fxmerge.ir.capture import Capture
+from fxmerge.ir.groups import Group, Member
 from fxmerge.methods import linalg
 from fxmerge.methods.evidence import Candidates, Evidence, PublishedForm, Reading
 from fxmerge.methods.least_squares import second_moments

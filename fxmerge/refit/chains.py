@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, fx
 
+from fxmerge.calibration.epilogue import SOLVED
 from fxmerge.calibration.patches import input_of
-from fxmerge.ir.records import Layer
-from fxmerge.refit.targets import SOLVED
+from fxmerge.ir.provenance import Layer
 
 
 @dataclass

@@ -27,6 +27,7 @@ from fxmerge.calibration.paired_run import Lockstep
 from fxmerge.calibration.patches import Form, at_positions, patches, positions, rows_of, weight_of
 from fxmerge.methods.least_squares import Reduce, second_moments
 from fxmerge.refit.chains import Chain
+from fxmerge.refit.targets import Goal
 
 STEPS = 10  # of L-BFGS, without a line search: in these coordinates none is needed, and the best of all steps is taken
 PASSES = 3 * (STEPS + 2)  # forward passes that they cost; a backward pass costs two
@@ -45,23 +46,6 @@ class Fitted:
     form: Form
     weight: Tensor
     bias: Tensor | None
-
-
-class Goal:
-    """What the last layer's outputs y ought to come to for one batch: gain y + offset = wanted, tensors shaped like y.
-
-    Behind a rectifier any value up to zero is as good as another.
-    """
-
-    def __init__(self, gain: Tensor, offset: Tensor, wanted: Tensor, rectified: bool) -> None:
-        self.gain = gain
-        self.offset = offset - (wanted.clamp(min=0) if rectified else wanted)
-        self.least = torch.where(wanted > 0, -torch.inf, 0.0).to(wanted) if rectified else None
-
-    def missed(self, outputs: Tensor) -> Tensor:
-        """r"""
-        found = torch.addcmul(self.offset, outputs, self.gain)
-        return found if self.least is None else torch.maximum(found, self.least)
 
 
 def affordable(flops: float, count: int, device: torch.device, reduce: Reduce) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, fx, nn
 
 from fxmerge.calibration.patches import Form, form_of, operands, rows_of, weight_of
-from fxmerge.ir.records import Layer
+from fxmerge.ir.provenance import Layer, can_shift
 from fxmerge.weights.by_path import Weights, at, fetch_bias
 
 
@@ -66,8 +66,3 @@ class Places:
             self.weights.add(added, value, old.requires_grad)
             if owner is None:
                 fetch_bias(place.node, added)
-
-
-def can_shift(layer: Layer) -> bool:
-    """May the layer have a bias? A matrix product has no place for one."""
-    return layer.op != "matrix" or "bias" in layer.params

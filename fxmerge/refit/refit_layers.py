@@ -23,6 +23,7 @@ from math import isfinite
 import torch
 from torch import Tensor, fx
 
+from fxmerge.calibration import epilogue
 from fxmerge.calibration.paired_run import Lockstep, Pair, Settings, Step, line, moments
 from fxmerge.calibration.patches import (
     FEWEST,
@@ -37,11 +38,11 @@ from fxmerge.calibration.patches import (
 )
 from fxmerge.graph.cost import flops_by_node
 from fxmerge.graph.eval_mode import evaluating
-from fxmerge.ir.records import Layer
-from fxmerge.refit import joint
+from fxmerge.ir.provenance import Layer, can_shift
+from fxmerge.refit import joint, targets
 from fxmerge.refit import targets as aims
 from fxmerge.refit.chains import Chain, chains
-from fxmerge.refit.layer_weights import Place, Places, can_shift
+from fxmerge.refit.layer_weights import Place, Places
 from fxmerge.refit.solve import ROUNDS, Rows, error, solution
 from fxmerge.weights.by_path import at
 
@@ -80,8 +81,8 @@ class _Site:
 
     step: Step
     place: Place
-    behind: aims.Behind
-    affine: aims.Affine
+    behind: epilogue.Behind
+    affine: epilogue.Affine
     stays: Tensor  # the original's outputs that the merged graph still has
 
 
@@ -119,7 +120,7 @@ class _Refit:
             moved[node.name] = comes or own
             if layer is not None and node.name in self.within:
                 self._begin(step, layer, self.within[node.name])
-            if layer is not None and comes and layer.op in aims.SOLVED:
+            if layer is not None and comes and layer.op in epilogue.SOLVED:
                 stage(f"refit {layer.module}")
                 records.append(self._solve(step, layer))
             if layer is not None and node.name in self.chains:
@@ -209,7 +210,7 @@ class _Refit:
         return max(1, min(self.used, round(self.used * joint.ENOUGH / max(every, 1.0))))
 
     def _site(self, step: Step, place: Place) -> _Site:
-        found = aims.behind(self.merged, step.node, self.norms, self._present())
+        found = epilogue.behind(self.merged, step.node, self.norms, self._present())
         layer = place.layer
         out_labels = layer.writes if layer.writes is not None else layer.carries
         assert out_labels is not None
@@ -219,14 +220,16 @@ class _Refit:
     def _present(self) -> set[str]:
         return set(self.run_of.merged.values) & set(self.run_of.original.values)
 
-    def _affine(self, node: fx.Node, found: aims.Behind, outputs: Sequence[Tensor], stays: Tensor) -> aims.Affine:
+    def _affine(
+        self, node: fx.Node, found: epilogue.Behind, outputs: Sequence[Tensor], stays: Tensor
+    ) -> epilogue.Affine:
         """What the BatchNorm behind a layer does to the channels that stay."""
         ones = torch.ones(len(stays), dtype=torch.float64, device=stays.device)
         if found.norm is None:
             shift = self.run_of.shifts.get(node.name)
-            return aims.affine(ones, torch.zeros_like(ones) if shift is None else shift[stays])
+            return epilogue.affine(ones, torch.zeros_like(ones) if shift is None else shift[stays])
         gain, constant = line(self.original, found.norm, *self.run_of.statistics(found.norm, outputs))
-        return aims.affine(gain[stays], constant[stays])
+        return epilogue.affine(gain[stays], constant[stays])
 
     def _rows(self, site: _Site, index_of: Sequence[Tensor]) -> Rows:
         """The output positions chosen of each batch."""
@@ -251,7 +254,7 @@ class _Refit:
             others.append(now)
         return wanted, others
 
-    def _goal(self, site: _Site, number: int) -> joint.Goal:
+    def _goal(self, site: _Site, number: int) -> targets.Goal:
         """What the layer's outputs ought to come to behind what they meet next, for one batch."""
         wanted, other = site.step.outputs[number], site.behind.other
         axis = channel_axis(wanted, site.place.form)
@@ -264,7 +267,7 @@ class _Refit:
             before, now = (run.values[other.name][number] for run in (self.run_of.original, self.run_of.merged))
             if now.shape == wanted.shape:
                 wanted, offset = wanted + before.index_select(axis, site.stays), offset + now
-        return joint.Goal(gain, offset, wanted, site.behind.rectified)
+        return targets.Goal(gain, offset, wanted, site.behind.rectified)
 
     def _output_moments(self, site: _Site) -> tuple[Tensor, Tensor]:
         """Mean and variance of what the original puts out: (o,), (o,)."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fxmerge.calibration import epilogue
 from fxmerge.methods.least_squares import Reduce, system
 from fxmerge.refit import targets as aims
 
@@ -33,7 +34,7 @@ class Rows:
 def solution(
     rows: Rows,
     start: Tensor,
-    affine: aims.Affine,
+    affine: epilogue.Affine,
     rectified: bool,
     wanted: tuple[Tensor, Tensor] | None,
     centred: bool,
@@ -73,7 +74,7 @@ def solution(
     return weight, bias
 
 
-def error(rows: Rows, weight: Tensor, bias: Tensor, affine: aims.Affine, rectified: bool, reduce: Reduce) -> float:
+def error(rows: Rows, weight: Tensor, bias: Tensor, affine: epilogue.Affine, rectified: bool, reduce: Reduce) -> float:
     """Square error of a solution, over all rows and channels; behind a rectifier, of what passes it."""
     found = []
     for patch, target, now in zip(rows.patches, rows.targets, rows.others, strict=True):

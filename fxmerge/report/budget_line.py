@@ -7,9 +7,7 @@ from dataclasses import dataclass
 
 from fxmerge.graph.cost import Cost
 from fxmerge.graph.latency import Timing
-
-TOLERANCE = {"flops": 0.01, "params": 0.01, "latency": 0.03}  # of what was asked for
-NAMES = {"flops": "FLOPs", "params": "parameters", "latency": "latency"}
+from fxmerge.options import NAMES, TOLERANCE
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,9 @@ from pathlib import Path
 from fxmerge.analysis.groups import graphml
 from fxmerge.errors import FxMergeError
 from fxmerge.graph.cost import Cost
-from fxmerge.ir.records import Capture, Group, Grouping, Provenance, Refusal
+from fxmerge.ir.capture import Capture
+from fxmerge.ir.groups import Group, Grouping, Refusal
+from fxmerge.ir.provenance import Provenance
 from fxmerge.plan import Plan
 from fxmerge.refit.refit_layers import Refitted
 from fxmerge.report.picture import formats

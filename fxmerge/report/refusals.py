@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from fxmerge.ir.records import Capture, Refusal
+from fxmerge.ir.capture import Capture
+from fxmerge.ir.groups import Refusal
 
 
 def _submodule(module: nn.Module | None, path: str) -> nn.Module | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,62 +9,32 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import fx, nn
 
-from fxmerge.analysis.members import planned, survivors
+from fxmerge.graph.compare import Verdict
 from fxmerge.graph.cost import Cost, call_cost, cost
 from fxmerge.graph.latency import Timing
-from fxmerge.ir.records import Capture, Group, Grouping, Provenance, Refusal
-from fxmerge.plan import GroupPlan, Plan, json_text
+from fxmerge.graph.nested import finite
+from fxmerge.ir.capture import Capture
+from fxmerge.ir.groups import Group, Grouping, Refusal, survivors
+from fxmerge.ir.provenance import Provenance
+from fxmerge.plan import GroupPlan, Plan, json_text, planned
 from fxmerge.refit.refit_layers import Refitted
 from fxmerge.report.budget_line import Spent, spent
 from fxmerge.report.drawable import Shown
-from fxmerge.report.picture.page import finite
 from fxmerge.report.refusals import parameters_held
-from fxmerge.verify import Verdict
+from fxmerge.report.tables import (
+    left_out_line,
+    listed,
+    refit_table,
+    refusal_table,
+    right_columns,
+    share_text,
+    tables_text,
+)
 
 VERSION = 1  # of the JSON's schema
-
-
-def _share(part: float, whole: float) -> str:
-    return f"{100 * part / whole:.1f} %" if whole else "-"
-
-
-def _text(*tables: Table | str, width: int = 120) -> str:
-    console = Console(file=io.StringIO(), width=width)
-    for table in tables:
-        console.print(table, highlight=False, markup=False)
-    return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
-
-
-def _right(table: Table, *names: str) -> None:
-    for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
-
-
-def refusal_table(refusals: Sequence[Refusal], captured: Capture) -> Table:
-    """The layers that stay, those that hold back most parameters first."""
-    table = Table(title="Left as it was", title_justify="left")
-    table.add_column("layer", overflow="fold")
-    _right(table, "channels", "parameters")
-    table.add_column("reason", overflow="fold")
-    table.add_column("source", overflow="fold")
-    held = {r: parameters_held(r, captured) for r in refusals}
-    for r in sorted(refusals, key=lambda r: -held[r]):
-        table.add_row(r.name, str(r.channels), f"{held[r]:,}", r.reason, r.where)
-    return table
-
-
-def refit_table(refitted: Sequence[Refitted]) -> Table:
-    table = Table(title="Refitted", title_justify="left")
-    table.add_column("layer", overflow="fold")
-    _right(table, "error before", "after")
-    table.add_column("note", overflow="fold")
-    for r in refitted:
-        table.add_row(r.name, f"{r.before:.4f}", f"{r.after:.4f}", r.note)
-    return table
 
 
 def _members(group: Group, role: str) -> list[str]:
@@ -120,15 +89,15 @@ class AnalysisReport(Shown):
         """Two tables: the groups with their members, and the refusals with their reasons."""
         table = Table(title="Merge groups", title_justify="left")
         table.add_column("group", overflow="fold")
-        _right(table, "channels")
+        right_columns(table, "channels")
         for name in ("writers", "carriers", "readers"):
             table.add_column(name, overflow="fold")
         for g in self.groups:
-            members = [_listed(_members(g, role)) for role in ("writers", "carriers", "readers")]
+            members = [listed(_members(g, role)) for role in ("writers", "carriers", "readers")]
             table.add_row(g.name, str(g.channels), *members)
         total = f"{len(self.groups)} groups, {self.cost.parameters:,} parameters, {self.cost.flops:,} FLOPs"
-        total += _left_out(self.captured)
-        return _text(
+        total += left_out_line(self.captured)
+        return tables_text(
             table, *([refusal_table(self.refusals, self.captured)] if self.refusals else []), total, width=width
         )
 
@@ -144,10 +113,6 @@ class AnalysisReport(Shown):
             },
             indent=1,
         )
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 @dataclass(frozen=True)
@@ -189,7 +154,7 @@ class Report(Shown):
         planned = {g.name: g for g in self.plan.groups}
         table = Table(title="Merged", title_justify="left")
         table.add_column("group", overflow="fold")
-        _right(table, "channels", "parameters", "FLOPs", "similarity kept")
+        right_columns(table, "channels", "parameters", "FLOPs", "similarity kept")
         table.add_column("note", overflow="fold")
         for g in self.groups:
             if g.name in planned:
@@ -197,7 +162,7 @@ class Report(Shown):
         more = [refusal_table(self.refusals, self.captured)] if self.refusals else []
         if self.refitted:
             more.insert(0, refit_table(self.refitted))
-        return _text(table, *more, self._totals(), width=width)
+        return tables_text(table, *more, self._totals(), width=width)
 
     def _writer_cost(self, group: Group, cost: Cost) -> tuple[int, int]:
         names = [m.layer.module for m in group.writers]
@@ -212,7 +177,7 @@ class Report(Shown):
         if staying < len(plan.kept):
             note.append(f"{staying} in blocks that stay")
         if self.plan.options.decomposition == "mostsim" and group.scale_blocks:
-            note.append(f"scale 1 ({_listed(list(group.scale_blocks))})")
+            note.append(f"scale 1 ({listed(list(group.scale_blocks))})")
         if self.plan.options.decomposition != "prune" and not group.partners:
             note.append("dropped, not merged: whole blocks, or copies that do not line up")
         if self.plan.options.decomposition == "mostsim" and merged < len(plan.partners) and group.partners:
@@ -240,14 +205,14 @@ class Report(Shown):
 
     def _totals(self) -> str:
         before, after = self.before, self.after
-        size = _share(after.parameters, before.parameters)
+        size = share_text(after.parameters, before.parameters)
         return (
             f"parameters {before.parameters:,} -> {after.parameters:,} ({size} left)"
-            f"\nFLOPs      {before.flops:,} -> {after.flops:,} ({_share(after.flops, before.flops)} left)"
+            f"\nFLOPs      {before.flops:,} -> {after.flops:,} ({share_text(after.flops, before.flops)} left)"
             f"\nrelative error of the outputs on the example inputs: {self.verdict.error:.3g}"
             + (f"\n{self.spent.line()}" if self.spent else "")
             + "".join(f"\n{note}" for note in self.notes)
-            + _left_out(self.captured)
+            + left_out_line(self.captured)
         )
 
     @property
@@ -288,10 +253,6 @@ class Report(Shown):
                 "refusals": _refusals_json(self.refusals, self.captured),
             }
         )
-
-
-def _left_out(captured: Capture) -> str:
-    return f"\nleft out of the output: {', '.join(captured.left_out)}" if captured.left_out else ""
 
 
 def original_cost(captured: Capture) -> Cost:

@@ -12,9 +12,9 @@ from typing import Any
 from torch import fx, nn
 
 from fxmerge.errors import FxMergeError
-from fxmerge.ir.recorded import Part
-from fxmerge.ir.records import Capture
-from fxmerge.weights.by_path import Weights, deep_copy
+from fxmerge.ir.capture import Capture, Part
+from fxmerge.weights.by_path import Weights
+from fxmerge.weights.copy import deep_copy
 
 
 def assembled(captured: Capture, merged: fx.GraphModule) -> nn.Module:

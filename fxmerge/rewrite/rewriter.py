@@ -14,10 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from fxmerge.ir.records import Layer, Member, Merge, ParamLabels, Provenance
+from fxmerge.ir.groups import Member, Merge
+from fxmerge.ir.provenance import Layer, ParamLabels, Provenance, blocks_left
 from fxmerge.methods.linalg import BITE
+from fxmerge.rewrite.slicing import gather, places
 from fxmerge.rules.resize import Call
-from fxmerge.weights.by_path import blocks_left, columns, fetch_bias, from_columns, gather, places, resize, sharing_copy
+from fxmerge.weights.by_path import fetch_bias
+from fxmerge.weights.copy import sharing_copy
+from fxmerge.weights.layout import columns, from_columns, resize
 
 _WITHOUT_BIAS = ("matrix", "embedding")  # ops that take no bias, unless they are addmm: it is added behind them
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fxmerge.ir.labels import fixed, holds, numbers, rows, simplify, varying
-from fxmerge.ir.records import Lab, Param, View
+from fxmerge.ir.provenance import Lab, Param, View
 
 
 def elementwise(ctx: Any, a: Any, b: Any, **kwargs: Any) -> Any:

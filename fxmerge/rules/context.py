@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, fx
 
 from fxmerge.errors import source_line
+from fxmerge.graph import nested
 from fxmerge.ir.labels import FIXED, fixed, numbers, rows, simplify, spread, thin, varying
-from fxmerge.ir.records import Block, Bond, Contraction, Lab, Layer, Param, Pin, Tie
+from fxmerge.ir.provenance import Block, Bond, Contraction, Lab, Layer, Param, Pin, Tie
 from fxmerge.rules import movement
 
 
@@ -242,7 +243,7 @@ class Context:
     def unknown(self, why: str = "has no rule") -> Any:
         """Pin all that this op touches; what it gives holds no channels."""
         called, reason = self.called, self.said(why)
-        for operand in movement.leaves(list(self._operands)):
+        for operand in nested.leaves(list(self._operands)):
             if isinstance(operand, Lab):
                 self.pin(operand.t, reason)
             elif isinstance(operand, Param):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fxmerge.ir.labels import fixed, holds, rows, simplify, varying
-from fxmerge.ir.records import Lab, Param, View
+from fxmerge.ir.provenance import Lab, Param, View
 from fxmerge.rules.binary import as_table, meets, operand_shape
 from fxmerge.rules.layers import matrix
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fxmerge.ir.labels import simplify, varying
-from fxmerge.ir.records import Lab
+from fxmerge.ir.provenance import Lab
 from fxmerge.rules.contractions import contract, tables
 
 

@@ -9,39 +9,15 @@ from __future__ import annotations
 
 from collections import namedtuple
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from fxmerge.graph import nested
 from fxmerge.ir.labels import along, fixed, holds, rows, without
-from fxmerge.ir.records import Kind, Lab, Param, View
+from fxmerge.ir.provenance import Lab, Param, View
 from fxmerge.rules import binary, layers, movement
-
-Spelling = Any  # a module class, a function, a method name, or Module(...)
-
-
-@dataclass(frozen=True)
-class Module:
-    """A module class and the functional arguments that its attributes stand for."""
-
-    cls: type[nn.Module]
-    attributes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One op: its kind, what it does to labels, and every way of spelling it.
-
-    commutes: f(s x) = s f(x) for every s > 0 (ReLU, pooling, any linear map); False is the safe answer
-    """
-
-    name: str
-    kind: Kind
-    apply: Callable[..., Any]
-    spellings: tuple[Spelling, ...]
-    commutes: bool | Callable[..., bool] = field(default=False)
+from fxmerge.rules.rule import Rule, Spelling
 
 
 def per_channel_rule(ctx: Any, x: Any, *rest: Any, **kwargs: Any) -> Any:
@@ -68,7 +44,7 @@ def _converted(ctx: Any, x: Any, *rest: Any, **kwargs: Any) -> Any:
         return View(ctx.elements(x), x)
     if isinstance(x, Tensor):
         ctx.kind = "query"
-        values = movement.tree(lambda v: v.value if isinstance(v, Param) else v, [list(rest), kwargs])
+        values = nested.tree(lambda v: v.value if isinstance(v, Param) else v, [list(rest), kwargs])
         return movement.run(ctx.target, (x, *values[0]), values[1])
     return x
 
@@ -166,13 +142,6 @@ def prelu_rule(ctx: Any, x: Any, weight: Any) -> Any:
     return x
 
 
-def constant_rule(ctx: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-    """A new constant of a given size that borrows only its dtype and device from an activation."""
-    if any(isinstance(leaf, (Lab, Param)) for leaf in movement.leaves([*args, *kwargs.values()])):
-        return ctx.unknown("is filled with something that depends on the input")
-    return movement.run(ctx.target, (torch.empty(()), *args), {k: v for k, v in kwargs.items() if k != "device"})
-
-
 def sampled_rule(ctx: Any, input: Any, *places: Any, **kwargs: Any) -> Any:
     """Values of a feature map at places that the model computes: each channel by itself (grid_sample, roi_align)."""
     given = (*places, *kwargs.values())
@@ -184,21 +153,6 @@ def sampled_rule(ctx: Any, input: Any, *places: Any, **kwargs: Any) -> Any:
         return ctx.unknown("takes places that hold channels")
     mixed = ctx.mixing(input)
     return ctx.unknown("mixes the channels") if mixed is None else ctx.resized(mixed, ctx.shape)
-
-
-def type_as_rule(ctx: Any, x: Any, other: Any) -> Any:
-    """Only the dtype comes from the other operand."""
-    return x
-
-
-def query_rule(ctx: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-    """Shapes, dtypes and devices: plain values, read off the operand."""
-    return ctx.query(x, *args, **kwargs)
-
-
-def moves(ctx: Any, x: Any, *args: Any, **kwargs: Any) -> bool:
-    """x.T, unlike the other queries, is a movement of the whole tensor."""
-    return bool(ctx.kind == "movement")
 
 
 def adds_nothing(ctx: Any, *args: Any, **kwargs: Any) -> bool:

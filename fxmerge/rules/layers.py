@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fxmerge.ir.labels import spread, varying
-from fxmerge.ir.records import Lab, Param
+from fxmerge.ir.provenance import Lab, Param
 
 
 def _operands(ctx: Any, x: Any, weight: Any, bias: Any) -> str | None:

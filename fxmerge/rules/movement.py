@@ -6,15 +6,16 @@ After a merge their literal sizes may be wrong (`view(b, 4, 16)` of 32 surviving
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
+from fxmerge.graph.nested import leaves, tree
+from fxmerge.graph.ops import Aten
 from fxmerge.ir.labels import FIXED, fixed, holds, rows, simplify, spread, varying
-from fxmerge.ir.records import Aten, Lab, Param, View
+from fxmerge.ir.provenance import Lab, Param, View
 
 SPELLINGS: dict[str, tuple[Any, ...]] = {
     "view": ("view", "reshape", torch.reshape, "view_as", "reshape_as"),
@@ -44,15 +45,12 @@ SPELLINGS: dict[str, tuple[Any, ...]] = {
     "pixel_shuffle": (nn.PixelShuffle, torch.pixel_shuffle, nn.PixelUnshuffle, torch.pixel_unshuffle),
     "unfold": (nn.Unfold, F.unfold, "unfold", Aten("im2col")),
 }
-
-
 INDEXING = (
     "getitem",
     "index",
     "index_select",
     "gather",
 )  # their tensor operands behind the first are places, not labels
-
 # label tensors are seldom contiguous
 _COPYING: dict[Any, Any] = {
     "view": "reshape",
@@ -73,38 +71,6 @@ def run(target: Any, args: Any, kwargs: Any) -> Any:
         # not implemented for integers; labels are exact in float64
         return target(args[0].double(), *args[1:], **kwargs).to(args[0].dtype)
     return (target if isinstance(target, nn.Module) else _COPYING.get(target, target))(*args, **kwargs)
-
-
-def tree(function: Callable[[Any], Any], value: Any) -> Any:
-    """`value` with the function applied to each leaf of its lists, tuples, dicts and slices."""
-    if type(value) in _LEAVES:  # nearly all; the questions below take longer than most functions
-        return function(value)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(tree(function, v) for v in value))
-    if isinstance(value, torch.Size):
-        return tuple(tree(function, v) for v in value)
-    if isinstance(value, (list, tuple)):
-        return type(value)(tree(function, v) for v in value)
-    if isinstance(value, dict):
-        return {k: tree(function, v) for k, v in value.items()}
-    if isinstance(value, slice):
-        return slice(tree(function, value.start), tree(function, value.stop), tree(function, value.step))
-    return function(value)
-
-
-_LEAVES = frozenset((fx.Node, Tensor, int, float, bool, str, type(None)))
-
-
-def fresh(value: Any) -> Any:
-    """Copies of all tensors in a call's arguments: a forward may update its input in place."""
-    return tree(lambda v: v.clone() if isinstance(v, Tensor) else v, value)
-
-
-def leaves(value: Any) -> list[Any]:
-    """The leaves of nested lists, tuples, dicts and slices, in order."""
-    found: list[Any] = []
-    tree(found.append, value)
-    return found
 
 
 def execute(ctx: Any, *args: Any, **kwargs: Any) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from fxmerge.ir.labels import along, fixed, varying, without
-from fxmerge.ir.records import Lab, Param
+from fxmerge.ir.provenance import Lab, Param
 from fxmerge.rules.layers import carry, carry_norm
 
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from fxmerge.errors import FxMergeError
-from fxmerge.weights.by_path import Weights, deep_copy
+from fxmerge.weights.by_path import Weights
+from fxmerge.weights.copy import deep_copy
 from fxmerge.weights.disk_tensor import Slot, Stored, left_in, slots
 
 INDEX = "model.safetensors.index.json"

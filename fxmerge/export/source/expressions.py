@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from fxmerge.capture.torch_export import overload_name
 from fxmerge.errors import FxMergeError, source_line
 from fxmerge.export.source.names import TOKEN, access, literal, named, token
+from fxmerge.graph.ops import overload_name
 
 _NESTED = 3  # calls inside calls
 _INLINE = 88  # characters of an expression that may stand inside another

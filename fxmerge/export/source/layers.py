@@ -16,7 +16,8 @@ from torch import Tensor, fx, nn
 
 from fxmerge.capture.torch_export import unguarded
 from fxmerge.export.source.names import in_order
-from fxmerge.weights.by_path import at, sharing_copy
+from fxmerge.weights.by_path import at
+from fxmerge.weights.copy import sharing_copy
 
 _PLAIN = (nn.Module, nn.Sequential)  # a module that only holds parameters: a graph module's, an exported module's
 

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from fxmerge.analysis.members import group_of_label, planned, survivors
+from fxmerge.ir.capture import Capture
+from fxmerge.ir.groups import Group, Grouping, Refusal, group_of_label, survivors
 from fxmerge.ir.labels import holds, simplify, thin
-from fxmerge.ir.records import Capture, Group, Grouping, Layer, Provenance, Refusal
-from fxmerge.plan import Plan
+from fxmerge.ir.provenance import Layer, Provenance
+from fxmerge.plan import Plan, planned
 from fxmerge.report.picture.frames import nested
 from fxmerge.report.picture.records import Arrow, Box, Picture, Shade, colours, members
 

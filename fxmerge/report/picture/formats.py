@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from fxmerge.errors import FxMergeError
-from fxmerge.report.picture.overview import overview
+from fxmerge.report.picture.frames import overview
 from fxmerge.report.picture.records import Box, Picture
 
 SVG_BOXES = 300  # an SVG shows at most so many boxes, Mermaid fewer: it declines more than 500 arrows

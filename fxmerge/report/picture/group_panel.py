@@ -15,9 +15,10 @@ from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
 from torch import Tensor
 
-from fxmerge.analysis.members import Ints
 from fxmerge.graph.cost import Cost
-from fxmerge.ir.records import Capture, Group, Layer
+from fxmerge.ir.capture import Capture
+from fxmerge.ir.groups import Group, Ints
+from fxmerge.ir.provenance import Layer
 from fxmerge.options import Options
 from fxmerge.plan import GroupPlan, Plan
 from fxmerge.planning.channel_ops import bias_of, laid_out

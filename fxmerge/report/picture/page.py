@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import html
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.resources import files
 from typing import Any
 
+from fxmerge.graph.nested import finite
 from fxmerge.report.picture.records import Picture
 
 SCRIPTS = ("vendor/d3.min.js", "vendor/elk.bundled.js", "network.js", "scene.js", "panel.js", "page.js")  # fmt: skip
@@ -40,15 +40,6 @@ def page(picture: Picture, summary: Mapping[str, Any], sheets: Sequence[Mapping[
     }
     head, *rest = _asset("page.html").split("{{")
     return head + "".join(fills[name] + after for name, _, after in (part.partition("}}") for part in rest))
-
-
-def finite(value: Any) -> Any:
-    """The same plain data with None for numbers that JSON does not have: NaN and infinity."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: finite(inner) for key, inner in value.items()}
-    return [finite(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def frame(text: str) -> str:

@@ -10,8 +10,7 @@ import colorsys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fxmerge.ir.records import Group, Refusal
-from fxmerge.report.picture.frames import Frame
+from fxmerge.ir.groups import Group, Refusal
 
 
 @dataclass(frozen=True)
@@ -95,3 +94,13 @@ def colours(shared: Sequence[bool]) -> list[str]:
         found.append("#" + "".join(f"{round(255 * part):02x}" for part in parts))
         count[strong] += 1
     return found
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A module with several boxes, or a run of them: id, name within its parent, the parent's id or ""."""
+
+    id: str
+    label: str
+    parent: str
+    opened: bool = True

@@ -1,0 +1,100 @@
+"""The epilogue of a layer: the norm, the add and the activation right behind it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxmerge.calibration.paired_run import Pair
+from fxmerge.ir.provenance import Layer, Provenance
+from fxmerge.rules import lookup
+
+SOLVED = ("linear", "matrix", "conv", "depthwise", "conv_transpose")  # what refit re-solves
+LEAST_GAIN = 0.05  # of the median |gain|: below it a channel's output hardly matters
+
+
+@dataclass(frozen=True)
+class Behind:
+    """The nodes that a layer's outputs pass: each None or False where it is not there."""
+
+    norm: Layer | None
+    other: fx.Node | None  # the other operand of the sum
+    rectified: bool
+
+
+def behind(module: fx.GraphModule, node: fx.Node, norms: dict[str, Layer], known: set[str]) -> Behind:
+    """What stands behind a node; `known` are the nodes whose values are there already."""
+    table = lookup.table()
+
+    def reader(node: fx.Node) -> fx.Node | None:
+        return next(iter(node.users)) if len(node.users) == 1 else None
+
+    def rule(node: fx.Node | None) -> str:
+        if node is None or node.op not in ("call_module", "call_function", "call_method"):
+            return ""
+        if node.op == "call_module":
+            cls = lookup.module_class(module.get_submodule(str(node.target)), table)
+            found = table.get(cls)
+        else:
+            found = lookup.find(node.target, table)
+        return found[0].name if found else ""
+
+    def after(node: fx.Node) -> fx.Node | None:
+        found = reader(node)
+        while rule(found) in ("dropout", "identity", "stochastic_depth") and found is not None and plain(found):
+            found = reader(found)
+        return found
+
+    def plain(node: fx.Node) -> bool:
+        owner = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        return isinstance(owner, (nn.Identity, nn.modules.dropout._DropoutNd))
+
+    norm, other, following = None, None, after(node)
+    if following is not None and following.name in norms:
+        norm, following = norms[following.name], after(following)
+    if rule(following) == "add" and following is not None and len(following.all_input_nodes) == 2:
+        others = [n for n in following.all_input_nodes if n.name in known]
+        if len(others) == 1 and "alpha" not in following.kwargs:
+            other, following = others[0], after(following)
+        else:
+            following = None
+    return Behind(norm, other, rule(following) == "relu")
+
+
+def pair(
+    original: fx.GraphModule, facts: Provenance, merged: fx.GraphModule | None = None, alive: Tensor | None = None
+) -> Pair:
+    """What `Lockstep` runs."""
+    return Pair(original, facts, rectified_layers(original, facts), merged, alive)
+
+
+def rectified_layers(module: fx.GraphModule, facts: Provenance) -> dict[str, Layer]:
+    """The first layers on each way from the inputs that pass a rectifier next, in a network that has no norms."""
+    if any("norm" in layer.op for layer in facts.layers) or any("norm" in node for node, _ in facts.mixers):
+        return {}
+    layers = {layer.node: layer for layer in facts.layers if layer.op in SOLVED}
+    found: dict[str, Layer] = {}
+    reached: set[fx.Node] = set()  # behind a layer that was found
+    for node in module.graph.nodes:
+        if any(source in reached for source in node.all_input_nodes):
+            reached.add(node)
+        elif node.name in layers and behind(module, node, {}, set()).rectified:
+            found[node.name] = layers[node.name]
+            reached.add(node)
+    return found
+
+
+@dataclass(frozen=True)
+class Affine:
+    """gain y + constant: (o,), (o,) of the channels that stay; `inverse` is 0 where the gain is next to nothing."""
+
+    gain: Tensor
+    constant: Tensor
+    inverse: Tensor
+
+
+def affine(gain: Tensor, constant: Tensor) -> Affine:
+    solid = gain.abs() > LEAST_GAIN * gain.abs().median()
+    return Affine(gain, constant, torch.where(solid, 1 / torch.where(solid, gain, 1), 0))

@@ -1,0 +1,74 @@
+"""The records of capture: a traced model and what its example run showed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+
+FOLDED = "folded_from"  # in a node's meta: the paths of the tensors that its parameter was computed from
+
+
+@dataclass(frozen=True)
+class Capture:
+    """A traced model: the graph module and what its example run showed."""
+
+    module: fx.GraphModule
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    inputs: tuple[Any, ...]  # the values of the graph's placeholders
+    outputs: tuple[Tensor, ...]  # what the model itself gave, floating-point tensors only
+    shapes: Mapping[str, tuple[int, ...]]  # node -> shape of the tensor that it gave
+    dtypes: Mapping[str, torch.dtype]
+    devices: Mapping[str, torch.device]
+    recorded: Recorded | None = None  # for a model that could not be traced whole
+    left_out: tuple[str, ...] = ()  # types of objects in the model's output that no graph can return
+    model: nn.Module | None = None  # the user's own, whose class a saved result may be loaded into
+    program: ExportedProgram | None = None  # what the model came as, where it came so
+    blank: bool = False  # has it shapes, but no values of its weights (a model on the meta device)?
+
+    @property
+    def route(self) -> str:
+        """How the model was captured: "symbolic", "export" or "recorded"."""
+        if self.recorded is not None:
+            return "recorded"
+        return "export" if isinstance(self.module.graph._codegen, fx.graph._PyTreeCodeGen) else "symbolic"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A submodule whose graph stands in a recorded graph, as its first call put it there.
+
+    entered:  for each placeholder: (the recorded graph's node, the placeholder's name, its default as a tuple)
+    nodes:    the nodes of this call, in order
+    result:   what the part returns, a tree of nodes of the recorded graph
+    again:    the nodes of further calls, in the same order
+    """
+
+    path: str
+    class_name: str
+    entered: tuple[tuple[str, str, Any], ...]
+    nodes: tuple[str, ...]
+    result: Any
+    again: tuple[tuple[str, ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """The graph of one run of a model that cannot be traced whole (see `recording.py`).
+
+    host:   a copy of the model, in the user's own class, that shares the model's tensors
+    glue:   the nodes outside of parts, the user's own code: they cannot be edited
+    held:   nodes whose channels must stay, and why
+    """
+
+    module: fx.GraphModule
+    inputs: tuple[Any, ...]
+    host: nn.Module
+    parts: tuple[Part, ...]
+    glue: frozenset[str]
+    held: Mapping[str, str]

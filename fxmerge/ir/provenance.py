@@ -1,0 +1,169 @@
+"""The records of provenance: which channel of which parameter went where."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor
+
+Kind = Literal[
+    "query", "movement", "per_channel", "writer", "carrier", "tie", "mixer", "contraction", "unknown", "output", "input"
+]
+DEPTHWISE = ("depthwise", "depthwise_transpose")  # ops of layers with a filter for each channel
+
+
+@dataclass(frozen=True)
+class Param:
+    """A parameter or buffer as an operand: its path in the graph module, and its value."""
+
+    path: str
+    value: Tensor
+
+
+@dataclass(frozen=True)
+class Lab:
+    """An activation as an operand: its label tensor (of the activation's shape)."""
+
+    t: Tensor
+
+
+@dataclass(frozen=True)
+class View(Lab):
+    """A raw parameter as an operand, moved about but otherwise as it is: the labels of its elements."""
+
+    param: Param
+
+
+@dataclass(frozen=True)
+class ParamLabels:
+    """Which label stands where in one parameter; the only index map that `rewrite` slices by.
+
+    axes:      axis -> labels along it; with groups > 1 axis 1 holds (groups, in/groups) labels, one row a group
+    elements:  or, for a raw parameter, a label for each element
+    """
+
+    path: str
+    axes: Mapping[int, Tensor] = field(default_factory=dict)
+    elements: Tensor | None = None
+    groups: int = 1
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One use of an op that owns parameters.
+
+    reads:    labels of the input channels, (groups, in/groups), or None
+    writes:   labels of the output channels, (out,), or None
+    carries:  labels of the per-channel parameters of a carrier, shaped like the parameter, or None
+    """
+
+    node: str
+    module: str  # what users call it: the module's path, or the parameter's for functional spellings
+    op: str
+    params: Mapping[str, str]  # slot ("weight", "bias", "running_var", ...) -> parameter path
+    reads: Tensor | None = None
+    writes: Tensor | None = None
+    carries: Tensor | None = None
+    groups: int = 1
+    transposed: bool = False
+    eps: float = 0.0
+
+
+@dataclass(frozen=True)
+class Tie:
+    """Labels that one node makes equal, position by position: (m,) and (m,)."""
+
+    node: str
+    left: Tensor
+    right: Tensor
+
+
+@dataclass(frozen=True)
+class Pin:
+    """Labels that may not be dropped, and why."""
+
+    labels: Tensor
+    reason: str
+    node: str
+    where: str  # the user's source line, or ""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows of labels, (blocks, size), each of which must lose equally many."""
+
+    labels: Tensor
+    node: str
+
+
+@dataclass(frozen=True)
+class Bond:
+    """Rows of labels, (blocks, size), each of which leaves whole or stays whole, where whole blocks may leave.
+
+    held:  what must stay where rows leave whole
+    ties, pins:  what holds instead where they do not leave whole, and may leave narrower
+    """
+
+    rows: Tensor
+    node: str
+    held: tuple[Pin, ...] = ()
+    ties: tuple[Tie, ...] = ()
+    pins: tuple[Pin, ...] = ()
+
+
+@dataclass(frozen=True)
+class Untouched:
+    """A module's parameters that no layer of the graph reads or writes channels with, and why."""
+
+    module: str
+    channels: int  # along the first axis
+    reason: str
+    where: str
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """One sum of products of two activations, their axes named as in einsum: label tensors and letters."""
+
+    node: str
+    left: Tensor
+    right: Tensor
+    letters: tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Which channel went where: what one run of the graph on labels found."""
+
+    labels: Mapping[str, Tensor]  # node -> label tensor
+    values: Mapping[str, Any]  # node -> what it evaluated to, where it is no tensor that depends on the input
+    kinds: Mapping[str, Kind]  # node -> what its rule is
+    sources: Mapping[str, tuple[str, ...]]  # node -> the nodes whose values it reads, in-place updates seen
+    commutes: Mapping[str, bool]  # node -> does a positive factor pass through it unchanged?
+    layers: tuple[Layer, ...]
+    params: Mapping[str, ParamLabels]
+    ties: tuple[Tie, ...]
+    pins: tuple[Pin, ...]
+    blocks: tuple[Block, ...]
+    mixers: tuple[tuple[str, Tensor], ...]  # (node, labels it couples inexactly)
+    label_count: int
+    views: frozenset[str] = frozenset()  # nodes that are views of raw parameters, not activations
+    contractions: tuple[Contraction, ...] = ()
+    bonds: tuple[Bond, ...] = ()  # found only where it was asked for whole blocks
+    whole: Tensor | None = None  # labels of the blocks that leave whole
+    untouched: tuple[Untouched, ...] = ()
+
+
+def blocks_left(layer: Layer, alive: Tensor) -> int:
+    """How many of a layer's groups hold a label with `alive[label]` True."""
+    labels = layer.carries if layer.reads is None else layer.reads
+    if layer.groups == 1 or labels is None:
+        return layer.groups
+    return int(alive[labels.reshape(layer.groups, -1)].any(1).sum())
+
+
+def can_shift(layer: Layer) -> bool:
+    """May the layer have a bias? A matrix product has no place for one."""
+    return layer.op != "matrix" or "bias" in layer.params

@@ -1,0 +1,66 @@
+"""Which groups the options let in, and the plan that is replayed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+
+import torch
+
+from fxmerge.errors import FxMergeError
+from fxmerge.ir.groups import Group, Grouping, Refusal
+from fxmerge.options import Options
+from fxmerge.plan import GroupPlan
+
+
+def check_patterns(groups: Sequence[Group], modules: Sequence[str], options: Options) -> None:
+    """Raise FxMergeError for a pattern of `keep` or `ignore` that matches nothing: a typing mistake, most likely."""
+    known = [g.name for g in groups]
+    for pattern in options.keep:
+        if not any(fnmatchcase(name, pattern) for name in known):
+            raise FxMergeError(f"keep: {pattern!r} matches no group; the groups are {_some(known)}")
+    for pattern in options.ignore:
+        if not any(fnmatchcase(name, pattern) for name in (*known, *modules)):
+            raise FxMergeError(f"ignore: {pattern!r} matches no module and no group; the groups are {_some(known)}")
+
+
+def _some(known: Sequence[str]) -> str:
+    return ", ".join(known[:8]) + (f" and {len(known) - 8} more" if len(known) > 8 else "") if known else "none"
+
+
+def ignored(group: Group, options: Options) -> bool:
+    """Does a pattern of `ignore` name the group or a module of it, or a module around one?"""
+    names = [group.name, *(m.layer.module for m in (*group.writers, *group.carriers, *group.readers))]
+    around = {".".join(name.split(".")[:n]) for name in names for n in range(1, len(name.split(".")) + 1)}
+    return any(fnmatchcase(name, pattern) for pattern in options.ignore for name in around)
+
+
+def in_scope(grouping: Grouping, options: Options) -> tuple[list[Group], tuple[Refusal, ...]]:
+    """The groups that these options let in, and a refusal for each other."""
+    inside, out = [], list(grouping.refusals)
+    for g in grouping.everything:
+        why = ""
+        if ignored(g, options):
+            why = "is ignored, as the options say"
+        elif options.scope == "internal" and not g.internal:
+            why = "is not internal: it has several writers, several readers, or a mixer"
+        if why:
+            out.append(Refusal(g.name, g.channels, why, ""))
+        else:
+            inside.append(g)
+    return inside, tuple(out)
+
+
+def replayed(groups: Sequence[Group], decided: Mapping[str, GroupPlan]) -> dict[str, tuple[int, ...]]:
+    known = {g.name: g for g in groups}
+    counts = {g.name: tuple(torch.bincount(g.cells).tolist()) for g in groups}
+    for name, planned in decided.items():
+        if name not in known or known[name].channels != planned.channels:
+            has = f"has {known[name].channels} channels" if name in known else "is not there"
+            raise FxMergeError(f"the plan's group {name} of {planned.channels} channels {has} in this model")
+        kept = known[name].cells[list(planned.kept)]
+        counts[name] = tuple(torch.bincount(kept, minlength=len(counts[name])).tolist())
+        for block in known[name].blocks:
+            if len({sum(counts[name][cell] for cell in row) for row in block}) > 1:
+                raise FxMergeError(f"the plan keeps unequally many channels of the blocks of {name}")
+    return counts

@@ -1,0 +1,51 @@
+"""How a layer's weight lies: its input columns, and the sizes that the module keeps of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from fxmerge.ir.provenance import Layer
+
+# module attribute -> axis of the weight that it tells the size of
+_SIZES: dict[str, int] = {
+    "in_features": 1,
+    "out_features": 0,
+    "num_features": 0,
+    "num_parameters": 0,
+    "num_channels": 0,
+    "num_embeddings": 0,
+    "embedding_dim": 1,
+}
+
+
+def resize(owner: nn.Module, sized: Tensor, groups: int, transposed: bool) -> None:
+    """Right in_channels, num_features, normalized_shape: what a layer keeps of its weight's sizes."""
+    held: dict[str, Any] = owner.__dict__
+    for attribute, axis in _SIZES.items():
+        if isinstance(getattr(owner, attribute, None), int) and axis < sized.dim():
+            held[attribute] = sized.size(axis)
+    into, out = (0, 1) if transposed else (1, 0)
+    if hasattr(owner, "in_channels") and hasattr(owner, "out_channels"):
+        held["groups"] = groups
+        held["in_channels"] = sized.size(into) * (1 if transposed else groups)
+        held["out_channels"] = sized.size(out) * (groups if transposed else 1)
+    if hasattr(owner, "normalized_shape"):
+        held["normalized_shape"] = tuple(sized.shape)
+
+
+def columns(weight: Tensor, layer: Layer) -> Tensor:
+    """A reader's weight with one row for each input place: (groups * in/groups, out/groups * kernel)."""
+    if layer.transposed:
+        return weight.flatten(1)
+    split = weight.reshape(layer.groups, -1, *weight.shape[1:])  # (groups, out/groups, in/groups, *kernel)
+    return split.movedim(2, 1).reshape(layer.groups * weight.size(1), -1)
+
+
+def from_columns(rows: Tensor, like: Tensor, layer: Layer) -> Tensor:
+    """The inverse of `columns`."""
+    if layer.transposed:
+        return rows.reshape(like.shape)
+    split = rows.reshape(layer.groups, like.size(1), like.size(0) // layer.groups, *like.shape[2:])
+    return split.movedim(1, 2).reshape(like.shape)
