@@ -54,7 +54,7 @@ def neuron_merging(model: nn.Module, counts: Mapping[str, int], threshold: float
     """A smaller copy of the model: {layer: channels kept}. Without `merge` channels are dropped, no more."""
     small = copy.deepcopy(model)
     for name, norm_name, reader_name in chains(model):
-        layer, reader = small.get_submodule(name), small.get_submodule(reader_name)
+        layer, consumer = small.get_submodule(name), small.get_submodule(reader_name)
         kept = largest(model.get_submodule(name), counts[name])
         rows = model.get_submodule(name).weight.detach().flatten(1)  # type: ignore[operator,union-attr]
         if not merge:
@@ -70,7 +70,7 @@ def neuron_merging(model: nn.Module, counts: Mapping[str, int], threshold: float
             norm = small.get_submodule(norm_name)
             held = ("weight", "bias", "running_mean", "running_var")
             _narrow(norm, {n: getattr(norm, n)[index] for n in held})
-        _narrow(reader, {"weight": absorb(reader.weight, torch.from_numpy(scale).float())})  # type: ignore[arg-type]
+        _narrow(consumer, {"weight": absorb(consumer.weight, torch.from_numpy(scale).float())})  # type: ignore[arg-type]
     return small
 
 

@@ -27,7 +27,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "refit": ("none", "synthetic", "calibration"),
     "probes": ("auto", *PROBES),
 }
-_SCOPE = "internal: groups with one writer and one reader, as in the paper; all: residual and shared groups too"
+_SCOPE = "internal: groups with one producer and one consumer, as in the paper; all: residual and shared groups too"
 _HEADS = "attention's heads, groups of convolutions and of norms: each loses width, whole ones leave, or both"
 
 

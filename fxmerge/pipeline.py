@@ -105,7 +105,7 @@ class Prepared:
         return replace(self.probing, held=False) if self.batches[1] == (STRAYS,) else self.probing
 
     def readings(self, groups: Sequence[Group]) -> Mapping[str, tuple[Reading, ...]]:
-        """What the readers of these groups see of them on the batches."""
+        """What the consumers of these groups see of them on the batches."""
         missing = [g for g in groups if g.name not in self.seen]
         if self.batches[0] and missing:
             self.stage("survey")

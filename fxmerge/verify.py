@@ -98,7 +98,7 @@ def overcoupling(
     for part, group in ((p, g) for p in grouping.parts for g in p.groups):
         if group.channels == int(group.cells.max()) + 1:
             continue
-        for member in (*group.writers, *group.carriers, *group.readers):
+        for member in (*group.producers, *group.per_channel_params, *group.consumers):
             reads = member.role == "read"
             left_out = {
                 (path, int(reads != member.layer.transposed) if slot == "weight" else 0)
@@ -154,14 +154,14 @@ def duplicate(
     """Oracle 2's model, in float64: some channels of each group become scaled copies of others, wherever they live.
 
     Returns the model, its example inputs, and by group the channels that `mostsim` must keep. A copy is smaller than
-    every other channel at the writers, so that selection by norm must drop it; behind a function that no scale passes
+    every other channel at the producers, so that selection by norm must drop it; behind a function that no scale passes
     through, or a mixer, it is equal to its original, and the kept channels must be given.
     """
     module, args, kwargs = in_float64(captured)
     generator = torch.Generator().manual_seed(seed)
     kept: dict[str, Tensor] = {}
     for group in grouping.groups:
-        if not group.partners or not group.readers:
+        if not group.partners or not group.consumers:
             continue
         pairs: list[tuple[int, int]] = []
         counts = [int(count * share) for count in torch.bincount(group.cells).tolist()]
@@ -179,13 +179,18 @@ def duplicate(
     return module, args or kwargs, kept
 
 
-_RESCALING = ("batch_norm", *DEPTHWISE, "scale", "scale/")  # carriers whose weight can change a copy's scale
+_RESCALING = (
+    "batch_norm",
+    *DEPTHWISE,
+    "scale",
+    "scale/",
+)  # per-channel parameters whose weight can change a copy's scale
 
 
 def _overwrite(module: fx.GraphModule, group: Group, pairs: Tensor, generator: torch.Generator) -> None:
-    """Make channel i = pairs[0] the copy of channel j = pairs[1] at every writer and carrier of the group."""
+    """Make channel i = pairs[0] the copy of channel j = pairs[1] in every layer that holds the group."""
 
-    norms = torch.stack([_norms(module, w, group.channels) for w in group.writers])  # (writers, n)
+    norms = torch.stack([_norms(module, w, group.channels) for w in group.producers])  # (producers, n)
     smallest = norms.amin(1, keepdim=True)  # a copy shall be smaller than any other channel
     below = (smallest / norms.where(norms.isfinite(), 0)).amin(0)[pairs[1]]
 
@@ -194,43 +199,43 @@ def _overwrite(module: fx.GraphModule, group: Group, pairs: Tensor, generator: t
             return torch.ones(pairs.size(1), dtype=torch.float64)
         return below * (0.3 + 0.4 * torch.rand(pairs.size(1), generator=generator, dtype=torch.float64))
 
-    carriers = {m.layer.node: m for m in group.carriers}
+    per_channel_params = {m.layer.node: m for m in group.per_channel_params}
     common = factor()
     written: set[tuple[str, tuple[int, ...]]] = set()
-    behind: dict[str, Tensor] = {}  # carrier -> the scale of a copy behind it
+    behind: dict[str, Tensor] = {}  # per-channel parameter -> the scale of a copy behind it
     with torch.no_grad():
-        for writer in group.writers:
-            steps = [s for s in writer.steps if s in carriers]
-            able = [s for s in steps if carriers[s].layer.op in _RESCALING]
+        for producer in group.producers:
+            steps = [s for s in producer.steps if s in per_channel_params]
+            able = [s for s in steps if per_channel_params[s].layer.op in _RESCALING]
             scale = factor() if able else common
-            held = (writer.layer.params["weight"], tuple(writer.where.flatten().tolist()))
+            held = (producer.layer.params["weight"], tuple(producer.where.flatten().tolist()))
             if held not in written:
                 written.add(held)
                 for slot in ("weight", "bias"):
-                    _copy(module, writer, slot, pairs, scale)
+                    _copy(module, producer, slot, pairs, scale)
             for step in steps:
                 target = factor() if step in able[:-1] else common
                 if step not in behind:
-                    behind[step] = _carry(module, carriers[step], pairs, scale, target)
+                    behind[step] = _carry(module, per_channel_params[step], pairs, scale, target)
                 scale = behind[step]
-        for reader in group.readers:
+        for consumer in group.consumers:
             scale = common
-            for step in reader.steps:
-                if step in carriers:
+            for step in consumer.steps:
+                if step in per_channel_params:
                     if step not in behind:
-                        behind[step] = _carry(module, carriers[step], pairs, scale, factor())
+                        behind[step] = _carry(module, per_channel_params[step], pairs, scale, factor())
                     scale = behind[step]
-        for node, carrier in carriers.items():
+        for node, per_channel_param in per_channel_params.items():
             if node not in behind:
-                _carry(module, carrier, pairs, torch.ones_like(common), torch.ones_like(common))
+                _carry(module, per_channel_param, pairs, torch.ones_like(common), torch.ones_like(common))
 
 
-def _norms(module: nn.Module, writer: Member, n: int) -> Tensor:
-    """The length of a writer's row for each channel, (n,); infinite where it writes none."""
-    weight = at(module, writer.layer.params["weight"])
-    rows = (weight.movedim(1, 0) if writer.layer.transposed else weight).flatten(1)
-    own = torch.linalg.vector_norm(rows[writer.where].flatten(1), dim=1)
-    return torch.full((n,), torch.inf, dtype=own.dtype).index_copy_(0, writer.channels, own)
+def _norms(module: nn.Module, producer: Member, n: int) -> Tensor:
+    """The length of a producer's row for each channel, (n,); infinite where it writes none."""
+    weight = at(module, producer.layer.params["weight"])
+    rows = (weight.movedim(1, 0) if producer.layer.transposed else weight).flatten(1)
+    own = torch.linalg.vector_norm(rows[producer.where].flatten(1), dim=1)
+    return torch.full((n,), torch.inf, dtype=own.dtype).index_copy_(0, producer.channels, own)
 
 
 def _copy(module: nn.Module, member: Member, slot: str, pairs: Tensor, scale: Tensor) -> None:
@@ -245,9 +250,9 @@ def _copy(module: nn.Module, member: Member, slot: str, pairs: Tensor, scale: Te
         flat[to] = flat[source] * scale.reshape(-1, *[1] * (flat[source].dim() - 1)).to(value)
 
 
-def _carry(module: nn.Module, carrier: Member, pairs: Tensor, before: Tensor, after: Tensor) -> Tensor:
-    """Let a carrier turn a copy of scale `before` into one of scale `after`; returns the scale that it gave."""
-    layer = carrier.layer
+def _carry(module: nn.Module, per_channel_param: Member, pairs: Tensor, before: Tensor, after: Tensor) -> Tensor:
+    """Let a per-channel parameter turn a copy of scale `before` into one of scale `after`; returns its scale."""
+    layer = per_channel_param.layer
     change: Mapping[str, Callable[[], Tensor]] = {
         "batch_norm": lambda: after,
         **dict.fromkeys(DEPTHWISE, lambda: after),
@@ -255,22 +260,22 @@ def _carry(module: nn.Module, carrier: Member, pairs: Tensor, before: Tensor, af
         "scale/": lambda: after,
     }
     if layer.op == "batch_norm":
-        here, local = carrier.local(pairs[0])
-        i, j = carrier.where[local], carrier.where[carrier.local(pairs[1])[1]]
-        _copy(module, carrier, "running_mean", pairs, before)
+        here, local = per_channel_param.local(pairs[0])
+        i, j = per_channel_param.where[local], per_channel_param.where[per_channel_param.local(pairs[1])[1]]
+        _copy(module, per_channel_param, "running_mean", pairs, before)
         if "running_var" in layer.params:
             var = at(module, layer.params["running_var"])
             var[i] = before[here].square()[:, None].to(var) * (var[j] + layer.eps) - layer.eps
-        _copy(module, carrier, "weight", pairs, after)
-        _copy(module, carrier, "bias", pairs, after)
+        _copy(module, per_channel_param, "weight", pairs, after)
+        _copy(module, per_channel_param, "bias", pairs, after)
     elif layer.op in DEPTHWISE:
-        _copy(module, carrier, "weight", pairs, after / before)
-        _copy(module, carrier, "bias", pairs, after)
+        _copy(module, per_channel_param, "weight", pairs, after / before)
+        _copy(module, per_channel_param, "bias", pairs, after)
     elif layer.op in ("scale", "scale/"):
-        _copy(module, carrier, "weight", pairs, after / before if layer.op == "scale" else before / after)
+        _copy(module, per_channel_param, "weight", pairs, after / before if layer.op == "scale" else before / after)
     elif layer.op.startswith("offset"):
-        _copy(module, carrier, "weight", pairs, before)
+        _copy(module, per_channel_param, "weight", pairs, before)
     else:
         for slot in layer.params:
-            _copy(module, carrier, slot, pairs, torch.ones_like(before))
+            _copy(module, per_channel_param, slot, pairs, torch.ones_like(before))
     return change.get(layer.op, lambda: before)()

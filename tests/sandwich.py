@@ -1,4 +1,4 @@
-"""Sandwich: a small net in which an op stands between a writer and a reader."""
+"""Sandwich: a small net in which an op stands between a producer and a consumer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from netmaking import randomised
 from torch import Tensor, fx, nn
 
-Op = Callable[[Any, Any], Any]  # (net, activation) -> what the reader reads
+Op = Callable[[Any, Any], Any]  # (net, activation) -> what the consumer reads
 CONVS = {0: nn.Linear, 1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 WIDTH, SIDE = 8, 4  # the activation is (2, WIDTH, SIDE, ...), or (2, WIDTH)
@@ -19,9 +19,9 @@ WIDTH, SIDE = 8, 4  # the activation is (2, WIDTH, SIDE, ...), or (2, WIDTH)
 
 @dataclass(frozen=True)
 class Sample:
-    """How to put one spelling between a writer and a reader.
+    """How to put one spelling between a producer and a consumer.
 
-    reads:     the reader's input channels; a Linear where `flat`
+    reads:     the consumer's input channels; a Linear where `flat`
     before:    brings the activation into the op's domain
     exact:     False where a channel that goes changes the others
     merged:    False where the channels must stay, for `reason`
@@ -48,13 +48,13 @@ class Sample:
 
 
 class Sandwich(nn.Module):
-    """reader(op(before(writer(x)))), with a second writer for ops of two operands."""
+    """consumer(op(before(producer(x)))), with a second producer for ops of two operands."""
 
     def __init__(self, sample: Sample) -> None:
         super().__init__()
         reader_dims = sample.dims if sample.reader_dims is None else sample.reader_dims
         self.op, self.before = sample.op, sample.before
-        self.writer = _layer(sample.dims, 3, sample.width)
+        self.producer = _layer(sample.dims, 3, sample.width)
         if "second" in sample.parts:
             self.second = _layer(sample.dims, 3, sample.width)
         for name, part in sample.parts.items():
@@ -62,11 +62,11 @@ class Sandwich(nn.Module):
                 self.register_buffer(name, part)
             elif part is not None:
                 setattr(self, name, part)
-        self.reader = nn.Linear(sample.reads, 5) if sample.flat else _layer(reader_dims, sample.reads, 5)
+        self.consumer = nn.Linear(sample.reads, 5) if sample.flat else _layer(reader_dims, sample.reads, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         self.input = x
-        out: Tensor = self.reader(self.op(self, self.before(self.writer(x))))
+        out: Tensor = self.consumer(self.op(self, self.before(self.producer(x))))
         return out
 
 

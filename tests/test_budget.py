@@ -353,12 +353,12 @@ def test_hull_is_the_greatest_convex_function_below(seed: int) -> None:
 # Curves
 
 
-@pytest.mark.parametrize("readers", [1, 2])
-def test_a_curve_is_what_the_best_re_solving_leaves(readers: int) -> None:
+@pytest.mark.parametrize("consumers", [1, 2])
+def test_a_curve_is_what_the_best_re_solving_leaves(consumers: int) -> None:
     """At every k the loss is that of the ridge regression on the channels that eliminate keeps, solved by itself."""
     torch.manual_seed(0)
     n, q, found = 12, 3, []
-    for _ in range(readers):
+    for _ in range(consumers):
         x = torch.randn(200, n * q, dtype=torch.float64) @ torch.randn(n * q, n * q, dtype=torch.float64)
         weight = torch.randn(5, n * q, dtype=torch.float64)
         found.append(Reading(x.T @ x, weight, torch.arange(n), torch.arange(n * q).view(n, q)))

@@ -30,8 +30,8 @@ def error(found: fxmerge.Analysis) -> float:
 @pytest.mark.parametrize("spelling", [{"axis": 2, "keepdims": True}, {"dim": 2, "keepdim": True}, {"axis": 3}])
 def test_axis_is_dim(spelling: dict[str, Any]) -> None:
     conv = nn.Conv2d if len(spelling) == 2 else nn.Conv1d
-    reader = conv(8, 4, 1)
-    model, x = made(lambda m, x: m.b(m.a(x).mean(**spelling)), 2, 3, 6, 6, a=nn.Conv2d(3, 8, 3), b=reader)
+    consumer = conv(8, 4, 1)
+    model, x = made(lambda m, x: m.b(m.a(x).mean(**spelling)), 2, 3, 6, 6, a=nn.Conv2d(3, 8, 3), b=consumer)
     result = plain_merge(model, x, ratio=0.5)
     assert [(p.name, len(p.kept)) for p in result.plan.groups] == [("a", 4)]
     assert error(result.analysis) < 1e-10

@@ -33,7 +33,7 @@ def plain(rows: np.ndarray, threshold: float = 0.0, cells: list[int] | None = No
 
 
 class Normed:
-    """One writer and its BatchNorm: weights w (n, d), and gamma, beta, mean, var (n,)."""
+    """One producer and its BatchNorm: weights w (n, d), and gamma, beta, mean, var (n,)."""
 
     def __init__(self, n: int, d: int, seed: int) -> None:
         r = rng(seed)

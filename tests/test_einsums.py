@@ -68,7 +68,7 @@ SAMPLES = {
 def test_channels_follow(name: str) -> None:
     model, x = SAMPLES[name].make()
     result = plain_merge(model, x, decomposition="prune", ratio=0.5)
-    assert [(p.name, len(p.kept)) for p in result.plan.groups] == [("writer", 4)], result.report.refusals
+    assert [(p.name, len(p.kept)) for p in result.plan.groups] == [("producer", 4)], result.report.refusals
     found = result.analysis
     assert max(verify.permutation(found.captured, found.facts, found.grouping).values()) < 1e-10
     assert compare.difference([masked_by_hand(result, x)], compare.outputs(result.module, (x,))) < 1e-10
@@ -79,7 +79,7 @@ def test_queries_keys_and_values_at_once() -> None:
     model, x = activations("bct,bcs,bds->bdt", "y", "y").make()
     result = plain_merge(model, x, decomposition="prune", ratio=0.5)
     found = result.analysis
-    assert [g.name for g in found.groups] == ["writer"]
+    assert [g.name for g in found.groups] == ["producer"]
     assert max(verify.permutation(found.captured, found.facts, found.grouping).values()) < 1e-10
 
 
@@ -91,7 +91,7 @@ def test_as_torch_export_spells_it() -> None:
 
     model, x = Sample(op, dims=1).make()
     result = plain_merge(model, x, decomposition="prune", ratio=0.5)
-    assert [p.name for p in result.plan.groups] == ["writer"], result.report.refusals
+    assert [p.name for p in result.plan.groups] == ["producer"], result.report.refusals
     assert compare.difference([masked_by_hand(result, x)], compare.outputs(result.module, (x,))) < 1e-10
 
 
@@ -134,7 +134,7 @@ def test_what_cannot_follow_stays(equation: str) -> None:
     x = torch.randn(2, 3, 8, dtype=torch.float64) if equation == "bcc->bc" else x
     result = plain_merge(model, x, ratio=0.5)
     assert result.plan.groups == ()
-    assert STAY[equation] in {r.name: r.reason for r in result.report.refusals}["writer"]
+    assert STAY[equation] in {r.name: r.reason for r in result.report.refusals}["producer"]
 
 
 class Split(nn.Module):

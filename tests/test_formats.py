@@ -1,4 +1,4 @@
-"""DOT, SVG, Mermaid, GraphML, Model Explorer, JSON: read back by other programs' own readers; names do no harm."""
+"""DOT, SVG, Mermaid, GraphML, Model Explorer, JSON: read back by other programs' own consumers; names do no harm."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Named(nn.Module):
 def nasty() -> Picture:
     """A picture in which every text is a name of that kind."""
     boxes = tuple(
-        Box(name, name, name, name, "writer", (name,), (name,), 4, 2, ((0, "write"),), (0,)) for name in NASTY
+        Box(name, name, name, name, "producer", (name,), (name,), 4, 2, ((0, "write"),), (0,)) for name in NASTY
     )
     frames = tuple(Frame(name, name, "") for name in NASTY)
     arrows = tuple(Arrow(one, other, (0,), (one,)) for one, other in itertools.pairwise(NASTY))
@@ -70,7 +70,7 @@ def wide(count: int) -> Picture:
     """A flat network of so many layers, every tenth with a way around it."""
     places, frames = nested([""] * count)
     boxes = [
-        Box(f"n{i}", f"layer {i}", f, "conv", "writer", (f"n{i}",), (f"n{i}",), 4, 2, ((0, "write"),))
+        Box(f"n{i}", f"layer {i}", f, "conv", "producer", (f"n{i}",), (f"n{i}",), 4, 2, ((0, "write"),))
         for i, (f, _) in enumerate(places)
     ]
     arrows = [Arrow(f"n{i}", f"n{i + 1}", (0,)) for i in range(count - 1)]

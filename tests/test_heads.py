@@ -321,10 +321,10 @@ def test_heads_and_then_width(cls: Any) -> None:
 
 
 def rows(group: Any) -> dict[tuple[str, int], int]:
-    """{(a writer's weight, its row): the channel}."""
+    """{(a producer's weight, its row): the channel}."""
     return {
         (w.layer.params["weight"], row): channel
-        for w in group.writers
+        for w in group.producers
         for channel, where in zip(w.channels.tolist(), w.where.tolist(), strict=True)
         for row in where
     }

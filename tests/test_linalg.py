@@ -214,7 +214,7 @@ def test_moments_between_channels_are_the_arc_cosine_kernel(seed: int) -> None:
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("seed", range(2))
 def test_lstsq_is_the_best_within_each_cell(seed: int, groups: int) -> None:
-    """A grouped reader can carry a channel only by kept ones of its own group: as good as lstsq on samples there."""
+    """A grouped consumer can carry a channel only by kept ones of its own group: as good as lstsq on samples there."""
     torch.manual_seed(seed)
     first, last = nn.Conv2d(4, 12, 1, bias=False), nn.Conv2d(12, 6, 1, groups=groups)
     net = nn.Sequential(first, nn.ReLU(), last).double().eval()

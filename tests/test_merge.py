@@ -207,8 +207,8 @@ def test_report_counts_are_true() -> None:
     assert data["error"] == pytest.approx(float((after - before).norm() / before.norm()), rel=1e-4)
     groups = {g["name"]: g for g in data["groups"]}
     assert set(groups) == {"stem", "a"}
-    assert set(groups["stem"]["writers"]) == {"stem", "b"}
-    assert set(groups["stem"]["readers"]) == {"a", "fc"}
+    assert set(groups["stem"]["producers"]) == {"stem", "b"}
+    assert set(groups["stem"]["consumers"]) == {"a", "fc"}
     assert len(groups["stem"]["kept"]) == 6
     assert {p["channel"] for p in groups["stem"]["partners"]} == set(range(12)) - set(groups["stem"]["kept"])
     assert [r["name"] for r in data["refusals"]] == ["fc"]

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def unsaid(model: nn.Module, inputs: Any) -> list[str]:
     """The parameters of a model that are in no group's layer and in no refusal with a reason."""
     found = fxmerge.analyze(model, inputs)
-    members = [m.layer for g in found.groups for m in (*g.writers, *g.carriers, *g.readers)]
+    members = [m.layer for g in found.groups for m in (*g.producers, *g.per_channel_params, *g.consumers)]
     told = {layer.module for layer in members} | {path for layer in members for path in layer.params.values()}
     told |= {r.name for r in found.refusals if r.reason}
     named: dict[int, list[str]] = {}

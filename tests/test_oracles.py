@@ -58,7 +58,7 @@ def test_duplicates_merge_exactly(name: str) -> None:
     """With the kept channels given, `mostsim` finds each copy's original and its scale."""
     found = analysis(name)
     model, args, kept = verify.duplicate(*operands(found))
-    assert set(kept) == {g.name for g in found.groups if g.partners and g.readers}
+    assert set(kept) == {g.name for g in found.groups if g.partners and g.consumers}
     sizes = {g.name: g.channels for g in found.groups}
     given = tuple(GroupPlan(group, sizes[group], tuple(index.tolist())) for group, index in kept.items())
     result = fxmerge.apply(Plan(Options(threshold=0.0, refit="none"), given), model, args)
@@ -148,8 +148,8 @@ class Wide(nn.Module):
 def widened(seed: int) -> tuple[Wide, Wide, Tensor, Tensor]:
     """(narrow, wide, which conv channels are copies, which linear units are), the same function in float64.
 
-    Copy i of channel j has writer rows r_i times j's, with r_i < 1, behind the BatchNorm s_i times j's output, and the
-    reader's column of j is split: j keeps a share, and i has the rest over s_i.
+    Copy i of channel j has producer rows r_i times j's, with r_i < 1, behind the BatchNorm s_i times j's output, and
+    the consumer's column of j is split: j keeps a share, and i has the rest over s_i.
     """
     g = torch.Generator().manual_seed(seed)
     narrow, wide = Wide(8, 10).double().eval(), Wide(11, 14).double().eval()
@@ -216,9 +216,9 @@ def test_a_widened_net_merges_back(seed: int) -> None:
 def test_dead_channels_are_dropped_and_nothing_changes(decomposition: str) -> None:
     model, x = NETS["residual"]()
     gone = {"stem": [1, 5, 6], "a": [0, 2, 9, 15]}
-    writers = {"stem": ("stem", "n", "b", "bn"), "a": ("a", "an")}
+    producers = {"stem": ("stem", "n", "b", "bn"), "a": ("a", "an")}
     with torch.no_grad():
-        for group, names in writers.items():
+        for group, names in producers.items():
             for part in map(model.get_submodule, names):
                 for value in (part.weight, part.bias, getattr(part, "running_mean", None)):
                     if isinstance(value, Tensor):

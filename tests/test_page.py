@@ -120,7 +120,7 @@ def test_choosing_a_group_highlights_exactly_its_members(name: str, opened: Any)
     assert tab.all(".box.on", "e => 1") == []
     names = {layer.node: layer.module for layer in result.analysis.facts.layers}
     for number, g in enumerate(result.analysis.groups):
-        members = {m.layer.module for m in (*g.writers, *g.carriers, *g.readers)}
+        members = {m.layer.module for m in (*g.producers, *g.per_channel_params, *g.consumers)}
         others = {names.get(node, node) for node in (*g.mixers, *g.ties)}
         tab.tab.click(f'.row[data-group="{number}"]')
         found = tab.modules(".box.on")
@@ -128,7 +128,7 @@ def test_choosing_a_group_highlights_exactly_its_members(name: str, opened: Any)
         assert members <= found
         assert found == set().union(*boxes)
         wires = [set(held.split()) for held in tab.all(".wire.on", "e => e.dataset.groups")]
-        assert wires or not g.readers
+        assert wires or not g.consumers
         assert all(str(number) in held for held in wires)
         assert not any(str(number) in held.split() for held in tab.all(".wire:not(.on)", "e => e.dataset.groups"))
         tab.tab.click("#back")
@@ -147,7 +147,7 @@ def test_clicking_and_pointing_in_the_network(opened: Any) -> None:
     assert tab.modules(".box.on") == {"a", "an", "b", "bn"}
     panel = tab.tab.inner_text("#panel")
     assert "16 → 8" in panel
-    for title in ("writes, carries", "reads", "Writers", "Carriers", "Readers", "Similarity of the channels", "FLOPs"):
+    for title in ("writes, carries", "reads", "Producers", "Per-channel parameters", "Consumers", "Similarity", "FLOPs"):
         assert title in panel, title
     tab.tab.click(f'{box} .stripe[data-group="0"]')  # its upper edge: the stream that it reads
     tab.tab.mouse.move(3, 880)
@@ -327,7 +327,7 @@ def test_data_flows_down(opened: Any) -> None:
 
 
 def sheet_of(picture: Picture) -> list[dict[str, Any]]:
-    lists = ("writers", "carriers", "readers", "mixers", "ties", "scaleBlocks", "refit", "partners")
+    lists = ("producers", "per_channel_params", "consumers", "mixers", "ties", "scaleBlocks", "refit", "partners")
     plain: dict[str, Any] = {key: [] for key in lists}
     like = {"channels": [0], "kept": "1", "cosines": ""}
     counts = {"parameters": [1], "flops": [1], "similarity": 1.0, "dropped": 0, "unpartnered": 0}

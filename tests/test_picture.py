@@ -78,7 +78,7 @@ def test_arrows_are_the_graph_and_roles_are_the_groups(name: str) -> None:
     for b in p.boxes:  # whatever a layer's data comes from is above it
         for other in p.boxes:
             way = b.id in told and other.id in told and nx.has_path(told, b.id, other.id)
-            if nx.has_path(users, b.nodes[0], other.nodes[0]) and other.kind == b.kind == "writer":
+            if nx.has_path(users, b.nodes[0], other.nodes[0]) and other.kind == b.kind == "producer":
                 assert way, (b.label, other.label)
 
 
@@ -93,7 +93,7 @@ def test_widths_are_those_of_the_merged_module(name: str) -> None:
     p = drawn(result.analysis, result.plan)
     checked = 0
     for b in p.boxes:
-        if b.kind == "writer" and b.modules[0] in dict(result.module.named_modules()):
+        if b.kind == "producer" and b.modules[0] in dict(result.module.named_modules()):
             before, after = (m.get_submodule(b.modules[0]) for m in (model, result.module))
             size = "out_features" if isinstance(after, nn.Linear) else "out_channels"
             if isinstance(after, nn.Linear | nn.modules.conv._ConvNd) and b.op.split()[0] != "embedding":

@@ -149,7 +149,7 @@ def test_apply_keeps_the_same_channels_on_other_weights(decomposition: str) -> N
     assert replayed.plan.options == first.plan.options
     shapes = [(n, p.shape) for n, p in first.module.named_parameters()]
     assert [(n, p.shape) for n, p in replayed.module.named_parameters()] == shapes
-    if decomposition != "fold":  # a writer's rows are the other model's own
+    if decomposition != "fold":  # a producer's rows are the other model's own
         torch.testing.assert_close(replayed.module.conv1.weight, other.conv1.weight[list(kept(first)["conv1"])])
     assert all(torch.equal(before[k], v) for k, v in other.state_dict().items())
 

@@ -106,7 +106,7 @@ FOUND = {
     def forward(self, x):
         # x: (2, 3, 8, 8)
         return self.b(F.relu(self.a(x) + self.c(x)))""",
-    "a writer that is joined with itself by two ways": """
+    "a producer that is joined with itself by two ways": """
         self.a, self.b, self.p = nn.Linear(5, 8), nn.Linear(8, 3), nn.Parameter(torch.zeros(8))
     def forward(self, x):
         # x: (2, 6, 5)

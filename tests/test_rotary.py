@@ -159,9 +159,9 @@ def test_pairs_leave_with_their_angles(cls: Any) -> None:
     groups = {g.name: g for g in result.analysis.groups}
     for p in kept:
         assert len(p.kept) * 2 == p.channels
-        for writer in groups[p.name].writers:
-            if writer.layer.module == "q":
-                rows[writer.where[writer.local(torch.tensor(p.kept))[1]].flatten()] = True
+        for producer in groups[p.name].producers:
+            if producer.layer.module == "q":
+                rows[producer.where[producer.local(torch.tensor(p.kept))[1]].flatten()] = True
     with torch.no_grad():
         model.q.weight[~rows], model.q.bias[~rows] = 0, 0
         torch.testing.assert_close(result.module(x), model(x), rtol=1e-10, atol=1e-10)

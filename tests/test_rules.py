@@ -65,19 +65,19 @@ def test_spelling(key: Any, rule: fxmerge.Rule) -> None:
     merged = [p.name for p in result.plan.groups]
     reasons = {r.name: r.reason for r in result.report.refusals}
     if not sample.merged:
-        assert "writer" not in merged
-        assert sample.reason in reasons["writer"]
+        assert "producer" not in merged
+        assert sample.reason in reasons["producer"]
         return
-    assert "writer" in merged, reasons
+    assert "producer" in merged, reasons
     assert max(verify.permutation(found.captured, found.facts, found.grouping).values()) < 1e-10
     if sample.exact:
         assert compare.difference([masked_by_hand(result, x)], compare.outputs(result.module, (x,))) < 1e-10
     else:
-        assert all(g.mixers for g in found.groups if g.name == "writer")
+        assert all(g.mixers for g in found.groups if g.name == "producer")
 
 
 def masked_by_hand(result: fxmerge.Result, x: Tensor) -> Tensor:
-    """The original with those inputs of each reader zeroed that change when the dropped rows of its writers do.
+    """The original with those inputs of each consumer zeroed that change when the dropped rows of its producers do.
 
     Which inputs those are is found by trying, so that no index map of fxmerge is believed.
     """
@@ -88,19 +88,19 @@ def masked_by_hand(result: fxmerge.Result, x: Tensor) -> Tensor:
         group = groups[planned.name]
         dropped = torch.tensor(sorted(set(range(planned.channels)) - set(planned.kept)))
         shaken = copy.deepcopy(module)
-        for writer in group.writers:
-            here, local = writer.local(dropped)
+        for producer in group.producers:
+            here, local = producer.local(dropped)
             assert here.all()
-            for path in writer.layer.params.values():
+            for path in producer.layer.params.values():
                 value = shaken.get_parameter(path)
-                rows = value.data.movedim(1, 0) if writer.layer.transposed and value.dim() > 1 else value.data
-                places = writer.where[local].flatten()
+                rows = value.data.movedim(1, 0) if producer.layer.transposed and value.dim() > 1 else value.data
+                places = producer.where[local].flatten()
                 rows[places] += torch.rand(rows[places].shape, generator=torch.Generator().manual_seed(0)).to(rows)
-        readers = {reader.layer.node for reader in group.readers}
-        before, after = (Watched(m, readers, {}) for m in (module, shaken))
+        consumers = {consumer.layer.node for consumer in group.consumers}
+        before, after = (Watched(m, consumers, {}) for m in (module, shaken))
         before.run(x)
         after.run(x)
-        for node in readers:
+        for node in consumers:
             zeroed[node] = after.seen[node] != before.seen[node]
     out: Tensor = Watched(module, set(zeroed), zeroed).run(x)
     return out.detach()
@@ -143,7 +143,7 @@ def test_commutes(key: Any, rule: fxmerge.Rule) -> None:
     model, x = sample.make()
     with torch.no_grad():
         model.input = x
-        before = sample.before(model.writer(x))
+        before = sample.before(model.producer(x))
         errors = []
         for scale in (0.25, 2.0, 8.0):  # powers of two, so that a cast to half precision does not round otherwise
             one, other = sample.op(model, scale * before), scale * sample.op(model, before.clone())
@@ -169,7 +169,7 @@ def test_a_reduction_over_the_channels_is_a_mixer(op: str) -> None:
     sample = Sample(lambda m, x: x * getattr(x, op)(1, keepdim=True))
     result = plain_merge(*sample.make(), ratio=0.5)
     found = result.analysis
-    assert [(g.name, len(g.mixers), g.internal) for g in found.groups] == [("writer", 1, False)]
+    assert [(g.name, len(g.mixers), g.internal) for g in found.groups] == [("producer", 1, False)]
     assert len(result.plan.groups[0].kept) == 4
     assert max(verify.permutation(found.captured, found.facts, found.grouping).values()) < 1e-10
 
@@ -194,7 +194,7 @@ def test_what_cannot_follow_stays(what: str) -> None:
     result = plain_merge(model, x, ratio=0.5, decomposition="prune")
     assert result.plan.groups == ()
     assert result.report.verdict.error == 0
-    refused = [r for r in result.report.refusals if r.name.startswith("writer")]
+    refused = [r for r in result.report.refusals if r.name.startswith("producer")]
     assert any(reason in r.reason for r in refused), refused
     assert all(".py:" in r.where for r in refused)
 
@@ -212,7 +212,7 @@ def test_a_constant_per_channel_follows(where: str) -> None:
     ones = torch.ones(8, 1, 1, dtype=torch.float64)
     model, x = Sample(lambda m, x: x + (m.c if where == "buffer" else ones), parts={"c": ones}).make()
     result = plain_merge(model, x, ratio=0.5)
-    assert [p.name for p in result.plan.groups] == ["writer"]
+    assert [p.name for p in result.plan.groups] == ["producer"]
     sizes = {n.target: result.module.get_buffer(n.target).shape for n in result.module.graph.find_nodes(op="get_attr")}
     assert list(sizes.values()) == [(4, 1, 1)]
 
@@ -241,7 +241,7 @@ def test_an_unknown_op_pins_and_says_where(op: str) -> None:
     model, x = Sample(function).make()
     found = fxmerge.analyze(model, x)
     assert found.groups == ()
-    refusal = next(r for r in found.refusals if r.name == "writer")
+    refusal = next(r for r in found.refusals if r.name == "producer")
     assert named in refusal.reason
     assert "has no rule" in refusal.reason
     assert refusal.channels == 8
@@ -262,12 +262,12 @@ def gated() -> tuple[fx.GraphModule, Tensor]:
 
 def test_an_unknown_leaf_pins_until_a_rule_is_added(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = gated()
-    refusal = next(r for r in fxmerge.analyze(model, x).refusals if r.name == "writer")
+    refusal = next(r for r in fxmerge.analyze(model, x).refusals if r.name == "producer")
     assert "Gate" in refusal.reason
     assert "has no rule" in refusal.reason
     monkeypatch.setitem(fxmerge.RULES, "gate", fxmerge.per_channel("gate", Gate))
     result = plain_merge(model, x, ratio=0.5)
-    assert [(p.name, len(p.kept)) for p in result.plan.groups] == [("writer", 4)]
+    assert [(p.name, len(p.kept)) for p in result.plan.groups] == [("producer", 4)]
     found = result.analysis
     assert max(verify.permutation(found.captured, found.facts, found.grouping).values()) < 1e-10
 
@@ -288,14 +288,14 @@ def test_a_subclass_is_known_by_the_forward_it_inherits() -> None:
                 return isinstance(m, nn.Conv2d)
 
         found = fxmerge.analyze(fx.GraphModule(model, Leaf().trace(model)), x)
-        assert ("writer" in {g.name for g in found.groups}) == known
+        assert ("producer" in {g.name for g in found.groups}) == known
 
 
 def test_a_module_with_hooks_is_pinned() -> None:
     model, x = Sample(lambda m, x: m.part(x), parts={"part": nn.Conv2d(8, 8, 1)}).make()
     model.get_submodule("part").register_forward_hook(lambda module, args, out: out.flip(1))
     refused = {r.name: r.reason for r in fxmerge.analyze(model, x).refusals}
-    assert "has forward hooks" in refused["writer"]
+    assert "has forward hooks" in refused["producer"]
 
 
 

@@ -103,7 +103,7 @@ def test_costs_of_a_group_by_hand() -> None:
     # a: 12 -> 16 channels, 3 x 3, with its BatchNorm; b: 16 -> 12; 8 of 16 stay, and 6 of the stream's 12
     assert group["parameters"] == [12 * 16 * 9 + 16 + 32 + 16 * 12 * 9 + 12, 6 * 8 * 9 + 8 + 16 + 8 * 6 * 9 + 6]
     assert group["flops"] == [2 * 2 * 64 * 9 * (12 * 16 + 16 * 12), 2 * 2 * 64 * 9 * (6 * 8 + 8 * 6)]
-    assert (group["writers"], group["carriers"], group["readers"]) == (["a"], ["an"], ["b"])
+    assert (group["producers"], group["per_channel_params"], group["consumers"]) == (["a"], ["an"], ["b"])
 
 
 def test_refit_is_told_with_its_errors() -> None:

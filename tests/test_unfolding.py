@@ -128,7 +128,7 @@ def test_its_channels_are_found(name: str) -> None:
     found = result.analysis
     assert found.captured.route == "symbolic"
     assert max(fxmerge.verify.permutation(found.captured, found.facts, found.grouping).values()) < 1e-10
-    inside = {m.layer.module for g in found.groups for m in (*g.writers, *g.readers)}
+    inside = {m.layer.module for g in found.groups for m in (*g.producers, *g.consumers)}
     assert {"a", "b"} <= inside and len(found.groups) >= 2
     assert result.report.after.parameters < 0.55 * result.report.before.parameters
 

@@ -88,7 +88,7 @@ def test_what_comes_back_is_of_the_users_kind(name: str) -> None:
 
 @pytest.mark.parametrize("decomposition", ["mostsim", "fold", "lstsq", "prune"])
 def test_a_tied_embedding_is_not_mixed(decomposition: str) -> None:
-    """Its columns are the writer's rows: what the head absorbs, the words would be changed by."""
+    """Its columns are the producer's rows: what the head absorbs, the words would be changed by."""
     model, example, _, _ = made("TiedEmbedding")
     result = plain_merge(model, example, ratio=0.5, decomposition=decomposition)
     kept = next(list(p.kept) for p in result.plan.groups if p.name == "e")

@@ -1,8 +1,8 @@
 """Groups: labels that must live or die together become atoms, atoms that are alike become merge groups.
 
 1. Ties make labels equal: connected components are atoms. A pin in an atom pins all of it.
-2. Two atoms are alike when they stand in the same nodes equally often: then every writer, carrier and reader of one is
-   one of the other too, and one can be merged into the other. Alike atoms make a part.
+2. Two atoms are alike when they stand in the same nodes equally often: then every layer that holds one holds the other
+   too, and one can be merged into the other. Alike atoms make a part.
 3. Parts that share a block (rows that must lose equally many) are decided together: a networkx graph of parts and
    blocks, whose connected components are the groups. Within a group, channels merge within their cell (part and block
    rows) only.
@@ -35,7 +35,7 @@ def group(facts: Provenance) -> Grouping:
     """Find the merge groups of a provenance. Deterministic: the same graph gives the same groups, in order."""
     atom = atoms(facts)
     facts = replace(facts, blocks=tuple(b for b in facts.blocks if not _solid(b, atom)))
-    written = _writer_order(facts, atom)
+    written = _producer_order(facts, atom)
     pinned = _pinned(facts, atom, set(written.tolist()))
     part, present = _parts(facts, atom, pinned)
     of_group, components = _components(facts, atom, part, pinned, written)
@@ -160,7 +160,7 @@ def _copies(facts: Provenance, atom: Ints) -> Ints:
     return copy
 
 
-def _writer_order(facts: Provenance, atom: Ints) -> Ints:
+def _producer_order(facts: Provenance, atom: Ints) -> Ints:
     """Atoms in the order in which layers write them."""
     written = [atom[layer.writes.numpy()] for layer in facts.layers if layer.writes is not None]
     if not written:
@@ -216,7 +216,7 @@ def _named(found: list[Group]) -> list[Group]:
 
 
 def _refusals(facts: Provenance, atom: Ints, pinned: dict[int, Pin], groups: list[Group]) -> tuple[Refusal, ...]:
-    """One refusal for each writer and reason, and for each other layer that is in no group: none is left unsaid."""
+    """One refusal for each producer and reason, and for each other layer that is in no group: none is left unsaid."""
     found: dict[tuple[str, str, str], int] = defaultdict(int)
 
     def add(layer: Layer, labels: Tensor) -> None:
@@ -228,7 +228,7 @@ def _refusals(facts: Provenance, atom: Ints, pinned: dict[int, Pin], groups: lis
         if layer.writes is not None:
             add(layer, layer.writes)
     told = {name for name, *_ in found}
-    told |= {m.layer.module for g in groups for m in (*g.writers, *g.carriers, *g.readers)}
+    told |= {m.layer.module for g in groups for m in (*g.producers, *g.per_channel_params, *g.consumers)}
     for layer in facts.layers:
         labels = layer.reads if layer.carries is None else layer.carries
         if layer.module not in told and labels is not None:
@@ -258,7 +258,7 @@ def _graph(groups: list[Group], refusals: Sequence[Refusal], layers: Sequence[La
     graph: nx.DiGraph[str] = nx.DiGraph()
     for g in groups:
         graph.add_node(g.name, kind="group", channels=g.channels, internal=g.internal, mixers=len(g.mixers))
-        for role, members in (("write", g.writers), ("carry", g.carriers), ("read", g.readers)):
+        for role, members in (("write", g.producers), ("carry", g.per_channel_params), ("read", g.consumers)):
             for m in members:
                 graph.add_node(f"layer:{m.layer.node}", kind=m.layer.op, module=m.layer.module)
                 ends = (f"layer:{m.layer.node}", g.name) if role == "write" else (g.name, f"layer:{m.layer.node}")

@@ -58,23 +58,23 @@ class Builder:
         partners &= self.facts.whole is None or not self._holds(number, self.facts.whole)  # a block takes nobody's part
         partners &= all(m.layer.op != "table" for m in members["carry"])  # nor does one angle that of another
         first = members["write"][0].layer.module if members["write"] else ""
-        writers, readers, junctions, rigid = self._paths(number, members["write"], members["read"])
+        producers, consumers, junctions, rigid = self._paths(number, members["write"], members["read"])
         nodes = self.nodes[number]
         ordered = sorted((n for n in nodes if n in self.order), key=self.order.__getitem__)
         mixed = [n for n, labels in self.facts.mixers if self._holds(number, labels)]
         blocked = [
             n
             for n in ordered
-            if self.facts.kinds[n] in ("per_channel", "tie", "mixer", "carrier")
+            if self.facts.kinds[n] in ("per_channel", "tie", "mixer", "per_channel_param")
             and not self.facts.commutes.get(n, False)
         ]
         blocked += [m.layer.node for m in members["carry"] if m.layer.op == "joined"]  # a class token does not scale
         blocks = self._blocks(number, lookup, cell)
         lookup[inside] = -1
-        single = len(writers) == 1 and len(readers) == 1 and not junctions and not mixed
+        single = len(producers) == 1 and len(consumers) == 1 and not junctions and not mixed
         return Group(
-            first, torch.from_numpy(inside), torch.from_numpy(cell), tuple(writers), tuple(members["carry"]),
-            tuple(readers), tuple(dict.fromkeys(mixed)), tuple(junctions), single,
+            first, torch.from_numpy(inside), torch.from_numpy(cell), tuple(producers), tuple(members["carry"]),
+            tuple(consumers), tuple(dict.fromkeys(mixed)), tuple(junctions), single,
             tuple(dict.fromkeys([*blocked, *rigid])), blocks, partners,
         )  # fmt: skip
 
@@ -103,24 +103,25 @@ class Builder:
         return node, steps[::-1]
 
     def _paths(
-        self, number: int, writers: list[Member], readers: list[Member]
+        self, number: int, producers: list[Member], consumers: list[Member]
     ) -> tuple[list[Member], list[Member], list[str], list[str]]:
-        """Members with their steps, the nodes where writers' outputs join, carriers that stand between such nodes."""
-        ends: list[tuple[Member, str, list[str]]] = []  # (reader, the node its walk ended at, steps from there)
-        for reader in readers:
-            for source in dict.fromkeys(self.facts.sources[reader.layer.node]):
+        """Members with their steps, the nodes where producers' outputs join, and the
+        per-channel parameters between such nodes."""
+        ends: list[tuple[Member, str, list[str]]] = []  # (consumer, the node its walk ended at, steps from there)
+        for consumer in consumers:
+            for source in dict.fromkeys(self.facts.sources[consumer.layer.node]):
                 if source in self.nodes[number]:
-                    ends.append((reader, *self._back(number, source)))
+                    ends.append((consumer, *self._back(number, source)))
                     break
         junctions = {
             n for n in self.nodes[number]
             if (number, n) not in self.written_at
             and len([s for s in dict.fromkeys(self.facts.sources[n]) if s in self.nodes[number]]) > 1
         }  # fmt: skip
-        if not junctions and len(writers) == 1:
+        if not junctions and len(producers) == 1:
             shared = _common_prefix([steps for _, _, steps in ends])
             placed = [replace(r, steps=tuple(steps[len(shared) :])) for r, _, steps in ends]
-            return [replace(writers[0], steps=tuple(shared))], placed, [], []
+            return [replace(producers[0], steps=tuple(shared))], placed, [], []
         onto: dict[str, list[str]] = {}
         carrying = {layer.node for layer in self.facts.layers if layer.carries is not None}
         rigid: list[str] = []
@@ -130,17 +131,17 @@ class Builder:
                     origin, steps = self._back(number, source)
                     if (number, origin) not in self.written_at:
                         rigid += [s for s in steps if s in carrying]
-                    elif onto.setdefault(origin, steps) != steps:  # one writer, joined with itself by two ways
+                    elif onto.setdefault(origin, steps) != steps:  # one producer, joined with itself by two ways
                         rigid += [s for s in (*onto[origin], *steps) if s in carrying]
-        placed_writers = [replace(w, steps=tuple(onto.get(w.layer.node, ()))) for w in writers]
+        placed_producers = [replace(w, steps=tuple(onto.get(w.layer.node, ()))) for w in producers]
         placed = []
-        for reader, origin, steps in ends:
+        for consumer, origin, steps in ends:
             ahead = onto.get(origin, []) if (number, origin) in self.written_at else []
             if steps[: len(ahead)] != ahead:  # it branches off before the common coordinates begin
                 rigid += ahead
                 steps, ahead = [], []
-            placed.append(replace(reader, steps=tuple(steps[len(ahead) :])))
-        return placed_writers, placed, [n for n in self.facts.kinds if n in junctions], rigid
+            placed.append(replace(consumer, steps=tuple(steps[len(ahead) :])))
+        return placed_producers, placed, [n for n in self.facts.kinds if n in junctions], rigid
 
 
 def _side(member: Member) -> tuple[str, bool]:

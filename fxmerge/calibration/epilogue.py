@@ -28,7 +28,7 @@ def behind(module: fx.GraphModule, node: fx.Node, norms: dict[str, Layer], known
     """What stands behind a node; `known` are the nodes whose values are there already."""
     table = lookup.table()
 
-    def reader(node: fx.Node) -> fx.Node | None:
+    def consumer(node: fx.Node) -> fx.Node | None:
         return next(iter(node.users)) if len(node.users) == 1 else None
 
     def rule(node: fx.Node | None) -> str:
@@ -42,9 +42,9 @@ def behind(module: fx.GraphModule, node: fx.Node, norms: dict[str, Layer], known
         return found[0].name if found else ""
 
     def after(node: fx.Node) -> fx.Node | None:
-        found = reader(node)
+        found = consumer(node)
         while rule(found) in ("dropout", "identity", "stochastic_depth") and found is not None and plain(found):
-            found = reader(found)
+            found = consumer(found)
         return found
 
     def plain(node: fx.Node) -> bool:

@@ -78,8 +78,8 @@ class Stream:
         self.placeholders = [n.name for n in self.nodes if n.op == "placeholder"]
         last = {source.name: node.name for node in self.nodes for source in node.all_input_nodes}
         self.expires: dict[str, list[str]] = {}  # node -> the nodes that it is the last to read
-        for source_name, reader in last.items():
-            self.expires.setdefault(reader, []).append(source_name)
+        for source_name, consumer in last.items():
+            self.expires.setdefault(consumer, []).append(source_name)
 
     def call(self, node: fx.Node, number: int, given: Mapping[str, Any] | None = None) -> Any:
         """What a node gives for one batch; `given` are values to take in place of those that are there."""

@@ -1,6 +1,6 @@
 """Survey: one run of the original on refit's batches, for what has to be known before channels are chosen.
 
-`readings` gives each group's readers the second moments of their patches, which `repair` selects by.
+`readings` gives each group's consumers the second moments of their patches, which `repair` selects by.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fxmerge.methods.least_squares import second_moments
 from fxmerge.weights.by_path import at
 from fxmerge.weights.disk_tensor import beside
 
-WIDEST = 8192  # columns of all blocks together: a reader with more is left out
+WIDEST = 8192  # columns of all blocks together: a consumer with more is left out
 
 
 def readings(
@@ -34,11 +34,11 @@ def readings(
     settings: Settings,
     stage: Callable[[str], None] = lambda name: None,
 ) -> dict[str, tuple[Reading, ...]]:
-    """Group name -> how its readers see it; readers that are no layers (attention scores) are not among them."""
-    readers: dict[str, list[tuple[Group, Any]]] = {}
+    """Group name -> how its consumers see it; consumers that are no layers (attention scores) are not among them."""
+    consumers: dict[str, list[tuple[Group, Any]]] = {}
     for group in groups:
-        for member in group.readers:
-            readers.setdefault(member.layer.node, []).append((group, member))
+        for member in group.consumers:
+            consumers.setdefault(member.layer.node, []).append((group, member))
     found: dict[str, list[Reading]] = {g.name: [] for g in groups}
     module = captured.module
     norms = {layer.node: layer for layer in facts.layers if layer.op == "batch_norm"}
@@ -46,12 +46,12 @@ def readings(
     with evaluating(module), torch.no_grad():
         run = Lockstep(pair(module, facts), batches, settings)
         for step in run:
-            members = readers.get(step.node.name, ())
+            members = consumers.get(step.node.name, ())
             if not members:
                 continue
             layer = members[0][1].layer
             stage(f"survey {layer.module}")
-            made = _reader(run, step.node, step.outputs, layer, norms, settings, generator)
+            made = _consumer(run, step.node, step.outputs, layer, norms, settings, generator)
             if made is None:
                 continue
             gram, weight, width = made
@@ -61,7 +61,7 @@ def readings(
     return {name: tuple(parts) for name, parts in found.items()}
 
 
-def _reader(
+def _consumer(
     run: Lockstep, node: fx.Node, outputs: Sequence[Tensor], layer: Layer, norms: dict[str, Layer],
     settings: Settings, generator: torch.Generator,
 ) -> tuple[Tensor, Tensor, int] | None:  # fmt: skip

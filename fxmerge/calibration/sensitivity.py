@@ -41,11 +41,11 @@ def sensitivity(
     settings: Settings,
     stage: Callable[[str], None] = lambda name: None,
 ) -> dict[str, float]:
-    """Layer -> sensitivity, in any unit: of the groups' readers, of writers where no reader is a layer.
+    """Layer -> sensitivity, in any unit: of the groups' consumers, of producers where no consumer is a layer.
 
     Empty where an op has no gradient.
     """
-    members = [m for g in groups for m in (g.readers or g.writers)]
+    members = [m for g in groups for m in (g.consumers or g.producers)]
     layers = {m.layer.node: m.layer for m in members if "weight" in m.layer.params}
     some = _some(captured, batches)
     alone = replace(settings, reduce=lambda value: value)

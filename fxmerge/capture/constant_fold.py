@@ -176,7 +176,7 @@ def _as_weight(module: fx.GraphModule, user: fx.Node, node: fx.Node, known: dict
     if user.op not in ("call_function", "call_method"):
         return False
     found = lookup.find(user.target, known)
-    return found is not None and found[0].kind in ("writer", "carrier") and node not in user.args[:1]
+    return found is not None and found[0].kind in ("producer", "per_channel_param") and node not in user.args[:1]
 
 
 def _spelled(value: Any, updated: Container[fx.Node]) -> str:

@@ -53,7 +53,7 @@ def node_call(func: Any, name: str, args: Any, kwargs: Any) -> tuple[str, Any, A
 
 
 def in_place(node: fx.Node, target: Any) -> bool:
-    """Does the call update its first argument, so that later readers of that argument see the result?"""
+    """Does the call update its first argument, so that later consumers of that argument see the result?"""
     if isinstance(target, nn.Module):
         return bool(getattr(target, "inplace", False))
     if overload_name(target) is not None:

@@ -20,9 +20,9 @@ class Member:
 
     channels:  (m,) which of the group's n channels stand in this layer, ascending
     where:  (m, copies) their places along the layer's axis; several where one channel stands several times, as after
-            a flatten. For a grouped reader a place counts through all of its groups.
-    steps:  writer: what its output passes on the way to the group's common coordinates;
-            reader: what the group passes from there to this reader
+            a flatten. For a grouped consumer a place counts through all of its groups.
+    steps:  producer: what its output passes on the way to the group's common coordinates;
+            consumer: what the group passes from there to this consumer
     """
 
     layer: Layer
@@ -45,12 +45,12 @@ class Group:
     name: str
     atoms: Tensor  # (n,) the atom that each channel is
     cells: Tensor  # (n,) channels merge within their cell only
-    writers: tuple[Member, ...]
-    carriers: tuple[Member, ...]
-    readers: tuple[Member, ...]
+    producers: tuple[Member, ...]
+    per_channel_params: tuple[Member, ...]
+    consumers: tuple[Member, ...]
     mixers: tuple[str, ...]
-    ties: tuple[str, ...]  # the nodes that tie several writers
-    internal: bool  # one writer, its readers on one path
+    ties: tuple[str, ...]  # the nodes that tie several producers
+    internal: bool  # one producer, its consumers on one path
     scale_blocks: tuple[str, ...]  # nodes that a scale other than 1 does not commute with
     blocks: tuple[tuple[tuple[int, ...], ...], ...] = ()  # blocks of rows of cells; a block's rows keep equally many
     partners: bool = True  # False: copies do not line up, so channels can be dropped but not merged
@@ -72,7 +72,7 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Decomposition:
-    """x ~ up @ x_kept + shift for one reader of a group: up (n, k), shift (n,), float64."""
+    """x ~ up @ x_kept + shift for one consumer of a group: up (n, k), shift (n,), float64."""
 
     up: Tensor
     shift: Tensor
@@ -80,17 +80,17 @@ class Decomposition:
 
 @dataclass(frozen=True)
 class Merge:
-    """One group's part of a rewrite; without `down` and `readers` the channels that are not kept just go.
+    """One group's part of a rewrite; without `down` and `consumers` the channels that are not kept just go.
 
-    down:     (k, n) how its writers are mixed, None where they are only selected
-    readers:  what each reader absorbs
-    gains:    for each writer, (n,) gain on rows, (n,) gain on constants, (n,) constant in the common coordinates
+    down:     (k, n) how its producers are mixed, None where they are only selected
+    consumers:  what each consumer absorbs
+    gains:    for each producer, (n,) gain on rows, (n,) gain on constants, (n,) constant in the common coordinates
     """
 
     group: Group
     kept: Tensor
     down: Tensor | None = None
-    readers: tuple[Decomposition, ...] = ()
+    consumers: tuple[Decomposition, ...] = ()
     gains: tuple[tuple[Tensor, Tensor, Tensor], ...] = ()
 
 

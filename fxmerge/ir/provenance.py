@@ -9,7 +9,17 @@ from typing import Any, Literal
 from torch import Tensor
 
 Kind = Literal[
-    "query", "movement", "per_channel", "writer", "carrier", "tie", "mixer", "contraction", "unknown", "output", "input"
+    "query",
+    "movement",
+    "per_channel",
+    "producer",
+    "per_channel_param",
+    "tie",
+    "mixer",
+    "contraction",
+    "unknown",
+    "output",
+    "input",
 ]
 DEPTHWISE = ("depthwise", "depthwise_transpose")  # ops of layers with a filter for each channel
 
@@ -56,7 +66,7 @@ class Layer:
 
     reads:    labels of the input channels, (groups, in/groups), or None
     writes:   labels of the output channels, (out,), or None
-    carries:  labels of the per-channel parameters of a carrier, shaped like the parameter, or None
+    carries:  labels of the per-channel parameters of a per-channel parameter, shaped like the parameter, or None
     """
 
     node: str

@@ -1,16 +1,16 @@
 """Decomposition: how the channels that stay carry the ones that go, x ~ up @ (down @ x) + shift.
 
-Let row_i be what channel i is computed with in the group's common coordinates: its writers' weights, each times the
+Let row_i be what channel i is computed with in the group's common coordinates: its producers' weights, each times the
 gain of the BatchNorms behind it, so that x_i = row_i . input + b_i. From the rows' inner products alone:
 
     cos_ij   = <row_i, row_j> / (|row_i| |row_j|)
     S_ij     = |row_i| / |row_j|                      the scale at which j stands in for i
     B_ij     = b_i - S_ij b_j                         the constant that S cannot carry
 
-With one writer and its BatchNorm this is Neuron Merging (Kim et al., NeurIPS 2020, section 3.2): |row_i| =
+With one producer and its BatchNorm this is Neuron Merging (Kim et al., NeurIPS 2020, section 3.2): |row_i| =
 |w_i| |gamma_i| / std_i gives S_ij = s (gamma_i / gamma_j)(std_j / std_i), and a pair of opposite gammas gets the
 opposite cosine, so it is no candidate. DECOMPOSITIONS maps a name to a function of `Evidence`; each fills (down, up).
-`push` carries `up` from the common coordinates through the per-channel affine maps on the way to one reader.
+`push` carries `up` from the common coordinates through the per-channel affine maps on the way to one consumer.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def fold(evidence: Evidence, kept: Tensor) -> Mapping:
 
 
 def least_squares(mean: Tensor, covariance: Tensor, kept: Tensor, ridge: float = 1e-4) -> tuple[Tensor, Tensor]:
-    """up (n, k) = C[:,K] C[K,K]^-1 and shift (n,) = mean - up mean_K, for moments (n,), (n, n) at a reader."""
+    """up (n, k) = C[:,K] C[K,K]^-1 and shift (n,) = mean - up mean_K, for moments (n,), (n, n) at a consumer."""
     up = solve_ridge(covariance[kept][:, kept], covariance[kept], ridge).T.contiguous()
     up[kept] = torch.eye(len(kept), dtype=up.dtype)
     return up, mean - up @ mean[kept]
@@ -204,7 +204,7 @@ def cellwise_least_squares(mean: Tensor, covariance: Tensor, kept: Tensor, cells
     return up, shift
 
 
-# `lstsq` keeps what `prune` keeps in the common coordinates; its up is solved at each reader from `least_squares`.
+# `lstsq` keeps what `prune` keeps in the common coordinates; its up is solved at each consumer from `least_squares`.
 DECOMPOSITIONS: dict[str, Callable[[Evidence, Tensor], Mapping]] = {
     "prune": prune,
     "mostsim": mostsim,

@@ -1,12 +1,12 @@
-"""Elimination: which channels can go at the least loss once the readers are re-solved.
+"""Elimination: which channels can go at the least loss once the consumers are re-solved.
 
-A reader computes W p from patches p, of which channel c has some columns. With H = G + ridge and G the patches' second
-moments about their mean, removing columns c and re-solving the others costs, summed over outputs,
+A consumer computes W p from patches p, of which channel c has some columns. With H = G + ridge and G the second
+moments of the patches about their mean, removing columns c and re-solving the others costs, summed over outputs,
 
     loss(c) = tr(W_c (H^-1_cc)^-1 W_c'),        W <- W - W_c (H^-1_cc)^-1 H^-1_c:,      H^-1 likewise
 
 (Hassibi & Stork, 1993, "Optimal brain surgeon", equations 5 and 6, for blocks of columns). The cheapest goes, again and
-again; several readers' losses are added, each as a share of the variance of its own outputs.
+again; several consumers' losses are added, each as a share of the variance of its own outputs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SHRINK = 0.1  # the share of removed columns at which matrices are copied withou
 ROUNDS = 48  # at most so many times is the cheapest looked for; wide groups lose several channels at once
 
 
-class _Reader:
+class _Consumer:
     def __init__(self, reading: Reading) -> None:
         gram, self.weight = reading.gram.double(), reading.weight.double().clone()
         self.inverse = _inverse(gram)
@@ -96,7 +96,7 @@ def eliminate(readings: Sequence[Reading], candidates: Tensor, count: int) -> Te
 def curve(readings: Sequence[Reading], candidates: Tensor, least: int) -> Tensor:
     """What it costs that only k of `candidates` stay: (n + 1,) by k, infinite below `least`.
 
-    The sum over readers of the share of their outputs' variance that no re-solving brings back. One factorisation.
+    The sum over consumers of the share of their outputs' variance that no re-solving brings back. One factorisation.
     """
     n = len(candidates)
     found = torch.full((n + 1,), torch.inf, dtype=torch.float64)
@@ -110,15 +110,15 @@ def curve(readings: Sequence[Reading], candidates: Tensor, least: int) -> Tensor
 
 def _descent(readings: Sequence[Reading], candidates: Tensor, drop: int) -> Iterator[tuple[Tensor, float]]:
     """(the places in `candidates` of those that go next, what that costs), until `drop` have gone."""
-    readers = [_Reader(r) for r in readings]
+    consumers = [_Consumer(r) for r in readings]
     channels = 1 + max(int(candidates.max()), *(int(r.channels.max()) for r in readings))
     left = torch.ones(len(candidates), dtype=torch.bool)
     at_once = max(1, -(-drop // ROUNDS))
     while drop > 0:
-        total = torch.stack([r.losses(channels) for r in readers]).sum(0)[candidates]
+        total = torch.stack([r.losses(channels) for r in consumers]).sum(0)[candidates]
         cheapest = torch.where(left, total, torch.inf).argsort(stable=True)[: min(at_once, drop)]
         left[cheapest] = False
         gone = torch.zeros(channels, dtype=torch.bool)
         gone[candidates[cheapest]] = True
-        yield cheapest, sum(reader.remove(gone) for reader in readers)
+        yield cheapest, sum(consumer.remove(gone) for consumer in consumers)
         drop -= len(cheapest)

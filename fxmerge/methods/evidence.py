@@ -23,9 +23,9 @@ class Reading:
 class Candidates:
     """The channels that a selector chooses from: all n of a group, or those that `index` names.
 
-    parts:    (n, d_i) each: what the group's writers compute a channel with, one after another; a bias is one column
-    filters:  (n, in, k) the first writer's kernels by input channel
-    readings: how each reader sees the whole group, where probes were run
+    parts:    (n, d_i) each: what the group's producers compute a channel with, one after another; a bias is one column
+    filters:  (n, in, k) the first producer's kernels by input channel
+    readings: how each consumer sees the whole group, where probes were run
 
     `rows` and `kernels` are put together when they are asked for: the weights of a classifier take long to copy.
     """
@@ -47,7 +47,7 @@ class Candidates:
 
     @cached_property
     def kernels(self) -> Tensor:
-        """(n, in, k) the first writer's kernels by input channel."""
+        """(n, in, k) the first producer's kernels by input channel."""
         return self._those(self.filters)
 
     @cached_property
@@ -80,7 +80,7 @@ class Pairs:
 
 @dataclass(frozen=True)
 class PublishedForm:
-    """One writer and its BatchNorm as the published code reads them: `Evidence.inner` is of the raw rows."""
+    """One producer and its BatchNorm as the published code reads them: `Evidence.inner` is of the raw rows."""
 
     gamma: Tensor
     beta: Tensor

@@ -1,13 +1,13 @@
 """Selection: which channels stay. SELECTORS maps a name to a function of tensors.
 
-A selector takes `Candidates` (n channels as their writers make them) and a count k, and returns k indices, ascending.
+A selector takes `Candidates` (n channels as their producers make them) and a count k, and returns k indices, ascending.
 
-    l1, l2          the largest norms of the writers' rows (Li et al., ICLR 2017)
+    l1, l2          the largest norms of the producers' rows (Li et al., ICLR 2017)
     gm              the farthest from all others, so that the geometric median goes (He et al., CVPR 2019)
     random          a uniform choice
     reprune         agglomerative clustering of the filters into k clusters, one representative each (2020)
     reprune-kernel  Ward clustering of the kernels of each input channel; greedy maximum coverage (AAAI 2024)
-    repair          those whose loss the readers could repair least, once re-solved (`elimination`); it needs refit's
+    repair          those whose loss the consumers could repair least, once re-solved (`elimination`); it needs refit's
                     batches, and is l2 without them
 """
 

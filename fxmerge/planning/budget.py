@@ -70,7 +70,7 @@ class Room:
         if not self.refitted:
             return []
         free = [g for g in self.groups if len(self.ladders[g.name]) > 1]
-        moved = {m.layer.node for g in free for m in (*g.writers, *g.carriers)}
+        moved = {m.layer.node for g in free for m in (*g.producers, *g.per_channel_params)}
         used = Counter(layer.params["weight"] for layer in self.facts.layers if "weight" in layer.params)
         layers, found = {layer.node: layer for layer in self.facts.layers if layer.op in SOLVED}, []
         for node in self.captured.module.graph.nodes:

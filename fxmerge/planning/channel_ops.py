@@ -1,4 +1,4 @@
-"""Steps: what the nodes between a writer and a reader do to a group's channels, one by one.
+"""Steps: what the nodes between a producer and a consumer do to a group's channels, one by one.
 
 A step multiplies rows by a gain (and, where it is a filter, by the filter itself) and moves the constants; or it is a
 nonlinear function of each channel.
@@ -52,7 +52,7 @@ def bias_of(layer: Layer, tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 def slot(member: Member, slot: str, tensors: Mapping[str, Tensor], n: int, default: float) -> Tensor:
-    """A carrier's parameter for each channel, (n,): the mean over copies."""
+    """A per-channel parameter's parameter for each channel, (n,): the mean over copies."""
     path = member.layer.params.get(slot)
     if path is None:
         return torch.full((n,), default, dtype=torch.float64)
@@ -63,29 +63,35 @@ def gamma_of(member: Member, tensors: Mapping[str, Tensor], n: int) -> Tensor:
     return slot(member, "weight", tensors, n, 1.0)
 
 
-def step_of(node: fx.Node, carrier: Member | None, captured: Capture, tensors: Mapping[str, Tensor], n: int) -> Step:
+def step_of(
+    node: fx.Node, per_channel_param: Member | None, captured: Capture, tensors: Mapping[str, Tensor], n: int
+) -> Step:
     """What one node does to a group's channels."""
     one, zero = torch.ones(n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
-    if carrier is None:
+    if per_channel_param is None:
         return Step(node.name, one, one, zero, None, _function(node, captured, n))
-    op = carrier.layer.op
+    op = per_channel_param.layer.op
     if op in ("layer_norm", "rms_norm", "group_norm", "instance_norm"):
-        gain, constant = gamma_of(carrier, tensors, n), slot(carrier, "bias", tensors, n, 0.0)
+        gain, constant = gamma_of(per_channel_param, tensors, n), slot(per_channel_param, "bias", tensors, n, 0.0)
         return Step(node.name, gain, gain, constant, None, lambda x: _normalised(x, op) * gain + constant)
     if op == "batch_norm":
-        bn_std = (slot(carrier, "running_var", tensors, n, 1.0) + carrier.layer.eps).sqrt()
-        gain = gamma_of(carrier, tensors, n) / bn_std
-        constant = slot(carrier, "bias", tensors, n, 0.0) - gain * slot(carrier, "running_mean", tensors, n, 0.0)
+        bn_std = (slot(per_channel_param, "running_var", tensors, n, 1.0) + per_channel_param.layer.eps).sqrt()
+        gain = gamma_of(per_channel_param, tensors, n) / bn_std
+        constant = slot(per_channel_param, "bias", tensors, n, 0.0) - gain * slot(
+            per_channel_param, "running_mean", tensors, n, 0.0
+        )
         return Step(node.name, gain, gain, constant)
-    weight = tensors[carrier.layer.params["weight"]].double()
+    weight = tensors[per_channel_param.layer.params["weight"]].double()
     if op in DEPTHWISE:
-        own = weight.flatten(1)[carrier.where].flatten(1)  # (m, copies * kernel)
-        filters = laid_out(own, carrier, n, 1.0)
+        own = weight.flatten(1)[per_channel_param.where].flatten(1)  # (m, copies * kernel)
+        filters = laid_out(own, per_channel_param, n, 1.0)
         gain, features = _split(filters)
-        constant = laid_out(bias_of(carrier.layer, tensors)[carrier.where].mean(1), carrier, n, 0.0)
-        return Step(node.name, gain, filters.sum(1) / carrier.where.size(1), constant, features)
+        constant = laid_out(
+            bias_of(per_channel_param.layer, tensors)[per_channel_param.where].mean(1), per_channel_param, n, 0.0
+        )
+        return Step(node.name, gain, filters.sum(1) / per_channel_param.where.size(1), constant, features)
     neutral = 0.0 if op.startswith("offset") else 1.0
-    values = laid_out(weight.flatten()[carrier.where], carrier, n, neutral)  # (n, copies)
+    values = laid_out(weight.flatten()[per_channel_param.where], per_channel_param, n, neutral)  # (n, copies)
     mean = values.mean(1)
     if op in ("scale", "scale/"):
         length, features = _split(values if op == "scale" else 1 / values)

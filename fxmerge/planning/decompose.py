@@ -1,4 +1,4 @@
-"""Absorbing: a group's channels in numbers, its decomposition, and what each of its readers takes of it."""
+"""Absorbing: a group's channels in numbers, its decomposition, and what each of its consumers takes of it."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from fxmerge.planning.statistics import moments, statistics
 def decompose(
     group: Group, kept: Tensor, captured: Capture, tensors: Mapping[str, Tensor], options: Options
 ) -> tuple[Map | None, Merge]:
-    """The group's (down, up) in its common coordinates, and what each reader absorbs of it."""
+    """The group's (down, up) in its common coordinates, and what each consumer absorbs of it."""
     method = options.decomposition
-    if method == "prune" or not group.partners or not group.readers or _shared_reader(group):
+    if method == "prune" or not group.partners or not group.consumers or _shared_consumer(group):
         return None, Merge(group, kept)
     found = statistics(group, captured, tensors, options, kept if method == "mostsim" else None)
     mapping = DECOMPOSITIONS[method](found.evidence, kept)
     n = group.channels
     carried = mapping.up.any(1)
     carried[kept] = False
-    readers = []
-    for number, steps in enumerate(found.readers):
+    consumers = []
+    for number, steps in enumerate(found.consumers):
         if method == "lstsq":
             up, shift = cellwise_least_squares(*moments(found, number, options.seed), kept, group.cells)
         else:
@@ -42,17 +42,17 @@ def decompose(
                     shift = torch.zeros_like(shift)  # a constant does not pass a nonlinear function
                 up, shift = push(up, shift, kept, step.gain, step.constant_gain, step.constant)
             shift = torch.where(carried, shift, 0) if method == "mostsim" else torch.zeros_like(shift)
-        readers.append(Decomposition(up, shift))
-    return mapping, Merge(group, kept, mapping.down, tuple(readers), found.writer_maps)
+        consumers.append(Decomposition(up, shift))
+    return mapping, Merge(group, kept, mapping.down, tuple(consumers), found.producer_maps)
 
 
-def _shared_reader(group: Group) -> bool:
+def _shared_consumer(group: Group) -> bool:
     """Is one weight read behind different steps? Then no one `up` is right for it."""
-    carriers = {m.layer.node for m in group.carriers}
+    per_channel_params = {m.layer.node for m in group.per_channel_params}
     seen: dict[str, list[str]] = {}
-    for reader in group.readers:
-        passed = [s for s in reader.steps if s in carriers]
-        if seen.setdefault(reader.layer.params["weight"], passed) != passed:
+    for consumer in group.consumers:
+        passed = [s for s in consumer.steps if s in per_channel_params]
+        if seen.setdefault(consumer.layer.params["weight"], passed) != passed:
             return True
     return False
 

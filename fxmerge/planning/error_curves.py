@@ -1,6 +1,6 @@
 """Curves: what it would cost each group to keep fewer channels, as a function of how many.
 
-What is lost is a share of the variance of what the group's readers put out, summed over readers. Where layers are
+What is lost is a share of the variance of what the group's consumers put out, summed over consumers. Where layers are
 re-solved later, it is what they could not repair (`elimination.curve`, on the readings of refit's batches); without
 batches the channels are taken for Gaussian ones with the moments that weights and BatchNorms give them. Where nothing
 is re-solved, channels go by the norm of their rows, and each costs what its nearest partner does not carry.
@@ -26,7 +26,7 @@ from fxmerge.options import Options
 from fxmerge.planning.statistics import Statistics, candidates, moments, statistics
 from fxmerge.weights.layout import columns
 
-# Errors of groups are weighed by this power of their readers' sensitivity. 0 would take a share of any variance for
+# Errors of groups are weighed by this power of their consumers' sensitivity. 0 would take a share of any variance for
 # equally bad, 1 would be right were nothing repaired downstream: later layers make good much of what reaches them.
 POWER = 0.5
 
@@ -45,7 +45,7 @@ def curves(
 ) -> dict[str, Floats]:
     """{group: the error at each of its rungs, (R,)}, ascending.
 
-    rungs: {group: channels kept in each cell, (R, cells)}; surveyed: what is known of readers from batches;
+    rungs: {group: channels kept in each cell, (R, cells)}; surveyed: what is known of consumers from batches;
     repaired: will layers be re-solved? sensitive: how much the model's outputs move with a layer's (`sensitivity`)
     """
     norms = {layer.node: layer for layer in facts.layers if layer.op == "batch_norm"}
@@ -62,7 +62,7 @@ def curves(
                 least = int(kept[:, cell].min())
                 own = curve(readings, inside, least).numpy() if ranked is None else ranked(inside)
                 total += own[kept[:, cell].astype(np.int64)]
-        seen = [sensitive.get(m.layer.node, 0.0) for m in group.readers or group.writers]
+        seen = [sensitive.get(m.layer.node, 0.0) for m in group.consumers or group.producers]
         found[group.name] = np.maximum.accumulate(total) * (sum(seen) ** POWER if sensitive else 1.0)
     return found
 
@@ -71,24 +71,24 @@ def _expected(
     captured: Capture, group: Group, tensors: Mapping[str, Tensor], norms: dict[str, Layer], options: Options,
     centred: bool,
 ) -> tuple[Reading, ...]:  # fmt: skip
-    """A group's readers as they would see Gaussian channels; where none is a layer, the channels themselves."""
+    """A group's consumers as they would see Gaussian channels; where none is a layer, the channels themselves."""
     found = statistics(group, captured, tensors, options)
     readings = []
     nodes = {node.name: node for node in captured.module.graph.nodes}
-    for number, reader in enumerate(group.readers):
+    for number, consumer in enumerate(group.consumers):
         mean, covariance = moments(found, number, options.seed)
         covariance = covariance if centred else covariance + torch.outer(mean, mean)
-        weight = columns(tensors[reader.layer.params["weight"]], reader.layer).double()
-        read = weight[reader.where]  # (m, copies, out/groups * kernel)
-        norm = behind(captured.module, nodes[reader.layer.node], norms, set()).norm
-        if norm is not None and "running_var" in norm.params and reader.layer.groups == 1:
+        weight = columns(tensors[consumer.layer.params["weight"]], consumer.layer).double()
+        read = weight[consumer.where]  # (m, copies, out/groups * kernel)
+        norm = behind(captured.module, nodes[consumer.layer.node], norms, set()).norm
+        if norm is not None and "running_var" in norm.params and consumer.layer.groups == 1:
             variance = tensors[norm.params["running_var"]].double()
             gain = line(captured.module, norm, variance, (variance + norm.eps).sqrt())[0]
             read = (read.view(*read.shape[:2], len(gain), -1) * gain[:, None]).flatten(2)
-        own = covariance[reader.channels][:, reader.channels]
-        place = torch.arange(len(reader.channels))
+        own = covariance[consumer.channels][:, consumer.channels]
+        place = torch.arange(len(consumer.channels))
         read = read.flatten(1).T.contiguous()
-        readings.append(Reading(own, read, reader.channels, place[:, None]))
+        readings.append(Reading(own, read, consumer.channels, place[:, None]))
     return tuple(readings) or (_seen_whole(found),)
 
 

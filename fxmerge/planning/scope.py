@@ -30,7 +30,7 @@ def _some(known: Sequence[str]) -> str:
 
 def ignored(group: Group, options: Options) -> bool:
     """Does a pattern of `ignore` name the group or a module of it, or a module around one?"""
-    names = [group.name, *(m.layer.module for m in (*group.writers, *group.carriers, *group.readers))]
+    names = [group.name, *(m.layer.module for m in (*group.producers, *group.per_channel_params, *group.consumers))]
     around = {".".join(name.split(".")[:n]) for name in names for n in range(1, len(name.split(".")) + 1)}
     return any(fnmatchcase(name, pattern) for pattern in options.ignore for name in around)
 
@@ -43,7 +43,7 @@ def in_scope(grouping: Grouping, options: Options) -> tuple[list[Group], tuple[R
         if ignored(g, options):
             why = "is ignored, as the options say"
         elif options.scope == "internal" and not g.internal:
-            why = "is not internal: it has several writers, several readers, or a mixer"
+            why = "is not internal: it has several producers, several consumers, or a mixer"
         if why:
             out.append(Refusal(g.name, g.channels, why, ""))
         else:

@@ -1,6 +1,6 @@
 """Similarity: what a group's channels have in common, from weights and BatchNorm alone.
 
-A writer computes channel i as row_i . input + bias_i, and what stands between it and the group's common coordinates
+A producer computes channel i as row_i . input + bias_i, and what stands between it and the group's common coordinates
 are per-channel steps. Each step multiplies the rows by a gain (and, where it is a filter, by the filter itself: the
 inner product of two filtered rows is the product of the inner products) and moves the constants.
 """
@@ -29,15 +29,17 @@ SAMPLES = 4096  # at least; rows of the Gaussian that stands for a group's pre-a
 
 @dataclass(frozen=True)
 class Statistics:
-    """A group's n channels as numbers: what to merge by, what each reader has before it."""
+    """A group's n channels as numbers: what to merge by, what each consumer has before it."""
 
     evidence: Evidence
     linear: bool  # no nonlinear step before the common coordinates
     mean: Tensor  # (n,) of the common coordinates before their nonlinear steps, for white input
     covariance: Tensor | None  # (n, n) likewise; None where only partners are looked for
     functions: tuple[Step, ...]  # the nonlinear steps before the common coordinates
-    readers: tuple[tuple[Step, ...], ...]  # for each reader, from the common coordinates on
-    writer_maps: tuple[tuple[Tensor, Tensor, Tensor], ...]  # for each writer, (n,) gain, gain on constants, constant
+    consumers: tuple[tuple[Step, ...], ...]  # for each consumer, from the common coordinates on
+    producer_maps: tuple[
+        tuple[Tensor, Tensor, Tensor], ...
+    ]  # for each producer, (n,) gain, gain on constants, constant
 
 
 def state(module: nn.Module) -> dict[str, Tensor]:
@@ -47,9 +49,9 @@ def state(module: nn.Module) -> dict[str, Tensor]:
 
 
 def rows_of(member: Member, weight: Tensor, n: int) -> Tensor:
-    """The writer's rows for each channel, (n, copies * fan_in); a transposed weight has its output axis second.
+    """The producer's rows for each channel, (n, copies * fan_in); a transposed weight has its output axis second.
 
-    Channels that the writer does not write have rows of zeros.
+    Channels that the producer does not write have rows of zeros.
     """
     out_first = weight.movedim(1, 0) if member.layer.transposed else weight
     rows = out_first.flatten(1)
@@ -61,15 +63,15 @@ def rows_of(member: Member, weight: Tensor, n: int) -> Tensor:
 def candidates(
     group: Group, tensors: Mapping[str, Tensor], seed: int, readings: tuple[Reading, ...] = ()
 ) -> Candidates:
-    """What a selector chooses a group's channels by: its writers' rows, and the first writer's kernels."""
-    carriers, n = {m.layer.node: m for m in group.carriers}, group.channels
+    """What a selector chooses a group's channels by: its producers' rows, and the first producer's kernels."""
+    per_channel_params, n = {m.layer.node: m for m in group.per_channel_params}, group.channels
     rows = []
-    for writer in group.writers:
-        raw = rows_of(writer, tensors[writer.layer.params["weight"]], n)
+    for producer in group.producers:
+        raw = rows_of(producer, tensors[producer.layer.params["weight"]], n)
         rows.append(raw)
-        if "bias" in writer.layer.params and not any(_is_norm(name, carriers) for name in writer.steps):
-            rows.append(laid_out(bias_of(writer.layer, tensors)[writer.where], writer, n, 0.0).to(raw))
-    first = group.writers[0]
+        if "bias" in producer.layer.params and not any(_is_norm(name, per_channel_params) for name in producer.steps):
+            rows.append(laid_out(bias_of(producer.layer, tensors)[producer.where], producer, n, 0.0).to(raw))
+    first = group.producers[0]
     weight = tensors[first.layer.params["weight"]]
     out_first = weight.movedim(1, 0) if first.layer.transposed else weight
     whole = in_order(first, len(out_first))
@@ -87,11 +89,11 @@ def statistics(
     """
     published = options.decomposition == "mostsim" and options.mostsim_scale == "reference"
     n = group.channels
-    carriers = {m.layer.node: m for m in group.carriers}
+    per_channel_params = {m.layer.node: m for m in group.per_channel_params}
     nodes = {node.name: node for node in captured.module.graph.nodes}
 
     def steps_of(names: tuple[str, ...]) -> tuple[Step, ...]:
-        return tuple(step_of(nodes[name], carriers.get(name), captured, tensors, n) for name in names)
+        return tuple(step_of(nodes[name], per_channel_params.get(name), captured, tensors, n) for name in names)
 
     def gram(rows: Tensor) -> Any:  # (n, n), or pairs: either can be added and multiplied
         return linalg.gram(rows) if kept is None else linalg.across(rows, kept)
@@ -101,21 +103,21 @@ def statistics(
     mean = torch.zeros(n, dtype=torch.float64)
     bias, maps, linear = torch.zeros(n, dtype=torch.float64), [], True
     functions: tuple[Step, ...] = ()
-    normed = any(_is_norm(name, carriers) for w in group.writers for name in w.steps)
+    normed = any(_is_norm(name, per_channel_params) for w in group.producers for name in w.steps)
     form = None
-    for writer in group.writers:
-        raw = rows_of(writer, tensors[writer.layer.params["weight"]], n)
+    for producer in group.producers:
+        raw = rows_of(producer, tensors[producer.layer.params["weight"]], n)
         spread = raw_pairs = gram(raw)
-        constants = laid_out(bias_of(writer.layer, tensors)[writer.where], writer, n, 0.0)  # (n, copies)
+        constants = laid_out(bias_of(producer.layer, tensors)[producer.where], producer, n, 0.0)  # (n, copies)
         # without a BatchNorm anywhere the constants are one more column, as in the paper; with one they count apart
         own = spread if normed else spread + gram(constants)
         constant = constants.mean(1) if normed else torch.zeros(n, dtype=torch.float64)
         level = constants.mean(1)
-        steps = steps_of(writer.steps)
+        steps = steps_of(producer.steps)
         gain, constant_gain = torch.ones(n, dtype=torch.float64), torch.ones(n, dtype=torch.float64)
         moved = torch.zeros(n, dtype=torch.float64)
-        if published and len(group.writers) == 1 and steps and _is_norm(writer.steps[0], carriers):
-            form = _published(carriers[writer.steps[0]], tensors, n)
+        if published and len(group.producers) == 1 and steps and _is_norm(producer.steps[0], per_channel_params):
+            form = _published(per_channel_params[producer.steps[0]], tensors, n)
         for step in steps:
             if step.features is not None:
                 agreement = gram(step.features)
@@ -127,10 +129,10 @@ def statistics(
             gain, constant_gain = gain * step.gain, constant_gain * step.constant_gain
             if covariance is not None:
                 spread = spread * gram(step.gain[:, None])
-            if _is_norm(step.node, carriers):
+            if _is_norm(step.node, per_channel_params):
                 if covariance is not None:
-                    spread = _unit(spread, gamma_of(carriers[step.node], tensors, n))
-                level = slot(carriers[step.node], "bias", tensors, n, 0.0)
+                    spread = _unit(spread, gamma_of(per_channel_params[step.node], tensors, n))
+                level = slot(per_channel_params[step.node], "bias", tensors, n, 0.0)
             linear &= step.function is None
         functions = tuple(s for s in steps if s.function is not None)
         maps.append((gain, constant_gain, moved))
@@ -142,12 +144,12 @@ def statistics(
         Evidence(
             reduce(operator.add, inner), bias, normed, group.cells, scalable, options.threshold, options.lam, form
         ),
-        linear, mean, covariance, functions, tuple(steps_of(r.steps) for r in group.readers), tuple(maps),
+        linear, mean, covariance, functions, tuple(steps_of(r.steps) for r in group.consumers), tuple(maps),
     )  # fmt: skip
 
 
-def moments(found: Statistics, reader: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Mean (n,) and covariance (n, n) of a group's channels as one reader sees them.
+def moments(found: Statistics, consumer: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Mean (n,) and covariance (n, n) of a group's channels as one consumer sees them.
 
     The common coordinates are Gaussian, with the rows' covariance (each BatchNorm's output has mean beta and deviation
     |gamma|; without one the input counts as white); what follows is sampled, so that any activation will do.
@@ -158,14 +160,14 @@ def moments(found: Statistics, reader: int, seed: int) -> tuple[Tensor, Tensor]:
     count = max(SAMPLES, 4 * len(points))
     noise = torch.randn(count // 2, points.size(1), generator=generator, dtype=torch.float64)
     values = torch.cat([noise, -noise]) @ points.T + found.mean
-    for step in (*found.functions, *found.readers[reader]):
+    for step in (*found.functions, *found.consumers[consumer]):
         values = step.function(values) if step.function is not None else values * step.gain + step.constant
     mean, second = second_moments([values[:, None]], lambda total: total)
     return mean[0], second[0]
 
 
-def _is_norm(node: str, carriers: Mapping[str, Member]) -> bool:
-    return node in carriers and carriers[node].layer.op == "batch_norm"
+def _is_norm(node: str, per_channel_params: Mapping[str, Member]) -> bool:
+    return node in per_channel_params and per_channel_params[node].layer.op == "batch_norm"
 
 
 def _unit(inner: Tensor, deviation: Tensor) -> Tensor:

@@ -6,9 +6,9 @@ At a linear layer or convolution of the merged graph whose input is no longer th
     T   what the original puts out there, channels that stay, corrected as `targets` tells
     W'  argmin |P W' - T|^2 + ridge |W' - W0|^2, W0 the weight that is there (`systems`)
 
-and the merged stream goes on with W'. Both readers that lost channels and writers whose input has moved are solved.
+and the merged stream goes on with W'. Both consumers that lost channels and producers whose input has moved are solved.
 Where a BatchNorm follows, mean and deviation of its input are then matched to the original's, channel by channel.
-A reader that lost channels is then fitted once more together with their writer, where no other layer reads them
+A consumer that lost channels is then fitted once more together with their producer, where no other layer reads them
 (`joint`). A layer is left as it is where the original's outputs come out anyway, where one weight serves several calls,
 and where no solution is better than the weight that is there.
 """

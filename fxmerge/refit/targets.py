@@ -1,6 +1,6 @@
 """Targets: what a layer ought to put out, judged by what its outputs meet next.
 
-Behind a layer stand, where its outputs have no other reader: a BatchNorm, z = gain y + constant; a sum with another
+Behind a layer stand, where its outputs have no other consumer: a BatchNorm, z = gain y + constant; a sum with another
 stream, z + s; a rectifier, max(z + s, 0). With y the original's outputs (rows that stay), s and s' the other stream of
 the original and of the merged graph:
 

@@ -38,7 +38,11 @@ VERSION = 1  # of the JSON's schema
 
 
 def _members(group: Group, role: str) -> list[str]:
-    members = {"writers": group.writers, "carriers": group.carriers, "readers": group.readers}[role]
+    members = {
+        "producers": group.producers,
+        "per_channel_params": group.per_channel_params,
+        "consumers": group.consumers,
+    }[role]
     return list(dict.fromkeys(m.layer.module for m in members))
 
 
@@ -59,7 +63,7 @@ def _group_json(group: Group) -> dict[str, Any]:
     return {
         "name": group.name,
         "channels": group.channels,
-        **{role: _members(group, role) for role in ("writers", "carriers", "readers")},
+        **{role: _members(group, role) for role in ("producers", "per_channel_params", "consumers")},
         "mixers": list(group.mixers),
         "ties": list(group.ties),
         "internal": group.internal,
@@ -90,10 +94,10 @@ class AnalysisReport(Shown):
         table = Table(title="Merge groups", title_justify="left")
         table.add_column("group", overflow="fold")
         right_columns(table, "channels")
-        for name in ("writers", "carriers", "readers"):
+        for name in ("producers", "per_channel_params", "consumers"):
             table.add_column(name, overflow="fold")
         for g in self.groups:
-            members = [listed(_members(g, role)) for role in ("writers", "carriers", "readers")]
+            members = [listed(_members(g, role)) for role in ("producers", "per_channel_params", "consumers")]
             table.add_row(g.name, str(g.channels), *members)
         total = f"{len(self.groups)} groups, {self.cost.parameters:,} parameters, {self.cost.flops:,} FLOPs"
         total += left_out_line(self.captured)
@@ -164,13 +168,13 @@ class Report(Shown):
             more.insert(0, refit_table(self.refitted))
         return tables_text(table, *more, self._totals(), width=width)
 
-    def _writer_cost(self, group: Group, cost: Cost) -> tuple[int, int]:
-        names = [m.layer.module for m in group.writers]
+    def _producer_cost(self, group: Group, cost: Cost) -> tuple[int, int]:
+        names = [m.layer.module for m in group.producers]
         found = [cost.by_module.get(name, (0, 0)) for name in dict.fromkeys(names)]
         return sum(p for p, _ in found), sum(f for _, f in found)
 
     def _row(self, group: Group, plan: GroupPlan) -> list[str]:
-        (p0, f0), (p1, f1) = self._writer_cost(group, self.before), self._writer_cost(group, self.after)
+        (p0, f0), (p1, f1) = self._producer_cost(group, self.before), self._producer_cost(group, self.after)
         merged = sum(p.into >= 0 for p in plan.partners)
         note = []
         staying = self._in_blocks_that_stay(group, plan)

@@ -1,7 +1,7 @@
 """Rewrite: the only stage that writes (refit aside), and it writes on a copy.
 
-Two moves, in this order. *Absorb*, at full width: a reader's columns W become W up at the kept places and its bias
-gains W shift; a writer's rows become down rows where the decomposition mixes them. *Slice*: every parameter drops the
+Two moves, in this order. *Absorb*, at full width: a consumer's columns W become W up at the kept places and its bias
+gains W shift; a producer's rows become down rows where the decomposition mixes them. *Slice*: every parameter drops the
 places whose labels have gone, by the one index map that provenance found; modules' own sizes and the graph's literal
 sizes follow.
 """
@@ -36,12 +36,12 @@ class Rewriter:
         self.partners: dict[str, list[Partners]] = {}  # weight -> columns to add up when it is sliced
 
     def absorb(self, merge: Merge) -> None:
-        """At full width: let the kept channels' writers and readers take over what the others did."""
+        """At full width: let the kept channels' producers and consumers take over what the others did."""
         with torch.no_grad():
             if merge.down is not None:
-                self._absorb_writers(merge, merge.down)
-            if merge.readers:
-                self._absorb_readers(merge)
+                self._absorb_producers(merge, merge.down)
+            if merge.consumers:
+                self._absorb_consumers(merge)
 
     def finish(self, alive: Tensor, edits: Mapping[str, Call]) -> fx.GraphModule:
         """Slice every parameter, put sizes right, and recompile: fresh code, the same names and metadata."""
@@ -59,27 +59,27 @@ class Rewriter:
         self.module.recompile()
         return self.module
 
-    def _absorb_readers(self, merge: Merge) -> None:
+    def _absorb_consumers(self, merge: Merge) -> None:
         done: set[str] = set()
-        for reader, part in zip(merge.group.readers, merge.readers, strict=True):
-            path = reader.layer.params["weight"]
+        for consumer, part in zip(merge.group.consumers, merge.consumers, strict=True):
+            path = consumer.layer.params["weight"]
             if path in done:
                 continue  # a module that is used twice absorbs once
             done.add(path)
-            shift, (here, local) = part.shift[reader.channels], reader.local(merge.kept)
-            up = part.up if len(reader.channels) == merge.group.channels else part.up[reader.channels][:, here]
-            partners = _partners(reader, up, local) if not bool(shift.any()) else None
+            shift, (here, local) = part.shift[consumer.channels], consumer.local(merge.kept)
+            up = part.up if len(consumer.channels) == merge.group.channels else part.up[consumer.channels][:, here]
+            partners = _partners(consumer, up, local) if not bool(shift.any()) else None
             if partners is not None:
                 self.partners.setdefault(path, []).append(partners)
                 continue
             weight = self.weights.own(path)
-            rows = columns(weight, reader.layer).to(torch.float64, copy=True)
-            own = rows[reader.where]  # (m, copies, out/groups * kernel)
+            rows = columns(weight, consumer.layer).to(torch.float64, copy=True)
+            own = rows[consumer.where]  # (m, copies, out/groups * kernel)
             if bool(shift.any()):
-                gained = _gained(reader, own, shift, weight)
-                self._move_bias(reader.layer, lambda bias: bias + gained)  # noqa: B023
-            rows[reader.where[local]] = torch.einsum("mk,mcx->kcx", up.to(rows), own)
-            weight.copy_(from_columns(rows, weight, reader.layer))
+                gained = _gained(consumer, own, shift, weight)
+                self._move_bias(consumer.layer, lambda bias: bias + gained)  # noqa: B023
+            rows[consumer.where[local]] = torch.einsum("mk,mcx->kcx", up.to(rows), own)
+            weight.copy_(from_columns(rows, weight, consumer.layer))
 
     def _slice_and_add(self, labels: ParamLabels, alive: Tensor) -> None:
         """W[:, kept] + sum of scale * W[:, dropped], for some of the rows that stay at a time (see `linalg.BITE`)."""
@@ -105,29 +105,29 @@ class Rewriter:
                 target.copy_(total)
         self.weights.put(labels.path, sliced)
 
-    def _absorb_writers(self, merge: Merge, mixing: Tensor) -> None:
+    def _absorb_producers(self, merge: Merge, mixing: Tensor) -> None:
         """rows_k = (1 / gain_k) sum_i down_ki gain_i rows_i, and the constants likewise, in the common coordinates."""
-        for writer, (gain, constant_gain, constant) in zip(merge.group.writers, merge.gains, strict=True):
-            weight = self.weights.own(writer.layer.params["weight"])
-            out_first = weight.movedim(1, 0) if writer.layer.transposed else weight
+        for producer, (gain, constant_gain, constant) in zip(merge.group.producers, merge.gains, strict=True):
+            weight = self.weights.own(producer.layer.params["weight"])
+            out_first = weight.movedim(1, 0) if producer.layer.transposed else weight
             rows = out_first.flatten(1).to(torch.float64, copy=True)
-            here, local = writer.local(merge.kept)
-            down = mixing[here][:, writer.channels]  # (k', m)
-            own_gain, own_constant = gain[writer.channels], constant[writer.channels]
+            here, local = producer.local(merge.kept)
+            down = mixing[here][:, producer.channels]  # (k', m)
+            own_gain, own_constant = gain[producer.channels], constant[producer.channels]
             inverse = torch.where(own_gain[local] == 0, 0.0, 1 / own_gain[local])
             mix = inverse[:, None] * down * own_gain[None, :]
-            rows[writer.where[local]] = torch.einsum("km,mcx->kcx", mix.to(rows), rows[writer.where])
+            rows[producer.where[local]] = torch.einsum("km,mcx->kcx", mix.to(rows), rows[producer.where])
             whole = rows.reshape(out_first.shape)
-            weight.copy_(whole.movedim(0, 1) if writer.layer.transposed else whole)
-            of_constants = constant_gain[writer.channels]
+            weight.copy_(whole.movedim(0, 1) if producer.layer.transposed else whole)
+            of_constants = constant_gain[producer.channels]
 
             def mean_bias(bias: Tensor) -> Tensor:
-                whole = of_constants[:, None] * bias[writer.where] + own_constant[:, None]  # noqa: B023
+                whole = of_constants[:, None] * bias[producer.where] + own_constant[:, None]  # noqa: B023
                 target = down @ whole - own_constant[local][:, None]  # noqa: B023
                 divisor = of_constants[local][:, None]  # noqa: B023
-                return bias.index_put((writer.where[local],), torch.where(divisor == 0, 0.0, target / divisor))  # noqa: B023
+                return bias.index_put((producer.where[local],), torch.where(divisor == 0, 0.0, target / divisor))  # noqa: B023
 
-            self._move_bias(writer.layer, mean_bias)
+            self._move_bias(producer.layer, mean_bias)
 
     def _move_bias(self, layer: Layer, change: Callable[[Tensor], Tensor]) -> None:
         """Change a layer's bias, in float64; a layer without one gets one, whose places are the rows of its weight."""
@@ -208,24 +208,24 @@ class Partners:
     scale: Tensor
 
 
-def _partners(reader: Member, up: Tensor, local: Tensor) -> Partners | None:
+def _partners(consumer: Member, up: Tensor, local: Tensor) -> Partners | None:
     """An `up` of at most one entry a row, 1 for each kept channel itself, as a sum of columns; None for any other."""
     row, into = up.nonzero().unbind(1)  # rows ascending
     own = up[local, torch.arange(len(local))]
-    layer = reader.layer
+    layer = consumer.layer
     if layer.groups > 1 or layer.transposed or bool((row[1:] == row[:-1]).any()) or bool((own != 1).any()):
         return None
     moves = torch.ones(len(up), dtype=torch.bool).index_fill_(0, local, False)[row]
     row, into = row[moves], into[moves]
-    scale = up[row, into].repeat_interleave(reader.where.size(1))
-    return Partners(reader.where[row].flatten(), reader.where[local[into]].flatten(), scale)
+    scale = up[row, into].repeat_interleave(consumer.where.size(1))
+    return Partners(consumer.where[row].flatten(), consumer.where[local[into]].flatten(), scale)
 
 
-def _gained(reader: Member, own: Tensor, shift: Tensor, weight: Tensor) -> Tensor:
+def _gained(consumer: Member, own: Tensor, shift: Tensor, weight: Tensor) -> Tensor:
     """W shift, (out,): each place adds shift times the sum of its kernel to the outputs of its block."""
-    layer = reader.layer
+    layer = consumer.layer
     out = weight.size(1) if layer.transposed else weight.size(0) // layer.groups
     each = torch.einsum("n,ncok->nco", shift.to(own), own.reshape(*own.shape[:2], out, -1))
-    block = reader.where // (columns(weight, layer).size(0) // layer.groups)  # (n, copies)
+    block = consumer.where // (columns(weight, layer).size(0) // layer.groups)  # (n, copies)
     blocks = own.new_zeros(layer.groups, out)
     return blocks.index_add_(0, block.flatten().to(own.device), each.flatten(0, 1)).flatten()

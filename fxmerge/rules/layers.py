@@ -1,8 +1,8 @@
-"""Rules of the ops that own per-channel parameters: writers and carriers.
+"""Rules of the ops that own per-channel parameters: producers and per-channel parameters.
 
-A writer (linear, convolution) reads labels on its reduction axis, column j of the weight reading label l, and makes
-new ones on its output axis. A carrier (BatchNorm, depthwise convolution, a raw parameter) ties its own per-channel
-parameters to the labels that pass.
+A producer (linear, convolution) reads labels on its reduction axis, column j of the weight reading label l, and makes
+new ones on its output axis. An op with per-channel parameters (BatchNorm, depthwise convolution, a raw parameter) ties
+them to the labels that pass.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fxmerge.ir.provenance import Lab, Param
 
 
 def _operands(ctx: Any, x: Any, weight: Any, bias: Any) -> str | None:
-    """Why these are not the operands of a writer, or None."""
+    """Why these are not the operands of a producer, or None."""
     if not isinstance(x, Lab):
         return "has an input that does not depend on the model's input"
     if not isinstance(weight, Param):
@@ -66,7 +66,7 @@ def matrix(ctx: Any, input: Lab, weight: Param, bias: Any = None) -> Any:
 
 
 def _transposed(ctx: Any, op: str, input: Lab, weight: Param, bias: Any, axis: int) -> Any:
-    """A writer whose weight reads on its first axis and writes on its second."""
+    """A producer whose weight reads on its first axis and writes on its second."""
     reads, writes = ctx.along(input, axis), ctx.axis(weight, 1)
     ctx.tie(reads, ctx.axis(weight, 0))
     if bias is not None:

@@ -37,12 +37,12 @@ _CONV = ("weight", "bias", "stride", "padding", "dilation", "groups")
 _TRANSPOSED = ("weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
 _NORM = ("running_mean", "running_var", "weight", "bias", "eps")
 _ROWS: tuple[Rule, ...] = (
-    # writers: they read the labels on their reduction axis and make new ones on their output axis
-    Rule("linear", "writer", layers.linear, (Module(nn.Linear, ("weight", "bias")), F.linear),
+    # producers: they read the labels on their reduction axis and make new ones on their output axis
+    Rule("linear", "producer", layers.linear, (Module(nn.Linear, ("weight", "bias")), F.linear),
          layers.adds_no_bias),
     Rule(
         "conv",
-        "writer",
+        "producer",
         layers.conv,
         (
             *(Module(cls, _CONV) for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d)),
@@ -51,38 +51,42 @@ _ROWS: tuple[Rule, ...] = (
     ),
     Rule(
         "conv_transpose",
-        "writer",
+        "producer",
         layers.conv_transpose,
         (
             *(Module(cls, _TRANSPOSED) for cls in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)),
             *(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
         ),
     ),
-    Rule("embedding", "writer", layers.embedding, (Module(nn.Embedding, ("weight", "max_norm")), F.embedding)),
-    Rule("embedding_bag", "writer", layers.embedding_bag,
+    Rule("embedding", "producer", layers.embedding, (Module(nn.Embedding, ("weight", "max_norm")), F.embedding)),
+    Rule("embedding_bag", "producer", layers.embedding_bag,
          (Module(nn.EmbeddingBag, ("weight", "max_norm")), F.embedding_bag)),
     # contractions: the two sides of the contracted axis are tied
     Rule("matmul", "contraction", contractions.matmul, (operator.matmul, torch.matmul, "matmul", torch.bmm, "bmm",
                                                           torch.mm, "mm")),
     Rule("outer", "contraction", contractions.outer, (torch.outer, torch.ger)),
-    Rule("addmm", "writer", contractions.addmm, (torch.addmm, "addmm")),
+    Rule("addmm", "producer", contractions.addmm, (torch.addmm, "addmm")),
     Rule("baddbmm", "contraction", contractions.baddbmm, (torch.baddbmm, "baddbmm")),
     Rule("einsum", "contraction", einsum.einsum, (torch.einsum, torch.functional.einsum)),
     Rule("attention", "contraction", contractions.attention, (F.scaled_dot_product_attention,)),
-    # carriers: their own per-channel parameters follow the labels
+    # per-channel parameters: their own per-channel parameters follow the labels
     Rule(
         "batch_norm",
-        "carrier",
+        "per_channel_param",
         layers.batch_norm,
         (*(Module(cls, _NORM) for cls in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)), F.batch_norm),
         commutes=True,  # its affine is pushed through exactly, by paths.push
     ),
     Rule(
-        "prelu", "carrier", prelu_rule, (Module(nn.PReLU, ("weight",)), F.prelu, torch.prelu, "prelu"), commutes=True
+        "prelu",
+        "per_channel_param",
+        prelu_rule,
+        (Module(nn.PReLU, ("weight",)), F.prelu, torch.prelu, "prelu"),
+        commutes=True,
     ),
     Rule(
         "instance_norm",
-        "carrier",
+        "per_channel_param",
         norms.instance_norm,
         (*(Module(c, _NORM) for c in (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)), F.instance_norm),
     ),

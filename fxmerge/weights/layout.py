@@ -36,7 +36,7 @@ def resize(owner: nn.Module, sized: Tensor, groups: int, transposed: bool) -> No
 
 
 def columns(weight: Tensor, layer: Layer) -> Tensor:
-    """A reader's weight with one row for each input place: (groups * in/groups, out/groups * kernel)."""
+    """A consumer's weight with one row for each input place: (groups * in/groups, out/groups * kernel)."""
     if layer.transposed:
         return weight.flatten(1)
     split = weight.reshape(layer.groups, -1, *weight.shape[1:])  # (groups, out/groups, in/groups, *kernel)

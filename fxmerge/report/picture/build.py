@@ -163,8 +163,8 @@ class _Drawing:
                 continue
             code = ""
             only = next(iter(found)) if len(found) == 1 else ""
-            fits = only and targets[only] == 1 and self.facts.kinds[name] == "carrier"
-            fits = fits and self.facts.kinds[only] == "writer" and self._place(only)[0] == self._place(name)[0]
+            fits = only and targets[only] == 1 and self.facts.kinds[name] == "per_channel_param"
+            fits = fits and self.facts.kinds[only] == "producer" and self._place(only)[0] == self._place(name)[0]
             host[name] = only if fits else name
         return host
 

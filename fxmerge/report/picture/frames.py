@@ -152,7 +152,7 @@ def _closed(name: str, label: str, parent: str, inside: list[Box]) -> Box:
     refused = dict.fromkeys(r for box in inside for r in box.refused)
     nodes = tuple(n for box in inside for n in box.nodes)
     modules = tuple(m for box in inside for m in box.modules)
-    told = f"{len(inside)} boxes, {kinds['writer']} with weights"
+    told = f"{len(inside)} boxes, {kinds['producer']} with weights"
     last = inside[-1]
     return Box(
         name, label, parent, told, "module", nodes, modules, last.before, last.after, tuple(roles), tuple(refused)

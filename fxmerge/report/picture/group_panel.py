@@ -56,16 +56,16 @@ def _sheet(
     options: Options,
     side: int,
 ) -> dict[str, Any]:
-    layers = [m.layer for m in (*group.writers, *group.carriers, *group.readers)]
+    layers = [m.layer for m in (*group.producers, *group.per_channel_params, *group.consumers)]
     unique = {layer.node: layer for layer in layers}
     names = dict.fromkeys(layer.module for layer in unique.values())
     spent = [_spent(list(unique.values()), c) for c in costs]
     return {
         "parameters": [p for p, _ in spent],
         "flops": [f for _, f in spent],
-        "writers": _names(m.layer for m in group.writers),
-        "carriers": _names(m.layer for m in group.carriers),
-        "readers": _names(m.layer for m in group.readers),
+        "producers": _names(m.layer for m in group.producers),
+        "per_channel_params": _names(m.layer for m in group.per_channel_params),
+        "consumers": _names(m.layer for m in group.consumers),
         "mixers": list(group.mixers),
         "ties": list(group.ties),
         "scaleBlocks": list(group.scale_blocks),
@@ -134,15 +134,17 @@ def likeness(
 def cosines(group: Group, captured: Capture, tensors: Mapping[str, Tensor], options: Options, at: Tensor) -> Tensor:
     """Cosines of some channels' rows in the group's common coordinates, (m, m)."""
     n, inner = group.channels, torch.zeros(len(at), len(at), dtype=torch.float64)
-    gains = [torch.ones(n, dtype=torch.float64)] * len(group.writers)
+    gains = [torch.ones(n, dtype=torch.float64)] * len(group.producers)
     normed = False
     if group.partners:
         found = statistics(group, captured, tensors, options, at[:1])  # for the gains: hardly any inner products
-        gains, normed = [gain for gain, _, _ in found.writer_maps], found.evidence.centred
-    for writer, gain in zip(group.writers, gains, strict=True):
-        rows = rows_of(writer, tensors[writer.layer.params["weight"]], n)[at].double()
+        gains, normed = [gain for gain, _, _ in found.producer_maps], found.evidence.centred
+    for producer, gain in zip(group.producers, gains, strict=True):
+        rows = rows_of(producer, tensors[producer.layer.params["weight"]], n)[at].double()
         if not normed:
-            rows = torch.cat([rows, laid_out(bias_of(writer.layer, tensors)[writer.where], writer, n, 0.0)[at]], 1)
+            rows = torch.cat(
+                [rows, laid_out(bias_of(producer.layer, tensors)[producer.where], producer, n, 0.0)[at]], 1
+            )
         rows = rows * gain[at, None]
         inner += (rows @ rows.T).cpu()
     norm = inner.diagonal().clamp(min=0).sqrt()

@@ -21,7 +21,7 @@ class Shade:
     channels: int
     kept: int
     colour: str  # "#rrggbb"
-    shared: bool  # several writers or readers, or a mixer
+    shared: bool  # several producers or consumers, or a mixer
     refused: str = ""  # why it was left alone, or ""
 
 
@@ -78,7 +78,7 @@ class Picture:
 
 def members(group: Group) -> dict[str, tuple[str, ...]]:
     """The nodes of a group by role."""
-    layers = {"write": group.writers, "carry": group.carriers, "read": group.readers}
+    layers = {"write": group.producers, "carry": group.per_channel_params, "read": group.consumers}
     found = {role: tuple(dict.fromkeys(m.layer.node for m in inside)) for role, inside in layers.items()}
     return {**found, "mix": group.mixers, "tie": group.ties}
 

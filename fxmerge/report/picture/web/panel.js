@@ -134,7 +134,7 @@ fx.panel = (() => {
     if (g.scaleBlocks.length) panel.append("p").attr("class", "soft").text(`Merged with scale 1 only: no other scale passes ${g.scaleBlocks.slice(0, 3).join(", ")}${g.scaleBlocks.length > 3 ? " and others" : ""}.`);
     panel.append("h3").text("Its layers");
     const layers = panel.append("table").attr("class", "members").append("tbody");
-    for (const [title, names] of [["Writers", g.writers], ["Carriers", g.carriers], ["Readers", g.readers],
+    for (const [title, names] of [["Producers", g.producers], ["Per-channel parameters", g.per_channel_params], ["Consumers", g.consumers],
       ["Mixers", g.mixers], ["Joined by", g.ties]]) chips(layers, title, names);
     partners(g);
     heat(g);
