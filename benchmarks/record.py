@@ -59,7 +59,7 @@ def cases() -> dict[str, Case]:
     try:
         from tests.helpers.nets import NETS
     except ImportError:
-        from nets import NETS  # type: ignore[import-not-found,no-redef]
+        from tests.helpers.nets import NETS  # type: ignore[import-not-found,no-redef]
     found: dict[str, Case] = {}
     for suite, names in PLAIN.items():
         known = zoo.names(suite)

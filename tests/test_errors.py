@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from netmaking import one_thread, plain_merge  # noqa: F401
-from nets import NETS
 from torch import Tensor, nn
 
 import fxmerge
 from fxmerge import FxMergeError, Options, Plan
+from tests.helpers.netmaking import one_thread, plain_merge  # noqa: F401
+from tests.helpers.nets import NETS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from netmaking import plain_merge
 from torch import nn
 
 from fxmerge import ALLOCATORS, DECOMPOSITIONS, PROBES, SELECTORS, FxMergeError, Options
 from fxmerge.analysis.feasible import rounded
 from fxmerge.ir.groups import Group
 from fxmerge.planning.counts import by_ratio
+from tests.helpers.netmaking import plain_merge
 
 NAN, INF = math.nan, math.inf
 

@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from netmaking import one_thread, plain_merge  # noqa: F401
-from nets import NETS
 from torch import Tensor, fx, nn
 from torch.export import Dim
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
@@ -17,6 +15,8 @@ from torch.fx.passes.shape_prop import ShapeProp
 import fxmerge
 from fxmerge import FxMergeError, MergePass, Options
 from fxmerge.graph.compare import difference, outputs
+from tests.helpers.netmaking import one_thread, plain_merge  # noqa: F401
+from tests.helpers.nets import NETS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PLAIN = Options(refit="none")

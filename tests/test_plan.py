@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from netmaking import plain_merge
 from torch import Tensor, nn
 
 import fxmerge
 from fxmerge import DECOMPOSITIONS, SELECTORS, FxMergeError, Options, Plan
 from fxmerge.plan import GroupPlan, Partner
+from tests.helpers.netmaking import plain_merge
 
 
 class Net(nn.Module):

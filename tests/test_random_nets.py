@@ -10,15 +10,15 @@ import math
 import pytest
 import torch
 from hypothesis import HealthCheck, given, note, settings
-from netmaking import one_thread, plain_merge  # noqa: F401
-from random_nets import HEAD, made, sources
-from test_oracles import leaves
 from torch import Tensor, nn
 
 import fxmerge
 from fxmerge import Options, Plan, verify
 from fxmerge.graph import compare
 from fxmerge.plan import GroupPlan
+from tests.helpers.netmaking import one_thread, plain_merge  # noqa: F401
+from tests.helpers.outputs import leaves
+from tests.helpers.random_nets import HEAD, made, sources
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from netmaking import one_thread, randomised  # noqa: F401
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -20,6 +19,7 @@ from fxmerge import FxMergeError, Options, Plan
 from fxmerge.cli.main import main
 from fxmerge.pipeline import Prepared
 from fxmerge.report.picture.curve import HEIGHT, WIDTH, curve, ticks
+from tests.helpers.netmaking import one_thread, randomised  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 X = torch.randn(4, 12, generator=torch.Generator().manual_seed(0))

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from netmaking import one_thread, plain_merge  # noqa: F401
-from nets import NETS
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from two_processes import run_on_two
 
 import fxmerge
 from fxmerge.graph.compare import difference, outputs
+from tests.helpers.netmaking import one_thread, plain_merge  # noqa: F401
+from tests.helpers.nets import NETS
+from tests.helpers.two_processes import run_on_two
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NAMES = ("residual", "dense", "encoder", "words", "mlp")

@@ -17,8 +17,10 @@ from fxmerge.graph import nested
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.labels import compact, numbers, simplify, thin
 from fxmerge.ir.provenance import Lab, Param, Provenance, blocks_left
-from fxmerge.rules import lookup, movement
+from fxmerge.rules import movement
+from fxmerge.rules.lookup import rule_of, rule_of_target
 from fxmerge.rules.resize import IMPLICIT, Call, Resize, resized
+from fxmerge.rules.rule import Rule
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,6 @@ def recompute(captured: Capture, facts: Provenance, alive: Tensor) -> tuple[dict
 class _Check:
     def __init__(self, captured: Capture, facts: Provenance, alive: Tensor) -> None:
         self.captured, self.facts, self.alive = captured, facts, alive
-        self.table = lookup.table()
         self.values: dict[str, Any] = {}
         self.edits: dict[str, Call] = {}
         self.compacted: dict[int, tuple[Tensor, list[Lab]]] = {}  # identity of labels -> those, and their survivors
@@ -154,11 +155,7 @@ class _Check:
         return (layers[0].groups, blocks_left(layers[0], self.alive)) if layers else (1, 1)
 
     def rule_name(self, node: fx.Node) -> str:
-        return self.rule_name_of(node.target)
-
-    def rule_name_of(self, target: Any) -> str:
-        found = None if isinstance(target, nn.Module) else lookup.find(target, self.table)
-        return found[0].name if found is not None else ""
+        return _name(rule_of(node, self.captured.module))
 
     def movement(self, node: fx.Node, before: Any, expected: list[Any]) -> Any:
         if len(expected) == 1 and _is(before, expected[0]) and self.untouched.issuperset(self.latest.values()):
@@ -187,7 +184,7 @@ class _Check:
         return expected[0] if expected else before
 
     def attempt(self, node: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        name = self.rule_name_of(target)
+        name = "" if isinstance(target, nn.Module) else _name(rule_of_target(target))
         if name == "pad":
             kwargs = {**kwargs, "value": _ANY}
             args = args[:3]
@@ -218,6 +215,10 @@ class _Check:
 
 
 _ANY = -1  # zeros that were padded on: one is as good as another
+
+
+def _name(rule: Rule | None) -> str:
+    return "" if rule is None else rule.name
 
 
 def _shape(value: Any) -> tuple[int, ...] | None:

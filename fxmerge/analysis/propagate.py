@@ -32,8 +32,9 @@ from fxmerge.ir.provenance import (
     Untouched,
     View,
 )
-from fxmerge.rules import lookup, movement
+from fxmerge.rules import movement
 from fxmerge.rules.context import Context, Opaque, layer_name
+from fxmerge.rules.lookup import attributes_of, rule_of
 from fxmerge.weights.by_path import at
 
 
@@ -41,7 +42,7 @@ class _Run:
     """The interpreter: walks the graph once, one rule a node."""
 
     def __init__(self, capture: Capture, whole: bool) -> None:
-        self.capture, self.table, self.whole = capture, lookup.table(), whole
+        self.capture, self.whole = capture, whole
         self.count, self.placeholders = 1, 0
         self.axes: dict[str, dict[int, Tensor]] = {}
         self.elements: dict[str, Tensor] = {}
@@ -121,31 +122,28 @@ class _Run:
     def call(self, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
         """Find the node's row and run it; without one, everything that the node touches is pinned."""
         target: Any = node.target
-        key, why = target, "has no rule"
+        rule, why = rule_of(node, self.capture.module), "has no rule"
         if node.op == "call_module":
             target = self.capture.module.get_submodule(str(node.target))
-            key = lookup.module_class(target, self.table)
             if target._forward_hooks or target._forward_pre_hooks:
-                key, why = None, "has forward hooks"
-            elif key is None:
+                rule, why = None, "has forward hooks"
+            elif rule is None:
                 why = f"is a {type(target).__name__}, which has no rule"
-        found = self.table.get(key) if node.op == "call_module" else lookup.find(key, self.table)
         operands, as_given = [*args, *kwargs.values()], (tuple(args), kwargs)
-        if found is not None and overload_name(target) is not None and found[0].kind != "movement":
-            accepted = dict(inspect.signature(found[0].apply).parameters)
+        if rule is not None and overload_name(target) is not None and rule.kind != "movement":
+            accepted = dict(inspect.signature(rule.apply).parameters)
             args, kwargs = by_name(target, args, kwargs, accepted)
-        if found is not None and node.op != "call_module" and found[0].kind != "movement":
+        if rule is not None and node.op != "call_module" and rule.kind != "movement":
             kwargs = {_NUMPY.get(name, name): value for name, value in kwargs.items()}
-        ctx = Context(self, node, found[0].name if found else str(node.target), target, operands)
+        ctx = Context(self, node, rule.name if rule else str(node.target), target, operands)
         dynamic = any(isinstance(leaf, (Lab, Param, Opaque)) for leaf in nested.leaves(operands))
         if not dynamic and node.op != "call_module":
             self.kinds[node.name] = "query"
             return movement.run(target, *as_given)  # a plain value: computed as it stands
         self.kinds[node.name] = "unknown"
-        if found is None or any(isinstance(leaf, Opaque) for leaf in nested.leaves(operands)):
+        if rule is None or any(isinstance(leaf, Opaque) for leaf in nested.leaves(operands)):
             return ctx.unknown(why)
-        rule, spelling = found
-        for attribute in getattr(spelling, "attributes", ()):
+        for attribute in attributes_of(target) if node.op == "call_module" else ():
             value = getattr(target, attribute)
             is_tensor = isinstance(value, Tensor)
             kwargs[attribute] = self.param(f"{node.target}.{attribute}", value) if is_tensor else value

@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 from fxmerge.calibration.paired_run import Pair
 from fxmerge.ir.provenance import Layer, Provenance
-from fxmerge.rules import lookup
+from fxmerge.rules.lookup import rule_of
 
 SOLVED = ("linear", "matrix", "conv", "depthwise", "conv_transpose")  # what refit re-solves
 LEAST_GAIN = 0.05  # of the median |gain|: below it a channel's output hardly matters
@@ -26,20 +26,13 @@ class Behind:
 
 def behind(module: fx.GraphModule, node: fx.Node, norms: dict[str, Layer], known: set[str]) -> Behind:
     """What stands behind a node; `known` are the nodes whose values are there already."""
-    table = lookup.table()
 
     def consumer(node: fx.Node) -> fx.Node | None:
         return next(iter(node.users)) if len(node.users) == 1 else None
 
     def rule(node: fx.Node | None) -> str:
-        if node is None or node.op not in ("call_module", "call_function", "call_method"):
-            return ""
-        if node.op == "call_module":
-            cls = lookup.module_class(module.get_submodule(str(node.target)), table)
-            found = table.get(cls)
-        else:
-            found = lookup.find(node.target, table)
-        return found[0].name if found else ""
+        found = rule_of(node, module) if node is not None else None
+        return found.name if found else ""
 
     def after(node: fx.Node) -> fx.Node | None:
         found = consumer(node)

@@ -18,7 +18,8 @@ from torch import Tensor, fx, nn
 
 from fxmerge.graph.ops import in_place
 from fxmerge.ir.capture import FOLDED
-from fxmerge.rules import lookup, movement
+from fxmerge.rules import movement
+from fxmerge.rules.lookup import rule_of
 from fxmerge.weights.by_path import at
 from fxmerge.weights.disk_tensor import beside
 
@@ -32,22 +33,21 @@ def fold(module: fx.GraphModule) -> fx.GraphModule:
 
     Raises nothing: what cannot be computed is left as it stands.
     """
-    known = lookup.table()
-    _unturned(module, known)
+    _unturned(module)
     constant: dict[fx.Node, bool] = {}  # node that depends on parameters alone -> is there arithmetic in it?
     updates: list[fx.Node] = []
     for node in module.graph.nodes:
         if node.op == "get_attr":
             constant[node] = False
         elif node.op in ("call_function", "call_method") and node.all_input_nodes:
-            found = lookup.find(node.target, known)
+            found = rule_of(node, module)
             update, alone = in_place(node, node.target), all(n in constant for n in node.all_input_nodes)
             if update and node.all_input_nodes[0] in constant:
                 updates.append(node)
                 if not alone or not _repeatable(node.target):
                     return module  # what is made of parameters is another tensor in each run
-            if alone and (update or (found is not None and found[0].name not in _RANDOM)):
-                moves = found is not None and (found[0].kind in ("movement", "query") or found[0].name in _TABLES)
+            if alone and (update or (found is not None and found.name not in _RANDOM)):
+                moves = found is not None and (found.kind in ("movement", "query") or found.name in _TABLES)
                 constant[node] = not moves or any(constant[n] for n in node.all_input_nodes)
     updated = _updated(module, constant, updates) if updates else {}
     if updated is None:
@@ -59,7 +59,7 @@ def fold(module: fx.GraphModule) -> fx.GraphModule:
         outside = [u for u in node.users if u not in constant]
         if node.op == "get_attr" or not outside:
             continue
-        weighs = [u for u in outside if _as_weight(module, u, node, known)]
+        weighs = [u for u in outside if _as_weight(module, u, node)]
         if computed or weighs:
             _replace(module, node, weighs if not computed else outside, bool(weighs), made, updated)
     if made:
@@ -121,19 +121,19 @@ def _called(module: fx.GraphModule, node: fx.Node, value: Callable[[fx.Node], An
     return getattr(args[0], target)(*args[1:], **kwargs) if node.op == "call_method" else target(*args, **kwargs)
 
 
-def _unturned(module: fx.GraphModule, known: dict[Any, Any]) -> None:
+def _unturned(module: fx.GraphModule) -> None:
     """x @ w.t() becomes F.linear(x, w), and F.linear(x, w.t(), b) becomes x @ w + b, so that w is one weight for all.
 
     However the transpose of a parameter is spelled; a copy of it would be no longer shared with whoever else has it.
     """
     calls, changed = ("call_function", "call_method"), False
     for node in list(module.graph.nodes):
-        found = lookup.find(node.target, known) if node.op in calls else None
-        name = found[0].name if found is not None else ""
+        found = rule_of(node, module) if node.op in calls else None
+        name = found.name if found is not None else ""
         if name not in ("matmul", "linear") or not 2 <= len(node.args) + len(node.kwargs) <= 3:
             continue
         turned = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
-        weight = _transposed(module, turned, known)
+        weight = _transposed(module, turned)
         if weight is None:
             continue
         if name == "matmul":
@@ -155,12 +155,12 @@ def _unturned(module: fx.GraphModule, known: dict[Any, Any]) -> None:
         module.recompile()
 
 
-def _transposed(module: fx.GraphModule, turned: Any, known: dict[Any, Any]) -> fx.Node | None:
+def _transposed(module: fx.GraphModule, turned: Any) -> fx.Node | None:
     """The parameter that a node is the transpose of."""
     if not isinstance(turned, fx.Node) or turned.op not in ("call_function", "call_method"):
         return None
-    row = lookup.find(turned.target, known)
-    if len(turned.all_input_nodes) != 1 or row is None or row[0].kind not in ("movement", "query"):
+    row = rule_of(turned, module)
+    if len(turned.all_input_nodes) != 1 or row is None or row.kind not in ("movement", "query"):
         return None
     (weight,) = turned.all_input_nodes
     value = at(module, str(weight.target)) if weight.op == "get_attr" else None
@@ -171,12 +171,12 @@ def _transposed(module: fx.GraphModule, turned: Any, known: dict[Any, Any]) -> f
     return weight if isinstance(moved, Tensor) and torch.equal(moved, places.t()) else None
 
 
-def _as_weight(module: fx.GraphModule, user: fx.Node, node: fx.Node, known: dict[Any, Any]) -> bool:
+def _as_weight(module: fx.GraphModule, user: fx.Node, node: fx.Node) -> bool:
     """Is the node the weight or bias of this layer, and not its input?"""
     if user.op not in ("call_function", "call_method"):
         return False
-    found = lookup.find(user.target, known)
-    return found is not None and found[0].kind in ("producer", "per_channel_param") and node not in user.args[:1]
+    found = rule_of(user, module)
+    return found is not None and found.kind in ("producer", "per_channel_param") and node not in user.args[:1]
 
 
 def _spelled(value: Any, updated: Container[fx.Node]) -> str:

@@ -26,7 +26,7 @@ from fxmerge.capture.symbolic import hidden, symbolic, user_line
 from fxmerge.graph.nested import leaves, tree
 from fxmerge.graph.ops import HARMLESS, PLAIN, held_tensors, node_call, tensors
 from fxmerge.ir.capture import Part, Recorded
-from fxmerge.rules import lookup
+from fxmerge.rules.lookup import rule_of_module
 from fxmerge.rules.movement import enter
 
 
@@ -46,7 +46,7 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R
 class _Recording(TorchFunctionMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model, self.graph, self.table = model, fx.Graph(), lookup.table()
+        self.model, self.graph = model, fx.Graph()
         self.nodes: dict[int, fx.Node] = {}  # identity of a tensor -> the node that gave it
         self.kept: list[Any] = []  # keeps identities from being used again
         self.paths = {id(v): n for n, v in reversed([*model.named_buffers(), *model.named_parameters()])}
@@ -205,7 +205,7 @@ class _Recording(TorchFunctionMode):
             plain = all(isinstance(v, (*PLAIN, Tensor)) for v in leaves([args, kwargs]))
             if not hooked and plain:
                 own = type(module).__module__.startswith("torch.nn") and not isinstance(module, nn.Sequential)
-                if own or lookup.module_class(module, self.table) is not None:
+                if own or rule_of_module(module) is not None:
                     return self._leaf(path, forward, args, kwargs)
                 template = self._template(module, path, args, kwargs)
                 if template is not None:

@@ -14,7 +14,7 @@ from torch.fx._symbolic_trace import _assert_is_none
 from fxmerge.capture.expand_modules import unfolded
 from fxmerge.capture.torch_export import export
 from fxmerge.errors import FxMergeError, first_line
-from fxmerge.rules import lookup
+from fxmerge.rules.lookup import rule_of
 
 
 class Tracer(fx.Tracer):
@@ -126,7 +126,7 @@ def symbolic(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 def hidden(module: fx.GraphModule) -> int:
     """How many of a graph's calls have no rule, those on plain values and constants left out."""
-    known, count = lookup.table(), 0
+    count = 0
     activations: set[fx.Node] = set()
     for node in module.graph.nodes:
         if node.op == "placeholder":
@@ -134,12 +134,8 @@ def hidden(module: fx.GraphModule) -> int:
         elif node.target in _ASSERTIONS:
             continue
         elif node.op in ("call_module", "call_function", "call_method") and activations & set(node.all_input_nodes):
-            if node.op == "call_module":
-                cls = lookup.module_class(module.get_submodule(str(node.target)), known)
-                found = known[cls] if cls is not None else None
-            else:
-                found = lookup.find(node.target, known)
-            if found is None or found[0].kind != "query":
+            found = rule_of(node, module)
+            if found is None or found.kind != "query":
                 activations.add(node)
                 count += found is None
     return count

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import inspect
 import math
-import operator
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
 
 from fxmerge.graph.ops import Aten, overload_name
 from fxmerge.rules.rule import Module, Rule, Spelling
@@ -34,35 +33,52 @@ def spellings() -> Iterator[tuple[Any, Rule, Spelling]]:
             yield key(spelling), rule, spelling
 
 
-def table() -> dict[Any, tuple[Rule, Spelling]]:
-    """RULES by key, as the interpreter looks them up; made anew where rows were added or changed."""
+def rule_of(node: fx.Node, module: fx.GraphModule) -> Rule | None:
+    """The rule of a node's call; None for calls without a row, and for nodes that call nothing."""
+    if node.op == "call_module":
+        return rule_of_module(module.get_submodule(str(node.target)))
+    return rule_of_target(node.target) if node.op in ("call_function", "call_method") else None
+
+
+def rule_of_target(target: Any) -> Rule | None:
+    """The rule of a function or of a method's name. An aten op has the rule of the function or method of its name."""
+    known, name = _by_key(), overload_name(target)
+    spelled = (target, dotted(target)) if name is None else (
+        Aten(name), getattr(F, name, None), getattr(torch, name, None), name
+    )  # fmt: skip
+    return next((known[s][0] for s in spelled if s is not None and s in known), None)
+
+
+def rule_of_module(module: nn.Module) -> Rule | None:
+    """The rule of a module: that of its class, or of a base class whose forward it does not override."""
+    row = _row_of_module(module)
+    return None if row is None else row[0]
+
+
+def attributes_of(module: nn.Module) -> tuple[str, ...]:
+    """The attributes of a module that its rule takes as arguments: ("weight", "bias") of nn.Linear."""
+    row = _row_of_module(module)
+    return row[1].attributes if row is not None and isinstance(row[1], Module) else ()
+
+
+def _row_of_module(module: nn.Module) -> tuple[Rule, Spelling] | None:
+    known, forward = _by_key(), getattr(type(module), "forward", None)
+    for cls in type(module).__mro__:
+        if cls in known and forward is getattr(cls, "forward", None):
+            return known[cls]
+    return None
+
+
+def _by_key() -> dict[Any, tuple[Rule, Spelling]]:
+    """RULES by key; made anew where rows were added or changed."""
     global _made
     rows = tuple(RULES.values())
-    if len(rows) != len(_made[0]) or not all(map(operator.is_, rows, _made[0])):
+    if rows != _made[0]:
         _made = rows, {k: (rule, spelling) for k, rule, spelling in spellings()}
     return _made[1]
 
 
 _made: tuple[tuple[Rule, ...], dict[Any, tuple[Rule, Spelling]]] = (), {}
-
-
-def find(target: Any, known: dict[Any, tuple[Rule, Spelling]]) -> tuple[Rule, Spelling] | None:
-    """The row of a function or method; an aten op's is that of the function or method of the same name."""
-    name = overload_name(target)
-    if name is None:
-        return known.get(target) or known.get(dotted(target))
-    for spelling in (Aten(name), getattr(F, name, None), getattr(torch, name, None), name):
-        if spelling is not None and spelling in known:
-            return known[spelling]
-    return None
-
-
-def module_class(module: nn.Module, known: dict[Any, tuple[Rule, Spelling]]) -> type[nn.Module] | None:
-    """The class in the table whose forward this module runs: itself, or a base whose forward it did not override."""
-    for cls in type(module).__mro__:
-        if cls in known and getattr(type(module), "forward", None) is getattr(cls, "forward", None):
-            return cls
-    return None
 
 
 def describe(spelling: Spelling) -> str:

@@ -1,4 +1,4 @@
-"""Rules of normalisations that couple channels: LayerNorm, RMSNorm, GroupNorm. They have per-channel parameters, and mix.
+"""Rules of normalisations that couple channels: LayerNorm, RMSNorm, GroupNorm.
 
 Their weights follow the labels exactly; but a channel that goes changes the mean and deviation that the others are
 divided by, so dropping it is not exact. `ctx.mix` records that on the group.

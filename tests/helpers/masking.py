@@ -1,0 +1,71 @@
+"""Pruning by hand: a consumer's inputs that change with the dropped rows are zeroed."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+import fxmerge
+
+
+def masked_by_hand(result: fxmerge.Result, x: Tensor) -> Tensor:
+    """The original with those inputs of each consumer zeroed that change when the dropped rows of its producers do.
+
+    Which inputs those are is found by trying, so that no index map of fxmerge is believed.
+    """
+    module = copy.deepcopy(result.analysis.captured.module).eval()
+    groups = {g.name: g for g in result.analysis.groups}
+    zeroed: dict[str, Tensor] = {}
+    for planned in result.plan.groups:
+        group = groups[planned.name]
+        dropped = torch.tensor(sorted(set(range(planned.channels)) - set(planned.kept)))
+        shaken = copy.deepcopy(module)
+        for producer in group.producers:
+            here, local = producer.local(dropped)
+            assert here.all()
+            for path in producer.layer.params.values():
+                value = shaken.get_parameter(path)
+                rows = value.data.movedim(1, 0) if producer.layer.transposed and value.dim() > 1 else value.data
+                places = producer.where[local].flatten()
+                rows[places] += torch.rand(rows[places].shape, generator=torch.Generator().manual_seed(0)).to(rows)
+        consumers = {consumer.layer.node for consumer in group.consumers}
+        before, after = (Watched(m, consumers, {}) for m in (module, shaken))
+        before.run(x)
+        after.run(x)
+        for node in consumers:
+            zeroed[node] = after.seen[node] != before.seen[node]
+    out: Tensor = Watched(module, set(zeroed), zeroed).run(x)
+    return out.detach()
+
+
+class Watched(fx.Interpreter):
+    """Notes what stands before some nodes, and zeroes the channels of it that hold one of the given entries."""
+
+    def __init__(self, module: fx.GraphModule, nodes: set[str], zeroed: dict[str, Tensor]) -> None:
+        super().__init__(module)
+        self.nodes, self.zeroed = nodes, zeroed
+        self.seen: dict[str, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        source = n.args[-2 if self.matrix(n) else 0] if n.name in self.nodes else None
+        if isinstance(source, fx.Node):
+            value = self.env[source].clone()
+            self.seen[n.name] = value
+            if n.name in self.zeroed:
+                self.env[source] = value * ~self.channels(n, self.zeroed[n.name])
+        return super().run_node(n)
+
+    def matrix(self, n: fx.Node) -> bool:
+        return n.target in ("addmm", torch.addmm)
+
+    def channels(self, n: fx.Node, entries: Tensor) -> Tensor:
+        """Whole channels that hold one of the entries: along the last axis for linear, along axis 1 otherwise."""
+        target = self.module.get_submodule(str(n.target)) if n.op == "call_module" else n.target
+        linear = isinstance(target, nn.Linear) or target is F.linear or self.matrix(n)
+        axis = entries.dim() - 1 if linear else 1
+        others = [a for a in range(entries.dim()) if a != axis]
+        return entries.amax(others, keepdim=True) if others else entries

@@ -1,0 +1,234 @@
+"""Joint steps against nets whose best weights are known, against slopes by differences, and what they leave alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxmerge
+from fxmerge.calibration.patches import Form
+from fxmerge.ir.provenance import Layer
+from fxmerge.refit import joint
+from fxmerge.refit.chains import Chain, chains
+from fxmerge.refit.joint import Fitted, _Variable
+from fxmerge.refit.targets import Goal
+from tests.helpers.netmaking import one_thread  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+F64 = torch.float64
+
+
+def merged(model: nn.Module, x: Tensor, **changes: Any) -> fxmerge.Result:
+    given = {"ratio": 0.5, "scope": "internal", "decomposition": "prune", "selection": "l2", "calibration": [x]}
+    return fxmerge.merge(model, x[:2], **given | changes)
+
+
+def alone(model: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> fxmerge.Result:
+    """The same without joint steps."""
+    with monkeypatch.context() as patched:
+        patched.setattr(joint, "BUDGET", 0.0)
+        return merged(model, x, **changes)
+
+
+def off(result: fxmerge.Result, model: nn.Module, x: Tensor) -> float:
+    with torch.no_grad():
+        wanted = model(x)
+        return float((result.module(x) - wanted).norm() / (wanted - wanted.mean(0)).norm())
+
+
+class Narrow(nn.Module):
+    """B A has rank 4, though A has 8 rows of its own: 4 hidden channels can do all, none of A's 4 rows alone do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(12, 8), nn.Linear(8, 6)
+        self.b.weight.data = torch.randn(6, 4) @ torch.randn(4, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.b(self.a(x))
+        return out
+
+
+def test_what_two_layers_can_do_together_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = Narrow().double().eval(), torch.randn(2000, 12, dtype=F64)
+    assert off(alone(model, x, monkeypatch), model, x) > 0.2  # each for itself: A's rows are what they were
+    # the pull is towards where they began; without it nothing is lost
+    monkeypatch.setattr(joint, "RIDGE", 1e-6)
+    monkeypatch.setattr(joint, "STEPS", 60)
+    result = merged(model, x)
+    assert result.module.a.out_features == 4
+    assert off(result, model, x) < 0.01
+
+
+class Rectified(nn.Module):
+    def __init__(self, inplace: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.n = nn.Conv2d(6, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.act, self.b, self.m = nn.ReLU(inplace), nn.Conv2d(16, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
+        for norm in (self.n, self.m):
+            norm.running_var.uniform_(0.5, 2)  # type: ignore[union-attr,operator]
+            norm.running_mean.normal_()  # type: ignore[union-attr,operator]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.m(self.b(self.act(self.n(self.a(x))))) + x)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_rectified_blocks_come_nearer(inplace: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Rectified(inplace).eval()
+    x = torch.randn(32, 6, 12, 12, generator=torch.Generator().manual_seed(1))
+    fresh = torch.randn(32, 6, 12, 12, generator=torch.Generator().manual_seed(2))
+    before, after = alone(model, x, monkeypatch), merged(model, x)
+    assert off(after, model, fresh) < 0.9 * off(before, model, fresh)
+    assert not torch.equal(before.module.a.weight, after.module.a.weight)
+    (record,) = after.report.refitted
+    assert record.name == "b" and record.after < before.report.refitted[0].after
+    assert all(p.requires_grad for p in after.module.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_left_to_single_layers(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = Narrow().to(dtype).eval(), torch.randn(200, 12).to(dtype)
+    one, other = alone(model, x, monkeypatch), merged(model, x)
+    assert torch.equal(one.module.a.weight, other.module.a.weight)
+
+
+def test_few_positions_are_left_to_single_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """12 weights an output and one for each of 4 positions: whatever comes out of that is chance."""
+    model, x = Narrow().double().eval(), torch.randn(4, 12, dtype=F64)
+    one, other = alone(model, x, monkeypatch), merged(model, x)
+    assert torch.equal(one.module.a.weight, other.module.a.weight)
+
+
+class Cut(Narrow):
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.b(torch.round(self.a(x)).detach())
+        return out
+
+
+def test_an_op_without_a_slope_is_left_to_single_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = Cut().double().eval(), torch.randn(200, 12, dtype=F64)
+    one, other = alone(model, x, monkeypatch), merged(model, x)
+    assert torch.equal(one.module.a.weight, other.module.a.weight)
+
+
+def place(groups: int, outs: int, width: int, bias: bool) -> Fitted:
+    weight = nn.Parameter(torch.randn(groups * outs, width, dtype=F64))
+    form = Form("linear", (), (), (), (), 1) if groups == 1 else Form("conv", (width,), (1,), ((0, 0),), (1,), groups)
+    weight = weight if groups == 1 else nn.Parameter(weight.detach()[:, None])
+    return Fitted(form, weight, nn.Parameter(torch.randn(groups * outs, dtype=F64)) if bias else None)
+
+
+@pytest.mark.parametrize(("groups", "bias"), [(1, True), (1, False), (3, True)])
+def test_slopes_by_differences(groups: int, bias: bool) -> None:
+    """What `slope` hands to the optimizer is E's slope by V, for an E of its own; the pull is a trace."""
+    torch.manual_seed(0)
+    outs, width = 4, 5
+    there = place(groups, outs, width, bias)
+    rows = torch.randn(groups, 50, width, dtype=F64)
+    mean, gram = rows.mean(1), (rows - rows.mean(1, keepdim=True)).mT @ (rows - rows.mean(1, keepdim=True)) / 50
+    half = torch.randn(groups, outs, outs, dtype=F64)
+    variable = _Variable(there, mean, gram, half @ half.mT)
+    start, weights = variable.start.clone(), torch.randn(groups, outs, width, dtype=F64)
+    by_bias = torch.randn(groups, outs, dtype=F64)
+    about = gram if bias else gram + mean[:, :, None] * mean[:, None]
+    level = about.diagonal(dim1=1, dim2=2).mean(1)
+
+    def energy(at: Tensor) -> float:
+        variable.at.data.copy_(at)
+        variable.write()
+        now = there.weight.detach().reshape(groups, outs, width)
+        pull = sum(
+            joint.RIDGE / 2 * level[g] * torch.einsum("op,oq,qp->", d, variable.square[g], d)
+            for g, d in enumerate(now - start)
+        )
+        linear = (now * weights).sum()
+        if there.bias is not None:
+            linear = linear + (there.bias.detach().view(groups, outs) * by_bias).sum()
+        return float(linear + pull)
+
+    at = torch.randn_like(variable.at)
+    energy(at)
+    found = {id(there.weight): weights.reshape(there.weight.shape)}
+    if there.bias is not None:
+        found[id(there.bias)] = by_bias.flatten()
+    variable.slope(found)
+    slope = variable.at.grad
+    assert slope is not None
+    for _ in range(5):
+        way = torch.randn_like(at)
+        difference = (energy(at + 1e-5 * way) - energy(at - 1e-5 * way)) / 2e-5
+        assert difference == pytest.approx(float((slope * way).sum()), rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("gram", [-1.0, torch.inf])
+def test_a_gram_without_a_root_is_left_to_single_layers(gram: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = Narrow().double().eval(), torch.randn(200, 12, dtype=F64)
+    one = alone(model, x, monkeypatch)
+
+    def broken(rows: list[Tensor], reduce: Any) -> tuple[Tensor, Tensor]:
+        width = rows[0].size(-1)
+        return torch.zeros(1, width, dtype=F64), torch.full((1, width), gram, dtype=F64).diag_embed()
+
+    monkeypatch.setattr(joint, "second_moments", broken)
+    assert torch.equal(one.module.a.weight, merged(model, x).module.a.weight)
+
+
+def test_what_a_chain_keeps_goes_with_its_last_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory holds live activations: at a chain's first layer, no earlier chain still has its inputs."""
+    begun: list[Chain] = []
+    begin = Chain.begin
+
+    def watched(chain: Chain, inputs: Any) -> None:
+        assert not any(earlier.inputs for earlier in begun)
+        begun.append(chain)
+        begin(chain, inputs)
+
+    monkeypatch.setattr(Chain, "begin", watched)
+    torch.manual_seed(0)
+    blocks = nn.Sequential(*(Rectified() for _ in range(3))).eval()
+    merged(blocks, torch.randn(8, 6, 12, 12))
+    assert len(begun) == 3 and not any(chain.inputs for chain in begun)
+
+
+def test_goals_count_what_passes_the_rectifier() -> None:
+    wanted, outputs = torch.tensor([[2.0, -1.0, -1.0]]), torch.tensor([[1.0, -3.0, 0.5]])
+    one, zero = torch.ones(1), torch.zeros(1, 3)
+    torch.testing.assert_close(Goal(one, zero, wanted, True).missed(outputs), torch.tensor([[-1.0, 0.0, 0.5]]))
+    torch.testing.assert_close(Goal(one, zero, wanted, False).missed(outputs), torch.tensor([[-1.0, -2.0, 1.5]]))
+
+
+@pytest.mark.parametrize(
+    ("flops", "count", "used"), [(0.0, 7, 7), (1e9, 7, 7), (joint.BUDGET / joint.PASSES / 3.5, 7, 3), (1e13, 7, 0)]
+)
+def test_batches_within_the_budget(flops: float, count: int, used: int) -> None:
+    assert joint.affordable(flops, count, torch.device("cpu"), lambda t: t) == used
+
+
+def test_chains_end_where_others_read() -> None:
+    """linear, relu, depthwise, linear is one; a fork, a second input and a shared weight end it."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.d, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, groups=4, padding=1), nn.Conv2d(4, 4, 1)
+            self.c, self.e = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.b(self.d(self.a(x).relu()))
+            z: Tensor = self.e(self.c(y) * y)
+            return z
+
+    graph = torch.fx.symbolic_trace(Net()).graph
+    ops = {"a": "conv", "d": "depthwise", "b": "conv", "c": "conv", "e": "conv"}
+    layers = {name: Layer(name, name, op, {"weight": f"{name}.weight"}) for name, op in ops.items()}
+    found = chains(layers, list(graph.nodes), lambda layer: True, ())
+    assert {end: [layer.node for layer in chain.layers] for end, chain in found.items()} == {"b": ["a", "d", "b"]}
+    assert [node.name for node in found["b"].nodes] == ["a", "relu", "d", "b"]
+    assert not chains(layers, list(graph.nodes), lambda layer: True, {"d.weight"})
+    assert not chains(layers, list(graph.nodes), lambda layer: layer.node != "b", ())
