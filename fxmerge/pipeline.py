@@ -193,9 +193,19 @@ class Prepared:
             timing = compared(self.original, module, captured.args, captured.kwargs)
         analysis = Analysis(captured, facts, grouping, refusals)
         plan = Plan(options, tuple(plans))
-        told = (grouping.everything, refusals, captured, module, plan, verdict, refitted, (*notes, *allotted.notes))
-        seconds = time.perf_counter() - started
-        report = Report(*told, facts=facts, grouping=grouping, seconds=seconds, timing=timing)
+        report = Report(
+            captured=captured,
+            facts=facts,
+            grouping=grouping,
+            refusals=refusals,
+            module=module,
+            plan=plan,
+            verdict=verdict,
+            refitted=refitted,
+            notes=(*notes, *allotted.notes),
+            seconds=time.perf_counter() - started,
+            timing=timing,
+        )
         return Result(module, plan, report, analysis)
 
     def _allotted(self, groups: Sequence[Group], options: Options) -> Allotted:

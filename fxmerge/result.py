@@ -11,9 +11,9 @@ from torch.export import ExportedProgram
 
 from fxmerge.export import program, save
 from fxmerge.ir.capture import Capture
-from fxmerge.ir.groups import Group, Grouping, Refusal, survivors
+from fxmerge.ir.groups import Group, Grouping, Refusal
 from fxmerge.ir.provenance import Provenance
-from fxmerge.plan import Plan, planned
+from fxmerge.plan import Plan
 from fxmerge.report.reports import AnalysisReport, Report
 
 
@@ -37,7 +37,7 @@ class Analysis:
 
     @property
     def report(self) -> AnalysisReport:
-        return AnalysisReport(self.groups, self.refusals, self.captured, facts=self.facts, grouping=self.grouping)
+        return AnalysisReport(captured=self.captured, facts=self.facts, grouping=self.grouping, refusals=self.refusals)
 
     def _repr_html_(self) -> str:
         """The report's page, in a notebook."""
@@ -62,9 +62,7 @@ class Result:
 
         Raises FxMergeError where the folder holds files of others; `fxmerge.load` reads it.
         """
-        captured, facts, groups = self.analysis.captured, self.analysis.facts, self.analysis.grouping
-        kept = planned(groups.everything, self.plan)
-        save.save(Path(folder), captured, self.module, self.plan, self.report, facts, survivors(groups, kept))
+        save.save(Path(folder), self.report)
 
     def exported(self, dynamic_shapes: Any = None) -> ExportedProgram:
         """The merged model as torch.export has it; one that came as an ExportedProgram keeps its dynamic shapes.

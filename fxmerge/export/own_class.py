@@ -1,9 +1,11 @@
-"""The user's own class with merged weights in it: tensors narrowed, and the numbers that its layers keep of sizes.
+"""Load merged weights into a model of the user's own class: narrower tensors, and the attributes that hold their sizes.
 
-The class's code stays as it is, so a number that it keeps of a width (`head_dim`, `hidden_dim`) must follow. The merged
-graph tells which literals changed in which submodule; attributes of that submodule with the old value are tried, and
-what is tried must give the merged model's output on the example inputs. Attention whose scale the code leaves to torch
-takes it from the narrower heads: the rows that write its queries make it good.
+The code of the class does not change, so an attribute that holds a width (`head_dim`, `hidden_dim`) has to follow. The
+merged graph shows which literals changed in which submodule. Attributes of that submodule with the old value are set to
+the new one, and a choice of them is accepted if the outputs on the example inputs are those of the merged model.
+
+If the code leaves the scale of an attention to torch, the narrower heads change that scale from 1/sqrt(d) to
+1/sqrt(d_new). The rows that produce the queries are multiplied by sqrt(d_new / d) to compensate.
 """
 
 from __future__ import annotations
@@ -24,18 +26,22 @@ from fxmerge.weights.copy import deep_copy
 from fxmerge.weights.disk_tensor import beside
 from fxmerge.weights.layout import resize
 
-_TRIALS = 64
-_CONSTANT = ("lifted_tensor", "_tensor_constant")  # how torch.export and torch.fx name them
-_CLOSE = {torch.float16: 1e-2, torch.bfloat16: 3e-2}
+_TRIALS = 64  # choices of attributes that are tried, at most
+_CONSTANT = (
+    "lifted_tensor",
+    "_tensor_constant",
+)  # prefixes of the names that torch.export and torch.fx give to constants
+_CLOSE = {torch.float16: 1e-2, torch.bfloat16: 3e-2}  # accepted relative error of the outputs
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Fit:
-    """What a model of the user's class needs besides narrowed tensors; `refused` says why nothing will do.
+    """What a model of the user's class needs in addition to the merged tensors.
 
-    attributes: {path: whole number}
-    rows:       {parameter: [(first row, row behind the last, factor)]}
-    unused:     tensors of the class that the merged model has not, since the example run made no use of them
+    refused:    why the class cannot take the merged tensors, or ""
+    attributes: {path of an attribute: the integer to set it to}
+    rows:       {parameter: [(first row, end of the rows, factor to multiply them by)]}
+    unused:     tensors of the class that the merged model does not have, because the example run did not use them
     """
 
     refused: str = ""
@@ -48,19 +54,20 @@ class Fit:
 
     @staticmethod
     def from_json(data: Any) -> Fit:
-        """Raises FxMergeError for anything but what `json` gives."""
+        """Inverse of `json`. Raises FxMergeError for other data."""
         try:
             attributes = {str(k): int(v) for k, v in data["attributes"].items()}
             rows = {str(k): [(int(a), int(b), float(f)) for a, b, f in v] for k, v in data["rows"].items()}
-            return Fit(str(data["refused"]), attributes, rows, tuple(map(str, data["unused"])))
+            unused = tuple(map(str, data["unused"]))
+            return Fit(refused=str(data["refused"]), attributes=attributes, rows=rows, unused=unused)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise FxMergeError(f"the record of the user's class is damaged: {error!r}") from error
+            raise FxMergeError(f"the record about the user's own class is damaged: {error!r}") from error
 
 
 def narrowed(model: nn.Module, tensors: Mapping[str, Tensor], fit: Fit) -> nn.Module:
-    """A copy of the user's model with these tensors in place of its own, by their names.
+    """A copy of the user's model whose tensors are replaced, by name, by `tensors`.
 
-    Raises FxMergeError where the names are not the model's, or a tensor is larger than the model's own.
+    Raises FxMergeError if the names are not those of the model, or if a tensor is larger than the model's own.
     """
     copied, kind = deep_copy(model, []), type(model).__name__
     modules = dict(copied.named_modules(remove_duplicate=False))
@@ -71,13 +78,13 @@ def narrowed(model: nn.Module, tensors: Mapping[str, Tensor], fit: Fit) -> nn.Mo
     missing = sorted(set(own) - set(tensors) - set(fit.unused))
     if missing:
         raise FxMergeError(
-            f"{kind} has {_some(missing)}, which the merged model does not have; give the model that was merged"
+            f"{kind} has {_some(missing)}, which the merged model does not have; pass the model that was merged"
         )
     for path, number in fit.attributes.items():
         owner_path, _, last = path.rpartition(".")
         owner = modules.get(owner_path)
         if owner is None or type(vars(owner).get(last)) is not int:
-            raise FxMergeError(f"{kind} has no whole number {path}; give the model that was merged")
+            raise FxMergeError(f"{kind} has no integer attribute {path}; pass the model that was merged")
         setattr(owner, last, number)
     made: dict[str, Tensor] = {}
     for name, value in tensors.items():
@@ -85,12 +92,12 @@ def narrowed(model: nn.Module, tensors: Mapping[str, Tensor], fit: Fit) -> nn.Mo
         owner = modules.get(path)
         if owner is None or last not in {**owner._parameters, **owner._buffers}:
             if last.startswith(_CONSTANT) or (owner is not None and last in vars(owner)):
-                continue  # a constant of the graph, which the class makes by itself
-            raise FxMergeError(f"{kind} has no {name}, which the merged model has; give the model that was merged")
+                continue  # a constant of the graph, which the class creates itself
+            raise FxMergeError(f"{kind} has no {name}, which the merged model has; pass the model that was merged")
         old: Tensor | None = getattr(owner, last)
         if old is not None and not _inside(value.shape, old.shape):
             shapes = f"{tuple(old.shape)} in {kind} and {tuple(value.shape)} in the merged model"
-            raise FxMergeError(f"{name} is {shapes}; give the model that was merged")
+            raise FxMergeError(f"{name} has shape {shapes}; pass the model that was merged")
         tie = ties.get(name, name)
         if tie not in made:
             scaled = fit.rows.get(name, ())
@@ -120,7 +127,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _follow(owner: nn.Module, sized: Tensor) -> None:
-    """The sizes that a layer keeps, after its weight."""
+    """Update the sizes that a layer holds as attributes to those of its new weight."""
     groups, transposed = getattr(owner, "groups", 1), getattr(owner, "transposed", False)
     if groups > 1 and groups == owner.in_channels:  # depthwise
         groups = sized.size(0) // (1 if transposed else int(owner.out_channels) // groups)  # type: ignore[arg-type]
@@ -131,38 +138,38 @@ def _follow(owner: nn.Module, sized: Tensor) -> None:
 def fitted(
     captured: Capture, merged: nn.Module, facts: Provenance, alive: Tensor, tensors: Mapping[str, Tensor]
 ) -> Fit:
-    """How the user's class takes the merged tensors, found by trial; `refused` where it cannot."""
+    """What the user's class needs to take the merged tensors, found by trial; `refused` is set if it cannot."""
     model = captured.model
     if model is None or isinstance(model, fx.GraphModule):
-        return Fit("the merged model was a graph, which has no class of its own")
+        return Fit(refused="the model that was merged was a graph, which has no class of its own")
     expected = outputs(merged, captured.args, captured.kwargs)
     bound = max((_CLOSE.get(t.dtype, 1e-5) for t in expected), default=1e-5)
     rows = _queries(captured, merged, facts, alive) if isinstance(merged, fx.GraphModule) else {}
     changed = dict(_changed(captured, merged, model)) if isinstance(merged, fx.GraphModule) else {}
     counted = dict(_counted(merged, model))
-    kinds = {path: _kind(model, path) for path in changed}  # layers of one class keep their numbers alike
+    kinds = {path: _kind(model, path) for path in changed}  # layers of one class use an attribute alike
     known = list(dict.fromkeys(kinds.values()))
     unused = tuple(sorted(set(model.state_dict()) - set(tensors)))
-    why = "its outputs on the example inputs are others"
+    why = "its outputs on the example inputs differ"
     sets = (set(c) for size in range(len(known), -1, -1) for c in itertools.combinations(known, size))
     for chosen in itertools.islice(sets, _TRIALS):
         attributes = counted | {path: number for path, number in changed.items() if kinds[path] in chosen}
         for factors in [rows, {}] if rows else [rows]:
-            fit = Fit("", attributes, factors, unused)
+            fit = Fit(attributes=attributes, rows=factors, unused=unused)
             try:
                 given = outputs(narrowed(model, tensors, fit), captured.args, captured.kwargs)
             except FxMergeError as error:
-                return Fit(str(error))
-            except Exception as error:  # the user's own code, on sizes that it was not written for
+                return Fit(refused=str(error))
+            except Exception as error:  # the user's code may raise anything on sizes that it was not written for
                 why = f"its code does not run on the narrower tensors ({type(error).__name__})"
                 continue
             if difference(expected, given) <= bound:
                 return fit
-    return Fit(f"the code of {type(model).__name__} holds sizes that nobody can change from outside: {why}")
+    return Fit(refused=f"the code of {type(model).__name__} has sizes that cannot be changed from outside: {why}")
 
 
 def _counted(merged: nn.Module, model: nn.Module) -> Iterator[tuple[str, int]]:
-    """Groups of the user's convolutions and norms, where the merged model's same layer has fewer."""
+    """(attribute, new number) of the groups of convolutions and norms that have fewer groups in the merged model."""
     theirs = dict(merged.named_modules(remove_duplicate=False))
     for path, own in model.named_modules(remove_duplicate=False):
         for name in ("groups", "num_groups"):
@@ -177,7 +184,7 @@ def _kind(model: nn.Module, path: str) -> tuple[type, str]:
 
 
 def _changed(captured: Capture, merged: fx.GraphModule, model: nn.Module) -> Iterator[tuple[str, int]]:
-    """Attributes of the user's submodules that hold a number which the merged graph has another for."""
+    """(attribute, new number) of the user's submodules whose integer the merged graph replaces by another."""
     new, submodules = {n.name: n for n in merged.graph.nodes}, dict(model.named_modules(remove_duplicate=False))
     for node in captured.module.graph.nodes:
         if node.name not in new or node.op not in ("call_function", "call_method"):
@@ -192,6 +199,7 @@ def _changed(captured: Capture, merged: fx.GraphModule, model: nn.Module) -> Ite
 
 
 def _pairs(one: Any, other: Any) -> Iterator[tuple[int, int]]:
+    """(old, new) of the integers at the same place in the arguments of a call that differ."""
     if type(one) is int and type(other) is int and one != other and one > 1 and other > 0:
         yield one, other
     elif isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)) and len(one) == len(other):
@@ -205,7 +213,10 @@ def _pairs(one: Any, other: Any) -> Iterator[tuple[int, int]]:
 def _queries(
     captured: Capture, merged: fx.GraphModule, facts: Provenance, alive: Tensor
 ) -> dict[str, list[tuple[int, int, float]]]:
-    """Rows of the parameters that write queries whose attention got a scale of its own, and sqrt(new / old width)."""
+    """{parameter: [(first row, end, sqrt(d_new / d))]} of the rows that produce the queries of an attention.
+
+    Only for an attention whose call had no `scale` and to which the rewrite added the original one.
+    """
     new = {n.name: n for n in merged.graph.nodes}
     found: dict[str, list[tuple[int, int, float]]] = {}
     for node in captured.module.graph.nodes:

@@ -1,4 +1,4 @@
-"""Programs: a merged model as an ExportedProgram, a .pt2 file, an ONNX file; and a .pt2 file as a model."""
+"""Export a merged model as an ExportedProgram, a .pt2 file or an ONNX file, and read a .pt2 file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from fxmerge.weights.files import write
 
 
 def dynamic(program: ExportedProgram | None) -> Any:
-    """The dynamic shapes of an exported program, by the names of its inputs, as torch.export.export takes them."""
+    """The dynamic shapes of an exported program, by input name, as torch.export.export takes them.
+
+    None for None and for a program whose shapes are all static.
+    """
     if program is None:
         return None
     nodes = {n.name: n for n in program.graph.nodes if n.op == "placeholder"}
@@ -27,7 +30,7 @@ def dynamic(program: ExportedProgram | None) -> Any:
     def size(value: Any) -> Any:
         symbol = value.node.expr
         if not symbol.is_Symbol:
-            return Dim.AUTO  # a size that follows from others
+            return Dim.AUTO  # a size that is computed from others
         if str(symbol) not in known:
             limits = program.range_constraints.get(symbol)
             low, high = (
@@ -49,18 +52,18 @@ def dynamic(program: ExportedProgram | None) -> Any:
 
 
 def exported(module: nn.Module, args: tuple[Any, ...], kwargs: Any, dynamic_shapes: Any) -> ExportedProgram:
-    """The module as an ExportedProgram. Raises FxMergeError with torch.export's reason."""
+    """The module as an ExportedProgram. Raises FxMergeError with the reason if torch.export fails."""
     try:
         with silence(), torch.no_grad():
             return torch.export.export(module, args, dict(kwargs), dynamic_shapes=dynamic_shapes, strict=False)
     except Exception as error:
         raise FxMergeError(
-            f"torch.export cannot export the merged model: {first_line(error)}; give it other dynamic_shapes"
+            f"torch.export cannot export the merged model: {first_line(error)}; pass other dynamic_shapes"
         ) from error
 
 
 def save(program: ExportedProgram, path: Path) -> None:
-    """Write a .pt2 file, whole or not at all."""
+    """Write a .pt2 file. The write is atomic: if it fails, an existing file is unchanged."""
 
     def fill(there: Path) -> None:
         with there.open("wb") as file:
@@ -70,9 +73,9 @@ def save(program: ExportedProgram, path: Path) -> None:
 
 
 def load(path: Path) -> ExportedProgram:
-    """Read a .pt2 file. Raises FxMergeError where it is not there or cannot be read."""
+    """Read a .pt2 file. Raises FxMergeError if it does not exist or cannot be read."""
     if not path.is_file():
-        raise FxMergeError(f"there is no file {path}")
+        raise FxMergeError(f"the file {path} does not exist")
     try:
         with silence():
             return torch.export.load(path)
@@ -81,9 +84,12 @@ def load(path: Path) -> ExportedProgram:
 
 
 def to_onnx(program: ExportedProgram, path: Path) -> None:
-    """Write an ONNX file, whole or not at all. Raises FxMergeError where torch.onnx cannot, or its packages miss."""
+    """Write an ONNX file. The write is atomic: if it fails, an existing file is unchanged.
+
+    Raises FxMergeError if torch.onnx cannot convert the program or the package onnxscript is missing.
+    """
     if importlib.util.find_spec("onnxscript") is None:
-        raise FxMergeError("torch.onnx needs the package onnxscript; pip install 'fxmerge[onnx]'")
+        raise FxMergeError("torch.onnx needs the package onnxscript; install it with pip install 'fxmerge[onnx]'")
     try:
         with silence():
             made = torch.onnx.export(program, dynamo=True, verbose=False)

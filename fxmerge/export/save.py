@@ -1,9 +1,9 @@
-"""Saving: a merged model as a folder, and a folder as a model again. No pickle.
+"""Save a merged model as a folder, and load such a folder. No pickle is involved.
 
-model.py             plain torch.nn source, where the graph can be written so: `class MergedModel`, `load()`
-weights.safetensors  its tensors by name; the file's metadata tells the format's version, checksums, and how a model of
-                     the user's own class takes the tensors
-plan.json            what was decided
+model.py             plain torch.nn code with `class MergedModel` and `load()`, if the graph can be written as such code
+weights.safetensors  its tensors by name; the metadata has the format's version, checksums, and how to load the tensors
+                     into a model of the user's own class
+plan.json            the plan: the options and the kept channels of each group
 report.html, report.json, report.txt
 """
 
@@ -27,8 +27,8 @@ from fxmerge.export.source.layers import layered
 from fxmerge.export.source.module import source
 from fxmerge.graph.compare import difference, outputs
 from fxmerge.ir.capture import Capture
-from fxmerge.ir.provenance import Provenance
-from fxmerge.plan import Plan
+from fxmerge.ir.groups import survivors
+from fxmerge.plan import Plan, planned
 from fxmerge.report.reports import Report
 from fxmerge.weights.by_path import at
 from fxmerge.weights.disk_tensor import left_in, raw, slots, stored
@@ -40,39 +40,42 @@ REPORTS = {"report.txt": Report.text, "report.json": Report.json, "report.html":
 _KEY = "fxmerge_folder"
 
 
-def save(
-    folder: Path, captured: Capture, module: nn.Module, plan: Plan, report: Report, facts: Provenance, alive: Tensor
-) -> None:
-    """Write the folder, whole or not at all. Raises FxMergeError where something else is in the place."""
-    text, tensors, why = written(captured, module)
-    fit = fitted(captured, module, facts, alive, tensors)
+def save(folder: Path, report: Report) -> None:
+    """Write the folder of a merge. The write is atomic: if it fails, an existing folder is unchanged.
+
+    Raises FxMergeError if the folder holds other files or if its path is that of a file.
+    """
+    captured, module, plan, grouping = report.captured, report.module, report.plan, report.grouping
+    alive = survivors(grouping, planned(grouping.everything, plan))
+    text, tensors, why = model_source(captured, module)
+    fit = fitted(captured, module, report.facts, alive, tensors)
     texts = {PLAN: plan.json()} | ({MODEL: text} if text else {})
-    told = {
+    metadata = {
         _KEY: str(VERSION),
         "no_model": why,
         "own_class": json.dumps(fit.json()),
         "tensors": _digest(tensors),
-        **{name: _of_text(one) for name, one in texts.items()},
+        **{name: _checksum(content) for name, content in texts.items()},
     }
 
     def fill(there: Path) -> None:
-        for name, one in texts.items():
-            write_text(there / name, one)
-        for name, tell in REPORTS.items():
-            write_text(there / name, tell(report))
-        write_tensors(there / WEIGHTS, tensors, told)
+        for name, content in texts.items():
+            write_text(there / name, content)
+        for name, method in REPORTS.items():
+            write_text(there / name, method(report))
+        write_tensors(there / WEIGHTS, tensors, metadata)
 
     write_folder(folder, {MODEL, WEIGHTS, PLAN, *REPORTS}, fill)
 
 
-def written(captured: Capture, module: nn.Module) -> tuple[str, dict[str, Tensor], str]:
+def model_source(captured: Capture, module: nn.Module) -> tuple[str, dict[str, Tensor], str]:
     """(text of model.py, its tensors, ""), or ("", the module's tensors, why there is no model.py).
 
-    The text is run on the example inputs and must give what the module gives.
+    The code is run on the example inputs and must reproduce the module's outputs.
     """
     tensors: dict[str, Tensor] = module.state_dict()
     if not isinstance(module, fx.GraphModule):
-        return "", tensors, "only parts of the model could be traced, the rest is the user's own code"
+        return "", tensors, "only parts of the model could be traced; the rest is the user's own code"
     expected, why = outputs(module, captured.args, captured.kwargs), ""
     graph = layered(module)
     for plain in (True, False):
@@ -94,36 +97,38 @@ def written(captured: Capture, module: nn.Module) -> tuple[str, dict[str, Tensor
             continue
         if difference(expected, given) <= 1e-6:
             return text, held, ""
-        why = "its code does not give the merged model's output"
+        why = "its code does not reproduce the merged model's outputs"
     return "", tensors, f"{why}; please report this model"
 
 
 def load(folder: str | Path, model: nn.Module | None = None, on_disk: bool = False) -> nn.Module:
-    """The model that `Result.save` wrote, in evaluation mode; by default the folder's model.py is run.
+    """Load a model saved by `Result.save`, in evaluation mode. By default this executes the folder's model.py.
 
-    model: an instance of the class that was merged. A copy of it is returned with the merged weights, its tensors
-        narrowed, so that its own methods go on working; nothing in the folder is executed.
-    on_disk: let the weights stay in the folder, as `fxmerge.on_disk` does.
-    Raises FxMergeError for a folder that is damaged, incomplete, newer than this fxmerge or none of its making.
+    model: an instance of the class that was merged. Returns a copy of it whose tensors are replaced by the merged
+        ones, so that its own methods keep working. Nothing in the folder is executed.
+    on_disk: leave the weights in the folder and read them as they are needed, as `fxmerge.on_disk` does.
+
+    Raises FxMergeError if the folder was not saved by fxmerge, is damaged or incomplete, or was saved by a newer
+    version of fxmerge, and if `model` cannot take the merged weights.
     """
     folder = Path(folder)
-    tensors, told = _read(folder, on_disk)
-    Plan.from_json(_checked(folder, PLAN, told))
+    tensors, metadata = _read(folder, on_disk)
+    Plan.from_json(_checked(folder, PLAN, metadata))
     if model is not None:
         if not isinstance(model, nn.Module):
-            raise FxMergeError(f"model is a {type(model).__name__}, not a torch.nn.Module; give an instance")
-        fit = Fit.from_json(_parsed(told.get("own_class", ""), folder))
+            raise FxMergeError(f"model is a {type(model).__name__}, not a torch.nn.Module; pass an instance")
+        fit = Fit.from_json(_parsed(metadata.get("own_class", ""), folder))
         if fit.refused:
             raise FxMergeError(
-                f"the weights in {folder} do not fit into the user's own class: {fit.refused}; use load(folder) "
-                "without model=, or leave the layer out with ignore= when merging"
+                f"the weights in {folder} cannot be loaded into the user's own class: {fit.refused}; call load(folder) "
+                "without model=, or exclude the layer with ignore= when merging"
             )
         return narrowed(model, tensors, fit).eval()
-    if MODEL not in told:
-        why = told.get("no_model", "")
-        raise FxMergeError(f"{folder} has no {MODEL}: {why}; give load(folder, model=your_model)")
+    if MODEL not in metadata:
+        why = metadata.get("no_model", "")
+        raise FxMergeError(f"{folder} has no {MODEL}: {why}; call load(folder, model=your_model)")
     try:
-        module = _made(_checked(folder, MODEL, told), folder / MODEL, on_disk)
+        module = _made(_checked(folder, MODEL, metadata), folder / MODEL, on_disk)
         module.load_state_dict(tensors, assign=on_disk)
     except FxMergeError:
         raise
@@ -133,7 +138,10 @@ def load(folder: str | Path, model: nn.Module | None = None, on_disk: bool = Fal
 
 
 def _made(text: str, path: Path, empty: bool) -> nn.Module:
-    """The model of a generated model.py; `empty`: without memory for its weights, which are still to be assigned."""
+    """The model of a generated model.py.
+
+    empty: create it on the meta device, without memory for its weights, which are assigned later
+    """
     module = types.ModuleType(path.stem)
     module.__file__ = str(path)
     exec(compile(text, str(path), "exec"), module.__dict__)
@@ -144,38 +152,40 @@ def _made(text: str, path: Path, empty: bool) -> nn.Module:
 
 
 def _read(folder: Path, on_disk: bool) -> tuple[dict[str, Tensor], Mapping[str, str]]:
-    """The tensors of a folder and what their file tells of it, checked."""
+    """(tensors, metadata) of a folder's weights file, after checks."""
     path = folder / WEIGHTS
     if not path.is_file():
-        raise FxMergeError(f"{folder} is no folder that fxmerge saved: it has no {WEIGHTS}")
+        raise FxMergeError(f"{folder} is not a folder saved by fxmerge: it has no {WEIGHTS}")
     try:
         with safe_open(path, framework="pt") as opened:
-            told = opened.metadata() or {}
+            metadata = opened.metadata() or {}
             names = [] if on_disk else opened.keys()
             tensors = {name: opened.get_tensor(name) for name in names}
     except (OSError, SafetensorError, ValueError) as error:
         raise FxMergeError(f"{path} is damaged: {error}") from error
     tensors = left_in(slots(path)) if on_disk else tensors
-    version = told.get(_KEY, "")
+    version = metadata.get(_KEY, "")
     if not version.isdecimal():
         raise FxMergeError(f"{path} was not saved by fxmerge; load it with safetensors")
     if int(version) > VERSION:
-        raise FxMergeError(f"{folder} is of version {version}, this fxmerge reads {VERSION}; update fxmerge")
-    if _digest(tensors) != told.get("tensors"):
-        raise FxMergeError(f"{path} is damaged: its tensors are not those that were saved; save the model again")
-    return tensors, told
+        raise FxMergeError(
+            f"{folder} has format version {version}, but this fxmerge reads version {VERSION}; update fxmerge"
+        )
+    if _digest(tensors) != metadata.get("tensors"):
+        raise FxMergeError(f"{path} is damaged: its tensors differ from the saved ones; save the model again")
+    return tensors, metadata
 
 
-def _checked(folder: Path, name: str, told: Mapping[str, str]) -> str:
-    """The text of a file of the folder. Raises FxMergeError where it is not the one that was saved."""
+def _checked(folder: Path, name: str, metadata: Mapping[str, str]) -> str:
+    """The text of a file in the folder. Raises FxMergeError if it differs from the saved text."""
     try:
         text = (folder / name).read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise FxMergeError(f"{folder / name} cannot be read: {error}") from error
-    if _of_text(text) != told.get(name):
+    if _checksum(text) != metadata.get(name):
         raise FxMergeError(
-            f"{folder / name} is not the one that was saved with {WEIGHTS} (damaged, edited, or of another folder); "
-            f"an edited {MODEL} is loaded by its own load()"
+            f"{folder / name} is not the file that was saved with {WEIGHTS}: it is damaged, edited or from another "
+            f"folder; to load an edited {MODEL}, call its own load()"
         )
     return text
 
@@ -187,12 +197,12 @@ def _parsed(text: str, folder: Path) -> Any:
         raise FxMergeError(f"{folder / WEIGHTS} is damaged: {error}") from error
 
 
-def _of_text(text: str) -> str:
+def _checksum(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
-    """A checksum of tensors, their names, types and shapes."""
+    """A checksum of tensors with their names, dtypes and shapes."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         value = tensors[name]

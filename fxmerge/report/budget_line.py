@@ -1,4 +1,4 @@
-"""Spending: what is left of a model, beside what its budget asked for."""
+"""The report's line about a budget: the share that was requested and the share that is left."""
 
 from __future__ import annotations
 
@@ -10,9 +10,15 @@ from fxmerge.graph.latency import Timing
 from fxmerge.options import NAMES, TOLERANCE
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Spent:
-    """Shares of the original; of a latency also the standard error, from the original against itself."""
+    """A budget and its outcome, as shares of the original model's cost.
+
+    kind:   "flops", "params" or "latency"
+    asked:  the share that was requested
+    left:   the share that the merged model needs
+    noise:  the standard error of a latency, measured by timing the original against itself; otherwise None
+    """
 
     kind: str
     asked: float
@@ -21,22 +27,25 @@ class Spent:
 
     @property
     def met(self) -> bool:
-        """Is what is left what was asked for, within the kind's tolerance?"""
+        """Whether the merged model meets the budget within the tolerance for its kind."""
         return abs(self.left / self.asked - 1) <= TOLERANCE[self.kind]
 
     def line(self) -> str:
-        noise = "" if self.noise is None else f" (+- {self.noise:.1%}, as the original differs from itself)"
+        """The line for the report."""
+        noise = "" if self.noise is None else f" (+- {self.noise:.1%}, measured by timing the original against itself)"
         within = f"{TOLERANCE[self.kind]:.0%}"
-        told = f"within {within}" if self.met else f"NOT within {within}: {self.left / self.asked - 1:+.1%}"
-        return f"budget     {self.asked:.1%} of the {NAMES[self.kind]} asked for, {self.left:.1%} left{noise}, {told}"
+        outcome = f"within {within}" if self.met else f"NOT within {within}: {self.left / self.asked - 1:+.1%}"
+        return (
+            f"budget     {self.asked:.1%} of the {NAMES[self.kind]} requested, {self.left:.1%} left{noise}, {outcome}"
+        )
 
 
 def spent(budget: Mapping[str, float], before: Cost, after: Cost, timing: Timing | None) -> Spent | None:
-    """None without a budget, and for a latency that nobody has measured."""
+    """The outcome of a budget, or None if there is no budget or if its latency was not measured."""
     for kind, asked in budget.items():
         if kind == "flops":
-            return Spent(kind, asked, after.flops / max(before.flops, 1))
+            return Spent(kind=kind, asked=asked, left=after.flops / max(before.flops, 1))
         if kind == "params":
-            return Spent(kind, asked, after.parameters / max(before.parameters, 1))
-        return Spent(kind, asked, timing.share, timing.noise) if timing else None
+            return Spent(kind=kind, asked=asked, left=after.parameters / max(before.parameters, 1))
+        return Spent(kind=kind, asked=asked, left=timing.share, noise=timing.noise) if timing else None
     return None

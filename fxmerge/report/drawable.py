@@ -1,4 +1,4 @@
-"""Showing: what the reports of an analysis and of a merge have in common, the ways in which they can be drawn."""
+"""What the reports of an analysis and of a merge have in common: the formats in which they can be drawn."""
 
 from __future__ import annotations
 
@@ -16,69 +16,77 @@ from fxmerge.plan import Plan
 from fxmerge.refit.refit_layers import Refitted
 from fxmerge.report.picture import formats
 from fxmerge.report.picture.build import draw
-from fxmerge.report.picture.group_panel import sheets
+from fxmerge.report.picture.group_panel import group_panels
 from fxmerge.report.picture.page import frame, page
 from fxmerge.report.picture.records import Picture
 from fxmerge.weights.files import write_text
 
+# file extension -> the method of `Drawable` that returns the file's text
 DRAWN = {".html": "html", ".svg": "svg", ".dot": "dot", ".gv": "dot", ".mmd": "mermaid", ".graphml": "graphml",
          ".json": "json"}  # fmt: skip
 
 
-class Shown:
-    """A report that can be drawn. Each way gives the text, and writes it where a path is given."""
+class Drawable:
+    """A report that can be drawn. Each format's method returns the text and, given a path, also writes it there.
 
-    groups: tuple[Group, ...]
+    A method that writes raises FxMergeError if the folder of the path does not exist.
+    """
+
     captured: Capture
     facts: Provenance
     grouping: Grouping
-    refusals: Sequence[Refusal]
+    refusals: tuple[Refusal, ...]
     plan: Plan | None
 
-    def _costs(self) -> tuple[Cost, ...]:
-        """The original's, and the merged model's where there is one."""
-        raise NotImplementedError
-
-    def _outcome(self) -> tuple[Sequence[Refitted], dict[str, float]]:
-        """What refit did, and the page's figures of the merge."""
-        return (), {}
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """The merge groups, including those of blocks that are removed as a whole."""
+        return self.grouping.everything
 
     @cached_property
     def picture(self) -> Picture:
-        """What all drawings show: boxes, arrows, frames, groups."""
+        """The boxes, arrows, frames and groups that all formats show."""
         return draw(self.captured, self.facts, self.grouping, self.refusals, self.plan)
 
+    def _costs(self) -> tuple[Cost, ...]:
+        """The cost of the original and, after a merge, of the merged model."""
+        raise NotImplementedError
+
+    def _outcome(self) -> tuple[Sequence[Refitted], dict[str, float]]:
+        """The refitted layers and the figures of the merge that the page's header shows."""
+        return (), {}
+
     def json(self) -> str:
-        """The report's records (see `report.py`)."""
+        """The report's records as JSON text."""
         raise NotImplementedError
 
     def draw(self, path: str | Path) -> None:
-        """Write the drawing that a file's ending asks for. Raises FxMergeError for an ending not in DRAWN."""
-        way = drawn_as(path)
-        _written(getattr(self, way)(), path)
+        """Write the file in the format of its extension. Raises FxMergeError for an extension not in `DRAWN`."""
+        text: str = getattr(self, drawn_as(path))()
+        _written(text, path)
 
     def html(self, path: str | Path | None = None) -> str:
-        """One self-contained page: the network, its groups, what each lost. It needs no network to be opened."""
+        """A self-contained HTML page with the network, its groups and their channels. It opens without a network."""
         costs = self._costs()
         refitted, figures = self._outcome()
-        told = sheets(self.groups, self.captured, self.plan, costs, refitted)
+        panels = group_panels(self.groups, self.captured, self.plan, costs, refitted)
         summary = {"parameters": [c.parameters for c in costs], "flops": [c.flops for c in costs], **figures}
-        return _written(page(self.picture, summary, told), path)
+        return _written(page(self.picture, summary, panels), path)
 
     def _repr_html_(self) -> str:
-        """The page, in a notebook."""
+        """The page, for a notebook."""
         return frame(self.html())
 
     def dot(self, path: str | Path | None = None) -> str:
-        """The whole network in Graphviz's language."""
+        """The whole network in Graphviz's DOT language."""
         return _written(formats.dot(self.picture), path)
 
     def svg(self, path: str | Path | None = None) -> str:
-        """An SVG, laid out by Graphviz's `dot`. Raises FxMergeError where that is not installed."""
+        """An SVG, laid out by Graphviz. Raises FxMergeError if Graphviz is not installed."""
         return _written(formats.svg(self.picture), path)
 
     def mermaid(self, path: str | Path | None = None) -> str:
-        """A Mermaid flowchart, as Markdown on GitHub shows it; inner modules of large networks are closed."""
+        """A Mermaid flowchart, which GitHub renders in Markdown. Inner modules of large networks are collapsed."""
         return _written(formats.mermaid(self.picture), path)
 
     def graphml(self, path: str | Path | None = None) -> str:
@@ -86,7 +94,7 @@ class Shown:
         return _written(graphml(self.grouping.graph), path)
 
     def model_explorer(self, path: str | Path | None = None) -> str:
-        """Node data for Model Explorer; the graph that it is about is written beside it, as NAME.graph.json."""
+        """Node data for Model Explorer. Given a path NAME.json, the graph is written to NAME.graph.json."""
         data, graph = formats.model_explorer(self.picture)
         if path is not None:
             _written(graph, Path(path).with_suffix(".graph.json"))
@@ -94,17 +102,17 @@ class Shown:
 
 
 def drawn_as(path: str | Path) -> str:
-    """The way that a file's ending asks for. Raises FxMergeError for another ending."""
-    ending = Path(path).suffix.lower()
-    if ending not in DRAWN:
-        raise FxMergeError(f"cannot tell from {str(path)!r} what to draw; let it end in {', '.join(DRAWN)}")
-    return DRAWN[ending]
+    """The method of `Drawable` for a file's extension. Raises FxMergeError for an extension not in `DRAWN`."""
+    extension = Path(path).suffix.lower()
+    if extension not in DRAWN:
+        raise FxMergeError(f"the format of {str(path)!r} is unknown; use one of the extensions {', '.join(DRAWN)}")
+    return DRAWN[extension]
 
 
 def _written(text: str, path: str | Path | None) -> str:
     if path is not None:
         target = Path(path)
         if not target.parent.is_dir():
-            raise FxMergeError(f"there is no folder {target.parent} to write {target.name} to; make it first")
+            raise FxMergeError(f"the folder {target.parent} for {target.name} does not exist; create it first")
         write_text(target, text)
     return text

@@ -1,4 +1,4 @@
-"""Refused: how much a channel that stays keeps back."""
+"""The number of parameters that channels which cannot be merged account for."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ def _submodule(module: nn.Module | None, path: str) -> nn.Module | None:
 
 
 def parameters_held(refusal: Refusal, captured: Capture) -> int:
-    """How many parameters of the layer that writes them the refused channels hold back: their rows, with the bias."""
+    """The number of parameters, bias included, in the producer's rows for the refused channels."""
     owner, _, name = refusal.name.rpartition(".")
     layer, own = None, []
-    for module in (captured.module, captured.model):  # what did not run is in the user's model only
+    for module in (captured.module, captured.model):  # layers that did not run are in the user's model only
         layer = _submodule(module, refusal.name)
         own = [p for _, p in layer.named_parameters(recurse=False)] if layer is not None else []
-        if layer is None:  # a parameter that a function is called with
+        if layer is None:  # the name is that of a parameter, which the graph passes to a function
             layer = _submodule(module, owner)
             named = layer.named_parameters(recurse=False) if layer is not None else ()
             own = [p for n, p in named if n == name or n.rpartition(".")[0] == name]
         if own:
             break
     sizes = [getattr(layer, name, None) for name in ("out_features", "out_channels", "embedding_dim")]
-    first = own[0].size(0) if own and own[0].dim() else len(own)  # a number alone is one channel
-    written = next((size for size in sizes if isinstance(size, int)), first)
-    return round(sum(p.numel() for p in own) * refusal.channels / written) if written else 0
+    first = own[0].size(0) if own and own[0].dim() else len(own)  # a 0-dimensional parameter is one channel
+    produced = next((size for size in sizes if isinstance(size, int)), first)
+    return round(sum(p.numel() for p in own) * refusal.channels / produced) if produced else 0

@@ -1,4 +1,4 @@
-"""Report: the records of a merge as a table and as JSON; how they are drawn is in `showing.py`."""
+"""The reports of an analysis and of a merge, as tables and as JSON; `drawable.py` adds the pictures."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from rich.table import Table
 from torch import fx, nn
 
 from fxmerge.graph.compare import Verdict
@@ -22,91 +21,54 @@ from fxmerge.ir.provenance import Provenance
 from fxmerge.plan import GroupPlan, Plan, json_text, planned
 from fxmerge.refit.refit_layers import Refitted
 from fxmerge.report.budget_line import Spent, spent
-from fxmerge.report.drawable import Shown
+from fxmerge.report.drawable import Drawable
 from fxmerge.report.refusals import parameters_held
 from fxmerge.report.tables import (
+    add_number_columns,
+    add_text_columns,
+    first_names,
     left_out_line,
-    listed,
+    new_table,
+    percent,
     refit_table,
     refusal_table,
-    right_columns,
-    share_text,
-    tables_text,
+    render,
 )
 
-VERSION = 1  # of the JSON's schema
+VERSION = 2  # of the schema of the JSON
 
 
-def _members(group: Group, role: str) -> list[str]:
-    members = {
-        "producers": group.producers,
-        "per_channel_params": group.per_channel_params,
-        "consumers": group.consumers,
-    }[role]
-    return list(dict.fromkeys(m.layer.module for m in members))
+@dataclass(frozen=True, kw_only=True)
+class AnalysisReport(Drawable):
+    """The merge groups of a model, and the channels that cannot be merged."""
 
-
-def _refusals_json(refusals: Sequence[Refusal], captured: Capture) -> list[dict[str, Any]]:
-    return [
-        {
-            "name": r.name,
-            "channels": r.channels,
-            "parameters": parameters_held(r, captured),
-            "reason": r.reason,
-            "where": r.where,
-        }
-        for r in refusals
-    ]
-
-
-def _group_json(group: Group) -> dict[str, Any]:
-    return {
-        "name": group.name,
-        "channels": group.channels,
-        **{role: _members(group, role) for role in ("producers", "per_channel_params", "consumers")},
-        "mixers": list(group.mixers),
-        "ties": list(group.ties),
-        "internal": group.internal,
-        "scale_blocks": list(group.scale_blocks),
-    }
-
-
-@dataclass(frozen=True)
-class AnalysisReport(Shown):
-    """What could be merged, and what could not."""
-
-    groups: tuple[Group, ...]
-    refusals: tuple[Refusal, ...]
     captured: Capture
-    facts: Provenance = field(kw_only=True, repr=False)
-    grouping: Grouping = field(kw_only=True, repr=False)
+    facts: Provenance = field(repr=False)
+    grouping: Grouping = field(repr=False)
+    refusals: tuple[Refusal, ...]
     plan: None = None
 
     @cached_property
     def cost(self) -> Cost:
+        """Parameters and FLOPs of the model."""
         return original_cost(self.captured)
 
     def _costs(self) -> tuple[Cost, ...]:
         return (self.cost,)
 
     def text(self, width: int = 120) -> str:
-        """Two tables: the groups with their members, and the refusals with their reasons."""
-        table = Table(title="Merge groups", title_justify="left")
-        table.add_column("group", overflow="fold")
-        right_columns(table, "channels")
-        for name in ("producers", "per_channel_params", "consumers"):
-            table.add_column(name, overflow="fold")
+        """Two tables, the groups with their members and the refusals with their reasons, then the totals."""
+        table = new_table("Merge groups", "group")
+        add_number_columns(table, "channels")
+        add_text_columns(table, "producers", "per-channel parameters", "consumers")
         for g in self.groups:
-            members = [listed(_members(g, role)) for role in ("producers", "per_channel_params", "consumers")]
-            table.add_row(g.name, str(g.channels), *members)
+            table.add_row(g.name, str(g.channels), *map(first_names, _members(g).values()))
+        refused = [refusal_table(self.refusals, self.captured)] if self.refusals else []
         total = f"{len(self.groups)} groups, {self.cost.parameters:,} parameters, {self.cost.flops:,} FLOPs"
-        total += left_out_line(self.captured)
-        return tables_text(
-            table, *([refusal_table(self.refusals, self.captured)] if self.refusals else []), total, width=width
-        )
+        return render(table, *refused, total + left_out_line(self.captured), width=width)
 
     def json(self) -> str:
-        """JSON text: groups, refusals, parameters, flops. Its schema is fxmerge/assets/report.schema.json."""
+        """JSON text with the groups, refusals, parameters and FLOPs. Schema: fxmerge/assets/report.schema.json."""
         return json.dumps(
             {
                 "fxmerge_report": VERSION,
@@ -119,33 +81,38 @@ class AnalysisReport(Shown):
         )
 
 
-@dataclass(frozen=True)
-class Report(Shown):
-    """What a merge did, to whom, at what price."""
+@dataclass(frozen=True, kw_only=True)
+class Report(Drawable):
+    """The outcome of a merge: each group's channels before and after, the cost, the error, and what was not merged."""
 
-    groups: tuple[Group, ...]
-    refusals: tuple[Refusal, ...]
     captured: Capture
-    module: nn.Module
+    facts: Provenance = field(repr=False)
+    grouping: Grouping = field(repr=False)
+    refusals: tuple[Refusal, ...]
+    module: nn.Module  # the merged model
     plan: Plan
     verdict: Verdict
     refitted: tuple[Refitted, ...] = ()
-    notes: tuple[str, ...] = ()  # what was asked for and not done
-    facts: Provenance = field(kw_only=True, repr=False)
-    grouping: Grouping = field(kw_only=True, repr=False)
-    seconds: float = field(kw_only=True)  # that the merge took
-    timing: Timing | None = field(kw_only=True, default=None)  # of the merged model, where a latency was asked for
+    notes: tuple[str, ...] = ()  # requests that were not, or not fully, carried out
+    seconds: float  # duration of the merge
+    timing: Timing | None = None  # of the merged model, if a latency budget was given
 
     @cached_property
     def before(self) -> Cost:
-        """What the original weighs and costs, counted when first asked for."""
+        """Parameters and FLOPs of the original model, counted on first access."""
         return original_cost(self.captured)
 
     @cached_property
     def after(self) -> Cost:
+        """Parameters and FLOPs of the merged model, counted on first access."""
         if isinstance(self.module, fx.GraphModule):
             return cost(self.module, self.captured.inputs)
         return call_cost(self.module, self.captured.args, self.captured.kwargs)
+
+    @property
+    def spent(self) -> Spent | None:
+        """The budget and its outcome; None without a budget."""
+        return spent(self.plan.options.budget, self.before, self.after, self.timing)
 
     def _costs(self) -> tuple[Cost, ...]:
         return (self.before, self.after)
@@ -154,85 +121,79 @@ class Report(Shown):
         return self.refitted, {"error": self.verdict.error, "seconds": self.seconds}
 
     def text(self, width: int = 120) -> str:
-        """Tables: what each group lost; what was left alone and why; totals."""
-        planned = {g.name: g for g in self.plan.groups}
-        table = Table(title="Merged", title_justify="left")
-        table.add_column("group", overflow="fold")
-        right_columns(table, "channels", "parameters", "FLOPs", "similarity kept")
-        table.add_column("note", overflow="fold")
+        """Tables of the merged groups, of refit, and of what was not merged and why; then the totals."""
+        plans = {g.name: g for g in self.plan.groups}
+        table = new_table("Merged groups", "group")
+        add_number_columns(table, "channels", "parameters", "FLOPs", "similarity")
+        add_text_columns(table, "note")
         for g in self.groups:
-            if g.name in planned:
-                table.add_row(*self._row(g, planned[g.name]))
-        more = [refusal_table(self.refusals, self.captured)] if self.refusals else []
-        if self.refitted:
-            more.insert(0, refit_table(self.refitted))
-        return tables_text(table, *more, self._totals(), width=width)
-
-    def _producer_cost(self, group: Group, cost: Cost) -> tuple[int, int]:
-        names = [m.layer.module for m in group.producers]
-        found = [cost.by_module.get(name, (0, 0)) for name in dict.fromkeys(names)]
-        return sum(p for p, _ in found), sum(f for _, f in found)
+            if g.name in plans:
+                table.add_row(*self._row(g, plans[g.name]))
+        refitted = [refit_table(self.refitted)] if self.refitted else []
+        refused = [refusal_table(self.refusals, self.captured)] if self.refusals else []
+        return render(table, *refitted, *refused, self._totals(), width=width)
 
     def _row(self, group: Group, plan: GroupPlan) -> list[str]:
-        (p0, f0), (p1, f1) = self._producer_cost(group, self.before), self._producer_cost(group, self.after)
-        merged = sum(p.into >= 0 for p in plan.partners)
-        note = []
-        staying = self._in_blocks_that_stay(group, plan)
-        if staying < len(plan.kept):
-            note.append(f"{staying} in blocks that stay")
-        if self.plan.options.decomposition == "mostsim" and group.scale_blocks:
-            note.append(f"scale 1 ({listed(list(group.scale_blocks))})")
-        if self.plan.options.decomposition != "prune" and not group.partners:
-            note.append("dropped, not merged: whole blocks, or copies that do not line up")
-        if self.plan.options.decomposition == "mostsim" and merged < len(plan.partners) and group.partners:
-            note.append(f"{len(plan.partners) - merged} dropped without a partner")
+        """The cells of a merged group; parameters and FLOPs are those of its producers."""
+        (p0, f0), (p1, f1) = _producer_cost(group, self.before), _producer_cost(group, self.after)
         return [
             group.name, f"{plan.channels} -> {len(plan.kept)}", f"{p0:,} -> {p1:,}", f"{f0:,} -> {f1:,}",
-            f"{plan.similarity:.2f}", "; ".join(note),
+            f"{plan.similarity:.2f}", "; ".join(self._notes(group, plan)),
         ]  # fmt: skip
 
-    def _in_blocks_that_stay(self, group: Group, plan: GroupPlan) -> int:
-        """How many of a group's kept channels stand in blocks that do not leave whole (heads="both")."""
-        if self._staying is None or all(g.name != group.name for g in self.grouping.groups):
+    def _notes(self, group: Group, plan: GroupPlan) -> list[str]:
+        decomposition, notes = self.plan.options.decomposition, []
+        staying = self._in_kept_blocks(group, plan)
+        if staying < len(plan.kept):
+            notes.append(f"{staying} of the kept channels are in blocks that remain")
+        if decomposition == "mostsim" and group.scale_blocks:
+            notes.append(
+                f"merged without rescaling, because scaling does not pass through {first_names(group.scale_blocks)}"
+            )
+        if decomposition != "prune" and not group.partners:
+            notes.append("dropped without merging: whole blocks, or copies of channels that do not line up")
+        unpartnered = sum(p.into < 0 for p in plan.partners)
+        if decomposition == "mostsim" and unpartnered and group.partners:
+            notes.append(f"{unpartnered} dropped channels are not similar to any kept channel")
+        return notes
+
+    def _in_kept_blocks(self, group: Group, plan: GroupPlan) -> int:
+        """How many of a group's kept channels are in blocks that are not removed as a whole (heads="both")."""
+        if self._in_kept_block is None or all(g.name != group.name for g in self.grouping.groups):
             return len(plan.kept)
-        return int(self._staying[group.atoms[list(plan.kept)]].sum())
+        return int(self._in_kept_block[group.atoms[list(plan.kept)]].sum())
 
     @cached_property
-    def _staying(self) -> torch.Tensor | None:
-        """(atoms,) does any label of the atom stand in a block that stays? None where no blocks leave besides."""
+    def _in_kept_block(self) -> torch.Tensor | None:
+        """(atoms,) whether any label of the atom is in a block that is kept; None if no whole blocks are removed."""
         if (wholes := self.grouping.wholes) is None:
             return None
         alive = survivors(wholes, planned(wholes.groups, self.plan))
-        stays = torch.zeros(int(self.grouping.atom.max()) + 1, dtype=torch.bool)
-        stays[self.grouping.atom[alive]] = True
-        return stays
+        kept = torch.zeros(int(self.grouping.atom.max()) + 1, dtype=torch.bool)
+        kept[self.grouping.atom[alive]] = True
+        return kept
 
     def _totals(self) -> str:
         before, after = self.before, self.after
-        size = share_text(after.parameters, before.parameters)
+        size = percent(after.parameters, before.parameters)
         return (
             f"parameters {before.parameters:,} -> {after.parameters:,} ({size} left)"
-            f"\nFLOPs      {before.flops:,} -> {after.flops:,} ({share_text(after.flops, before.flops)} left)"
+            f"\nFLOPs      {before.flops:,} -> {after.flops:,} ({percent(after.flops, before.flops)} left)"
             f"\nrelative error of the outputs on the example inputs: {self.verdict.error:.3g}"
             + (f"\n{self.spent.line()}" if self.spent else "")
             + "".join(f"\n{note}" for note in self.notes)
             + left_out_line(self.captured)
         )
 
-    @property
-    def spent(self) -> Spent | None:
-        """What the budget asked for and what is left; None without a budget."""
-        return spent(self.plan.options.budget, self.before, self.after, self.timing)
-
     def json(self) -> str:
         """JSON text: parameters_before, parameters_after, flops_before, flops_after, error, refit, groups, refusals.
 
-        Its schema is fxmerge/assets/report.schema.json. An error that is no finite number is null.
+        Its schema is fxmerge/assets/report.schema.json. An error that is not finite is written as null.
         """
-        planned = {g.name: g for g in self.plan.groups}
+        plans = {g.name: g for g in self.plan.groups}
         groups = []
         for g in self.groups:
-            plan = planned.get(g.name)
+            plan = plans.get(g.name)
             kept = list(plan.kept) if plan else list(range(g.channels))
             groups.append(
                 {
@@ -260,6 +221,48 @@ class Report(Shown):
 
 
 def original_cost(captured: Capture) -> Cost:
+    """Parameters and FLOPs of the model that was captured."""
     if captured.recorded is None:
         return cost(captured.module, captured.inputs)
     return call_cost(captured.recorded.host, captured.args, captured.kwargs)
+
+
+def _producer_cost(group: Group, cost: Cost) -> tuple[int, int]:
+    """(parameters, FLOPs) of a group's producers."""
+    found = [cost.by_module.get(name, (0, 0)) for name in _members(group)["producers"]]
+    return sum(p for p, _ in found), sum(f for _, f in found)
+
+
+def _members(group: Group) -> dict[str, list[str]]:
+    """The names of a group's layers by their part in the group."""
+    parts = {
+        "producers": group.producers,
+        "per_channel_params": group.per_channel_params,
+        "consumers": group.consumers,
+    }
+    return {part: list(dict.fromkeys(m.layer.module for m in members)) for part, members in parts.items()}
+
+
+def _group_json(group: Group) -> dict[str, Any]:
+    return {
+        "name": group.name,
+        "channels": group.channels,
+        **_members(group),
+        "mixers": list(group.mixers),
+        "ties": list(group.ties),
+        "internal": group.internal,
+        "scale_blocks": list(group.scale_blocks),
+    }
+
+
+def _refusals_json(refusals: Sequence[Refusal], captured: Capture) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": r.name,
+            "channels": r.channels,
+            "parameters": parameters_held(r, captured),
+            "reason": r.reason,
+            "where": r.where,
+        }
+        for r in refusals
+    ]

@@ -99,7 +99,7 @@ def test_a_model_that_came_as_a_module_is_exported_too() -> None:
     assert not fixed.range_constraints
     batch = torch.cat([x, x])
     assert difference(outputs(result.module, (batch,)), outputs(free.module(), (batch,))) <= 1e-6
-    with pytest.raises(FxMergeError, match=r"cannot export the merged model: .*give it other dynamic_shapes"):
+    with pytest.raises(FxMergeError, match=r"cannot export the merged model: .*pass other dynamic_shapes"):
         result.exported({"y": {0: Dim("batch")}})
 
 
@@ -144,7 +144,7 @@ def test_onnx_of_a_module(tmp_path: Path) -> None:
 def test_without_onnxscript(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = plain_merge(*NETS["mlp"]())
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(FxMergeError, match=r"needs the package onnxscript; pip install 'fxmerge\[onnx\]'"):
+    with pytest.raises(FxMergeError, match=r"needs the package onnxscript; install it with pip install 'fxmerge\[onnx\]'"):
         result.to_onnx(tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())
 
@@ -199,9 +199,9 @@ def test_the_command_line_writes_onnx(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["analyze", "{dir}/none.pt2"], "there is no file {dir}/none.pt2"),
+    (["analyze", "{dir}/none.pt2"], "the file {dir}/none.pt2 does not exist"),
     (["analyze", "{dir}/bad.pt2"], "{dir}/bad.pt2 cannot be read by torch.export.load: "),
-    (["analyze", "{dir}"], "{dir} is no folder that fxmerge saved: it has no weights.safetensors"),
+    (["analyze", "{dir}"], "{dir} is not a folder saved by fxmerge: it has no weights.safetensors"),
     (["analyze", "{dir}/bad.pt2", "--weights", "w"], "{dir}/bad.pt2 has weights of its own; leave out --weights"),
 ])  # fmt: skip
 def test_bad_files(

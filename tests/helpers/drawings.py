@@ -35,22 +35,47 @@ class Named(nn.Module):
 
 def nasty() -> Picture:
     """A picture in which every text is a name of that kind."""
-    boxes = tuple(
-        Box(name, name, name, name, "producer", (name,), (name,), 4, 2, ((0, "write"),), (0,)) for name in NASTY
-    )
+    boxes = tuple(producer(name, name, frame=name, op=name, refused=(0,)) for name in NASTY)
     frames = tuple(Frame(name, name, "") for name in NASTY)
     arrows = tuple(Arrow(one, other, (0,), (one,)) for one, other in itertools.pairwise(NASTY))
-    shades = (Shade(NASTY[0], 4, 2, "#336699", True, NASTY[1]),)
-    return Picture(NASTY[1], shades, (Refusal(NASTY[1], 4, NASTY[1], NASTY[0]),), boxes, arrows, frames)
+    return Picture(
+        title=NASTY[1],
+        shades=(Shade(name=NASTY[0], channels=4, kept=2, colour="#336699", shared=True, refused=NASTY[1]),),
+        refusals=(Refusal(NASTY[1], 4, NASTY[1], NASTY[0]),),
+        boxes=boxes,
+        arrows=arrows,
+        frames=frames,
+    )
+
+
+def producer(name: str, label: str, frame: str, op: str, refused: tuple[int, ...] = ()) -> Box:
+    """A layer with 4 channels, 2 of them kept."""
+    return Box(
+        id=name,
+        label=label,
+        frame=frame,
+        op=op,
+        kind="producer",
+        nodes=(name,),
+        modules=(name,),
+        before=4,
+        after=2,
+        roles=((0, "producer"),),
+        refused=refused,
+    )
 
 
 def wide(count: int) -> Picture:
     """A flat network of so many layers, every tenth with a way around it."""
     places, frames = nested([""] * count)
-    boxes = [
-        Box(f"n{i}", f"layer {i}", f, "conv", "producer", (f"n{i}",), (f"n{i}",), 4, 2, ((0, "write"),))
-        for i, (f, _) in enumerate(places)
-    ]
+    boxes = [producer(f"n{i}", f"layer {i}", frame=f, op="conv") for i, (f, _) in enumerate(places)]
     arrows = [Arrow(f"n{i}", f"n{i + 1}", (0,)) for i in range(count - 1)]
     arrows += [Arrow(f"n{i}", f"n{i + 2}", (0,)) for i in range(0, count - 2, 10)]
-    return Picture("Wide", (Shade("g", 4, 2, "#336699", True),), (), tuple(boxes), tuple(arrows), tuple(frames))
+    return Picture(
+        title="Wide",
+        shades=(Shade(name="g", channels=4, kept=2, colour="#336699", shared=True),),
+        refusals=(),
+        boxes=tuple(boxes),
+        arrows=tuple(arrows),
+        frames=tuple(frames),
+    )

@@ -406,7 +406,7 @@ def test_options_go_through_the_command_line(tmp_path: Any, capsys: pytest.Captu
     )
     flags = ["merge", f"{tmp_path / 'net.py'}:make", "--out", str(tmp_path / "out"), "--budget", "flops", "0.5"]
     assert main([*flags, "--refit", "none", "--allocation", "uniform"]) == 0
-    assert "50.0% of the FLOPs asked for" in capsys.readouterr().out
+    assert "50.0% of the FLOPs requested" in capsys.readouterr().out
     assert main([*flags, "--ratio", "0.5"]) != 0
     assert "contradict" in capsys.readouterr().err
     assert Options(budget={"flops": 0.5}) == Plan.from_json(

@@ -18,7 +18,7 @@ import fxmerge
 from fxmerge.graph.compare import Verdict
 from fxmerge.report.picture import formats
 from fxmerge.report.picture.frames import nested, overview
-from fxmerge.report.picture.records import Arrow, Picture
+from fxmerge.report.picture.records import Arrow
 from tests.helpers.drawings import NASTY, Named, nasty, wide
 from tests.helpers.netmaking import one_thread, plain_merge  # noqa: F401
 from tests.helpers.nets import NETS
@@ -77,14 +77,14 @@ def test_the_svg_shows_every_box_with_its_widths(tmp_path: Path) -> None:
 
 def test_svg_without_graphviz_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(fxmerge.FxMergeError, match=r"install graphviz .*or take \.html"):
+    with pytest.raises(fxmerge.FxMergeError, match=r"install graphviz .*or use \.html"):
         merged("residual").report.svg()
 
 
 @needs_graphviz
 def test_a_picture_that_graphviz_declines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(formats, "dot", lambda picture: "digraph {")
-    with pytest.raises(fxmerge.FxMergeError, match=r"Graphviz could not draw this picture: .*take \.html"):
+    with pytest.raises(fxmerge.FxMergeError, match=r"Graphviz could not draw this picture: .*use \.html"):
         merged("residual").report.svg()
 
 
@@ -135,7 +135,7 @@ def test_mermaid_closes_frames_until_arrows_fit() -> None:
     homes = [f"half{i // 30}" for i in range(60)]
     places, frames = nested(homes)
     boxes = [replace(b, frame=f) for b, (f, _) in zip(picture.boxes, places, strict=True)]
-    dense = Picture("Dense", picture.shades, (), tuple(boxes), tuple(fan), tuple(frames))
+    dense = replace(picture, boxes=tuple(boxes), arrows=tuple(fan), frames=tuple(frames))
     assert len(fan) > formats.MERMAID_ARROWS
     assert formats.mermaid(dense).count(" --> ") == 1
 
@@ -188,5 +188,5 @@ def test_same_model_same_bytes() -> None:
 
 
 def test_no_folder_to_write_to(tmp_path: Path) -> None:
-    with pytest.raises(fxmerge.FxMergeError, match=r"there is no folder .*none to write x.dot to; make it first"):
+    with pytest.raises(fxmerge.FxMergeError, match=r"the folder .*none for x.dot does not exist; create it first"):
         merged("residual").report.dot(tmp_path / "none" / "x.dot")

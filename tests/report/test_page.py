@@ -147,7 +147,7 @@ def test_clicking_and_pointing_in_the_network(opened: Any) -> None:
     assert tab.modules(".box.on") == {"a", "an", "b", "bn"}
     panel = tab.tab.inner_text("#panel")
     assert "16 → 8" in panel
-    for title in ("writes, carries", "Producers", "Per-channel parameters", "Consumers", "Similarity", "FLOPs"):
+    for title in ("producer, per-channel parameter of", "Producers", "Per-channel parameters", "Consumers", "Similarity", "FLOPs"):
         assert title in panel, title
     tab.tab.click(f'{box} .stripe[data-group="0"]')  # its upper edge: the stream that it reads
     tab.tab.mouse.move(3, 880)
@@ -225,7 +225,7 @@ def test_search_opens_what_it_finds(opened: Any) -> None:
     assert stage["x"] <= box["x"] <= stage["x"] + stage["width"]
     assert stage["y"] <= box["y"] <= stage["y"] + stage["height"]
     tab.tab.fill("#search", "nothing of that name")
-    assert tab.tab.inner_text("#status") == "no layer has such a name"
+    assert tab.tab.inner_text("#status") == "no layer matches"
 
 
 def test_a_link_opens_the_page_at_a_layer(opened: Any, tmp_path: Path) -> None:

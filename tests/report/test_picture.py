@@ -47,7 +47,7 @@ def test_a_residual_net_by_hand() -> None:
     assert through["a", "b"].groups == (1,)
     assert through["x", "stem"].groups == ()
     boxes = {b.label: b for b in p.boxes}
-    assert set(boxes["b · bn"].roles) == {(0, "write"), (0, "carry"), (1, "read")}
+    assert set(boxes["b · bn"].roles) == {(0, "producer"), (0, "per_channel_param"), (1, "consumer")}
     assert boxes["add"].roles == ((0, "tie"),)
     assert [p.refusals[r].reason for r in boxes["fc"].refused] == [found.reason for found in p.refusals]
     assert boxes["a · an"].modules == ("a", "an")
@@ -63,7 +63,7 @@ def test_arrows_are_the_graph_and_roles_are_the_groups(name: str) -> None:
     for number, g in enumerate(found.groups):
         for role, nodes in members(g).items():
             for node in nodes:
-                if role in ("write", "carry", "read"):
+                if role in ("producer", "per_channel_param", "consumer"):
                     assert (number, role) in home[node].roles
     users: nx.DiGraph[str] = nx.DiGraph()
     for node in found.captured.module.graph.nodes:

@@ -1,7 +1,7 @@
-"""Expressions: the nodes of a graph as the lines of a `forward` that a person would keep.
+"""Write the nodes of a graph as the lines of a readable `forward`.
 
-Values that die give their name to what is made of them, so that a chain reads `x = self.conv1(x)`; a call whose only
-user comes next is written inside of it. The order of evaluation is the graph's.
+A value that is used for the last time passes its name on to the result, so that a chain reads `x = self.conv1(x)`. A
+call whose only user is the next node is written inside that node's call. The order of evaluation is that of the graph.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from fxmerge.errors import FxMergeError, source_line
 from fxmerge.export.source.names import TOKEN, access, literal, named, token
 from fxmerge.graph.ops import overload_name
 
-_NESTED = 3  # calls inside calls
-_INLINE = 88  # characters of an expression that may stand inside another
+_NESTED = 3  # depth of nested calls, at most
+_INLINE = 88  # characters of an expression that is written inside another, at most
 LIBRARIES = ("torch", "torchvision", "timm")
 
 _INFIX: dict[Any, str] = {
@@ -41,12 +41,12 @@ _ATEN_INFIX = {
     "ge.Scalar": ">=", "le.Scalar": "<=", "gt.Scalar": ">", "lt.Scalar": "<", "bitwise_and.Tensor": "&",
 }  # fmt: skip
 _END = 2**63 - 1  # aten's "to the end"
-_USUAL = (("pin_memory", False), ("layout", torch.strided))  # of every tensor that a graph makes
+_USUAL = (("pin_memory", False), ("layout", torch.strided))  # arguments of factory functions that can be left out
 
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """A piece of code: how deep its calls nest, and whether it must stand in brackets inside of another."""
+    """A piece of code: how deep its calls are nested, and whether it needs parentheses inside another."""
 
     code: str
     depth: int = 0
@@ -61,10 +61,10 @@ class Text:
 
 
 class Body:
-    """The signature and the lines of one graph's `forward`; `imports` tells what they need besides torch.
+    """The signature and the lines of one graph's `forward`, and the imports that they need besides torch.
 
-    plain: spell aten ops as torch's own methods, functions and operators where there are such
-    Raises FxMergeError for a call that torch, torchvision and timm do not have.
+    plain: write aten ops as methods, functions and operators of torch where these exist
+    Raises FxMergeError for a call of a function from outside torch, torchvision and timm.
     """
 
     def __init__(self, module: fx.GraphModule, plain: bool = True) -> None:
@@ -72,8 +72,8 @@ class Body:
         self.imports: set[str] = set()
         self.signature: list[str] = []
         self.names: dict[fx.Node, Text] = {}
-        self._lines: list[tuple[str, str]] = []  # (the value it makes or "", code), values as tokens
-        self._waiting: tuple[fx.Node, Text] | None = None
+        self._lines: list[tuple[str, str]] = []  # (the value that it assigns or "", code); values are tokens
+        self._pending: tuple[fx.Node, Text] | None = None
         self._enter([n for n in module.graph.nodes if n.op == "placeholder"])
         for node in module.graph.nodes:
             if node.op == "get_attr":
@@ -86,7 +86,7 @@ class Body:
         self.lines = named(self._lines, [re.match(r"\w+", s.lstrip("*"))[0] for s in self.signature])  # type: ignore[index]
 
     def _enter(self, placeholders: list[fx.Node]) -> None:
-        """The parameters of `forward`, and where each placeholder is found in them."""
+        """Collect the parameters of `forward`, and the code that takes each placeholder from them."""
         codegen = self.module.graph._codegen
         if not isinstance(codegen, fx.graph._PyTreeCodeGen):
             for node in placeholders:
@@ -102,7 +102,7 @@ class Body:
                 self.names[node] = Text(path)
 
     def _tree(self, value: Any) -> Any:
-        """What the graph returns, in the containers that the model had it in."""
+        """What the graph returns, in the containers that the model returned it in."""
         codegen = self.module.graph._codegen
         if not isinstance(codegen, fx.graph._PyTreeCodeGen) or codegen.pytree_info.out_spec is None:
             return value
@@ -116,29 +116,29 @@ class Body:
             self._lines.append(("", f"{left.code} {_INPLACE[node.target]} {self._text(node.args[1])}"))
             self.names[node] = left
             return
-        self._waiting = (node, self._expression(node))
+        self._pending = (node, self._expression(node))
         if not node.users:
             self._flush()
 
     def _take(self, node: fx.Node) -> None:
-        """Write the value that waits into the call of this node, where it is used once and short; else in a line."""
-        if self._waiting is not None:
-            before, text = self._waiting
+        """Write the pending value into the call of this node if it is short and used only there, else as a line."""
+        if self._pending is not None:
+            before, text = self._pending
             once = len(before.users) == 1 and _operands(node).count(before) == 1
             short = len(text.code) <= _INLINE and (text.depth < _NESTED or node.op == "output")
             if once and short and node.target not in _INPLACE:
-                self.names[before], self._waiting = text, None
+                self.names[before], self._pending = text, None
             self._flush()
 
     def _flush(self) -> None:
-        """Give the value that waits a line and a name of its own."""
-        if self._waiting is not None:
-            node, text = self._waiting
-            self._waiting, self.names[node] = None, Text(token(node.name) if node.users else "")
+        """Give the pending value a line and a name of its own."""
+        if self._pending is not None:
+            node, text = self._pending
+            self._pending, self.names[node] = None, Text(token(node.name) if node.users else "")
             self._lines.append((self.names[node].code, text.code))
 
     def _text(self, value: Any) -> str:
-        """A value as code, nodes by their names."""
+        """A value as code, with nodes replaced by their names."""
         value = value.value if isinstance(value, _Leaf) else value
         if isinstance(value, fx.Node):
             return self.names[value].code
@@ -187,7 +187,7 @@ class Body:
     def _aten(self, node: fx.Node, target: Any, args: list[Any], kwargs: dict[str, Any]) -> str:
         name, spelled = overload_name(target) or "", f"torch.ops.{target.namespace}.{target.__name__}"
         if target.namespace != "aten":
-            raise _unwritable(node, f"calls {spelled}, which torch does not have")
+            raise _unwritable(node, f"calls {spelled}, which is not part of torch")
         if self.plain and not target._schema.is_mutable:
             kwargs = {k: v for k, v in kwargs.items() if (k, v) not in _USUAL}
             if target is torch.ops.aten.index.Tensor:
@@ -207,7 +207,7 @@ class Body:
         return f"{spelled}({self._given(args, kwargs)})"
 
     def _function(self, node: fx.Node) -> str:
-        """How the called function is named, its import noted."""
+        """The name of the called function, whose import is added to `imports`."""
         target: Any = node.target
         name = getattr(target, "__name__", "")
         for holder, spelled in ((F, "F"), (torch, "torch"), (math, "math"), (operator, "operator"), (builtins, "")):
@@ -224,8 +224,8 @@ class Body:
             if public:
                 self.imports.add(f"from {public} import {name}")
                 return str(name)
-        what = f"{home}.{name or target!r}"
-        raise _unwritable(node, f"calls {what}, which is no public function of torch, torchvision or timm")
+        called = f"{home}.{name or target!r}"
+        raise _unwritable(node, f"calls {called}, which is not a public function of torch, torchvision or timm")
 
     def _tight(self, value: Any) -> str:
         if isinstance(value, fx.Node):
@@ -247,13 +247,13 @@ class Body:
 
 @dataclasses.dataclass(frozen=True)
 class _Leaf:
-    """A node, or a constant, inside of an input's or output's containers."""
+    """A node or a constant inside the containers of an input or output."""
 
     value: Any
 
 
 def _paths(value: Any, base: str) -> Iterator[tuple[fx.Node, str]]:
-    """Each leaf of an argument, and the code that takes it out of the argument."""
+    """Each leaf of an argument with the code that takes it from the argument."""
     if isinstance(value, _Leaf):
         yield value.value, base
     elif isinstance(value, Mapping):
@@ -263,11 +263,11 @@ def _paths(value: Any, base: str) -> Iterator[tuple[fx.Node, str]]:
         for number, inner in enumerate(value):
             yield from _paths(inner, f"{base}[{number}]")
     else:
-        raise FxMergeError(f"an input of type {type(value).__name__} cannot be written in a model.py")
+        raise FxMergeError(f"an input of type {type(value).__name__} cannot be written to a model.py")
 
 
 def _defaults(target: Any) -> list[tuple[str, Any]]:
-    """The keyword arguments that a function takes anyway."""
+    """(parameter, default) of a function; none if its signature is not known."""
     try:
         return [(p.name, p.default) for p in inspect.signature(target).parameters.values()]
     except (TypeError, ValueError):
@@ -275,7 +275,7 @@ def _defaults(target: Any) -> list[tuple[str, Any]]:
 
 
 def _operands(node: fx.Node) -> list[fx.Node]:
-    """The nodes that a call names, as often as it names them."""
+    """The nodes among a call's arguments, each as often as it occurs."""
     return [leaf for leaf in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(leaf, fx.Node)]
 
 

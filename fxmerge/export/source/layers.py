@@ -1,7 +1,8 @@
-"""Layering: a graph as a person would have written it. For generated source; the merged module itself is left alone.
+"""Turn a graph into one that calls layers, as a person would write it. For generated source only.
 
-Exported graphs call aten ops on bare parameters; where a layer's parameters are all its own, the layer is put back. A
-container whose parts are only ever called in a row becomes an nn.Sequential.
+The graph of an exported program calls aten ops on bare parameters. If all parameters of a module belong to one such
+call, the call is replaced by a layer. A container whose items are only ever called one after the other becomes an
+nn.Sequential. The merged module itself does not change.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ from fxmerge.export.source.names import in_order
 from fxmerge.weights.by_path import at
 from fxmerge.weights.copy import sharing_copy
 
-_PLAIN = (nn.Module, nn.Sequential)  # a module that only holds parameters: a graph module's, an exported module's
+_PLAIN = (
+    nn.Module,
+    nn.Sequential,
+)  # classes of modules in graph modules and exported programs that only hold parameters
 
 _PURE = (
     getattr,
@@ -27,11 +31,11 @@ _PURE = (
     operator.eq,
     operator.ne,
     operator.floordiv,
-)  # what a traced assertion leaves behind
+)  # what remains of a traced assertion
 
 
 def layered(module: fx.GraphModule) -> fx.GraphModule:
-    """A copy, sharing all tensors, that calls layers and sequences where it can; it computes the same."""
+    """A copy that computes the same, shares all tensors, and calls layers and sequences where possible."""
     copied, _ = sharing_copy(module)
     graph = copied.graph
     unguarded(copied)
@@ -101,9 +105,9 @@ def _conv(kind: type[nn.Module]) -> Callable[[Tensor, dict[str, Any]], nn.Module
 
 
 def _batch_norm(w: Tensor, given: dict[str, Any]) -> nn.Module:
-    kind = _BATCH_NORMS.get(given["input"].meta["val"].dim())  # a layer takes inputs of its own dimensions only
+    kind = _BATCH_NORMS.get(given["input"].meta["val"].dim())  # each layer takes inputs of certain dimensions only
     if given["training"] or kind is None:
-        raise ValueError("statistics of the batch, or an input that no layer takes")
+        raise ValueError("batch statistics, or an input that no layer takes")
     return kind(w.numel(), eps=given["eps"], momentum=given["momentum"])
 
 
@@ -131,7 +135,7 @@ _LAYERS: dict[str, Callable[[Tensor, dict[str, Any]], nn.Module]] = {
 
 
 def _as_sequence(module: fx.GraphModule, path: str, owner: nn.Module) -> None:
-    """Call the container once where the graph calls all of its parts in a row, everywhere that it calls any."""
+    """Call the container instead of its items if every use in the graph calls all of them one after the other."""
     parts = [f"{path}.{number}" for number in range(len(owner._modules))]
     inside = [n for n in module.graph.nodes if str(n.target).startswith(path + ".") and n.op in _BY_PATH]
     rows = [inside[at : at + len(parts)] for at in range(0, len(inside), len(parts))]

@@ -1,7 +1,7 @@
-"""Source: a merged model as a Python file that a person would keep: plain torch.nn, the user's names, sizes as numbers.
+"""A merged model as a readable Python file: plain torch.nn code with the user's names and with sizes as literals.
 
-Raises FxMergeError, everywhere below, for what such a file cannot say: a class or function that is not torch's,
-torchvision's or timm's, or a layer that does not keep what it was made with.
+The functions below raise FxMergeError for what such a file cannot contain: a class or function from outside torch,
+torchvision and timm, or a layer that does not hold its constructor's arguments as attributes.
 """
 
 from __future__ import annotations
@@ -50,7 +50,11 @@ def load(weights=Path(__file__).with_name("weights.safetensors")):
 
 
 def source(module: fx.GraphModule, name: str, plain: bool = True) -> str:
-    """The text of a model.py with `class MergedModel` and `load()`, for a graph as `layering.layered` gives it."""
+    """The text of a model.py with `class MergedModel` and `load()`, for a graph returned by `layers.layered`.
+
+    name:  the class of the original model, for the docstring
+    plain: see `expressions.Body`
+    """
     body = Body(module, plain)
     init = [line for text in _init(module, body.imports) for line in broken(text, 8)]
     forward = [line for text in body.lines for line in broken(text, 8)]
@@ -77,7 +81,7 @@ def _order(line: str) -> tuple[bool, str]:
 
 
 def _init(root: fx.GraphModule, imports: set[str]) -> Iterator[str]:
-    """The lines of `__init__`."""
+    """The lines of `__init__`, without indentation."""
     called = {id(root.get_submodule(str(n.target))) for n in root.graph.nodes if n.op == "call_module"}
     fetched = {str(n.target) for n in root.graph.nodes if n.op == "get_attr"}
     floats = {t.dtype for t in [*root.parameters(), *root.buffers()] if t.is_floating_point()}
@@ -124,7 +128,9 @@ def _init(root: fx.GraphModule, imports: set[str]) -> Iterator[str]:
                 yield put(owner, place, name, f"{constructor(child, imports)}{_cast(child, floats)}")
                 note(child, place, inner)
                 if names and not isinstance(child, nn.Sequential):
-                    raise FxMergeError(f"{inner} is a {type(child).__name__}, which no file of plain layers can hold")
+                    raise FxMergeError(
+                        f"{inner} is a {type(child).__name__}, which cannot be written with plain layers"
+                    )
             else:
                 known[id(child)] = place
                 if in_order(names):
@@ -161,13 +167,13 @@ def _empty(value: Tensor) -> str:
 
 
 def constructor(layer: nn.Module, imports: set[str]) -> str:
-    """The call that makes a layer again: `nn.Conv2d(64, 32, 3, padding=1, bias=False)`."""
+    """The call that creates such a layer: `nn.Conv2d(64, 32, 3, padding=1, bias=False)`."""
     if type(layer) is nn.Sequential:
         return f"nn.Sequential({', '.join(constructor(m, imports) for m in layer)})"
     cls: Any = next((c for c in type(layer).__mro__ if _same_forward(c, layer) and _public(c)), None)
     if cls is None:
         raise FxMergeError(
-            f"{type(layer).__module__}.{type(layer).__name__} is neither torch's, torchvision's nor timm's"
+            f"{type(layer).__module__}.{type(layer).__name__} is not a class of torch, torchvision or timm"
         )
     name = f"nn.{cls.__name__}"
     if getattr(nn, cls.__name__, None) is not cls:
@@ -175,7 +181,7 @@ def constructor(layer: nn.Module, imports: set[str]) -> str:
         imports.add(f"from {cls.__module__} import {name}")
     signature = inspect.signature(cls)
     if any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values()):
-        signature = inspect.signature(cls.__mro__[1])  # LSTM(*args) hands its own on
+        signature = inspect.signature(cls.__mro__[1])  # LSTM(*args) passes them to its base class
     given, placed = [], ("device", "dtype", *(("mode",) if issubclass(cls, nn.RNNBase) else ()))
     for parameter in signature.parameters.values():
         starred = parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
@@ -199,7 +205,7 @@ def _public(cls: type) -> bool:
 
 
 def _argument(layer: nn.Module, parameter: inspect.Parameter) -> Any:
-    """What a layer was made with, by the attribute of the same name; `empty` where the default will do."""
+    """The argument that a layer was created with, from its attribute of that name; `empty` to use the default."""
     value: Any = getattr(layer, parameter.name, parameter.empty)
     if parameter.name == "bias" and not isinstance(value, bool):
         if parameter.name not in vars(layer) and parameter.name not in layer._parameters:
@@ -208,7 +214,7 @@ def _argument(layer: nn.Module, parameter: inspect.Parameter) -> Any:
     if isinstance(value, (Tensor, nn.Module)) or callable(value):
         value = parameter.empty
     if value is parameter.empty and parameter.default is parameter.empty:
-        raise FxMergeError(f"{type(layer).__name__} does not keep the {parameter.name} that it was made with")
+        raise FxMergeError(f"{type(layer).__name__} does not hold its argument {parameter.name} as an attribute")
     alike = isinstance(value, tuple) and len(set(value)) == 1 and type(value[0]) is int
     squeezable = type(parameter.default) in (int, type(None)) or parameter.default is parameter.empty
     return value[0] if alike and squeezable and (len(value) == 1 or _spatial(layer)) else value

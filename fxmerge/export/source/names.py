@@ -1,4 +1,4 @@
-"""Spelling: the words of generated code. Literals, the paths to submodules, and the names of local variables."""
+"""Parts of generated code: literals, line breaks, paths to submodules, and the names of local variables."""
 
 from __future__ import annotations
 
@@ -14,21 +14,25 @@ from torch import fx, nn
 
 from fxmerge.errors import FxMergeError
 
-TOKEN = "\0(\\w+)\0"  # a value before it has a name; no literal holds the character 0
+TOKEN = "\0(\\w+)\0"  # a value that has no name yet; no literal contains the character NUL
 _NAMES = ("x", "y", "z", "u", "v", "w", "a", "b", "c", "d")
 
 
 def token(name: str) -> str:
+    """A placeholder in code for the name of a value."""
     return f"\0{name}\0"
 
 
 def named(lines: Sequence[tuple[str, str]], given: Sequence[str]) -> list[str]:
-    """Lines (token made or "", code) with names for tokens: a value that dies leaves its name to the one made there.
+    """The lines of code with names in place of tokens.
 
-    given: tokens that have a name already, their own; it is left to others only where it is as short as theirs
+    A value that is used for the last time passes its name on to the value assigned in that line.
+
+    lines: (token that the line assigns or "", code)
+    given: tokens that keep their own text as name (parameters); others take it over only if it is in _NAMES
     """
     last = {found: number for number, (_, code) in enumerate(lines) for found in re.findall(TOKEN, code)}
-    held = {name: name for name in given if name in last}  # token -> name, of what is alive
+    held = {name: name for name in given if name in last}  # token -> name of the values that are still used
     fresh = (n for n in itertools.chain(_NAMES, (f"x{i}" for i in itertools.count(1))) if n not in given)
     free: list[str] = []
     code = []
@@ -48,7 +52,7 @@ def named(lines: Sequence[tuple[str, str]], given: Sequence[str]) -> list[str]:
 
 
 def literal(value: Any) -> str:
-    """A constant as code. Raises FxMergeError for one that code cannot say."""
+    """A constant as code. Raises FxMergeError for a type that has no literal."""
     if isinstance(value, (torch.dtype, torch.memory_format, torch.layout)):
         return str(value)
     if isinstance(value, torch.device):
@@ -59,11 +63,11 @@ def literal(value: Any) -> str:
         return f'float("{value}")'
     if value is None or value is Ellipsis or type(value) in (int, float, bool, complex):
         return "..." if value is Ellipsis else repr(value)
-    raise FxMergeError(f"a constant of type {type(value).__name__} in the graph cannot be written in a model.py")
+    raise FxMergeError(f"a constant of type {type(value).__name__} in the graph cannot be written to a model.py")
 
 
 def broken(line: str, indent: int, width: int = 120) -> list[str]:
-    """A line of code, or several where it is longer than `width`: broken at its last bracket, then at the commas."""
+    """A line of code, broken at its last bracket and then at the commas if it is longer than `width`."""
     space = " " * indent
     comma = "," if line.endswith(",") else ""
     line = line.removesuffix(",")
@@ -90,7 +94,7 @@ def broken(line: str, indent: int, width: int = 120) -> list[str]:
 
 
 def access(module: nn.Module, path: str) -> str:
-    """The code that takes a submodule or parameter out of a module: `.layer1[0].conv1`."""
+    """The code that gets a submodule or parameter from a module: `.layer1[0].conv1`."""
     code, owner = "", module
     for part in path.split("."):
         code += entry(owner, part)
@@ -99,22 +103,25 @@ def access(module: nn.Module, path: str) -> str:
 
 
 def entry(owner: nn.Module, name: str) -> str:
+    """The code that gets a child or parameter from its owner: `.conv1`, `[0]`, `["key"]`."""
     names = children(owner)
     if name not in names or in_attributes(names):
         return f".{name}"
-    if isinstance(owner, fx.GraphModule) and not in_order(names):  # the model itself, which is no list nor dict
+    if isinstance(owner, fx.GraphModule) and not in_order(names):  # the model itself is neither a list nor a dict
         return f'.get_submodule("{name}")'
     return f"[{name}]" if in_order(names) else f'["{name}"]'
 
 
 def children(owner: nn.Module) -> list[str]:
+    """The names of a module's children."""
     return [name for name, child in owner._modules.items() if child is not None]
 
 
 def in_order(names: Sequence[str]) -> bool:
-    """Are these the names 0, 1, 2, ... of a list?"""
+    """Whether the names are 0, 1, 2, ..., as in a list."""
     return bool(names) and sorted(names) == sorted(map(str, range(len(names))))
 
 
 def in_attributes(names: Sequence[str]) -> bool:
+    """Whether all names can be written as attributes."""
     return all(name.isidentifier() and not keyword.iskeyword(name) for name in names)

@@ -1,4 +1,4 @@
-"""Drawing: the facts of an analysis or a merge become a picture."""
+"""Build the picture of an analysis or a merge from its records."""
 
 from __future__ import annotations
 
@@ -16,20 +16,26 @@ from fxmerge.ir.labels import holds, simplify, thin
 from fxmerge.ir.provenance import Layer, Provenance
 from fxmerge.plan import Plan, planned
 from fxmerge.report.picture.frames import nested
-from fxmerge.report.picture.records import Arrow, Box, Picture, Shade, colours, members
+from fxmerge.report.picture.records import Arrow, Box, Picture, Role, Shade, colours, members
 
-PASSED = 6  # at most so many operations are told on one arrow
+PASSED = 6  # operations listed on an arrow, at most
+CONCATENATIONS = ("cat", "concat", "concatenate")
 
 
 def draw(
     captured: Capture, facts: Provenance, grouping: Grouping, refusals: Sequence[Refusal], plan: Plan | None = None
 ) -> Picture:
-    """Draw up the picture of an analysis, or with a plan of a merge. Pure: equal facts give an equal picture."""
+    """The picture of an analysis or, with a plan, of a merge. Equal records give equal pictures."""
     return _Drawing(captured, facts, grouping, tuple(refusals), plan).finish()
 
 
-def _told_apart(labels: Tensor, atom: Tensor) -> Tensor:
-    """Labels with every axis along which their atoms do not vary narrowed to its first place."""
+def _function_name(node: fx.Node) -> str:
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+    return name.removesuffix(".default")
+
+
+def _distinct(labels: Tensor, atom: Tensor) -> Tensor:
+    """The labels, with every axis along which their atoms do not vary narrowed to its first entry."""
     varies = thin(simplify(atom[labels])).shape
     return labels[tuple(slice(0, size) for size in varies)]
 
@@ -49,13 +55,13 @@ class _Drawing:
             n: p.path for p in (recorded.parts if recorded else ()) for run in (p.nodes, *p.again) for n in run
         }
         self.glue = recorded.glue if recorded else frozenset[str]()
-        self.of_label, first = [], 0  # for each part of the grouping (label_count,): the group's number or -1
+        self.of_label, first = [], 0  # for each part of the grouping, (label_count,): the index of the group or -1
         for part in grouping.parts:
             number = group_of_label(part)
             self.of_label.append(np.where(number < 0, number, number + first))
             first += len(part.groups)
         self.alive = survivors(grouping, planned(grouping.everything, plan) if plan else [])  # (label_count,)
-        self.atom = grouping.atom  # (label_count,) a number for what is alike in all parts
+        self.atom = grouping.atom  # (label_count,) labels with one number have one atom in every part
         for part in grouping.parts[1:]:
             self.atom = self.atom * (int(part.atom.max()) + 1) + part.atom
 
@@ -77,42 +83,52 @@ class _Drawing:
             for source, groups in found.items():
                 ends = (host[source], host[target])
                 if ends[0] != ends[1]:
-                    told = arrows.get(ends, Arrow(*ends, (), through[target, source]))
-                    arrows[ends] = Arrow(*ends, tuple(sorted({*told.groups, *groups})), told.through)
-        title = type(self.captured.recorded.host if self.captured.recorded else self.captured.module).__name__
-        return Picture(title, self._shades(), self.refusals, tuple(boxes), tuple(arrows.values()), tuple(frames))
+                    known = arrows.get(ends, Arrow(*ends, (), through[target, source]))
+                    arrows[ends] = Arrow(*ends, tuple(sorted({*known.groups, *groups})), known.through)
+        return Picture(
+            title=type(self.captured.recorded.host if self.captured.recorded else self.captured.module).__name__,
+            shades=self._shades(),
+            refusals=self.refusals,
+            boxes=tuple(boxes),
+            arrows=tuple(arrows.values()),
+            frames=tuple(frames),
+        )
 
     def _origins(self) -> tuple[dict[str, dict[str, set[int]]], dict[tuple[str, str], tuple[str, ...]]]:
-        """For each node that is drawn: whence its data comes, with which groups' channels, and what it passed."""
-        passed: dict[str, dict[str, tuple[str, ...]]] = {}  # of each node: drawn nodes behind it -> operations since
+        """Where the data of each drawn node comes from.
+
+        Returns {drawn node: {drawn node that its data comes from: groups whose channels the data has}}, and for each
+        (drawn node, drawn node that its data comes from) the operations in between.
+        """
+        passed: dict[str, dict[str, tuple[str, ...]]] = {}  # node -> {drawn node upstream: operations since}
         drawn: dict[str, dict[str, set[int]]] = {}
         through: dict[tuple[str, str], tuple[str, ...]] = {}
         pinning = self._pinning()
         joined: list[tuple[str, set[str]]] = []
         for name in self.facts.kinds:
-            behind: dict[str, tuple[str, ...]] = {}
+            upstream: dict[str, tuple[str, ...]] = {}
             groups: dict[str, set[int]] = defaultdict(set)
             for source in dict.fromkeys(self.facts.sources.get(name, ())):
                 for origin, ops in passed.get(source, {}).items():
-                    behind.setdefault(origin, ops)
+                    upstream.setdefault(origin, ops)
                     groups[origin] |= self._groups_at(source)
-            if self.facts.kinds[name] == "query":  # a size, no data
+            if self.facts.kinds[name] == "query":  # a size or another property, not data
                 passed[name] = {}
                 continue
-            if not self._is_drawn(name, len(behind), pinning):
+            if not self._is_drawn(name, len(upstream), pinning):
                 ops_here = () if self.facts.kinds[name] == "movement" else (self._operation(name),)
-                passed[name] = {origin: (ops + ops_here)[:PASSED] for origin, ops in behind.items()}
+                passed[name] = {origin: (ops + ops_here)[:PASSED] for origin, ops in upstream.items()}
                 continue
             if self._is_concatenation(name):
-                # concat(a, b, c) is drawn as concat(concat(a, b), c) where concat(a, b) is there: a ladder, no fan
-                whole = set(behind)
+                # concat(a, b, c) is drawn as concat(concat(a, b), c) if concat(a, b) exists, which saves arrows
+                whole = set(upstream)
                 inner = max((j for j in joined if j[1] < whole), key=lambda j: len(j[1]), default=None)
                 if inner is not None:
                     groups[inner[0]] = set().union(*(groups[o] for o in inner[1]))
-                    behind = {inner[0]: (), **{o: ops for o, ops in behind.items() if o not in inner[1]}}
+                    upstream = {inner[0]: (), **{o: ops for o, ops in upstream.items() if o not in inner[1]}}
                 joined.append((name, whole))
-            drawn[name] = {origin: groups[origin] for origin in behind}
-            through |= {(name, origin): ops for origin, ops in behind.items()}
+            drawn[name] = {origin: groups[origin] for origin in upstream}
+            through |= {(name, origin): ops for origin, ops in upstream.items()}
             passed[name] = {name: ()}
         return drawn, through
 
@@ -126,7 +142,7 @@ class _Drawing:
         return (streams > 1 or kind == "contraction") and any(labels is not None and holds(labels) for labels in around)
 
     def _pinning(self) -> set[str]:
-        """Nodes without a rule that were the first to pin some channel."""
+        """Nodes without a rule that are the first to pin some channel."""
         seen, found = np.zeros(int(self.grouping.atom.max()) + 1, dtype=bool), set()
         seen[int(self.grouping.atom[0])] = True
         for pin in self.facts.pins:
@@ -146,17 +162,17 @@ class _Drawing:
         return {int(number) for of_label in self.of_label for number in np.unique(of_label[held]) if number >= 0}
 
     def _fused(self, origins: Mapping[str, Mapping[str, object]]) -> dict[str, str]:
-        """The node whose box each drawn node stands in.
+        """For each drawn node, the node whose box contains it.
 
-        A norm stands with the layer that feeds it and nobody else; what a recorded model's own code does between two
-        layers stands in one box.
+        A norm shares the box of the layer before it if it is that layer's only user. The code that a recorded model
+        runs between two layers is one box.
         """
         targets: dict[str, int] = defaultdict(int)
         for found in origins.values():
             for source in found:
                 targets[source] += 1
         host: dict[str, str] = {}
-        code = ""  # the box of the user's own code that runs between two layers
+        code = ""  # the current box of the model's own code
         for name, found in origins.items():
             if name in self.glue and name not in self.layers and self.facts.kinds[name] not in ("input", "output"):
                 code = host[name] = code or name
@@ -168,8 +184,8 @@ class _Drawing:
             host[name] = only if fits else name
         return host
 
-    def _roles(self) -> dict[str, list[tuple[int, str]]]:
-        roles: dict[str, list[tuple[int, str]]] = defaultdict(list)
+    def _roles(self) -> dict[str, list[tuple[int, Role]]]:
+        roles: dict[str, list[tuple[int, Role]]] = defaultdict(list)
         for number, g in enumerate(self.grouping.everything):
             for role, nodes in members(g).items():
                 for node in nodes:
@@ -177,32 +193,43 @@ class _Drawing:
         return roles
 
     def _box(
-        self, names: list[str], roles: Mapping[str, list[tuple[int, str]]], refused: Mapping[str, list[int]]
+        self, names: list[str], roles: Mapping[str, list[tuple[int, Role]]], refused: Mapping[str, list[int]]
     ) -> Box:
         first, last = names[0], names[-1]
         places = [self._place(name) for name in names]
         paths = tuple(f"{owner}.{own}" if owner else own for owner, own in places)
         before, after = self._widths(last)
-        mine = dict.fromkeys(role for name in names for role in roles.get(name, ()))
+        mine: dict[tuple[int, Role], None] = dict.fromkeys(role for name in names for role in roles.get(name, ()))
         member = {number for number, _ in mine}
-        mine |= dict.fromkeys((number, "pass") for number in sorted(self._groups_at(last) - member))
+        for number in sorted(self._groups_at(last) - member):
+            mine[number, "pass"] = None
         why = [r for name in names for layer in self.layers.get(name, ()) for r in refused.get(layer.module, ())]
         label, operation = " · ".join(own for _, own in places), self._operation(first)
         kind: str = "concat" if self._is_concatenation(first) else self.facts.kinds[first]
         if first in self.glue and kind not in ("input", "output") and first not in self.layers:
             label, operation, kind, before, after = "code", "the model's own", "code", 0, 0
         return Box(
-            first, label, places[0][0], operation, kind, tuple(names), paths, before, after,
-            tuple(mine), tuple(dict.fromkeys(why)),
-        )  # fmt: skip
+            id=first,
+            label=label,
+            frame=places[0][0],
+            op=operation,
+            kind=kind,
+            nodes=tuple(names),
+            modules=paths,
+            before=before,
+            after=after,
+            roles=tuple(mine),
+            refused=tuple(dict.fromkeys(why)),
+        )
 
     def _widths(self, name: str) -> tuple[int, int]:
+        """The number of channels of a node's output before and after the merge; (0, 0) if it is not known."""
         labels = self.facts.labels.get(name)
         if labels is None or not holds(labels):
             return 0, 0
-        labels = _told_apart(thin(labels), self.atom)
+        labels = _distinct(thin(labels), self.atom)
         if name not in self.layers and len(torch.unique(self.atom[labels])) < labels.numel():
-            return 0, 0  # places, not channels
+            return 0, 0  # the axes hold positions, not channels
         return labels.numel(), int(self.alive[labels].sum())
 
     def _shades(self) -> tuple[Shade, ...]:
@@ -211,32 +238,37 @@ class _Drawing:
         found = []
         for g, colour in zip(groups, colours([not g.internal for g in groups]), strict=True):
             plan = self.planned.get(g.name)
-            # a layer may write a group and, with other channels, be refused: only a group that no plan has can be meant
-            why = reasons.get(g.name, "") if plan is None and self._left_alone(g) else ""
+            # a refusal with the name of a planned group is about other channels of the same producer
+            why = reasons.get(g.name, "") if plan is None and self._is_refused(g) else ""
             kept = len(plan.kept) if plan else g.channels
-            found.append(Shade(g.name, g.channels, kept, colour, not g.internal, why))
+            shade = Shade(
+                name=g.name, channels=g.channels, kept=kept, colour=colour, shared=not g.internal, refused=why
+            )
+            found.append(shade)
         return tuple(found)
 
-    def _left_alone(self, group: Group) -> bool:
+    def _is_refused(self, group: Group) -> bool:
         return any(r.name == group.name and r.channels == group.channels for r in self.refusals)
 
     def _operation(self, name: str) -> str:
+        """What a node computes, for display: a function's name, or a module's class and kernel size."""
         node = self.nodes[name]
         if node.op in ("placeholder", "output"):
             return "input" if node.op == "placeholder" else "output"
         if node.op != "call_module":
-            name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-            return name.removesuffix(".default")
+            return _function_name(node)
         module = self.captured.module.get_submodule(str(node.target))
         kernel = getattr(module, "kernel_size", None)
         sides = kernel if isinstance(kernel, tuple) else ()
         return " ".join([type(module).__name__, *(["x".join(map(str, sides))] if sides else [])])
 
     def _is_concatenation(self, name: str) -> bool:
-        return self.facts.kinds[name] == "movement" and self._operation(name) in ("cat", "concat", "concatenate")
+        node = self.nodes[name]
+        called = node.op in ("call_function", "call_method") and _function_name(node) in CONCATENATIONS
+        return called and self.facts.kinds[name] == "movement"
 
     def _place(self, name: str) -> tuple[str, str]:
-        """(path of the module that a node lies in, its own name there)."""
+        """(path of the module that contains a node, the node's name within it)."""
         node = self.nodes[name]
         layers = self.layers.get(name, [])
         path = layers[0].module if layers else str(node.target) if node.op == "call_module" else ""

@@ -1,4 +1,4 @@
-"""Plotting: one curve as an SVG that stands alone, its axes at round numbers."""
+"""A curve as a self-contained SVG whose axes are labelled with round numbers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,11 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
 def curve(
     points: Sequence[tuple[float, float]], title: str, across: str, up: str, level: tuple[float, str] | None = None
 ) -> str:
-    """An SVG of points (x, y) joined in the order of x; `level` is a dashed line with its name."""
+    """An SVG of the points (x, y), joined in the order of x.
+
+    across, up:  labels of the x axis and of the y axis
+    level:       height and label of a dashed horizontal line
+    """
     ordered = sorted(points)
     heights = [y for _, y in ordered] + ([level[0]] if level else [])
     xs, ys = ticks(ordered[0][0], ordered[-1][0]), ticks(min(heights), max(heights))
@@ -35,8 +39,8 @@ def curve(
         across_share, up_share = (x - xs[0]) / (xs[-1] - xs[0]), (y - ys[0]) / (ys[-1] - ys[0])
         return LEFT + across_share * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up_share * (HEIGHT - TOP - BOTTOM)
 
-    def text(x: float, y: float, what: str, anchor: str = "middle", more: str = "") -> str:
-        return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{more}>{escape(what)}</text>'
+    def text(x: float, y: float, content: str, anchor: str = "middle", more: str = "") -> str:
+        return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{more}>{escape(content)}</text>'
 
     drawn = [text(LEFT, TOP - 14, title, "start")]
     for x in xs:

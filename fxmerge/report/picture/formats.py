@@ -1,4 +1,4 @@
-"""Formats: a picture as text that other programs draw: DOT, SVG by Graphviz, Mermaid, Model Explorer's JSON."""
+"""A picture as text for other programs: DOT, SVG laid out by Graphviz, Mermaid, and Model Explorer's JSON."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from fxmerge.errors import FxMergeError
 from fxmerge.report.picture.frames import overview
 from fxmerge.report.picture.records import Box, Picture
 
-SVG_BOXES = 300  # an SVG shows at most so many boxes, Mermaid fewer: it declines more than 500 arrows
-MERMAID_BOXES, MERMAID_ARROWS = 150, 500
+SVG_BOXES = 300  # boxes in an SVG, at most
+MERMAID_BOXES, MERMAID_ARROWS = 150, 500  # Mermaid does not draw more than 500 arrows by default
 PLAIN, REFUSED = "#e8e8e8", "#b3261e"
 
 
 def dot(picture: Picture) -> str:
-    """The picture in Graphviz's language: modules as clusters, a group's channels in its colour."""
+    """The picture in Graphviz's DOT language: modules are clusters, and channels have the colour of their group."""
     lines = [
         f"digraph {_quoted(picture.title)} {{",
         '  graph [fontname="Helvetica", fontsize=11, color="#999999", style=rounded, labeljust=l, ranksep=0.35];',
@@ -46,7 +46,7 @@ def _clusters(picture: Picture, frame: str, indent: str) -> Iterator[str]:
         for number in inner[frame]:
             f = picture.frames[number]
             yield f"{indent}subgraph cluster_{number} {{"
-            yield f"{indent}  label={_told(f.label)};"
+            yield f"{indent}  label={_label(f.label)};"
             yield from level(f.id, indent + "  ")
             yield f"{indent}}}"
 
@@ -54,26 +54,26 @@ def _clusters(picture: Picture, frame: str, indent: str) -> Iterator[str]:
 
 
 def _box(picture: Picture, box: Box) -> str:
-    told = " ".join(filter(None, (box.op if box.op != box.label else "", box.width)))
-    label = f"{box.label}\n{told}" if told else box.label
+    details = " ".join(filter(None, (box.op if box.op != box.label else "", box.width)))
+    label = f"{box.label}\n{details}" if details else box.label
     above, below = sides(box)
     colours = [tint(picture.shades[side[0]].colour) if side else PLAIN for side in (above or below, below or above)]
     fill = colours[0] if colours[0] == colours[1] else ":".join(colours)
-    found = f'label={_told(label)}, fillcolor="{fill}", gradientangle=270'
+    found = f'label={_label(label)}, fillcolor="{fill}", gradientangle=270'
     if box.refused:
         why = "\n".join(picture.refusals[r].reason for r in box.refused)
-        found += f', style="rounded,filled,dashed", color="{REFUSED}", penwidth=2, tooltip={_told(why)}'
+        found += f', style="rounded,filled,dashed", color="{REFUSED}", penwidth=2, tooltip={_label(why)}'
     return found
 
 
 def sides(box: Box) -> tuple[list[int], list[int]]:
-    """Groups that a box reads, and those that it puts out, carries or joins."""
-    above = [g for g, role in box.roles if role == "read"]
-    return above, [g for g, role in box.roles if role != "read"]
+    """(groups that a box consumes, groups that it is otherwise part of or passes on)."""
+    above = [g for g, role in box.roles if role == "consumer"]
+    return above, [g for g, role in box.roles if role != "consumer"]
 
 
 def tint(colour: str, share: float = 0.55) -> str:
-    """A colour mixed with white, so that black text on it can be read."""
+    """A colour mixed with white, so that black text on it is legible."""
     parts = [int(colour[at : at + 2], 16) for at in (1, 3, 5)]
     return "#" + "".join(f"{round(255 * share + part * (1 - share)):02x}" for part in parts)
 
@@ -85,8 +85,8 @@ def _look(picture: Picture, groups: tuple[int, ...]) -> str:
     return f' [color="{colours}", penwidth={2 if len(groups) == 1 else 1.5}]'
 
 
-def _told(text: str) -> str:
-    """A label: a string in which Graphviz would put characters in for entities."""
+def _label(text: str) -> str:
+    """A label: a string in which Graphviz replaces entities, such as `&amp;`, by characters."""
     return _quoted(text.replace("&", "&amp;"))
 
 
@@ -97,25 +97,25 @@ def _quoted(text: str) -> str:
 
 
 def svg(picture: Picture) -> str:
-    """The picture as SVG, laid out by Graphviz; inner modules of large networks are closed.
+    """The picture as SVG, laid out by Graphviz. Inner modules of large networks are collapsed.
 
-    Raises FxMergeError where Graphviz is not installed or declines.
+    Raises FxMergeError if Graphviz is not installed or fails.
     """
     program = shutil.which("dot")
     if program is None:
         raise FxMergeError(
-            "an SVG is laid out by Graphviz, and there is no program `dot`; install graphviz "
-            "(apt-get install graphviz, brew install graphviz), or take .html(path), which needs nothing"
+            "an SVG is laid out by Graphviz, but its program `dot` was not found; install graphviz "
+            "(apt-get install graphviz, brew install graphviz), or use .html(path), which does not need it"
         )
     text = dot(overview(picture, SVG_BOXES))
     done = subprocess.run([program, "-Tsvg"], input=text, capture_output=True, text=True, encoding="utf-8")
     if done.returncode:
-        raise FxMergeError(f"Graphviz could not draw this picture: {done.stderr.strip()}; take .html(path) instead")
+        raise FxMergeError(f"Graphviz could not draw this picture: {done.stderr.strip()}; use .html(path) instead")
     return done.stdout
 
 
 def mermaid(picture: Picture) -> str:
-    """The picture as a Mermaid flowchart; inner modules are closed until it is of a size that Mermaid takes."""
+    """The picture as a Mermaid flowchart. Inner modules are collapsed until it is small enough for Mermaid."""
     limit = MERMAID_BOXES
     small = overview(picture, limit)
     while len(small.arrows) > MERMAID_ARROWS and limit > 1:
@@ -128,8 +128,8 @@ def mermaid(picture: Picture) -> str:
     def level(frame: str, indent: str) -> Iterator[str]:
         for box in small.boxes:
             if box.frame == frame:
-                told = [_entity(box.label), _entity(box.width)] if box.width else [_entity(box.label)]
-                yield f'{indent}n{number[box.id]}["{"<br/>".join(told)}"]'
+                texts = [_entity(box.label), _entity(box.width)] if box.width else [_entity(box.label)]
+                yield f'{indent}n{number[box.id]}["{"<br/>".join(texts)}"]'
         for f in small.frames:
             if f.parent == frame:
                 yield f'{indent}subgraph f{frames[f.id]}["{_entity(f.label)}"]'
@@ -161,14 +161,14 @@ def mermaid(picture: Picture) -> str:
 
 
 def _entity(text: str) -> str:
-    """Text inside a Mermaid label: all but plain characters as the entities that Mermaid knows."""
+    """Text for a Mermaid label: all but plain characters are written as Mermaid's entities."""
     return "".join(c if c.isalnum() or c in " ._·→-" else f"#{ord(c)};" for c in text)
 
 
 def model_explorer(picture: Picture) -> tuple[str, str]:
-    """(node data, the graph that it is about) as Model Explorer reads them: JSON texts, the graph is named "main".
+    """(node data, graph) as two JSON texts for Model Explorer. The graph is named "main".
 
-    The value of a node is the share of its channels that are left, in percent; its colour is that of its group.
+    The value of a node is the percentage of its channels that are kept; its colour is that of its group.
     """
     results, nodes = {}, []
     arrows: dict[str, list[str]] = defaultdict(list)
@@ -179,19 +179,19 @@ def model_explorer(picture: Picture) -> tuple[str, str]:
         share = 100 * box.after / box.before if box.before else 100.0
         colour = picture.shades[(below or above)[0]].colour if above or below else PLAIN
         results[box.id] = {"value": round(share, 2), "bgColor": tint(colour), "textColor": "#111111"}
-        told = {
+        attributes = {
             "operation": box.op,
             "channels": box.width,
             "group": ", ".join(picture.shades[g].name for g in below),
-            "reads": ", ".join(picture.shades[g].name for g in above),
-            "left alone": "; ".join(picture.refusals[r].reason for r in box.refused),
+            "consumed groups": ", ".join(picture.shades[g].name for g in above),
+            "not merged": "; ".join(picture.refusals[r].reason for r in box.refused),
         }
         nodes.append(
             {
                 "id": box.id,
                 "label": box.label,
                 "namespace": box.frame.replace(".", "/"),
-                "attrs": [{"key": key, "value": value} for key, value in told.items() if value],
+                "attrs": [{"key": key, "value": value} for key, value in attributes.items() if value],
                 "incomingEdges": [
                     {"sourceNodeId": source, "sourceNodeOutputId": "0", "targetNodeInputId": str(at)}
                     for at, source in enumerate(arrows[box.id])
@@ -199,6 +199,6 @@ def model_explorer(picture: Picture) -> tuple[str, str]:
             }
         )
     gradient = [{"stop": 0, "bgColor": "#f4b8b3"}, {"stop": 1, "bgColor": "#ffffff"}]
-    data = {"main": {"name": "channels left, %", "results": results, "gradient": gradient}}
+    data = {"main": {"name": "kept channels, %", "results": results, "gradient": gradient}}
     graph: dict[str, Any] = {"label": picture.title, "graphs": [{"id": "main", "nodes": nodes}]}
     return json.dumps(data, indent=1), json.dumps(graph, indent=1)

@@ -1,7 +1,7 @@
-"""Frames: modules that boxes lie in, nested by path. Dotted paths go in; nothing here knows of graphs or groups.
+"""Frames: the modules that contain the boxes of a picture, nested by path, and smaller pictures with some collapsed.
 
-A frame with one thing in it is left out, and its name goes before the thing's own. One with very many is divided into
-runs, so that whatever is opened stays small.
+A frame that contains a single item is left out; its name is prepended to the item's label. A frame with very many
+items is divided into runs, so that an opened frame always shows a moderate number of items.
 """
 
 from __future__ import annotations
@@ -12,20 +12,23 @@ from dataclasses import dataclass, field, replace
 
 from fxmerge.report.picture.records import Arrow, Box, Frame, Picture
 
-MANY = 64  # things in a frame from which on it is divided
-RUN = 32  # things in each of the runs
-SHOWN = 110  # boxes and closed frames that are shown at first
+MANY = 64  # a frame with more items is divided into runs
+RUN = 32  # items in a run
+SHOWN = 110  # boxes and collapsed frames that the page shows at first
 
 
 @dataclass
 class _Node:
+    """A frame in the making."""
+
     id: str
     label: str
     inside: list[_Node | int] = field(default_factory=list)  # frames, and boxes by index
+    ends: tuple[str, str] | None = None  # of a run: the labels of its first and its last item
 
 
 def nested(paths: Sequence[str]) -> tuple[list[tuple[str, str]], list[Frame]]:
-    """For boxes in modules `paths`: (id of the frame, what to put before the box's name) of each, and the frames."""
+    """The frames for boxes in the modules `paths`, and (id of its frame, prefix of its label) for each box."""
     root = _Node("", "")
     known = {"": root}
     for number, path in enumerate(paths):
@@ -47,7 +50,7 @@ def nested(paths: Sequence[str]) -> tuple[list[tuple[str, str]], list[Frame]]:
 
 
 def _only(node: _Node) -> _Node | int:
-    """What stands for a frame: the frame, or the one thing that is in it."""
+    """The single item of a frame, with the frame's name prepended; the frame itself if it has several items."""
     if len(node.inside) != 1:
         return node
     child = node.inside[0]
@@ -57,14 +60,17 @@ def _only(node: _Node) -> _Node | int:
 
 
 def _divide(node: _Node) -> None:
+    """Divide a frame into runs, and these into runs again, until it has at most MANY items."""
     while len(node.inside) > MANY:
         runs: list[_Node | int] = []
         for start in range(0, len(node.inside), RUN):
             inside = node.inside[start : start + RUN]
-            ends = [child.label.split(" … ")[-at] if isinstance(child, _Node) else "" for at, child in
-                    ((0, inside[0]), (1, inside[-1]))]  # fmt: skip
-            label = " … ".join(ends) if all(ends) else f"{start + 1} … {start + len(inside)}"
-            runs.append(_Node(f"{node.id}[{_first(inside[0])}:{_last(inside[-1])}]", label, inside))
+            first, last = inside[0], inside[-1]
+            if isinstance(first, _Node) and isinstance(last, _Node):
+                ends = (first.ends or (first.label,))[0], (last.ends or (last.label,))[-1]
+            else:  # a box, which has no label yet
+                ends = str(start + 1), str(start + len(inside))
+            runs.append(_Node(f"{node.id}[{_first(first)}:{_last(last)}]", " … ".join(ends), inside, ends))
         node.inside = runs
 
 
@@ -81,6 +87,7 @@ def _last(child: _Node | int) -> int:
 
 
 def _place(root: _Node, places: list[tuple[str, str]], frames: list[Frame], paths: Sequence[str]) -> None:
+    """Append all frames to `frames`, outer ones first, and write each box's frame and prefix into `places`."""
     stack: list[_Node] = [root]
     while stack:
         node = stack.pop()
@@ -97,7 +104,10 @@ def _place(root: _Node, places: list[tuple[str, str]], frames: list[Frame], path
 
 
 def open_frames(frames: Sequence[Frame], homes: Sequence[str], limit: int) -> frozenset[str]:
-    """Frames to open so that no more than `limit` boxes and closed frames are seen: whole levels, outer ones first."""
+    """The frames to open so that at most `limit` boxes and collapsed frames are visible: whole levels, outermost first.
+
+    homes: the id of each box's frame
+    """
     inside: dict[str, int] = defaultdict(int)
     children: dict[str, list[str]] = defaultdict(list)
     for home in homes:
@@ -108,52 +118,51 @@ def open_frames(frames: Sequence[Frame], homes: Sequence[str], limit: int) -> fr
     opened: set[str] = set()
     seen, level = inside[""], children[""]
     while level and seen + sum(inside[f] - 1 for f in level) <= limit:
+        opened |= set(level)
         seen += sum(inside[f] - 1 for f in level)
-        opened.update(level)
         level = [inner for f in level for inner in children[f]]
     return frozenset(opened)
 
 
 def overview(picture: Picture, limit: int) -> Picture:
-    """The same picture with no more than `limit` boxes where frames allow it; a closed frame becomes one box."""
+    """The picture with at most `limit` boxes, as far as its frames allow: each collapsed frame becomes one box."""
     opened = open_frames(picture.frames, [b.frame for b in picture.boxes], limit)
-    parents = {f.id: f.parent for f in picture.frames}
-    labels = {f.id: f.label for f in picture.frames}
-    shut: dict[str, str] = {"": ""}  # frame -> the outermost closed frame around it, or ""
+    frames = {f.id: f for f in picture.frames}
+    shut: dict[str, str] = {"": ""}  # frame -> the outermost collapsed frame around it, or ""
     for f in picture.frames:
         shut[f.id] = shut[f.parent] or ("" if f.id in opened else f.id)
-    shown: dict[str, list[Box]] = {}
+    shown: dict[str, list[Box]] = {}  # id of a new box -> the boxes that it replaces
     for box in picture.boxes:
-        shown.setdefault(_name(shut[box.frame]) or box.id, []).append(box)
+        collapsed = shut[box.frame]
+        shown.setdefault(f"module:{collapsed}" if collapsed else box.id, []).append(box)
     boxes = [
-        _closed(name, labels[shut[inside[0].frame]], parents[shut[inside[0].frame]], inside)
-        if shut[inside[0].frame]
-        else inside[0]
+        _collapsed(name, frames[shut[inside[0].frame]], inside) if shut[inside[0].frame] else inside[0]
         for name, inside in shown.items()
     ]
-    stands = {box.id: name for name, inside in shown.items() for box in inside}
+    home = {box.id: name for name, inside in shown.items() for box in inside}
     arrows: dict[tuple[str, str], Arrow] = {}
     for arrow in picture.arrows:
-        ends = (stands[arrow.source], stands[arrow.target])
-        if ends[0] != ends[1]:
-            told = arrows.get(ends, Arrow(*ends, (), arrow.through))
-            arrows[ends] = replace(told, groups=tuple(sorted({*told.groups, *arrow.groups})))
-    frames = tuple(f for f in picture.frames if f.id in opened)
-    return replace(picture, boxes=tuple(boxes), arrows=tuple(arrows.values()), frames=frames)
+        source, target = ends = home[arrow.source], home[arrow.target]
+        if source != target:
+            known = arrows.get(ends, Arrow(source, target, (), arrow.through))
+            arrows[ends] = replace(known, groups=tuple(sorted({*known.groups, *arrow.groups})))
+    inner = tuple(f for f in picture.frames if f.id in opened)
+    return replace(picture, boxes=tuple(boxes), arrows=tuple(arrows.values()), frames=inner)
 
 
-def _name(frame: str) -> str:
-    return f"module:{frame}" if frame else ""
-
-
-def _closed(name: str, label: str, parent: str, inside: list[Box]) -> Box:
+def _collapsed(name: str, frame: Frame, inside: list[Box]) -> Box:
+    """One box in place of the boxes of a frame."""
     kinds = Counter(box.kind for box in inside)
-    roles = dict.fromkeys(role for box in inside for role in box.roles)
-    refused = dict.fromkeys(r for box in inside for r in box.refused)
-    nodes = tuple(n for box in inside for n in box.nodes)
-    modules = tuple(m for box in inside for m in box.modules)
-    told = f"{len(inside)} boxes, {kinds['producer']} with weights"
-    last = inside[-1]
     return Box(
-        name, label, parent, told, "module", nodes, modules, last.before, last.after, tuple(roles), tuple(refused)
+        id=name,
+        label=frame.label,
+        frame=frame.parent,
+        op=f"{len(inside)} boxes, {kinds['producer']} with weights",
+        kind="module",
+        nodes=tuple(n for box in inside for n in box.nodes),
+        modules=tuple(m for box in inside for m in box.modules),
+        before=inside[-1].before,
+        after=inside[-1].after,
+        roles=tuple(dict.fromkeys(role for box in inside for role in box.roles)),
+        refused=tuple(dict.fromkeys(r for box in inside for r in box.refused)),
     )

@@ -1,12 +1,13 @@
-"""Sheet: what the page tells of each group beside the picture: costs, errors, partners, likeness of its channels.
+"""The data of the page's panel for each group: costs, refit errors, partners, and the similarity of its channels.
 
-Wide groups are sampled and cosines are bytes, so that the page of a large network stays small.
+Wide groups are sampled and cosines are stored as bytes, to keep the page of a large network small.
 """
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,65 +26,81 @@ from fxmerge.planning.channel_ops import bias_of, laid_out
 from fxmerge.planning.statistics import rows_of, state, statistics
 from fxmerge.refit.refit_layers import Refitted
 
-LIKENESS = 450_000  # bytes of all groups' heat maps together
+LIKENESS = 450_000  # bytes for the heat maps of all groups together
 SIDE = 64  # channels in a heat map, at most
-PARTNERS = 60  # dropped channels that are drawn with their partner, of a group
+PARTNERS = 60  # dropped channels of a group that are drawn with their partner, at most
 
 
-def sheets(
+@dataclass(frozen=True, kw_only=True)
+class _Source:
+    """What the panels of all groups are computed from.
+
+    costs:     of the original and, after a merge, of the merged model
+    refitted:  by layer
+    tensors:   the original's parameters and buffers, by name
+    side:      channels in a heat map, at most
+    """
+
+    captured: Capture
+    options: Options
+    costs: Sequence[Cost]
+    refitted: Mapping[str, Refitted]
+    tensors: Mapping[str, Tensor]
+    side: int
+
+
+def group_panels(
     groups: Sequence[Group],
     captured: Capture,
     plan: Plan | None,
     costs: Sequence[Cost],
     refitted: Sequence[Refitted],
 ) -> list[dict[str, Any]]:
-    """One sheet for each group, as plain data. costs: the original's, and after a merge the merged model's."""
-    options = plan.options if plan else Options()
-    planned = {g.name: g for g in plan.groups} if plan else {}
-    solved = {r.name: r for r in refitted}
-    tensors = state(captured.module)
-    side = min(SIDE, max(8, int((2 * LIKENESS / max(len(groups), 1)) ** 0.5)))
-    return [_sheet(g, captured, planned.get(g.name), costs, solved, tensors, options, side) for g in groups]
+    """The panel of each group, as plain data.
+
+    costs: the cost of the original and, after a merge, of the merged model
+    """
+    plans = {g.name: g for g in plan.groups} if plan else {}
+    source = _Source(
+        captured=captured,
+        options=plan.options if plan else Options(),
+        costs=costs,
+        refitted={r.name: r for r in refitted},
+        tensors=state(captured.module),
+        side=min(SIDE, max(8, int((2 * LIKENESS / max(len(groups), 1)) ** 0.5))),
+    )
+    return [_panel(g, plans.get(g.name), source) for g in groups]
 
 
-def _sheet(
-    group: Group,
-    captured: Capture,
-    plan: GroupPlan | None,
-    costs: Sequence[Cost],
-    solved: Mapping[str, Refitted],
-    tensors: Mapping[str, Tensor],
-    options: Options,
-    side: int,
-) -> dict[str, Any]:
+def _panel(group: Group, plan: GroupPlan | None, source: _Source) -> dict[str, Any]:
     layers = [m.layer for m in (*group.producers, *group.per_channel_params, *group.consumers)]
     unique = {layer.node: layer for layer in layers}
     names = dict.fromkeys(layer.module for layer in unique.values())
-    spent = [_spent(list(unique.values()), c) for c in costs]
+    costs = [_cost(list(unique.values()), c) for c in source.costs]
     return {
-        "parameters": [p for p, _ in spent],
-        "flops": [f for _, f in spent],
+        "parameters": [p for p, _ in costs],
+        "flops": [f for _, f in costs],
         "producers": _names(m.layer for m in group.producers),
         "per_channel_params": _names(m.layer for m in group.per_channel_params),
         "consumers": _names(m.layer for m in group.consumers),
         "mixers": list(group.mixers),
         "ties": list(group.ties),
         "scaleBlocks": list(group.scale_blocks),
-        "refit": [vars(solved[name]) for name in names if name in solved],
+        "refit": [vars(source.refitted[name]) for name in names if name in source.refitted],
         "similarity": round(plan.similarity, 4) if plan else 1.0,
         "dropped": len(plan.partners) if plan else 0,
         "unpartnered": sum(p.into < 0 for p in plan.partners) if plan else 0,
         "partners": _partners(plan) if plan else [],
-        "likeness": likeness(group, captured, plan, tensors, options, side),
+        "likeness": _likeness(group, plan, source),
     }
 
 
-def _names(layers: Any) -> list[str]:
+def _names(layers: Iterable[Layer]) -> list[str]:
     return list(dict.fromkeys(layer.module for layer in layers))
 
 
-def _spent(layers: Sequence[Layer], cost: Cost) -> tuple[int, int]:
-    """Parameters and FLOPs of some layers, each module and each node counted once."""
+def _cost(layers: Sequence[Layer], cost: Cost) -> tuple[int, int]:
+    """(parameters, FLOPs) of some layers; each module and each node is counted once."""
     keys: dict[str, None] = {}
     for layer in layers:
         own = layer.module if layer.module in cost.by_module else layer.module.rpartition(".")[0]
@@ -93,29 +110,23 @@ def _spent(layers: Sequence[Layer], cost: Cost) -> tuple[int, int]:
 
 
 def _partners(plan: GroupPlan) -> list[list[float]]:
-    """(dropped channel, kept channel, scale, cosine) of merged channels, evenly from the most to the least similar."""
+    """(dropped channel, kept channel, scale, cosine) of merged channels, sampled evenly by similarity."""
     ordered = sorted((p for p in plan.partners if p.into >= 0), key=lambda p: (-p.cosine, p.channel))
     at = np.unique(np.linspace(0, len(ordered) - 1, min(len(ordered), PARTNERS)).round().astype(int))
     chosen = sorted((ordered[i] for i in at), key=lambda p: (p.into, p.channel))
     return [[p.channel, p.into, round(p.scale, 3), round(p.cosine, 3)] for p in chosen]
 
 
-def likeness(
-    group: Group,
-    captured: Capture,
-    plan: GroupPlan | None,
-    tensors: Mapping[str, Tensor],
-    options: Options,
-    side: int,
-) -> dict[str, Any]:
-    """Cosines of a group's channels (some of a wide group's), in the order of a clustering.
+def _likeness(group: Group, plan: GroupPlan | None, source: _Source) -> dict[str, Any]:
+    """Cosines of a group's channels (of a sample of them in a wide group), in the order of a clustering.
 
-    channels: which ones; kept: "1" for those that stay; cosines: the upper triangle, row by row, the diagonal left
-    out, bytes of base64 with -1 at 0 and 1 at 254.
+    channels:  the channels
+    kept:      "1" for each kept channel, "0" for each dropped one
+    cosines:   the upper triangle without the diagonal, row by row, as base64 of bytes from 0 (-1) to 254 (1)
     """
     n = group.channels
-    at = torch.linspace(0, n - 1, min(n, side), dtype=torch.float64).round().long()
-    cosine = cosines(group, captured, tensors, options, at).numpy()
+    at = torch.linspace(0, n - 1, min(n, source.side), dtype=torch.float64).round().long()
+    cosine = cosines(group, source.captured, source.tensors, source.options, at).numpy()
     order: Ints = np.arange(len(at), dtype=np.int64)
     if len(at) > 2:
         apart = np.clip(1 - cosine, 0, 2)
@@ -132,12 +143,13 @@ def likeness(
 
 
 def cosines(group: Group, captured: Capture, tensors: Mapping[str, Tensor], options: Options, at: Tensor) -> Tensor:
-    """Cosines of some channels' rows in the group's common coordinates, (m, m)."""
+    """(m, m) cosines between the producers' rows of the channels `at` (m,), in the group's common coordinates."""
     n, inner = group.channels, torch.zeros(len(at), len(at), dtype=torch.float64)
     gains = [torch.ones(n, dtype=torch.float64)] * len(group.producers)
     normed = False
     if group.partners:
-        found = statistics(group, captured, tensors, options, at[:1])  # for the gains: hardly any inner products
+        # only the gains are needed, so inner products are taken with a single channel
+        found = statistics(group, captured, tensors, options, at[:1])
         gains, normed = [gain for gain, _, _ in found.producer_maps], found.evidence.centred
     for producer, gain in zip(group.producers, gains, strict=True):
         rows = rows_of(producer, tensors[producer.layer.params["weight"]], n)[at].double()

@@ -1,4 +1,4 @@
-"""Page: a picture and its groups' sheets as one HTML file that needs nothing else: no network, no server."""
+"""A picture and the data of its groups as one self-contained HTML page, which needs no network and no server."""
 
 from __future__ import annotations
 
@@ -15,10 +15,14 @@ from fxmerge.report.picture.records import Picture
 SCRIPTS = ("vendor/d3.min.js", "vendor/elk.bundled.js", "network.js", "scene.js", "panel.js", "page.js")  # fmt: skip
 
 
-def page(picture: Picture, summary: Mapping[str, Any], sheets: Sequence[Mapping[str, Any]]) -> str:
-    """The HTML text. Names of any kind do no harm: they are data, and are only ever shown as text."""
+def page(picture: Picture, summary: Mapping[str, Any], panels: Sequence[Mapping[str, Any]]) -> str:
+    """The HTML text. Names of layers are safe whatever characters they have: they are only ever shown as text.
+
+    summary: the figures in the header
+    panels:  for each group of the picture, the data of its panel (`group_panels`)
+    """
     index = {box.id: at for at, box in enumerate(picture.boxes)}
-    shades = [{**asdict(shade), **sheet} for shade, sheet in zip(picture.shades, sheets, strict=True)]
+    shades = [{**asdict(shade), **panel} for shade, panel in zip(picture.shades, panels, strict=True)]
     data = {
         "title": picture.title,
         "summary": dict(summary),
@@ -43,7 +47,7 @@ def page(picture: Picture, summary: Mapping[str, Any], sheets: Sequence[Mapping[
 
 
 def frame(text: str) -> str:
-    """A page inside another, as notebooks show it."""
+    """The page inside an iframe, for a notebook."""
     return f'<iframe srcdoc="{html.escape(text)}" style="width: 100%; height: 720px; border: 0"></iframe>'
 
 

@@ -1,7 +1,8 @@
-"""Picture: what there is to see of an analysis or a merge. Every format draws this record and looks at nothing else.
+"""The record of a picture: boxes, arrows, frames and groups. Every format draws this record and reads nothing else.
 
-A box is a layer, or a node where streams meet; what only passes channels on (activations, pooling, views) is told on
-the arrow. A BatchNorm that follows its convolution stands in the same box. Frames are the modules that boxes lie in.
+A box is a layer, or a node where several streams of data meet. Operations that only pass channels on (activations,
+pooling, views) are listed on the arrow. A BatchNorm shares a box with the convolution before it. A frame is a module
+that contains boxes.
 """
 
 from __future__ import annotations
@@ -9,54 +10,65 @@ from __future__ import annotations
 import colorsys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-from fxmerge.ir.groups import Group, Refusal
+from fxmerge.ir.groups import Group, Member, Refusal
+
+# the part that a box plays in a group; "pass": it is no member, but its output has channels of the group
+Role = Literal["producer", "per_channel_param", "consumer", "mixer", "tie", "pass"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Shade:
-    """A merge group: its name, its width before and after, its colour."""
+    """A merge group: its name, its number of channels before and after, and its colour."""
 
     name: str
     channels: int
     kept: int
     colour: str  # "#rrggbb"
-    shared: bool  # several producers or consumers, or a mixer
-    refused: str = ""  # why it was left alone, or ""
+    shared: bool  # it has several producers, consumers on several paths, or a mixer
+    refused: str = ""  # why it was not merged, or ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Box:
     """A node of the picture.
 
-    nodes:    the graph's nodes that it stands for, in order
-    modules:  what users call them: paths of modules or parameters, or the node's own name
-    before, after:  channels that it puts out; 0 where it puts out none that anything is known of
-    roles:    (index of a group, "write", "carry", "read", "mix", "tie", or "pass" where it only lets the group through)
+    frame:    id of the frame that contains it, "" at the top level
+    op:       what it computes, for display
+    kind:     the kind of its first node; or "concat", "code" (the model's own code), "module" (a collapsed frame)
+    nodes:    the names of its nodes in the graph, in execution order
+    modules:  their names for the user: the path of a module or parameter, or else the node's own name
+    before, after:  the number of channels of its output; 0 if it is not known
+    roles:    (index of a group, role in the group)
     refused:  indices of refusals
     """
 
     id: str
     label: str
-    frame: str  # id of the frame that it lies in, "" at the top
+    frame: str
     op: str
     kind: str
     nodes: tuple[str, ...]
     modules: tuple[str, ...]
     before: int
     after: int
-    roles: tuple[tuple[int, str], ...] = ()
+    roles: tuple[tuple[int, Role], ...] = ()
     refused: tuple[int, ...] = ()
 
     @property
     def width(self) -> str:
-        """`64`, or `64 → 32` where it lost channels."""
+        """`64`, or `64 → 32` if channels were dropped."""
         return f"{self.before} → {self.after}" if self.after != self.before else str(self.before or "")
 
 
 @dataclass(frozen=True)
 class Arrow:
-    """Data that flows from one box to another: the groups whose channels it carries, what they pass on the way."""
+    """Data that flows from one box to another.
+
+    groups:   indices of the groups whose channels the data has
+    through:  the operations that it passes on the way
+    """
 
     source: str
     target: str
@@ -65,8 +77,23 @@ class Arrow:
 
 
 @dataclass(frozen=True)
+class Frame:
+    """A module with several boxes, or a run of consecutive ones.
+
+    label:   its name within the parent
+    parent:  id of the frame around it, "" at the top level
+    opened:  whether the page shows its contents at first
+    """
+
+    id: str
+    label: str
+    parent: str
+    opened: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
 class Picture:
-    """Boxes in execution order, the arrows between them, the frames around them, outer ones first."""
+    """A network with its groups: boxes in execution order, the arrows between them, and frames, outer ones first."""
 
     title: str
     shades: tuple[Shade, ...]
@@ -76,31 +103,25 @@ class Picture:
     frames: tuple[Frame, ...]
 
 
-def members(group: Group) -> dict[str, tuple[str, ...]]:
+def members(group: Group) -> dict[Role, tuple[str, ...]]:
     """The nodes of a group by role."""
-    layers = {"write": group.producers, "carry": group.per_channel_params, "read": group.consumers}
+    layers: dict[Role, Sequence[Member]] = {
+        "producer": group.producers,
+        "per_channel_param": group.per_channel_params,
+        "consumer": group.consumers,
+    }
     found = {role: tuple(dict.fromkeys(m.layer.node for m in inside)) for role, inside in layers.items()}
-    return {**found, "mix": group.mixers, "tie": group.ties}
+    return {**found, "mixer": group.mixers, "tie": group.ties}
 
 
 def colours(shared: Sequence[bool]) -> list[str]:
-    """A colour for each group: hues of neighbours lie far apart, and the shared ones are the vivid ones."""
+    """A colour for each group. Neighbours have distant hues, and shared groups have vivid colours."""
     found, count = [], [0, 0]
     for strong in shared:
         light, saturation, start = (0.50, 0.78, 0.58) if strong else (0.62, 0.42, 0.16)
         hue = (start + count[strong] * 0.61803398875) % 1
-        light -= 0.1 if 0.1 < hue < 0.5 else 0  # yellow and green are bright
+        light -= 0.1 if 0.1 < hue < 0.5 else 0  # yellow and green look brighter than other hues
         parts = colorsys.hls_to_rgb(hue, light, saturation)
         found.append("#" + "".join(f"{round(255 * part):02x}" for part in parts))
         count[strong] += 1
     return found
-
-
-@dataclass(frozen=True)
-class Frame:
-    """A module with several boxes, or a run of them: id, name within its parent, the parent's id or ""."""
-
-    id: str
-    label: str
-    parent: str
-    opened: bool = True

@@ -1,9 +1,9 @@
-// The network as it is seen: which frames are open, what stands for what is closed, and where it all lies (ELK).
+// The visible part of the network: which frames are open, the boxes in place of collapsed ones, and the layout by ELK.
 "use strict";
 const fx = {data: JSON.parse(document.getElementById("data").textContent)};
 fx.frames = new Map(fx.data.frames.map((f, at) => [f.id, {...f, at}]));
 fx.open = new Set(fx.data.frames.filter((f) => f.open).map((f) => f.id));
-fx.LIMIT = 450; // boxes that are laid out at once
+fx.LIMIT = 450; // visible boxes, at most
 
 fx.network = (() => {
   const {boxes, arrows} = fx.data;
@@ -12,7 +12,7 @@ fx.network = (() => {
   const children = d3.group(fx.data.frames, (f) => f.parent);
   const inside = d3.rollup(boxes, (all) => all.length, (b) => b.frame);
 
-  function wide(text, font) {
+  function textWidth(text, font) {
     pen.font = font;
     return pen.measureText(text).width;
   }
@@ -27,7 +27,7 @@ fx.network = (() => {
     return found;
   }
 
-  function closed(frame) { // the outermost closed frame around, or none
+  function collapsed(frame) { // the outermost collapsed frame around a frame, or undefined
     return ancestors(frame).find((f) => !fx.open.has(f));
   }
 
@@ -40,7 +40,7 @@ fx.network = (() => {
     return seen;
   }
 
-  function expand() { // one more level, as far as it stays of a size that can be laid out
+  function expand() { // open one more level of frames, as far as LIMIT allows
     const before = fx.open.size;
     const level = (frame) => (children.get(frame) || []).flatMap((f) => fx.open.has(f.id) ? level(f.id) : [f.id]);
     for (const id of level("")) {
@@ -49,7 +49,7 @@ fx.network = (() => {
     return fx.open.size > before;
   }
 
-  function told(box) {
+  function details(box) { // the second line of a box
     const width = box.after !== box.before ? `${box.before} → ${box.after}` : box.before ? `${box.before}` : "";
     return [box.op !== box.label && box.op !== box.kind ? box.op : "", width].filter(Boolean).join("  ");
   }
@@ -61,11 +61,11 @@ fx.network = (() => {
   function view() {
     const items = new Map();
     boxes.forEach((box, at) => {
-      const frame = closed(box.frame);
+      const frame = collapsed(box.frame);
       const id = frame === undefined ? `b${at}` : `f${fx.frames.get(frame).at}`;
       if (!items.has(id)) {
         const own = frame === undefined
-          ? {label: short(box.label, 34), told: short(told(box), 34), frame: box.frame}
+          ? {label: short(box.label, 34), details: short(details(box), 34), frame: box.frame}
           : {label: short(fx.frames.get(frame).label, 34), closed: frame, frame: fx.frames.get(frame).parent};
         items.set(id, {id, boxes: [], ...own});
       }
@@ -74,16 +74,16 @@ fx.network = (() => {
     const home = new Map();
     for (const item of items.values()) {
       item.boxes.forEach((at) => home.set(at, item.id));
-      if (item.closed !== undefined) item.told = `${item.boxes.length} nodes, closed`;
+      if (item.closed !== undefined) item.details = `${item.boxes.length} boxes, collapsed`;
       const roles = item.boxes.flatMap((at) => boxes[at].roles);
       item.groups = new Set(roles.filter(([, role]) => role !== "pass").map(([group]) => group));
       item.via = new Set(roles.filter(([, role]) => role === "pass").map(([group]) => group));
-      item.reads = [...new Set(roles.filter(([, role]) => role === "read").map(([group]) => group))];
-      item.holds = [...new Set(roles.filter(([, role]) => role !== "read").map(([group]) => group))];
+      item.consumes = [...new Set(roles.filter(([, role]) => role === "consumer").map(([group]) => group))];
+      item.holds = [...new Set(roles.filter(([, role]) => role !== "consumer").map(([group]) => group))];
       item.refused = [...new Set(item.boxes.flatMap((at) => boxes[at].refused))];
-      item.width = Math.max(84, 26 + wide(item.label, "600 12.5px system-ui, DejaVu Sans, sans-serif"),
-        22 + wide(item.told, "11px system-ui, DejaVu Sans, sans-serif"));
-      item.height = item.told ? 44 : 32;
+      item.width = Math.max(84, 26 + textWidth(item.label, "600 12.5px system-ui, DejaVu Sans, sans-serif"),
+        22 + textWidth(item.details, "11px system-ui, DejaVu Sans, sans-serif"));
+      item.height = item.details ? 44 : 32;
     }
     const wires = new Map();
     for (const [source, target, groups, through] of arrows) {
@@ -106,7 +106,7 @@ fx.network = (() => {
           id: `f${fx.frames.get(f.id).at}`, frame: f.id, children: inner, first: d3.min(inner, (c) => c.first),
           layoutOptions: {"elk.padding": "[top=34,left=14,bottom=14,right=14]",
             "elk.nodeSize.constraints": "MINIMUM_SIZE",
-            "elk.nodeSize.minimum": `(${50 + wide(f.label, "600 12px system-ui, DejaVu Sans, sans-serif")},40)`},
+            "elk.nodeSize.minimum": `(${50 + textWidth(f.label, "600 12px system-ui, DejaVu Sans, sans-serif")},40)`},
         };
       }),
     ].sort((one, other) => one.first - other.first);

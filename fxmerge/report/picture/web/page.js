@@ -1,4 +1,4 @@
-// What the parts do together: choosing, opening and closing, finding, keys, light and dark.
+// The page's behaviour: selecting, expanding and collapsing, searching, keyboard shortcuts, light and dark.
 "use strict";
 fx.chosen = null;
 
@@ -10,7 +10,7 @@ fx.chosenGroup = (groups) => {
 fx.groupOf = (box) => {
   const roles = fx.data.boxes[box].roles;
   const first = (...kinds) => kinds.map((kind) => roles.find(([, role]) => role === kind)).find(Boolean);
-  return first("write", "tie", "carry", "mix", "read", "pass")?.[0];
+  return first("producer", "tie", "per_channel_param", "mixer", "consumer", "pass")?.[0];
 };
 
 fx.choose = (what, fromPanel) => {
@@ -21,8 +21,8 @@ fx.choose = (what, fromPanel) => {
 };
 
 fx.lay = async () => {
-  const status = d3.select("#status").text("laying out …");
-  await new Promise((done) => setTimeout(done, 15)); // so that it is seen
+  const status = d3.select("#status").text("computing the layout …");
+  await new Promise((done) => setTimeout(done, 15)); // lets the browser show the status first
   fx.scene.draw(await fx.network.layout(fx.network.view()));
   status.text("");
 };
@@ -30,7 +30,7 @@ fx.lay = async () => {
 fx.toggle = async (frame) => {
   const id = `f${fx.frames.get(frame).at}`, old = fx.scene.place(id), opening = !fx.open.has(frame);
   if (opening && fx.network.shown() + fx.network.size(frame) - 1 > fx.LIMIT) {
-    d3.select("#status").text("too many layers are open; close some first");
+    d3.select("#status").text("too many layers are visible; collapse some modules first");
     return;
   }
   if (opening) fx.open.add(frame); else fx.open.delete(frame);
@@ -64,7 +64,7 @@ fx.find = (name) => {
     at = 0;
     found.selectAll("li").data(hits.slice(0, 12)).join("li").attr("role", "option").text((i) => names[i])
       .attr("aria-selected", (_, i) => String(i === at)).on("click", (event, i) => { close(); fx.go(i); });
-    d3.select("#status").text(sought && !hits.length ? "no layer has such a name" : "");
+    d3.select("#status").text(sought && !hits.length ? "no layer matches" : "");
   }
 
   function close() {
@@ -112,9 +112,9 @@ fx.find = (name) => {
 
   fx.panel.summary();
   theme(asked.matches ? "dark" : "light");
-  function linked() { // page.html#layer1.0.conv1
+  function linked() { // the layer of a link such as page.html#layer1.0.conv1
     const name = location.hash.slice(1);
-    try { return fx.find(decodeURIComponent(name)); } catch { return fx.find(name); } // "%" alone is no code
+    try { return fx.find(decodeURIComponent(name)); } catch { return fx.find(name); } // a "%" that is not part of a code
   }
   window.addEventListener("hashchange", linked);
   fx.lay().then(() => { fx.scene.start(); return linked(); }).then(() => { document.documentElement.dataset.ready = "yes"; });

@@ -1,4 +1,4 @@
-// The panel at the side: all groups; or the chosen group, layer and what was left alone, with figures and pictures.
+// The side panel: an overview of all groups, or the selected group or layer with its figures, partners and heat map.
 "use strict";
 fx.panel = (() => {
   const panel = d3.select("#panel"), {groups, boxes, refusals} = fx.data;
@@ -10,7 +10,7 @@ fx.panel = (() => {
     place.append("span").attr("class", `swatch${groups[at].refused ? " refused" : ""}`).style("background-color", groups[at].colour);
   }
 
-  function dotted(place, name) { // a path breaks behind its dots
+  function dotted(place, name) { // a long path may break after its dots
     name.split(".").forEach((part, i, all) => {
       place.append("span").text(part + (i < all.length - 1 ? "." : ""));
       if (i < all.length - 1) place.append("wbr");
@@ -56,26 +56,26 @@ fx.panel = (() => {
   }
 
   function refusal(at) {
-    const r = refusals[at], told = panel.append("div").attr("class", "refusal");
-    told.append("p").append("strong").text(`${r.name}: ${r.channels} channels left alone`);
-    told.append("p").text(r.reason);
-    if (r.where) told.append("p").attr("class", "soft").text(r.where);
+    const r = refusals[at], box = panel.append("div").attr("class", "refusal");
+    box.append("p").append("strong").text(`${r.name}: ${r.channels} channels not merged`);
+    box.append("p").text(r.reason);
+    if (r.where) box.append("p").attr("class", "soft").text(r.where);
   }
 
   function overview() {
     panel.append("h2").text(`${groups.length} merge groups`);
-    panel.append("p").attr("class", "soft").text("Layers of one colour lose the same channels. A box's upper edge shows what it reads, its lower edge what it puts out. Choose a group, a layer or a line.");
-    for (const [title, shared] of [["Shared by several layers", true], ["Between two layers", false]]) {
+    panel.append("p").attr("class", "soft").text("The layers of one colour keep and drop the same channels. The upper edge of a box shows the groups that it consumes, the lower edge those that it produces. Select a group, a layer or an arrow.");
+    for (const [title, shared] of [["Shared by several layers", true], ["With one producer, on one path", false]]) {
       const inside = d3.range(groups.length).filter((at) => groups[at].shared === shared);
       if (section(title, inside)) { const list = panel.append("ul"); inside.forEach((at) => groupRow(list, at)); }
     }
-    if (section("Left alone", refusals)) d3.range(Math.min(refusals.length, 200)).forEach(refusal);
+    if (section("Not merged", refusals)) d3.range(Math.min(refusals.length, 200)).forEach(refusal);
   }
 
   function heat(g) {
     const {channels, kept, cosines} = g.likeness, n = channels.length;
     if (n < 2) return;
-    panel.append("h3").text(n < g.channels ? `Similarity of ${n} of ${g.channels} channels, by cluster` : "Similarity of the channels, by cluster");
+    panel.append("h3").text(n < g.channels ? `Similarity of ${n} of ${g.channels} channels, clustered` : "Similarity of the channels, clustered");
     const canvas = panel.append("canvas").attr("width", n).attr("height", n).attr("role", "img")
       .attr("aria-label", `Cosines of ${n} channels`).node();
     const bytes = Uint8Array.from(atob(cosines), (c) => c.charCodeAt(0)), pen = canvas.getContext("2d"), image = pen.createImageData(n, n);
@@ -87,12 +87,12 @@ fx.panel = (() => {
     pen.putImageData(image, 0, 0);
     const legend = panel.append("div").attr("class", "legend");
     ["cosine -1 (grey)", "0", "1 (the group's colour)"].forEach((t) => legend.append("span").text(t));
-    const told = panel.append("p").attr("class", "soft").text(`Point at a cell. ${merged ? `${[...kept].filter((c) => c === "1").length} of these stay.` : ""}`);
+    const hint = panel.append("p").attr("class", "soft").text(`Hover over a cell to see its channels. ${merged ? `${[...kept].filter((c) => c === "1").length} of them are kept.` : ""}`);
     d3.select(canvas).on("mousemove", (event) => {
       const [x, y] = d3.pointer(event), side = canvas.clientWidth / n;
       const i = Math.min(n - 1, Math.floor(y / side)), j = Math.min(n - 1, Math.floor(x / side));
       const fate = (at) => merged ? (kept[at] === "1" ? " (kept)" : " (dropped)") : "";
-      told.text(`channels ${channels[i]}${fate(i)} and ${channels[j]}${fate(j)}: cosine ${value(i, j).toFixed(2)}`);
+      hint.text(`channels ${channels[i]}${fate(i)} and ${channels[j]}${fate(j)}: cosine ${value(i, j).toFixed(2)}`);
     });
   }
 
@@ -100,10 +100,10 @@ fx.panel = (() => {
     const drawn = g.partners.filter((p) => p[1] >= 0);
     if (!drawn.length) return;
     const all = g.dropped - g.unpartnered;
-    panel.append("h3").text(drawn.length < all ? `Who was merged into whom (${drawn.length} of ${all})` : "Who was merged into whom");
+    panel.append("h3").text(drawn.length < all ? `Dropped channels and their partners (${drawn.length} of ${all})` : "Dropped channels and their partners");
     const into = [...new Set(drawn.map((p) => p[1]))], high = drawn.length * 16 + 26;
     const svg = panel.append("svg").attr("class", "partners").attr("width", "100%").attr("viewBox", `0 0 350 ${high}`)
-      .attr("role", "img").attr("aria-label", "Dropped channels and the kept ones that carry them");
+      .attr("role", "img").attr("aria-label", "Dropped channels and the kept channels that they are merged into");
     const left = d3.scalePoint(d3.range(drawn.length), [30, high - 10]).align(0);
     const right = new Map(into.map((k) => [k, d3.mean(drawn.map((p, i) => p[1] === k ? left(i) : null).filter((y) => y !== null))]));
     svg.append("text").attr("class", "head").attr("x", 60).attr("y", 12).attr("text-anchor", "end").text("dropped");
@@ -122,16 +122,16 @@ fx.panel = (() => {
     const g = groups[at], head = panel.append("h2");
     swatch(head.style("display", "flex").style("gap", "8px").style("align-items", "center"), at);
     dotted(head.append("span"), g.name);
-    if (g.refused) panel.append("div").attr("class", "refusal").append("p").text(`left alone: it ${g.refused}`);
+    if (g.refused) panel.append("div").attr("class", "refusal").append("p").text(`Not merged: ${g.refused}`);
     const lost = g.channels - g.kept, solved = g.refit.filter((r) => r.before !== r.after);
     table([
       ["channels", width(g)],
-      ...(merged && lost ? [["similarity of what went to what stayed", g.similarity.toFixed(2)],
-        ["dropped with a partner", whole(g.dropped - g.unpartnered)], ["dropped without one", whole(g.unpartnered)]] : []),
-      ...(solved.length ? [["mean error of its layers, before and after refit", pair(["before", "after"].map((k) => d3.mean(solved, (r) => r[k])), d3.format(".2r"))]] : []),
+      ...(merged && lost ? [["similarity of dropped to kept channels", g.similarity.toFixed(2)],
+        ["dropped channels with a partner", whole(g.dropped - g.unpartnered)], ["dropped channels without a partner", whole(g.unpartnered)]] : []),
+      ...(solved.length ? [["mean error of its layers before and after refit", pair(["before", "after"].map((k) => d3.mean(solved, (r) => r[k])), d3.format(".2r"))]] : []),
       ["parameters of its layers", pair(g.parameters, short)], ["FLOPs of its layers", pair(g.flops, short)],
     ]);
-    if (g.scaleBlocks.length) panel.append("p").attr("class", "soft").text(`Merged with scale 1 only: no other scale passes ${g.scaleBlocks.slice(0, 3).join(", ")}${g.scaleBlocks.length > 3 ? " and others" : ""}.`);
+    if (g.scaleBlocks.length) panel.append("p").attr("class", "soft").text(`Channels are merged without rescaling, because scaling does not pass through ${g.scaleBlocks.slice(0, 3).join(", ")}${g.scaleBlocks.length > 3 ? " and others" : ""}.`);
     panel.append("h3").text("Its layers");
     const layers = panel.append("table").attr("class", "members").append("tbody");
     for (const [title, names] of [["Producers", g.producers], ["Per-channel parameters", g.per_channel_params], ["Consumers", g.consumers],
@@ -147,10 +147,10 @@ fx.panel = (() => {
     dotted(panel.append("h2"), box.modules.join(", "));
     panel.append("p").attr("class", "soft").text(`${box.op}${box.before ? `, ${box.after !== box.before ? `${box.before} → ${box.after}` : box.before} channels` : ""}`);
     box.refused.forEach(refusal);
-    const words = {write: "writes", carry: "carries", read: "reads", mix: "mixes", tie: "joins", pass: "passes on"};
+    const words = {producer: "producer", per_channel_param: "per-channel parameter", consumer: "consumer", mixer: "mixer", tie: "tie"};
     const list = panel.append("ul");
     for (const [g, roles] of d3.group(box.roles, (r) => r[0])) {
-      list.append("li").attr("class", "soft does").text(roles.map((r) => words[r[1]]).join(", "));
+      list.append("li").attr("class", "soft does").text(roles[0][1] === "pass" ? "passes on" : `${roles.map((r) => words[r[1]]).join(", ")} of`);
       groupRow(list, g);
     }
   }
@@ -173,8 +173,9 @@ fx.panel = (() => {
     const left = (v) => v.length > 1 && v[0] ? ` ${d3.format(".1%")(v[1] / v[0])} left` : "";
     const rows = [["parameters", pair(parameters, short), left(parameters)], ["FLOPs", pair(flops, short), left(flops)]];
     if (merged) rows.push(["output error", error === null ? "not finite" : d3.format(".3")(error), ""]);
-    if (seconds) rows.push(["merged in", `${d3.format(".2r")(seconds)} s`, ""]);
-    rows.push(["groups", `${groups.filter((g) => g.kept < g.channels).length || groups.length}`, merged ? ` of ${groups.length} merged` : ""], ["left alone", `${refusals.length}`, ""]);
+    if (seconds) rows.push(["merge time", `${d3.format(".2r")(seconds)} s`, ""]);
+    rows.push(["groups", `${merged ? groups.filter((g) => g.kept < g.channels).length : groups.length}`, merged ? ` of ${groups.length} merged` : ""],
+      ["not merged", `${refusals.length}`, ""]);
     for (const [name, value, more] of rows) {
       const row = list.append("div");
       row.append("dt").text(name);

@@ -1,4 +1,4 @@
-// The scene: a laid out network drawn by d3, what is chosen in it, zoom and the small map.
+// The drawing of the network with d3: boxes, arrows, frames, highlighting, zoom, and the small map.
 "use strict";
 fx.scene = (() => {
   const svg = d3.select("#network"), map = d3.select("#map");
@@ -28,7 +28,7 @@ fx.scene = (() => {
 
   const paint = (group) => fx.data.groups[group].refused ? `url(#hatch${group})` : fx.data.groups[group].colour;
 
-  function path(points) { // orthogonal, with round corners
+  function path(points) { // horizontal and vertical lines with rounded corners
     const p = d3.path(), r = 7;
     p.moveTo(points[0].x, points[0].y);
     for (let i = 1; i < points.length - 1; i++) p.arcTo(points[i].x, points[i].y, points[i + 1].x, points[i + 1].y,
@@ -49,9 +49,9 @@ fx.scene = (() => {
     frames.selectAll("*").remove();
     frames.append("rect").attr("x", (f) => f.x).attr("y", (f) => f.y).attr("width", (f) => f.width)
       .attr("height", (f) => f.height).attr("rx", 8);
-    const title = layers[2].selectAll("g.title").data(laid.frames, (f) => f.id).join("g") // above the wires
+    const title = layers[2].selectAll("g.title").data(laid.frames, (f) => f.id).join("g") // drawn above the arrows
       .attr("class", (f) => `title${f.depth % 2 ? " odd" : ""}`).attr("aria-expanded", "true")
-      .attr("aria-label", (f) => `Close ${fx.frames.get(f.frame).label}`);
+      .attr("aria-label", (f) => `Collapse ${fx.frames.get(f.frame).label}`);
     title.selectAll("*").remove();
     title.append("rect").attr("x", (f) => f.x + 1).attr("y", (f) => f.y + 1).attr("width", (f) => f.width - 2)
       .attr("height", 24).attr("rx", 7);
@@ -90,21 +90,21 @@ fx.scene = (() => {
       .attr("class", (item) => ["box", item.closed !== undefined && "closed", item.refused.length && "refused"].filter(Boolean).join(" "))
       .attr("data-modules", (item) => item.boxes.flatMap((at) => fx.data.boxes[at].modules).join("\n"))
       .attr("transform", (item) => `translate(${item.x},${item.y})`)
-      .attr("aria-label", (item) => `${item.label}, ${item.told}`);
+      .attr("aria-label", (item) => `${item.label}, ${item.details}`);
     boxes.selectAll("*").remove();
     boxes.each(function (item) {
       const here = d3.select(this), middle = item.width / 2;
       here.append("rect").attr("class", "body").attr("width", item.width).attr("height", item.height).attr("rx", 6);
-      if (item.reads.length) stripe(here, item, item.reads.slice(0, 12), 0);
+      if (item.consumes.length) stripe(here, item, item.consumes.slice(0, 12), 0);
       if (item.holds.length) stripe(here, item, item.holds.slice(0, 12), item.height - 6);
       if (!item.holds.length && item.refused.length) here.append("rect").attr("class", "stripe refused").attr("x", 6)
         .attr("y", item.height - 6).attr("width", item.width - 12).attr("height", 6).attr("fill", "url(#blank)");
       const name = item.closed !== undefined ? `+ ${item.label}` : item.label;
-      here.append("text").attr("class", "name").attr("x", middle).attr("y", item.told ? 19 : 20).text(name);
-      if (item.told) here.append("text").attr("class", "told").attr("x", middle).attr("y", 33).text(item.told);
+      here.append("text").attr("class", "name").attr("x", middle).attr("y", item.details ? 19 : 20).text(name);
+      if (item.details) here.append("text").attr("class", "details").attr("x", middle).attr("y", 33).text(item.details);
       const why = item.refused.map((r) => fx.data.refusals[r].reason);
       here.append("title").text([...fx.data.boxes[item.boxes[0]].modules.slice(0, item.closed !== undefined ? 0 : 9),
-        ...why.map((reason) => `left alone: ${reason}`)].join("\n"));
+        ...why.map((reason) => `not merged: ${reason}`)].join("\n"));
     });
     const act = (event, item) => item.closed !== undefined ? fx.toggle(item.closed) : fx.choose({box: item.boxes[0]});
     boxes.on("click", act).on("mouseenter", (event, item) => { if (item.closed === undefined) mark(fx.groupOf(item.boxes[0])); })
@@ -112,7 +112,7 @@ fx.scene = (() => {
     key(boxes, act);
   }
 
-  function mark(hovered) { // the group under the pointer, or the chosen one, with all that belongs to it
+  function mark(hovered) { // highlight the members of the group under the pointer, or else of the selected group
     const group = hovered ?? fx.chosen?.group;
     root.classed("dimmed", group !== undefined && group !== null);
     layers[3].selectAll("g.box").classed("on", (item) => item.groups.has(group)).classed("via", (item) => item.via.has(group))
@@ -145,7 +145,7 @@ fx.scene = (() => {
     map.select(".window").attr("x", -t.x / t.k).attr("y", -t.y / t.k).attr("width", width / t.k).attr("height", height / t.k);
   }
 
-  function moveTo(x, y, k) { // the point in the middle of the window
+  function moveTo(x, y, k) { // zoom to scale k with the point (x, y) in the middle of the window
     const {width, height} = svg.node().getBoundingClientRect();
     svg.call(zoom.transform, d3.zoomIdentity.translate(width / 2 - x * k, height / 2 - y * k).scale(k));
   }
@@ -155,7 +155,7 @@ fx.scene = (() => {
     moveTo(laid.width / 2, laid.height / 2, Math.min(width / laid.width, height / laid.height, 1.2));
   }
 
-  function start() { // all of it where it can be read, else the top of it
+  function start() { // show the whole network if it is legible at that scale, else its top
     const {width, height} = svg.node().getBoundingClientRect();
     const whole = Math.min(width / laid.width, height / laid.height, 1.2);
     if (whole >= 0.6) return fit();
@@ -189,7 +189,7 @@ fx.scene = (() => {
   return {
     draw, mark, fit, start, show, focus, place,
     at: () => d3.zoomTransform(svg.node()),
-    keep: (old, id) => { // what was touched stays under the pointer
+    keep: (old, id) => { // the frame that was toggled stays under the pointer
       const now = place(id), t = d3.zoomTransform(svg.node());
       if (old && now) svg.call(zoom.transform, d3.zoomIdentity.translate(t.x + (old.x - now.x) * t.k, t.y + (old.y - now.y) * t.k).scale(t.k));
     },
