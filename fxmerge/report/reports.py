@@ -154,7 +154,7 @@ class Report(Drawable):
             notes.append("dropped without merging: whole blocks, or copies of channels that do not line up")
         unpartnered = sum(p.into < 0 for p in plan.partners)
         if decomposition == "mostsim" and unpartnered and group.partners:
-            notes.append(f"{unpartnered} dropped channels are not similar to any kept channel")
+            notes.append(f"{unpartnered} dropped channels have no partner")
         return notes
 
     def _in_kept_blocks(self, group: Group, plan: GroupPlan) -> int:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-
-from rich.console import Console
-from rich.table import Table
+from typing import TYPE_CHECKING
 
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.groups import Refusal
 from fxmerge.refit.refit_layers import Refitted
 from fxmerge.report.refusals import parameters_held
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
 
 def render(*parts: Table | str, width: int = 120) -> str:
     """Tables and texts below each other, as plain text of at most `width` columns."""
+    from rich.console import Console
+
     console = Console(file=io.StringIO(), width=width)
     for part in parts:
         console.print(part, highlight=False, markup=False)
@@ -24,6 +27,8 @@ def render(*parts: Table | str, width: int = 120) -> str:
 
 def new_table(title: str, first: str) -> Table:
     """An empty table with a title and a first column for names."""
+    from rich.table import Table
+
     table = Table(title=title, title_justify="left")
     table.add_column(first, overflow="fold")
     return table
@@ -54,8 +59,8 @@ def refusal_table(refusals: Sequence[Refusal], captured: Capture) -> Table:
 
 def refit_table(refitted: Sequence[Refitted]) -> Table:
     """The layers that were considered for refit, with the relative square error of their outputs."""
-    table = new_table("Refit: relative square error of each layer's outputs", "layer")
-    add_number_columns(table, "before", "after")
+    table = new_table("Refit", "layer")
+    add_number_columns(table, "error before", "error after")
     add_text_columns(table, "note")
     for r in refitted:
         table.add_row(r.name, f"{r.before:.4f}", f"{r.after:.4f}", r.note)

@@ -198,7 +198,10 @@ ERRORS: dict[str, tuple[list[str], str]] = {
     "bad weights": (["analyze", "{dir}/small_net.py:small", "--weights", "{dir}/small_net.py"], r"cannot read weights"),
     "bad ratio": (["merge", "{dir}/small_net.py:small", "--out", "{dir}/o", "--ratio", "1.5"], r"ratio is 1.5"),
     "bad choice": (["merge", "{dir}/small_net.py:small", "--out", "{dir}/o", "--selection", "l3"], r"choose one of l1"),
-    "no such drawing": (["draw", "{dir}/small_net.py:small", "--out", "{dir}/x.png"], r"the format of .*x.png' is unknown; use .* \.html"),
+    "no such drawing": (
+        ["draw", "{dir}/small_net.py:small", "--out", "{dir}/x.png"],
+        r"the format of .*x.png' is unknown; use one of the extensions \.html",
+    ),
     "no such report": (
         ["merge", "{dir}/small_net.py:small", "--out", "{dir}/o", "--report", "{dir}/x"],
         r"the format of .* is unknown; use one of the extensions \.html",

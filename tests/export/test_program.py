@@ -144,7 +144,8 @@ def test_onnx_of_a_module(tmp_path: Path) -> None:
 def test_without_onnxscript(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = plain_merge(*NETS["mlp"]())
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(FxMergeError, match=r"needs the package onnxscript; install it with pip install 'fxmerge\[onnx\]'"):
+    message = r"needs the package onnxscript; install it with pip install 'fxmerge\[onnx\]'"
+    with pytest.raises(FxMergeError, match=message):
         result.to_onnx(tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import fxmerge
 from fxmerge import FxMergeError
 from fxmerge.graph.compare import difference, outputs
+from fxmerge.graph.outputs import returned
 from tests.helpers.netmaking import one_thread, plain_merge, randomised  # noqa: F401
 from tests.helpers.nets import NETS
 
@@ -205,11 +206,12 @@ def test_every_route_back_gives_the_merged_model(name: str, folders: dict[str, A
     expected = given(result, result.module)
     assert difference(given(result, model), expected) > 1e-4  # or there would be nothing to lose
     alone = torch.load(folder.parent / "outputs.pt")
-    assert difference(expected, fxmerge.outputs.returned(alone)) <= 1e-6
+    assert difference(expected, returned(alone)) <= 1e-6
     assert difference(expected, given(result, fxmerge.load(folder))) <= 1e-6
     before = {k: v.clone() for k, v in model.state_dict().items()}
     if name in RIGID:
-        with pytest.raises(FxMergeError, match=r"cannot be loaded into the user's own class: the code of Net has sizes"):
+        message = r"cannot be loaded into the user's own class: the code of Net has sizes that cannot"
+        with pytest.raises(FxMergeError, match=message):
             fxmerge.load(folder, model=model)
     else:
         own = fxmerge.load(folder, model=other(model))
@@ -315,7 +317,8 @@ def test_a_detection_model(tmp_path: Path) -> None:
     own = fxmerge.load(tmp_path / "o", model=other(model))
     assert difference(given(result, result.module), given(result, own)) <= 1e-5
     assert sum(p.numel() for p in own.parameters()) == sum(p.numel() for p in result.module.parameters())
-    with pytest.raises(FxMergeError, match=r"has no model.py: only parts of the model could be traced; .*; call load\("):
+    message = r"has no model.py: only parts of the model could be traced; .*; call load\("
+    with pytest.raises(FxMergeError, match=message):
         fxmerge.load(tmp_path / "o")
 
 
@@ -339,7 +342,7 @@ def test_code_of_the_users_own_is_not_written(tmp_path: Path) -> None:
     model, x = Wrapped().eval(), torch.randn(2, 6)
     result = plain_merge(model, x)
     result.save(tmp_path / "o")
-    with pytest.raises(FxMergeError, match=r"has no model.py: .*test_save.py:\d+.* calls test_save.'mine', which"):
+    with pytest.raises(FxMergeError, match=r"has no model.py: .*test_save.py:\d+.* calls .*test_save.'mine', which"):
         fxmerge.load(tmp_path / "o")
 
 
@@ -372,13 +375,17 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "weights empty": (lambda f: cut(f / "weights.safetensors", 0), r"weights.safetensors is damaged"),
     "a bit of a tensor": (lambda f: flipped(f / "weights.safetensors", -3), r"its tensors differ from the saved ones"),
     "model.py cut": (lambda f: cut(f / "model.py", -30), r"model.py is not the file that was saved"),
-    "model.py edited": (lambda f: flipped(f / "model.py", 700), r"model.py is not .* edited model.py, call its own load\(\)"),
+    "model.py edited": (
+        lambda f: flipped(f / "model.py", 700), r"model.py is not .* edited model.py, call its own load\(\)"
+    ),
     "model.py not text": (lambda f: (f / "model.py").write_bytes(b"\xff\xfe"), r"model.py cannot be read"),
     "plan edited": (lambda f: flipped(f / "plan.json", 100), r"plan.json is not the file that was saved"),
     "weights of others": (
         lambda f: save_file({"a": torch.zeros(2)}, f / "weights.safetensors"), r"was not saved by fxmerge"
     ),
-    "a newer version": (lambda f: edited(f, fxmerge_folder="2"), r"has format version 2, but this fxmerge reads version 1; update"),
+    "a newer version": (
+        lambda f: edited(f, fxmerge_folder="2"), r"has format version 2, but this fxmerge reads version 1; update"
+    ),
 }  # fmt: skip
 
 
@@ -397,7 +404,8 @@ def test_damaged_folders(what: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("", "damaged"), ("[]", "record about the user's own class is damaged"), ('{"refused": ""}', "is damaged: KeyError"),
+    ("", "damaged"), ("[]", "record about the user's own class is damaged"),
+    ('{"refused": ""}', "is damaged: KeyError"),
     ('{"refused": "", "attributes": {"a": 3}, "rows": {}, "unused": []}', "Net has no integer attribute a"),
 ])  # fmt: skip
 def test_a_damaged_record_of_the_class(text: str, message: str, tmp_path: Path) -> None:

@@ -147,8 +147,9 @@ def test_clicking_and_pointing_in_the_network(opened: Any) -> None:
     assert tab.modules(".box.on") == {"a", "an", "b", "bn"}
     panel = tab.tab.inner_text("#panel")
     assert "16 → 8" in panel
-    for title in ("producer, per-channel parameter of", "Producers", "Per-channel parameters", "Consumers", "Similarity", "FLOPs"):
-        assert title in panel, title
+    titles = ("Producers", "Per-channel parameters", "Consumers", "Similarity", "FLOPs")
+    for text in ("producer, per-channel parameter of", *titles):
+        assert text in panel, text
     tab.tab.click(f'{box} .stripe[data-group="0"]')  # its upper edge: the stream that it reads
     tab.tab.mouse.move(3, 880)
     assert tab.modules(".box.on") == {"stem", "n", "a", "an", "b", "bn", "add", "fc"}
