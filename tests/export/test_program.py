@@ -1,4 +1,4 @@
-"""ExportedPrograms in and out, .pt2 and ONNX files, and the command line's part in them."""
+"""ExportedPrograms as input and output, .pt2 and ONNX files, from Python and from the command line."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class TwoInputs(nn.Module):
-    """Two inputs in containers, one given by name, two outputs in a dict; both axes of the first dynamic."""
+    """Inputs in containers, one passed by keyword, two outputs in a dict; both leading axes are dynamic."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ def program(model: nn.Module, x: Tensor) -> ExportedProgram:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_program_in_and_out(name: str) -> None:
-    """A dynamic batch stays dynamic, names stay, and the program gives what the merged module gives."""
+    """A dynamic batch stays dynamic, names are kept, and the program computes the same as the merged module."""
     model, x = MODELS[name]()
     given = program(model, x)
     result = plain_merge(given, ratio=0.5)
@@ -114,7 +114,7 @@ def test_example_inputs_may_be_given_too() -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_onnx(name: str, tmp_path: Path) -> None:
-    """onnxruntime gives the merged model's output, for a batch of another size too."""
+    """onnxruntime reproduces the merged model's outputs, also for another batch size."""
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
     model, x = MODELS[name]()
@@ -151,7 +151,7 @@ def test_without_onnxscript(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 class Sinc(nn.Module):
-    """An op that ONNX has no counterpart of."""
+    """A model with an op that ONNX does not have."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Saved folders: model.py in a process of its own, weights in the user's class, damage, and saves that are killed."""
+"""Saved folders: model.py in a separate process, weights in the user's class, damaged folders, and killed saves."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TESTS = Path(__file__).resolve().parents[1]
 
 
 class Odd(nn.Module):
-    """Names that are no identifiers, a list in a list, ties, a constant, a frozen bias, a buffer that is not saved."""
+    """Names that are not identifiers, nested lists, ties, a constant, a frozen bias, a non-persistent buffer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class Recurrent(nn.Module):
 
 
 class Enlarged(nn.Module):
-    """Layers that are made with a `mode`."""
+    """A layer whose constructor takes a `mode`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class Enlarged(nn.Module):
 
 
 def sequential(*first: nn.Module) -> nn.Module:
-    """A model that has no names but numbers, with one convolution in it twice."""
+    """A model whose layers are numbered, with one convolution used twice."""
     again = nn.Conv2d(8, 8, 3, padding=1)
     layers = [*first, nn.BatchNorm2d(8), again, nn.ReLU(), again, nn.Flatten(), nn.Linear(288, 4)]
     return nn.Sequential(*layers).eval()
@@ -178,7 +178,7 @@ def given(result: fxmerge.Result, module: nn.Module) -> list[Tensor]:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[fxmerge.Result, Path, Any]]:
-    """Every model merged and saved; then all of them run by their model.py, in one process that has no fxmerge."""
+    """Every model merged and saved; then every model.py is run in one process without fxmerge."""
     found = {}
     for name in MODELS:
         try:
@@ -199,12 +199,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[fxmerge
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_route_back_gives_the_merged_model(name: str, folders: dict[str, Any]) -> None:
-    """model.py in a process of its own, fxmerge.load, and the user's class with other weights in it before."""
+    """model.py in a separate process, fxmerge.load, and an instance of the user's class with other weights."""
     if name not in folders:
         pytest.skip("its package is not installed")
     result, folder, model = folders[name]
     expected = given(result, result.module)
-    assert difference(given(result, model), expected) > 1e-4  # or there would be nothing to lose
+    assert difference(given(result, model), expected) > 1e-4  # otherwise a failed load would go unnoticed
     alone = torch.load(folder.parent / "outputs.pt")
     assert difference(expected, returned(alone)) <= 1e-6
     assert difference(expected, given(result, fxmerge.load(folder))) <= 1e-6
@@ -222,7 +222,7 @@ def test_every_route_back_gives_the_merged_model(name: str, folders: dict[str, A
 
 @pytest.mark.parametrize("dims", [2, 3, 4, 5])
 def test_batch_norms_of_exported_graphs_take_their_inputs(dims: int, tmp_path: Path) -> None:
-    """An aten batch_norm takes inputs of any dimensions, a layer of its own only."""
+    """The aten op takes inputs of any number of dimensions, each layer only those of its class."""
     torch.manual_seed(0)
     first: nn.Module = nn.Linear(3, 8) if dims == 2 else (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 3](3, 8, 1)
     norm = (nn.BatchNorm1d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dims - 2](8)
@@ -230,7 +230,7 @@ def test_batch_norms_of_exported_graphs_take_their_inputs(dims: int, tmp_path: P
     model, x = randomised(nn.Sequential(first, norm, nn.ReLU(), last)).eval(), torch.randn(4, 3, *[5] * (dims - 2))
     result = plain_merge(torch.export.export(model, (x,)), None, ratio=0.5)
     result.save(tmp_path / "saved")
-    text = (tmp_path / "saved" / "model.py").read_text()  # older torch: no layer can be put back into such a graph
+    text = (tmp_path / "saved" / "model.py").read_text()  # with older versions of torch such a graph keeps its aten ops
     assert (f"nn.{type(norm).__name__}(" in text) == (f"nn.{type(first).__name__}(" in text)
     assert difference(given(result, result.module), given(result, fxmerge.load(tmp_path / "saved"))) <= 1e-6
 
@@ -270,7 +270,7 @@ def test_model_py_is_plain_and_formatted(name: str, folders: dict[str, Any]) -> 
 
 @pytest.mark.parametrize("name", ["resnet18", "vit", "odd"])
 def test_golden_source(name: str, folders: dict[str, Any]) -> None:
-    """The text itself; FXMERGE_UPDATE_GOLDEN=1 writes it anew."""
+    """The generated code equals the stored one; FXMERGE_UPDATE_GOLDEN=1 updates it."""
     if name not in folders:
         pytest.skip("its package is not installed")
     text = (folders[name][1] / "model.py").read_text()
@@ -298,16 +298,16 @@ def test_generate_in_the_users_class(folders: dict[str, Any]) -> None:
     _, folder, model = folders["gpt2"]
     own = fxmerge.load(folder, model=other(model))
     prompt = torch.randint(1, 50, (1, 4))
-    said = own.generate(prompt, max_new_tokens=4, do_sample=False, eos_token_id=None)
-    by_hand = prompt
-    for _ in range(4):  # without the cache of keys and values
-        by_hand = torch.cat([by_hand, own(by_hand).logits[:, -1:].argmax(-1)], 1)
-    assert torch.equal(said, by_hand)
+    generated = own.generate(prompt, max_new_tokens=4, do_sample=False, eos_token_id=None)
+    greedy = prompt
+    for _ in range(4):  # without a key-value cache
+        greedy = torch.cat([greedy, own(greedy).logits[:, -1:].argmax(-1)], 1)
+    assert torch.equal(generated, greedy)
     assert sum(p.numel() for p in own.parameters()) < 0.8 * sum(p.numel() for p in model.parameters())
 
 
 def test_a_detection_model(tmp_path: Path) -> None:
-    """Only parts of it are graphs: there is no model.py, but the weights go into the user's class."""
+    """Only parts of it can be traced: there is no model.py, but the weights can be loaded into the user's class."""
     detection = pytest.importorskip("torchvision").models.detection
     torch.manual_seed(0)
     model = detection.fasterrcnn_mobilenet_v3_large_320_fpn(weights=None, weights_backbone=None).eval()
@@ -351,8 +351,8 @@ def edited(folder: Path, **changes: str) -> None:
     from safetensors import safe_open
 
     with safe_open(folder / "weights.safetensors", framework="pt") as opened:
-        told = {**opened.metadata(), **changes}
-    save_file(load_file(folder / "weights.safetensors"), folder / "weights.safetensors", told)
+        metadata = {**opened.metadata(), **changes}
+    save_file(load_file(folder / "weights.safetensors"), folder / "weights.safetensors", metadata)
 
 
 def flipped(path: Path, at: int) -> None:
@@ -447,7 +447,7 @@ def test_files_of_others_stay(tmp_path: Path) -> None:
 
 
 def test_a_save_that_raises_leaves_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where two names cannot be exchanged the old folder steps aside, and comes back if the new one cannot come."""
+    """Without an atomic exchange the old folder is moved aside, and moved back if the new one cannot be moved in."""
     saved("mlp", tmp_path / "o")
     before = {p.name: p.read_bytes() for p in (tmp_path / "o").iterdir()}
     result = plain_merge(*made("residual"))
@@ -468,7 +468,7 @@ def test_a_save_that_raises_leaves_the_old_folder(tmp_path: Path, monkeypatch: p
 
 
 def test_a_killed_save_leaves_the_old_folder_or_the_new_one(tmp_path: Path) -> None:
-    """SIGKILL at each call to the system that one save over another makes."""
+    """SIGKILL at each system call of a save over an existing folder."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)}
     program = [sys.executable, str(TESTS / "helpers" / "killed_saves.py"), str(tmp_path / "o")]
     done = subprocess.run(program, capture_output=True, text=True, env=environment, timeout=300)
@@ -481,7 +481,7 @@ def test_a_killed_save_leaves_the_old_folder_or_the_new_one(tmp_path: Path) -> N
     found = []
     for limit, _ in steps:
         folder = Path(f"{tmp_path / 'o'}-{limit}")
-        out = fxmerge.load(folder)(x)  # checks that its files are of one save
+        out = fxmerge.load(folder)(x)  # checks that its files belong to one save
         found.append(next(i for i, w in enumerate(whole) if torch.allclose(w, out, atol=1e-6)))
     assert found == sorted(found)
     assert found[0] == 0

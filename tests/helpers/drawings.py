@@ -1,4 +1,4 @@
-"""Pictures and nets whose names do harm, and wide ones."""
+"""Pictures and networks with names that need escaping, and pictures of many layers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NASTY += ["new\nline", "\x00\x1b", "</title></text>"]
 
 
 class Named(nn.Module):
-    """Layers with names that mean something to other languages, as far as torch.fx takes them."""
+    """Layers with names that have a meaning in other languages, as far as torch.fx accepts them."""
 
     names = tuple(name for name in NASTY if not set(name) & set('"\n\x00'))
 
@@ -34,7 +34,7 @@ class Named(nn.Module):
 
 
 def nasty() -> Picture:
-    """A picture in which every text is a name of that kind."""
+    """A picture in which every text is such a name."""
     boxes = tuple(producer(name, name, frame=name, op=name, refused=(0,)) for name in NASTY)
     frames = tuple(Frame(name, name, "") for name in NASTY)
     arrows = tuple(Arrow(one, other, (0,), (one,)) for one, other in itertools.pairwise(NASTY))
@@ -66,7 +66,7 @@ def producer(name: str, label: str, frame: str, op: str, refused: tuple[int, ...
 
 
 def wide(count: int) -> Picture:
-    """A flat network of so many layers, every tenth with a way around it."""
+    """A flat network of `count` layers with a skip connection around every tenth."""
     places, frames = nested([""] * count)
     boxes = [producer(f"n{i}", f"layer {i}", frame=f, op="conv") for i, (f, _) in enumerate(places)]
     arrows = [Arrow(f"n{i}", f"n{i + 1}", (0,)) for i in range(count - 1)]

@@ -1,4 +1,4 @@
-"""Run as a program: save over a saved folder, killed at the n-th thing that the process asks of the system.
+"""Run as a program: save over a saved folder, killed at the n-th system call.
 
 usage: killed_saves.py FOLDER; prints a line `n status` for n = 1, 2, ... until a save comes to its end.
 After each, FOLDER is renamed to FOLDER-n, so that the caller can look at what was left, and saved anew.

@@ -1,4 +1,4 @@
-"""Run as a program: load every saved folder by its own model.py, with only torch and its friends at hand.
+"""Run as a program: load every saved folder by its own model.py, with only torch, torchvision and timm available.
 
 usage: saved_alone.py FOLDER ...; each holds inputs.pt. Writes outputs.pt beside it.
 """

@@ -1,4 +1,4 @@
-"""DOT, SVG, Mermaid, GraphML, Model Explorer, JSON: read back by other programs' own readers; names do no harm."""
+"""DOT, SVG, Mermaid, GraphML, Model Explorer and JSON can be read by their own programs, whatever the layers' names."""
 
 from __future__ import annotations
 

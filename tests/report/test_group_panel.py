@@ -1,4 +1,4 @@
-"""What the page tells of each group: the numbers behind its pictures, against the plan and against counting by hand."""
+"""The numbers in the page's panel for each group, compared with the plan and with numbers counted by hand."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_the_heat_map_shows_the_cosines_that_the_merge_went_by() -> None:
             at = {channel: i for i, channel in enumerate(like["channels"])}
             assert [c == "1" for c in like["kept"]] == [channel in plan.kept for channel in like["channels"]]
             if groups[plan.name]["scaleBlocks"]:
-                continue  # there the merge asks for equal rows, not for parallel ones
+                continue  # merged without rescaling: rows are compared for equality, not for parallelism
             for p in plan.partners:
                 if p.into >= 0:
                     assert seen[at[p.channel], at[p.into]] == pytest.approx(p.cosine, abs=0.012), (name, plan.name)
@@ -100,18 +100,18 @@ def test_wide_groups_are_sampled_evenly() -> None:
 def test_costs_of_a_group_by_hand() -> None:
     model, x = NETS["residual"]()
     group = data_of(plain_merge(model, x, ratio=0.5).report.html())["groups"][1]
-    # a: 12 -> 16 channels, 3 x 3, with its BatchNorm; b: 16 -> 12; 8 of 16 stay, and 6 of the stream's 12
+    # a: 12 -> 16 channels, 3 x 3, with its BatchNorm; b: 16 -> 12; 8 of 16 are kept, and 6 of the stream's 12
     assert group["parameters"] == [12 * 16 * 9 + 16 + 32 + 16 * 12 * 9 + 12, 6 * 8 * 9 + 8 + 16 + 8 * 6 * 9 + 6]
     assert group["flops"] == [2 * 2 * 64 * 9 * (12 * 16 + 16 * 12), 2 * 2 * 64 * 9 * (6 * 8 + 8 * 6)]
     assert (group["producers"], group["per_channel_params"], group["consumers"]) == (["a"], ["an"], ["b"])
 
 
-def test_refit_is_told_with_its_errors() -> None:
+def test_refit_errors_are_shown() -> None:
     model, x = NETS["residual"]()
     result = fxmerge.merge(model, x, ratio=0.5, refit="synthetic", samples=16)
-    told = {r["name"]: r for g in data_of(result.report.html())["groups"] for r in g["refit"]}
-    assert told == {r.name: vars(r) for r in result.report.refitted if r.name in told}
-    assert {"a", "b", "fc"} <= set(told)
+    shown = {r["name"]: r for g in data_of(result.report.html())["groups"] for r in g["refit"]}
+    assert shown == {r.name: vars(r) for r in result.report.refitted if r.name in shown}
+    assert {"a", "b", "fc"} <= set(shown)
 
 
 def test_same_model_same_page_but_for_the_seconds() -> None:

@@ -37,7 +37,7 @@ def browser() -> Iterator[Any]:
 
 
 class Opened:
-    """A page in the browser, and everything that it complained about or asked the network for."""
+    """A page in the browser, with its console messages, errors, dialogs and network requests."""
 
     def __init__(self, browser: Any, path: Path, **context: Any) -> None:
         self.said: list[str] = []
@@ -150,7 +150,7 @@ def test_clicking_and_pointing_in_the_network(opened: Any) -> None:
     titles = ("Producers", "Per-channel parameters", "Consumers", "Similarity", "FLOPs")
     for text in ("producer, per-channel parameter of", *titles):
         assert text in panel, text
-    tab.tab.click(f'{box} .stripe[data-group="0"]')  # its upper edge: the stream that it reads
+    tab.tab.click(f'{box} .stripe[data-group="0"]')  # its upper edge: the stream that it consumes
     tab.tab.mouse.move(3, 880)
     assert tab.modules(".box.on") == {"stem", "n", "a", "an", "b", "bn", "add", "fc"}
     tab.tab.keyboard.press("Escape")
@@ -194,7 +194,7 @@ def test_collapse_and_expand(opened: Any) -> None:
     tab.settle()
     assert len(tab.all(".frame", "e => 1")) == 0
     assert len(tab.all(".box", "e => 1")) < 15
-    assert tab.modules(".box") == every  # closed boxes stand for what is in them
+    assert tab.modules(".box") == every  # a collapsed box lists the modules in it
     tab.tab.click(".box.closed")
     tab.settle()
     assert len(tab.all(".box.closed", "e => 1")) > 0
@@ -327,7 +327,7 @@ def test_data_flows_down(opened: Any) -> None:
     assert tops["x"] < tops["stem"] < tops["a"] < tops["b"] < tops["add"] < tops["fc"] < tops["output"]
 
 
-def sheet_of(picture: Picture) -> list[dict[str, Any]]:
+def panels_of(picture: Picture) -> list[dict[str, Any]]:
     lists = ("producers", "per_channel_params", "consumers", "mixers", "ties", "scaleBlocks", "refit", "partners")
     plain: dict[str, Any] = {key: [] for key in lists}
     like = {"channels": [0], "kept": "1", "cosines": ""}
@@ -338,7 +338,7 @@ def sheet_of(picture: Picture) -> list[dict[str, Any]]:
 def test_names_do_no_harm(opened: Any) -> None:
     for text in (
         fxmerge.analyze(Named().eval(), torch.randn(1, 3, 2, 2)).report.html(),
-        page(nasty(), {"parameters": [1], "flops": [1]}, sheet_of(nasty())),
+        page(nasty(), {"parameters": [1], "flops": [1]}, panels_of(nasty())),
     ):
         tab = opened(text)
         assert tab.tab.evaluate("document.querySelectorAll('script').length") == text.count("<script")
@@ -353,10 +353,10 @@ def test_names_do_no_harm(opened: Any) -> None:
 
 def test_ten_thousand_layers_open_and_stay_usable(opened: Any) -> None:
     picture = wide(10_000)
-    text = page(picture, {"parameters": [1], "flops": [1]}, sheet_of(picture))
+    text = page(picture, {"parameters": [1], "flops": [1]}, panels_of(picture))
     assert len(text) < 5e6
     tab = opened(text)
-    assert tab.seconds < 10  # on a machine with others; some 1.5 s alone
+    assert tab.seconds < 10  # about 1.5 s on an idle machine
     assert len(tab.all(".box", "e => 1")) < 200
     tab.tab.keyboard.press("e")
     tab.settle()

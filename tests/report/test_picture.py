@@ -1,4 +1,4 @@
-"""The picture record and the networkx graph: what is drawn is what the model computes and what the groups say."""
+"""The picture and the networkx graph agree with what the model computes and with its groups."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_residual_net_by_hand() -> None:
 
 @pytest.mark.parametrize("name", NETS)
 def test_arrows_are_the_graph_and_roles_are_the_groups(name: str) -> None:
-    """Every member of every group stands in one box, and an arrow joins boxes just where the fx graph has a way."""
+    """Every member of every group is in one box, and an arrow joins two boxes only if the fx graph has a path."""
     model, x = NETS[name]()
     found = fxmerge.analyze(model, x)
     p = drawn(found)
@@ -73,9 +73,9 @@ def test_arrows_are_the_graph_and_roles_are_the_groups(name: str) -> None:
     for a in p.arrows:
         assert order[a.source] < order[a.target]
         ways = [nx.has_path(users, s, t) for s in boxed(p, a.source) for t in boxed(p, a.target)]
-        assert any(ways) or name == "in_place", a  # fx does not show what an in-place update does
+        assert any(ways) or name == "in_place", a  # fx has no edge for the effect of an in-place update
     told: nx.DiGraph[str] = nx.DiGraph((a.source, a.target) for a in p.arrows)
-    for b in p.boxes:  # whatever a layer's data comes from is above it
+    for b in p.boxes:  # there are arrows to a layer from all layers that its data comes from
         for other in p.boxes:
             way = b.id in told and other.id in told and nx.has_path(told, b.id, other.id)
             if nx.has_path(users, b.nodes[0], other.nodes[0]) and other.kind == b.kind == "producer":
@@ -106,7 +106,7 @@ def test_widths_are_those_of_the_merged_module(name: str) -> None:
 
 
 class Ladder(nn.Module):
-    """A dense block: every concat holds all that the one before it holds."""
+    """A dense block: every concat contains the inputs of the previous one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ def test_concats_make_a_ladder() -> None:
 
 
 class Branching(nn.Module):
-    """Two parts with code between them that asks a tensor for its value, so that it can only be recorded."""
+    """Two parts with code between them that depends on a tensor's value, so that it cannot be traced, only recorded."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -195,7 +195,7 @@ def test_frames_open_by_whole_levels() -> None:
     homes = ["a"] * 5 + ["a.b"] * 5 + ["c"] * 5
     _, frames = nested(homes)
     assert open_frames(frames, homes, 1) == frozenset()
-    assert open_frames(frames, homes, 10) == frozenset()  # 5 + 1 + 5 would be seen
+    assert open_frames(frames, homes, 10) == frozenset()  # 5 + 1 + 5 would be visible
     assert open_frames(frames, homes, 11) == {"a", "c"}
     assert open_frames(frames, homes, 15) == {"a", "c", "a.b"}
 

@@ -41,6 +41,8 @@ def _distinct(labels: Tensor, atom: Tensor) -> Tensor:
 
 
 class _Drawing:
+    """The state of one call of `draw`."""
+
     def __init__(
         self, captured: Capture, facts: Provenance, grouping: Grouping, refusals: tuple[Refusal, ...], plan: Plan | None
     ) -> None:
