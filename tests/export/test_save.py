@@ -342,7 +342,7 @@ def test_code_of_the_users_own_is_not_written(tmp_path: Path) -> None:
     model, x = Wrapped().eval(), torch.randn(2, 6)
     result = plain_merge(model, x)
     result.save(tmp_path / "o")
-    with pytest.raises(FxMergeError, match=r"has no model.py: .*test_save.py:\d+.* calls .*test_save.'mine', which"):
+    with pytest.raises(FxMergeError, match=r"has no model.py: .*test_save.py:\d+.* calls \S*test_save.'mine', which"):
         fxmerge.load(tmp_path / "o")
 
 
