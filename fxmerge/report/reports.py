@@ -145,7 +145,7 @@ class Report(Drawable):
         decomposition, notes = self.plan.options.decomposition, []
         staying = self._in_kept_blocks(group, plan)
         if staying < len(plan.kept):
-            notes.append(f"{staying} of the kept channels are in blocks that remain")
+            notes.append(f"kept channels in blocks that remain: {staying}")
         if decomposition == "mostsim" and group.scale_blocks:
             notes.append(
                 f"merged without rescaling, because scaling does not pass through {first_names(group.scale_blocks)}"
@@ -154,7 +154,7 @@ class Report(Drawable):
             notes.append("dropped without merging: whole blocks, or copies of channels that do not line up")
         unpartnered = sum(p.into < 0 for p in plan.partners)
         if decomposition == "mostsim" and unpartnered and group.partners:
-            notes.append(f"{unpartnered} dropped channels have no partner")
+            notes.append(f"{unpartnered} dropped without a partner")
         return notes
 
     def _in_kept_blocks(self, group: Group, plan: GroupPlan) -> int:

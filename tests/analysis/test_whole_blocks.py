@@ -380,7 +380,7 @@ def test_both_leave_together_what_the_ratio_says(cls: Any, ratio: float) -> None
     assert abs(inner.size(1) / whole.size(1) - (1 - ratio)) < 0.13  # 8 blocks of 4 channels are coarse
     (heads,) = (p for p in result.plan.groups if p.name.endswith("#whole"))
     assert len(heads.kept) == round(8 * math.sqrt(1 - ratio)) and inner.size(1) < whole.size(1) * len(heads.kept) / 8
-    assert "of the kept channels are in blocks that remain" in result.report.text(200)
+    assert "kept channels in blocks that remain: " in result.report.text(200)
     assert {s.name: s.kept for s in result.report.picture.shades}[heads.name] == len(heads.kept)
     assert heads.name in result.report.html() and heads.name in result.analysis.graph
 
