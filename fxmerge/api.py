@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from torch.export import ExportedProgram
 
 from fxmerge.analysis.grouping import grouped
 from fxmerge.analysis.propagate import provenance
@@ -17,6 +16,9 @@ from fxmerge.pipeline import prepared
 from fxmerge.plan import GroupPlan, Plan
 from fxmerge.progress import older_left_alone, progress
 from fxmerge.result import Analysis, Result
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
 
 
 def analyze(

@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-import tyro
-
 from fxmerge.errors import FxMergeError
 from fxmerge.methods.allocation import ALLOCATORS
 from fxmerge.methods.decomposition import DECOMPOSITIONS
@@ -33,7 +31,9 @@ _HEADS = "attention's heads, groups of convolutions and of norms: each loses wid
 
 def _one_of(field_name: str, what: str) -> Any:
     """Help for a field with fixed choices, which are told by `CHOICES` alone."""
-    return tyro.conf.arg(help=f"{what}; one of {', '.join(CHOICES[field_name])}")
+    from tyro.conf import arg  # asked for by the command line only, when it reads these annotations
+
+    return arg(help=f"{what}; one of {', '.join(CHOICES[field_name])}")
 
 
 class _Unsaid(float):

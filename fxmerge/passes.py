@@ -7,9 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
-from torch.fx.passes.shape_prop import ShapeProp
 from torch.utils import _pytree as pytree
 
 from fxmerge.api import merge
@@ -86,6 +84,9 @@ def _inputs(module: fx.GraphModule) -> Any:
 
 def _renew(module: fx.GraphModule, captured: Capture) -> None:
     """Metadata that tells shapes, of the merged graph; symbolic sizes stay symbolic."""
+    from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+    from torch.fx.passes.shape_prop import ShapeProp
+
     nodes = list(module.graph.nodes)
     with evaluating(module), torch.no_grad():
         if any("tensor_meta" in n.meta for n in nodes):

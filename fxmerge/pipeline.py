@@ -9,12 +9,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.export import ExportedProgram
 
 from fxmerge import verify
 from fxmerge.analysis.grouping import Chosen, grouped, provable
@@ -49,6 +48,9 @@ from fxmerge.report.reports import Report
 from fxmerge.result import Analysis, Result
 from fxmerge.rewrite.reassemble import assembled
 from fxmerge.rewrite.rewriter import Rewriter
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
 
 
 def prepared(

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from torch.export import ExportedProgram
 
 from fxmerge.export import program, save
 from fxmerge.ir.capture import Capture
@@ -15,6 +14,9 @@ from fxmerge.ir.groups import Group, Grouping, Refusal, survivors
 from fxmerge.ir.provenance import Provenance
 from fxmerge.plan import Plan, planned
 from fxmerge.report.reports import AnalysisReport, Report
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
 
 
 @dataclass(frozen=True)

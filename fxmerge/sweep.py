@@ -15,13 +15,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
-from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves
 
 from fxmerge.api import settled
@@ -34,6 +31,9 @@ from fxmerge.progress import older_left_alone, progress
 from fxmerge.report.picture.curve import curve
 from fxmerge.report.reports import original_cost
 from fxmerge.weights.files import write_text
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
 
 VERSION = 1  # of the files of a folder
 Evaluate = Callable[[nn.Module], Any]
@@ -74,6 +74,9 @@ class Sweep:
 
     def text(self, width: int = 120) -> str:
         """A table with one row for each budget, then what there is to say about some."""
+        from rich.console import Console
+        from rich.table import Table
+
         table = Table(title=f"Left of the {NAMES[self.original.kind]}, and what that does", title_justify="left")
         names = ("asked for", "left", "parameters", "FLOPs", "output error", self.measure, "seconds")
         for name in filter(None, names):

@@ -10,8 +10,6 @@ from importlib.resources import as_file, files
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -81,6 +79,9 @@ def as_json(rows: list[Row]) -> str:
 
 def as_text(rows: list[Row]) -> str:
     """One line for each ratio, one column for each method."""
+    from rich.console import Console
+    from rich.table import Table
+
     original, *others = rows
     table = Table(title="LeNet-300-100 on 2,000 Fashion-MNIST test images, no fine-tuning", title_justify="left")
     for name in ("channels dropped", "parameters", *(f"{m}, accuracy" for m in METHODS)):

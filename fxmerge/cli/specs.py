@@ -6,17 +6,19 @@ import importlib
 import importlib.util
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.export import ExportedProgram
 
 from fxmerge.errors import FxMergeError
 from fxmerge.export import program, save
 from fxmerge.weights import on_disk as stored_models
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
 
 _FORMS = (
     "torchvision:resnet18, timm:NAME, package.module:factory, path/to/file.py:factory, a .pt2 file or a saved folder"
@@ -38,7 +40,7 @@ def load(
         if on_disk and spec.endswith(".pt2"):
             raise FxMergeError(f"torch.export reads {spec} as a whole; leave out --on-disk")
         found: Any = program.load(Path(spec)) if spec.endswith(".pt2") else save.load(spec, on_disk=on_disk)
-        return found, None if isinstance(found, ExportedProgram) else torch.randn(shape)
+        return found, None if isinstance(found, torch.export.ExportedProgram) else torch.randn(shape)
     source, _, name = spec.rpartition(":")
     if not source or not name:
         raise FxMergeError(f"{spec!r} names no model; give {_FORMS}")

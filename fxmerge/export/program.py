@@ -5,22 +5,26 @@ from __future__ import annotations
 import importlib.util
 import inspect
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from fxmerge.capture.torch_export import silence
 from fxmerge.errors import FxMergeError, first_line
 from fxmerge.weights.files import write
 
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
 
 def dynamic(program: ExportedProgram | None) -> Any:
     """The dynamic shapes of an exported program, by the names of its inputs, as torch.export.export takes them."""
     if program is None:
         return None
+    from torch.export import Dim
+
     nodes = {n.name: n for n in program.graph.nodes if n.op == "placeholder"}
     known: dict[str, Any] = {}
 

@@ -13,7 +13,6 @@ from math import prod
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.sparse import csr_array
 from torch import Tensor
 
 from fxmerge.ir.capture import Capture
@@ -68,6 +67,8 @@ class _Pricer:
             self.terms.append((total / whole, list(factors)))
 
     def price(self) -> Price:
+        from scipy.sparse import csr_array
+
         most = max([1, *(len(f) for _, f in self.terms)])
         last = len(self.widths)
         factors = np.array([f + [last] * (most - len(f)) for _, f in self.terms], dtype=np.int64).reshape(-1, most)

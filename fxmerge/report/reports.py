@@ -9,7 +9,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from rich.table import Table
 from torch import fx, nn
 
 from fxmerge.graph.compare import Verdict
@@ -91,6 +90,8 @@ class AnalysisReport(Shown):
 
     def text(self, width: int = 120) -> str:
         """Two tables: the groups with their members, and the refusals with their reasons."""
+        from rich.table import Table
+
         table = Table(title="Merge groups", title_justify="left")
         table.add_column("group", overflow="fold")
         right_columns(table, "channels")
@@ -155,6 +156,8 @@ class Report(Shown):
 
     def text(self, width: int = 120) -> str:
         """Tables: what each group lost; what was left alone and why; totals."""
+        from rich.table import Table
+
         planned = {g.name: g for g in self.plan.groups}
         table = Table(title="Merged", title_justify="left")
         table.add_column("group", overflow="fold")

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-
-from rich.console import Console
-from rich.table import Table
+from typing import TYPE_CHECKING
 
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.groups import Refusal
 from fxmerge.refit.refit_layers import Refitted
 from fxmerge.report.refusals import parameters_held
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 def share_text(part: float, whole: float) -> str:
@@ -19,6 +20,8 @@ def share_text(part: float, whole: float) -> str:
 
 
 def tables_text(*tables: Table | str, width: int = 120) -> str:
+    from rich.console import Console
+
     console = Console(file=io.StringIO(), width=width)
     for table in tables:
         console.print(table, highlight=False, markup=False)
@@ -32,6 +35,8 @@ def right_columns(table: Table, *names: str) -> None:
 
 def refusal_table(refusals: Sequence[Refusal], captured: Capture) -> Table:
     """The layers that stay, those that hold back most parameters first."""
+    from rich.table import Table
+
     table = Table(title="Left as it was", title_justify="left")
     table.add_column("layer", overflow="fold")
     right_columns(table, "channels", "parameters")
@@ -44,6 +49,8 @@ def refusal_table(refusals: Sequence[Refusal], captured: Capture) -> Table:
 
 
 def refit_table(refitted: Sequence[Refitted]) -> Table:
+    from rich.table import Table
+
     table = Table(title="Refitted", title_justify="left")
     table.add_column("layer", overflow="fold")
     right_columns(table, "error before", "after")

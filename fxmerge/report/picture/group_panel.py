@@ -11,8 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.cluster.hierarchy import leaves_list, linkage
-from scipy.spatial.distance import squareform
 from torch import Tensor
 
 from fxmerge.graph.cost import Cost
@@ -118,6 +116,9 @@ def likeness(
     cosine = cosines(group, captured, tensors, options, at).numpy()
     order: Ints = np.arange(len(at), dtype=np.int64)
     if len(at) > 2:
+        from scipy.cluster.hierarchy import leaves_list, linkage
+        from scipy.spatial.distance import squareform
+
         apart = np.clip(1 - cosine, 0, 2)
         np.fill_diagonal(apart, 0)
         order = leaves_list(linkage(squareform(apart, checks=False), "average", optimal_ordering=True)).astype(np.int64)
