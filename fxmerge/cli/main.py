@@ -148,7 +148,3 @@ def _run(command: Demo | Analyze | Merge | Sweep | Draw) -> str:
     files += [command.report] if command.report is not None else []
     written = f"written: {', '.join(map(str, files))}"
     return result.report.text(demonstration.width()) + written
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -246,7 +246,7 @@ def test_help_lists_every_option(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_in_a_pipe_stderr_is_silent_and_errors_have_status_1(spec: str, tmp_path: Path) -> None:
     """As users run it: another process, no terminal."""
-    command = [sys.executable, "-m", "fxmerge.cli.main"]
+    command = [sys.executable, "-m", "fxmerge"]
     good = subprocess.run([*command, "merge", spec, "--out", str(tmp_path / "o")], capture_output=True, text=True)
     assert (good.returncode, good.stderr) == (0, "")
     assert "parameters" in good.stdout
