@@ -39,7 +39,7 @@ class Analysis:
 
     @property
     def report(self) -> AnalysisReport:
-        return AnalysisReport(self.groups, self.refusals, self.captured, facts=self.facts, grouping=self.grouping)
+        return AnalysisReport(captured=self.captured, facts=self.facts, grouping=self.grouping, refusals=self.refusals)
 
     def _repr_html_(self) -> str:
         """The report's page, in a notebook."""

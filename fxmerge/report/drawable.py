@@ -28,12 +28,15 @@ DRAWN = {".html": "html", ".svg": "svg", ".dot": "dot", ".gv": "dot", ".mmd": "m
 class Shown:
     """A report that can be drawn. Each way gives the text, and writes it where a path is given."""
 
-    groups: tuple[Group, ...]
     captured: Capture
     facts: Provenance
     grouping: Grouping
     refusals: Sequence[Refusal]
     plan: Plan | None
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        return self.grouping.everything
 
     def _costs(self) -> tuple[Cost, ...]:
         """The original's, and the merged model's where there is one."""

@@ -70,15 +70,14 @@ def _group_json(group: Group) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AnalysisReport(Shown):
     """What could be merged, and what could not."""
 
-    groups: tuple[Group, ...]
-    refusals: tuple[Refusal, ...]
     captured: Capture
-    facts: Provenance = field(kw_only=True, repr=False)
-    grouping: Grouping = field(kw_only=True, repr=False)
+    facts: Provenance = field(repr=False)
+    grouping: Grouping = field(repr=False)
+    refusals: tuple[Refusal, ...]
     plan: None = None
 
     @cached_property
@@ -120,22 +119,21 @@ class AnalysisReport(Shown):
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Report(Shown):
     """What a merge did, to whom, at what price."""
 
-    groups: tuple[Group, ...]
-    refusals: tuple[Refusal, ...]
     captured: Capture
+    facts: Provenance = field(repr=False)
+    grouping: Grouping = field(repr=False)
+    refusals: tuple[Refusal, ...]
     module: nn.Module
     plan: Plan
     verdict: Verdict
     refitted: tuple[Refitted, ...] = ()
-    notes: tuple[str, ...] = ()  # what was asked for and not done
-    facts: Provenance = field(kw_only=True, repr=False)
-    grouping: Grouping = field(kw_only=True, repr=False)
-    seconds: float = field(kw_only=True)  # that the merge took
-    timing: Timing | None = field(kw_only=True, default=None)  # of the merged model, where a latency was asked for
+    notes: tuple[str, ...] = ()  # requests that were not, or not fully, carried out
+    seconds: float  # that the merge took
+    timing: Timing | None = None  # of the merged model, if a latency budget was given
 
     @cached_property
     def before(self) -> Cost:
