@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fxmerge
-from fxmerge import FxMergeError, Options, Plan
+from fxmerge import FxMergeError, Options, Plan, pipeline
+from fxmerge.calibration import fit_probes
 from fxmerge.cli.main import main
 from fxmerge.pipeline import Prepared
 from fxmerge.report.picture.curve import HEIGHT, WIDTH, curve, ticks
@@ -69,12 +70,10 @@ def test_each_point_is_the_merge_at_its_budget() -> None:
 
 def test_what_is_common_to_all_budgets_is_done_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The probes, the survey and the capture; merges by themselves would do them three times."""
-    import importlib
-
-    homes = {"capture": "merge", "provenance": "merge", "fed": "fitting", "readings": "merge", "sensitivity": "merge"}
+    shared = {"capture": pipeline, "provenance": pipeline, "readings": pipeline, "sensitivity": pipeline,
+              "fed": fit_probes}  # fmt: skip
     calls: list[str] = []
-    for name, home in homes.items():
-        module = importlib.import_module(f"fxmerge.{home}")
+    for name, module in shared.items():
         whole = getattr(module, name)
 
         def counted(*args: Any, _name: str = name, _whole: Any = whole, **named: Any) -> Any:
@@ -83,7 +82,7 @@ def test_what_is_common_to_all_budgets_is_done_once(monkeypatch: pytest.MonkeyPa
 
         monkeypatch.setattr(module, name, counted)
     fxmerge.sweep(net(), X, [0.7, 0.5, 0.3], samples=64)
-    assert sorted(calls) == sorted(homes)
+    assert sorted(calls) == sorted(shared)
 
 
 def test_a_sweep_is_taken_up_where_it_was_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

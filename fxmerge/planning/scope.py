@@ -41,7 +41,7 @@ def in_scope(grouping: Grouping, options: Options) -> tuple[list[Group], tuple[R
     for g in grouping.everything:
         why = ""
         if ignored(g, options):
-            why = "is excluded by the option ignore"
+            why = "is ignored: it matches a pattern of the option ignore"
         elif options.scope == "internal" and not g.internal:
             why = "is not internal: it has several producers, several consumers, or a mixer"
         if why:
