@@ -140,10 +140,10 @@ def test_a_budget_that_cannot_be_met_is_a_row_that_says_why(tmp_path: Path) -> N
 @pytest.mark.parametrize(("given", "match"), [
     ({"budgets": []}, "budgets"), ({"budgets": 0.5}, "budgets"), ({"budgets": "0.5"}, "budgets"),
     ({"budgets": [0.5, 2]}, "flops"), ({"budgets": ["a"]}, "flops"), ({"kind": "flop"}, "flop"),
-    ({"ratio": 0.5}, "contradict"), ({"budget": {"flops": 0.5}}, "leave the option"),
-    ({"evaluate": lambda module: "good"}, "evaluate gave a str"),
-    ({"evaluate": lambda module: math.nan}, "evaluate gave nan"),
-    ({"evaluate": lambda module: torch.zeros(3)}, "evaluate gave a Tensor"),
+    ({"ratio": 0.5}, "contradict"), ({"budget": {"flops": 0.5}}, "leave out the option"),
+    ({"evaluate": lambda module: "good"}, "evaluate returned a str"),
+    ({"evaluate": lambda module: math.nan}, "evaluate returned nan"),
+    ({"evaluate": lambda module: torch.zeros(3)}, "evaluate returned a Tensor"),
 ])  # fmt: skip
 def test_nonsense_is_refused(given: dict[str, Any], match: str) -> None:
     with pytest.raises(FxMergeError, match=match):
@@ -197,7 +197,7 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert len(json.loads(capsys.readouterr().out)["points"]) == 2
     for wrong, match in (
         (["--evaluate", f"{file}:nothing"], "no callable"),
-        (["--evaluate", "count"], "names no function"),
+        (["--evaluate", "count"], "does not name a function"),
         (["--kind", "time"], "time"),
         (["--ratio", "0.5"], "contradict"),
     ):

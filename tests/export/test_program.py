@@ -202,7 +202,7 @@ def test_the_command_line_writes_onnx(tmp_path: Path, capsys: pytest.CaptureFixt
     (["analyze", "{dir}/none.pt2"], "there is no file {dir}/none.pt2"),
     (["analyze", "{dir}/bad.pt2"], "{dir}/bad.pt2 cannot be read by torch.export.load: "),
     (["analyze", "{dir}"], "{dir} is no folder that fxmerge saved: it has no weights.safetensors"),
-    (["analyze", "{dir}/bad.pt2", "--weights", "w"], "{dir}/bad.pt2 has weights of its own; leave out --weights"),
+    (["analyze", "{dir}/bad.pt2", "--weights", "w"], "{dir}/bad.pt2 includes its weights; leave out --weights"),
 ])  # fmt: skip
 def test_bad_files(
     arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
