@@ -1,8 +1,10 @@
-"""fxmerge makes a trained PyTorch model structurally smaller, with no training and no data.
+"""fxmerge makes a trained PyTorch model structurally smaller, without training and without data.
 
-result = fxmerge.merge(model, example_inputs, ratio=0.5)
-result.module          # a smaller torch.fx.GraphModule
-print(result.report.text())
+    result = fxmerge.merge(model, example_inputs, ratio=0.5)
+    result.module                 # the smaller torch.fx.GraphModule
+    print(result.report.text())   # what was merged, what was not, and why
+
+`import fxmerge` imports little besides torch: scipy, networkx and rich are imported by the functions that use them.
 """
 
 from __future__ import annotations

@@ -1,12 +1,11 @@
-"""The functions that users call: analyze, merge, apply."""
+"""The main functions: analyze, merge and apply."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from torch.export import ExportedProgram
 
 from fxmerge.analysis.grouping import grouped
 from fxmerge.analysis.propagate import provenance
@@ -18,15 +17,19 @@ from fxmerge.plan import GroupPlan, Plan
 from fxmerge.progress import older_left_alone, progress
 from fxmerge.result import Analysis, Result
 
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
 
 def analyze(
     model: nn.Module | ExportedProgram, example_inputs: Any = None, options: Options | None = None, **changes: Any
 ) -> Analysis:
-    """Find a model's merge groups and refusals; nothing is changed.
+    """Finds a model's merge groups, and the channels that cannot be merged, without changing anything.
 
-    example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments; an ExportedProgram has
-        its own.
-    Raises FxMergeError for a model that cannot be traced or inputs that it does not take.
+    example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments; may be omitted for an
+        ExportedProgram that has example inputs.
+    options: `Options`, or its fields as keyword arguments.
+    Raises FxMergeError if the model cannot be traced or does not accept the inputs.
     """
     options = settled(options, changes)
     with older_left_alone():
@@ -36,6 +39,7 @@ def analyze(
 
 
 def settled(options: Options | None, changes: dict[str, Any]) -> Options:
+    """The options with changes given as keyword arguments; the default options if there are none."""
     if options is not None and not isinstance(options, Options):
         raise FxMergeError(f"options is a {type(options).__name__}; give fxmerge.Options(...) or keyword arguments")
     return (options or Options()).replace(**changes)
@@ -48,14 +52,14 @@ def merge(
     calibration: Any = None,
     **changes: Any,
 ) -> Result:
-    """Make a trained model structurally smaller; `model` itself is never modified.
+    """Makes a trained model structurally smaller. `model` itself is not modified.
 
-    example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments; an ExportedProgram has
-        its own.
+    example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments; may be omitted for an
+        ExportedProgram that has example inputs.
     options: `Options`, or its fields as keyword arguments.
-    calibration: batches of unlabelled inputs for refit, in place of probes: an iterable of tensors, tuples or dicts, a
-        DataLoader (what the model does not take is ignored), or one tensor.
-    Raises FxMergeError where it cannot be done, naming what and what to do instead.
+    calibration: batches of inputs for refit, to be used instead of synthetic probes: an iterable of tensors, tuples or
+        dicts, a DataLoader, or one tensor. Values that the model does not take, such as labels, are ignored.
+    Raises FxMergeError if the model cannot be merged; the message says why, and what to do instead.
     """
     return _merge(model, example_inputs, settled(options, changes), None, calibration)
 
@@ -63,9 +67,9 @@ def merge(
 def apply(
     plan: Plan, model: nn.Module | ExportedProgram, example_inputs: Any = None, calibration: Any = None
 ) -> Result:
-    """Replay a plan on another copy of the model: the same channels stay, whatever the weights.
+    """Merges another copy of a model by a plan: the same channels are kept, whatever the weights.
 
-    Raises FxMergeError where the model's groups are not the plan's.
+    Raises FxMergeError if the model's groups are not those of the plan.
     """
     return _merge(model, example_inputs, plan.options, {g.name: g for g in plan.groups}, calibration)
 

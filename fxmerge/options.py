@@ -1,4 +1,4 @@
-"""Options: everything that users can set, in one frozen dataclass; the CLI's flags are its fields."""
+"""The options of a merge, in one frozen dataclass; the flags of the command line are its fields."""
 
 from __future__ import annotations
 
@@ -8,120 +8,137 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-import tyro
-
 from fxmerge.errors import FxMergeError
+from fxmerge.graph import latency
 from fxmerge.methods.allocation import ALLOCATORS
 from fxmerge.methods.decomposition import DECOMPOSITIONS
 from fxmerge.methods.probes import PROBES
 from fxmerge.methods.selection import SELECTORS
 
-BUDGETS = ("flops", "params", "latency")
-CHOICES: dict[str, tuple[str, ...]] = {
-    "scope": ("internal", "all"),
-    "heads": ("width", "whole", "both"),
-    "allocation": tuple(ALLOCATORS),
-    "selection": tuple(SELECTORS),
-    "decomposition": tuple(DECOMPOSITIONS),
-    "mostsim_scale": ("exact", "reference"),
-    "refit": ("none", "synthetic", "calibration"),
-    "probes": ("auto", *PROBES),
-}
-_SCOPE = "internal: groups with one producer and one consumer, as in the paper; all: residual and shared groups too"
-_HEADS = "attention's heads, groups of convolutions and of norms: each loses width, whole ones leave, or both"
+NAMES = {"flops": "FLOPs", "params": "parameters", "latency": "latency"}  # kind of budget -> its name in texts
+BUDGETS = tuple(NAMES)
+TOLERANCE = {"flops": 0.01, "params": 0.01, "latency": latency.TOLERANCE}  # relative error with which a budget is met
 
 
-def _one_of(field_name: str, what: str) -> Any:
-    """Help for a field with fixed choices, which are told by `CHOICES` alone."""
-    return tyro.conf.arg(help=f"{what}; one of {', '.join(CHOICES[field_name])}")
+def choices() -> dict[str, tuple[str, ...]]:
+    """The values of each option that has a fixed set of them.
+
+    The registries are read on every call, so that an entry added by a user is a choice.
+    """
+    return {
+        "scope": ("internal", "all"),
+        "heads": ("width", "whole", "both"),
+        "allocation": tuple(ALLOCATORS),
+        "selection": tuple(SELECTORS),
+        "decomposition": tuple(DECOMPOSITIONS),
+        "mostsim_scale": ("exact", "reference"),
+        "refit": ("none", "synthetic", "calibration"),
+        "probes": ("auto", *PROBES),
+    }
 
 
-class _Unsaid(float):
-    """A default that nobody asked for, so that asking for another thing does not contradict it."""
+def _one_of(name: str, text: str) -> Any:
+    """The help of an option with `choices`. It is evaluated when the command line reads the annotations."""
+    from tyro.conf import arg
+
+    return arg(help=f"{text}; one of {', '.join(choices()[name])}")
+
+
+_SCOPE = "internal: groups with one producer and one consumer, as in the paper; all: also residual and shared groups"
+_HEADS = "attention heads, and groups of convolutions and norms: reduce their width, remove whole ones, or both"
+_ALLOCATION = "how a budget is divided among the groups"
+_SELECTION = "how the kept channels are selected; repair is l2 without refit"
+_DECOMPOSITION = "how kept channels replace the dropped ones"
+_SCALE = "mostsim: how the scale is computed; reference reproduces the published code"
+_REFIT = "data for re-solving the layers: none, synthetic probes, or calibration data"
+_PROBES = "refit: family of synthetic probes; auto takes the one closest to the BatchNorm statistics"
+
+
+class _DefaultRatio(float):
+    """The default ratio. A budget contradicts a ratio that the user gave, but not this one."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to merge. Raises FxMergeError for a value that makes no sense, naming the field."""
+    """The options of a merge. Raises FxMergeError for an invalid value, naming the field."""
 
-    ratio: float = _Unsaid(0.5)
-    """share of its channels that each group gives up, 0 <= ratio < 1"""
+    ratio: float = _DefaultRatio(0.5)
+    """share of its channels that each group drops, 0 <= ratio < 1"""
     budget: Mapping[str, float] = field(default_factory=dict)
-    """in place of ratio, the share of the whole model that may remain: flops 0.5, params 0.36 or latency 0.7"""
-    allocation: Annotated[str, _one_of("allocation", "how a budget is shared out between the groups")] = "greedy"
+    """instead of ratio: share of the original's cost that may remain, as flops 0.5, params 0.36 or latency 0.7"""
+    allocation: Annotated[str, _one_of("allocation", _ALLOCATION)] = "greedy"
     max_ratio: float = 0.9
-    """under a budget: share of its channels that a group gives up at most"""
+    """with a budget: largest share of its channels that a group may drop"""
     keep: Mapping[str, int | float] = field(default_factory=dict)
-    """{group name pattern: channels (int) or share (float) kept}, over ratio"""
+    """{group name pattern: channels (int) or share (float) to keep}; overrides ratio"""
     ignore: tuple[str, ...] = ()
-    """patterns of module or group names that stay as they are"""
+    """patterns of module or group names to leave unchanged"""
     scope: Annotated[str, _one_of("scope", _SCOPE)] = "all"
     heads: Annotated[str, _one_of("heads", _HEADS)] = "width"
-    selection: Annotated[str, _one_of("selection", "which channels stay; repair is l2 without refit")] = "repair"
-    decomposition: Annotated[str, _one_of("decomposition", "how the channels that stay carry the others")] = "mostsim"
+    selection: Annotated[str, _one_of("selection", _SELECTION)] = "repair"
+    decomposition: Annotated[str, _one_of("decomposition", _DECOMPOSITION)] = "mostsim"
     threshold: float = 0.1
-    """mostsim: below this cosine a channel is dropped, not merged"""
+    """mostsim: a channel is dropped without a partner if its largest cosine is below this"""
     lam: float = 0.85
-    """mostsim: weight of the cosine against the constant left over, 0 to 1, behind a BatchNorm"""
-    mostsim_scale: Annotated[str, _one_of("mostsim_scale", "mostsim's scale; reference is the published code's")] = (
-        "exact"
-    )
-    refit: Annotated[str, _one_of("refit", "what layers are re-solved on: nothing, probes, your batches")] = "synthetic"
-    probes: Annotated[str, _one_of("probes", "family of refit's probes; auto fits the BatchNorms' statistics")] = "auto"
+    """mostsim, with a BatchNorm: weight of the cosine against the remaining constant, 0 to 1"""
+    mostsim_scale: Annotated[str, _one_of("mostsim_scale", _SCALE)] = "exact"
+    refit: Annotated[str, _one_of("refit", _REFIT)] = "synthetic"
+    probes: Annotated[str, _one_of("probes", _PROBES)] = "auto"
     samples: int = 0
-    """refit: probes made; 0: 128 to 4096, by the size of the activations and of a forward pass"""
+    """refit: number of probes; 0 chooses 128 to 4096, by the size of the activations and the cost of a forward pass"""
     batch: int = 64
-    """refit: probes run at a time"""
+    """refit: probes in a batch"""
     rows: int = 65536
-    """refit: output positions that a layer is solved on, at most; fewer where it is wide"""
+    """refit: largest number of output positions to solve a layer on; wide layers use fewer"""
     round_to: int = 1
-    """kept channels are a multiple of this"""
+    """the number of kept channels is a multiple of this"""
     seed: int = 0
-    """everything random comes from it"""
+    """seed of everything that is random"""
 
     def __post_init__(self) -> None:
-        self._number("ratio", 0, 1, "it is the share of channels to give up, 0 <= ratio < 1", below=True)
+        self._number("ratio", 0, 1, "it is the share of channels to drop, 0 <= ratio < 1", below=True)
         self._number("max_ratio", 1e-9, 1, "it is a share of channels, 0 < max_ratio < 1", below=True)
         self._number("threshold", -1, 1, "it is a cosine")
         self._number("lam", 0, 1, "it is a weight between 0 and 1")
         for name in ("round_to", "samples", "batch", "rows", "seed"):
             value, least = getattr(self, name), 0 if name in ("seed", "samples") else 1
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise FxMergeError(f"{name} is {value!r}; give a whole number from {least} up")
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise FxMergeError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")
-        if isinstance(self.ignore, str):
-            raise FxMergeError(f"ignore is the string {self.ignore!r}; give a sequence of patterns: ({self.ignore!r},)")
-        if not isinstance(self.ignore, (tuple, list, set, frozenset)) or not all(
-            isinstance(pattern, str) for pattern in self.ignore
-        ):
-            raise FxMergeError(f"ignore is {self.ignore!r}; give a sequence of patterns, each a string")
-        if not isinstance(self.keep, Mapping):
-            raise FxMergeError(f"keep is a {type(self.keep).__name__}; give {{group name pattern: channels or share}}")
-        for pattern, value in self.keep.items():
-            self._keep(pattern, value)
-        self._budget()
+                raise FxMergeError(f"{name} is {value!r}; give an integer of at least {least}")
+        for name, allowed in choices().items():
+            if getattr(self, name) not in allowed:
+                raise FxMergeError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
+        self._check_ignore()
+        self._check_keep()
+        self._check_budget()
         object.__setattr__(self, "ignore", tuple(self.ignore))
         object.__setattr__(self, "keep", dict(self.keep))
         object.__setattr__(self, "budget", dict(self.budget))
 
-    def _number(self, name: str, low: float, high: float, what: str, below: bool = False) -> None:
+    def _number(self, name: str, low: float, high: float, rule: str, below: bool = False) -> None:
         value = getattr(self, name)
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        if not is_number or not low <= value <= high or (below and value == high):
-            raise FxMergeError(f"{name} is {value!r}; {what}")
+        if not _is_number(value) or not low <= value <= high or (below and value == high):
+            raise FxMergeError(f"{name} is {value!r}; {rule}")
 
-    def _keep(self, pattern: str, value: Any) -> None:
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        if not isinstance(pattern, str):
-            raise FxMergeError(f"keep has the key {pattern!r}; give patterns of group names, each a string")
-        if not number or value <= 0 or (isinstance(value, float) and value > 1):
-            raise FxMergeError(
-                f"keep[{pattern!r}] is {value!r}; give a whole number of channels from 1 up, or a share in (0, 1]"
-            )
+    def _check_ignore(self) -> None:
+        if isinstance(self.ignore, str):
+            raise FxMergeError(f"ignore is the string {self.ignore!r}; give a sequence of patterns: ({self.ignore!r},)")
+        is_sequence = isinstance(self.ignore, (tuple, list, set, frozenset))
+        if not is_sequence or not all(isinstance(pattern, str) for pattern in self.ignore):
+            raise FxMergeError(f"ignore is {self.ignore!r}; give a sequence of patterns, each a string")
 
-    def _budget(self) -> None:
+    def _check_keep(self) -> None:
+        if not isinstance(self.keep, Mapping):
+            raise FxMergeError(f"keep is a {type(self.keep).__name__}; give {{group name pattern: channels or share}}")
+        for pattern, value in self.keep.items():
+            if not isinstance(pattern, str):
+                raise FxMergeError(f"keep has the key {pattern!r}; give patterns of group names, each a string")
+            if not _is_number(value) or value <= 0 or (isinstance(value, float) and value > 1):
+                raise FxMergeError(
+                    f"keep[{pattern!r}] is {value!r}; give an integer number of channels, at least 1, "
+                    "or a share in (0, 1]"
+                )
+
+    def _check_budget(self) -> None:
         form = (
             'give one of {"flops": 0.5}, {"params": 0.5}, {"latency": 0.5}: the share of the original that may remain'
         )
@@ -130,18 +147,20 @@ class Options:
         for kind, share in self.budget.items():
             if kind not in BUDGETS:
                 raise FxMergeError(f"budget has the key {kind!r}; {form}")
-            number = isinstance(share, (int, float)) and not isinstance(share, bool) and math.isfinite(share)
-            if not number or not 0 < share <= 1:
+            if not _is_number(share) or not 0 < share <= 1:
                 raise FxMergeError(f"budget[{kind!r}] is {share!r}; it is a share of the original, 0 < share <= 1")
             if self.heads == "both":
-                told = "heads='both' takes a ratio: how much of a budget blocks and their widths give is not decided"
-                raise FxMergeError(f"{told}; give ratio in place of budget, or heads='width' or 'whole'")
-            if not isinstance(self.ratio, _Unsaid):
-                told = f"ratio {self.ratio:g} and budget {{{kind!r}: {share:g}}}"
-                raise FxMergeError(f"{told} contradict each other; give one of them")
+                raise FxMergeError(
+                    "heads='both' needs a ratio, since a budget does not determine how much to remove as whole blocks "
+                    "and how much from their width; give ratio instead of budget, or heads='width' or heads='whole'"
+                )
+            if not isinstance(self.ratio, _DefaultRatio):
+                raise FxMergeError(
+                    f"ratio {self.ratio:g} and budget {{{kind!r}: {share:g}}} contradict each other; give one of them"
+                )
 
     def replace(self, **changes: Any) -> Options:
-        """The same options with some fields changed; an unknown field is an FxMergeError."""
+        """A copy with some fields changed. Raises FxMergeError for an unknown field."""
         known = [f.name for f in dataclasses.fields(self)]
         for name in changes:
             if name not in known:
@@ -149,5 +168,5 @@ class Options:
         return dataclasses.replace(self, **changes)
 
 
-TOLERANCE = {"flops": 0.01, "params": 0.01, "latency": 0.03}  # of what was asked for
-NAMES = {"flops": "FLOPs", "params": "parameters", "latency": "latency"}
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,4 +1,4 @@
-"""fxmerge as a pass of torch.fx's own pass infrastructure, and ahead of torch.compile."""
+"""fxmerge as a pass for torch.fx pass managers, and combined with torch.compile."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
-from torch.fx.passes.shape_prop import ShapeProp
 from torch.utils import _pytree as pytree
 
 from fxmerge.api import merge
@@ -18,14 +16,15 @@ from fxmerge.graph.eval_mode import evaluating
 from fxmerge.ir.capture import Capture
 from fxmerge.options import Options
 
-_DONE = "fxmerge_merged"  # in GraphModule.meta: this pass has been here
+_DONE = "fxmerge_merged"  # key in GraphModule.meta of a module that this pass has merged
 
 
 class MergePass(PassBase):
-    """A PassBase: `MergePass(options, example_inputs)(graph_module)` gives a PassResult, `modified=False` if repeated.
+    """A pass that merges a graph module: `MergePass(options, example_inputs)(graph_module)` returns a PassResult.
 
-    Without example inputs, zeros of the shapes in the placeholders' `meta["val"]` or `meta["tensor_meta"]` serve.
-    Nodes keep their metadata; `val` and `tensor_meta` are renewed where the graph has them.
+    Without example inputs, zeros with the shapes in the placeholders' `meta["val"]` or `meta["tensor_meta"]` are used.
+    Nodes keep their metadata; `val` and `tensor_meta` are computed again if the graph has them. A module that the pass
+    has already merged is returned with `modified=False`.
     """
 
     def __init__(self, options: Options | None = None, example_inputs: Any = None) -> None:
@@ -35,7 +34,7 @@ class MergePass(PassBase):
         self.options, self.example_inputs = options or Options(), example_inputs
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Merge. Raises FxMergeError as `fxmerge.merge` does."""
+        """Merges the module. Raises FxMergeError as `fxmerge.merge` does."""
         if not isinstance(graph_module, fx.GraphModule):
             raise FxMergeError(
                 f"the pass was given a {type(graph_module).__name__}; give a torch.fx.GraphModule, or use fxmerge.merge"
@@ -47,16 +46,16 @@ class MergePass(PassBase):
         if not result.plan.groups:
             return PassResult(graph_module, False)
         module = result.module
-        assert isinstance(module, fx.GraphModule)  # as a graph module came in
+        assert isinstance(module, fx.GraphModule)  # since the input is one
         module.meta[_DONE] = True
         _renew(module, result.analysis.captured)
         return PassResult(module, True)
 
 
 def compile(model: nn.Module, example_inputs: Any, options: Options | None = None, **compile_kwargs: Any) -> Any:
-    """Merge a model, then hand it to torch.compile with these arguments: one graph, where it was captured whole.
+    """Merges a model, then compiles it with torch.compile and these arguments.
 
-    Raises FxMergeError as `fxmerge.merge` does.
+    `fullgraph` is True by default if the whole model could be traced. Raises FxMergeError as `fxmerge.merge` does.
     """
     module = merge(model, example_inputs, options).module
     if isinstance(module, fx.GraphModule):
@@ -65,7 +64,7 @@ def compile(model: nn.Module, example_inputs: Any, options: Options | None = Non
 
 
 def _inputs(module: fx.GraphModule) -> Any:
-    """Zeros of the placeholders' shapes, as the module is called."""
+    """Zeros with the shapes of the placeholders, structured as the module takes its inputs."""
     found = []
     for node in module.graph.nodes:
         if node.op == "placeholder":
@@ -75,7 +74,7 @@ def _inputs(module: fx.GraphModule) -> Any:
                     f"input {node.name} has no shape in its metadata; give MergePass(..., example_inputs=...)"
                 )
             shape: Any = [s.node.hint if isinstance(s, torch.SymInt) else s for s in known.shape]
-            device = getattr(known, "device", None)  # tensor_meta does not tell
+            device = getattr(known, "device", None)  # tensor_meta has none
             found.append(torch.zeros(shape, dtype=known.dtype, device=device))
     codegen = module.graph._codegen
     if not isinstance(codegen, fx.graph._PyTreeCodeGen):
@@ -85,7 +84,10 @@ def _inputs(module: fx.GraphModule) -> Any:
 
 
 def _renew(module: fx.GraphModule, captured: Capture) -> None:
-    """Metadata that tells shapes, of the merged graph; symbolic sizes stay symbolic."""
+    """Computes the metadata with shapes again, where the graph has it; symbolic sizes stay symbolic."""
+    from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+    from torch.fx.passes.shape_prop import ShapeProp
+
     nodes = list(module.graph.nodes)
     with evaluating(module), torch.no_grad():
         if any("tensor_meta" in n.meta for n in nodes):

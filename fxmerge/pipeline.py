@@ -1,20 +1,22 @@
-"""The pipeline, from top to bottom; the stages' names are those of the files, the progress bar and the report.
+"""The pipeline of a merge, in the order in which it runs; the progress bar shows the same names of stages.
 
-capture -> provenance -> groups -> allocation -> survey -> selection -> decomposition -> rewrite -> refit -> verify
+prepared            capture
+Prepared.found      provenance -> groups
+Prepared.choose     allocation -> survey -> selection          (Prepared.replay takes them from a plan)
+Prepared.apply      decomposition -> rewrite -> refit -> verify
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.export import ExportedProgram
 
 from fxmerge import verify
 from fxmerge.analysis.grouping import Chosen, grouped, provable
@@ -32,8 +34,9 @@ from fxmerge.graph.cost import flops_by_node
 from fxmerge.graph.distributed import summed
 from fxmerge.graph.latency import compared
 from fxmerge.ir.capture import Capture
-from fxmerge.ir.groups import Group, Grouping, survivors
+from fxmerge.ir.groups import Group, Grouping, Merge, Refusal, survivors
 from fxmerge.ir.provenance import Provenance
+from fxmerge.methods.allocation import Counts
 from fxmerge.methods.evidence import Reading
 from fxmerge.methods.selection import select
 from fxmerge.options import Options
@@ -49,12 +52,19 @@ from fxmerge.report.reports import Report
 from fxmerge.result import Analysis, Result
 from fxmerge.rewrite.reassemble import assembled
 from fxmerge.rewrite.rewriter import Rewriter
+from fxmerge.rules.resize import Call
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
 
 
 def prepared(
     model: nn.Module | ExportedProgram, example_inputs: Any, options: Options, given: Any, stage: Callable[[str], None]
 ) -> Prepared:
-    """A model, ready to be merged by these options, or by ones that differ in their budget only."""
+    """A model that is captured, to be merged with these options, or with others that differ only in their budget.
+
+    given: the user's calibration data, or None
+    """
     if given is not None:
         options = options.replace(refit="calibration")
     if given is None and options.refit == "calibration":
@@ -63,14 +73,33 @@ def prepared(
     captured = capture(model, example_inputs)
     if captured.blank:
         raise FxMergeError(
-            "weights of this model are on the meta device, without values: it can be analysed, and merged once "
-            "they are there; fxmerge.on_disk(model, 'weights.safetensors') reads them as they are needed"
+            "the weights of this model are on the meta device, without values: it can be analyzed, but to merge it, "
+            "load the weights, or give fxmerge.on_disk(model, 'weights.safetensors'), which reads them when needed"
         )
     return Prepared(captured, options, given, stage)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """The decisions of a merge that are made before anything is rewritten.
+
+    chosen:    the groups that narrow, with the channels that they keep
+    edits:     {node: its call with new literal sizes}, for sizes that follow the widths of groups
+    refusals:  the channels that are not merged, with reasons
+    batches:   the data that refit runs on; empty if there is no refit
+    notes:     requests that were not, or not fully, carried out
+    """
+
+    options: Options
+    chosen: Chosen
+    edits: Mapping[str, Call]
+    refusals: tuple[Refusal, ...]
+    batches: Batches
+    notes: tuple[str, ...]
+
+
 class Prepared:
-    """What is found out once, however often a model is merged: each stage when it is first asked for."""
+    """A captured model and all that is computed once for any number of merges; each part is computed on first use."""
 
     def __init__(self, captured: Capture, options: Options, given: Any, stage: Callable[[str], None]) -> None:
         self.captured, self.options, self.given, self.stage = captured, options, given, stage
@@ -80,6 +109,7 @@ class Prepared:
 
     @cached_property
     def found(self) -> tuple[Provenance, Grouping]:
+        """The provenance of every channel, and the merge groups."""
         self.stage("provenance")
         facts = provenance(self.captured, self.options.heads != "width")
         self.stage("groups")
@@ -87,11 +117,12 @@ class Prepared:
 
     @property
     def original(self) -> nn.Module:
-        """The model as it was captured."""
+        """The original model, for comparisons with a merged one."""
         return original_of(self.captured)
 
     @cached_property
     def flops(self) -> Mapping[str, int]:
+        """The FLOPs of each node of the original."""
         return flops_by_node(self.captured.module, self.captured.inputs)
 
     @cached_property
@@ -105,7 +136,7 @@ class Prepared:
         return replace(self.probing, held=False) if self.batches[1] == (STRAYS,) else self.probing
 
     def readings(self, groups: Sequence[Group]) -> Mapping[str, tuple[Reading, ...]]:
-        """What the consumers of these groups see of them on the batches."""
+        """{group: the second moments at its consumers on refit's data}, for these groups at least."""
         missing = [g for g in groups if g.name not in self.seen]
         if self.batches[0] and missing:
             self.stage("survey")
@@ -115,102 +146,76 @@ class Prepared:
 
     @cached_property
     def sensitive(self) -> Mapping[str, float]:
-        """How much the outputs move with an error of each layer that reads a group."""
+        """{layer: how much the model's outputs change with an error in its outputs}, for the consumers of groups."""
         facts, grouping = self.found
         groups = in_scope(grouping, self.options)[0]
         return sensitivity(self.captured, facts, groups, self.batches[0], self.settings, self.stage)
 
     def merged(self, options: Options, decided: Mapping[str, GroupPlan] | None = None) -> Result:
-        """Merge as these options say, which differ from the ones that this was prepared with in their budget only."""
+        """The model merged with these options, which may differ from those it was prepared with in their budget only.
+
+        decided: a plan's groups by name, to be replayed
+        """
         started = time.perf_counter()
+
+        def run(ready: Prepared) -> Result:
+            choice = ready.choose(options) if decided is None else ready.replay(options, decided)
+            return ready.apply(choice, started)
+
         try:
-            return self._merged(options, decided, started)
+            return run(self)
         except FxMergeError as error:
             if self.captured.recorded is None:
                 raise
-            try:  # what the user's own code sees may depend on widths in a way that nobody can mend
-                return self.confined._merged(options, decided, started)
+            try:  # the user's own code, which runs between the traced parts, may depend on the widths that it sees
+                return run(self.confined)
             except FxMergeError:
                 raise error from None
 
     @cached_property
     def confined(self) -> Prepared:
+        """The same model with all channels kept that the user's own code sees."""
         return Prepared(confined(self.captured), self.options, self.given, self.stage)
 
-    def _merged(self, options: Options, decided: Mapping[str, GroupPlan] | None, started: float) -> Result:
-        captured, stage, tensors = self.captured, self.stage, self.tensors
+    # Choosing
+
+    def choose(self, options: Options) -> Choice:
+        """Decides which channels each group keeps: as many as `allocation` says, and those that `selection` chooses."""
         facts, grouping = self.found
-        if decided is None:
-            check_patterns(grouping.everything, [n for n, _ in captured.module.named_modules()], options)
+        check_patterns(grouping.everything, [n for n, _ in self.captured.module.named_modules()], options)
         groups, refusals = in_scope(grouping, options)
         while True:
-            stage("allocation")
-            if decided is not None:
-                allotted = Allotted(replayed(groups, decided))
-            elif options.budget:
-                allotted = self._allotted(groups, options)
-            else:
-                allotted = Allotted(by_ratio(groups, options, overlaps(grouping)))
-            counts = allotted.counts
-            narrowed = [g for g in groups if sum(counts[g.name]) < g.channels]
+            allotted = self.allocation(groups, options)
+            narrowed = [g for g in groups if sum(allotted.counts[g.name]) < g.channels]
             batches, notes = self.batches if narrowed else ([], ())
-            surveyed: Mapping[str, tuple[Reading, ...]] = {}
-            if batches and decided is None and options.selection == "repair":
-                surveyed = self.readings(narrowed)
-            chosen: Chosen = []
-            for g in narrowed:
-                stage(f"selection {g.name}")
-                if decided is not None:
-                    kept = torch.tensor(decided[g.name].kept)
-                else:
-                    seen = candidates(g, tensors, options.seed, surveyed.get(g.name, ()))
-                    kept = select(options.selection, seen, g.cells, counts[g.name])
-                chosen.append((g, kept))
-            chosen, edits, refused = provable(captured, facts, grouping, chosen)
+            surveyed = self.readings(narrowed) if batches and options.selection == "repair" else {}
+            chosen = self.selection(narrowed, allotted.counts, surveyed, options)
+            chosen, edits, refused = provable(self.captured, facts, grouping, chosen)
             refusals = (*refusals, *refused)
-            if not refused or not options.budget or decided is not None:
+            if not refused or not options.budget:
                 break
-            groups = [g for g in groups if g.name not in {r.name for r in refused}]  # the others make good for them
-        rewriter, plans = Rewriter(captured.module, facts), []
-        for g, kept in chosen:
-            stage(f"decomposition {g.name}")
-            mapping, merged = decompose(g, kept, captured, tensors, options)
-            rewriter.absorb(merged)
-            plans.append(group_plan(g, kept, mapping))
-        stage("rewrite")
-        alive = survivors(grouping, chosen)
-        rewritten = rewriter.finish(alive, edits)
-        refitted: tuple[Refitted, ...] = ()
-        if batches and chosen:
-            stage("refit")
-            refitted = refit(pair(captured.module, facts, rewritten, alive), batches, self.settings, stage)
-        module = assembled(captured, rewritten)
-        stage("verify")
-        verdict = verify.compare(captured, module)
-        timing = None
-        if "latency" in options.budget and chosen:
-            stage("latency")
-            timing = compared(self.original, module, captured.args, captured.kwargs)
-        analysis = Analysis(captured, facts, grouping, refusals)
-        plan = Plan(options, tuple(plans))
-        report = Report(
-            captured=captured,
-            facts=facts,
-            grouping=grouping,
-            refusals=refusals,
-            module=module,
-            plan=plan,
-            verdict=verdict,
-            refitted=refitted,
-            notes=(*notes, *allotted.notes),
-            seconds=time.perf_counter() - started,
-            timing=timing,
-        )
-        return Result(module, plan, report, analysis)
+            groups = [g for g in groups if g.name not in {r.name for r in refused}]  # the others meet the budget
+        notes = (*notes, *allotted.notes)
+        return Choice(options=options, chosen=chosen, edits=edits, refusals=refusals, batches=batches, notes=notes)
 
-    def _allotted(self, groups: Sequence[Group], options: Options) -> Allotted:
-        """What a budget leaves each group, by what each would lose."""
+    def replay(self, options: Options, decided: Mapping[str, GroupPlan]) -> Choice:
+        """Keeps the channels that a plan keeps. Raises FxMergeError if the plan's groups are not the model's."""
         facts, grouping = self.found
+        groups, refusals = in_scope(grouping, options)
+        counts = replayed(groups, decided)
+        narrowed = [g for g in groups if sum(counts[g.name]) < g.channels]
+        batches, notes = self.batches if narrowed else ([], ())
+        chosen = [(g, torch.tensor(decided[g.name].kept)) for g in narrowed]
+        chosen, edits, refused = provable(self.captured, facts, grouping, chosen)
+        refusals = (*refusals, *refused)
+        return Choice(options=options, chosen=chosen, edits=edits, refusals=refusals, batches=batches, notes=notes)
+
+    def allocation(self, groups: Sequence[Group], options: Options) -> Allotted:
+        """How many channels each group keeps, by the ratio or by the budget."""
+        self.stage("allocation")
+        facts, grouping = self.found
+        if not options.budget:
+            return Allotted(by_ratio(groups, options, overlaps(grouping)))
         ladders = {g.name: rungs(g, options) for g in groups}
         free = [g for g in groups if len(ladders[g.name]) > 1]
         errors = {name: np.zeros(len(kept)) for name, kept in ladders.items()}
@@ -218,7 +223,73 @@ class Prepared:
         if options.allocation != "uniform":
             surveyed = self.readings(free) if batches else {}
             self.stage("curves")
-            known = (self.captured, facts, free, ladders, surveyed, self.tensors, options, bool(batches))
-            errors |= curves(*known, self.sensitive if batches else {})
-        room = Room(self.captured, facts, grouping, groups, ladders, errors, options, bool(batches), self.flops)
+            errors |= curves(
+                self.captured, facts, free, options, ladders=ladders, readings=surveyed, tensors=self.tensors,
+                refitted=bool(batches), sensitivity=self.sensitive if batches else {},
+            )  # fmt: skip
+        room = Room(
+            captured=self.captured, facts=facts, grouping=grouping, groups=groups, ladders=ladders, errors=errors,
+            options=options, refitted=bool(batches), flops=self.flops,
+        )  # fmt: skip
         return allot(room, self.tensors, self.stage)
+
+    def selection(
+        self, groups: Sequence[Group], counts: Counts, surveyed: Mapping[str, tuple[Reading, ...]], options: Options
+    ) -> Chosen:
+        """Which channels each group keeps, `counts` of them in each of its cells."""
+        chosen: Chosen = []
+        for g in groups:
+            self.stage(f"selection {g.name}")
+            seen = candidates(g, self.tensors, options.seed, surveyed.get(g.name, ()))
+            chosen.append((g, select(options.selection, seen, g.cells, counts[g.name])))
+        return chosen
+
+    # Applying
+
+    def apply(self, choice: Choice, started: float) -> Result:
+        """Builds the merged model of a choice, refits it, and compares it with the original.
+
+        started: when the merge began, by time.perf_counter
+        """
+        captured, (facts, grouping) = self.captured, self.found
+        rewriter, plans = Rewriter(captured.module, facts), []
+        for plan_of_group, merge in self.decomposition(choice):
+            rewriter.absorb(merge)
+            plans.append(plan_of_group)
+        self.stage("rewrite")
+        alive = survivors(grouping, choice.chosen)
+        rewritten = rewriter.finish(alive, choice.edits)
+        refitted: tuple[Refitted, ...] = ()
+        if choice.batches and choice.chosen:
+            self.stage("refit")
+            streams = pair(captured.module, facts, rewritten, alive)
+            refitted = refit(streams, choice.batches, self.settings, self.stage)
+        module = assembled(captured, rewritten)
+        self.stage("verify")
+        verdict = verify.compare(captured, module)
+        timing = None
+        if "latency" in choice.options.budget and choice.chosen:
+            self.stage("latency")
+            timing = compared(self.original, module, captured.args, captured.kwargs)
+        plan = Plan(choice.options, tuple(plans))
+        report = Report(
+            captured=captured,
+            facts=facts,
+            grouping=grouping,
+            refusals=choice.refusals,
+            module=module,
+            plan=plan,
+            verdict=verdict,
+            refitted=refitted,
+            notes=choice.notes,
+            seconds=time.perf_counter() - started,
+            timing=timing,
+        )
+        return Result(module, plan, report, Analysis(captured, facts, grouping, choice.refusals))
+
+    def decomposition(self, choice: Choice) -> Iterator[tuple[GroupPlan, Merge]]:
+        """Each group's plan and what its layers absorb. One at a time, as those of wide groups take much memory."""
+        for g, kept in choice.chosen:
+            self.stage(f"decomposition {g.name}")
+            mapping, merge = decompose(g, kept, self.captured, self.tensors, choice.options)
+            yield group_plan(g, kept, mapping), merge

@@ -1,4 +1,4 @@
-"""The plan: what was decided, as plain data that goes to JSON and comes back."""
+"""The plan of a merge: its decisions as plain data, which can be written to JSON and read back."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class Partner:
-    """Where one dropped channel went: `into` kept channel `scale` times, or nowhere (into -1)."""
+    """The kept channel that replaces a dropped one: `channel` ~ scale * `into`. `into` is -1 if there is none."""
 
     channel: int
     into: int
@@ -31,7 +31,7 @@ class Partner:
 
 @dataclass(frozen=True)
 class GroupPlan:
-    """One group's decision: `kept` of its `channels`."""
+    """The decision for one group: which of its channels are kept, and the partners of the others."""
 
     name: str
     channels: int
@@ -40,26 +40,26 @@ class GroupPlan:
 
     @property
     def similarity(self) -> float:
-        """Mean cosine of the dropped channels to what carries them, 0 where nothing does; 1 if none was dropped."""
+        """The mean cosine of dropped channels and their partners, 0 for those without one; 1 if none was dropped."""
         return sum(p.cosine for p in self.partners) / len(self.partners) if self.partners else 1.0
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What was decided: the options, and each group's kept channels."""
+    """The decisions of a merge: the options, and the channels that each narrowed group keeps."""
 
     options: Options
     groups: tuple[GroupPlan, ...]
 
     def json(self) -> str:
-        """The plan as JSON text; `Plan.from_json` reads it back equal."""
+        """The plan as JSON text, which `Plan.from_json` reads back as an equal plan."""
         options = fields(self.options)
-        del options["ratio" if self.options.budget else "budget"]  # one of them was asked for
+        del options["ratio" if self.options.budget else "budget"]  # only one of them was in use
         return json_text({"fxmerge_plan": VERSION, **fields(self), "options": options}, sort_keys=True)
 
     @staticmethod
     def from_json(text: str) -> Plan:
-        """Read a plan. Raises FxMergeError for text that is no plan of a version known here."""
+        """Reads a plan. Raises FxMergeError for text that is not a plan of a known version."""
         try:
             data = json.loads(text)
         except json.JSONDecodeError as error:
@@ -76,11 +76,12 @@ class Plan:
 
 
 def fields(record: Any) -> dict[str, Any]:
+    """The fields of a dataclass as a dict, without those of its fields' own."""
     return {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
 
 
 def json_text(data: Any, sort_keys: bool = False) -> str:
-    """JSON of plain data and records, of which a large plan has many: they become dicts one at a time."""
+    """JSON text of plain data and dataclasses. Dataclasses are converted one at a time, as a large plan has many."""
     text = io.StringIO()
     json.dump(data, text, indent=1, sort_keys=sort_keys, default=fields)
     return text.getvalue()
@@ -91,11 +92,13 @@ def _group(data: dict[str, Any]) -> GroupPlan:
     partners = tuple(Partner(**{k: kinds[k](v) for k, v in p.items()}) for p in data["partners"])
     kept = tuple(int(k) for k in data["kept"])
     if sorted(set(kept)) != list(kept) or not kept or kept[0] < 0 or kept[-1] >= data["channels"]:
-        raise FxMergeError(f"this plan is damaged: the kept channels of {data['name']} are no subset of its channels")
+        raise FxMergeError(
+            f"this plan is damaged: the kept channels of {data['name']} are not a subset of its channels"
+        )
     return GroupPlan(str(data["name"]), int(data["channels"]), kept, partners)
 
 
 def planned(groups: Sequence[Group], plan: Plan) -> list[tuple[Group, Tensor]]:
-    """Those of some groups that a plan narrows, with the channels that it keeps: what `survivors` takes."""
+    """The groups that a plan narrows, with the channels that it keeps, as `survivors` takes them."""
     kept = {p.name: p.kept for p in plan.groups}
     return [(g, torch.tensor(kept[g.name])) for g in groups if g.name in kept]

@@ -1,13 +1,12 @@
-"""Results: what an analysis and a merge give back, and the forms that a merged model can leave in."""
+"""The results of an analysis and of a merge, and the formats that a merged model can be saved in."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from torch.export import ExportedProgram
 
 from fxmerge.export import program, save
 from fxmerge.ir.capture import Capture
@@ -16,10 +15,13 @@ from fxmerge.ir.provenance import Provenance
 from fxmerge.plan import Plan
 from fxmerge.report.reports import AnalysisReport, Report
 
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
 
 @dataclass(frozen=True)
 class Analysis:
-    """What could be merged and what could not: nothing is changed."""
+    """A model's merge groups, and the channels that cannot be merged."""
 
     captured: Capture
     facts: Provenance
@@ -28,46 +30,49 @@ class Analysis:
 
     @property
     def groups(self) -> tuple[Group, ...]:
+        """The merge groups, including those of blocks that can be removed as a whole."""
         return self.grouping.everything
 
     @property
     def graph(self) -> Any:
-        """Groups and layers as a networkx graph (see `groups`)."""
+        """The groups and layers as a networkx.DiGraph (see analysis/groups.py)."""
         return self.grouping.graph
 
     @property
     def report(self) -> AnalysisReport:
+        """The analysis as text, JSON or a drawing."""
         return AnalysisReport(captured=self.captured, facts=self.facts, grouping=self.grouping, refusals=self.refusals)
 
     def _repr_html_(self) -> str:
-        """The report's page, in a notebook."""
+        """The report as a page in a notebook."""
         return self.report._repr_html_()
 
 
 @dataclass(frozen=True)
 class Result:
-    """A merged model, and why it is as it is."""
+    """A merged model, with the decisions that led to it."""
 
-    module: nn.Module  # a torch.fx.GraphModule; of the user's own class where only parts of it could be traced
+    module: nn.Module  # a torch.fx.GraphModule, or of the user's own class if only parts of it could be traced
     plan: Plan
     report: Report
     analysis: Analysis
 
     def _repr_html_(self) -> str:
-        """The report's page, in a notebook."""
+        """The report as a page in a notebook."""
         return self.report._repr_html_()
 
     def save(self, folder: str | Path) -> None:
-        """Write model.py, weights.safetensors, plan.json and the report into a folder, whole or not at all.
+        """Writes model.py, weights.safetensors, plan.json and the report to a folder, all or none of them.
 
-        Raises FxMergeError where the folder holds files of others; `fxmerge.load` reads it.
+        `fxmerge.load` reads the folder. Raises FxMergeError if the folder contains files that fxmerge did not write.
         """
         save.save(Path(folder), self.report)
 
     def exported(self, dynamic_shapes: Any = None) -> ExportedProgram:
-        """The merged model as torch.export has it; one that came as an ExportedProgram keeps its dynamic shapes.
+        """The merged model as an ExportedProgram.
 
-        dynamic_shapes: as torch.export.export takes them. Raises FxMergeError where torch.export cannot.
+        dynamic_shapes: as for torch.export.export; by default those of the original, if it was an ExportedProgram.
+        Raises FxMergeError if torch.export cannot export the model.
         """
         captured = self.analysis.captured
         return program.exported(
@@ -75,12 +80,12 @@ class Result:
         )
 
     def save_program(self, path: str | Path) -> None:
-        """Write `exported()` as a .pt2 file, whole or not at all; torch.export.load reads it."""
+        """Writes `exported()` to a .pt2 file, which torch.export.load reads. No partial file is left after an error."""
         program.save(self.exported(), Path(path))
 
     def to_onnx(self, path: str | Path, dynamic_shapes: Any = None) -> None:
-        """Write the merged model as an ONNX file, by way of `exported`. Needs fxmerge[onnx].
+        """Writes `exported(dynamic_shapes)` to an ONNX file. Needs the extra fxmerge[onnx].
 
-        Raises FxMergeError where torch.export or torch.onnx cannot.
+        Raises FxMergeError if torch.export or torch.onnx cannot convert the model.
         """
         program.to_onnx(self.exported(dynamic_shapes), Path(path))

@@ -1,7 +1,7 @@
-"""Sweep: a model merged at several budgets; what each costs and how good it still is, as a table and a plot.
+"""Merges a model at several budgets; the cost and quality of each merged model as a table and a plot.
 
-The model is captured and analysed, refit's batches made and channels surveyed, once for all budgets. With a folder
-every finished point is written there at once, and one that lies there already is not made again.
+The model is captured and analyzed once for all budgets, and refit's data is prepared once. If a folder is given, every
+point is written there as soon as it is finished, and is read from there by later calls.
 """
 
 from __future__ import annotations
@@ -15,13 +15,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
-from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves
 
 from fxmerge.api import settled
@@ -35,16 +32,26 @@ from fxmerge.report.picture.curve import curve
 from fxmerge.report.reports import original_cost
 from fxmerge.weights.files import write_text
 
-VERSION = 1  # of the files of a folder
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+VERSION = 1  # of the format of the files in a folder
 Evaluate = Callable[[nn.Module], Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Point:
-    """One merged model, or the budget that could not be met and why.
+    """One merged model, or a budget that could not be met.
 
-    left: share of the original; noise: of a latency, its standard error; value: what `evaluate` gave; error: relative
-    error of the outputs on the example inputs; widths: {group: channels kept}, of groups that narrowed
+    kind:     "flops", "params" or "latency"
+    asked:    the budget, as a share of the original
+    left:     the share of the original that is left
+    noise:    the standard error of a latency; otherwise None
+    error:    the relative error of the outputs on the example inputs
+    value:    the value of `evaluate`, if it was given
+    widths:   {group: channels kept}, for the groups that were narrowed
+    notes:    requests that were not, or not fully, carried out
+    failed:   why the budget could not be met; "" if it was
     """
 
     kind: str
@@ -63,9 +70,9 @@ class Point:
 
 @dataclass(frozen=True)
 class Sweep:
-    """The points of a sweep, the largest budget first; `original` is the model as it was.
+    """The points of a sweep, the largest budget first, and the original model as a point.
 
-    measure: the name of the function that gave the values, "" where there was none
+    measure: the name of the `evaluate` function; "" if there was none
     """
 
     original: Point
@@ -73,9 +80,14 @@ class Sweep:
     measure: str = ""
 
     def text(self, width: int = 120) -> str:
-        """A table with one row for each budget, then what there is to say about some."""
-        table = Table(title=f"Left of the {NAMES[self.original.kind]}, and what that does", title_justify="left")
-        names = ("asked for", "left", "parameters", "FLOPs", "output error", self.measure, "seconds")
+        """A table with a row for each budget, and below it the notes about them."""
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(
+            title=f"Models merged to a share of the original's {NAMES[self.original.kind]}", title_justify="left"
+        )
+        names = ("budget", "left", "parameters", "FLOPs", "output error", self.measure, "seconds")
         for name in filter(None, names):
             table.add_column(name, justify="right", no_wrap=True)
         for p in (self.original, *self.points):
@@ -94,31 +106,32 @@ class Sweep:
         return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
 
     def json(self) -> str:
-        """JSON text: {"fxmerge_sweep", "original", "measure", "points"}, the fields of `Point`; null for NaN."""
+        """JSON text: {"fxmerge_sweep", "original", "measure", "points"}, the fields of `Point`, and null for NaN."""
         points = [finite(dataclasses.asdict(p)) for p in self.points]
-        told: dict[str, Any] = {
+        data: dict[str, Any] = {
             "fxmerge_sweep": VERSION,
             "original": finite(dataclasses.asdict(self.original)),
             "measure": self.measure,
             "points": points,
         }
-        return json.dumps(told, indent=1)
+        return json.dumps(data, indent=1)
 
     def svg(self, path: str | Path | None = None) -> str:
-        """The value (without `evaluate` the output error) against what is left in %, as SVG text; written to `path`.
+        """A plot of the value, or without `evaluate` of the output error, against the share left in %, as SVG text.
 
-        Raises FxMergeError where no budget was met, or for a path that does not end in .svg.
+        path: a file to write the text to, with the extension .svg
+        Raises FxMergeError if no budget was met, or for another extension.
         """
         met = [p for p in self.points if not p.failed]
         if not met:
-            raise FxMergeError("no budget of this sweep was met, so that there is nothing to draw")
-        told = [(100 * p.left, p.value if p.value is not None else p.error) for p in met]
+            raise FxMergeError("no budget of this sweep was met, so there is nothing to plot")
+        points = [(100 * p.left, p.value if p.value is not None else p.error) for p in met]
         kind, up = NAMES[self.original.kind], self.measure or "relative error of the outputs"
         level = (self.original.value, "original") if self.original.value is not None else None
-        drawn = curve(told, f"{len(met)} budgets of {kind}", f"{kind} left, %", up, level)
+        drawn = curve(points, f"{len(met)} budgets of {kind}", f"{kind} left, %", up, level)
         if path is not None:
             if Path(path).suffix != ".svg":
-                raise FxMergeError(f"{path}: a sweep is drawn as .svg; any browser shows it")
+                raise FxMergeError(f"{path}: a sweep is written as SVG; give a path that ends in .svg")
             write_text(Path(path), drawn)
         return drawn
 
@@ -134,37 +147,40 @@ def sweep(
     out: str | Path | None = None,
     **changes: Any,
 ) -> Sweep:
-    """Merge at each budget, the largest first. `model` itself is never modified.
+    """Merges a model at each budget, the largest first. `model` itself is not modified.
 
-    budgets: shares of the original that may remain, of what `kind` says: "flops", "params" or "latency".
-    evaluate: a function of a model, in evaluation mode, that gives a number (accuracy, say); without it only the
-        error of the outputs on the example inputs is told.
-    options: `Options` without ratio and budget, or their fields as keyword arguments; calibration as in `merge`.
-    out: a folder for finished points (one JSON file each, with the plan), which are not made again by a later call with
-        the same model, weights, inputs, options and evaluate; its sweep.json, sweep.txt and sweep.svg tell them all.
-    A budget that cannot be met is a row that says why. Raises FxMergeError as `merge` does, where none can be met, and
-    where `evaluate` gives no number.
+    budgets: shares of the original that may remain.
+    kind: what the budgets are shares of: "flops", "params" or "latency".
+    evaluate: a function that takes a model in evaluation mode and returns a number, such as its accuracy. Without it,
+        only the error of the outputs on the example inputs is reported.
+    options: `Options` without ratio and budget, or its fields as keyword arguments.
+    calibration: batches of inputs for refit, as in `merge`.
+    out: a folder for finished points (one JSON file each, with the plan), which a later call with the same model,
+        weights, inputs, options and evaluate does not compute again. sweep.json, sweep.txt and sweep.svg contain all
+        points.
+    A budget that cannot be met is reported as a point with the reason. Raises FxMergeError as `merge` does, if no
+    budget can be met, and if `evaluate` does not return a number.
     """
     base = settled(options, changes)
     if base.budget:
-        raise FxMergeError("a sweep's budgets are its own; leave the option `budget` out")
+        raise FxMergeError("a sweep takes its budgets as the argument budgets; leave out the option budget")
     if isinstance(budgets, (str, int, float)) or not isinstance(budgets, Sequence) or not budgets:
-        raise FxMergeError(f"budgets is {budgets!r}; give some shares of the original, as [0.75, 0.5, 0.25]")
+        raise FxMergeError(f"budgets is {budgets!r}; give a list of shares of the original, such as [0.75, 0.5, 0.25]")
     asked = [base.replace(budget={kind: share}) for share in budgets]
     asked = sorted({o.budget[kind]: o for o in asked}.values(), key=lambda o: -o.budget[kind])
     folder = Path(out) if out is not None else None
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     with progress() as stage, older_left_alone():
-        named = [""]
-        ready = prepared(model, example_inputs, asked[0], calibration, lambda what: stage(f"{named[0]}{what}"))
+        prefix = [""]
+        ready = prepared(model, example_inputs, asked[0], calibration, lambda name: stage(f"{prefix[0]}{name}"))
         digest = _digest(ready, evaluate) if folder is not None else ""
         points = []
         for one in asked:
             ((_, share),) = one.budget.items()
-            named[0] = f"{share:.1%} of the {NAMES[kind]}: "
+            prefix[0] = f"{share:.1%} of the {NAMES[kind]}: "
             points.append(_point(ready, one.replace(refit=ready.options.refit), evaluate, folder, digest))
-        named[0] = "original: "
+        prefix[0] = "original: "
         original = _original(ready, kind, evaluate, folder, digest)
     found = Sweep(original, tuple(points), _name(evaluate))
     if all(p.failed for p in points):
@@ -184,15 +200,22 @@ def _point(ready: Prepared, options: Options, evaluate: Evaluate | None, folder:
         try:
             result = ready.merged(options)
         except FxMergeError as error:
-            return Point(kind, share, failed=str(error)), None
+            return Point(kind=kind, asked=share, failed=str(error)), None
         report = result.report
         spent, after = report.spent, report.after
-        left, noise = (spent.left, spent.noise) if spent else (1.0, None)
-        widths = {g.name: len(g.kept) for g in result.plan.groups}
-        value = _value(evaluate, result.module)
-        seconds = time.perf_counter() - started
-        size = (left, noise, after.parameters, after.flops, report.verdict.error)
-        point = Point(kind, share, *size, value, widths, report.notes, seconds)
+        point = Point(
+            kind=kind,
+            asked=share,
+            left=spent.left if spent else 1.0,
+            noise=spent.noise if spent else None,
+            parameters=after.parameters,
+            flops=after.flops,
+            error=report.verdict.error,
+            value=_value(evaluate, result.module),
+            widths={g.name: len(g.kept) for g in result.plan.groups},
+            notes=report.notes,
+            seconds=time.perf_counter() - started,
+        )
         return point, json.loads(result.plan.json())
 
     return _kept(made, folder, f"{kind}-{share:g}", f"{digest} {options}")
@@ -201,14 +224,22 @@ def _point(ready: Prepared, options: Options, evaluate: Evaluate | None, folder:
 def _original(ready: Prepared, kind: str, evaluate: Evaluate | None, folder: Path | None, digest: str) -> Point:
     def made() -> tuple[Point, Any]:
         before = original_cost(ready.captured)
-        value = _value(evaluate, ready.original)
-        return Point(kind, 1.0, 1.0, None, before.parameters, before.flops, 0.0, value), None
+        point = Point(
+            kind=kind,
+            asked=1.0,
+            left=1.0,
+            parameters=before.parameters,
+            flops=before.flops,
+            error=0.0,
+            value=_value(evaluate, ready.original),
+        )
+        return point, None
 
     return _kept(made, folder, f"{kind}-original", digest)
 
 
 def _kept(made: Callable[[], tuple[Point, Any]], folder: Path | None, name: str, digest: str) -> Point:
-    """A point as its file tells it, or made and written."""
+    """The point in the folder's file, if it has this digest; otherwise a new one, which is written there."""
     if folder is None:
         return made()[0]
     path, digest = folder / f"{name}.json", hashlib.sha256(digest.encode()).hexdigest()
@@ -219,11 +250,11 @@ def _kept(made: Callable[[], tuple[Point, Any]], folder: Path | None, name: str,
             numbers = {f: math.nan for f in ("left", "error") if given[f] is None}
             return Point(**{**given, **numbers, "notes": tuple(given["notes"])})
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # not there, or no file of ours: it is made
+        pass  # the file is missing or of another format
     point, plan = made()
     if not point.failed:
-        told = {"fxmerge_point": VERSION, "digest": digest, "point": finite(dataclasses.asdict(point)), "plan": plan}
-        write_text(path, json.dumps(told, indent=1))
+        data = {"fxmerge_point": VERSION, "digest": digest, "point": finite(dataclasses.asdict(point)), "plan": plan}
+        write_text(path, json.dumps(data, indent=1))
     return point
 
 
@@ -235,9 +266,9 @@ def _value(evaluate: Evaluate | None, module: nn.Module) -> float | None:
     try:
         value = float(given)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise FxMergeError(f"evaluate gave a {type(given).__name__}; it should give one number") from error
+        raise FxMergeError(f"evaluate returned a {type(given).__name__}; it should return one number") from error
     if not math.isfinite(value):
-        raise FxMergeError(f"evaluate gave {value}; it should give a finite number")
+        raise FxMergeError(f"evaluate returned {value}; it should return a finite number")
     return value
 
 
@@ -249,7 +280,7 @@ def _name(evaluate: Evaluate | None) -> str:
 
 
 def _digest(ready: Prepared, evaluate: Evaluate | None) -> str:
-    """What a point depends on beside its options: code, weights, inputs, batches."""
+    """Everything that a point depends on apart from its options: the code, weights, inputs, batches and `evaluate`."""
     found = hashlib.sha256()
     tensors: list[Any] = [ready.captured.inputs, [v for _, v in sorted(ready.tensors.items())]]
     if ready.options.refit == "calibration":

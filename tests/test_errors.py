@@ -114,7 +114,7 @@ CASES: dict[str, Case] = {
     "analyze's options": (lambda: fxmerge.analyze(mlp(), X, 0.5), r"options is a float"),  # type: ignore[arg-type]
     "ratio 1": (lambda: plain_merge(mlp(), X, ratio=1.0), r"ratio is 1.0; .*0 <= ratio < 1"),
     "ratio as text": (lambda: plain_merge(mlp(), X, ratio="half"), r"ratio is 'half'"),
-    "keep nothing": (lambda: plain_merge(mlp(), X, keep={"a": 0}), r"keep\['a'\] is 0; give a whole number"),
+    "keep nothing": (lambda: plain_merge(mlp(), X, keep={"a": 0}), r"keep\['a'\] is 0; give an integer number"),
     "keep a typo": (lambda: plain_merge(mlp(), X, keep={"aa": 3}), r"keep: 'aa' matches no group; the groups are a"),
     "keep too many": (lambda: plain_merge(mlp(), X, keep={"a": 17}), r"keep asks for 17 channels of a, which has 16"),
     "keep no rectangle": (

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fxmerge
-from fxmerge import FxMergeError, Options, Plan
+from fxmerge import FxMergeError, Options, Plan, pipeline
+from fxmerge.calibration import fit_probes
 from fxmerge.cli.main import main
 from fxmerge.pipeline import Prepared
 from fxmerge.report.picture.curve import HEIGHT, WIDTH, curve, ticks
@@ -69,13 +70,10 @@ def test_each_point_is_the_merge_at_its_budget() -> None:
 
 def test_what_is_common_to_all_budgets_is_done_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The probes, the survey and the capture; merges by themselves would do them three times."""
-    import importlib
-
-    homes = {"capture": "pipeline", "provenance": "pipeline", "fed": "calibration.fit_probes", "readings": "pipeline",
-             "sensitivity": "pipeline"}  # fmt: skip
+    shared = {"capture": pipeline, "provenance": pipeline, "readings": pipeline, "sensitivity": pipeline,
+              "fed": fit_probes}  # fmt: skip
     calls: list[str] = []
-    for name, home in homes.items():
-        module = importlib.import_module(f"fxmerge.{home}")
+    for name, module in shared.items():
         whole = getattr(module, name)
 
         def counted(*args: Any, _name: str = name, _whole: Any = whole, **named: Any) -> Any:
@@ -84,7 +82,7 @@ def test_what_is_common_to_all_budgets_is_done_once(monkeypatch: pytest.MonkeyPa
 
         monkeypatch.setattr(module, name, counted)
     fxmerge.sweep(net(), X, [0.7, 0.5, 0.3], samples=64)
-    assert sorted(calls) == sorted(homes)
+    assert sorted(calls) == sorted(shared)
 
 
 def test_a_sweep_is_taken_up_where_it_was_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,10 +140,10 @@ def test_a_budget_that_cannot_be_met_is_a_row_that_says_why(tmp_path: Path) -> N
 @pytest.mark.parametrize(("given", "match"), [
     ({"budgets": []}, "budgets"), ({"budgets": 0.5}, "budgets"), ({"budgets": "0.5"}, "budgets"),
     ({"budgets": [0.5, 2]}, "flops"), ({"budgets": ["a"]}, "flops"), ({"kind": "flop"}, "flop"),
-    ({"ratio": 0.5}, "contradict"), ({"budget": {"flops": 0.5}}, "leave the option"),
-    ({"evaluate": lambda module: "good"}, "evaluate gave a str"),
-    ({"evaluate": lambda module: math.nan}, "evaluate gave nan"),
-    ({"evaluate": lambda module: torch.zeros(3)}, "evaluate gave a Tensor"),
+    ({"ratio": 0.5}, "contradict"), ({"budget": {"flops": 0.5}}, "leave out the option"),
+    ({"evaluate": lambda module: "good"}, "evaluate returned a str"),
+    ({"evaluate": lambda module: math.nan}, "evaluate returned nan"),
+    ({"evaluate": lambda module: torch.zeros(3)}, "evaluate returned a Tensor"),
 ])  # fmt: skip
 def test_nonsense_is_refused(given: dict[str, Any], match: str) -> None:
     with pytest.raises(FxMergeError, match=match):
@@ -199,7 +197,7 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert len(json.loads(capsys.readouterr().out)["points"]) == 2
     for wrong, match in (
         (["--evaluate", f"{file}:nothing"], "no callable"),
-        (["--evaluate", "count"], "names no function"),
+        (["--evaluate", "count"], "does not name a function"),
         (["--kind", "time"], "time"),
         (["--ratio", "0.5"], "contradict"),
     ):

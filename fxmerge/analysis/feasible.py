@@ -6,7 +6,6 @@ import math
 
 import numpy as np
 import torch
-from scipy.optimize import Bounds, LinearConstraint, milp
 
 from fxmerge.ir.groups import Group
 
@@ -35,6 +34,8 @@ def spread(group: Group, share: float, round_to: int, total: int | None = None) 
     if bool((sizes == sizes[0]).all()) and (total is None or total % cells == 0):
         size = int(sizes[0])
         return (rounded(size * share, size, cells, round_to) if total is None else total // cells,) * cells
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
     rows = []
     for block in group.blocks:
         first, *others = (torch.zeros(cells).index_fill_(0, torch.tensor(row), 1.0) for row in block)

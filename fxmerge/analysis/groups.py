@@ -16,9 +16,8 @@ import io
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import networkx as nx
 import numpy as np
 import torch
 from torch import Tensor
@@ -29,6 +28,9 @@ from fxmerge.graph.nested import leaves
 from fxmerge.ir.groups import Group, Grouping, Ints, Refusal, group_of_label
 from fxmerge.ir.labels import thin
 from fxmerge.ir.provenance import Block, Lab, Layer, Pin, Provenance, Tie
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 
 def group(facts: Provenance) -> Grouping:
@@ -58,6 +60,8 @@ def _solid(block: Block, atom: Ints) -> bool:
 
 def joined(widths: Grouping, facts: Provenance, wholes: Grouping) -> Grouping:
     """Groups whose blocks lose width, and besides them, as NAME#whole, the groups of those blocks that leave whole."""
+    import networkx as nx
+
     leaving = np.zeros(int(wholes.atom.max()) + 1, dtype=bool)
     if facts.whole is not None:
         leaving[wholes.atom[facts.whole].numpy()] = True
@@ -173,6 +177,8 @@ def _components(
     facts: Provenance, atom: Ints, part: Ints, pinned: dict[int, Pin], order: Ints
 ) -> tuple[Ints, dict[int, tuple[Ints, Ints]]]:
     """Join parts that share blocks: (the group of each atom or -1, group -> (its atoms in order, the cell of each))."""
+    import networkx as nx
+
     free = order[~np.isin(order, list(pinned))]
     graph: nx.Graph[tuple[str, int]] = nx.Graph()
     graph.add_nodes_from(("part", p) for p in dict.fromkeys(part[free].tolist()))
@@ -241,6 +247,8 @@ def _refusals(facts: Provenance, atom: Ints, pinned: dict[int, Pin], groups: lis
 
 def graphml(graph: Any) -> str:
     """A `Grouping.graph` as GraphML text, every attribute with its type."""
+    import networkx as nx
+
     held = io.BytesIO()
     nx.write_graphml(graph, held, infer_numeric_types=False)
     return held.getvalue().decode("utf-8")
@@ -255,6 +263,8 @@ def _graph(groups: list[Group], refusals: Sequence[Refusal], layers: Sequence[La
     edges       layer -> group role="write", group -> layer role="read" or "carry", layer -> refusal role="write";
                 channels: how many of the group's (refusal's) channels stand there
     """
+    import networkx as nx
+
     graph: nx.DiGraph[str] = nx.DiGraph()
     for g in groups:
         graph.add_node(g.name, kind="group", channels=g.channels, internal=g.internal, mixers=len(g.mixers))

@@ -12,8 +12,6 @@ from dataclasses import replace
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from fxmerge.ir.labels import FIXED
@@ -25,6 +23,9 @@ Bools = NDArray[np.bool_]
 
 def atoms(facts: Provenance) -> Ints:
     """The atom of each label, (label_count,): connected components of the ties."""
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
+
     left = torch.cat([t.left for t in facts.ties]) if facts.ties else torch.zeros(0, dtype=torch.int64)
     right = torch.cat([t.right for t in facts.ties]) if facts.ties else left
     size = facts.label_count
@@ -94,6 +95,9 @@ def _row_tie(node: str, rows: Tensor) -> Tie:
 
 def _components(inside: list[Ints], count: int) -> Ints:
     """A number for each set of atoms, equal where sets are joined by atoms that they share."""
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
+
     sets = np.repeat(np.arange(len(inside)), [len(at) for at in inside])
     edges = coo_matrix(
         (np.ones(len(sets), dtype=np.int8), (sets, len(inside) + np.concatenate(inside))),

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export import ExportedProgram
 
 from fxmerge.capture.constant_fold import fold
 from fxmerge.capture.output_cache import Recall
@@ -71,7 +70,7 @@ def capture(model: Any, example_inputs: Any) -> Capture:
 
     Raises FxMergeError where the model cannot be traced or does not take these inputs, naming module and source line.
     """
-    program = model if isinstance(model, ExportedProgram) else None
+    program = model if isinstance(model, torch.export.ExportedProgram) else None
     if program is not None:
         model = opened(program)
     check_model(model)

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fxmerge.graph.nested import fresh
@@ -78,6 +77,8 @@ def of_any_batch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     which takes a size of 1 for a constant. What comes out must give what the model gives on the very example.
     Raises GuardOnDataDependentSymNode where the model's path depends on values.
     """
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
     given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     sizes = {t.size(0) for t in given if t.dim()}
     if len(sizes) != 1 or not all(t.dim() for t in given):

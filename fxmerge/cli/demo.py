@@ -1,4 +1,4 @@
-"""The demo: a trained LeNet-300-100 and 2,000 Fashion-MNIST test images, both in the package."""
+"""The demo: merges a trained LeNet-300-100 and measures it on 2,000 Fashion-MNIST images, both in the package."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from importlib.resources import as_file, files
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -21,14 +19,14 @@ from fxmerge.options import Options
 RATIOS = (0.5, 0.6, 0.7, 0.8)
 METHODS = {
     "prune": Options(decomposition="prune", refit="none"),
-    "mostsim": Options(threshold=0.45, refit="none"),  # the paper's t for LeNet
+    "mostsim": Options(threshold=0.45, refit="none"),  # the threshold t of the paper for LeNet
     "refit": Options(),
 }
 
 
 @dataclass(frozen=True)
 class Row:
-    """One model: the share of channels it gave up, its parameters, top-1 accuracy in %."""
+    """One model: the share of channels that were dropped, the number of parameters, the top-1 accuracy in %."""
 
     method: str
     ratio: float
@@ -49,7 +47,7 @@ class LeNet(nn.Module):
 
 
 def example() -> tuple[nn.Module, Tensor, Tensor]:
-    """(trained model, images (2000, 784), labels (2000,)) as they ship with the package."""
+    """The model, images (2000, 784) and labels (2000,) that are included in the package."""
     assets = files("fxmerge") / "assets"
     model = LeNet()
     with as_file(assets / "lenet_300_100.safetensors") as path:
@@ -60,7 +58,7 @@ def example() -> tuple[nn.Module, Tensor, Tensor]:
 
 
 def run() -> list[Row]:
-    """Accuracy and size of the original and of each method at each ratio."""
+    """The accuracy and size of the original, and of each method at each ratio."""
     model, images, labels = example()
 
     def row(method: str, ratio: float, module: nn.Module) -> Row:
@@ -80,7 +78,10 @@ def as_json(rows: list[Row]) -> str:
 
 
 def as_text(rows: list[Row]) -> str:
-    """One line for each ratio, one column for each method."""
+    """A table with a row for each ratio and a column for each method."""
+    from rich.console import Console
+    from rich.table import Table
+
     original, *others = rows
     table = Table(title="LeNet-300-100 on 2,000 Fashion-MNIST test images, no fine-tuning", title_justify="left")
     for name in ("channels dropped", "parameters", *(f"{m}, accuracy" for m in METHODS)):
@@ -97,5 +98,5 @@ def as_text(rows: list[Row]) -> str:
 
 
 def width() -> int:
-    """Columns of the terminal, and enough for a table in a pipe."""
+    """The width of the terminal in columns, at least 80; 120 if there is no terminal."""
     return max(80, shutil.get_terminal_size((120, 24)).columns)

@@ -1,6 +1,6 @@
 """The command line: `fxmerge demo | analyze SPEC | merge SPEC --out DIR | sweep SPEC --out DIR | draw SPEC --out FILE`.
 
-Flags of `merge` and `sweep` are Options' fields.
+The flags of `merge` and `sweep` include the fields of `Options`.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from fxmerge.sweep import sweep
 
 @dataclasses.dataclass(frozen=True)
 class Input:
-    """Where the model comes from."""
+    """The model."""
 
     spec: Annotated[str, tyro.conf.Positional]
     """torchvision:resnet18, timm:NAME, package.module:factory, path/to/file.py:factory, a .pt2 file, a saved folder"""
     weights: Path | None = None
     """a .safetensors file with the model's state_dict"""
     on_disk: bool = False
-    """let the weights stay in the file (or folder of files), for models that are larger than memory"""
+    """read the weights from the file (or folder of files) only when needed, for models larger than memory"""
     shape: tuple[int, ...] = (1, 3, 224, 224)
     """shape of the example input"""
 
 
 @dataclasses.dataclass(frozen=True)
 class Demo:
-    """Shrink the LeNet-300-100 that ships with fxmerge and measure it on 2,000 Fashion-MNIST test images."""
+    """Merge the LeNet-300-100 included in fxmerge, and measure it on 2,000 Fashion-MNIST test images."""
 
     json: bool = False
     """print JSON instead of a table"""
@@ -46,7 +46,7 @@ class Demo:
 
 @dataclasses.dataclass(frozen=True)
 class Analyze:
-    """Show what could be merged with what, and what not and why; nothing is changed."""
+    """Show which channels can be merged, which cannot, and why; nothing is changed."""
 
     input: Annotated[Input, tyro.conf.arg(name="")]
     json: bool = False
@@ -59,26 +59,28 @@ class Merge:
 
     input: Annotated[Input, tyro.conf.arg(name="")]
     out: Path
-    """folder to write to, made if it is not there; NAME.pt2 or NAME.onnx writes that one file"""
+    """folder to write to, created if necessary; or NAME.pt2 or NAME.onnx, to write that one file"""
     options: Annotated[Options, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Options)
     json: bool = False
     """print JSON instead of tables"""
     report: Path | None = None
-    """a file to draw the merge to: .html, .svg, .dot, .gv, .mmd, .graphml or .json"""
+    """also draw the merge to this file: .html, .svg, .dot, .gv, .mmd, .graphml or .json"""
 
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """Merge a model at several budgets; a table and a plot of what each costs and how good it still is."""
+    """Merge a model at several budgets; write a table and a plot of the cost and quality of each merged model."""
 
     input: Annotated[Input, tyro.conf.arg(name="")]
     budgets: tuple[float, ...]
-    """shares of the original that may remain"""
+    """shares of the original's cost that may remain"""
     out: Path
-    """folder for the points, each as soon as it is there; points that are there already are not made again"""
-    kind: Annotated[str, tyro.conf.arg(help=f"what they are shares of; one of {', '.join(BUDGETS)}")] = "flops"
+    """folder for the results; points that are already there are not computed again"""
+    kind: Annotated[str, tyro.conf.arg(help=f"cost that the budgets are shares of; one of {', '.join(BUDGETS)}")] = (
+        "flops"
+    )
     evaluate: str | None = None
-    """package.module:function or path/to/file.py:function, which takes a model and gives a number"""
+    """package.module:function or path/to/file.py:function, which takes a model and returns a number"""
     options: Annotated[Options, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Options)
     json: bool = False
     """print JSON instead of a table"""
@@ -86,11 +88,11 @@ class Sweep:
 
 @dataclasses.dataclass(frozen=True)
 class Draw:
-    """Draw a model with its merge groups to a file, as its ending asks for; nothing is changed."""
+    """Draw a model with its merge groups to a file; nothing is changed."""
 
     input: Annotated[Input, tyro.conf.arg(name="")]
     out: Path
-    """.html, .svg (needs Graphviz), .dot, .gv, .mmd (Mermaid), .graphml or .json"""
+    """file to write; its extension is .html, .svg (needs Graphviz), .dot, .gv, .mmd (Mermaid), .graphml or .json"""
 
 
 Command = (
@@ -103,7 +105,10 @@ Command = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit status is 1 for an FxMergeError, whose text goes to stderr, 2 for wrong usage."""
+    """Runs the command line. Returns the exit status: 0, or 1 after an error, which is printed to stderr.
+
+    Exits with status 2 for wrong usage.
+    """
     try:
         command: Any = tyro.cli(
             Command,
@@ -124,7 +129,7 @@ def _run(command: Demo | Analyze | Merge | Sweep | Draw) -> str:
         return demonstration.as_json(rows) if command.json else demonstration.as_text(rows)
     drawing = command.out if isinstance(command, Draw) else getattr(command, "report", None)
     if drawing is not None:
-        drawn_as(drawing)  # before a long computation
+        drawn_as(drawing)  # raises for an unknown format before the computation, not after it
     measure = function(command.evaluate) if isinstance(command, Sweep) and command.evaluate else None
     model, inputs = load(command.input.spec, command.input.weights, command.input.shape, command.input.on_disk)
     if isinstance(command, Analyze):
@@ -134,8 +139,9 @@ def _run(command: Demo | Analyze | Merge | Sweep | Draw) -> str:
         analyze(model, inputs).report.draw(command.out)
         return f"written: {command.out}"
     if isinstance(command, Sweep):
-        given = (command.budgets, measure, command.kind, command.options)
-        curve = sweep(model, inputs, *given, out=command.out)
+        curve = sweep(
+            model, inputs, command.budgets, measure, kind=command.kind, options=command.options, out=command.out
+        )
         return curve.json() if command.json else curve.text(demonstration.width()) + f"written: {command.out}"
     result = merge(model, inputs, command.options)
     write = {".pt2": result.save_program, ".onnx": result.to_onnx}.get(command.out.suffix, result.save)
@@ -148,7 +154,3 @@ def _run(command: Demo | Analyze | Merge | Sweep | Draw) -> str:
     files += [command.report] if command.report is not None else []
     written = f"written: {', '.join(map(str, files))}"
     return result.report.text(demonstration.width()) + written
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Specs: how the command line names a model, `torchvision:resnet18` or `path/to/file.py:factory`."""
+"""Specs, by which the command line names a model, such as `torchvision:resnet18` or `path/to/file.py:factory`."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ import importlib
 import importlib.util
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.export import ExportedProgram
 
 from fxmerge.errors import FxMergeError
 from fxmerge.export import program, save
 from fxmerge.weights import on_disk as stored_models
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
 
 _FORMS = (
     "torchvision:resnet18, timm:NAME, package.module:factory, path/to/file.py:factory, a .pt2 file or a saved folder"
@@ -26,24 +28,27 @@ _FORMS = (
 def load(
     spec: str, weights: Path | None, shape: tuple[int, ...], on_disk: bool = False
 ) -> tuple[nn.Module | ExportedProgram, Any]:
-    """A model and example inputs for it. A file or module may give its own as `example_inputs`, a value or a function.
+    """A model and example inputs for it.
 
-    on_disk: let the weights stay where they are (see `fxmerge.on_disk`).
+    The inputs are random numbers of this shape, unless the file or module of the model has `example_inputs`, a value or
+    a function.
 
-    Raises FxMergeError for a spec, a factory or a weights file that does not work, naming it.
+    weights: a safetensors file with the model's state_dict
+    on_disk: read the weights from the file only when needed (see `fxmerge.on_disk`)
+    Raises FxMergeError for a spec, a factory or a weights file that cannot be used, naming it.
     """
     if spec.endswith(".pt2") or Path(spec).is_dir():
         if weights is not None:
-            raise FxMergeError(f"{spec} has weights of its own; leave out --weights")
+            raise FxMergeError(f"{spec} includes its weights; leave out --weights")
         if on_disk and spec.endswith(".pt2"):
-            raise FxMergeError(f"torch.export reads {spec} as a whole; leave out --on-disk")
+            raise FxMergeError(f"torch.export can only read {spec} as a whole; leave out --on-disk")
         found: Any = program.load(Path(spec)) if spec.endswith(".pt2") else save.load(spec, on_disk=on_disk)
-        return found, None if isinstance(found, ExportedProgram) else torch.randn(shape)
+        return found, None if isinstance(found, torch.export.ExportedProgram) else torch.randn(shape)
     source, _, name = spec.rpartition(":")
     if not source or not name:
-        raise FxMergeError(f"{spec!r} names no model; give {_FORMS}")
+        raise FxMergeError(f"{spec!r} does not name a model; give {_FORMS}")
     if on_disk and weights is None:
-        raise FxMergeError("--on-disk needs --weights: the file or folder of safetensors that they stay in")
+        raise FxMergeError("--on-disk needs --weights, the safetensors file, or folder of files, to read them from")
     torch.manual_seed(0)
     made = _without_memory if on_disk else _made
     if source == "torchvision":
@@ -69,14 +74,16 @@ def load(
 
 
 def function(spec: str) -> Any:
-    """What `package.module:function` or `path/to/file.py:function` names; FxMergeError where it names nothing."""
+    """The function of `package.module:function` or `path/to/file.py:function`. Raises FxMergeError if there is none."""
     if spec.count(":") < 1:
-        raise FxMergeError(f"{spec!r} names no function; give package.module:function or path/to/file.py:function")
+        raise FxMergeError(
+            f"{spec!r} does not name a function; give package.module:function or path/to/file.py:function"
+        )
     return _named(spec, "package.module:function or path/to/file.py:function")[1]
 
 
 def _named(spec: str, forms: str) -> tuple[Any, Any]:
-    """(a module, the callable of it that a spec names)"""
+    """(the module of a spec, the callable in it that the spec names)"""
     source, _, name = spec.rpartition(":")
     module = _file(Path(source)) if source.endswith(".py") else _imported(source, spec)
     found = getattr(module, name, None)
@@ -86,7 +93,7 @@ def _named(spec: str, forms: str) -> tuple[Any, Any]:
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a safetensors state_dict, every key of it and no other."""
+    """Loads a state_dict from a safetensors file; its keys must be exactly those of the model."""
     try:
         tensors: dict[str, Tensor] = load_file(path)
     except (OSError, SafetensorError) as error:
@@ -115,7 +122,7 @@ def _file(path: Path) -> Any:
     try:
         found.loader.exec_module(module)
     except Exception as error:
-        raise FxMergeError(f"{path} cannot be run: {type(error).__name__}: {error}") from error
+        raise FxMergeError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
     return module
 
 
@@ -123,9 +130,9 @@ def _made(spec: str, factory: Any) -> nn.Module:
     try:
         model = factory()
     except Exception as error:
-        raise FxMergeError(f"{spec} cannot make a model: {type(error).__name__}: {error}") from error
+        raise FxMergeError(f"the model of {spec} cannot be created: {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
-        raise FxMergeError(f"{spec} gives a {type(model).__name__}, not a torch.nn.Module")
+        raise FxMergeError(f"{spec} returns a {type(model).__name__}, not a torch.nn.Module")
     return model
 
 

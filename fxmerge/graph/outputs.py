@@ -10,8 +10,8 @@ import dataclasses
 import functools
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.export import register_dataclass
 from torch.utils._pytree import tree_leaves, tree_map
 
 _PLAIN = (Tensor, int, float, complex, bool, str, type(None))
@@ -24,7 +24,7 @@ def foreign(value: Any) -> tuple[str, ...]:
         if isinstance(leaf, _PLAIN):
             continue
         if dataclasses.is_dataclass(leaf):
-            register_dataclass(type(leaf))
+            torch.export.register_dataclass(type(leaf))
             found.update(dict.fromkeys(foreign(leaf)))
         else:
             found[type(leaf).__name__] = None

@@ -20,7 +20,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from scipy.cluster.vq import kmeans2
 from torch import Tensor
 
 from fxmerge.methods.evidence import Evidence, PublishedForm
@@ -144,6 +143,8 @@ def _range(values: Tensor, possible: Tensor | None) -> tuple[Tensor, Tensor]:
 
 def fold(evidence: Evidence, kept: Tensor) -> Mapping:
     """k-means on the rows, started at the kept channels: a cluster's mean stands for its members (model folding)."""
+    from scipy.cluster.vq import kmeans2
+
     n, inner = len(evidence.bias), evidence.inner
     assert isinstance(inner, Tensor)  # clusters take all of them
     points = coordinates(inner + evidence.bias[:, None] * evidence.bias[None, :])

@@ -18,7 +18,6 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.cluster.hierarchy import fcluster, linkage
 from torch import Tensor
 
 from fxmerge.methods.elimination import eliminate
@@ -61,6 +60,8 @@ def random(channels: Candidates, count: int) -> Tensor:
 
 def reprune(channels: Candidates, count: int) -> Tensor:
     """Average linkage on the filters' Euclidean distances; from each of k clusters the filter nearest to its mean."""
+    from scipy.cluster.hierarchy import linkage
+
     rows = channels.rows.double()
     if count >= len(rows):
         return torch.arange(len(rows))
@@ -92,6 +93,8 @@ def reprune_kernel(channels: Candidates, count: int) -> Tensor:
     clusters. Filters are then chosen one by one, each the one whose kernels lie in most clusters not yet covered; the
     larger norm decides between equals.
     """
+    from scipy.cluster.hierarchy import fcluster, linkage
+
     kernels = channels.kernels.double().cpu()
     n = len(kernels)
     if count >= n:

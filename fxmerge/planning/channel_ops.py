@@ -1,7 +1,7 @@
-"""Steps: what the nodes between a producer and a consumer do to a group's channels, one by one.
+"""Per-channel steps: what each node between a producer and a consumer computes from a group's channels.
 
-A step multiplies rows by a gain (and, where it is a filter, by the filter itself) and moves the constants; or it is a
-nonlinear function of each channel.
+A linear step multiplies each channel by a gain (or filters it) and adds a constant. Any other step is a nonlinear
+function of each channel.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from fxmerge.ir.provenance import DEPTHWISE, Layer
 
 @dataclass(frozen=True)
 class Step:
-    """One thing that a group's n channels pass: y = gain x + constant channel by channel, or a nonlinear function.
+    """One step of a group's n channels: y = gain x + constant for each channel, or a nonlinear function.
 
-    features:   (n, m) of unit length, what channels must agree in beside the gain (a filter's shape, a slope), or None
+    constant_gain:  (n,) the gain of a constant, which differs from `gain` for a filter
+    features:       (n, m) unit vectors that merged channels must have in common (a filter's shape, a slope), or None
+    function:       (samples, n) -> (samples, n), or None for a linear step
     """
 
     node: str
@@ -34,25 +36,26 @@ class Step:
 
 
 def in_order(member: Member, n: int) -> bool:
-    """Does every channel stand once, in the group's own order?"""
+    """Whether the layer has every channel of the group once, in the group's order."""
     return member.where.shape == (n, 1) and torch.equal(member.where[:, 0], torch.arange(n))
 
 
 def laid_out(own: Tensor, member: Member, n: int, default: float) -> Tensor:
-    """(m, ...) of the channels that stand in a layer -> (n, ...) of the whole group."""
+    """Expands values of the m channels in a layer, (m, ...), to all channels of the group, (n, ...)."""
     if len(own) == n:
         return own
     return own.new_full((n, *own.shape[1:]), default).index_copy_(0, member.channels, own)
 
 
 def bias_of(layer: Layer, tensors: Mapping[str, Tensor]) -> Tensor:
+    """The layer's bias in float64, or zeros if it has none."""
     out = layer.writes if layer.writes is not None else layer.carries
     assert out is not None
     return tensors[layer.params["bias"]].double() if "bias" in layer.params else torch.zeros(out.numel()).double()
 
 
 def slot(member: Member, slot: str, tensors: Mapping[str, Tensor], n: int, default: float) -> Tensor:
-    """A per-channel parameter's parameter for each channel, (n,): the mean over copies."""
+    """One tensor of a per-channel parameter (its weight, say) for each channel, (n,): the mean over copies."""
     path = member.layer.params.get(slot)
     if path is None:
         return torch.full((n,), default, dtype=torch.float64)
@@ -60,20 +63,21 @@ def slot(member: Member, slot: str, tensors: Mapping[str, Tensor], n: int, defau
 
 
 def gamma_of(member: Member, tensors: Mapping[str, Tensor], n: int) -> Tensor:
+    """The scale of a norm for each channel, (n,)."""
     return slot(member, "weight", tensors, n, 1.0)
 
 
 def step_of(
     node: fx.Node, per_channel_param: Member | None, captured: Capture, tensors: Mapping[str, Tensor], n: int
 ) -> Step:
-    """What one node does to a group's channels."""
+    """The step of one node."""
     one, zero = torch.ones(n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
     if per_channel_param is None:
-        return Step(node.name, one, one, zero, None, _function(node, captured, n))
+        return Step(node.name, one, one, zero, function=_function(node, captured, n))
     op = per_channel_param.layer.op
     if op in ("layer_norm", "rms_norm", "group_norm", "instance_norm"):
         gain, constant = gamma_of(per_channel_param, tensors, n), slot(per_channel_param, "bias", tensors, n, 0.0)
-        return Step(node.name, gain, gain, constant, None, lambda x: _normalised(x, op) * gain + constant)
+        return Step(node.name, gain, gain, constant, function=lambda x: _normalised(x, op) * gain + constant)
     if op == "batch_norm":
         bn_std = (slot(per_channel_param, "running_var", tensors, n, 1.0) + per_channel_param.layer.eps).sqrt()
         gain = gamma_of(per_channel_param, tensors, n) / bn_std
@@ -101,14 +105,14 @@ def step_of(
     if op in ("offset", "offset-", "offset-r"):
         sign = -1.0 if op == "offset-r" else 1.0
         return Step(node.name, one * sign, one * sign, -mean if op == "offset-" else mean)
-    if op != "prelu":  # some other function of a channel and its parameter: agree in the parameter
+    if op != "prelu":  # some other function of a channel and its parameter: channels must have the parameter in common
         return Step(node.name, one, one, zero, _split(values)[1])
-    slopes = torch.cat([torch.ones_like(values), values], 1)  # agree in the slope
-    return Step(node.name, one, one, zero, _split(slopes)[1], lambda x: torch.where(x > 0, x, x * mean))
+    slopes = torch.cat([torch.ones_like(values), values], 1)  # channels must have the slope in common
+    return Step(node.name, one, one, zero, _split(slopes)[1], function=lambda x: torch.where(x > 0, x, x * mean))
 
 
 def _normalised(x: Tensor, op: str) -> Tensor:
-    """(samples, n) as a norm over channels leaves it; an InstanceNorm leaves each channel with deviation 1."""
+    """The output of a norm over channels, (samples, n); an InstanceNorm gives each channel mean 0 and deviation 1."""
     if op == "instance_norm":
         return (x - x.mean(0)) / x.std(0).clamp(min=1e-12)
     centred = x if op == "rms_norm" else x - x.mean(1, keepdim=True)
@@ -116,19 +120,19 @@ def _normalised(x: Tensor, op: str) -> Tensor:
 
 
 def _split(filters: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows as (length, direction): (n, m) -> (n,), (n, m)."""
+    """The length and direction of each row: (n, m) -> (n,), (n, m)."""
     length = torch.linalg.vector_norm(filters, dim=1)
     return length, filters / length.clamp(min=1e-300)[:, None]
 
 
 def _function(node: fx.Node, captured: Capture, n: int) -> Callable[[Tensor], Tensor] | None:
-    """The node as a function of (samples, n), or None where it is linear for each channel (pooling, dropout)."""
+    """The node as a function of (samples, n), or None if it is linear for each channel (pooling, dropout)."""
     source = node.args[0] if node.args else None
     module = captured.module.get_submodule(str(node.target)) if node.op == "call_module" else None
     if node.target is F.glu or isinstance(module, nn.GLU):
-        return lambda x: x * torch.sigmoid(x)  # a channel is both of its halves
+        return lambda x: x * torch.sigmoid(x)  # a channel is in both halves
     if node.target is F.linear or isinstance(module, nn.Linear):
-        return lambda x: x  # a map over positions, which no constant passes unchanged
+        return lambda x: x  # a map over positions, which does not preserve constants
     if not isinstance(source, fx.Node) or captured.shapes.get(source.name) != captured.shapes.get(node.name):
         return None
     pooling = nn.modules.pooling
@@ -149,4 +153,4 @@ def _function(node: fx.Node, captured: Capture, n: int) -> Callable[[Tensor], Te
         fits = apply(torch.zeros(2, n, dtype=torch.float64)).shape == (2, n)
     except (IndexError, RuntimeError, TypeError, ValueError):
         fits = False
-    return apply if fits else lambda x: x  # one that needs the activation's own axes: not known
+    return apply if fits else lambda x: x  # the function needs the activation's own axes, and is not known here

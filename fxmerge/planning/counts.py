@@ -1,6 +1,7 @@
-"""Allocation: how many channels each group keeps, by a ratio or by a budget, as the blocks of its cells allow.
+"""The numbers of channels that a group keeps under a ratio, or may keep under a budget.
 
-A budget is shared out on ladders (`allocators`): the numbers of channels that a group may keep at all.
+A group's cells keep their channels independently, except where blocks tie the cells together. The numbers that a group
+may keep under a budget are its ladder (see `methods/allocation.py`).
 """
 
 from __future__ import annotations
@@ -18,23 +19,23 @@ from fxmerge.ir.groups import Group
 from fxmerge.methods.allocation import Floats
 from fxmerge.options import Options
 
-RUNGS = 256  # of a ladder with equal cells, about, at most
-TRIED = 17  # shares at which unequal cells are spread
-TOLERANCE = 0.01  # of what a budget allows
+RUNGS = 256  # approximate largest number of rungs of a ladder with equal cells
+TRIED = 17  # shares that are tried for a ladder with unequal cells
 
 
 def by_ratio(
     groups: Sequence[Group], options: Options, overlaps: Mapping[str, Mapping[str, float]]
 ) -> dict[str, tuple[int, ...]]:
-    """Every group keeps the share s = 1 - ratio, or what `keep` says: {group: channels kept in each cell}.
+    """{group: channels kept in each cell}, where each group keeps the share s = 1 - ratio, or as `keep` says.
 
-    overlaps: {group: {group of whole blocks: share of its channels in them}}. Where blocks leave and the others lose
-    width, both together leave s: sqrt(s) of the blocks, and of the channels in those what is then missing to s.
+    overlaps: {group: {group of whole blocks: share of the former's channels that are in the latter's blocks}}. Where
+    some blocks are removed and the others are narrowed, the share s is kept in all: sqrt(s) of the blocks, and the rest
+    of the reduction in the width of the kept blocks.
     """
     share, kept = 1 - options.ratio, dict[str, tuple[int, ...]]()
-    left: dict[str, float] = {}  # share of each group that stays
+    left: dict[str, float] = {}  # share of each group that is kept
     doubled = {name for g in groups for name in overlaps.get(g.name, ())}
-    for group in sorted(groups, key=lambda g: g.name not in doubled):  # blocks first: the others follow them
+    for group in sorted(groups, key=lambda g: g.name not in doubled):  # blocks first: the others depend on them
         gone = sum(part * (1 - left.get(name, 1)) for name, part in overlaps.get(group.name, {}).items())
         own = math.sqrt(share) if group.name in doubled else min(1.0, share / (1 - gone))
         asked = _asked(group, options)
@@ -44,20 +45,22 @@ def by_ratio(
 
 
 def _asked(group: Group, options: Options) -> tuple[int, ...] | None:
-    """What `keep` says of a group, None where it says nothing."""
+    """Channels kept in each cell, as `keep` says; None if no pattern matches the group."""
     asked = next((v for pattern, v in options.keep.items() if fnmatchcase(group.name, pattern)), None)
     if not isinstance(asked, int):
         return None if asked is None else spread(group, asked, options.round_to) or all_of(group)
     counts = spread(group, asked / group.channels, 1, asked) if asked <= group.channels else None
     if counts is None:
-        blocks = f" in {len(set(group.cells.tolist()))} cells that blocks tie together" if group.blocks else ""
-        has = f"which has {group.channels}{blocks}"
-        raise FxMergeError(f"keep asks for {asked} channels of {group.name}, {has}")
+        cells = f", in {len(set(group.cells.tolist()))} cells of connected blocks" if group.blocks else ""
+        raise FxMergeError(f"keep asks for {asked} channels of {group.name}, which has {group.channels}{cells}")
     return counts
 
 
 def rungs(group: Group, options: Options) -> Floats:
-    """What a group may keep under a budget, (R, cells), the most first: all, and what max_ratio and round_to leave."""
+    """A group's ladder: the channels that its cells may keep under a budget, (R, cells), from all to the fewest.
+
+    max_ratio limits the fewest, and round_to the numbers in between. A group matched by `keep` has one rung.
+    """
     asked = _asked(group, options)
     if asked is not None:
         return np.array([asked], dtype=np.float64)

@@ -1,4 +1,4 @@
-"""Absorbing: a group's channels in numbers, its decomposition, and what each of its consumers takes of it."""
+"""The decomposition of a group, as its producers and each of its consumers absorb it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from fxmerge.planning.statistics import moments, statistics
 def decompose(
     group: Group, kept: Tensor, captured: Capture, tensors: Mapping[str, Tensor], options: Options
 ) -> tuple[Map | None, Merge]:
-    """The group's (down, up) in its common coordinates, and what each consumer absorbs of it."""
+    """The group's (down, up) in its common coordinates, and what its producers and consumers absorb.
+
+    The mapping is None if the dropped channels are not merged into kept ones.
+    """
     method = options.decomposition
     if method == "prune" or not group.partners or not group.consumers or _shared_consumer(group):
         return None, Merge(group, kept)
@@ -39,7 +42,7 @@ def decompose(
                 shift = bias - up @ bias[kept]
             for step in steps:
                 if step.function is not None:
-                    shift = torch.zeros_like(shift)  # a constant does not pass a nonlinear function
+                    shift = torch.zeros_like(shift)  # a constant cannot be moved past a nonlinear function
                 up, shift = push(up, shift, kept, step.gain, step.constant_gain, step.constant)
             shift = torch.where(carried, shift, 0) if method == "mostsim" else torch.zeros_like(shift)
         consumers.append(Decomposition(up, shift))
@@ -47,7 +50,7 @@ def decompose(
 
 
 def _shared_consumer(group: Group) -> bool:
-    """Is one weight read behind different steps? Then no one `up` is right for it."""
+    """Whether one weight is applied after different per-channel steps, so that no single `up` is right for it."""
     per_channel_params = {m.layer.node for m in group.per_channel_params}
     seen: dict[str, list[str]] = {}
     for consumer in group.consumers:
@@ -58,6 +61,7 @@ def _shared_consumer(group: Group) -> bool:
 
 
 def group_plan(group: Group, kept: Tensor, mapping: Map | None) -> GroupPlan:
+    """The decision for a group as plain data: each dropped channel's partner is its largest entry of `up`."""
     dropped = torch.ones(group.channels, dtype=torch.bool)
     dropped[kept] = False
     if mapping is None:

@@ -1,9 +1,10 @@
-"""Curves: what it would cost each group to keep fewer channels, as a function of how many.
+"""The error of each group as a function of the number of channels that it keeps.
 
-What is lost is a share of the variance of what the group's consumers put out, summed over consumers. Where layers are
-re-solved later, it is what they could not repair (`elimination.curve`, on the readings of refit's batches); without
-batches the channels are taken for Gaussian ones with the moments that weights and BatchNorms give them. Where nothing
-is re-solved, channels go by the norm of their rows, and each costs what its nearest partner does not carry.
+The error is the lost share of the variance of the consumers' outputs, summed over the group's consumers. If layers are
+re-solved later, it is the share that re-solving cannot recover (`elimination.curve`, on the readings of refit's data);
+without such data, the channels are taken as Gaussian, with the moments given by the weights and BatchNorms. If layers
+are not re-solved, channels are dropped in the order of their rows' norms, and each loses what its most similar kept
+channel cannot replace.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from fxmerge.options import Options
 from fxmerge.planning.statistics import Statistics, candidates, moments, statistics
 from fxmerge.weights.layout import columns
 
-# Errors of groups are weighed by this power of their consumers' sensitivity. 0 would take a share of any variance for
-# equally bad, 1 would be right were nothing repaired downstream: later layers make good much of what reaches them.
+# The error of a group is weighted by its consumers' sensitivity to this power. 0 would weight all groups equally. 1
+# would be right if later layers did not compensate for errors in their inputs, but re-solving lets them do so.
 POWER = 0.5
 
 
@@ -36,34 +37,37 @@ def curves(
     captured: Capture,
     facts: Provenance,
     groups: Sequence[Group],
-    rungs: Mapping[str, Floats],
-    surveyed: Mapping[str, tuple[Reading, ...]],
-    tensors: Mapping[str, Tensor],
     options: Options,
-    repaired: bool,
-    sensitive: Mapping[str, float],
+    *,
+    ladders: Mapping[str, Floats],
+    readings: Mapping[str, tuple[Reading, ...]],
+    tensors: Mapping[str, Tensor],
+    refitted: bool,
+    sensitivity: Mapping[str, float],
 ) -> dict[str, Floats]:
     """{group: the error at each of its rungs, (R,)}, ascending.
 
-    rungs: {group: channels kept in each cell, (R, cells)}; surveyed: what is known of consumers from batches;
-    repaired: will layers be re-solved? sensitive: how much the model's outputs move with a layer's (`sensitivity`)
+    ladders:      {group: channels kept in each cell at each rung, (R, cells)}
+    readings:     {group: its consumers' second moments on refit's data}, where there is data
+    refitted:     whether layers will be re-solved
+    sensitivity:  {layer: how much the model's outputs change with an error in its outputs}
     """
     norms = {layer.node: layer for layer in facts.layers if layer.op == "batch_norm"}
-    repaired = repaired or options.decomposition == "lstsq"
+    refitted = refitted or options.decomposition == "lstsq"
     found = {}
     for group in groups:
-        kept = rungs[group.name]
+        kept = ladders[group.name]
         total = np.zeros(len(kept))
         if len(kept) > 1:
-            readings = surveyed.get(group.name) or _expected(captured, group, tensors, norms, options, repaired)
-            ranked = None if repaired else _ranked(group, readings, tensors, options)
+            seen = readings.get(group.name) or _expected(captured, group, tensors, norms, options, refitted)
+            ranked = None if refitted else _ranked(group, seen, tensors, options)
             for cell in range(kept.shape[1]):
                 inside = (group.cells == cell).nonzero().flatten()
                 least = int(kept[:, cell].min())
-                own = curve(readings, inside, least).numpy() if ranked is None else ranked(inside)
+                own = curve(seen, inside, least).numpy() if ranked is None else ranked(inside)
                 total += own[kept[:, cell].astype(np.int64)]
-        seen = [sensitive.get(m.layer.node, 0.0) for m in group.consumers or group.producers]
-        found[group.name] = np.maximum.accumulate(total) * (sum(seen) ** POWER if sensitive else 1.0)
+        weights = [sensitivity.get(m.layer.node, 0.0) for m in group.consumers or group.producers]
+        found[group.name] = np.maximum.accumulate(total) * (sum(weights) ** POWER if sensitivity else 1.0)
     return found
 
 
@@ -71,7 +75,10 @@ def _expected(
     captured: Capture, group: Group, tensors: Mapping[str, Tensor], norms: dict[str, Layer], options: Options,
     centred: bool,
 ) -> tuple[Reading, ...]:  # fmt: skip
-    """A group's consumers as they would see Gaussian channels; where none is a layer, the channels themselves."""
+    """The readings of a group's consumers for Gaussian channels; of the channels themselves if no consumer is a layer.
+
+    centred: whether second moments are about the mean, as where layers are re-solved with a bias, or about 0
+    """
     found = statistics(group, captured, tensors, options)
     readings = []
     nodes = {node.name: node for node in captured.module.graph.nodes}
@@ -93,7 +100,7 @@ def _expected(
 
 
 def _seen_whole(found: Statistics) -> Reading:
-    assert found.covariance is not None  # it was asked for
+    assert found.covariance is not None  # `statistics` was called without `kept`
     n = len(found.covariance)
     identity = torch.eye(n, dtype=torch.float64)
     return Reading(found.covariance, identity, torch.arange(n), torch.arange(n)[:, None])
@@ -102,9 +109,10 @@ def _seen_whole(found: Statistics) -> Reading:
 def _ranked(
     group: Group, readings: Sequence[Reading], tensors: Mapping[str, Tensor], options: Options
 ) -> Callable[[Tensor], Floats]:
-    """The curve of some channels where nothing is re-solved: they go by norm, and a partner carries what it can.
+    """The error curve of a cell's channels where layers are not re-solved.
 
-    Of channel i is lost |w_i|^2 min_j (M_ii - M_ij^2 / M_jj), j among those that stay, M second moments about 0.
+    Channels are dropped in the order of their norms. A dropped channel i loses |w_i|^2 min_j (M_ii - M_ij^2 / M_jj),
+    with j among the kept channels and M the second moments about 0.
     """
     norm = candidates(group, tensors, options.seed).norms
     loss = torch.zeros(group.channels, group.channels, dtype=torch.float64)
@@ -119,8 +127,8 @@ def _ranked(
 
     def ranked(inside: Tensor) -> Floats:
         order = inside[norm[inside].argsort(descending=True, stable=True)]
-        best = loss[order[:, None], order[None, :]].cummin(1).values  # (n, n) of the first j + 1
-        total = best.tril(-1).sum(0)  # those behind the first j + 1 go
+        best = loss[order[:, None], order[None, :]].cummin(1).values  # (n, n) best partner among the first j + 1
+        total = best.tril(-1).sum(0)  # all but the first j + 1 are dropped
         found: Floats = torch.cat([total.new_tensor([torch.inf]), total]).numpy()
         return found
 

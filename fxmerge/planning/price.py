@@ -1,8 +1,8 @@
-"""Pricing: what a model would cost if its groups kept so many channels, exactly, without building it.
+"""The exact cost of a model as a function of the channels that its groups keep, without building the merged model.
 
-A weight's elements and the products of an op are counted along axes. Along an axis of labels as many places are left as
-labels are alive, which is a linear function of the channels that each cell keeps (`allocators.Price`). What an op costs
-in the original is what torch.utils.flop_counter counts.
+A parameter's elements and an op's products are counted as the product of the lengths of axes. The length of an axis
+with labels is the number of labels that are alive, a linear function of the channels that each cell keeps (`Price` in
+methods/allocation.py). An op's cost in the original is the one given by torch.utils.flop_counter.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from math import prod
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.sparse import csr_array
 from torch import Tensor
 
 from fxmerge.ir.capture import Capture
@@ -22,11 +21,11 @@ from fxmerge.ir.labels import thin, varying
 from fxmerge.ir.provenance import DEPTHWISE, Contraction, Layer, ParamLabels, Provenance
 from fxmerge.methods.allocation import Floats, Price
 
-LARGEST = 2**22  # places that a contraction's two operands are compared at, at most
+LARGEST = 2**22  # places at which the two operands of a contraction are compared, at most
 
 
 class _Pricer:
-    """Widths as rows of a matrix, each once."""
+    """Collects the terms of a `Price`, with each distinct width as one row of a matrix."""
 
     def __init__(self, groups: Sequence[Group], atom: Tensor) -> None:
         self.atom, self.slots = atom, {}
@@ -46,10 +45,11 @@ class _Pricer:
         self.original = 0.0
 
     def width(self, labels: Tensor) -> int:
-        """The row that counts those of the labels that are alive."""
+        """The row of the width that counts how many of the labels are alive."""
         return self.counted(self.atom[labels.reshape(-1)].numpy())
 
     def counted(self, atoms: NDArray[np.int64]) -> int:
+        """The row of the width that counts how many of the atoms are alive."""
         cells = self.cell[atoms]
         held = np.bincount(cells[cells >= 0], minlength=len(self.full)) / np.maximum(self.full, 1)
         fixed = float((cells < 0).sum())
@@ -61,26 +61,36 @@ class _Pricer:
         return self.rows[key]
 
     def add(self, total: float, factors: Sequence[int]) -> None:
-        """A term that is `total` in the original."""
+        """Adds a term: a product of widths, scaled so that it is `total` in the original."""
         whole = prod(float(self.widths[f] @ self.full) + self.fixed[f] for f in factors)
         self.original += total
         if total:
             self.terms.append((total / whole, list(factors)))
 
     def price(self) -> Price:
+        from scipy.sparse import csr_array
+
         most = max([1, *(len(f) for _, f in self.terms)])
         last = len(self.widths)
         factors = np.array([f + [last] * (most - len(f)) for _, f in self.terms], dtype=np.int64).reshape(-1, most)
         rows = np.stack([*self.widths, np.zeros(len(self.full))])
         coefficients = np.array([c for c, _ in self.terms])
         fixed = np.array([*self.fixed, 1.0])
-        return Price(self.slots, self.full, coefficients, factors, csr_array(rows), fixed, self.original)
+        return Price(
+            slots=self.slots,
+            full=self.full,
+            coefficients=coefficients,
+            factors=factors,
+            widths=csr_array(rows),
+            fixed=fixed,
+            original=self.original,
+        )
 
 
 def parameters_price(
     captured: Capture, facts: Provenance, groups: Sequence[Group], atom: Tensor, biases: Sequence[Layer] = ()
 ) -> Price:
-    """Elements of all parameters, shared ones once; and those of biases that these layers will be given."""
+    """The elements of all parameters, shared ones counted once, and of the biases that refit will give these layers."""
     pricer = _Pricer(groups, atom)
     for path, value in captured.module.named_parameters():
         pricer.add(value.numel(), _along(pricer, facts.params[path]) if path in facts.params else [])
@@ -92,7 +102,7 @@ def parameters_price(
 
 
 def flops_price(facts: Provenance, groups: Sequence[Group], atom: Tensor, counted: Mapping[str, int]) -> Price:
-    """FLOPs of one run on the example inputs, of which the original's nodes take so many (`cost.flops_by_node`)."""
+    """The FLOPs of one run on the example inputs. counted: those of the original, by node (`cost.flops_by_node`)."""
     pricer = _Pricer(groups, atom)
     layers = {layer.node: layer for layer in facts.layers if layer.reads is not None or layer.op in DEPTHWISE}
     products: dict[str, list[Contraction]] = {}
@@ -105,21 +115,23 @@ def flops_price(facts: Provenance, groups: Sequence[Group], atom: Tensor, counte
             sizes = [prod(_sizes(c).values()) for c in products[node]]
             for contraction, size in zip(products[node], sizes, strict=True):
                 pricer.add(flops * size / sum(sizes), list(_contracted(pricer, contraction)))
-        else:  # a map over positions, the same for every channel; or an op without a rule, whose channels all stay
+        else:  # a map over positions, the same for every channel; or an op without a rule, whose channels are all kept
             labels = facts.labels.get(node)
             pricer.add(flops, [pricer.width(thin(labels))] if labels is not None else [])
     return pricer.price()
 
 
 def _along(pricer: _Pricer, labels: ParamLabels) -> list[int]:
-    """The widths that a parameter's elements are the product of, but for axes that hold no labels."""
+    """The widths of a parameter's axes that have labels: its number of elements is proportional to their product."""
     if labels.elements is not None:
         return [pricer.width(labels.elements)]
     found = []
     for axis, along in labels.axes.items():
         if axis == 1 and labels.groups > 1:
             rows = pricer.atom[along.reshape(labels.groups, -1)]
-            if not bool((rows == rows[:, :1]).all()):  # else whole rows leave, and those that stay are as wide as ever
+            if not bool(
+                (rows == rows[:, :1]).all()
+            ):  # otherwise whole rows are removed, and the width of the others does not change
                 found.append(pricer.width(along))
         else:
             found.append(pricer.width(along))
@@ -135,7 +147,7 @@ def _sizes(contraction: Contraction) -> dict[str, int]:
 
 
 def _contracted(pricer: _Pricer, contraction: Contraction) -> Iterator[int]:
-    """The widths of the places that a contraction multiplies at, along the axes that labels vary along."""
+    """The widths whose product is proportional to a contraction's cost, of the axes along which labels vary."""
     sides = ((contraction.left, contraction.letters[0]), (contraction.right, contraction.letters[1]))
     held = [[letters[axis] for axis in varying(labels)] for labels, letters in sides]
     (left, a), (right, b) = ((pricer.atom[thin(t)].squeeze(), axes) for (t, _), axes in zip(sides, held, strict=True))
@@ -144,7 +156,7 @@ def _contracted(pricer: _Pricer, contraction: Contraction) -> Iterator[int]:
         left, right = (_spread(t, own, axes) for t, own in ((left, a), (right, b)))
         one, other = (x.reshape(-1).numpy() for x in torch.broadcast_tensors(left, right))  # type: ignore[no-untyped-call]
         free, bound = pricer.cell[one] >= 0, pricer.cell[other] >= 0
-        if not bool(((one != other) & free & bound).any()):  # channels meet themselves
+        if not bool(((one != other) & free & bound).any()):  # each channel is multiplied with itself only
             yield pricer.counted(np.where(free, one, other))
             return
     for atoms, own in ((left, a), (right, b)):
@@ -153,7 +165,7 @@ def _contracted(pricer: _Pricer, contraction: Contraction) -> Iterator[int]:
 
 
 def _spread(atoms: Tensor, own: Sequence[str], axes: Sequence[str]) -> Tensor:
-    """Atoms over the axes `own`, laid over `axes`."""
+    """Atoms with the axes `own`, permuted and expanded with axes of length 1 to broadcast over `axes`."""
     return atoms.permute([own.index(c) for c in axes if c in own]).reshape(
         [atoms.shape[own.index(c)] if c in own else 1 for c in axes]
     )

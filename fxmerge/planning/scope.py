@@ -1,4 +1,4 @@
-"""Which groups the options let in, and the plan that is replayed."""
+"""The groups that a merge may narrow: those that the options admit, or those of a plan that is replayed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fxmerge.plan import GroupPlan
 
 
 def check_patterns(groups: Sequence[Group], modules: Sequence[str], options: Options) -> None:
-    """Raise FxMergeError for a pattern of `keep` or `ignore` that matches nothing: a typing mistake, most likely."""
+    """Raises FxMergeError for a pattern of `keep` or `ignore` that matches nothing, most likely a typing error."""
     known = [g.name for g in groups]
     for pattern in options.keep:
         if not any(fnmatchcase(name, pattern) for name in known):
@@ -29,19 +29,19 @@ def _some(known: Sequence[str]) -> str:
 
 
 def ignored(group: Group, options: Options) -> bool:
-    """Does a pattern of `ignore` name the group or a module of it, or a module around one?"""
+    """Whether a pattern of `ignore` matches the group, the module of one of its layers, or a parent of that module."""
     names = [group.name, *(m.layer.module for m in (*group.producers, *group.per_channel_params, *group.consumers))]
     around = {".".join(name.split(".")[:n]) for name in names for n in range(1, len(name.split(".")) + 1)}
     return any(fnmatchcase(name, pattern) for pattern in options.ignore for name in around)
 
 
 def in_scope(grouping: Grouping, options: Options) -> tuple[list[Group], tuple[Refusal, ...]]:
-    """The groups that these options let in, and a refusal for each other."""
+    """The groups that these options admit, and a refusal for each of the others."""
     inside, out = [], list(grouping.refusals)
     for g in grouping.everything:
         why = ""
         if ignored(g, options):
-            why = "is ignored, as the options say"
+            why = "is ignored: it matches a pattern of the option ignore"
         elif options.scope == "internal" and not g.internal:
             why = "is not internal: it has several producers, several consumers, or a mixer"
         if why:
@@ -52,15 +52,16 @@ def in_scope(grouping: Grouping, options: Options) -> tuple[list[Group], tuple[R
 
 
 def replayed(groups: Sequence[Group], decided: Mapping[str, GroupPlan]) -> dict[str, tuple[int, ...]]:
+    """{group: channels that a plan keeps in each cell}. Raises FxMergeError if the groups do not match the plan's."""
     known = {g.name: g for g in groups}
     counts = {g.name: tuple(torch.bincount(g.cells).tolist()) for g in groups}
     for name, planned in decided.items():
         if name not in known or known[name].channels != planned.channels:
-            has = f"has {known[name].channels} channels" if name in known else "is not there"
+            has = f"has {known[name].channels} channels" if name in known else "does not exist"
             raise FxMergeError(f"the plan's group {name} of {planned.channels} channels {has} in this model")
         kept = known[name].cells[list(planned.kept)]
         counts[name] = tuple(torch.bincount(kept, minlength=len(counts[name])).tolist())
         for block in known[name].blocks:
             if len({sum(counts[name][cell] for cell in row) for row in block}) > 1:
-                raise FxMergeError(f"the plan keeps unequally many channels of the blocks of {name}")
+                raise FxMergeError(f"the plan keeps different numbers of channels in the rows of a block of {name}")
     return counts

@@ -1,8 +1,8 @@
-"""Similarity: what a group's channels have in common, from weights and BatchNorm alone.
+"""Statistics of a group's channels, computed from weights and BatchNorms alone.
 
-A producer computes channel i as row_i . input + bias_i, and what stands between it and the group's common coordinates
-are per-channel steps. Each step multiplies the rows by a gain (and, where it is a filter, by the filter itself: the
-inner product of two filtered rows is the product of the inner products) and moves the constants.
+A producer computes channel i as row_i . input + bias_i. Between a producer and the group's common coordinates there are
+per-channel steps (`channel_ops`). Each step multiplies the rows by a gain, or by a filter (the inner product of two
+filtered rows is the product of the inner products of rows and of filters), and changes the constants.
 """
 
 from __future__ import annotations
@@ -24,34 +24,34 @@ from fxmerge.methods.least_squares import second_moments
 from fxmerge.options import Options
 from fxmerge.planning.channel_ops import Step, bias_of, gamma_of, in_order, laid_out, slot, step_of
 
-SAMPLES = 4096  # at least; rows of the Gaussian that stands for a group's pre-activations
+SAMPLES = 4096  # smallest number of samples of the Gaussian that models a group's pre-activations
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Statistics:
-    """A group's n channels as numbers: what to merge by, what each consumer has before it."""
+    """What is known of a group's n channels, for its decomposition and for the moments at each consumer."""
 
     evidence: Evidence
-    linear: bool  # no nonlinear step before the common coordinates
+    linear: bool  # whether there is no nonlinear step before the common coordinates
     mean: Tensor  # (n,) of the common coordinates before their nonlinear steps, for white input
-    covariance: Tensor | None  # (n, n) likewise; None where only partners are looked for
+    covariance: Tensor | None  # (n, n) of the same; None if `statistics` was called with `kept`
     functions: tuple[Step, ...]  # the nonlinear steps before the common coordinates
-    consumers: tuple[tuple[Step, ...], ...]  # for each consumer, from the common coordinates on
+    consumers: tuple[tuple[Step, ...], ...]  # for each consumer, its steps after the common coordinates
     producer_maps: tuple[
         tuple[Tensor, Tensor, Tensor], ...
-    ]  # for each producer, (n,) gain, gain on constants, constant
+    ]  # for each producer: gain, gain on constants, constant (n,)
 
 
 def state(module: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer by path, shared ones under each of their paths."""
+    """All parameters and buffers by path; a shared tensor is listed under each of its paths."""
     held = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     return {path: value.detach() for path, value in held}
 
 
-def rows_of(member: Member, weight: Tensor, n: int) -> Tensor:
-    """The producer's rows for each channel, (n, copies * fan_in); a transposed weight has its output axis second.
+def producer_rows(member: Member, weight: Tensor, n: int) -> Tensor:
+    """A producer's rows for each channel of its group, (n, copies * fan_in).
 
-    Channels that the producer does not write have rows of zeros.
+    A transposed weight has its output axis second. Channels that the producer does not write have rows of zeros.
     """
     out_first = weight.movedim(1, 0) if member.layer.transposed else weight
     rows = out_first.flatten(1)
@@ -63,11 +63,11 @@ def rows_of(member: Member, weight: Tensor, n: int) -> Tensor:
 def candidates(
     group: Group, tensors: Mapping[str, Tensor], seed: int, readings: tuple[Reading, ...] = ()
 ) -> Candidates:
-    """What a selector chooses a group's channels by: its producers' rows, and the first producer's kernels."""
+    """The input of a selector: the rows of a group's producers, and the kernels of the first producer."""
     per_channel_params, n = {m.layer.node: m for m in group.per_channel_params}, group.channels
     rows = []
     for producer in group.producers:
-        raw = rows_of(producer, tensors[producer.layer.params["weight"]], n)
+        raw = producer_rows(producer, tensors[producer.layer.params["weight"]], n)
         rows.append(raw)
         if "bias" in producer.layer.params and not any(_is_norm(name, per_channel_params) for name in producer.steps):
             rows.append(laid_out(bias_of(producer.layer, tensors)[producer.where], producer, n, 0.0).to(raw))
@@ -83,9 +83,9 @@ def candidates(
 def statistics(
     group: Group, captured: Capture, tensors: Mapping[str, Tensor], options: Options, kept: Tensor | None = None
 ) -> Statistics:
-    """Gather a group's statistics. `tensors` are the model's parameters and buffers by path.
+    """The statistics of a group. `tensors` are the model's parameters and buffers by path.
 
-    kept: where only partners among these are looked for, inner products of other pairs are left out.
+    kept: restricts the inner products to pairs of a dropped and a kept channel, which is enough to find partners.
     """
     published = options.decomposition == "mostsim" and options.mostsim_scale == "reference"
     n = group.channels
@@ -95,7 +95,7 @@ def statistics(
     def steps_of(names: tuple[str, ...]) -> tuple[Step, ...]:
         return tuple(step_of(nodes[name], per_channel_params.get(name), captured, tensors, n) for name in names)
 
-    def gram(rows: Tensor) -> Any:  # (n, n), or pairs: either can be added and multiplied
+    def gram(rows: Tensor) -> Any:  # (n, n), or `Pairs`: both can be added and multiplied
         return linalg.gram(rows) if kept is None else linalg.across(rows, kept)
 
     inner: list[Any] = []
@@ -106,10 +106,10 @@ def statistics(
     normed = any(_is_norm(name, per_channel_params) for w in group.producers for name in w.steps)
     form = None
     for producer in group.producers:
-        raw = rows_of(producer, tensors[producer.layer.params["weight"]], n)
+        raw = producer_rows(producer, tensors[producer.layer.params["weight"]], n)
         spread = raw_pairs = gram(raw)
         constants = laid_out(bias_of(producer.layer, tensors)[producer.where], producer, n, 0.0)  # (n, copies)
-        # without a BatchNorm anywhere the constants are one more column, as in the paper; with one they count apart
+        # without a BatchNorm the constants are one more column of the rows, as in the paper; else they are kept apart
         own = spread if normed else spread + gram(constants)
         constant = constants.mean(1) if normed else torch.zeros(n, dtype=torch.float64)
         level = constants.mean(1)
@@ -139,23 +139,36 @@ def statistics(
         inner.append(raw_pairs if form is not None else own * gram(gain[:, None]))
         bias, mean = bias + constant, mean + level
         covariance = covariance + spread if covariance is not None else None
-    scalable = not group.scale_blocks
+    evidence = Evidence(
+        inner=reduce(operator.add, inner),
+        bias=bias,
+        centred=normed,
+        cells=group.cells,
+        scalable=not group.scale_blocks,
+        threshold=options.threshold,
+        lam=options.lam,
+        published=form,
+    )
     return Statistics(
-        Evidence(
-            reduce(operator.add, inner), bias, normed, group.cells, scalable, options.threshold, options.lam, form
-        ),
-        linear, mean, covariance, functions, tuple(steps_of(r.steps) for r in group.consumers), tuple(maps),
-    )  # fmt: skip
+        evidence=evidence,
+        linear=linear,
+        mean=mean,
+        covariance=covariance,
+        functions=functions,
+        consumers=tuple(steps_of(r.steps) for r in group.consumers),
+        producer_maps=tuple(maps),
+    )
 
 
 def moments(found: Statistics, consumer: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Mean (n,) and covariance (n, n) of a group's channels as one consumer sees them.
+    """Mean (n,) and covariance (n, n) of a group's channels at the input of one consumer.
 
-    The common coordinates are Gaussian, with the rows' covariance (each BatchNorm's output has mean beta and deviation
-    |gamma|; without one the input counts as white); what follows is sampled, so that any activation will do.
+    The common coordinates are taken as Gaussian, with the covariance of the rows: a BatchNorm's output has mean beta
+    and deviation |gamma|; without a BatchNorm the input is taken as white. The steps after them are applied to samples,
+    so that the activation can be any function.
     """
     generator = torch.Generator().manual_seed(seed)
-    assert found.covariance is not None  # it was asked for
+    assert found.covariance is not None  # `statistics` was called without `kept`
     points = linalg.coordinates(found.covariance)
     count = max(SAMPLES, 4 * len(points))
     noise = torch.randn(count // 2, points.size(1), generator=generator, dtype=torch.float64)

@@ -189,11 +189,11 @@ ERRORS: dict[str, tuple[list[str], str]] = {
     "no such file": (["analyze", "{dir}/none.py:small"], r"there is no file .*none.py"),
     "no such factory": (["analyze", "{dir}/small_net.py:big"], r"has no callable 'big'"),
     "no factory": (["analyze", "{dir}/small_net.py:seven"], r"has no callable 'seven'"),
-    "no colon": (["analyze", "resnet18"], r"'resnet18' names no model; give torchvision:resnet18"),
+    "no colon": (["analyze", "resnet18"], r"'resnet18' does not name a model; give torchvision:resnet18"),
     "no such module": (["analyze", "no_such_package_here:net"], r"cannot be imported"),
     "no such model": (["analyze", "torchvision:resnet19"], r"resnet19"),
-    "a factory that raises": (["analyze", "{dir}/small_net.py:broken"], r"RuntimeError: no weights here"),
-    "a factory of text": (["analyze", "{dir}/small_net.py:text"], r"gives a str, not a torch.nn.Module"),
+    "a factory that raises": (["analyze", "{dir}/small_net.py:broken"], r"cannot be created: RuntimeError: no weights here"),
+    "a factory of text": (["analyze", "{dir}/small_net.py:text"], r"returns a str, not a torch.nn.Module"),
     "no weights": (["analyze", "{dir}/small_net.py:small", "--weights", "{dir}/w.safetensors"], r"cannot read weights"),
     "bad weights": (["analyze", "{dir}/small_net.py:small", "--weights", "{dir}/small_net.py"], r"cannot read weights"),
     "bad ratio": (["merge", "{dir}/small_net.py:small", "--out", "{dir}/o", "--ratio", "1.5"], r"ratio is 1.5"),
@@ -249,7 +249,7 @@ def test_help_lists_every_option(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_in_a_pipe_stderr_is_silent_and_errors_have_status_1(spec: str, tmp_path: Path) -> None:
     """As users run it: another process, no terminal."""
-    command = [sys.executable, "-m", "fxmerge.cli.main"]
+    command = [sys.executable, "-m", "fxmerge"]
     good = subprocess.run([*command, "merge", spec, "--out", str(tmp_path / "o")], capture_output=True, text=True)
     assert (good.returncode, good.stderr) == (0, "")
     assert "parameters" in good.stdout

@@ -203,7 +203,7 @@ def test_the_command_line_writes_onnx(tmp_path: Path, capsys: pytest.CaptureFixt
     (["analyze", "{dir}/none.pt2"], "the file {dir}/none.pt2 does not exist"),
     (["analyze", "{dir}/bad.pt2"], "{dir}/bad.pt2 cannot be read by torch.export.load: "),
     (["analyze", "{dir}"], "{dir} is not a folder saved by fxmerge: it has no weights.safetensors"),
-    (["analyze", "{dir}/bad.pt2", "--weights", "w"], "{dir}/bad.pt2 has weights of its own; leave out --weights"),
+    (["analyze", "{dir}/bad.pt2", "--weights", "w"], "{dir}/bad.pt2 includes its weights; leave out --weights"),
 ])  # fmt: skip
 def test_bad_files(
     arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

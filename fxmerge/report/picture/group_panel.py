@@ -21,7 +21,7 @@ from fxmerge.ir.provenance import Layer
 from fxmerge.options import Options
 from fxmerge.plan import GroupPlan, Plan
 from fxmerge.planning.channel_ops import bias_of, laid_out
-from fxmerge.planning.statistics import rows_of, state, statistics
+from fxmerge.planning.statistics import producer_rows, state, statistics
 from fxmerge.refit.refit_layers import Refitted
 
 LIKENESS = 450_000  # bytes for the heat maps of all groups together
@@ -153,7 +153,7 @@ def cosines(group: Group, captured: Capture, tensors: Mapping[str, Tensor], opti
         found = statistics(group, captured, tensors, options, at[:1])
         gains, normed = [gain for gain, _, _ in found.producer_maps], found.evidence.centred
     for producer, gain in zip(group.producers, gains, strict=True):
-        rows = rows_of(producer, tensors[producer.layer.params["weight"]], n)[at].double()
+        rows = producer_rows(producer, tensors[producer.layer.params["weight"]], n)[at].double()
         if not normed:
             rows = torch.cat(
                 [rows, laid_out(bias_of(producer.layer, tensors)[producer.where], producer, n, 0.0)[at]], 1
