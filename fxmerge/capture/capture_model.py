@@ -28,7 +28,7 @@ from fxmerge.graph.nested import fresh, leaves
 from fxmerge.graph.outputs import foreign, plain, returned, returning_plain
 from fxmerge.ir.capture import Capture, Recorded
 from fxmerge.weights.copy import deep_copy
-from fxmerge.weights.meta import blanked
+from fxmerge.weights.meta import make_fake
 
 
 def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -85,7 +85,7 @@ def capture(model: Any, example_inputs: Any) -> Capture:
     for inner in traced_model.modules():  # .eval() of an exported graph module raises
         if inner.training:
             inner.training = False
-    blank = blanked(traced_model)
+    blank = make_fake(traced_model)
     recall = Recall()
     with torch.no_grad(), reproducible():
         try:
@@ -112,19 +112,19 @@ def capture(model: Any, example_inputs: Any) -> Capture:
         if traced.training != training.get(name, model.training):
             traced.training = training.get(name, model.training)
     return Capture(
-        module,
-        args,
-        kwargs,
-        tuple(values),
-        () if blank else tuple(returned(expected)),
-        recorder.shapes,
-        recorder.dtypes,
-        recorder.devices,
-        recorded,
-        left_out,
-        model,
-        program,
-        blank,
+        module=module,
+        args=args,
+        kwargs=kwargs,
+        inputs=tuple(values),
+        outputs=() if blank else tuple(returned(expected)),
+        shapes=recorder.shapes,
+        dtypes=recorder.dtypes,
+        devices=recorder.devices,
+        recorded=recorded,
+        left_out=left_out,
+        model=model,
+        program=program,
+        blank=blank,
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxmerge.weights.disk_tensor import Stored
+from fxmerge.weights.disk_tensor import DiskTensor
 
 _PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # these very classes: one derived from them may do anything
 
@@ -33,7 +33,7 @@ class Recall:
             for m in model.modules()
             if type(m) in _PLAIN and not (m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__)
         ]
-        self.room = sum(p.numel() for p in model.parameters() if not isinstance(p, Stored))
+        self.room = sum(p.numel() for p in model.parameters() if not isinstance(p, DiskTensor))
         handles = [m.register_forward_hook(self._note) for m in watched]
         try:
             yield

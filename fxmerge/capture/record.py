@@ -91,8 +91,14 @@ class _Recording(TorchFunctionMode):
         for number in range(self.constants):
             delattr(self.model, f"_recorded_{number}")
         self.graph.lint()
-        glue = frozenset(n.name for n in self.graph.nodes if n.name not in self.rewritable)
-        return Recorded(module, tuple(inputs), self.model, tuple(self.parts.values()), glue, held)
+        return Recorded(
+            module=module,
+            inputs=tuple(inputs),
+            host=self.model,
+            parts=tuple(self.parts.values()),
+            glue=frozenset(n.name for n in self.graph.nodes if n.name not in self.rewritable),
+            held=held,
+        )
 
     def _close(self) -> None:
         frame = self.frames.pop()
@@ -277,6 +283,12 @@ class _Recording(TorchFunctionMode):
             first = self.parts[path]
             self.parts[path] = replace(first, again=(*first.again, inside))
         else:
-            self.parts[path] = Part(path, type(self.model.get_submodule(path)).__name__, tuple(entered), inside, result)
+            self.parts[path] = Part(
+                path=path,
+                class_name=type(self.model.get_submodule(path)).__name__,
+                entered=tuple(entered),
+                nodes=inside,
+                result=result,
+            )
         self.frames[-1].seen.update(self._node(t) for t in tensors([args, kwargs, out]))
         return out
