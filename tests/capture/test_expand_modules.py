@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fxmerge
-from fxmerge.capture.symbolic import hidden, symbolic
+from fxmerge.capture.symbolic import symbolic, without_rule
 from fxmerge.graph.compare import difference, outputs
 from fxmerge.graph.eval_mode import reproducible
 from tests.helpers.netmaking import one_thread, plain_merge  # noqa: F401
@@ -117,7 +117,7 @@ def test_written_out_is_the_layer(name: str) -> None:
     model, xs = made(name)
     with reproducible():
         traced = symbolic(model, xs, {})
-    assert hidden(traced) == 0
+    assert without_rule(traced) == 0
     assert difference(outputs(model, xs), outputs(traced, xs)) < 1e-6
 
 
