@@ -65,7 +65,7 @@ def call_cost(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any])
 
 
 def _by_module(module: nn.Module, flops: Mapping[str, int]) -> dict[str, tuple[int, int]]:
-    """The (parameters, FLOPs) of each submodule that has any, its own submodules left out."""
+    """The (parameters, FLOPs) of each submodule that has any; the parameters of its submodules are not counted."""
     owners: dict[str, tuple[int, int]] = {}
     for name, sub in module.named_modules():
         own = sum(p.numel() for p in sub.parameters(recurse=False))
