@@ -1,4 +1,4 @@
-"""What capture does not do twice: copies of modules are deepcopy's, and a recalled layer gave just that."""
+"""The shortcuts of capture: deep_copy equals copy.deepcopy, and cached outputs are used only where they are valid."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fxmerge.weights.copy import deep_copy
 
 
 class Odd(nn.Module):
-    """A module that holds what modules do not usually hold."""
+    """A module with attributes that modules do not usually have."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Stubborn(nn.Linear):
         return self
 
 
-def test_deep_copy_is_deepcopy_but_for_what_is_shared() -> None:
+def test_deep_copy_equals_deepcopy_except_for_shared_tensors() -> None:
     odd = Odd().train()
     odd.stubborn = Stubborn(2, 2)
     copied = deep_copy(odd, odd.parameters())
@@ -75,7 +75,7 @@ def cached(layer: nn.Module, x: torch.Tensor) -> OutputCache:
     return cache
 
 
-def test_the_cache_gives_a_call_once_and_only_for_the_same_bits() -> None:
+def test_the_cache_returns_an_output_once_and_only_for_the_same_bits() -> None:
     layer, x = nn.Linear(8, 8), torch.randn(2, 8)
     cache = cached(layer, x)
     assert not layer._forward_hooks
@@ -96,7 +96,7 @@ def test_the_cache_forgets_a_layer_whose_parameters_changed(slot: str) -> None:
 
 
 def test_the_cache_holds_no_more_than_the_weights() -> None:
-    net, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), torch.randn(5, 8)  # 144 parameters, 80 for each call
+    net, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), torch.randn(5, 8)  # 144 parameters, 80 elements per call
     with torch.no_grad():
         cache = cached(net, x)
         assert cache.output(net[1], (net[0](x),)) is None
@@ -120,7 +120,7 @@ def test_the_cache_leaves_out_layers_that_may_do_anything(kind: str) -> None:
 
 
 def test_a_graph_that_reads_another_input_is_still_refused() -> None:
-    """The same modules, called with something else than the model calls them with."""
+    """The graph calls the same modules as the model, but with other inputs."""
 
     class Changing(nn.Module):
         def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Weights on disk: every op, merge and folder is what it is in memory, and memory holds a part of the model only."""
+"""Weights on disk: every op, merge and saved folder is the same as in memory, and memory holds a part of the model."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Net(nn.Module):
-    """One hidden layer too large to be held in memory, at 64 KiB, and a buffer that is not saved."""
+    """A net with weights larger than 64 KiB, which stay on disk, and a buffer that is not saved."""
 
     def __init__(self, width: int = 160) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ def test_ops_give_what_they_give_in_memory(name: str, tmp_path: Path) -> None:
     kept = on_disk(values, tmp_path / "w.safetensors")
     given, expected = OPS[name](kept), OPS[name](values)
     assert given == expected if isinstance(expected, bool) else torch.equal(given, expected)
-    assert torch.equal(kept, values)  # whatever was done to copies
+    assert torch.equal(kept, values)  # whatever was done to its copies
 
 
 def test_written_in_place_is_written_for_all_names_but_not_for_copies(tmp_path: Path) -> None:
@@ -275,7 +275,7 @@ from benchmarks.growth import Net
 torch.set_num_threads(1)
 path, out, kept = sys.argv[1], sys.argv[2], sys.argv[3] == "disk"
 net, small = Net("linear", 128, 1024), Net("linear", 2, 8)
-fxmerge.merge(small.model(), small.example(), refit="none").save(out)  # imports what is imported on the way
+fxmerge.merge(small.model(), small.example(), refit="none").save(out)  # so that everything is imported
 fxmerge.load(out, on_disk=True)
 held = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData"))
 resource.setrlimit(resource.RLIMIT_DATA, (held * 1024 + 128 * 2**20,) * 2)
@@ -288,20 +288,20 @@ print("merged")
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limit and its measure are Linux's")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="sets and reads memory limits as on Linux")
 def test_a_model_of_four_times_the_memory(tmp_path: Path) -> None:
-    """512 MiB of weights, under a limit of 128 MiB on what the process may hold over what it held before."""
+    """512 MiB of weights are merged with a limit of 128 MiB on the memory that the process may allocate."""
     from benchmarks.growth import Net as Growing
     from benchmarks.growth import write_layers
 
     files = tmp_path / "w"
     files.mkdir()
     write_layers(Growing("linear", 128, 1024), files)
-    # large tensors get pages of their own: else the limit would count the holes between tensors that have gone
+    # large tensors get their own pages; otherwise the gaps left by freed tensors would count towards the limit
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "131072"}
     command = [sys.executable, "-c", LIMITED, str(files), str(tmp_path / "out")]
     done = [
         subprocess.run([*command, how], capture_output=True, text=True, env=environment) for how in ("disk", "memory")
     ]
     assert done[0].stdout.strip() == "merged", done[0].stderr
-    assert done[1].returncode != 0 and "memory" in done[1].stderr  # the same limit is too little for the whole
+    assert done[1].returncode != 0 and "memory" in done[1].stderr  # the whole model does not fit into the limit
