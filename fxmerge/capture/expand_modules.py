@@ -83,10 +83,10 @@ def encoder_layer(
     attended = (module.self_attn, module.dropout1, src_mask, src_key_padding_mask)
     fed = (module.linear1, module.dropout, module.linear2, module.dropout2)
     if module.norm_first:
-        src = src + _attended(*attended, module.norm1(src))
-        return src + _fed(module, *fed, module.norm2(src))
-    src = module.norm1(src + _attended(*attended, src))
-    return module.norm2(src + _fed(module, *fed, src))
+        src = src + _attended(attended, module.norm1(src))
+        return src + _fed(module, fed, module.norm2(src))
+    src = module.norm1(src + _attended(attended, src))
+    return module.norm2(src + _fed(module, fed, src))
 
 
 def decoder_layer(
@@ -105,22 +105,24 @@ def decoder_layer(
     across = (module.multihead_attn, module.dropout2, memory_mask, memory_key_padding_mask)
     fed = (module.linear1, module.dropout, module.linear2, module.dropout3)
     if module.norm_first:
-        tgt = tgt + _attended(*own, module.norm1(tgt))
-        tgt = tgt + _attended(*across, module.norm2(tgt), memory)
-        return tgt + _fed(module, *fed, module.norm3(tgt))
-    tgt = module.norm1(tgt + _attended(*own, tgt))
-    tgt = module.norm2(tgt + _attended(*across, tgt, memory))
-    return module.norm3(tgt + _fed(module, *fed, tgt))
+        tgt = tgt + _attended(own, module.norm1(tgt))
+        tgt = tgt + _attended(across, module.norm2(tgt), memory)
+        return tgt + _fed(module, fed, module.norm3(tgt))
+    tgt = module.norm1(tgt + _attended(own, tgt))
+    tgt = module.norm2(tgt + _attended(across, tgt, memory))
+    return module.norm3(tgt + _fed(module, fed, tgt))
 
 
-def _attended(attention: Any, dropout: Any, mask: Any, padding: Any, x: Any, memory: Any = None) -> Any:
-    """The attention branch of a layer: to the memory, or to `x` itself."""
+def _attended(branch: tuple[Any, Any, Any, Any], x: Any, memory: Any = None) -> Any:
+    """The attention branch of a layer, (attention, dropout, mask, padding): to the memory, or to `x` itself."""
+    attention, dropout, mask, padding = branch
     seen = x if memory is None else memory
     return dropout(attention(x, seen, seen, attn_mask=mask, key_padding_mask=padding, need_weights=False)[0])
 
 
-def _fed(module: Any, first: Any, dropout: Any, second: Any, last: Any, x: Any) -> Any:
-    """The feed-forward branch of a layer."""
+def _fed(module: Any, branch: tuple[Any, Any, Any, Any], x: Any) -> Any:
+    """The feed-forward branch of a layer, (linear, dropout, linear, dropout)."""
+    first, dropout, second, last = branch
     return last(second(dropout(module.activation(first(x)))))
 
 
