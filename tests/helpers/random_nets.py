@@ -14,7 +14,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tests.helpers import random_images  # noqa: F401  (registers its steps)
+import tests.helpers.random_images  # noqa: F401  (registers its steps)
 from tests.helpers.netmaking import randomised
 from tests.helpers.random_steps import STEPS, Act, Draft
 
