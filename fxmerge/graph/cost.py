@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from fxmerge.graph.eval_mode import evaluating
 from fxmerge.graph.nested import fresh
@@ -38,6 +37,8 @@ def cost(module: fx.GraphModule, inputs: Sequence[Any]) -> Cost:
 
 def flops_by_node(module: fx.GraphModule, inputs: Sequence[Any]) -> dict[str, int]:
     """The FLOPs of each node, by its name, given the values of the graph's placeholders."""
+    from torch.utils.flop_counter import FlopCounterMode
+
     counter = FlopCounterMode(display=False)
     flops: dict[str, int] = {}
 
@@ -57,6 +58,8 @@ def flops_by_node(module: fx.GraphModule, inputs: Sequence[Any]) -> dict[str, in
 
 def call_cost(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Cost:
     """The cost of one call of any module."""
+    from torch.utils.flop_counter import FlopCounterMode
+
     counter = FlopCounterMode(display=False)
     with evaluating(module), torch.no_grad(), counter:
         module(*fresh(list(args)), **fresh(dict(kwargs)))

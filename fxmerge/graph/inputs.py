@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 
 def bind(module: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
-    """The values of the placeholders, in order. In an exported graph they are the leaves of the arguments."""
+    """The values of the placeholders, in order; those of an exported graph are the leaves of the arguments."""
     if isinstance(module.graph._codegen, fx.graph._PyTreeCodeGen):
         return list(tree_leaves((args, dict(kwargs))))
     values, positional = [], list(args)
@@ -22,5 +22,5 @@ def bind(module: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any
 
 
 def fixed_batch(module: fx.GraphModule) -> bool:
-    """Returns whether the graph may accept only the batch size of the example, as a graph made by torch.export does."""
+    """Does the graph take the example's batch size only? One that torch.export made does."""
     return isinstance(module.graph._codegen, fx.graph._PyTreeCodeGen)

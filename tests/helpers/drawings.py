@@ -1,4 +1,4 @@
-"""Pictures and nets with names that need escaping, and with many layers."""
+"""Pictures and nets whose names do harm, and wide ones."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NASTY += ["new\nline", "\x00\x1b", "</title></text>"]
 
 
 class Named(nn.Module):
-    """Layers with names that have a meaning in other languages, as far as torch.fx accepts them."""
+    """Layers with names that mean something to other languages, as far as torch.fx takes them."""
 
     names = tuple(name for name in NASTY if not set(name) & set('"\n\x00'))
 
@@ -34,7 +34,7 @@ class Named(nn.Module):
 
 
 def nasty() -> Picture:
-    """A picture in which every text is such a name."""
+    """A picture in which every text is a name of that kind."""
     boxes = tuple(
         Box(name, name, name, name, "producer", (name,), (name,), 4, 2, ((0, "write"),), (0,)) for name in NASTY
     )
@@ -45,7 +45,7 @@ def nasty() -> Picture:
 
 
 def wide(count: int) -> Picture:
-    """A picture of a flat network with `count` layers and a skip connection around every tenth."""
+    """A flat network of so many layers, every tenth with a way around it."""
     places, frames = nested([""] * count)
     boxes = [
         Box(f"n{i}", f"layer {i}", f, "conv", "producer", (f"n{i}",), (f"n{i}",), 4, 2, ((0, "write"),))
