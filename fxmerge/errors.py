@@ -1,4 +1,4 @@
-"""The one exception that users see, and how it names their source line."""
+"""The exception that users see, and how messages name the user's source line."""
 
 from __future__ import annotations
 
@@ -6,20 +6,29 @@ from torch import fx
 
 
 class FxMergeError(ValueError):
-    """What was asked cannot be done; the message says what, where, and what to do instead."""
+    """Raised for a request that cannot be fulfilled; the message says what failed, where, and what to do instead."""
+
+
+def of_user(path: str) -> bool:
+    """Returns whether a source file belongs to the user: neither to torch nor to fxmerge."""
+    return "/torch/" not in path and "/fxmerge/" not in path
 
 
 def source_line(node: fx.Node) -> str:
-    """The user's own line that made this node: `net.py:12, in forward: y = x[:, ::2]`, or ""."""
+    """The user's source line that created a node, as `net.py:12, in forward: y = x[:, ::2]`, or "" if unknown.
+
+    It is read from the node's stack trace, or from that of the first of its inputs that has one.
+    """
     trace = node.stack_trace or next((n.stack_trace for n in node.all_input_nodes if n.stack_trace), None)
     lines = (trace or "").strip().splitlines()
     for at in range(len(lines) - 1, -1, -1):
         head = lines[at].strip()
-        if head.startswith('File "') and "/torch/" not in head and "/fxmerge/" not in head:
+        if head.startswith('File "') and of_user(head):
             code = f": {lines[at + 1].strip()}" if at + 1 < len(lines) else ""
             return head.removeprefix('File "').replace('", line ', ":", 1) + code
     return ""
 
 
 def first_line(error: Exception) -> str:
+    """The first line of an exception's message, or its type where the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,4 +1,4 @@
-"""A progress bar on a terminal, silence in a pipe."""
+"""A progress bar on a terminal, and how the garbage collector is kept from slowing down a run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def progress() -> Iterator[Callable[[str], None]]:
-    """Yields a function that names the stage now at work, as `stage` or `stage group`."""
+    """Yields a function that shows the current stage, given as `stage` or `stage group`.
+
+    Nothing is shown where stderr is not a terminal.
+    """
     if not sys.stderr.isatty():
         yield lambda stage: None
         return
@@ -25,7 +28,10 @@ def progress() -> Iterator[Callable[[str], None]]:
 
 @contextmanager
 def older_left_alone() -> Iterator[None]:
-    """Meanwhile no collection walks the objects that are there now. Where the user froze some, nothing is changed."""
+    """Keeps the garbage collector from walking the objects that exist on entry.
+
+    Where the user has already frozen objects (`gc.freeze`), nothing is changed, as `gc.unfreeze` would thaw those too.
+    """
     if gc.get_freeze_count():
         yield
         return

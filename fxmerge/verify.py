@@ -1,11 +1,12 @@
-"""Verify: how we know that a merged model is right. Four oracles, as functions that tests and users call.
+"""Checks that an analysis and a merge are correct: three oracles for tests and users, and a check after every merge.
 
-permutation     permute each group's channels everywhere it lives: the output must not change. Sees every missing
-                tie and every wrong index.
-overcoupling    leave one member of a group out of that permutation: the output must change. Sees ties too many.
-duplicate       overwrite some channels with scaled copies of others, everywhere they live: `mostsim` must then
-                give the same function with fewer channels. Sees wrong absorption.
-compare         what every merge ends with: the merged model runs, gives the original's shapes, finite numbers.
+permutation     permutes the channels of each group in all of its members; the output must not change. Detects missing
+                ties and wrong indices.
+overcoupling    leaves one member of a group out of that permutation; the output must change. Detects superfluous
+                members.
+duplicate       overwrites some channels with scaled copies of others, in all members; merging by `mostsim` must then
+                return the same function with fewer channels. Detects wrong absorption.
+compare         runs at the end of every merge: the merged model must run and return outputs of the original's shapes.
 """
 
 from __future__ import annotations
@@ -28,38 +29,42 @@ from fxmerge.rewrite.slicing import gather, places
 from fxmerge.weights.by_path import at
 from fxmerge.weights.copy import sharing_copy
 
+_REMEDY = "please report this model; until then, exclude the layer with ignore="
+
 
 def compare(captured: Capture, merged: nn.Module) -> Verdict:
-    """Run original and merged model on the example inputs. Raises FxMergeError where the merged one does not run."""
+    """Runs the merged model on the example inputs and compares its outputs with the original's.
+
+    Raises FxMergeError where the merged model does not run, or where its outputs have other shapes.
+    """
     before = list(captured.outputs)
     try:
         after = outputs(merged, captured.args, captured.kwargs)
     except Exception as error:
-        why = f"the merged model does not run ({error})"
-        raise FxMergeError(f"{why}; please report this model, and leave the layer out with ignore=") from error
+        raise FxMergeError(f"the merged model does not run ({error}); {_REMEDY}") from error
     if captured.recorded is not None and [t.shape[1:] for t in before] == [t.shape[1:] for t in after]:
-        # how many boxes a detector finds depends on values: only what has the same number of entries can be compared
+        # the number of boxes that a detector returns depends on values: only outputs of equal length are compared
         pairs = [(b, a) for b, a in zip(before, after, strict=True) if b.shape == a.shape]
         before, after = [b for b, _ in pairs], [a for _, a in pairs]
     if [t.shape for t in before] != [t.shape for t in after]:
-        raise FxMergeError(
-            "the merged model's outputs have other shapes; please report this model, and leave layers out with ignore="
-        )
+        raise FxMergeError(f"the merged model's outputs have other shapes than the original's; {_REMEDY}")
     return Verdict(difference(before, after))
 
 
 def in_float64(captured: Capture) -> tuple[fx.GraphModule, tuple[Any, ...], dict[str, Any]]:
-    """A float64 copy of a captured model, and of the arguments of its example call."""
+    """A float64 copy of a captured graph module, and of its example (args, kwargs).
 
+    Raises FxMergeError for a model on the meta device.
+    """
     if captured.blank:
-        raise FxMergeError("a model on the meta device has no values to try; give one with weights")
+        raise FxMergeError("a model on the meta device has no values to verify; give a model with weights")
 
     def double(value: Any) -> Any:
         return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
     positional: tuple[Any, ...] = tree(double, captured.args)
     module = copy.deepcopy(captured.module).double()
-    for node in module.graph.nodes:  # casts that a graph has as literals would make it a model of mixed precision
+    for node in module.graph.nodes:  # casts to float32 in the graph would lose the precision of float64
 
         def cast(leaf: Any) -> Any:
             return torch.float64 if leaf is torch.float32 else leaf
@@ -70,12 +75,12 @@ def in_float64(captured: Capture) -> tuple[fx.GraphModule, tuple[Any, ...], dict
 
 
 def whole(captured: Capture, module: fx.GraphModule) -> nn.Module:
-    """The model that a float64 copy of the captured graph module stands for."""
+    """The float64 model that users would get for a copy of the captured graph module."""
     return assembled(captured, module).double()
 
 
 def permutation(captured: Capture, facts: Provenance, grouping: Grouping, seed: int = 0) -> dict[str, float]:
-    """Oracle 1: relative change of the float64 output when each group is permuted, by group; about 1e-15 is right."""
+    """The relative change of the float64 output when a group is permuted, by group; about 1e-15 if all is correct."""
     module, args, kwargs = in_float64(captured)
     before = outputs(whole(captured, module), args, kwargs)
     found = {}
@@ -88,9 +93,10 @@ def permutation(captured: Capture, facts: Provenance, grouping: Grouping, seed: 
 def overcoupling(
     captured: Capture, facts: Provenance, grouping: Grouping, seed: int = 0
 ) -> dict[tuple[str, str], float]:
-    """Oracle 3: relative change when one member stays unpermuted, by (group, member); 0: it need not be a member.
+    """The relative change of the output when one member is not permuted, by (group, member).
 
-    Groups whose cells hold one channel are left out. Give a model with random BatchNorms: equal values hide a member.
+    A change of 0 means that the member is superfluous. Groups with one channel per cell are left out. The model should
+    have random BatchNorm parameters, since a member with equal values for all channels cannot be detected.
     """
     module, args, kwargs = in_float64(captured)
     before = outputs(whole(captured, module), args, kwargs)
@@ -105,17 +111,20 @@ def overcoupling(
                 for slot, path in member.layer.params.items()
                 if slot == "weight" or not reads
             }
-            permuted = permute(module, facts, part, group, seed, left_out)
+            permuted = permute(module, facts, part, group, seed, left_out=left_out)
             name = f"{member.layer.module} ({member.role})"
             found[group.name, name] = difference(before, outputs(whole(captured, permuted), args, kwargs))
     return found
 
 
 def permute(
-    module: fx.GraphModule, facts: Provenance, grouping: Grouping, group: Group, seed: int = 0,
+    module: fx.GraphModule, facts: Provenance, grouping: Grouping, group: Group, seed: int = 0, *,
     left_out: set[tuple[str, int]] | frozenset[tuple[str, int]] = frozenset(),
 ) -> fx.GraphModule:  # fmt: skip
-    """A copy with one group's channels permuted at random within its cells, but for (parameter, axis) left out."""
+    """A copy with the channels of one group permuted at random within their cells.
+
+    left_out: (parameter path, axis) pairs that are not permuted
+    """
     generator = torch.Generator().manual_seed(seed)
     source = torch.arange(int(grouping.atom.max()) + 1)  # atom -> the atom whose place it takes
     for cell in range(int(group.cells.max()) + 1):
@@ -138,10 +147,10 @@ def permute(
 
 
 def _sources(atoms: Tensor, source: Tensor) -> Tensor:
-    """For each place, the place to take from: copy q of an atom takes copy q of its source. (m,) -> (m,)"""
+    """The place that each place takes its entry from: copy q of an atom takes copy q of its source. (m,) -> (m,)"""
     order = torch.argsort(atoms, stable=True)
     inside = atoms[order]
-    first = torch.searchsorted(inside, torch.arange(len(source)))  # where each atom's copies begin, in order
+    first = torch.searchsorted(inside, torch.arange(len(source)))  # the position in `order` of each atom's first copy
     copy_number = torch.empty_like(atoms)
     copy_number[order] = torch.arange(len(atoms)) - first[inside]
     taken: Tensor = order[first[source[atoms]] + copy_number]
@@ -151,11 +160,13 @@ def _sources(atoms: Tensor, source: Tensor) -> Tensor:
 def duplicate(
     captured: Capture, facts: Provenance, grouping: Grouping, share: float = 0.3, seed: int = 0
 ) -> tuple[fx.GraphModule, Any, dict[str, Tensor]]:
-    """Oracle 2's model, in float64: some channels of each group become scaled copies of others, wherever they live.
+    """A float64 copy of the model in which some channels of each group are scaled copies of others, in all members.
 
-    Returns the model, its example inputs, and by group the channels that `mostsim` must keep. A copy is smaller than
-    every other channel at the producers, so that selection by norm must drop it; behind a function that no scale passes
-    through, or a mixer, it is equal to its original, and the kept channels must be given.
+    Merging this model with `mostsim` must return the same function if the copies are dropped. At the producers, a copy
+    is smaller than every other channel, so that selection by norm drops it. In groups with scale_blocks or mixers, a
+    copy equals its original, so that the kept channels must be given.
+
+    Returns the model, its example inputs, and the channels to keep, by group.
     """
     module, args, kwargs = in_float64(captured)
     generator = torch.Generator().manual_seed(seed)
@@ -166,7 +177,7 @@ def duplicate(
         pairs: list[tuple[int, int]] = []
         counts = [int(count * share) for count in torch.bincount(group.cells).tolist()]
         if any(len({sum(counts[cell] for cell in row) for row in block}) > 1 for block in group.blocks):
-            continue  # its blocks would lose unequally many
+            continue  # its blocks would lose different numbers of channels
         for cell in range(int(group.cells.max()) + 1):
             index = (group.cells == cell).nonzero().flatten()
             index = index[torch.randperm(len(index), generator=generator)]
@@ -188,10 +199,9 @@ _RESCALING = (
 
 
 def _overwrite(module: fx.GraphModule, group: Group, pairs: Tensor, generator: torch.Generator) -> None:
-    """Make channel i = pairs[0] the copy of channel j = pairs[1] in every layer that holds the group."""
-
+    """Makes channel i = pairs[0] a copy of channel j = pairs[1] in every member of the group."""
     norms = torch.stack([_norms(module, w, group.channels) for w in group.producers])  # (producers, n)
-    smallest = norms.amin(1, keepdim=True)  # a copy shall be smaller than any other channel
+    smallest = norms.amin(1, keepdim=True)  # a copy must be smaller than any other channel
     below = (smallest / norms.where(norms.isfinite(), 0)).amin(0)[pairs[1]]
 
     def factor() -> Tensor:
@@ -202,7 +212,7 @@ def _overwrite(module: fx.GraphModule, group: Group, pairs: Tensor, generator: t
     per_channel_params = {m.layer.node: m for m in group.per_channel_params}
     common = factor()
     written: set[tuple[str, tuple[int, ...]]] = set()
-    behind: dict[str, Tensor] = {}  # per-channel parameter -> the scale of a copy behind it
+    after: dict[str, Tensor] = {}  # node of a per-channel parameter -> the scale of a copy after it
     with torch.no_grad():
         for producer in group.producers:
             steps = [s for s in producer.steps if s in per_channel_params]
@@ -215,23 +225,23 @@ def _overwrite(module: fx.GraphModule, group: Group, pairs: Tensor, generator: t
                     _copy(module, producer, slot, pairs, scale)
             for step in steps:
                 target = factor() if step in able[:-1] else common
-                if step not in behind:
-                    behind[step] = _carry(module, per_channel_params[step], pairs, scale, target)
-                scale = behind[step]
+                if step not in after:
+                    after[step] = _carry(module, per_channel_params[step], pairs, scale, target)
+                scale = after[step]
         for consumer in group.consumers:
             scale = common
             for step in consumer.steps:
                 if step in per_channel_params:
-                    if step not in behind:
-                        behind[step] = _carry(module, per_channel_params[step], pairs, scale, factor())
-                    scale = behind[step]
+                    if step not in after:
+                        after[step] = _carry(module, per_channel_params[step], pairs, scale, factor())
+                    scale = after[step]
         for node, per_channel_param in per_channel_params.items():
-            if node not in behind:
+            if node not in after:
                 _carry(module, per_channel_param, pairs, torch.ones_like(common), torch.ones_like(common))
 
 
 def _norms(module: nn.Module, producer: Member, n: int) -> Tensor:
-    """The length of a producer's row for each channel, (n,); infinite where it writes none."""
+    """The norm of a producer's row for each channel, (n,); infinite for channels that it does not write."""
     weight = at(module, producer.layer.params["weight"])
     rows = (weight.movedim(1, 0) if producer.layer.transposed else weight).flatten(1)
     own = torch.linalg.vector_norm(rows[producer.where].flatten(1), dim=1)
@@ -239,6 +249,7 @@ def _norms(module: nn.Module, producer: Member, n: int) -> Tensor:
 
 
 def _copy(module: nn.Module, member: Member, slot: str, pairs: Tensor, scale: Tensor) -> None:
+    """Overwrites entries i of one parameter of a member with `scale` times entries j."""
     path = member.layer.params.get(slot)
     if path is not None:
         value = at(module, path)
@@ -251,7 +262,10 @@ def _copy(module: nn.Module, member: Member, slot: str, pairs: Tensor, scale: Te
 
 
 def _carry(module: nn.Module, per_channel_param: Member, pairs: Tensor, before: Tensor, after: Tensor) -> Tensor:
-    """Let a per-channel parameter turn a copy of scale `before` into one of scale `after`; returns its scale."""
+    """Makes a per-channel parameter turn a copy of scale `before` into one of scale `after`.
+
+    Returns the scale of the copy after it, which is `before` where the parameter cannot change a scale.
+    """
     layer = per_channel_param.layer
     change: Mapping[str, Callable[[], Tensor]] = {
         "batch_norm": lambda: after,

@@ -1,6 +1,6 @@
-"""Random nets from the ops of the rule table: no tie is missing, no merge fails, every absorption is exact.
+"""Random nets of ops from the rule table: no tie is missing, no merge fails, and every absorption is exact.
 
-The examples are the same in every run. A failing one prints the net's code.
+The examples are the same in every run. The code of a failing net is printed.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ stable = settings(
 
 
 def check(source: str) -> None:
-    """All oracles on one net."""
+    """Runs all oracles on one net."""
     model, x = made(source)
     same = plain_merge(model, x, ratio=0.0)
-    if "MultiheadAttention" in source:  # written out: the same sums, in another order
+    if "MultiheadAttention" in source:  # expanded: the same sums in another order
         assert same.report.verdict.error < 1e-12
     else:
         assert same_bits(model, same.module, x)
     found = same.analysis
     moved = verify.permutation(found.captured, found.facts, found.grouping)
-    lined_up = [g.name for g in found.groups if g.partners]  # channels whose copies do not line up may only be dropped
+    lined_up = [g.name for g in found.groups if g.partners]  # other channels can be dropped, but not permuted
     assert all(moved[name] < 1e-10 for name in lined_up), moved
     shapes = [t.shape for t in compare.outputs(model, (x,))]
     for decomposition in ("prune", "mostsim"):
@@ -162,5 +162,5 @@ SOME_COPIES = """
 
 
 def test_a_slice_that_takes_some_copies_of_a_channel() -> None:
-    """Of channels 0 and 7 one copy each is read, but not the same one: they are no partners."""
+    """One copy of channel 0 and another copy of channel 7 are read, so that the two are not partners."""
     check(HEAD.rstrip(" ") + SOME_COPIES.removeprefix("\n"))

@@ -1,4 +1,4 @@
-"""A merged model is trained like any other: gradients, modes, optimisers, state_dicts, and what wraps modules."""
+"""A merged model can be trained like any other: gradients, modes, optimisers, state_dicts, and distributed wrappers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NAMES = ("residual", "dense", "encoder", "words", "mlp")
 
 
 def routes(name: str, folder: Path) -> dict[str, tuple[nn.Module, Any]]:
-    """The merged module, its saved source, and the user's class with its weights."""
+    """The merged module, the module loaded from its saved source, and the user's class with its weights."""
     model, x = NETS[name]()
     result = plain_merge(model, x)
     result.save(folder / name)
@@ -32,7 +32,7 @@ def routes(name: str, folder: Path) -> dict[str, tuple[nn.Module, Any]]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_flow_to_every_parameter(name: str, tmp_path: Path) -> None:
-    """And are those of finite differences, in float64."""
+    """The gradients match finite differences in float64."""
     for module, x in routes(name, tmp_path).values():
         module = module.double().eval()
         x = x.double() if x.is_floating_point() else x
@@ -107,7 +107,7 @@ def test_a_trained_model_is_saved_as_it_is_now(tmp_path: Path) -> None:
 
 
 def test_two_processes_train_it(tmp_path: Path) -> None:
-    """DDP and FSDP2 on two ranks give the weights of one process with the whole batch."""
+    """DDP and FSDP2 in two processes give the same weights as one process with the whole batch."""
     run_on_two("distributed_training.py", tmp_path)
     module = plain_merge(*NETS["mlp"]()).module.train()
     before = {k: v.clone() for k, v in module.state_dict().items()}

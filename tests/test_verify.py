@@ -1,4 +1,4 @@
-"""Oracles on every net of the table: no tie is missing, none is too many, every absorption is exact."""
+"""Oracles on every net of the table: no tie is missing, none is superfluous, and every absorption is exact."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_no_member_is_superfluous(name: str) -> None:
 
 @every_net
 def test_duplicates_merge_exactly(name: str) -> None:
-    """With the kept channels given, `mostsim` finds each copy's original and its scale."""
+    """Given the channels to keep, `mostsim` finds the original and the scale of each copy."""
     found = analysis(name)
     model, args, kept = verify.duplicate(*operands(found))
     assert set(kept) == {g.name for g in found.groups if g.partners and g.consumers}
@@ -69,7 +69,7 @@ def test_duplicates_merge_exactly(name: str) -> None:
 
 @every_net
 def test_duplicates_are_the_ones_that_go(name: str) -> None:
-    """A smaller copy loses against its original by norm; behind GELU and its like copies are equal and may tie."""
+    """Selection by norm drops a copy that is smaller than its original; after GELU and the like, copies are equal."""
     found = analysis(name)
     model, args, kept = verify.duplicate(*operands(found), seed=1)
     counts = {group: len(index) for group, index in kept.items()}
@@ -111,7 +111,7 @@ def equal_states(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 def anatomy(model: nn.Module) -> dict[str, dict[str, str]]:
-    """Every attribute of every module as text; tensors and submodules by identity."""
+    """Every attribute of every module as text; tensors and submodules by their ids."""
     return {
         name: {
             key: str({k: id(v) for k, v in value.items()}) if isinstance(value, dict) else repr(value)
@@ -139,10 +139,10 @@ class Wide(nn.Module):
 
 
 def widened(seed: int) -> tuple[Wide, Wide, Tensor, Tensor]:
-    """(narrow, wide, which conv channels are copies, which linear units are), the same function in float64.
+    """(narrow, wide, which conv channels are copies, which linear units are): two nets that compute the same function.
 
-    Copy i of channel j has producer rows r_i times j's, with r_i < 1, behind the BatchNorm s_i times j's output, and
-    the consumer's column of j is split: j keeps a share, and i has the rest over s_i.
+    Copy i of channel j has r_i < 1 times j's producer row, and s_i times j's output after the BatchNorm. The consumer's
+    column of j is divided: j keeps a share of it, and i has the rest divided by s_i.
     """
     g = torch.Generator().manual_seed(seed)
     narrow, wide = Wide(8, 10).double().eval(), Wide(11, 14).double().eval()
@@ -223,7 +223,7 @@ def test_dead_channels_are_dropped_and_nothing_changes(decomposition: str) -> No
 
 
 def superfluous_ties(found: Analysis, facts: Provenance) -> list[str]:
-    """Nodes whose ties all together could go: the groups would be other ones and still permute freely."""
+    """Nodes whose ties are superfluous: the groups without them differ, and permuting these leaves the output alone."""
     whole = composition(group(facts))
     spare = []
     for node in dict.fromkeys(tie.node for tie in facts.ties):
@@ -248,7 +248,7 @@ def test_no_tie_is_superfluous(name: str) -> None:
 
 
 def test_a_tie_too_many_is_seen() -> None:
-    """Channels of two layers that have nothing to do with each other, tied."""
+    """A tie between the channels of two unrelated layers is found to be superfluous."""
     found = analysis("mlp")
     one, other = (layer.writes for layer in found.facts.layers[:2])
     assert one is not None
@@ -267,7 +267,7 @@ def _no_tie(ctx: Any, input: Any, *rest: Any, **kwargs: Any) -> Any:
      ("mul", "tie", "gate"), ("div", "per_channel", "raw_parameters")],
 )  # fmt: skip
 def test_a_rule_that_forgets_its_tie_is_seen(rule: str, kind: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rule that passes on its first operand's labels and ties nothing: the permutation oracle must see it."""
+    """The permutation oracle detects a rule that returns its first operand's labels and ties nothing."""
     careless = dataclasses.replace(fxmerge.RULES[rule], kind=kind, apply=_no_tie, commutes=True)
     monkeypatch.setitem(fxmerge.RULES, rule, careless)
     found = fxmerge.analyze(*NETS[name]())

@@ -1,1 +1,11 @@
-"""capture."""
+"""Captures a model as a torch.fx graph, given example inputs.
+
+capture_model     `capture`: the graph, checked against the model on the example inputs
+output_cache      outputs of layers from the model's run, reused in the run of the graph
+parametrizations  weights computed by torch.nn.utils, replaced by plain parameters
+symbolic          symbolic tracing, and the choice between it and torch.export
+expand_modules    torch's transformer layers, expanded into ops that have rules
+torch_export      graphs of torch.export
+record            a graph recorded from one run, for models that cannot be traced
+constant_fold     values computed from parameters alone, folded into parameters
+"""

@@ -1,7 +1,7 @@
-"""Capture: a model and example inputs become a torch.fx graph that keeps the user's own names.
+"""Captures a model as a torch.fx graph that keeps the user's names, given example inputs.
 
-The model is copied and traced in evaluation mode; the example inputs run once through both, so that the shapes are
-known and a graph that does not do what the model does is refused here and not discovered later.
+A copy of the model is traced in evaluation mode. The model and the graph both run once on the example inputs, so that
+the shape of each tensor is known, and so that a graph whose outputs differ from the model's is refused.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxmerge.capture.constant_fold import fold
-from fxmerge.capture.output_cache import Recall
-from fxmerge.capture.parametrizations import computed, unparametrize
+from fxmerge.capture.output_cache import OutputCache
+from fxmerge.capture.parametrizations import computed_weights, unparametrize
 from fxmerge.capture.record import record
 from fxmerge.capture.symbolic import trace
-from fxmerge.capture.torch_export import opened
+from fxmerge.capture.torch_export import graph_module_of
 from fxmerge.errors import FxMergeError, first_line, source_line
 from fxmerge.graph.eval_mode import reproducible, reseed
 from fxmerge.graph.inputs import bind
@@ -27,11 +27,11 @@ from fxmerge.graph.nested import fresh, leaves
 from fxmerge.graph.outputs import foreign, plain, returned, returning_plain
 from fxmerge.ir.capture import Capture, Recorded
 from fxmerge.weights.copy import deep_copy
-from fxmerge.weights.meta import blanked
+from fxmerge.weights.meta import make_fake
 
 
 def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments from what users pass: a tensor, a tuple of args, or a dict of kwargs."""
+    """The (args, kwargs) that example inputs stand for: a tensor, a tuple of args, or a dict of kwargs."""
     if isinstance(example_inputs, Mapping):
         return (), dict(example_inputs)
     if isinstance(example_inputs, (tuple, list)):
@@ -45,50 +45,51 @@ def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def check_model(model: Any) -> None:
-    """Refuse what is no trained module: another object, or weights that are not numbers."""
+    """Raises FxMergeError for an object that is not a module, for lazy modules, and for weights that are not finite."""
     if not isinstance(model, nn.Module):
         hint = "; call it to make an instance first" if isinstance(model, type) else ""
         raise FxMergeError(f"model is a {type(model).__name__}, not a torch.nn.Module{hint}")
     for name, value in [*model.named_parameters(), *model.named_buffers()]:
         if torch.nn.parameter.is_lazy(value):
             raise FxMergeError(f"{name} has no shape yet (a lazy module); run the model once on an example first")
-        # a finite sum has finite terms; the slower look is for sums that overflow
+        # if the sum is finite, so are its terms; a finite tensor may also overflow, hence the slower check below
         odd = (
             value.is_floating_point() and not value.is_meta and not bool(torch.isfinite(value.sum(dtype=torch.float32)))
         )
         if not odd:
             continue
         weighs = isinstance(value, nn.Parameter) or name.endswith(("running_mean", "running_var"))
-        sound = torch.isfinite(value) if weighs else ~torch.isnan(value)  # masks and bounds may well be infinite
+        sound = torch.isfinite(value) if weighs else ~torch.isnan(value)  # masks and bounds may be infinite
         if not bool(sound.all()):
             what = "NaN or infinity" if weighs else "NaN"
             raise FxMergeError(f"{name} holds {what}; a model with such weights cannot be merged")
 
 
 def capture(model: Any, example_inputs: Any) -> Capture:
-    """Trace a model, or open an ExportedProgram.
+    """Captures a model, or an ExportedProgram, whose own example inputs are used where none are given.
 
-    Raises FxMergeError where the model cannot be traced or does not take these inputs, naming module and source line.
+    Raises FxMergeError where the model cannot be captured, does not run on the inputs, or returns other values than the
+    captured graph. The message names the module and, where known, the source line.
     """
     program = model if isinstance(model, torch.export.ExportedProgram) else None
     if program is not None:
-        model = opened(program)
+        model = graph_module_of(program)
     check_model(model)
     own = program.example_inputs if program is not None and example_inputs is None else None
     args, kwargs = own if own is not None else arguments(example_inputs)
     if any(isinstance(v, Tensor) and not v.numel() for v in leaves([args, kwargs])):
-        raise FxMergeError("example_inputs hold a tensor without elements; give at least one sample")
+        raise FxMergeError("example_inputs contain a tensor without elements; give at least one sample")
     training = {name: m.training for name, m in model.named_modules()}
-    # a copy that shares the parameters, which nobody writes; buffers are its own, since a forward may update them
-    traced_model = deep_copy(model, [*model.parameters(), *computed(model)])
-    for inner in traced_model.modules():  # .eval() of an exported graph module raises
+    # the copy shares the parameters, which no one writes, but not the buffers, which a forward may update
+    traced_model = deep_copy(model, [*model.parameters(), *computed_weights(model)])
+    for inner in traced_model.modules():  # not by .eval(), which raises on an exported graph module
         if inner.training:
             inner.training = False
-    blank = blanked(traced_model)
-    recall = Recall()
+    blank = make_fake(traced_model)
+    cache = OutputCache()
     with torch.no_grad(), reproducible():
         try:
-            with nullcontext() if blank else recall.watching(traced_model):
+            with nullcontext() if blank else cache.watching(traced_model):
                 expected = traced_model(*fresh(args), **fresh(kwargs))
         except Exception as error:
             raise FxMergeError(
@@ -102,7 +103,7 @@ def capture(model: Any, example_inputs: Any) -> Capture:
         module, recorded = _graph(traced_model, args, kwargs)
         values = list(recorded.inputs) if recorded else bind(module, args, kwargs)
         reseed()
-        recorder = _Recorder(module, recall)
+        recorder = _Recorder(module, cache)
         actual = recorder.run(*fresh(values), enable_io_processing=False)
     if not blank:
         _compare(type(model).__name__, expected, actual)
@@ -111,30 +112,30 @@ def capture(model: Any, example_inputs: Any) -> Capture:
         if traced.training != training.get(name, model.training):
             traced.training = training.get(name, model.training)
     return Capture(
-        module,
-        args,
-        kwargs,
-        tuple(values),
-        () if blank else tuple(returned(expected)),
-        recorder.shapes,
-        recorder.dtypes,
-        recorder.devices,
-        recorded,
-        left_out,
-        model,
-        program,
-        blank,
+        module=module,
+        args=args,
+        kwargs=kwargs,
+        inputs=tuple(values),
+        outputs=() if blank else tuple(returned(expected)),
+        shapes=recorder.shapes,
+        dtypes=recorder.dtypes,
+        devices=recorder.devices,
+        recorded=recorded,
+        left_out=left_out,
+        model=model,
+        program=program,
+        blank=blank,
     )
 
 
-_HINTS = {
-    False: "give inputs as the model's forward takes them",
-    True: "weights on the meta device have no values; if its forward asks for them, give fxmerge.on_disk(model, files)",
+_HINTS = {  # whether the model is blank -> what to do when it does not run
+    False: "give the inputs that the model's forward takes",
+    True: "weights on the meta device have no values; if forward needs values, use fxmerge.on_disk(model, files)",
 }
 
 
 def _graph(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[fx.GraphModule, Recorded | None]:
-    """The model's graph; recorded from one run where it cannot be traced whole."""
+    """The graph of the model: traced, or recorded from one run where the model as a whole cannot be traced."""
     try:
         return fold(trace(model, fresh(args), fresh(kwargs))), None
     except FxMergeError as refused:
@@ -142,38 +143,37 @@ def _graph(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
         try:
             recorded = record(model, fresh(args), fresh(kwargs))
         except Exception as error:
-            raise FxMergeError(f"{refused} (nor can a run of it be recorded: {first_line(error)})") from error
+            raise FxMergeError(f"{refused} (recording a run failed too: {first_line(error)})") from error
         return recorded.module, recorded
 
 
 def confined(captured: Capture) -> Capture:
-    """The capture of a recorded model with all channels held that the user's own code sees."""
+    """A capture of a recorded model that also keeps all channels of the tensors that the user's own code sees."""
     assert captured.recorded is not None
-    held = dict.fromkeys(captured.recorded.glue, "is seen by code that cannot be rewritten")
+    held = dict.fromkeys(captured.recorded.glue, "is used by code that cannot be rewritten")
     return replace(captured, recorded=replace(captured.recorded, held=held))
 
 
 class _Recorder(fx.Interpreter):
-    """Runs the graph and notes the shape, dtype and device of every tensor, but keeps none."""
+    """Runs the graph and notes the shape, dtype and device of each tensor, without keeping the tensors."""
 
-    def __init__(self, module: fx.GraphModule, recall: Recall) -> None:
+    def __init__(self, module: fx.GraphModule, cache: OutputCache) -> None:
         super().__init__(module)
-        self.extra_traceback, self.recall = False, recall
+        self.extra_traceback, self.cache = False, cache
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self.devices: dict[str, torch.device] = {}
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        known = self.recall.output(self.fetch_attr(target), args) if not kwargs else None
+        known = self.cache.output(self.fetch_attr(target), args) if not kwargs else None
         return super().call_module(target, args, kwargs) if known is None else known
 
     def run_node(self, n: fx.Node) -> Any:
         try:
             value = super().run_node(n)
         except Exception as error:
-            raise FxMergeError(
-                f"the traced graph fails at {n.name} ({n.target}): {first_line(error)}; from {source_line(n) or '?'}"
-            ) from error
+            place = f"{n.name} ({n.target}), from {source_line(n) or 'an unknown line'}"
+            raise FxMergeError(f"the traced graph fails at {place}: {first_line(error)}") from error
         if isinstance(value, Tensor):
             self.shapes[n.name] = tuple(value.shape)
             self.dtypes[n.name], self.devices[n.name] = value.dtype, value.device
@@ -181,6 +181,7 @@ class _Recorder(fx.Interpreter):
 
 
 def _compare(name: str, expected: Any, actual: Any) -> None:
+    """Raises FxMergeError where the outputs of the model and of its graph differ."""
     before, after = returned(expected), returned(actual)
     close = len(before) == len(after) and all(
         one.shape == other.shape
@@ -190,8 +191,8 @@ def _compare(name: str, expected: Any, actual: Any) -> None:
     )
     if not close:
         raise FxMergeError(
-            f"the traced graph of {name} does not give what the model gives on the example inputs; its forward "
-            "depends on something that torch.fx cannot see (a global, a value, randomness)"
+            f"the traced graph of {name} does not return what the model returns on the example inputs; its forward "
+            "depends on something that torch.fx cannot see (a global variable, a value, randomness)"
         )
 
 

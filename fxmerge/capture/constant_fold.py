@@ -1,9 +1,9 @@
-"""Folding: what a graph computes from parameters alone is computed once, and becomes a parameter itself.
+"""Constant folding: values that a graph computes from parameters alone are computed once and become parameters.
 
-A bias that is joined from pieces (q, 0, v), a weight that is standardised before each use, `1 + weight`: such values
-do not depend on the input, and a layer whose weight is a parameter can be merged where one whose weight is computed
-cannot. Folded is only what must be: the computed weight or bias of a layer, and arithmetic whose result is no larger
-than the parameters it is made of. Views of a parameter stay views; a table that is gathered from stays a table.
+Examples are a bias concatenated from pieces (q, 0, v), a weight that is standardised before each use, and `1 + weight`.
+Such values do not depend on the input, and a layer can be merged only if its weight is a parameter. Two kinds of values
+are folded: a computed weight or bias of a layer, and the result of arithmetic that is no larger than the parameters it
+is computed from. Views of a parameter stay views, and lookups in a table stay lookups.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from fxmerge.rules.lookup import rule_of
 from fxmerge.weights.by_path import at
 from fxmerge.weights.disk_tensor import beside
 
-_Made = tuple[str, tuple[str, ...]]  # a new parameter's path, and the paths of what it is made of
-_RANDOM = ("dropout", "rrelu", "stochastic_depth", "new")
-_TABLES = ("embedding", "embedding_bag")  # rows of a table: no arithmetic either
+_Folded = tuple[str, tuple[str, ...]]  # (path of a new parameter, paths of the tensors that it was computed from)
+_RANDOM = ("dropout", "rrelu", "stochastic_depth", "new")  # rules whose ops may return other values in each run
+_TABLES = ("embedding", "embedding_bag")  # rules whose ops look up rows, which is not arithmetic
 
 
 def fold(module: fx.GraphModule) -> fx.GraphModule:
-    """The graph module, changed in place: constant subgraphs are folded, and parameters that nothing uses then go.
+    """Folds the constant subgraphs of a graph module, in place, and deletes the parameters that are then unused.
 
-    Raises nothing: what cannot be computed is left as it stands.
+    Raises nothing: what cannot be computed stays in the graph.
     """
-    _unturned(module)
-    constant: dict[fx.Node, bool] = {}  # node that depends on parameters alone -> is there arithmetic in it?
+    _linear_for_transposed(module)
+    constant: dict[fx.Node, bool] = {}  # node that depends on parameters alone -> whether arithmetic is involved
     updates: list[fx.Node] = []
     for node in module.graph.nodes:
         if node.op == "get_attr":
@@ -45,7 +45,7 @@ def fold(module: fx.GraphModule) -> fx.GraphModule:
             if update and node.all_input_nodes[0] in constant:
                 updates.append(node)
                 if not alone or not _repeatable(node.target):
-                    return module  # what is made of parameters is another tensor in each run
+                    return module  # the constant would differ from run to run
             if alone and (update or (found is not None and found.name not in _RANDOM)):
                 moves = found is not None and (found.kind in ("movement", "query") or found.name in _TABLES)
                 constant[node] = not moves or any(constant[n] for n in node.all_input_nodes)
@@ -54,15 +54,16 @@ def fold(module: fx.GraphModule) -> fx.GraphModule:
         return module
     constant.update(dict.fromkeys(updated, True))
     used = {str(n.target) for n in module.graph.nodes if n.op == "get_attr"}
-    made: dict[str, _Made] = {}
+    folded: dict[str, _Folded] = {}  # text of a constant subgraph -> the parameter that replaces it
     for node, computed in list(constant.items()):
         outside = [u for u in node.users if u not in constant]
         if node.op == "get_attr" or not outside:
             continue
-        weighs = [u for u in outside if _as_weight(module, u, node)]
+        weighs = [u for u in outside if _is_weight(module, u, node)]
         if computed or weighs:
-            _replace(module, node, weighs if not computed else outside, bool(weighs), made, updated)
-    if made:
+            users = outside if computed else weighs
+            _replace(module, node, users, as_weight=bool(weighs), folded=folded, updated=updated)
+    if folded:
         kept = any(u not in constant for node in updated for u in node.users)
         for node in reversed(constant):
             if not node.users and not (kept and node in updated):
@@ -75,9 +76,10 @@ def fold(module: fx.GraphModule) -> fx.GraphModule:
 def _updated(
     module: fx.GraphModule, constant: dict[fx.Node, bool], updates: list[fx.Node]
 ) -> dict[fx.Node, Any] | None:
-    """The values that share memory with what is updated in place, after the last update.
+    """The constants that share memory with one updated in place, with their values after the last update.
 
-    None where that cannot be said once for all: a parameter itself is written, or somebody reads in between.
+    None where these are not the values that every reader sees: a parameter itself is written, or there is a read
+    before the last update.
     """
     values: dict[fx.Node, Any] = {}
     place = {node: number for number, node in enumerate(module.graph.nodes)}
@@ -94,7 +96,7 @@ def _updated(
                     if written in {memory(values[n]) for n in values if n.op == "get_attr"}:
                         return None
                     last[written] = place[node]
-                values[node] = _called(module, node, values.__getitem__)
+                values[node] = _value(module, node, values.__getitem__)
         found = {node: value for node, value in values.items() if memory(value) in last}
     except (TypeError, RuntimeError, ValueError, IndexError):
         return None
@@ -103,7 +105,7 @@ def _updated(
 
 
 def _repeatable(target: Any) -> bool:
-    """Does an op in place do the same in each run? One that is not torch's might not."""
+    """Returns whether an in-place op does the same in each run: only torch's ops that are not random."""
     name = target if isinstance(target, str) else getattr(target, "__name__", "").split(".")[0]
     packet = getattr(torch.ops.aten, name, None)
     random = torch.Tag.nondeterministic_seeded
@@ -112,8 +114,8 @@ def _repeatable(target: Any) -> bool:
     return not any(random in getattr(packet, overload).tags for overload in packet.overloads())
 
 
-def _called(module: fx.GraphModule, node: fx.Node, value: Callable[[fx.Node], Any]) -> Any:
-    """What a node of a constant subgraph gives."""
+def _value(module: fx.GraphModule, node: fx.Node, value: Callable[[fx.Node], Any]) -> Any:
+    """The value of a node of a constant subgraph, given a function for the values of its inputs."""
     if node.op == "get_attr":
         return at(module, str(node.target))
     args, kwargs = fx.map_arg(node.args, value), fx.map_arg(node.kwargs, value)
@@ -121,10 +123,11 @@ def _called(module: fx.GraphModule, node: fx.Node, value: Callable[[fx.Node], An
     return getattr(args[0], target)(*args[1:], **kwargs) if node.op == "call_method" else target(*args, **kwargs)
 
 
-def _unturned(module: fx.GraphModule) -> None:
-    """x @ w.t() becomes F.linear(x, w), and F.linear(x, w.t(), b) becomes x @ w + b, so that w is one weight for all.
+def _linear_for_transposed(module: fx.GraphModule) -> None:
+    """Rewrites x @ w.t() as F.linear(x, w), and F.linear(x, w.t(), b) as x @ w + b, in place.
 
-    However the transpose of a parameter is spelled; a copy of it would be no longer shared with whoever else has it.
+    The layer then uses the parameter w itself, whatever op transposes it. If w.t() were folded to a new parameter, the
+    layer would no longer share w with the others that use it.
     """
     calls, changed = ("call_function", "call_method"), False
     for node in list(module.graph.nodes):
@@ -132,8 +135,8 @@ def _unturned(module: fx.GraphModule) -> None:
         name = found.name if found is not None else ""
         if name not in ("matmul", "linear") or not 2 <= len(node.args) + len(node.kwargs) <= 3:
             continue
-        turned = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
-        weight = _transposed(module, turned)
+        transposed = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
+        weight = _transposed(module, transposed)
         if weight is None:
             continue
         if name == "matmul":
@@ -147,64 +150,64 @@ def _unturned(module: fx.GraphModule) -> None:
                     total = module.graph.call_function(operator.add, (node, bias))
                 total.meta = dict(node.meta)
                 node.replace_all_uses_with(total, delete_user_cb=lambda user, total=total: user is not total)
-        if not turned.users:
-            module.graph.erase_node(turned)
+        if not transposed.users:
+            module.graph.erase_node(transposed)
         changed = True
     if changed:
         module.graph.lint()
         module.recompile()
 
 
-def _transposed(module: fx.GraphModule, turned: Any) -> fx.Node | None:
-    """The parameter that a node is the transpose of."""
-    if not isinstance(turned, fx.Node) or turned.op not in ("call_function", "call_method"):
+def _transposed(module: fx.GraphModule, transposed: Any) -> fx.Node | None:
+    """The get_attr node of the parameter that a node is the transpose of, or None."""
+    if not isinstance(transposed, fx.Node) or transposed.op not in ("call_function", "call_method"):
         return None
-    row = rule_of(turned, module)
-    if len(turned.all_input_nodes) != 1 or row is None or row.kind not in ("movement", "query"):
+    row = rule_of(transposed, module)
+    if len(transposed.all_input_nodes) != 1 or row is None or row.kind not in ("movement", "query"):
         return None
-    (weight,) = turned.all_input_nodes
+    (weight,) = transposed.all_input_nodes
     value = at(module, str(weight.target)) if weight.op == "get_attr" else None
     if not isinstance(value, Tensor) or value.dim() != 2:
         return None
     places = torch.arange(value.numel()).view(value.shape)
-    moved = movement.run(turned.target, (places, *turned.args[1:]), turned.kwargs)
+    moved = movement.run(transposed.target, (places, *transposed.args[1:]), transposed.kwargs)
     return weight if isinstance(moved, Tensor) and torch.equal(moved, places.t()) else None
 
 
-def _as_weight(module: fx.GraphModule, user: fx.Node, node: fx.Node) -> bool:
-    """Is the node the weight or bias of this layer, and not its input?"""
+def _is_weight(module: fx.GraphModule, user: fx.Node, node: fx.Node) -> bool:
+    """Returns whether `node` is the weight or bias of the layer `user`, and not its input."""
     if user.op not in ("call_function", "call_method"):
         return False
     found = rule_of(user, module)
     return found is not None and found.kind in ("producer", "per_channel_param") and node not in user.args[:1]
 
 
-def _spelled(value: Any, updated: Container[fx.Node]) -> str:
-    """A constant subgraph as text: the same text is the same value."""
+def _text(value: Any, updated: Container[fx.Node]) -> str:
+    """A constant subgraph as text; equal texts mean equal values."""
     if isinstance(value, fx.Node):
         if value in updated:
             return value.name
         if value.op == "get_attr":
             return f"self.{value.target}"
         called = value.target if isinstance(value.target, str) else id(value.target)
-        return f"{called}({_spelled(value.args, updated)}, {_spelled(value.kwargs, updated)})"
+        return f"{called}({_text(value.args, updated)}, {_text(value.kwargs, updated)})"
     if isinstance(value, (tuple, list)):
-        return f"[{', '.join(_spelled(v, updated) for v in value)}]"
+        return f"[{', '.join(_text(v, updated) for v in value)}]"
     if isinstance(value, dict):
-        return f"{{{', '.join(f'{k}: {_spelled(v, updated)}' for k, v in value.items())}}}"
+        return f"{{{', '.join(f'{k}: {_text(v, updated)}' for k, v in value.items())}}}"
     return repr(value)
 
 
 def _replace(
-    module: fx.GraphModule, node: fx.Node, users: list[fx.Node], as_weight: bool, known: dict[str, _Made],
+    module: fx.GraphModule, node: fx.Node, users: list[fx.Node], *, as_weight: bool, folded: dict[str, _Folded],
     updated: Mapping[fx.Node, Any],
 ) -> None:  # fmt: skip
-    """Put a new parameter in the place of the node, for these users; one parameter for one value (`known`)."""
-    text = _spelled(node, updated)
-    computed = known.get(text) or _computed(module, node, as_weight, updated)
+    """Replaces a node by a new parameter for these users. Equal values get the same parameter (see `folded`)."""
+    text = _text(node, updated)
+    computed = folded.get(text) or _computed(module, node, as_weight, updated)
     if computed is None:
         return
-    known[text] = computed
+    folded[text] = computed
     path, sources = computed
     with module.graph.inserting_before(node):
         fetched = module.graph.get_attr(path)
@@ -213,10 +216,12 @@ def _replace(
         user.replace_input_with(node, fetched)
 
 
-def _computed(module: fx.GraphModule, node: fx.Node, as_weight: bool, updated: Mapping[fx.Node, Any]) -> _Made | None:
-    """A new parameter with the node's value, or None where it should stay as it is.
+def _computed(module: fx.GraphModule, node: fx.Node, as_weight: bool, updated: Mapping[fx.Node, Any]) -> _Folded | None:
+    """A new parameter with the node's value, or None where the node should stay.
 
-    Where all that it is made of are buffers it is a buffer too.
+    It is a buffer if the value is computed from buffers only.
+
+    as_weight: whether the value is a layer's weight or bias, which is folded whatever its size
     """
     values: dict[fx.Node, Any] = {}
     sources: list[fx.Node] = []
@@ -225,10 +230,10 @@ def _computed(module: fx.GraphModule, node: fx.Node, as_weight: bool, updated: M
         if of not in values:
             if of.op == "get_attr":
                 sources.append(of)
-            if of in updated:  # and not updated once more, but what it is made of is asked for
+            if of in updated:  # its value is known; its inputs are visited for `sources`
                 for source in of.all_input_nodes:
                     value(source)
-            values[of] = updated[of] if of in updated else _called(module, of, value)
+            values[of] = updated[of] if of in updated else _value(module, of, value)
         return values[of]
 
     try:
@@ -258,7 +263,7 @@ def _computed(module: fx.GraphModule, node: fx.Node, as_weight: bool, updated: M
 
 
 def _drop_unused(module: fx.GraphModule, before: set[str]) -> None:
-    """Delete the parameters that the folded graph no longer fetches, and modules that are empty then."""
+    """Deletes the parameters in `before` that the folded graph no longer uses."""
     after = {str(n.target) for n in module.graph.nodes if n.op == "get_attr"}
     called = tuple(str(n.target) + "." for n in module.graph.nodes if n.op == "call_module")
     for path in before - after:

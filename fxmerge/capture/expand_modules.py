@@ -1,7 +1,7 @@
-"""Unfolding: modules that torch.fx would keep as one opaque leaf, written out in ops that have rules.
+"""Expands modules that torch.fx would keep as one opaque leaf into ops that have rules: torch's transformer layers.
 
-The parameters stay where they are and keep their names; the traced graph holds plain torch functions, so the code that
-is generated from it needs nothing of fxmerge. Each function takes the module and its call's arguments.
+The parameters stay in place and keep their names. The traced graph consists of torch functions, so the code generated
+from it does not depend on fxmerge. Each function below takes the module and the arguments of its call.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ def multihead_attention(
     average_attn_weights: bool = True,
     is_causal: bool = False,
 ) -> tuple[Any, None]:
-    """nn.MultiheadAttention in evaluation mode, its three projections and its heads in the open.
+    """nn.MultiheadAttention in evaluation mode, as three projections and scaled_dot_product_attention over the heads.
 
-    (batch, tokens, channels) or, without batch_first, (tokens, batch, channels); the weights are not given back.
-    Raises NotImplementedError where it is not this plain form; the module then stays a leaf.
+    Inputs are (batch, tokens, channels) or, without batch_first, (tokens, batch, channels). The attention weights are
+    not returned. Raises NotImplementedError for forms that are not covered; the module then stays a leaf.
     """
     if module.bias_k is not None or module.add_zero_attn:
         raise NotImplementedError("bias_k and add_zero_attn")
@@ -36,7 +36,7 @@ def multihead_attention(
     if not module.batch_first:
         query, key, value = (t.transpose(0, 1) for t in (query, key, value))
     heads = module.num_heads
-    like: Any = module.out_proj._parameters["weight"]  # the tensor: an attribute is what the trace makes of it
+    like: Any = module.out_proj._parameters["weight"]  # the tensor; attribute access would return a proxy
     mask = _joined(_additive(attn_mask, heads, like), _additive(key_padding_mask, heads, like, padding=True))
     if module.in_proj_weight is not None and same:
         q, k, v = F.linear(query, module.in_proj_weight, module.in_proj_bias).chunk(3, -1)
@@ -44,7 +44,7 @@ def multihead_attention(
         weights: Any = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
         (w_q, w_k, w_v), b_q, b_k, b_v = weights, None, None, None
         if module.in_proj_weight is not None:
-            w_q, w_k, w_v = module.in_proj_weight.chunk(3)  # unpacked at once: a trace sees how many there are
+            w_q, w_k, w_v = module.in_proj_weight.chunk(3)  # unpacked directly, since a trace must know their number
         if module.in_proj_bias is not None:
             b_q, b_k, b_v = module.in_proj_bias.chunk(3)
         q, k, v = F.linear(query, w_q, b_q), F.linear(key, w_k, b_k), F.linear(value, w_v, b_v)
@@ -55,11 +55,11 @@ def multihead_attention(
 
 
 def _additive(mask: Any, heads: int, like: Tensor, padding: bool = False) -> Tensor | None:
-    """A mask that the model makes itself, as what is added to the scores: (tokens, tokens) or (batch, heads, ...)."""
+    """A mask that the model creates, as what is added to the scores: (tokens, tokens) or (batch, heads, ...)."""
     if mask is None:
         return None
     if not isinstance(mask, Tensor):
-        raise NotImplementedError("a mask that depends on the inputs: of a dtype that no trace tells")
+        raise NotImplementedError("a mask that depends on the inputs, whose dtype is unknown during tracing")
     added = torch.zeros(mask.shape).masked_fill(mask.cpu(), -torch.inf) if mask.dtype == torch.bool else mask
     added = added.to(like)
     if padding:
@@ -68,6 +68,7 @@ def _additive(mask: Any, heads: int, like: Tensor, padding: bool = False) -> Ten
 
 
 def _joined(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """The sum of two masks, either of which may be None."""
     return other if one is None else one if other is None else one + other
 
 
@@ -78,14 +79,14 @@ def encoder_layer(
     src_key_padding_mask: Any = None,
     is_causal: bool = False,
 ) -> Any:
-    """nn.TransformerEncoderLayer; `is_causal` only says of the mask what it is."""
+    """nn.TransformerEncoderLayer. `is_causal` is ignored, since it only describes the mask."""
     attended = (module.self_attn, module.dropout1, src_mask, src_key_padding_mask)
     fed = (module.linear1, module.dropout, module.linear2, module.dropout2)
     if module.norm_first:
-        src = src + _attended(*attended, module.norm1(src))
-        return src + _fed(module, *fed, module.norm2(src))
-    src = module.norm1(src + _attended(*attended, src))
-    return module.norm2(src + _fed(module, *fed, src))
+        src = src + _attended(attended, module.norm1(src))
+        return src + _fed(module, fed, module.norm2(src))
+    src = module.norm1(src + _attended(attended, src))
+    return module.norm2(src + _fed(module, fed, src))
 
 
 def decoder_layer(
@@ -99,25 +100,29 @@ def decoder_layer(
     tgt_is_causal: bool = False,
     memory_is_causal: bool = False,
 ) -> Any:
-    """nn.TransformerDecoderLayer; as `encoder_layer`, with attention to the memory between."""
+    """nn.TransformerDecoderLayer: like `encoder_layer`, with attention to the memory in between."""
     own = (module.self_attn, module.dropout1, tgt_mask, tgt_key_padding_mask)
     across = (module.multihead_attn, module.dropout2, memory_mask, memory_key_padding_mask)
     fed = (module.linear1, module.dropout, module.linear2, module.dropout3)
     if module.norm_first:
-        tgt = tgt + _attended(*own, module.norm1(tgt))
-        tgt = tgt + _attended(*across, module.norm2(tgt), memory)
-        return tgt + _fed(module, *fed, module.norm3(tgt))
-    tgt = module.norm1(tgt + _attended(*own, tgt))
-    tgt = module.norm2(tgt + _attended(*across, tgt, memory))
-    return module.norm3(tgt + _fed(module, *fed, tgt))
+        tgt = tgt + _attended(own, module.norm1(tgt))
+        tgt = tgt + _attended(across, module.norm2(tgt), memory)
+        return tgt + _fed(module, fed, module.norm3(tgt))
+    tgt = module.norm1(tgt + _attended(own, tgt))
+    tgt = module.norm2(tgt + _attended(across, tgt, memory))
+    return module.norm3(tgt + _fed(module, fed, tgt))
 
 
-def _attended(attention: Any, dropout: Any, mask: Any, padding: Any, x: Any, memory: Any = None) -> Any:
+def _attended(branch: tuple[Any, Any, Any, Any], x: Any, memory: Any = None) -> Any:
+    """The attention branch of a layer, (attention, dropout, mask, padding): to the memory, or to `x` itself."""
+    attention, dropout, mask, padding = branch
     seen = x if memory is None else memory
     return dropout(attention(x, seen, seen, attn_mask=mask, key_padding_mask=padding, need_weights=False)[0])
 
 
-def _fed(module: Any, first: Any, dropout: Any, second: Any, last: Any, x: Any) -> Any:
+def _fed(module: Any, branch: tuple[Any, Any, Any, Any], x: Any) -> Any:
+    """The feed-forward branch of a layer, (linear, dropout, linear, dropout)."""
+    first, dropout, second, last = branch
     return last(second(dropout(module.activation(first(x)))))
 
 
@@ -131,7 +136,7 @@ def encoder(
 
 
 def decoder(module: nn.TransformerDecoder, tgt: Any, *given: Any, **masks: Any) -> Any:
-    """nn.TransformerDecoder: its layers one after another, which take just what it takes."""
+    """nn.TransformerDecoder: its layers one after another, each called with the decoder's own arguments."""
     for layer in module.layers:
         tgt = layer(tgt, *given, **masks)
     return tgt if module.norm is None else module.norm(tgt)
@@ -151,13 +156,13 @@ def transformer(
     tgt_is_causal: Any = None,
     memory_is_causal: bool = False,
 ) -> Any:
-    """nn.Transformer: encoder, then decoder."""
+    """nn.Transformer: the encoder, then the decoder."""
     memory = module.encoder(src, mask=src_mask, src_key_padding_mask=src_key_padding_mask)
     padding = {"tgt_key_padding_mask": tgt_key_padding_mask, "memory_key_padding_mask": memory_key_padding_mask}
     return module.decoder(tgt, memory, tgt_mask=tgt_mask, memory_mask=memory_mask, **padding)
 
 
-UNFOLDED: dict[type[nn.Module], Callable[..., Any]] = {
+EXPANSIONS: dict[type[nn.Module], Callable[..., Any]] = {
     nn.MultiheadAttention: multihead_attention,
     nn.TransformerEncoderLayer: encoder_layer,
     nn.TransformerDecoderLayer: decoder_layer,
@@ -167,6 +172,6 @@ UNFOLDED: dict[type[nn.Module], Callable[..., Any]] = {
 }
 
 
-def unfolded(module: nn.Module) -> Callable[..., Any] | None:
-    """The function that writes a module out, or None."""
-    return UNFOLDED.get(type(module))
+def expansion_of(module: nn.Module) -> Callable[..., Any] | None:
+    """The function that expands a module, or None."""
+    return EXPANSIONS.get(type(module))

@@ -1,9 +1,8 @@
-"""Unparametrizing: a weight that is computed at each use, by torch.nn.utils, becomes a plain parameter.
+"""Replaces weights that torch.nn.utils computes at each use by plain parameters.
 
-That is what `parametrize` does, and the older hooks of `weight_norm` and `spectral_norm`.
-
-A layer whose weight is a parameter can be merged where one whose weight is computed cannot. The value is the one that
-the layer has in evaluation mode; what it was computed from (a direction and a length, say) is gone from the copy.
+Such weights come from torch.nn.utils.parametrize, and from the older hooks of torch.nn.utils.weight_norm and
+spectral_norm. A layer can be merged only if its weight is a parameter. The parameter gets the value that the weight has
+in evaluation mode; the tensors that it was computed from, such as a direction and a length, are dropped from the copy.
 """
 
 from __future__ import annotations
@@ -18,9 +17,10 @@ from fxmerge.weights.disk_tensor import beside
 
 
 def unparametrize(model: nn.Module) -> None:
-    """Give each parametrized module of a model, in place, plain tensors and the class that it had before.
+    """Gives each parametrized module of a model plain tensors and its original class, in place.
 
-    torch's own `remove_parametrizations` also edits the class, which copies of a module share with the original.
+    torch.nn.utils.parametrize.remove_parametrizations is not used, since it also edits the class, which a copy of a
+    module shares with the original.
     """
     for module in list(model.modules()):
         for hook in list(module._forward_pre_hooks.values()):
@@ -47,7 +47,7 @@ def unparametrize(model: nn.Module) -> None:
                 module.register_buffer(name, value)
 
 
-def computed(model: nn.Module) -> list[Tensor]:
-    """The weights that hooks have left on a model as plain attributes; torch does not copy what has a history."""
+def computed_weights(model: nn.Module) -> list[Tensor]:
+    """The tensors with a grad_fn that hooks have set as plain attributes; these cannot be deep-copied."""
     held = (value for module in model.modules() for value in module.__dict__.values())
     return [value for value in held if isinstance(value, Tensor) and value.grad_fn is not None]

@@ -1,13 +1,12 @@
-"""Recording: a graph of one run, for models whose forward neither symbolic tracing nor torch.export can follow.
+"""Records the graph of one run, for models that neither symbolic tracing nor torch.export can follow.
 
-The model runs on the example inputs. Submodules that symbolic tracing can follow are *parts*: their graphs are put in
-whole, once for each call. What happens between them, the *glue*, is recorded call by call as it happened. The whole is
-one graph, and it is analysed like any other, so that channels are followed from part to part. Only parts are written
-anew; glue stays the user's own code, so that nothing in it may depend on a literal width.
+The model runs on the example inputs. Submodules that can be traced symbolically are *parts*: the graph of a part is
+inserted once for each of its calls. The code between parts, the *glue*, is recorded call by call as it runs. The result
+is a single graph, which is analysed like any other, so that channels are followed from part to part. Only parts are
+rewritten. Glue remains the user's own code, so nothing in it may depend on a literal width.
 
-A run shows one path only. Where the code of a module asked a tensor for its value (`if x.sum() > 0`), or did not run
-one of its submodules, another run may take another path: every tensor that this module's own code sees keeps its
-channels.
+One run shows only one path. Another run may take another path if the code of a module reads the value of a tensor
+(`if x.sum() > 0`), or if a submodule did not run. All tensors that the code of such a module sees keep their channels.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from fxmerge.capture.symbolic import hidden, symbolic, user_line
+from fxmerge.capture.symbolic import symbolic, user_line, without_rule
 from fxmerge.graph.nested import leaves, tree
 from fxmerge.graph.ops import HARMLESS, PLAIN, held_tensors, node_call, tensors
 from fxmerge.ir.capture import Part, Recorded
@@ -32,14 +31,17 @@ from fxmerge.rules.movement import enter
 
 @dataclass
 class _Frame:
-    """One module's forward, running: the nodes that its own code sees."""
+    """The running forward of one module, and the nodes of the tensors that its own code sees."""
 
     path: str
     seen: set[fx.Node] = field(default_factory=set)
 
 
 def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recorded:
-    """The graph of one run of a (private) copy of a model. Raises what the model raises, and TypeError for scripts."""
+    """Records one run of a copy of a model, which is changed in place.
+
+    Raises whatever the model raises, and TypeError for models with ScriptModules.
+    """
     return _Recording(model).run(args, kwargs)
 
 
@@ -47,19 +49,20 @@ class _Recording(TorchFunctionMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model, self.graph = model, fx.Graph()
-        self.nodes: dict[int, fx.Node] = {}  # identity of a tensor -> the node that gave it
-        self.kept: list[Any] = []  # keeps identities from being used again
+        self.nodes: dict[int, fx.Node] = {}  # id of a tensor -> the node whose value it is
+        self.kept: list[Any] = []  # keeps tensors alive, so that no id is used twice
+        # id of a parameter or buffer -> its first path
         self.paths = {id(v): n for n, v in reversed([*model.named_buffers(), *model.named_parameters()])}
-        self.familiar: set[int] = {id(v) for v in held_tensors(model)}  # tensors that were there before the run
-        self.templates: dict[str, fx.GraphModule | None] = {}
+        self.familiar: set[int] = {id(v) for v in held_tensors(model)}  # ids of the tensors that need no node
+        self.templates: dict[str, fx.GraphModule | None] = {}  # path -> the module's own graph, None if not a part
         self.parts: dict[str, Part] = {}
-        self.rewritable: set[str] = set()  # nodes that parts put in
+        self.rewritable: set[str] = set()  # nodes inserted by parts
         self.frames: list[_Frame] = []
-        self.doubtful: dict[str, str] = {}  # frame -> why another run may take another path
+        self.doubtful: dict[str, str] = {}  # path of a module -> why another run may take another path
         self.ran: set[str] = set()
-        self.seen: dict[str, set[fx.Node]] = {}
-        self.off = 0
-        self.constants = 0
+        self.seen: dict[str, set[fx.Node]] = {}  # path of a module -> the nodes that its own code sees
+        self.off = 0  # while positive, calls are not recorded
+        self.constants = 0  # how many tensors were stored as constants
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recorded:
         wrapped = []
@@ -85,21 +88,27 @@ class _Recording(TorchFunctionMode):
         self._close()
         self.graph.output(tree(lambda v: self._node(v) if isinstance(v, Tensor) else v, out))
         self._unvisited()
-        held = {n.name: f"is seen by {path or 'the model'}, which {self.doubtful[path]}"
+        held = {n.name: f"is used by {path or 'the model'}, which {self.doubtful[path]}"
                 for path, nodes in self.seen.items() if path in self.doubtful for n in nodes}  # fmt: skip
         module = fx.GraphModule(self.model, self.graph, type(self.model).__name__)
         for number in range(self.constants):
             delattr(self.model, f"_recorded_{number}")
         self.graph.lint()
-        glue = frozenset(n.name for n in self.graph.nodes if n.name not in self.rewritable)
-        return Recorded(module, tuple(inputs), self.model, tuple(self.parts.values()), glue, held)
+        return Recorded(
+            module=module,
+            inputs=tuple(inputs),
+            host=self.model,
+            parts=tuple(self.parts.values()),
+            glue=frozenset(n.name for n in self.graph.nodes if n.name not in self.rewritable),
+            held=held,
+        )
 
     def _close(self) -> None:
         frame = self.frames.pop()
         self.seen.setdefault(frame.path, set()).update(frame.seen)
 
     def _unvisited(self) -> None:
-        """Submodules with parameters that did not run: their parents may run them another time."""
+        """Marks the modules that have a submodule with parameters that did not run, since another run may run it."""
         inside = tuple(p + "." for p, t in self.templates.items() if t is not None) + tuple(
             p + "." for p in self.ran if p not in self.seen
         )
@@ -110,7 +119,7 @@ class _Recording(TorchFunctionMode):
                 parent = path.rpartition(".")[0]
                 while parent not in self.seen and parent:
                     parent = parent.rpartition(".")[0]
-                self.doubtful.setdefault(parent, f"did not run its {path}")
+                self.doubtful.setdefault(parent, f"did not run its submodule {path}")
 
     # --- tensors and nodes
 
@@ -119,7 +128,7 @@ class _Recording(TorchFunctionMode):
         self.kept.append(value)
 
     def _node(self, value: Tensor) -> fx.Node:
-        """The node that gave a tensor; parameters are fetched, and everything else is a constant of this run."""
+        """The node of a tensor. An unknown tensor is fetched if it is a parameter, otherwise stored as a constant."""
         if id(value) in self.nodes:
             return self.nodes[id(value)]
         path = self.paths.get(id(value))
@@ -131,15 +140,16 @@ class _Recording(TorchFunctionMode):
             setattr(self.model, name, value.detach().clone())
             fetched = self.graph.get_attr(name)
             fetched.meta["constant"] = True
-            node = self.graph.call_method("clone", (fetched,))  # the code may update it in place
+            node = self.graph.call_method("clone", (fetched,))  # cloned, since the code may update it in place
         self._remember(value, node)
         return node
 
     def _arguments(self, value: Any) -> Any:
+        """The arguments of a call with each tensor replaced by its node."""
         return tree(lambda v: self._node(v) if isinstance(v, Tensor) else v, value)
 
     def _assign(self, given: Any, value: Any) -> None:
-        """Say which node gave each tensor of a result."""
+        """Notes the node of each tensor in a result; `given` is the node of the result, or a tree of nodes."""
         if isinstance(value, Tensor) and isinstance(given, fx.Node):
             self._remember(value, given)
         elif isinstance(value, (list, tuple)):
@@ -152,6 +162,7 @@ class _Recording(TorchFunctionMode):
                 self._assign(self._item(given, name, item) if part is None else part, item)
 
     def _item(self, given: fx.Node, at: Any, value: Any) -> fx.Node | None:
+        """The node of one item of a result, None for an item without tensors."""
         return self.graph.call_function(operator.getitem, (given, at)) if tensors(value) else None
 
     # --- functions
@@ -176,7 +187,7 @@ class _Recording(TorchFunctionMode):
                 self.doubtful.setdefault(frame.path, "makes tensors in a way that cannot be recorded")
         op, target, given, named = node_call(func, name, args, kwargs)
         if not all(isinstance(v, (*PLAIN, Tensor)) for v in leaves([given, named])):
-            self.doubtful.setdefault(frame.path, f"calls {name} with something that cannot be recorded")
+            self.doubtful.setdefault(frame.path, f"calls {name} with an argument that cannot be recorded")
             frame.seen.update(self._node(t) for t in operands)
             return func(*args, **kwargs)
         nodes = self._arguments(list(given)), self._arguments(dict(named))
@@ -188,12 +199,13 @@ class _Recording(TorchFunctionMode):
             self._assign(node, out)
             frame.seen.update(self.nodes[id(t)] for t in tensors(out))
         elif out is not None:
-            self.doubtful.setdefault(frame.path, f"asks a tensor for its value ({name})")
+            self.doubtful.setdefault(frame.path, f"reads the value of a tensor ({name})")
         return out
 
     # --- modules
 
     def _wrap(self, module: nn.Module, path: str) -> Callable[..., Any]:
+        """A forward that records the call: as a leaf, as a part, or (for any other module) as the calls inside it."""
         forward = module.forward
 
         @functools.wraps(forward)
@@ -220,7 +232,7 @@ class _Recording(TorchFunctionMode):
 
         return wrapped
 
-    def _silently(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def _unrecorded(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         self.off += 1
         try:
             return forward(*args, **kwargs)
@@ -229,7 +241,7 @@ class _Recording(TorchFunctionMode):
 
     def _leaf(self, path: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         nodes = self._arguments(list(args)), self._arguments(dict(kwargs))
-        out = self._silently(forward, args, kwargs)
+        out = self._unrecorded(forward, args, kwargs)
         node = self.graph.call_module(path, tuple(nodes[0]), nodes[1])
         node.stack_trace = user_line()
         self._assign(node, out)
@@ -237,24 +249,24 @@ class _Recording(TorchFunctionMode):
         return out
 
     def _template(self, module: nn.Module, path: str, args: Any, kwargs: Any) -> fx.GraphModule | None:
-        """The module's own graph, where symbolic tracing follows it for calls of this form."""
+        """The graph of a module that can be a part: traced symbolically, with a rule for each call. Otherwise None."""
         if not all(tensors(v) for v in [*args, *kwargs.values()]):
-            return None  # a flag or None: another call may give another
+            return None  # a flag or None may differ in another call
         if path not in self.templates:
             self.off += 1
             try:
                 traced = symbolic(module, args, kwargs)
-                self.templates[path] = traced if hidden(traced) == 0 else None
-            except Exception:  # whatever torch.fx says: no part
+                self.templates[path] = traced if without_rule(traced) == 0 else None
+            except Exception:  # tracing raises many types; the module is then not a part
                 self.templates[path] = None
             finally:
                 self.off -= 1
         return self.templates[path]
 
     def _inline(self, template: fx.GraphModule, path: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Put a part's graph in at this call."""
+        """Inserts the graph of a part for one call of it."""
         given, named = list(self._arguments(list(args))), self._arguments(dict(kwargs))
-        out = self._silently(forward, args, kwargs)
+        out = self._unrecorded(forward, args, kwargs)
         made: dict[fx.Node, fx.Node] = {}
         entered: list[tuple[str, str, Any]] = []
         result: Any = None
@@ -277,6 +289,12 @@ class _Recording(TorchFunctionMode):
             first = self.parts[path]
             self.parts[path] = replace(first, again=(*first.again, inside))
         else:
-            self.parts[path] = Part(path, type(self.model.get_submodule(path)).__name__, tuple(entered), inside, result)
+            self.parts[path] = Part(
+                path=path,
+                class_name=type(self.model.get_submodule(path)).__name__,
+                entered=tuple(entered),
+                nodes=inside,
+                result=result,
+            )
         self.frames[-1].seen.update(self._node(t) for t in tensors([args, kwargs, out]))
         return out

@@ -1,4 +1,4 @@
-"""Tracing: symbolic tracing that writes out the modules `unfolding` knows, and torch.export where that sees more."""
+"""Symbolic tracing that expands the modules in `EXPANSIONS`, and the choice between it and torch.export."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx._symbolic_trace import _assert_is_none
 
-from fxmerge.capture.expand_modules import unfolded
+from fxmerge.capture.expand_modules import expansion_of
 from fxmerge.capture.torch_export import export
-from fxmerge.errors import FxMergeError, first_line
+from fxmerge.errors import FxMergeError, first_line, of_user
 from fxmerge.rules.lookup import rule_of
 
 
 class Tracer(fx.Tracer):
-    """torch.fx's tracer, which also writes out the modules that `unfolding` knows.
+    """torch.fx's tracer, which also expands the modules in `EXPANSIONS`.
 
-    It finds a parameter's name and the user's line in constant time, where torch.fx looks through the whole model and
-    formats the whole stack for each node.
+    For each node it looks up a parameter's name and the user's source line in constant time, where torch.fx searches
+    the whole model and formats the whole stack.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.open: set[nn.Module] = set()
-        self.names: dict[int, str] = {}
+        self.expanded: set[nn.Module] = set()
+        self.names: dict[int, str] = {}  # id of a parameter or buffer -> its first path
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         if isinstance(root, nn.Module):
@@ -48,24 +48,24 @@ class Tracer(fx.Tracer):
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
-        if node.op not in ("placeholder", "output"):  # those are made outside of the user's code
+        if node.op not in ("placeholder", "output"):  # these are not created by the user's code
             node.stack_trace = user_line() or node.stack_trace
         return node
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return m not in self.open and super().is_leaf_module(m, module_qualified_name)
+        return m not in self.expanded and super().is_leaf_module(m, module_qualified_name)
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        written_out = unfolded(m)
-        if written_out is not None:
+        expansion = expansion_of(m)
+        if expansion is not None:
             stack, last = dict(self.module_stack), len(self.graph.nodes)
-            self.open.add(m)
+            self.expanded.add(m)
             try:
-                return super().call_module(m, lambda *a, **k: written_out(m, *a, **k), args, kwargs)
-            except NotImplementedError:
-                self.open.discard(m)
+                return super().call_module(m, lambda *a, **k: expansion(m, *a, **k), args, kwargs)
+            except NotImplementedError:  # the module stays a leaf: undo the trace of its expansion
+                self.expanded.discard(m)
                 self.module_stack.clear()
                 self.module_stack.update(stack)
                 for node in list(reversed(self.graph.nodes))[: len(self.graph.nodes) - last]:
@@ -74,16 +74,17 @@ class Tracer(fx.Tracer):
 
 
 def user_line() -> str:
-    """The innermost line of the model's code on the stack that is neither torch's nor ours, as a traceback has it.
+    """The innermost line of the user's model on the stack, formatted as in a traceback.
 
-    "" where there is none: an nn.Sequential has no line of the user's, and who called `merge` did not write the layer.
+    "" where there is none, for example inside an nn.Sequential. The search stops at the call of `capture`, since the
+    code that calls fxmerge did not create the node.
     """
     frame = inspect.currentframe()
     while frame is not None:
         path = frame.f_code.co_filename
         if path.endswith("/fxmerge/capture/capture_model.py"):
             break
-        if "/torch/" not in path and "/fxmerge/" not in path and not path.startswith("<"):
+        if of_user(path) and not path.startswith("<"):
             code = linecache.getline(path, frame.f_lineno).strip()
             return f'  File "{path}", line {frame.f_lineno}, in {frame.f_code.co_name}\n    {code}\n'
         frame = frame.f_back
@@ -91,9 +92,9 @@ def user_line() -> str:
 
 
 def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
-    """A graph module of the model: symbolically traced, or exported where that hides less behind ops without a rule.
+    """A graph module of the model: traced symbolically, or exported where that leaves fewer calls without a rule.
 
-    Raises FxMergeError where neither works, naming the user's line.
+    Raises FxMergeError where both fail. The message names the user's source line.
     """
     if isinstance(model, fx.GraphModule):
         return model
@@ -101,7 +102,7 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx
         traced = symbolic(model, args, kwargs)
     except Exception as error:
         traced, why = None, error
-    if traced is not None and not hidden(traced):
+    if traced is not None and not without_rule(traced):
         return traced
     try:
         exported = export(model, args, kwargs)
@@ -110,28 +111,34 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx
             return traced
         raise FxMergeError(
             f"{type(model).__name__} cannot be traced by torch.fx ({first_line(why)}{_where(why)}), "
-            f"nor exported by torch.export ({first_line(error)}); move the control flow that depends on values into a "
-            "submodule that is a leaf, or merge the submodules that can be traced one by one"
+            f"nor exported by torch.export ({first_line(error)}); move control flow that depends on values into a leaf "
+            "submodule, or merge the submodules that can be traced one by one"
         ) from error
-    return exported if traced is None or hidden(exported) < hidden(traced) else traced
+    return exported if traced is None or without_rule(exported) < without_rule(traced) else traced
 
 
 def symbolic(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
-    """The model as torch.fx traces it. Raises what that raises."""
+    """The model as traced by torch.fx. Raises whatever tracing raises.
+
+    Arguments that are left out of the call get their defaults, as constants of the graph.
+    """
     parameters = inspect.signature(model.forward).parameters
     given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
     left_out = {k: p.default for k, p in parameters.items() if k not in given and p.default is not p.empty}
     return fx.GraphModule(model, Tracer().trace(model, concrete_args=left_out or None), type(model).__name__)
 
 
-def hidden(module: fx.GraphModule) -> int:
-    """How many of a graph's calls have no rule, those on plain values and constants left out."""
+_ARGUMENT_CHECKS = (_assert_is_none, torch._assert)  # torch.fx's checks that arguments left out stay left out
+
+
+def without_rule(module: fx.GraphModule) -> int:
+    """The number of calls in a graph that have no rule. Calls on plain values and constants are not counted."""
     count = 0
     activations: set[fx.Node] = set()
     for node in module.graph.nodes:
         if node.op == "placeholder":
             activations.add(node)
-        elif node.target in _ASSERTIONS:
+        elif node.target in _ARGUMENT_CHECKS:
             continue
         elif node.op in ("call_module", "call_function", "call_method") and activations & set(node.all_input_nodes):
             found = rule_of(node, module)
@@ -141,15 +148,12 @@ def hidden(module: fx.GraphModule) -> int:
     return count
 
 
-_ASSERTIONS = (_assert_is_none, torch._assert)  # that an argument which was left out is left out again
-
-
 def _where(error: Exception) -> str:
-    """The innermost line of the error's traceback that is not torch's own."""
+    """The innermost line of the user's code in an error's traceback, for a message; "" where there is none."""
     frame, place = error.__traceback__, ""
     while frame is not None:
         path = frame.tb_frame.f_code.co_filename
-        if "/torch/" not in path and "/fxmerge/" not in path:
+        if of_user(path):
             place = f" (at {path}:{frame.tb_lineno}, in {frame.tb_frame.f_code.co_name})"
         frame = frame.tb_next
     return place

@@ -1,7 +1,8 @@
-"""Exporting: the graphs of torch.export (aten ops), for what symbolic tracing cannot reach or leaves hidden.
+"""Exports models with torch.export, for those that symbolic tracing cannot follow or leaves with opaque calls.
 
-Parameters keep the user's names. The number of samples is left open where the model allows it; every other size is a
-literal, so the merged model takes inputs of the example's shape. `constants.py` recomputes those that depend on widths.
+Graphs consist of aten ops. Parameters keep the user's names. The batch size is dynamic where the model allows it.
+Every other size is a literal, so that the merged model accepts inputs of the example's shape only; the literals that
+depend on widths are recomputed by `analysis/literal_sizes.py`.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ from fxmerge.graph.nested import fresh
 
 
 def export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
-    """The model as a graph module of aten ops, with the model's own call signature. Raises what torch.export raises."""
+    """The model as a graph module of aten ops with the model's call signature. Raises whatever torch.export raises."""
     with silence(), torch.no_grad():
-        found = of_any_batch(model, args, kwargs)
-        return found or opened(torch.export.export(model, args, kwargs, strict=False))
+        found = export_any_batch(model, args, kwargs)
+        return found or graph_module_of(torch.export.export(model, args, kwargs, strict=False))
 
 
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
-    """What torch.export cannot do comes back as an exception, not as pages of text."""
+    """Suppresses the logs, warnings and prints of torch.export; its exceptions say what failed."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -43,25 +44,28 @@ def silence() -> Iterator[None]:
         logging.disable(before)
 
 
-def opened(program: torch.export.ExportedProgram) -> fx.GraphModule:
+def graph_module_of(program: torch.export.ExportedProgram) -> fx.GraphModule:
     """An exported program as a graph module with its call signature, without guards and assertions."""
-    # newer versions of torch write guards into the graph unless told not to, which can take as long as the export
+    # newer versions of torch add guards to the graph by default, which can take as long as the export
     plain: Any = {"check_guards": False} if "check_guards" in inspect.signature(program.module).parameters else {}
     module = program.module(**plain)
     assert isinstance(module, fx.GraphModule)
-    module._forward_pre_hooks.clear()  # they check the inputs' shapes too
+    module._forward_pre_hooks.clear()  # these hooks check the shapes of inputs as well
     module._forward_pre_hooks_with_kwargs.clear()
-    unguarded(module)
+    remove_guards(module)
     module.graph.eliminate_dead_code()
     module.recompile()
-    for owner in module.modules():  # .train() and .eval() of an exported module raise; the graph is that of eval
+    for owner in module.modules():  # an exported module's .train() and .eval() raise; the graph is that of eval mode
         owner.__dict__.pop("train", None)
         owner.__dict__.pop("eval", None)
     return module
 
 
-def unguarded(module: fx.GraphModule) -> None:
-    """Take out guards on the inputs' shapes: the merged model is checked against the original instead."""
+_ASSERTIONS = (torch.ops.aten._assert_tensor_metadata.default, torch.ops.aten._assert_async.msg)
+
+
+def remove_guards(module: fx.GraphModule) -> None:
+    """Removes guards and assertions on inputs, in place; the merged model is compared with the original instead."""
     for node in list(module.graph.nodes):
         if (node.op == "call_module" and "_guards" in str(node.target)) or node.target in _ASSERTIONS:
             module.graph.erase_node(node)
@@ -70,12 +74,12 @@ def unguarded(module: fx.GraphModule) -> None:
             delattr(module, name)
 
 
-def of_any_batch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule | None:
-    """The exported model for any number of samples, or None where that cannot be left open.
+def export_any_batch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule | None:
+    """The exported model with a dynamic batch size, or None where the batch size cannot be dynamic.
 
-    The samples are what all tensors have as many of, on their first axis. A single one is doubled for the export,
-    which takes a size of 1 for a constant. What comes out must give what the model gives on the very example.
-    Raises GuardOnDataDependentSymNode where the model's path depends on values.
+    The batch is the first axis of all tensors, which must agree on its size. A batch of 1 is doubled for the export,
+    as torch.export takes a size of 1 as a constant. The result must return what the model returns on the example.
+    Raises GuardOnDataDependentSymNode where control flow depends on values.
     """
     from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
@@ -88,25 +92,23 @@ def of_any_batch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     shapes = tree_map(lambda v: {0: torch.export.Dim.AUTO} if isinstance(v, Tensor) else None, named)
     try:
         program = torch.export.export(model, traced_args, traced_kwargs, dynamic_shapes=shapes, strict=False)
-        module = opened(program)
+        module = graph_module_of(program)
         before, after = (tree_leaves(m(*fresh(args), **fresh(kwargs))) for m in (model, module))
-    except GuardOnDataDependentSymNode:  # what values decide, no size of the example's does
+    except GuardOnDataDependentSymNode:  # a static batch size would not help
         raise
-    except Exception:  # whatever else torch.export says: the size is then a constant
+    except Exception:  # torch.export raises many types; the batch size is then a constant
         return None
     return module if len(before) == len(after) and all(map(_agree, before, after)) else None
 
 
 def _agree(one: Any, other: Any) -> bool:
+    """Returns whether two outputs agree: tensors in shape and, up to rounding, in values; anything else always."""
     if not isinstance(one, Tensor) or not isinstance(other, Tensor):
         return True
-    if isinstance(other, FakeTensor):  # of a blank model: a shape without values
+    if isinstance(other, FakeTensor):  # from a model on the meta device: a shape without values
         return one.shape == other.shape
     return one.shape == other.shape and torch.allclose(one, other, rtol=1e-3, atol=1e-5)
 
 
 def _doubled(value: Any) -> Any:
     return torch.cat([value, value]) if isinstance(value, Tensor) else value
-
-
-_ASSERTIONS = (torch.ops.aten._assert_tensor_metadata.default, torch.ops.aten._assert_async.msg)

@@ -1,1 +1,7 @@
-"""Saving a merged model: as a folder, as an ExportedProgram, as an ONNX file."""
+"""Saves a merged model: as a folder, as an ExportedProgram, as an ONNX file, or in the user's own class.
+
+source     the source code of a merged model
+own_class  the merged weights in the user's own class
+program    ExportedProgram, .pt2 and ONNX files
+save       a merged model as a folder, and a folder as a model
+"""

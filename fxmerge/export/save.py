@@ -31,7 +31,7 @@ from fxmerge.ir.groups import survivors
 from fxmerge.plan import Plan, planned
 from fxmerge.report.reports import Report
 from fxmerge.weights.by_path import at
-from fxmerge.weights.disk_tensor import left_in, raw, slots, stored
+from fxmerge.weights.disk_tensor import has_disk_tensors, open_tensors, raw, regions
 from fxmerge.weights.files import write_folder, write_tensors, write_text
 
 VERSION = 1
@@ -81,7 +81,7 @@ def model_source(captured: Capture, module: nn.Module) -> tuple[str, dict[str, T
     for plain in (True, False):
         try:
             text = source(graph, type(captured.model).__name__, plain)
-            made = _made(text, Path(MODEL), stored(graph))
+            made = _made(text, Path(MODEL), has_disk_tensors(graph))
         except FxMergeError as error:
             return "", tensors, str(error)
         except Exception as error:
@@ -89,7 +89,7 @@ def model_source(captured: Capture, module: nn.Module) -> tuple[str, dict[str, T
             continue
         held = {name: at(graph, name).detach() for name in made.state_dict()}
         try:
-            made.load_state_dict(held, assign=stored(graph))
+            made.load_state_dict(held, assign=has_disk_tensors(graph))
             made.to(next((v.device for v in held.values()), None))
             given = outputs(made, captured.args, captured.kwargs)
         except Exception as error:
@@ -163,7 +163,7 @@ def _read(folder: Path, on_disk: bool) -> tuple[dict[str, Tensor], Mapping[str, 
             tensors = {name: opened.get_tensor(name) for name in names}
     except (OSError, SafetensorError, ValueError) as error:
         raise FxMergeError(f"{path} is damaged: {error}") from error
-    tensors = left_in(slots(path)) if on_disk else tensors
+    tensors = open_tensors(regions(path)) if on_disk else tensors
     version = metadata.get(_KEY, "")
     if not version.isdecimal():
         raise FxMergeError(f"{path} was not saved by fxmerge; load it with safetensors")

@@ -1,4 +1,4 @@
-"""The outputs of two models, compared."""
+"""Compares the outputs of two models."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from fxmerge.graph.outputs import returned
 
 @dataclass(frozen=True)
 class Verdict:
-    """Relative error of the merged model's outputs on the example inputs, |merged - original| / |original|."""
+    """The result of comparing a merged model with the original on the example inputs."""
 
-    error: float
+    error: float  # |merged - original| / |original|, over all outputs together
 
 
 def outputs(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> list[Tensor]:
-    """The floating-point tensors that a model gives, in evaluation mode; its training flags stay as they were."""
+    """The floating-point tensors that a model returns in evaluation mode, in order. Training flags are restored."""
     with evaluating(module), torch.no_grad(), reproducible():
         return returned(module(*fresh(list(args)), **fresh(dict(kwargs or {}))))
 
 
 def difference(one: list[Tensor], other: list[Tensor]) -> float:
-    """|one - other| / |one| over all tensors together; infinite where shapes differ or numbers are not finite."""
+    """|one - other| / |one| over all tensors together; infinite where shapes differ or values are not finite."""
     if [t.shape for t in one] != [t.shape for t in other]:
         return float("inf")
     apart = sum(float((a.double() - b.double()).square().sum()) for a, b in zip(one, other, strict=True))

@@ -1,4 +1,4 @@
-"""Cost: parameters and floating-point operations of a model, counted by torch itself."""
+"""Counts a model's parameters and floating-point operations, with torch.utils.flop_counter."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from fxmerge.graph.nested import fresh
 
 @dataclass(frozen=True)
 class Cost:
-    """What a model weighs and what one run on the example inputs costs."""
+    """The size of a model and the cost of one run on the example inputs."""
 
-    parameters: int
-    flops: int  # multiply and add count as two, as torch.utils.flop_counter has it
+    parameters: int  # elements; shared parameters count once
+    flops: int  # a multiply-add counts as two, as in torch.utils.flop_counter
     by_module: dict[str, tuple[int, int]]  # module path -> (parameters, flops)
 
 
 def cost(module: fx.GraphModule, inputs: Sequence[Any]) -> Cost:
-    """Count a graph module's parameters and FLOPs for the values of its placeholders.
+    """The cost of a graph module, given the values of its placeholders.
 
-    Elementwise ops count as nothing, as is the custom.
+    Elementwise ops count as 0 FLOPs, as in torch.utils.flop_counter.
     """
     by_node = flops_by_node(module, inputs)
     flops: dict[str, int] = {}
@@ -36,7 +36,7 @@ def cost(module: fx.GraphModule, inputs: Sequence[Any]) -> Cost:
 
 
 def flops_by_node(module: fx.GraphModule, inputs: Sequence[Any]) -> dict[str, int]:
-    """Node -> the FLOPs of its call, for the values of the graph's placeholders."""
+    """The FLOPs of each node, by its name, given the values of the graph's placeholders."""
     from torch.utils.flop_counter import FlopCounterMode
 
     counter = FlopCounterMode(display=False)
@@ -57,7 +57,7 @@ def flops_by_node(module: fx.GraphModule, inputs: Sequence[Any]) -> dict[str, in
 
 
 def call_cost(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Cost:
-    """Count the parameters and FLOPs of one call of any module."""
+    """The cost of one call of any module."""
     from torch.utils.flop_counter import FlopCounterMode
 
     counter = FlopCounterMode(display=False)
@@ -68,6 +68,7 @@ def call_cost(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any])
 
 
 def _by_module(module: nn.Module, flops: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+    """The (parameters, FLOPs) of each submodule that has any; the parameters of its submodules are not counted."""
     owners: dict[str, tuple[int, int]] = {}
     for name, sub in module.named_modules():
         own = sum(p.numel() for p in sub.parameters(recurse=False))
@@ -77,5 +78,5 @@ def _by_module(module: nn.Module, flops: Mapping[str, int]) -> dict[str, tuple[i
 
 
 def parameters(module: nn.Module) -> int:
-    """Elements of all parameters, shared ones once."""
+    """The number of elements of all parameters; shared parameters count once."""
     return sum(p.numel() for p in module.parameters())

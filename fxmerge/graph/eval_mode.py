@@ -1,4 +1,4 @@
-"""Evaluating: modules in evaluation mode for a while."""
+"""Context managers that put modules in evaluation mode and make their runs reproducible."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import nn
 
 @contextmanager
 def reproducible() -> Iterator[None]:
-    """The same random numbers each time, and attention as it is written; afterwards all is as it was.
+    """Seeds the random number generators and disables torch's attention fast path; restores both on exit.
 
-    torch's fast path for attention in evaluation gives zeros where padding is masked, which no graph of its ops does.
+    In evaluation mode, the fast path returns zeros where padding is masked. No graph of attention's ops does that.
     """
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
     fast = torch.backends.mha.get_fastpath_enabled()
@@ -27,7 +27,10 @@ def reproducible() -> Iterator[None]:
 
 
 def reseed() -> None:
-    """Seed the generators that can be in use. torch.manual_seed would wake up, or remember, those that are not."""
+    """Seeds the CPU generator, and CUDA's where CUDA is initialized.
+
+    `torch.manual_seed` would also initialize, or queue a seed for, devices that are not in use.
+    """
     torch.default_generator.manual_seed(0)
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.manual_seed_all(0)
@@ -35,9 +38,9 @@ def reseed() -> None:
 
 @contextmanager
 def evaluating(*modules: nn.Module) -> Iterator[None]:
-    """The modules in evaluation mode; afterwards each part's training flag is as it was.
+    """Puts modules in evaluation mode; restores the training flag of each submodule on exit.
 
-    The flags are set one by one, as `.eval()` of a graph module that torch.export made raises.
+    The flags are set one by one, since `.eval()` raises on a graph module made by torch.export.
     """
     modes = {part: part.training for module in modules for part in module.modules() if part.training}
     for part in modes:

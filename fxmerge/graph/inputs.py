@@ -1,4 +1,4 @@
-"""The inputs of a graph: which placeholder takes which argument."""
+"""Maps the arguments of a call to the placeholders of a graph."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Timing: how long one model runs beside another, and how sure one can be of it."""
+"""Times one model against another, with an estimate of the noise."""
 
 from __future__ import annotations
 
@@ -15,27 +15,29 @@ from torch.utils._pytree import tree_leaves
 from fxmerge.graph.eval_mode import evaluating
 from fxmerge.graph.nested import fresh
 
-ROUNDS, SECONDS = 9, 6.0  # at least so many rounds; no new round after so long
-SHORTEST = 5e-3  # seconds that the clock measures at once: shorter calls are repeated
-TOLERANCE = 0.03  # of a latency
+ROUNDS = 9  # the smallest number of rounds
+SECONDS = 6.0  # no round starts after this time, once there are ROUNDS of them
+SHORTEST = 5e-3  # seconds; shorter calls are repeated until one measurement takes this long
+TOLERANCE = 0.03  # relative error of a latency
 
 
 @dataclass(frozen=True)
 class Timing:
-    """The time of one call as a share of the original's, and of the original's own second go: median and its error."""
+    """The time of one call of a model, relative to the original's."""
 
-    share: float
-    noise: float  # the standard error of a median of as many rounds, the original against itself
-    seconds: float  # of the original
+    share: float  # the median over rounds of the model's time / the original's
+    noise: float  # the standard error of such a median when the original is compared with itself
+    seconds: float  # one call of the original
 
 
 def compared(
     original: nn.Module, other: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], seconds: float | None = None
 ) -> Timing:
-    """Time two modules in turns, original, other, original, on the device that the inputs are on.
+    """Times two modules in turn (original, other, original) on the device of the inputs.
 
-    Rounds go on until the noise is a quarter of TOLERANCE, or for `seconds` (SECONDS). A round's share is the other's
-    time over the mean of the original's before and after it, so that a machine that slows down slows down both.
+    Rounds are repeated until the noise is below a quarter of TOLERANCE, or for `seconds` (SECONDS by default). In each
+    round, the other's time is divided by the mean of the original's times before and after it, so that a change in
+    the machine's speed affects both.
     """
     devices = {leaf.device for leaf in tree_leaves((list(args), dict(kwargs))) if isinstance(leaf, Tensor)}
     with evaluating(original, other), torch.no_grad():
@@ -57,6 +59,7 @@ def compared(
 def _seconds(
     module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], times: int, devices: set[torch.device]
 ) -> float:
+    """The seconds that `times` calls take together; each call has fresh copies of the inputs."""
     given = [(fresh(list(args)), fresh(dict(kwargs))) for _ in range(times)]
     _wait(devices)
     start = time.perf_counter()
@@ -67,7 +70,7 @@ def _seconds(
 
 
 def _wait(devices: set[torch.device]) -> None:
-    """Devices other than the CPU work on while Python goes ahead."""
+    """Waits for devices that run asynchronously."""
     for device in devices:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -76,7 +79,7 @@ def _wait(devices: set[torch.device]) -> None:
 
 
 def _error(values: Sequence[float]) -> float:
-    """The standard error of the median: 1.25 deviations / sqrt(n), the deviation from the median absolute one."""
+    """The standard error of the median: 1.2533 s / sqrt(n), with s = 1.4826 times the median absolute deviation."""
     middle = median(values)
     found: float = 1.2533 * 1.4826 * median(abs(v - middle) for v in values) / len(values) ** 0.5
     return found

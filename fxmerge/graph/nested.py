@@ -1,4 +1,4 @@
-"""Nested lists, tuples, dicts and slices of values: their leaves, and functions of those."""
+"""Functions of nested values: the leaves of lists, tuples, dicts and slices, such as the arguments of a call."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+_LEAF_TYPES = frozenset((fx.Node, Tensor, int, float, bool, str, type(None)))
+
 
 def tree(function: Callable[[Any], Any], value: Any) -> Any:
-    """`value` with the function applied to each leaf of its lists, tuples, dicts and slices."""
-    if type(value) in _LEAVES:  # nearly all; the questions below take longer than most functions
+    """Applies a function to each leaf of nested lists, tuples, dicts and slices; the structure stays."""
+    if type(value) in _LEAF_TYPES:  # the common case: the checks below take longer than most functions
         return function(value)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(tree(function, v) for v in value))
@@ -27,11 +29,8 @@ def tree(function: Callable[[Any], Any], value: Any) -> Any:
     return function(value)
 
 
-_LEAVES = frozenset((fx.Node, Tensor, int, float, bool, str, type(None)))
-
-
 def fresh(value: Any) -> Any:
-    """Copies of all tensors in a call's arguments: a forward may update its input in place."""
+    """The arguments of a call with every tensor cloned, since a forward may update its inputs in place."""
     return tree(lambda v: v.clone() if isinstance(v, Tensor) else v, value)
 
 
@@ -43,7 +42,7 @@ def leaves(value: Any) -> list[Any]:
 
 
 def finite(value: Any) -> Any:
-    """The same plain data with None for numbers that JSON does not have: NaN and infinity."""
+    """Plain data with NaN and infinity, which JSON does not have, replaced by None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):

@@ -1,7 +1,7 @@
-"""Outputs: what a model returns, as torch.export and the comparison with the merged model need it.
+"""Opens the outputs of a model, for torch.export and for the comparison with the merged model.
 
-A model may return any object: a dataclass, a cache of keys and values. Dataclasses are told to torch's pytree; an
-object that pytree cannot open is left out of an exported model's output, and the report says so.
+A model may return any object, such as a dataclass or a key-value cache. Dataclasses are registered with torch's
+pytree. An object that pytree cannot open is left out of an exported model's output, and the report names its type.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _PLAIN = (Tensor, int, float, complex, bool, str, type(None))
 
 
 def foreign(value: Any) -> tuple[str, ...]:
-    """The types of the objects in an output that pytree cannot open; dataclasses are registered on the way."""
+    """The types of the objects in an output that pytree cannot open. Registers the dataclasses that it finds."""
     found: dict[str, None] = {}
     for leaf in tree_leaves(value):
         if isinstance(leaf, _PLAIN):
@@ -32,18 +32,18 @@ def foreign(value: Any) -> tuple[str, ...]:
 
 
 def returned(value: Any) -> list[Tensor]:
-    """The floating-point tensors of an output, in order, dataclasses opened: what models are compared by."""
+    """The floating-point tensors of an output, in order; dataclasses are opened. Models are compared by these."""
     foreign(value)
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 def plain(value: Any) -> Any:
-    """An output with None for each object that pytree cannot open."""
+    """The output with each object that pytree cannot open replaced by None."""
     return tree_map(lambda leaf: leaf if isinstance(leaf, _PLAIN) else None, value)
 
 
 def returning_plain(model: nn.Module) -> nn.Module:
-    """Make this (private) copy of a model return `plain` outputs; its class, names and signature stay."""
+    """Makes a model return `plain` outputs. Changes this copy in place; its class, names and signature stay."""
     forward = model.forward
 
     @functools.wraps(forward)

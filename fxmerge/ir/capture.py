@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 FOLDED = "folded_from"  # in a node's meta: the paths of the tensors that its parameter was computed from
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Capture:
     """A traced model: the graph module and what its example run showed."""
 
@@ -41,7 +41,7 @@ class Capture:
         return "export" if isinstance(self.module.graph._codegen, fx.graph._PyTreeCodeGen) else "symbolic"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Part:
     """A submodule whose graph stands in a recorded graph, as its first call put it there.
 
@@ -59,9 +59,9 @@ class Part:
     again: tuple[tuple[str, ...], ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Recorded:
-    """The graph of one run of a model that cannot be traced whole (see `recording.py`).
+    """The graph of one run of a model that cannot be traced whole (see `capture/record.py`).
 
     host:   a copy of the model, in the user's own class, that shares the model's tensors
     glue:   the nodes outside of parts, the user's own code: they cannot be edited

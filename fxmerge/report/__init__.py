@@ -1,1 +1,9 @@
-"""The reports of an analysis and of a merge: tables, JSON and pictures."""
+"""The reports of an analysis and of a merge: tables, JSON and pictures.
+
+refusals     the parameters held back by channels that cannot be merged
+budget_line  what is left of a model, compared with its budget
+tables       the tables of a report
+drawable     what all reports have in common: the formats that they can be drawn in
+reports      the reports of an analysis and of a merge
+picture      pictures of a network and its groups
+"""

@@ -1,1 +1,6 @@
-"""rewrite."""
+"""Builds the merged model from a plan. Only this folder and refit change weights.
+
+slicing     a parameter, rebuilt from some of its entries
+rewriter    a copy of the graph module whose kept channels absorb the dropped ones, then sliced
+reassemble  the model that users get: the graph module, or their own class
+"""

@@ -1,7 +1,7 @@
-"""Assembling: what a merge gives back. A graph module as a rule; for a recorded model, the user's own class again.
+"""Assembles the model that a merge returns: the graph module, or for a recorded model, the user's own class.
 
-The parts of a recorded model (see `recording.py`) are cut out of the merged graph, become graph modules of their own,
-and stand in a copy of the user's model where the original submodules stood.
+Each part of a recorded model (see `capture/record.py`) is cut out of the merged graph as a graph module. In a copy of
+the user's model, these graph modules replace the original submodules.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ from fxmerge.weights.copy import deep_copy
 
 
 def assembled(captured: Capture, merged: fx.GraphModule) -> nn.Module:
-    """The model that users get for a merged (or otherwise changed) copy of the captured graph module."""
+    """The model that users get for a merged, or otherwise changed, copy of the captured graph module.
+
+    Raises FxMergeError where a part that is called several times would need different sizes in its calls.
+    """
     recorded = captured.recorded
     if recorded is None:
         return merged
@@ -54,10 +57,13 @@ def _put(host: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def _part(part: Part, merged: fx.GraphModule, nodes: dict[str, fx.Node], original: nn.Module) -> fx.GraphModule:
+    """The graph module of one part, from its nodes in the merged graph."""
     for other in part.again:
         for one, two in zip(part.nodes, other, strict=True):
             if one in nodes and two in nodes and _form(nodes[one]) != _form(nodes[two]):
-                raise FxMergeError(f"{part.path} would need other sizes in each of its calls (at {one})")
+                raise FxMergeError(
+                    f"{part.path} is called several times and would need different sizes in each call (at {one})"
+                )
     graph, made = fx.Graph(), dict[fx.Node, fx.Node]()
     for name, placeholder, default in part.entered:
         made[nodes[name]] = graph.placeholder(
@@ -66,7 +72,7 @@ def _part(part: Part, merged: fx.GraphModule, nodes: dict[str, fx.Node], origina
     entered = {name for name, _, _ in part.entered}
 
     def local(node: fx.Node) -> fx.Node:
-        if node not in made:  # a bias that merging added is fetched by a node of its own
+        if node not in made:  # a node that fetches a bias added by the merge
             made[node] = graph.node_copy(node, local)
         return made[node]
 
@@ -84,12 +90,12 @@ def _part(part: Part, merged: fx.GraphModule, nodes: dict[str, fx.Node], origina
     new = fx.GraphModule(root, graph, part.class_name)
     new.training = original.training
     held = {**vars(nn.Module()), **vars(new)}
-    for name, value in vars(original).items():  # what other code may ask the module for: `backbone.out_channels`
+    for name, value in vars(original).items():  # attributes that other code may read, such as `backbone.out_channels`
         if name not in held and not callable(value):
             new.__dict__[name] = value
     return new
 
 
 def _form(node: fx.Node) -> Any:
-    """What a node calls, and with which literals."""
+    """The op, target and literal arguments of a node."""
     return node.op, node.target, str(fx.map_arg((node.args, node.kwargs), lambda n: n.graph.output_node()))

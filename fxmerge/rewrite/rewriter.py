@@ -1,9 +1,9 @@
-"""Rewrite: the only stage that writes (refit aside), and it writes on a copy.
+"""Rewrites a copy of the captured graph module: the kept channels absorb the dropped ones, then parameters are sliced.
 
-Two moves, in this order. *Absorb*, at full width: a consumer's columns W become W up at the kept places and its bias
-gains W shift; a producer's rows become down rows where the decomposition mixes them. *Slice*: every parameter drops the
-places whose labels have gone, by the one index map that provenance found; modules' own sizes and the graph's literal
-sizes follow.
+1. Absorb, at full width: at the kept places, a consumer's columns W become W up, and its bias gains W shift. Where the
+   decomposition mixes channels, a producer's rows become down rows.
+2. Slice: every parameter loses the places of dropped labels, by the index map that provenance found. Then the sizes
+   that modules keep, and the literal sizes in the graph, are updated.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from fxmerge.weights.by_path import fetch_bias
 from fxmerge.weights.copy import sharing_copy
 from fxmerge.weights.layout import columns, from_columns, resize
 
-_WITHOUT_BIAS = ("matrix", "embedding")  # ops that take no bias, unless they are addmm: it is added behind them
+_WITHOUT_BIAS = ("matrix", "embedding")  # ops that take no bias (except addmm): a node after them adds it
 
 
 class Rewriter:
-    """A merged copy in the making: `absorb` each group, then `finish`. The module it is made from is left alone."""
+    """A merged copy of a graph module, which is not changed: call `absorb` for each group, then `finish`."""
 
     def __init__(self, module: fx.GraphModule, facts: Provenance) -> None:
         self.module, self.weights = sharing_copy(module)
         self.facts, self.held = facts, dict(facts.params)
         self.nodes: dict[str, fx.Node] = {n.name: n for n in self.module.graph.nodes}
-        self.partners: dict[str, list[Partners]] = {}  # weight -> columns to add up when it is sliced
+        self.partners: dict[str, list[Partners]] = {}  # path of a weight -> columns to add when it is sliced
 
     def absorb(self, merge: Merge) -> None:
-        """At full width: let the kept channels' producers and consumers take over what the others did."""
+        """Lets the kept channels of a group absorb the dropped ones, in its producers and consumers, at full width."""
         with torch.no_grad():
             if merge.down is not None:
                 self._absorb_producers(merge, merge.down)
@@ -44,7 +44,11 @@ class Rewriter:
                 self._absorb_consumers(merge)
 
     def finish(self, alive: Tensor, edits: Mapping[str, Call]) -> fx.GraphModule:
-        """Slice every parameter, put sizes right, and recompile: fresh code, the same names and metadata."""
+        """Slices every parameter, updates sizes, and recompiles. Names and metadata of nodes stay.
+
+        alive: bool (label_count,), the labels that stay
+        edits: the calls that replace those of nodes, by name
+        """
         with torch.no_grad():
             for labels in self.held.values():
                 if labels.path in self.partners:
@@ -64,7 +68,7 @@ class Rewriter:
         for consumer, part in zip(merge.group.consumers, merge.consumers, strict=True):
             path = consumer.layer.params["weight"]
             if path in done:
-                continue  # a module that is used twice absorbs once
+                continue  # a module that is called twice absorbs once
             done.add(path)
             shift, (here, local) = part.shift[consumer.channels], consumer.local(merge.kept)
             up = part.up if len(consumer.channels) == merge.group.channels else part.up[consumer.channels][:, here]
@@ -82,16 +86,16 @@ class Rewriter:
             weight.copy_(from_columns(rows, weight, consumer.layer))
 
     def _slice_and_add(self, labels: ParamLabels, alive: Tensor) -> None:
-        """W[:, kept] + sum of scale * W[:, dropped], for some of the rows that stay at a time (see `linalg.BITE`)."""
+        """W[:, kept] + the sum of scale * W[:, dropped], for the rows that stay, in chunks of `linalg.BITE` rows."""
         value = self.weights[labels.path].detach()
         device, precise = value.device, torch.promote_types(value.dtype, torch.float32)
         rows = (alive[labels.axes[0]].nonzero().flatten() if 0 in labels.axes else torch.arange(len(value))).to(device)
         stays = alive[labels.axes[1]]
-        place = torch.cumsum(stays, 0) - 1  # where a column that stays comes to stand
+        place = torch.cumsum(stays, 0) - 1  # the new place of each column that stays
         kept, shape = stays.nonzero().flatten().to(device), (1, -1, *[1] * (value.dim() - 2))
         parts = []
         for part in self.partners[labels.path]:
-            here = stays[part.target]  # one whose block leaves takes nobody's part
+            here = stays[part.target]  # not for a target whose block is dropped
             scale = part.scale[here].to(device, precise).view(shape)
             parts.append((part.source[here].to(device), place[part.target[here]].to(device), scale))
         sliced = value.new_empty(len(rows), len(kept), *value.shape[2:])
@@ -106,7 +110,7 @@ class Rewriter:
         self.weights.put(labels.path, sliced)
 
     def _absorb_producers(self, merge: Merge, mixing: Tensor) -> None:
-        """rows_k = (1 / gain_k) sum_i down_ki gain_i rows_i, and the constants likewise, in the common coordinates."""
+        """rows_k = (1 / gain_k) sum_i down_ki gain_i rows_i; the bias likewise, in the group's common coordinates."""
         for producer, (gain, constant_gain, constant) in zip(merge.group.producers, merge.gains, strict=True):
             weight = self.weights.own(producer.layer.params["weight"])
             out_first = weight.movedim(1, 0) if producer.layer.transposed else weight
@@ -130,7 +134,7 @@ class Rewriter:
             self._move_bias(producer.layer, mean_bias)
 
     def _move_bias(self, layer: Layer, change: Callable[[Tensor], Tensor]) -> None:
-        """Change a layer's bias, in float64; a layer without one gets one, whose places are the rows of its weight."""
+        """Changes a layer's bias, in float64. A layer without a bias gets one, with the labels of its weight's rows."""
         if "bias" in layer.params:
             bias = self.weights.own(layer.params["bias"])
             bias.copy_(change(bias.double()))
@@ -148,13 +152,13 @@ class Rewriter:
         self.weights.add(added, new, weight.requires_grad)
         if path in self.held:
             self.held[added] = ParamLabels(added, {0: self.held[path].axes[out_axis]})
-        for user in self.facts.layers if not known else ():  # every call with this weight
+        for user in self.facts.layers if not known else ():  # every call that uses this weight
             served = takes_one and self.nodes[user.node].op == "call_module"
             if user.params.get("weight") == path and "bias" not in user.params and not served:
                 self._feed(user, added)
 
     def _feed(self, layer: Layer, path: str) -> None:
-        """Let a call that has no bias of its own have the one at `path`, behind it where its op takes none."""
+        """Makes the parameter at `path` the bias of a call; where the op takes none, a node after the call adds it."""
         node = self.nodes[layer.node]
         if layer.op not in _WITHOUT_BIAS:
             fetch_bias(node, path)
@@ -167,7 +171,7 @@ class Rewriter:
         self.nodes[layer.node] = total
 
     def _resize(self, layer: Layer, groups: int) -> None:
-        """Right in_channels, num_features, groups, normalized_shape: what a module keeps of its parameters' sizes."""
+        """Updates the sizes that a layer's module keeps: groups, and those of its weight (see `layout.resize`)."""
         node = self.nodes[layer.node]
         weight = self.weights[layer.params["weight"]] if "weight" in layer.params else None
         if node.op != "call_module":
@@ -181,6 +185,7 @@ class Rewriter:
             resize(owner, sized, groups, layer.transposed)
 
     def _edit(self, edits: Mapping[str, Call]) -> None:
+        """Replaces the calls of nodes, and erases size queries that are no longer used."""
 
         def here(node: fx.Node) -> fx.Node:
             found: fx.Node = self.nodes[node.name]
@@ -196,12 +201,12 @@ class Rewriter:
             n for n in reversed(self.module.graph.nodes) if n.op in ("call_function", "call_method") and not n.users
         ]:
             if self.facts.kinds.get(node.name) == "query":
-                self.module.graph.erase_node(node)  # a size that nothing asks for any more
+                self.module.graph.erase_node(node)
 
 
 @dataclass(frozen=True)
 class Partners:
-    """Columns of a weight to be added to others: W[:, target] += scale * W[:, source]."""
+    """Columns of a weight that are added to others: W[:, target] += scale * W[:, source]."""
 
     source: Tensor
     target: Tensor
@@ -209,7 +214,7 @@ class Partners:
 
 
 def _partners(consumer: Member, up: Tensor, local: Tensor) -> Partners | None:
-    """An `up` of at most one entry a row, 1 for each kept channel itself, as a sum of columns; None for any other."""
+    """The columns to add for an `up` with at most one entry per row, 1 for kept channels; None for any other `up`."""
     row, into = up.nonzero().unbind(1)  # rows ascending
     own = up[local, torch.arange(len(local))]
     layer = consumer.layer
@@ -222,7 +227,7 @@ def _partners(consumer: Member, up: Tensor, local: Tensor) -> Partners | None:
 
 
 def _gained(consumer: Member, own: Tensor, shift: Tensor, weight: Tensor) -> Tensor:
-    """W shift, (out,): each place adds shift times the sum of its kernel to the outputs of its block."""
+    """W shift, (out,): each place adds its shift times the sum of its kernel to the outputs of its group."""
     layer = consumer.layer
     out = weight.size(1) if layer.transposed else weight.size(0) // layer.groups
     each = torch.einsum("n,ncok->nco", shift.to(own), own.reshape(*own.shape[:2], out, -1))

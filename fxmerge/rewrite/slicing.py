@@ -1,4 +1,4 @@
-"""Slicing: a parameter is rebuilt from those of its entries that stay."""
+"""Rebuilds a parameter from some of its entries, in a given order, by the labels of its axes."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from fxmerge.ir.provenance import ParamLabels
 from fxmerge.methods.linalg import BITE
 from fxmerge.weights.by_path import Weights
 
-MUCH = 2**20  # elements; what is made of less on the way stays in the cache
-
 
 def places(labels: ParamLabels) -> list[Tensor]:
-    """The label tensors of one parameter."""
+    """The label tensors of one parameter: one for each axis, or one for all elements."""
     return [*labels.axes.values(), *([] if labels.elements is None else [labels.elements])]
 
 
 def gather(weights: Weights, labels: ParamLabels, pick: Callable[[Tensor], Tensor]) -> None:
-    """Rebuild one parameter from its own entries: `pick` maps labels (m,) to the places (m',) to take, in order."""
+    """Replaces a parameter by a selection of its own entries.
+
+    pick: maps the labels (m,) along an axis, or of all elements, to the places (m',) to take, in order
+    """
     value = weights[labels.path].detach()
     if labels.elements is not None:
         chosen = pick(labels.elements.flatten())
@@ -32,18 +33,21 @@ def gather(weights: Weights, labels: ParamLabels, pick: Callable[[Tensor], Tenso
     if labels.groups == 1:
         value = _taken(value, {axis: pick(along).to(value.device) for axis, along in labels.axes.items()})
     else:
-        # each block of a grouped weight takes places of its own: W (groups, out/groups, in/groups, *kernel)
+        # each group of the weight (groups, out/groups, in/groups, *kernel) has its own places
         split = value.reshape(labels.groups, -1, *value.shape[1:])
         out, into = pick(labels.axes[0]), pick(labels.axes[1])
-        block = torch.unique_consecutive(out // split.size(1))  # blocks may change places, or leave
+        block = torch.unique_consecutive(out // split.size(1))  # groups may change places, or be dropped
         out, into = out.view(len(block), -1) % split.size(1), into.view(len(block), -1) % split.size(2)
         value = split[block[:, None, None], out[:, :, None], into[:, None, :]].flatten(0, 1)
     weights.put(labels.path, value.contiguous())
 
 
+_SMALL = 2**20  # elements; a smaller tensor and its intermediate copies fit into the cache
+
+
 def _taken(value: Tensor, index: dict[int, Tensor]) -> Tensor:
-    """A tensor's entries at these places of its axes; some rows at a time where it loses rows and columns."""
-    if set(index) != {0, 1} or value.numel() < MUCH:
+    """The entries of a tensor at these places, by axis. For a large tensor, rows and columns are taken in chunks."""
+    if set(index) != {0, 1} or value.numel() < _SMALL:
         for axis, places_taken in index.items():
             value = value.index_select(axis, places_taken)
         return value

@@ -1,4 +1,4 @@
-"""Weights: reading and rebuilding a module's parameters by path. Helpers of the stages that write."""
+"""A module's parameters and buffers by path: read, replaced and added."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ def at(module: nn.Module, path: str) -> Tensor:
 
 
 class Weights:
-    """A module's parameters and buffers by path. A tensor that several paths name is one, and stays one.
+    """A module's parameters and buffers by path, to be replaced. A tensor with several paths stays one tensor.
 
-    shared: identities of tensors that belong to another module; `own` replaces them by copies before anyone writes.
+    shared: the ids of tensors that belong to another module as well; `own` copies such a tensor before it is written
     """
 
     def __init__(self, module: nn.Module, shared: frozenset[int] = frozenset()) -> None:
         self.module, self.shared = module, shared
         self.owners = dict(module.named_modules(remove_duplicate=False))
-        self.holders: dict[int, list[tuple[dict[str, Any], str]]] = {}
+        self.holders: dict[int, list[tuple[dict[str, Any], str]]] = {}  # id of a tensor -> (dict, key) that hold it
         for owner in dict.fromkeys(self.owners.values()):
             for held in (owner._parameters, owner._buffers, owner.__dict__):
                 for name, value in held.items():
@@ -38,12 +38,34 @@ class Weights:
         return value
 
     def put(self, path: str, value: Tensor) -> Tensor:
-        """Put a tensor in another's place, wherever the module holds that very tensor; on disk if that one is."""
+        """Replaces a tensor wherever the module holds it; if the old tensor is on disk, the new one is too."""
         return self.replace(path, beside(self[path], value))
 
     def replace(self, path: str, value: Tensor) -> Tensor:
-        """Put this very tensor in another's place."""
-        old = self[path]
+        """Replaces a tensor by exactly this one, wherever the module holds it."""
+        return self._replace(self[path], value)
+
+    def own(self, path: str) -> Tensor:
+        """The tensor at a path, which is now safe to write in place: a shared one is replaced by a copy."""
+        value = self[path]
+        return self.put(path, value.detach().clone()) if id(value) in self.shared else value
+
+    def own_all(self) -> None:
+        """Replaces every tensor that is still shared by a copy."""
+        for number, holders in list(self.holders.items()):
+            if number in self.shared:
+                held, name = holders[0]
+                self._replace(held[name], held[name].detach().clone())
+
+    def add(self, path: str, value: Tensor, requires_grad: bool) -> None:
+        """Adds a parameter where the module has none, or None."""
+        owner, _, name = path.rpartition(".")
+        held = self.module.get_submodule(owner)._parameters
+        fresh = nn.Parameter(value, requires_grad=requires_grad)
+        held[name] = fresh
+        self.holders[id(fresh)] = [(held, name)]
+
+    def _replace(self, old: Tensor, value: Tensor) -> Tensor:
         fresh = nn.Parameter(value, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else value
         holders = self.holders.pop(id(old))
         for held, name in holders:
@@ -51,35 +73,9 @@ class Weights:
         self.holders[id(fresh)] = holders
         return fresh
 
-    def own(self, path: str) -> Tensor:
-        """The tensor, free to be written."""
-        value = self[path]
-        return self.put(path, value.detach().clone()) if id(value) in self.shared else value
-
-    def own_all(self) -> None:
-        """Copy whatever is still another module's."""
-        for number, holders in list(self.holders.items()):
-            if number in self.shared:
-                held, name = holders[0]
-                old = held[name]
-                copied = old.detach().clone()
-                fresh = (
-                    nn.Parameter(copied, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else copied
-                )
-                for place, key in holders:
-                    place[key] = fresh
-
-    def add(self, path: str, value: Tensor, requires_grad: bool) -> None:
-        """A parameter that was not there, or was None."""
-        owner, _, name = path.rpartition(".")
-        held = self.module.get_submodule(owner)._parameters
-        fresh = nn.Parameter(value, requires_grad=requires_grad)
-        held[name] = fresh
-        self.holders[id(fresh)] = [(held, name)]
-
 
 def fetch_bias(node: fx.Node, path: str) -> None:
-    """Give a call of a layer's function, as F.conv2d, the parameter at `path` for its bias."""
+    """Makes the parameter at `path` the bias of a functional call of a layer, such as F.conv2d."""
     with node.graph.inserting_before(node):
         fetched = node.graph.get_attr(path)
     node.args = (*node.args[:2], fetched, *node.args[3:])

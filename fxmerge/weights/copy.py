@@ -1,4 +1,4 @@
-"""Copies of modules that share tensors until somebody writes them."""
+"""Copies of modules that share their tensors with the original until they are written."""
 
 from __future__ import annotations
 
@@ -15,11 +15,20 @@ from fxmerge.weights.by_path import Weights
 M = TypeVar("M", bound=nn.Module)
 
 
-def deep_copy(module: M, shared: Iterable[Tensor]) -> M:
-    """`copy.deepcopy` of a module, but for tensors that stay shared.
+def sharing_copy(module: fx.GraphModule) -> tuple[fx.GraphModule, Weights]:
+    """A copy of a module that shares all of its tensors, and its `Weights`, which copy a tensor before writing it."""
+    held = (d for m in module.modules() for d in (m._parameters, m._buffers, m.__dict__))
+    tensors = [v for values in held for v in values.values() if isinstance(v, Tensor)]
+    copied = deep_copy(module, tensors)
+    return copied, Weights(copied, frozenset(id(t) for t in tensors))
 
-    deepcopy takes longer than a small model's forward, nearly all of it for the many empty dicts of plain modules; so
-    their fields are copied here, and deepcopy is left what else they hold, and modules that say how they are copied.
+
+def deep_copy(module: M, shared: Iterable[Tensor]) -> M:
+    """A `copy.deepcopy` of a module, except that the tensors in `shared` are not copied.
+
+    `copy.deepcopy` takes longer than a forward of a small model, mostly for the many empty dicts of plain modules. So
+    the fields of plain modules are copied here. Their other values, and modules that define how they are copied, are
+    left to `copy.deepcopy`.
     """
     memo: dict[int, Any] = {id(t): t for t in shared}
     modules = list(module.modules())
@@ -34,8 +43,11 @@ def deep_copy(module: M, shared: Iterable[Tensor]) -> M:
     return copy.deepcopy(module, memo)
 
 
+_ATOMS = frozenset((int, float, bool, str, type(None)))  # immutable types, which need no copy
+
+
 def _plain(cls: type[nn.Module]) -> bool:
-    """Does deepcopy copy these modules field by field, and nothing else?"""
+    """Returns whether `copy.deepcopy` copies modules of this class field by field and does nothing else."""
     own_ways = ("__reduce_ex__", "__reduce__", "__getstate__", "__getnewargs__", "__getnewargs_ex__")
     return (
         not hasattr(cls, "__deepcopy__")
@@ -46,6 +58,7 @@ def _plain(cls: type[nn.Module]) -> bool:
 
 
 def _field(value: Any, memo: dict[int, Any]) -> Any:
+    """A copy of one field of a plain module; anything but dicts, empty lists and empty sets is left to deepcopy."""
     if type(value) is tuple and all(type(v) in _ATOMS for v in value):
         return value
     if id(value) in memo or not (type(value) in (dict, OrderedDict) or (type(value) in (list, set) and not value)):
@@ -57,14 +70,3 @@ def _field(value: Any, memo: dict[int, Any]) -> Any:
                 one if type(one) in _ATOMS else _field(one, memo)
             )
     return copied
-
-
-_ATOMS = frozenset((int, float, bool, str, type(None)))
-
-
-def sharing_copy(module: fx.GraphModule) -> tuple[fx.GraphModule, Weights]:
-    """A copy of a module that still shares all of its tensors, and the weights to make them its own one by one."""
-    held = (d for m in module.modules() for d in (m._parameters, m._buffers, m.__dict__))
-    tensors = [v for values in held for v in values.values() if isinstance(v, Tensor)]
-    copied = deep_copy(module, tensors)
-    return copied, Weights(copied, frozenset(id(t) for t in tensors))

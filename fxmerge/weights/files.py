@@ -1,4 +1,4 @@
-"""Files and folders: whole or not at all, by a temporary name in the same place and a rename. No pickle."""
+"""Writes files and folders atomically: under a temporary name in the same place, then renamed. No pickle."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fxmerge.weights.disk_tensor import TYPE_NAMES, raw
 
 
 def write(path: Path, fill: Callable[[Path], object]) -> None:
-    """Let `fill` write a temporary file beside `path`, then put it in place."""
+    """Writes a file: `fill` writes a temporary file in the same folder, which is then renamed to `path`."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     try:
@@ -31,13 +31,15 @@ def write(path: Path, fill: Callable[[Path], object]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Writes a text file in UTF-8."""
     write(path, lambda there: there.write_text(text, encoding="utf-8"))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Tensors as a safetensors file, one after the other, so that those on disk are in memory one at a time.
+    """Writes a safetensors file, tensor by tensor, so that of tensors on disk one at a time is in memory.
 
-    One under several names is written under each. The larger types come first, as the format's own library has it.
+    A tensor with several names is written under each of them. Tensors are sorted by the size of their dtype, largest
+    first, as in the safetensors library. Raises FxMergeError for a dtype that the format does not have.
     """
     odd = sorted(name for name, value in tensors.items() if value.dtype not in TYPE_NAMES)
     if odd:
@@ -62,11 +64,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def write_folder(folder: Path, known: Collection[str], fill: Callable[[Path], object]) -> None:
-    """Let `fill` write a new folder beside `folder`, then put it in place of what is there.
+    """Writes a folder: `fill` fills a temporary folder beside it, which then replaces `folder`.
 
-    At any moment the name stands for the old folder or the new one: the two change places in one step, where the
-    system can do that (Linux); else the old one steps aside first. Raises FxMergeError where `folder` is no folder, or
-    holds anything but the names in `known`: those files are not ours to remove.
+    On Linux the old folder and the new one are exchanged atomically, so that the name always refers to one of them.
+    On other systems the old folder is renamed first.
+
+    known: the names that fxmerge writes; a folder with any other file is not replaced
+
+    Raises FxMergeError where `folder` is a file, or holds a file that is not in `known`.
     """
     folder = Path(os.path.realpath(folder))
     if folder.exists() and not folder.is_dir():
@@ -88,13 +93,14 @@ def write_folder(folder: Path, known: Collection[str], fill: Callable[[Path], ob
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Let two folders change names in one step; False where the system cannot."""
+    """Exchanges the names of two folders atomically. Returns False where the system cannot do that."""
     call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     return call is not None and call(here, os.fsencode(one), here, os.fsencode(other), swap) == 0
 
 
 def _step_aside(new: Path, folder: Path) -> None:
+    """Renames the old folder, then the new one; if that fails, the old one is put back."""
     old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.old."))
     os.replace(folder, old)
     try:

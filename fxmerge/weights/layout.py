@@ -1,4 +1,4 @@
-"""How a layer's weight lies: its input columns, and the sizes that the module keeps of it."""
+"""The layout of a layer's weight: its input columns, and the sizes that a module keeps of it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,24 @@ from torch import Tensor, nn
 
 from fxmerge.ir.provenance import Layer
 
-# module attribute -> axis of the weight that it tells the size of
+
+def columns(weight: Tensor, layer: Layer) -> Tensor:
+    """A consumer's weight with one row per input place: (groups * in/groups, out/groups * kernel)."""
+    if layer.transposed:
+        return weight.flatten(1)
+    split = weight.reshape(layer.groups, -1, *weight.shape[1:])  # (groups, out/groups, in/groups, *kernel)
+    return split.movedim(2, 1).reshape(layer.groups * weight.size(1), -1)
+
+
+def from_columns(rows: Tensor, like: Tensor, layer: Layer) -> Tensor:
+    """The inverse of `columns`; `like` has the shape of the weight."""
+    if layer.transposed:
+        return rows.reshape(like.shape)
+    split = rows.reshape(layer.groups, like.size(1), like.size(0) // layer.groups, *like.shape[2:])
+    return split.movedim(1, 2).reshape(like.shape)
+
+
+# attribute of a module -> the axis of the weight that it is the size of
 _SIZES: dict[str, int] = {
     "in_features": 1,
     "out_features": 0,
@@ -21,7 +38,10 @@ _SIZES: dict[str, int] = {
 
 
 def resize(owner: nn.Module, sized: Tensor, groups: int, transposed: bool) -> None:
-    """Right in_channels, num_features, normalized_shape: what a layer keeps of its weight's sizes."""
+    """Updates the sizes that a module keeps of its weight: in_channels, num_features, normalized_shape, ...
+
+    sized: the weight; for a norm without one, another of its tensors of the same length
+    """
     held: dict[str, Any] = owner.__dict__
     for attribute, axis in _SIZES.items():
         if isinstance(getattr(owner, attribute, None), int) and axis < sized.dim():
@@ -33,19 +53,3 @@ def resize(owner: nn.Module, sized: Tensor, groups: int, transposed: bool) -> No
         held["out_channels"] = sized.size(out) * (groups if transposed else 1)
     if hasattr(owner, "normalized_shape"):
         held["normalized_shape"] = tuple(sized.shape)
-
-
-def columns(weight: Tensor, layer: Layer) -> Tensor:
-    """A consumer's weight with one row for each input place: (groups * in/groups, out/groups * kernel)."""
-    if layer.transposed:
-        return weight.flatten(1)
-    split = weight.reshape(layer.groups, -1, *weight.shape[1:])  # (groups, out/groups, in/groups, *kernel)
-    return split.movedim(2, 1).reshape(layer.groups * weight.size(1), -1)
-
-
-def from_columns(rows: Tensor, like: Tensor, layer: Layer) -> Tensor:
-    """The inverse of `columns`."""
-    if layer.transposed:
-        return rows.reshape(like.shape)
-    split = rows.reshape(layer.groups, like.size(1), like.size(0) // layer.groups, *like.shape[2:])
-    return split.movedim(1, 2).reshape(like.shape)

@@ -1,4 +1,4 @@
-"""Blank models: on the meta device, with shapes and no values. They can be analysed, as labels need no values."""
+"""Models on the meta device, which have shapes but no values. They can be analysed, since labels need no values."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fxmerge.weights.by_path import Weights
 
 
-def blanked(model: nn.Module) -> bool:
-    """Were there weights on the meta device? They now act as if they were on the CPU, in a module changed in place.
+def make_fake(model: nn.Module) -> bool:
+    """Replaces weights on the meta device by fake tensors on the CPU, in place. Returns whether there were any.
 
-    What such a weight meets becomes a shape too (torch's fake tensors); other tensors keep their values.
+    The results of ops on fake tensors are fake too: they have a shape but no values. Other tensors keep their values.
     """
     held = [*model.named_parameters(), *model.named_buffers()]
     bare = {name: value for name, value in held if value.is_meta}

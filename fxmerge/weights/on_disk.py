@@ -1,4 +1,4 @@
-"""Residence: models whose weights stay on disk while they are analysed, merged, run and saved."""
+"""Models whose weights stay on disk while they are analysed, merged, run and saved."""
 
 from __future__ import annotations
 
@@ -13,44 +13,47 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from fxmerge.errors import FxMergeError
 from fxmerge.weights.by_path import Weights
 from fxmerge.weights.copy import deep_copy
-from fxmerge.weights.disk_tensor import Slot, Stored, left_in, slots
+from fxmerge.weights.disk_tensor import DiskTensor, FileRegion, open_tensors, regions
 
 INDEX = "model.safetensors.index.json"
 
 
 def on_disk(model: nn.Module | Callable[[], nn.Module], weights: str | Path | Sequence[str | Path]) -> nn.Module:
-    """A copy of a model whose weights stay in safetensors files, and are read when an op needs them.
+    """A copy of a model whose weights stay in safetensors files and are read when an op needs them.
 
-    model: with any weights, or on the meta device, where it takes no memory; or a function that makes it: its
-        parameters are then made without memory, its buffers as always.
-    weights: a file, several, or a folder of them (with or without model.safetensors.index.json): the state_dict.
-    Tensors below 64 KiB are read at once. What is merged goes to the folder for temporary files (TMPDIR), and
-    `result.save` copies it from there. Raises FxMergeError where files and model do not fit.
+    Tensors smaller than 64 KiB are read at once. Merged weights are written to the folder for temporary files (TMPDIR),
+    from which `result.save` copies them.
+
+    model: a model with any weights, or on the meta device, where it takes no memory; or a function that makes a model,
+        which is called such that parameters take no memory
+    weights: the state_dict, as a file, several files, or a folder (with or without model.safetensors.index.json)
+
+    Raises FxMergeError where the files do not match the model, or cannot be read.
     """
     if not isinstance(model, nn.Module) and callable(model):
         with without_memory():
             model = model()
     if not isinstance(model, nn.Module):
-        raise FxMergeError(f"model is a {type(model).__name__}, not a torch.nn.Module, nor a function that makes one")
-    found = _slots(weights)
+        raise FxMergeError(f"model is a {type(model).__name__}; give a torch.nn.Module, or a function that makes one")
+    found = _regions(weights)
     held = [*model.parameters(), *model.buffers()]
     copied = deep_copy(model, held)
     into = Weights(copied)
     filled = _filled(copied, found, weights)
-    for path, value in left_in(filled, {path: into[path].dtype for path in filled}).items():
+    for path, value in open_tensors(filled, {path: into[path].dtype for path in filled}).items():
         into.put(path, value)
     bare = [name for name, value in [*copied.named_parameters(), *copied.named_buffers()] if value.is_meta]
     if bare:
         raise FxMergeError(
-            f"{bare[0]} is in no file and has no value on the meta device; give a function that makes the model, "
-            "or make it on the CPU"
+            f"{bare[0]} is in none of the files and has no value, as the model is on the meta device; give a function "
+            "that makes the model, or make the model on the CPU"
         )
     return copied
 
 
 @contextmanager
 def without_memory() -> Iterator[None]:
-    """Modules made in here have parameters on the meta device, and buffers with values."""
+    """Modules made in this context have their parameters on the meta device; their buffers have values."""
 
     def bare(module: nn.Module, name: str, value: nn.Parameter | None) -> nn.Parameter | None:
         return None if value is None or value.is_meta else nn.Parameter(value.detach().to("meta"), value.requires_grad)
@@ -63,17 +66,20 @@ def without_memory() -> Iterator[None]:
 
 
 def in_memory(module: nn.Module) -> nn.Module:
-    """A copy of a module whose weights, if they were on disk, are in memory."""
+    """A copy of a module with all of its weights in memory."""
     copied = deep_copy(module, [])
     into = Weights(copied)
     for path, value in [*copied.named_parameters(), *copied.named_buffers()]:
-        if isinstance(value, Stored):
-            into.replace(path, value.cell.read().clone())
+        if isinstance(value, DiskTensor):
+            into.replace(path, value.backing.read().clone())
     return copied
 
 
-def _filled(model: nn.Module, found: Mapping[str, Slot], weights: object) -> dict[str, Slot]:
-    """Path of each tensor of the state_dict, shared ones once -> its slot. Raises FxMergeError where they differ."""
+def _filled(model: nn.Module, found: Mapping[str, FileRegion], weights: object) -> dict[str, FileRegion]:
+    """The region of each tensor of the state_dict, by path; a shared tensor is listed once.
+
+    Raises FxMergeError where names or shapes differ.
+    """
     own = {name: v for name, v in model.state_dict(keep_vars=True).items() if isinstance(v, Tensor)}
     names: dict[int, list[str]] = {}
     for name, value in own.items():
@@ -85,26 +91,27 @@ def _filled(model: nn.Module, found: Mapping[str, Slot], weights: object) -> dic
         if not here or strange:
             what = f"has no {same[0]}" if not here else f"has {strange[0]}, which the model does not have"
             raise FxMergeError(f"{weights} is not a state_dict of {type(model).__name__}: it {what}")
-        slot, shape = found[here[0]], tuple(own[here[0]].shape)
-        if slot.shape != shape:
-            raise FxMergeError(f"{here[0]} is {slot.shape} in {slot.path} and {shape} in {type(model).__name__}")
-        filled[here[0]] = slot
+        region, shape = found[here[0]], tuple(own[here[0]].shape)
+        if region.shape != shape:
+            raise FxMergeError(f"{here[0]} is {region.shape} in {region.path} and {shape} in {type(model).__name__}")
+        filled[here[0]] = region
     return filled
 
 
-def _slots(weights: str | Path | Sequence[str | Path]) -> dict[str, Slot]:
-    """Where each tensor stands, in any of the files."""
+def _regions(weights: str | Path | Sequence[str | Path]) -> dict[str, FileRegion]:
+    """The region of each tensor, by name, over all files."""
     paths = _files(Path(weights)) if isinstance(weights, (str, Path)) else [Path(p) for p in weights]
-    found: dict[str, Slot] = {}
+    found: dict[str, FileRegion] = {}
     for path in paths:
-        for name, slot in slots(path).items():
+        for name, region in regions(path).items():
             if name in found:
                 raise FxMergeError(f"{name} is in {found[name].path} and in {path}; leave one of them out")
-            found[name] = slot
+            found[name] = region
     return found
 
 
 def _files(path: Path) -> list[Path]:
+    """The safetensors files that a path stands for: a file, an index, or a folder."""
     index = path / INDEX if path.is_dir() else path
     if index.suffix == ".json":
         try:
@@ -112,12 +119,12 @@ def _files(path: Path) -> list[Path]:
         except FileNotFoundError:
             pass
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise FxMergeError(f"{index} is no index of safetensors files: {error!r}") from error
+            raise FxMergeError(f"{index} is not an index of safetensors files: {error!r}") from error
     if path.is_dir():
         paths = sorted(path.glob("*.safetensors"))
         if not paths:
             raise FxMergeError(f"there is no .safetensors file in {path}")
         return paths
     if not path.is_file():
-        raise FxMergeError(f"there is no file {path}")
+        raise FxMergeError(f"{path} does not exist")
     return [path]

@@ -1,4 +1,4 @@
-"""A model captured by torch.export runs on any number of samples once merged, where the original does."""
+"""A model captured by torch.export runs on any batch size after the merge, if the original does."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Windows(nn.Module):
-    """Windows of an image beside its samples, with a flag that symbolic tracing cannot follow."""
+    """Attention in windows, which are moved to the batch axis, and a check that symbolic tracing cannot follow."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Windows(nn.Module):
 
 
 class Choosing(Windows):
-    """Another path for a single sample: the number of samples cannot be left open."""
+    """A single sample takes another path, so that the batch size cannot be dynamic."""
 
     def forward(self, x: Tensor) -> Tensor:
         return -super().forward(x) if len(x) == 1 else super().forward(x)

@@ -1,4 +1,4 @@
-"""Folding: what is computed from parameters alone becomes a parameter, where a layer could not be merged otherwise."""
+"""Constant folding: values computed from parameters alone become parameters, so that layers can be merged."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def names(model: nn.Module, x: Tensor) -> dict[str, nn.Parameter]:
 
 
 def checked(model: nn.Module, x: Tensor, **widths: int) -> fxmerge.Result:
-    """Merged, with the permutation oracle and the outputs of the folded graph checked; `widths` are those kept."""
+    """The merge of a model; checks the folded graph's outputs, the permutation oracle, and the kept `widths`."""
     result = plain_merge(model, x, ratio=0.5)
     found = result.analysis
     folded = found.captured.module
@@ -44,7 +44,7 @@ def checked(model: nn.Module, x: Tensor, **widths: int) -> fxmerge.Result:
 
 
 def cat_bias(m: Any, x: Tensor) -> Tensor:
-    """swin-v2's packed projection: q and v have a bias, k has none."""
+    """The packed projection of Swin v2: q and v have a bias, k has none."""
     q, k, v = F.linear(x, m.w, torch.cat([m.q, torch.zeros_like(m.v), m.v])).chunk(3, -1)
     return m.out(F.relu(q) * F.relu(k) + F.relu(v))
 
@@ -56,7 +56,7 @@ def test_a_bias_that_is_joined_from_pieces() -> None:
     held = dict(result.module.named_parameters())
     assert held["q_folded"].shape == (12,)
     assert held["w"].shape == (12, 6)
-    assert held["q_folded"][4:8].abs().max() == 0  # k has no bias, and gets none
+    assert held["q_folded"][4:8].abs().max() == 0  # k still has no bias
 
 
 class Standardised(nn.Conv2d):
@@ -83,7 +83,7 @@ def test_one_plus_a_weight() -> None:
 
 
 def test_views_stay_views() -> None:
-    """A raw parameter that is only reshaped is followed through the view, under its own name."""
+    """A raw parameter that is only reshaped keeps its name; its labels are followed through the view."""
     for view in (lambda g: g.view(1, -1, 1, 1), lambda g: g[:, None, None], lambda g: g.view(g.shape[0], 1, 1)):
         model, x = made(
             lambda m, x, v=view: m.b(m.a(x) * v(m.g)), IMAGE, a=nn.Conv2d(3, 8, 3), g=raw(8), b=nn.Conv2d(8, 2, 1)
@@ -98,7 +98,7 @@ def table(m: Any, x: Tensor) -> Tensor:
 
 
 def test_tables_stay_tables() -> None:
-    """Rows that are looked up are not written out, whether by indexing or by F.embedding."""
+    """Lookups in a table are not folded, whether by indexing or by F.embedding."""
     ids = torch.tensor([0, 2, 2, 1])
     model, x = made(table, a=nn.Linear(6, 8), rows=raw(3, 8), words=raw(5, 8), ids=ids, b=nn.Linear(8, 2))
     checked(model, x, a=4)
@@ -106,9 +106,9 @@ def test_tables_stay_tables() -> None:
 
 
 def test_what_would_grow_stays_computed() -> None:
-    """An outer product of two vectors is larger than they are."""
+    """An outer product is larger than its two vectors, so it is not folded."""
     model, x = made(lambda m, x: m.a(x) + (m.u[:, None] * m.v).sum(), a=nn.Linear(6, 8), u=raw(20), v=raw(20))
-    assert {"u_folded"} == set(names(model, x)) - {"a.weight", "a.bias"}  # the sum of it is one number
+    assert {"u_folded"} == set(names(model, x)) - {"a.weight", "a.bias"}  # the sum is a single number
     model, x = made(lambda m, x: x + m.u[:, None] * m.v, u=raw(4), v=raw(6))
     assert set(names(model, x)) == {"u", "v"}
 
@@ -124,7 +124,7 @@ def test_what_was_frozen_stays_frozen(trained: bool) -> None:
 
 
 class Frozen(nn.Module):
-    """A norm whose statistics are buffers, as torchvision's FrozenBatchNorm2d has them."""
+    """A norm whose parameters and statistics are buffers, as in torchvision's FrozenBatchNorm2d."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -147,7 +147,7 @@ def test_buffers_alone_are_not_made_parameters() -> None:
 
 
 class Shared(nn.Module):
-    """A standardised convolution, used twice, and a weight that is also used as it is."""
+    """A standardised convolution that is called twice, and a weight that is used both as it is and scaled."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -171,7 +171,7 @@ def test_one_parameter_for_one_value() -> None:
 
 
 def test_a_layer_that_is_called_keeps_its_weight() -> None:
-    """The folded use is another layer's; the module still reads its own parameter."""
+    """Another layer uses the folded weight; the module still uses its own."""
     wiring = lambda m, x: m.b(F.relu(m.a(x)) + F.relu(F.linear(x, m.a.weight * 2)))  # noqa: E731
     model, x = made(wiring, a=nn.Linear(6, 8), b=nn.Linear(8, 2))
     assert {"a.weight", "a.weight_folded"} <= set(names(model, x))
@@ -184,7 +184,7 @@ def test_a_name_that_is_taken() -> None:
 
 
 def test_updates_in_place_are_not_lost() -> None:
-    """A graph that is folded keeps the calls whose result nobody reads, but that write an activation."""
+    """Folding keeps in-place calls on activations, even if their result is not used."""
 
     def wiring(m: Any, x: Tensor) -> Tensor:
         y = m.a(x)
@@ -208,7 +208,7 @@ def test_a_parameter_that_forward_writes_is_not_folded() -> None:
 
 
 def zeroed_part(m: Any, x: Tensor) -> Tensor:
-    """torchvision's swin-v2: the keys' part of the packed bias is zeroed in a copy."""
+    """The packed bias of torchvision's Swin v2: the part of the keys is zeroed in a copy."""
     bias = m.bias.clone()
     bias[8:16].zero_()
     q, k, v = F.linear(x, m.w, bias).chunk(3, -1)

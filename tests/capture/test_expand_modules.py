@@ -1,4 +1,4 @@
-"""torch's attention layers, written out in plain functions, against the layers themselves."""
+"""The expansions of torch's transformer layers, compared with the layers themselves."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fxmerge
-from fxmerge.capture.symbolic import hidden, symbolic
+from fxmerge.capture.symbolic import symbolic, without_rule
 from fxmerge.graph.compare import difference, outputs
 from fxmerge.graph.eval_mode import reproducible
 from tests.helpers.netmaking import one_thread, plain_merge  # noqa: F401
@@ -19,7 +19,7 @@ WIDTH, HEADS, LONG, SHORT = 8, 2, 6, 4
 
 
 class Calling(nn.Module):
-    """A layer between linear ones, called with masks that the model makes itself."""
+    """A layer between two linear layers, called with masks that the model creates."""
 
     def __init__(self, layer: nn.Module, **masks: Tensor | bool) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Calling(nn.Module):
 
 
 def mask(*shape: int, kind: str) -> Tensor:
-    """No row masks everything."""
+    """A random mask of which no row is masked completely."""
     hidden_places = torch.rand(*shape, generator=torch.Generator().manual_seed(0)) < 0.4
     hidden_places[..., 0] = False
     if kind == "bool":
@@ -113,11 +113,11 @@ def made(name: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_written_out_is_the_layer(name: str) -> None:
+def test_expansion_equals_the_layer(name: str) -> None:
     model, xs = made(name)
     with reproducible():
         traced = symbolic(model, xs, {})
-    assert hidden(traced) == 0
+    assert without_rule(traced) == 0
     assert difference(outputs(model, xs), outputs(traced, xs)) < 1e-6
 
 
@@ -134,7 +134,7 @@ def test_its_channels_are_found(name: str) -> None:
 
 
 def test_masks_that_are_given_are_no_constants() -> None:
-    """A padding mask of the caller's: the merged model heeds another one too."""
+    """The merged model respects a padding mask from the caller that differs from the example's."""
     torch.manual_seed(0)
 
     class Padded(nn.Module):

@@ -1,4 +1,4 @@
-"""Ways in: forms of example inputs, and fxmerge as a pass of torch.fx's own infrastructure."""
+"""Forms of example inputs and outputs, and fxmerge as a pass of torch.fx's pass infrastructure."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_merge_pass_takes_shapes_from_metadata() -> None:
 
 
 class TwoInputs(nn.Module):
-    """Takes a scale with a default, and a flag."""
+    """A model with two inputs, and a scale and a flag with defaults."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -119,11 +119,11 @@ class Scores:
 
 
 class Cache:
-    """What no pytree knows."""
+    """A class that is not registered with pytree."""
 
 
 class Answering(nn.Module):
-    """Gives an object that holds what it found."""
+    """A model that returns an object made from its output by `wrap`."""
 
     def __init__(self, wrap: Callable[[Tensor], Any]) -> None:
         super().__init__()
@@ -143,7 +143,7 @@ def test_tensors_in_a_dataclass_are_compared() -> None:
     assert result.report.verdict.error > 0.01
 
 
-def test_what_is_left_out_of_the_output_is_told() -> None:
+def test_what_is_left_out_of_the_output_is_reported() -> None:
     model, x = Answering(lambda y: {"y": y, "cache": Cache()}).eval(), torch.randn(5, 4)
     result = plain_merge(model, x, ratio=0.5)
     for report in (result.report, result.analysis.report):

@@ -1,4 +1,4 @@
-"""What capture does not do twice: copies of modules are deepcopy's, and a recalled layer gave just that."""
+"""The shortcuts of capture: deep_copy equals copy.deepcopy, and cached outputs are used only where they are valid."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 import fxmerge
-from fxmerge.capture.output_cache import Recall
+from fxmerge.capture.output_cache import OutputCache
 from fxmerge.weights.copy import deep_copy
 
 
 class Odd(nn.Module):
-    """A module that holds what modules do not usually hold."""
+    """A module with attributes that modules do not usually have."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Stubborn(nn.Linear):
         return self
 
 
-def test_deep_copy_is_deepcopy_but_for_what_is_shared() -> None:
+def test_deep_copy_equals_deepcopy_except_for_shared_tensors() -> None:
     odd = Odd().train()
     odd.stubborn = Stubborn(2, 2)
     copied = deep_copy(odd, odd.parameters())
@@ -68,39 +68,39 @@ def test_deep_copy_of_everything(seed: int) -> None:
         assert torch.equal(mine, original) and mine.data_ptr() != original.data_ptr()
 
 
-def recalled(layer: nn.Module, x: torch.Tensor) -> Recall:
-    recall = Recall()
-    with torch.no_grad(), recall.watching(layer):
+def cached(layer: nn.Module, x: torch.Tensor) -> OutputCache:
+    cache = OutputCache()
+    with torch.no_grad(), cache.watching(layer):
         layer(x)
-    return recall
+    return cache
 
 
-def test_recall_gives_a_call_once_and_only_for_the_same_bits() -> None:
+def test_the_cache_returns_an_output_once_and_only_for_the_same_bits() -> None:
     layer, x = nn.Linear(8, 8), torch.randn(2, 8)
-    recall = recalled(layer, x)
+    cache = cached(layer, x)
     assert not layer._forward_hooks
-    assert recall.output(layer, (x + 1e-6,)) is None and recall.output(layer, (x[:1],)) is None
-    assert recall.output(layer, (x.double(),)) is None and recall.output(nn.Linear(8, 8), (x,)) is None
-    found = recall.output(layer, (x.clone(),))
+    assert cache.output(layer, (x + 1e-6,)) is None and cache.output(layer, (x[:1],)) is None
+    assert cache.output(layer, (x.double(),)) is None and cache.output(nn.Linear(8, 8), (x,)) is None
+    found = cache.output(layer, (x.clone(),))
     assert found is not None and torch.equal(found, layer(x))
-    assert recall.output(layer, (x,)) is None
+    assert cache.output(layer, (x,)) is None
 
 
 @pytest.mark.parametrize("slot", ["weight", "bias"])
-def test_recall_forgets_a_layer_whose_parameters_changed(slot: str) -> None:
+def test_the_cache_forgets_a_layer_whose_parameters_changed(slot: str) -> None:
     layer, x = nn.Linear(8, 8), torch.randn(2, 8)
-    recall = recalled(layer, x)
+    cache = cached(layer, x)
     with torch.no_grad():
         getattr(layer, slot).add_(1)
-    assert recall.output(layer, (x,)) is None
+    assert cache.output(layer, (x,)) is None
 
 
-def test_recall_holds_no_more_than_the_weights() -> None:
-    net, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), torch.randn(5, 8)  # 144 parameters, 80 for each call
+def test_the_cache_holds_no_more_than_the_weights() -> None:
+    net, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), torch.randn(5, 8)  # 144 parameters, 80 elements per call
     with torch.no_grad():
-        recall = recalled(net, x)
-        assert recall.output(net[1], (net[0](x),)) is None
-        assert recall.output(net[0], (x,)) is not None
+        cache = cached(net, x)
+        assert cache.output(net[1], (net[0](x),)) is None
+        assert cache.output(net[0], (x,)) is not None
 
 
 class Derived(nn.Linear):
@@ -108,7 +108,7 @@ class Derived(nn.Linear):
 
 
 @pytest.mark.parametrize("kind", ["derived", "hooked", "patched", "parametrized"])
-def test_recall_leaves_out_layers_that_may_do_anything(kind: str) -> None:
+def test_the_cache_leaves_out_layers_that_may_do_anything(kind: str) -> None:
     layer, x = (Derived if kind == "derived" else nn.Linear)(8, 8), torch.randn(2, 8)
     if kind == "hooked":
         layer.register_forward_pre_hook(lambda m, args: None)
@@ -116,11 +116,11 @@ def test_recall_leaves_out_layers_that_may_do_anything(kind: str) -> None:
         layer.forward = lambda x: x  # type: ignore[method-assign]
     if kind == "parametrized":
         nn.utils.parametrizations.weight_norm(layer)
-    assert not recalled(layer, x).calls
+    assert not cached(layer, x).calls
 
 
 def test_a_graph_that_reads_another_input_is_still_refused() -> None:
-    """The same modules, called with something else than the model calls them with."""
+    """The graph calls the same modules as the model, but with other inputs."""
 
     class Changing(nn.Module):
         def __init__(self) -> None:
@@ -131,5 +131,5 @@ def test_a_graph_that_reads_another_input_is_still_refused() -> None:
             self.calls += 1
             return self.two(self.one(x) * self.calls)
 
-    with pytest.raises(fxmerge.FxMergeError, match="does not give what the model gives"):
+    with pytest.raises(fxmerge.FxMergeError, match="does not return what the model returns"):
         fxmerge.analyze(Changing().eval(), torch.randn(1, 16))

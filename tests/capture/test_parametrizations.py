@@ -1,4 +1,4 @@
-"""Weights that torch.nn.utils.parametrize computes are merged as the plain parameters that they could be."""
+"""Weights computed by torch.nn.utils are merged like plain parameters with the same values."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Positive(nn.Module):
-    """A parametrization of the user's own."""
+    """A user-defined parametrization."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.exp()
@@ -44,8 +44,8 @@ def net(way: str) -> tuple[nn.Module, Tensor]:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_is_what_the_plain_model_gives(way: str) -> None:
-    """The same channels and numbers as when the user removes the parametrization first."""
+def test_equals_the_merge_of_the_plain_model(way: str) -> None:
+    """The result is the same as if the user had removed the parametrization first."""
     model, x = net(way)
     plain = copy.deepcopy(net(way)[0])
     for name in list(plain[2].parametrizations):  # type: ignore[index, union-attr]
@@ -77,7 +77,7 @@ def test_the_users_model_is_left_alone(way: str) -> None:
     assert any(p.grad is not None for p in model[2].parametrizations.parameters())  # type: ignore[index, union-attr]
 
 
-def test_what_follows_can_be_trained() -> None:
+def test_the_merged_model_can_be_trained() -> None:
     model, x = net("weight_norm")
     merged = fxmerge.merge(model, x, refit="none").module
     assert all(p.requires_grad for p in merged.parameters())
@@ -88,8 +88,8 @@ def test_what_follows_can_be_trained() -> None:
 @pytest.mark.parametrize("way", [nn.utils.weight_norm, nn.utils.spectral_norm], ids=lambda f: f.__name__)
 @pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
 @pytest.mark.parametrize("ran", [False, True])
-def test_hooks_of_old(way: Callable[[Any], Any], ran: bool) -> None:
-    """The weight is computed by a hook before each forward; before the first one it may have a history."""
+def test_older_hooks(way: Callable[[Any], Any], ran: bool) -> None:
+    """A hook computes the weight before each forward; before the first forward the weight may have a grad_fn."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv1d(3, 12, 3), nn.ReLU(), nn.Conv1d(12, 8, 3), nn.ReLU(), nn.Conv1d(8, 3, 1)).double()
     randomised(model)

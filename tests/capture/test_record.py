@@ -1,4 +1,4 @@
-"""Models with control flow: recorded, merged part by part, and given back in the user's own class."""
+"""Models with control flow are recorded, merged part by part, and returned in the user's own class."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def body(inside: int = 16, outside: int = 8) -> nn.Sequential:
 
 
 class Base(nn.Module):
-    """A stem, two bodies and a head; subclasses say how they hang together."""
+    """A stem, two bodies and a head, which subclasses connect in different ways."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class Branch(Base):
 
 
 class Check(nn.Module):
-    """Asks its input for its value, in code of its own."""
+    """Reads the value of its input in its own code."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.sum() > 1e9:
@@ -61,7 +61,7 @@ class Check(nn.Module):
 
 
 class Levels(Base):
-    """Its own code asks for no value: channels are followed through lists, pooling and writes."""
+    """Its own code reads no values, so that channels are followed through lists, pooling and in-place writes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class Reverse(torch.autograd.Function):
 
 
 class Custom(Levels):
-    """An autograd function: what its forward does is recorded like anything else."""
+    """An autograd function, whose forward is recorded like any other code."""
 
     def forward(self, images: list[Tensor]) -> Tensor:
         h = Reverse.apply(self.one(self.stem(self.check(images[0]))))
@@ -112,7 +112,7 @@ class Unvisited(Levels):
 
 
 class Weights(Levels):
-    """Glue that uses a parameter by itself."""
+    """Glue that uses a parameter directly."""
 
     def forward(self, images: list[Tensor]) -> Tensor:
         total: Any = 0
@@ -129,7 +129,7 @@ def merged(model: nn.Module, inputs: Any, **changes: Any) -> fxmerge.Result:
 
 
 def kill_half(model: Base) -> None:
-    """Every second channel inside of both bodies gives zero whatever comes in."""
+    """Makes every second channel inside both bodies zero for any input."""
     with torch.no_grad():
         for part in (model.one, model.two):
             part[0].weight[::2] = 0
@@ -169,7 +169,7 @@ def test_dead_channels_go_and_the_class_stays(name: str) -> None:
     if result.analysis.captured.route == "recorded":
         assert type(result.module) is cls
     args = inputs if isinstance(inputs, tuple) else (inputs,)
-    for scale in (1.0, -1.0, 0.3, 1.7):  # other values take other branches, and go round loops more often
+    for scale in (1.0, -1.0, 0.3, 1.7):  # other values take other branches, and run loops more often
         other = torch.utils._pytree.tree_map(lambda t: t * scale, args)  # noqa: B023
         before, after = compare.outputs(model, other), compare.outputs(result.module, other)
         assert compare.difference(before, after) < 1e-5
@@ -193,8 +193,8 @@ def test_the_callers_model_is_left_alone() -> None:
 
 def test_refusals_say_who_looked() -> None:
     reasons = " ".join(r.reason for r in fxmerge.analyze(Branch(), X).refusals)
-    assert "asks a tensor for its value" in reasons
-    assert "did not run its two" in " ".join(r.reason for r in fxmerge.analyze(Unvisited(), X).refusals)
+    assert "reads the value of a tensor" in reasons
+    assert "did not run its submodule two" in " ".join(r.reason for r in fxmerge.analyze(Unvisited(), X).refusals)
 
 
 @pytest.mark.parametrize("refit", ["none", "synthetic"])

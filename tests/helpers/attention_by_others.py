@@ -1,4 +1,4 @@
-"""More nets as other people write them: attention in its many spellings, and recurrent layers."""
+"""Nets as other people write them: attention in its many forms, and recurrent layers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.helpers.written_by_others import IMAGE, TOKENS, conv, other
 
 @other(*TOKENS)
 class PackedAttention(nn.Module):
-    """nanoGPT's: one projection, split, a causal mask from a buffer, a literal scale."""
+    """nanoGPT's attention: one projection that is split, a causal mask from a buffer, and a literal scale."""
 
     def __init__(self, n: int) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class PackedAttention(nn.Module):
 
 
 class Grouped(nn.Module):
-    """Attention with four query heads for two key heads; the subclasses differ in how keys meet queries."""
+    """Attention with four query heads for two key heads; subclasses differ in how keys are repeated for the queries."""
 
     def __init__(self, n: int) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class GroupedRepeated(Grouped):
 
 @other(*TOKENS)
 class GroupedExpanded(Grouped):
-    """transformers' repeat_kv."""
+    """The repeat_kv of transformers."""
 
     def repeated(self, x: Tensor) -> Tensor:
         b, heads, t, size = x.shape
@@ -121,7 +121,7 @@ def padded_words() -> dict[str, Any]:
 
 @other(example=padded_words)
 class MaskedEncoder(nn.Module):
-    """BERT's: words and positions, a padding mask given by the caller, the first token's answer."""
+    """BERT: embeddings of words and positions, a padding mask from the caller, and the first token as the output."""
 
     def __init__(self, n: int) -> None:
         super().__init__()
@@ -155,7 +155,7 @@ class ClassToken(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """Convolutions, a recurrent layer over the columns, and layers behind it: a text recogniser."""
+    """A text recogniser: convolutions, a recurrent layer over the columns, and layers after it."""
 
     rnn: nn.Module
 

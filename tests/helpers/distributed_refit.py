@@ -1,4 +1,4 @@
-"""One of two processes that refit together: run by test_refit.py through torchrun, writes its weights to a file."""
+"""A script for two processes that refit together and save their weights (tests/refit/test_refit_layers.py)."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""One of two processes that train a merged model under DDP and FSDP2: run by test_training.py through torchrun."""
+"""A script for two processes that train a merged model with DDP and FSDP2 (tests/test_training.py)."""
 
 import sys
 
@@ -16,7 +16,7 @@ torch.distributed.init_process_group("gloo")
 rank = torch.distributed.get_rank()
 data = torch.randn(8, 12, generator=torch.Generator().manual_seed(7))[4 * rank : 4 * rank + 4]
 mesh = init_device_mesh("cpu", (2,))
-able = hasattr(torch.cpu.Stream, "record_event")  # FSDP2 of torch 2.6 does not run on processors
+able = hasattr(torch.cpu.Stream, "record_event")  # FSDP2 of torch 2.6 does not run on CPUs
 for name in ("ddp", "fsdp") if able else ("ddp",):
     module = plain_merge(*NETS["mlp"]()).module.train()
     if name == "ddp":

@@ -1,7 +1,7 @@
-"""Run as a program: save over a saved folder, killed at the n-th system call.
+"""A program that saves over a saved folder and is killed at its n-th call to the operating system.
 
-usage: killed_saves.py FOLDER; prints a line `n status` for n = 1, 2, ... until a save comes to its end.
-After each, FOLDER is renamed to FOLDER-n, so that the caller can look at what was left, and saved anew.
+usage: killed_saves.py FOLDER; prints a line `n status` for n = 1, 2, ... until a save completes.
+After each save, FOLDER is copied to FOLDER-n for the caller to check.
 """
 
 from __future__ import annotations

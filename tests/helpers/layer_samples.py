@@ -59,12 +59,12 @@ def embedding_bag(key: Any) -> Sample:
 
 
 def scores(m: Any) -> Any:
-    """(2, SIDE, SIDE) numbers of the input, which hold no channels."""
+    """A (2, SIDE, SIDE) tensor computed from the input, which has no channels."""
     return m.input.transpose(1, 2).matmul(m.input)
 
 
 def matmul(key: Any) -> Sample:
-    if key in ("mm", torch.mm):  # of matrices: samples that are mixed with each other
+    if key in ("mm", torch.mm):  # products of matrices mix the samples
         return Sample(lambda m, x: call(torch.mm)(_gram(m), x) if key is torch.mm else _gram(m).mm(x), dims=0)
     if isinstance(key, str):
         return Sample(lambda m, x: getattr(x, key)(scores(m)), dims=1)
@@ -83,14 +83,14 @@ def addmm(key: Any) -> Sample:
 
 
 def baddbmm(key: Any) -> Sample:
-    """What is added holds no channels, and is the same for all."""
+    """The added tensor has no channels; it is the same for all of them."""
     if isinstance(key, str):
         return Sample(lambda m, x: m.input[:, :1].baddbmm(x, scores(m), alpha=0.5), dims=1)
     return Sample(lambda m, x: call(key)(m.input[:, :1], x, scores(m), beta=2), dims=1)
 
 
 def gather(key: Any) -> Sample:
-    """Scores, which hold no channels, are gathered from; with channels an index would have to be as wide as they."""
+    """Entries gathered from scores, which have no channels: an index of channels would have to follow their number."""
     parts = {"ids": torch.randint(4, (2, 4, 4), generator=torch.Generator().manual_seed(0))}
     if isinstance(key, str):
         return Sample(lambda m, x: x.matmul(scores(m).gather(2, m.ids)), dims=1, parts=parts)
@@ -127,12 +127,12 @@ def mixer(*module: Any, function: Any, dims: int = 2, affine: tuple[str, ...] = 
 
 
 def enter(key: Any) -> Sample:
-    """What a part of a recorded model is called with."""
+    """The input of a part of a recorded model."""
     return Sample(lambda m, x: call(key)(x))
 
 
 def setitem(key: Any) -> Sample:
-    """One sample is written into a tensor of zeros, which is read afterwards."""
+    """One sample written into a tensor of zeros, which is then read."""
 
     def op(m: Any, x: Any) -> Any:
         whole = torch.zeros_like(x)
@@ -143,7 +143,7 @@ def setitem(key: Any) -> Sample:
 
 
 def sampled(key: Any) -> Sample:
-    """Values at places that are given: a grid for each sample, or regions of interest."""
+    """Values at given places: a grid for each sample, or regions of interest."""
     parts = {"places": torch.rand(2, 3, 5, 2, generator=torch.Generator().manual_seed(0))}
     if not isinstance(key, Aten):
         return Sample(lambda m, x: call(key)(x, m.places, align_corners=False), parts=parts)

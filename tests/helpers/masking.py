@@ -1,4 +1,4 @@
-"""Pruning by hand: a consumer's inputs that change with the dropped rows are zeroed."""
+"""Pruning by masks: the inputs of a consumer that depend on dropped channels are set to zero."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import fxmerge
 
 
 def masked_by_hand(result: fxmerge.Result, x: Tensor) -> Tensor:
-    """The original with those inputs of each consumer zeroed that change when the dropped rows of its producers do.
+    """The original's output when those inputs of each consumer are zeroed that depend on dropped channels.
 
-    Which inputs those are is found by trying, so that no index map of fxmerge is believed.
+    These inputs are found by changing the dropped rows of the producers and comparing, without fxmerge's index maps.
     """
     module = copy.deepcopy(result.analysis.captured.module).eval()
     groups = {g.name: g for g in result.analysis.groups}
@@ -43,7 +43,7 @@ def masked_by_hand(result: fxmerge.Result, x: Tensor) -> Tensor:
 
 
 class Watched(fx.Interpreter):
-    """Notes what stands before some nodes, and zeroes the channels of it that hold one of the given entries."""
+    """Records the inputs of some nodes, and zeroes the channels of these that contain one of the given entries."""
 
     def __init__(self, module: fx.GraphModule, nodes: set[str], zeroed: dict[str, Tensor]) -> None:
         super().__init__(module)
@@ -63,7 +63,7 @@ class Watched(fx.Interpreter):
         return n.target in ("addmm", torch.addmm)
 
     def channels(self, n: fx.Node, entries: Tensor) -> Tensor:
-        """Whole channels that hold one of the entries: along the last axis for linear, along axis 1 otherwise."""
+        """The channels that contain one of the entries: on the last axis for linear layers, on axis 1 otherwise."""
         target = self.module.get_submodule(str(n.target)) if n.op == "call_module" else n.target
         linear = isinstance(target, nn.Linear) or target is F.linear or self.matrix(n)
         axis = entries.dim() - 1 if linear else 1

@@ -1,6 +1,6 @@
-"""How the nets of tests/helpers/nets.py are made: one wiring of parts, `@net(shape, part=module, ...)`.
+"""Makes small nets from a wiring of named parts: `@net(shape, part=module, ...)`, as in tests/helpers/nets.py.
 
-The parts' values are drawn anew, from a fixed seed, so that no two channels look alike and no BatchNorm is trivial.
+All values are drawn from a fixed seed, so that no two channels are alike and no BatchNorm is trivial.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.nn import Parameter
 
 import fxmerge
 
-plain_merge = functools.partial(fxmerge.merge, refit="none")  # what merging does by itself
+plain_merge = functools.partial(fxmerge.merge, refit="none")
 Made = tuple[nn.Module, Any]
 Wiring = Callable[[Any, Any], Any]
 NETS: dict[str, Callable[[], Made]] = {}
@@ -26,7 +26,7 @@ NETS: dict[str, Callable[[], Made]] = {}
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """Nets this small run several times faster on one thread."""
+    """One thread, on which nets this small run several times faster."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -50,7 +50,7 @@ class Net(nn.Module):
 
 
 def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Draw every floating-point parameter and buffer anew: variances and scales positive, weights by their fan-in."""
+    """Draws every floating-point parameter and buffer anew: positive variances and scales, weights by their fan-in."""
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
         norm = isinstance(module, (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm))
@@ -71,7 +71,7 @@ def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def net(shape: tuple[int, ...], words: int = 0, **parts: Any) -> Callable[[Wiring], Wiring]:
-    """Register a wiring under its function's name; with `words`, its input is whole numbers below that."""
+    """Registers a wiring under its function's name. With `words`, its input is integers below `words`."""
 
     def register(wiring: Wiring) -> Wiring:
         name = wiring.__name__
@@ -95,4 +95,5 @@ def conv(into: int, out: int, kernel: int = 3, **options: Any) -> nn.Conv2d:
 
 
 def raw(*shape: int) -> Parameter:
+    """A parameter of zeros, to be randomised."""
     return Parameter(torch.zeros(shape))

@@ -1,4 +1,4 @@
-"""Small nets with random weights and BatchNorms: NETS maps a name to a function that gives (net, example inputs)."""
+"""Small nets with random weights and BatchNorms: NETS maps a name to a function that returns (net, example inputs)."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 
 def leaves(value: Any) -> list[Tensor]:
+    """The tensors in nested dicts, lists and tuples, in order."""
     if isinstance(value, dict):
         return [t for v in value.values() for t in leaves(v)]
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""More nets as other people write them: pyramids, segmentation heads, patches."""
+"""Nets as other people write them: pyramids, segmentation heads, patches."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.helpers.written_by_others import IMAGE, conv, other
 
 @other(1, 3, 16, 16)
 class Pyramid(nn.Module):
-    """An FPN: lists of levels in, a dict of levels out, one shared output convolution."""
+    """An FPN: a list of levels as input, a dict of levels as output, and one shared output convolution."""
 
     def __init__(self, n: int) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Pyramid(nn.Module):
 
 @other(1, 3, 16, 16)
 class Segmentation(nn.Module):
-    """DeepLab's head: dilated branches, an image-level branch blown up again, and the mask at the input's size."""
+    """DeepLab's head: dilated branches, an upsampled image-level branch, and a mask of the input's size."""
 
     def __init__(self, n: int) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class Segmentation(nn.Module):
 
 @other(*IMAGE)
 class Patches(nn.Module):
-    """MobileViT's way there and back: unfold to patches, a map of the patches, fold."""
+    """Patches as in MobileViT: unfold, a layer on the patches, fold."""
 
     def __init__(self, n: int) -> None:
         super().__init__()

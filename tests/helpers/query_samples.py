@@ -1,4 +1,4 @@
-"""Samples of plain values that are read off an activation and then used: sizes, numbers of axes, dtypes."""
+"""Samples of ops that return plain values of an activation, which are then used: sizes, numbers of axes, dtypes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ QUERIES: dict[Any, Op] = {
 
 
 def query(key: Any) -> Sample:
-    """A value read off an activation, then used; the stride of a label tensor is not the activation's."""
-    if key == "get_device":  # -1 on a processor, the last axis
-        return Sample(QUERIES[key], reader_dims=1)
+    """A plain value of an activation, then used. The stride of a label tensor differs from the activation's."""
+    if key == "get_device":  # -1 on a CPU: the last axis
+        return Sample(QUERIES[key], consumer_dims=1)
     return Sample(QUERIES[key], merged=key != "stride", reason="reshape")

@@ -1,4 +1,4 @@
-"""Steps of random nets for images, tokens and flat features, and from one to the other."""
+"""Steps of random nets for images, tokens and flat features, and from one kind to another."""
 
 from __future__ import annotations
 
@@ -81,14 +81,14 @@ def upsampled(d: Draft) -> None:
 
 @step("image")
 def moved(d: Draft) -> None:
-    """Height and width are padded and cut again, rolled or flipped; channels may be flipped or rolled."""
+    """Height and width are padded and cropped, rolled or flipped; channels may be flipped or rolled."""
     d.same(d.one("F.pad({}, (1, 1, 0, 0))[:, :, :, 1:-1]", "torch.roll({}, 1, 2)", "{}.flip(1)", "{}.flip(3)",
                  "torch.roll({}, 1, 1)", "{}.contiguous()").format(d.x.name))  # fmt: skip
 
 
 @step("image", able=lambda d: d.x.c <= 12)
 def padded_channels(d: Draft) -> None:
-    """The shortcut of the first ResNets: zeros beside the channels."""
+    """The shortcut of the first ResNets, which pads channels with zeros."""
     left, right = d.one((0, 2), (2, 2), (1, 0))
     d.widened(f"F.pad({d.x.name}, (0, 0, 0, 0, {left}, {right}))", d.x.c + left + right)
 
@@ -121,7 +121,7 @@ def gate(d: Draft) -> None:
 
 @step("image")
 def spatial_gate(d: Draft) -> None:
-    """One map of weights for all channels, from their mean or from a convolution."""
+    """One map of weights for all channels, computed from their mean or by a convolution."""
     made = d.part(f"nn.Conv2d({d.x.c}, 1, 1)")
     d.same(f"{d.x.name} * torch.sigmoid({d.one(f'{made}({d.x.name})', f'{d.x.name}.mean(1, keepdim=True)')})")
 
@@ -186,7 +186,7 @@ def built_in_attention(d: Draft) -> None:
 
 @step("image", able=lambda d: d.x.side % 2 == 0)
 def windows(d: Draft) -> None:
-    """Swin's partition into windows, and back again behind a layer."""
+    """Swin's partition into windows, and its inverse after a layer."""
     n, c, side, x = d.x.shape[0], d.x.c, d.x.side, d.x.name
     cut = f"{x}.permute(0, 2, 3, 1).reshape({n}, {side // 2}, 2, {side // 2}, 2, {c}).permute(0, 1, 3, 2, 4, 5)"
     y = d.put(f"{d.part(f'nn.Linear({c}, {c})')}({cut}.reshape(-1, 4, {c}))", "windows", n * side * side // 4, 4, c)
@@ -197,7 +197,7 @@ def windows(d: Draft) -> None:
 
 @step("image", able=lambda d: d.x.side % 2 == 0 and d.x.c <= 6)
 def patches(d: Draft) -> None:
-    """Unfolded, mapped, and folded again."""
+    """Unfolded, mapped by a layer, and folded again."""
     width, c, half, d.copied = d.width(), d.x.c, d.x.side // 2, True
     made = d.part(f"nn.Conv1d({4 * c}, {4 * width}, 1)")
     code = f"{made}(F.unfold({d.x.name}, 2, stride=2))"
@@ -209,7 +209,7 @@ def patches(d: Draft) -> None:
 
 @step("tokens")
 def token_mixing(d: Draft) -> None:
-    """A map over positions, as in an MLP-mixer."""
+    """A linear map over positions, as in an MLP-Mixer."""
     made = d.part(f"nn.Linear({d.x.shape[1]}, {d.x.shape[1]})")
     d.same(f"{made}({d.x.name}.transpose(1, 2)).transpose(1, 2)")
 
@@ -241,7 +241,7 @@ def product_with_a_parameter(d: Draft) -> None:
 
 @step("flat", able=lambda d: d.x.c >= 4)
 def stacked(d: Draft) -> None:
-    """Two maps stacked, then reduced or flattened."""
+    """The outputs of two layers are stacked, then reduced or flattened."""
     one, other, width = d.layer(d.x, w := d.width()), d.layer(d.x, w), w
     how = "torch.stack([{}, {}], " + d.one("1).mean(1)", "1).flatten(1)", "2).flatten(1)")
     d.widened(how.format(one, other), width if "mean" in how else 2 * width)

@@ -1,8 +1,8 @@
-"""Random nets: hypothesis draws the source text of a small net, from the ops that the rule table knows.
+"""Random nets: hypothesis draws the source text of a small net, from the ops in the rule table.
 
-`sources()` gives the text of a module, so that a failing example prints as code that can be pasted into a test; `made`
-runs it, and gives its weights and BatchNorm statistics random values. The steps that a net is drawn from are in
-random_steps.py.
+`sources()` draws the text of a module, so that a failing example is printed as code that can be pasted into a test.
+`made` executes the text and randomises weights and BatchNorm statistics. The steps that a net consists of are in
+random_steps.py and random_images.py.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ class Drawn(nn.Module):
         super().__init__()
 """
 
-SHAPES = {"image": (2, 3, 8, 8), "tokens": (2, 6, 5), "flat": (4, 7)}  # of the input, by its kind
+SHAPES = {"image": (2, 3, 8, 8), "tokens": (2, 6, 5), "flat": (4, 7)}  # kind of input -> its shape
 
 
 @st.composite
 def sources(draw: Any, steps: int = 9) -> str:
-    """The source of a net: `Drawn`, whose input's shape the first line of forward says."""
+    """The source of a net called `Drawn`; the first line of its forward is a comment with the shape of the input."""
     kind = draw(st.sampled_from(sorted(SHAPES)), "input")
     draft = Draft(draw, Act("x", kind, SHAPES[kind]))
     draft.first_layer()
@@ -47,7 +47,7 @@ def sources(draw: Any, steps: int = 9) -> str:
 
 
 def made(source: str, seed: int = 0) -> tuple[nn.Module, Tensor]:
-    """The net of a source, in float64 and evaluation mode, with random weights, and an input for it."""
+    """The net of a source, in float64 and evaluation mode with random weights, and an input for it."""
     name = f"<drawn {abs(hash(source))}>"
     linecache.cache[name] = (len(source), None, source.splitlines(True), name)
     space: dict[str, Any] = {}

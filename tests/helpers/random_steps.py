@@ -1,4 +1,4 @@
-"""What a random net is made of: each step writes a line or a few of source, for one kind of activation."""
+"""The steps that random nets consist of: each writes one or more lines of source, for some kinds of activations."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ class Act:
 
 @dataclass
 class Draft:
-    """A net that is being written."""
+    """A net whose source is being written."""
 
     draw: Any
-    x: Act  # the activation that the next step goes on with
+    x: Act  # the activation that the next step takes
     parts: list[str] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
     live: list[Act] = field(default_factory=list)
-    copied: bool = False  # may a channel stand in several places, of which a slice would take some?
-    shared: list[tuple[str, str, int]] = field(default_factory=list)  # (name, kind, width)
+    copied: bool = False  # whether a channel may be in several places, so that a slice could take only some of them
+    shared: list[tuple[str, str, int]] = field(default_factory=list)  # layers to call again: (name, kind, width)
 
     def one(self, *choices: Any) -> Any:
         return self.draw(st.sampled_from(choices))
@@ -88,7 +88,7 @@ class Draft:
         return str(self.one(*ACTS)).format(name)
 
     def others(self) -> list[Act]:
-        """Activations of the same kind and shape, this one left out."""
+        """The other activations of the same kind and shape."""
         return [a for a in self.live if a.kind == self.x.kind and a.shape == self.x.shape and a != self.x]
 
     def finish(self) -> None:
@@ -105,7 +105,7 @@ class Draft:
 
 @dataclass(frozen=True)
 class Step:
-    """One thing that a net may do with its current activation."""
+    """One thing that a net can do with its current activation."""
 
     name: str
     kinds: tuple[str, ...]
@@ -142,7 +142,7 @@ def activation(d: Draft) -> None:
 
 @step()
 def in_place(d: Draft) -> None:
-    """An update in place of an activation that others may read too, which the code goes on with or not."""
+    """An in-place update of an activation that other code may read as well; its result may or may not be used."""
     x, others = d.x.name, [a.name for a in d.others()]
     code = d.one(f"F.relu_({x})", f"{x}.mul_(0.5)", f"F.relu({x}, inplace=True)", *(f"{x}.add_({o})" for o in others))
     if d.one(True, False):
@@ -207,7 +207,7 @@ def again(d: Draft) -> None:
 
 @step(able=even)
 def halves(d: Draft) -> None:
-    """A tensor is cut in two along its channels: gated, added, swapped, or one half never read."""
+    """The channels are split into halves, which are gated, added, or swapped, or one of which is never read."""
     x, axis, half = d.x, 1 if d.x.kind == "image" else d.one(-1, len(d.x.shape) - 1), d.x.c // 2
     before = ":, " * (1 if axis == 1 else len(x.shape) - 1)
     cut = d.one(f"{x.name}.chunk(2, {axis})", f"torch.split({x.name}, {half}, {axis})",
@@ -244,7 +244,7 @@ def repeated(d: Draft) -> None:
 
 @step()
 def measured(d: Draft) -> None:
-    """Divided by a length, or shifted by a mean, of each channel or over the channels."""
+    """Divided by a norm, or shifted by a mean, of each channel or over the channels."""
     x, last = d.x.name, len(d.x.shape) - 1
     axis = d.one(1, last)
     d.same(d.one(f"F.normalize({x}, dim={axis})", f"{x} - {x}.mean({axis}, keepdim=True)",
@@ -254,7 +254,7 @@ def measured(d: Draft) -> None:
 
 @step(able=lambda d: d.x.c > 4 and not d.copied)
 def slices(d: Draft) -> None:
-    """Some channels are taken out by literal bounds; the others may never be read."""
+    """Some channels are selected by literal bounds; the others may never be read."""
     start, x = d.one(0, 1, 2), d.x
     stop = d.one(x.c, x.c - 1, x.c - 2)
     index = f":, {start}:{stop}" if x.kind != "tokens" else f":, :, {start}:{stop}"
@@ -275,7 +275,7 @@ def concatenated(d: Draft) -> None:
 
 @step(able=even)
 def groups_summed(d: Draft) -> None:
-    """Channels as (groups, channels): one axis is reduced."""
+    """The channels are viewed as (groups, channels), and one of these axes is reduced."""
     x, half = d.x, d.x.c // 2
     lead, rest = (x.shape[0], x.shape[2:]) if x.kind == "image" else (", ".join(map(str, x.shape[:-1])), ())
     tail = "".join(f", {s}" for s in rest)

@@ -46,7 +46,7 @@ def by_dims(*args: Any) -> Callable[[Any], Sample]:
 
 
 def two(key: Any) -> Sample:
-    """An op of two activations, the second positive."""
+    """An op on two activations, the second of which is positive."""
     if isinstance(key, str):
         return Sample(lambda m, x: getattr(x, key)(torch.sigmoid(m.second(m.input))), parts={"second": None})
     return Sample(lambda m, x: call(key)(x, torch.sigmoid(m.second(m.input))), parts={"second": None})
@@ -102,7 +102,7 @@ def extreme(key: Any) -> Sample:
 
 
 def index_add(key: Any) -> Sample:
-    """Messages: each sample sends to one of the two, and more than one may send to the same."""
+    """Message passing: each of two samples is added to one of the two, possibly both to the same one."""
 
     def add(m: Any, x: Any) -> Any:
         sent = m.second(m.input)
@@ -183,8 +183,8 @@ def stochastic_depth(key: Any) -> Sample:
 
 def norm(key: Any) -> Sample:
     if isinstance(key, Aten):
-        return aten(key.name, "default", 2, [3], reader_dims=1)
-    return spelled(key, 2, 3, reader_dims=1)
+        return aten(key.name, "default", 2, [3], consumer_dims=1)
+    return spelled(key, 2, 3, consumer_dims=1)
 
 
 def pad(key: Any) -> Sample:
@@ -192,7 +192,7 @@ def pad(key: Any) -> Sample:
 
 
 def new(key: str) -> Sample:
-    """A constant of the activation's type."""
+    """A constant of the activation's dtype."""
     made = {
         "new_zeros": lambda x: x.new_zeros(1),
         "new_ones": lambda x: x.new_ones(1),
@@ -210,7 +210,7 @@ def interpolate(key: Any) -> Sample:
 
 
 def index(key: Any) -> Sample:
-    """Entries of a spatial axis, by a list of their numbers."""
+    """Entries of a spatial axis, selected by a list of indices."""
     parts = {"ids": torch.tensor([0, 2, 3])}
     if isinstance(key, Aten):
         return Sample(lambda m, x: call(torch.ops.aten.index.Tensor)(x, [None, None, None, m.ids]), parts=parts)
@@ -221,10 +221,10 @@ def index(key: Any) -> Sample:
 
 def unfold(key: Any) -> Sample:
     if isinstance(key, Aten):
-        return aten(key.name, "default", [2, 2], [1, 1], [0, 0], [1, 1], reads=4 * WIDTH, reader_dims=1)
+        return aten(key.name, "default", [2, 2], [1, 1], [0, 0], [1, 1], reads=4 * WIDTH, consumer_dims=1)
     if key == "unfold":
         return spelled(key, 3, 2, 2, then=lambda x: x.mean(-1))
-    return spelled(key, 2, reads=4 * WIDTH, reader_dims=1)
+    return spelled(key, 2, reads=4 * WIDTH, consumer_dims=1)
 
 
 def fold(key: Any) -> Sample:
@@ -296,7 +296,7 @@ SAMPLES: dict[str, Callable[[Any], Sample]] = {
     "view": view,
     "flatten": flat(1, module=()),
     "unflatten": lambda key: spelled(key, 1, (2, -1), then=lambda x: x.flatten(1, 2)),
-    "squeeze": lambda key: spelled(key, 3, before=lambda x: x.amax(3, keepdim=True), reader_dims=1),
+    "squeeze": lambda key: spelled(key, 3, before=lambda x: x.amax(3, keepdim=True), consumer_dims=1),
     "unsqueeze": lambda key: spelled(key, 4, then=lambda x: x.mean(4)),
     "permute": flat((0, 2, 3, 1), into=WIDTH),
     "transpose": transpose,
@@ -305,14 +305,14 @@ SAMPLES: dict[str, Callable[[Any], Sample]] = {
     "stack": lambda key: Sample(lambda m, x: call(key)([x, x.relu()], 1).flatten(1, 2), reads=2 * WIDTH),
     "chunk": halves(2, 1),
     "split": split,
-    "unbind": lambda key: spelled(key, 3, then=lambda pieces: pieces[1], reader_dims=1),
+    "unbind": lambda key: spelled(key, 3, then=lambda pieces: pieces[1], consumer_dims=1),
     "getitem": lambda key: spelled(key, (slice(None), slice(2, 6)), reads=4),
     "slice": lambda key: aten(key.name, "Tensor", 1, 2, 6, reads=4),
     "index": index,
     "index_select": index,
     "unfold": unfold,
     "narrow": lambda key: spelled(key, 1, 2, 4, reads=4),
-    "select": lambda key: spelled(key, 3, 1, reader_dims=1),
+    "select": lambda key: spelled(key, 3, 1, consumer_dims=1),
     "expand": expand,
     "expand_as": expand,
     "pad": pad,

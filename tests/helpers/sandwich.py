@@ -1,4 +1,4 @@
-"""Sandwich: a small net in which an op stands between a producer and a consumer."""
+"""Small nets with one op between a producer and a consumer."""
 
 from __future__ import annotations
 
@@ -20,19 +20,21 @@ WIDTH, SIDE = 8, 4  # the activation is (2, WIDTH, SIDE, ...), or (2, WIDTH)
 
 @dataclass(frozen=True)
 class Sample:
-    """How to put one spelling between a producer and a consumer.
+    """How to use one spelling of an op between a producer and a consumer.
 
-    reads:     the consumer's input channels; a Linear where `flat`
-    before:    brings the activation into the op's domain
-    exact:     False where a channel that goes changes the others
-    merged:    False where the channels must stay, for `reason`
+    dims:           the spatial dimensions of the activation
+    reads:          the input channels of the consumer, which is a Linear where `flat`
+    consumer_dims:  the spatial dimensions of the consumer's input, where they differ from `dims`
+    before:         brings the activation into the op's domain
+    exact:          False where dropping a channel changes the others
+    merged:         False where the channels must stay, for `reason`
     """
 
     op: Op
     dims: int = 2
     reads: int = WIDTH
     flat: bool = False
-    reader_dims: int | None = None
+    consumer_dims: int | None = None
     width: int = WIDTH
     before: Callable[[Any], Any] = lambda x: x
     exact: bool = True
@@ -53,7 +55,7 @@ class Sandwich(nn.Module):
 
     def __init__(self, sample: Sample) -> None:
         super().__init__()
-        reader_dims = sample.dims if sample.reader_dims is None else sample.reader_dims
+        consumer_dims = sample.dims if sample.consumer_dims is None else sample.consumer_dims
         self.op, self.before = sample.op, sample.before
         self.producer = _layer(sample.dims, 3, sample.width)
         if "second" in sample.parts:
@@ -63,7 +65,7 @@ class Sandwich(nn.Module):
                 self.register_buffer(name, part)
             elif part is not None:
                 setattr(self, name, part)
-        self.consumer = nn.Linear(sample.reads, 5) if sample.flat else _layer(reader_dims, sample.reads, 5)
+        self.consumer = nn.Linear(sample.reads, 5) if sample.flat else _layer(consumer_dims, sample.reads, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         self.input = x
@@ -76,7 +78,7 @@ def _layer(dims: int, into: int, out: int) -> nn.Module:
 
 
 def call(target: Callable[..., Any]) -> Callable[..., Any]:
-    """Call a function, and when traced make a node of that very function, whatever it would do inside."""
+    """A function that is traced as a single node, whatever it does inside."""
 
     def invoke(*args: Any, **kwargs: Any) -> Any:
         nested = [a for arg in args for a in (arg if isinstance(arg, (list, tuple)) else [arg])]
@@ -89,13 +91,13 @@ def call(target: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def digit(key: Any) -> int:
-    """The dimensions that a name ends with: 2 for nn.AvgPool2d, F.avg_pool2d."""
+    """The number of dimensions in a name: 2 for nn.AvgPool2d and F.avg_pool2d."""
     name = key if isinstance(key, str) else key.__name__
     return int(name[-2]) if name[-2:] in ("1d", "2d", "3d") else 2
 
 
 def spelled(key: Any, *args: Any, module: tuple[Any, ...] | None = None, **facts: Any) -> Sample:
-    """The op on x and `args`; a module made from `module`, or from `args`."""
+    """A sample of an op called with x and `args`; a module class is called with `module`, or else with `args`."""
     then = facts.pop("then", lambda x: x)
     if inspect.isclass(key):
         made = key(*(args if module is None else module))

@@ -1,6 +1,6 @@
-"""Run as a program: load every saved folder by its own model.py, with only torch, torchvision and timm available.
+"""A program that loads saved folders by their own model.py, where only torch, torchvision and timm can be imported.
 
-usage: saved_alone.py FOLDER ...; each holds inputs.pt. Writes outputs.pt beside it.
+usage: saved_alone.py FOLDER ...; reads inputs.pt and writes outputs.pt in the parent of each folder.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any
 
 
 class Forbid(importlib.abc.MetaPathFinder):
-    """A machine that has torch, torchvision and timm, but neither fxmerge nor what it is built with."""
+    """Makes fxmerge, its dependencies other than torch, and the tests impossible to import."""
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> None:
-        if fullname.split(".")[0] in ("fxmerge", "safetensors", "transformers", "nets", "netmaking"):
+        if fullname.split(".")[0] in ("fxmerge", "safetensors", "transformers", "tests"):
             raise ImportError(f"{fullname} is not here")
 
 

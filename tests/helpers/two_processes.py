@@ -1,4 +1,4 @@
-"""A script of this folder on two ranks, under torchrun with gloo."""
+"""Runs a script of this folder in two processes, by torchrun."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ FOLDER = Path(__file__).resolve().parent
 
 
 def run_on_two(script: str, out: Path) -> None:
-    """Run it with the folder that it writes to; AssertionError with its stderr where it fails."""
+    """Runs a script with the folder that it writes to. Raises AssertionError with its stderr where it fails."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(FOLDER.parents[1])}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     arguments = [str(FOLDER / script), str(out)]

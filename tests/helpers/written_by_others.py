@@ -22,7 +22,10 @@ IMAGE, FEATURES, TOKENS = (2, 3, 8, 8), (4, 6), (2, 6, 5)
 
 
 def other(*shape: int, words: int = 0, **facts: Any) -> Callable[[type[nn.Module]], type[nn.Module]]:
-    """Register a class with its input's shape, or with `example`; `share` where less than half can go."""
+    """Registers a class with the shape of its input, or with a function `example` that makes its inputs.
+
+    stays: the layers whose channels cannot be merged -> the reason that the report must give
+    """
 
     def register(cls: type[nn.Module]) -> type[nn.Module]:
         def example() -> Any:
@@ -30,7 +33,7 @@ def other(*shape: int, words: int = 0, **facts: Any) -> Callable[[type[nn.Module
             return torch.randint(words, shape) if words else torch.randn(shape)
 
         cls.example = staticmethod(facts.get("example", example))  # type: ignore[attr-defined]
-        cls.stays = facts.get("stays", {})  # type: ignore[attr-defined]  # layer -> the reason that it must give
+        cls.stays = facts.get("stays", {})  # type: ignore[attr-defined]
         OTHERS[cls.__name__] = cls
         return cls
 
@@ -43,7 +46,7 @@ def conv(into: int, out: int, kernel: int = 3, **options: Any) -> nn.Conv2d:
 
 @other(*IMAGE)
 class SharedHead(nn.Module):
-    """One convolution is called three times, on two sizes."""
+    """One convolution that is called three times, on inputs of two sizes."""
 
     def __init__(self, n: int) -> None:
         super().__init__()
@@ -57,7 +60,7 @@ class SharedHead(nn.Module):
 
 @other(*IMAGE)
 class LearnedUpsampling(nn.Module):
-    """DLA and CenterNet: a transposed convolution with a filter for each channel, as a module and as a function."""
+    """DLA and CenterNet: a depthwise transposed convolution, as a module and as a function."""
 
     def __init__(self, n: int) -> None:
         super().__init__()
@@ -72,7 +75,7 @@ class LearnedUpsampling(nn.Module):
 
 @other(2, 6)
 class Generator(nn.Module):
-    """DCGAN's: a vector is folded into an image, and grows; a decoder's beside it, which only enlarges and pools."""
+    """DCGAN's generator: a vector becomes an image, which is upsampled; a second branch only upsamples and pools."""
 
     def __init__(self, n: int) -> None:
         super().__init__()
@@ -91,7 +94,7 @@ class Generator(nn.Module):
 
 @other(4, 12)
 class TiedAutoencoder(nn.Module):
-    """The decoder's weights are the encoder's, transposed: one parameter each, before and behind."""
+    """The decoder uses the transposed weights of the encoder, so that each parameter is used twice."""
 
     def __init__(self, n: int) -> None:
         super().__init__()
@@ -105,7 +108,7 @@ class TiedAutoencoder(nn.Module):
 
 @other(2, 3, 9)
 class PointNet(nn.Module):
-    """Points are joined by the largest of each feature; a second operand keeps the features above a floor."""
+    """The maximum of each feature over the points; torch.maximum keeps the features above a lower bound."""
 
     def __init__(self, n: int) -> None:
         super().__init__()
@@ -120,7 +123,7 @@ class PointNet(nn.Module):
 
 @other(*IMAGE, stays={"spatial": "is spread over the channels of another tensor"})
 class Cbam(nn.Module):
-    """Gates from the mean and the largest, of each channel and over the channels."""
+    """Gates computed from the mean and the maximum, per channel and over the channels."""
 
     def __init__(self, n: int) -> None:
         super().__init__()
@@ -136,7 +139,7 @@ class Cbam(nn.Module):
 
 @other(*IMAGE, stays={"a": "max gives the numbers of channels"})
 class NumbersOfChannels(nn.Module):
-    """Which channel is the largest is part of the output."""
+    """The index of the largest channel is part of the output."""
 
     def __init__(self, n: int) -> None:
         super().__init__()
@@ -171,7 +174,7 @@ class GluModule(nn.Module):
 
 @other(*TOKENS)
 class GluChunk(nn.Module):
-    """Halves by chunk, in the order of GEGLU: the gate comes second."""
+    """Halves by chunk, in the order of GEGLU, where the gate is the second half."""
 
     def __init__(self, n: int) -> None:
         super().__init__()
@@ -198,7 +201,7 @@ class SwiGlu(nn.Module):
 
 @other(*IMAGE)
 class SuperResolution(nn.Module):
-    """The channels behind a pixel shuffle are blocks of those before it."""
+    """A pixel shuffle, whose output channels are blocks of its input channels."""
 
     def __init__(self, n: int) -> None:
         super().__init__()
@@ -211,7 +214,7 @@ class SuperResolution(nn.Module):
 
 @other(*IMAGE)
 class ShuffleThenGroups(nn.Module):
-    """A ShuffleNet unit: grouped, shuffled, depthwise, grouped again."""
+    """A ShuffleNet unit: a grouped, a depthwise and another grouped convolution, with a channel shuffle."""
 
     def __init__(self, n: int) -> None:
         super().__init__()
@@ -254,7 +257,7 @@ class RawParameters(nn.Module):
 
 @other(2, 6, words=11)
 class TiedEmbedding(nn.Module):
-    """A language model whose head is its embedding."""
+    """A language model whose output layer shares its weight with the embedding."""
 
     def __init__(self, n: int) -> None:
         super().__init__()
@@ -285,7 +288,7 @@ class InPlace(nn.Module):
 
 @other(*IMAGE)
 class OneChannel(nn.Module):
-    """Layers of one channel keep it; those beside them merge."""
+    """Layers of one channel, which keep it; the other layers merge."""
 
     def __init__(self, n: int) -> None:
         super().__init__()
@@ -325,7 +328,7 @@ class Keywords(nn.Module):
 
 
 class ManyOutputs(nn.Module):
-    """A trunk with two heads; how they are given back is the subclass's affair."""
+    """A trunk with two heads; subclasses differ in the type that they return."""
 
     def __init__(self, n: int) -> None:
         super().__init__()
@@ -372,7 +375,7 @@ class DataclassOutput(ManyOutputs):
 
 
 def made(name: str) -> tuple[nn.Module, Any, tuple[Any, ...], dict[str, Any]]:
-    """(the net, example inputs as fxmerge takes them, the same as positional and as keyword arguments)."""
+    """(the net, its example inputs, the same as positional arguments, the same as keyword arguments)."""
     example = OTHERS[name].example()  # type: ignore[attr-defined]
     args, kwargs = ((), example) if isinstance(example, dict) else ((example,), {})
     if isinstance(example, tuple):

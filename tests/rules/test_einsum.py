@@ -55,7 +55,7 @@ SAMPLES = {
     "bct->bct": activations("bct->bct"),
     "bct->btc": activations("bct->btc", reads=8, flat=True),
     "...t->...t": activations("...t->...t"),
-    "b c t -> b c": activations("b c t -> b c", reader_dims=0),
+    "b c t -> b c": activations("b c t -> b c", consumer_dims=0),
     "...ct,...ts": activations("...ct,...ts", "s"),
     "bct,bts->...bcs": activations("bct,bts->bcs", "s"),
     "bct,bct->bct": activations("bct,bct->bct", "y"),

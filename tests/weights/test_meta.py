@@ -1,4 +1,4 @@
-"""Models on the meta device: analysed as with weights, and merged not at all."""
+"""Models on the meta device can be analysed like models with weights, but not merged."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_analysis_is_that_of_the_model_with_weights(name: str) -> None:
 
 
 class Table(nn.Module):
-    """Exported, as symbolic tracing cannot follow it, and with a buffer whose values say where channels go."""
+    """A model that symbolic tracing cannot follow, with a buffer of indices into the channels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ def test_what_needs_values_says_so() -> None:
     with pytest.raises(FxMergeError, match=r"fxmerge\.on_disk"):
         fxmerge.apply(fxmerge.merge(model, x, refit="none").plan, bare, x)
     found = fxmerge.analyze(bare, x)
-    with pytest.raises(FxMergeError, match="no values to try"):
+    with pytest.raises(FxMergeError, match="no values to verify"):
         fxmerge.verify.permutation(found.captured, found.facts, found.grouping)
     assert bare.state_dict().keys() == model.state_dict().keys()
     assert all(p.is_meta for p in bare.parameters())  # as it was

@@ -1,4 +1,4 @@
-"""Weights on disk: every op, merge and folder is what it is in memory, and memory holds a part of the model only."""
+"""Weights on disk: every op, merge and saved folder is the same as in memory, and memory holds a part of the model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ import fxmerge
 from fxmerge import FxMergeError
 from fxmerge.graph.compare import difference, outputs
 from fxmerge.weights import disk_tensor
-from fxmerge.weights.disk_tensor import Cell, Spool, Stored
+from fxmerge.weights.disk_tensor import Backing, DiskTensor, Spool
 from fxmerge.weights.files import write_tensors
 from tests.helpers.netmaking import one_thread  # noqa: F401
 from tests.helpers.nets import NETS
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Net(nn.Module):
-    """One hidden layer too large to be held in memory, at 64 KiB, and a buffer that is not saved."""
+    """A net with weights larger than 64 KiB, which stay on disk, and a buffer that is not saved."""
 
     def __init__(self, width: int = 160) -> None:
         super().__init__()
@@ -50,10 +50,10 @@ def net(path: Path, seed: int = 0) -> tuple[Net, Tensor]:
     return model, torch.randn(2, 160)
 
 
-def on_disk(values: Tensor, path: Path) -> Stored:
+def on_disk(values: Tensor, path: Path) -> DiskTensor:
     save_file({"w": values}, path)
-    slot = disk_tensor.slots(path)["w"]
-    return Stored(Cell(slot, slot.dtype, Spool()))
+    region = disk_tensor.regions(path)["w"]
+    return DiskTensor(Backing(region, region.dtype, Spool()))
 
 
 def same(one: nn.Module, other: nn.Module) -> bool:
@@ -83,7 +83,7 @@ def test_ops_give_what_they_give_in_memory(name: str, tmp_path: Path) -> None:
     kept = on_disk(values, tmp_path / "w.safetensors")
     given, expected = OPS[name](kept), OPS[name](values)
     assert given == expected if isinstance(expected, bool) else torch.equal(given, expected)
-    assert torch.equal(kept, values)  # whatever was done to copies
+    assert torch.equal(kept, values)  # whatever was done to its copies
 
 
 def test_written_in_place_is_written_for_all_names_but_not_for_copies(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_written_in_place_is_written_for_all_names_but_not_for_copies(tmp_path: 
     kept = on_disk(values, tmp_path / "w.safetensors")
     before, alias = kept.clone(), kept.detach()
     kept.mul_(2)
-    Cell.last = None  # what is read now comes from the files
+    Backing.last = None  # what is read now comes from the files
     assert torch.equal(alias, 2 * values) and torch.equal(before, values)
     assert torch.equal(load_file(tmp_path / "w.safetensors")["w"], values)
 
@@ -107,12 +107,12 @@ def test_gradients_pass(tmp_path: Path) -> None:
 
 def test_temporary_files_go_with_their_tensors(tmp_path: Path) -> None:
     kept = on_disk(torch.randn(8, 6), tmp_path / "w.safetensors")
-    folder = Path(kept.cell.spool.folder.name)
+    folder = Path(kept.backing.spool.folder.name)
     changed = kept.clone()
     changed.add_(1)
     changed.add_(1)
     assert len(list(folder.iterdir())) == 1
-    Cell.last = None
+    Backing.last = None
     del changed
     assert not list(folder.iterdir())
     del kept
@@ -145,7 +145,7 @@ def test_merged_as_in_memory_to_the_bit(name: str, refit: str, tmp_path: Path, m
     before = fxmerge.merge(model, x, **options)
     after = fxmerge.merge(fxmerge.on_disk(model, tmp_path / "w.safetensors"), x, **options)
     assert after.plan == before.plan and same(before.module, after.module)
-    assert sum(isinstance(v, Stored) for v in after.module.parameters()) > 2
+    assert sum(isinstance(v, DiskTensor) for v in after.module.parameters()) > 2
     after.save(tmp_path / "after")
     before.save(tmp_path / "before")
     files = {p.name for p in (tmp_path / "before").iterdir()}
@@ -164,7 +164,7 @@ def _call(x: Any) -> tuple[Any, ...]:
 def test_every_method_works_on_disk(options: dict[str, str], tmp_path: Path) -> None:
     model, x = net(tmp_path / "w.safetensors")
     kept = fxmerge.on_disk(Net, tmp_path / "w.safetensors")
-    assert isinstance(kept.a.weight, Stored) and not isinstance(kept.a.bias, Stored)
+    assert isinstance(kept.a.weight, DiskTensor) and not isinstance(kept.a.bias, DiskTensor)
     one, other = (fxmerge.merge(m, x, refit="none", **options) for m in (model, kept))
     assert same(one.module, other.module)
     assert same(fxmerge.apply(one.plan, kept, x).module, other.module)
@@ -194,8 +194,8 @@ def test_tied_weights_stay_tied(tmp_path: Path) -> None:
     tied[2].weight = tied[0].weight
     save_model(tied, str(tmp_path / "w.safetensors"))
     kept = fxmerge.on_disk(tied, tmp_path / "w.safetensors")
-    assert kept[2].weight is kept[0].weight and isinstance(kept[0].weight, Stored)
-    assert isinstance(tied[0].weight, nn.Parameter) and not isinstance(tied[0].weight, Stored)
+    assert kept[2].weight is kept[0].weight and isinstance(kept[0].weight, DiskTensor)
+    assert isinstance(tied[0].weight, nn.Parameter) and not isinstance(tied[0].weight, DiskTensor)
 
 
 def test_in_memory_again(tmp_path: Path) -> None:
@@ -206,8 +206,8 @@ def test_in_memory_again(tmp_path: Path) -> None:
     with pytest.raises(FxMergeError, match=r"result\.save"):
         pickle.dumps(kept.a.weight)
     back = fxmerge.in_memory(kept)
-    assert not any(isinstance(p, Stored) for p in back.parameters()) and same(back, model)
-    assert isinstance(kept.a.weight, Stored)
+    assert not any(isinstance(p, DiskTensor) for p in back.parameters()) and same(back, model)
+    assert isinstance(kept.a.weight, DiskTensor)
     assert torch.allclose(back.double()(x.double()).float(), model(x), atol=1e-5)
 
 
@@ -219,10 +219,10 @@ def test_wrong_files_are_named(tmp_path: Path) -> None:
         with pytest.raises(FxMergeError, match=match):
             fxmerge.on_disk(what, weights)
 
-    refused("there is no file", tmp_path / "none.safetensors")
+    refused("none.safetensors does not exist", tmp_path / "none.safetensors")
     (tmp_path / "empty").mkdir()
     refused("there is no .safetensors file", tmp_path / "empty")
-    refused("model is a int", path, 3)
+    refused("model is a int; give a torch.nn.Module, or a function", path, 3)
     refused("a.bias is in .* and in", [path, path])
     refused(r"a.weight is \(160, 160\) in .* and \(170, 170\) in Net", path, lambda: Net(170))
     state = model.state_dict()
@@ -233,11 +233,11 @@ def test_wrong_files_are_named(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-8])
     refused("cannot read weights from")
     (tmp_path / "model.safetensors.index.json").write_text("[]")
-    refused("is no index", tmp_path)
+    refused("is not an index of safetensors files", tmp_path)
     save_file(state, path)
     with torch.device("meta"):
         bare = Net()
-    refused("scale is in no file and has no value", path, bare)
+    refused("scale is in none of the files and has no value", path, bare)
 
 
 def test_a_file_that_changes_is_noticed(tmp_path: Path) -> None:
@@ -245,11 +245,11 @@ def test_a_file_that_changes_is_noticed(tmp_path: Path) -> None:
     model, x = net(path)
     kept = fxmerge.on_disk(Net, path)
     save_file({k: v + 1 for k, v in model.state_dict().items()}, path)
-    Cell.last = None
+    Backing.last = None
     with pytest.raises(FxMergeError, match="has changed"):
         fxmerge.merge(kept, x)
     path.unlink()
-    with pytest.raises(FxMergeError, match="cannot be read"):
+    with pytest.raises(FxMergeError, match=r"cannot read weights from .*w\.safetensors: "):
         kept(x)
 
 
@@ -275,7 +275,7 @@ from benchmarks.growth import Net
 torch.set_num_threads(1)
 path, out, kept = sys.argv[1], sys.argv[2], sys.argv[3] == "disk"
 net, small = Net("linear", 128, 1024), Net("linear", 2, 8)
-fxmerge.merge(small.model(), small.example(), refit="none").save(out)  # imports what is imported on the way
+fxmerge.merge(small.model(), small.example(), refit="none").save(out)  # so that everything is imported
 fxmerge.load(out, on_disk=True)
 held = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData"))
 resource.setrlimit(resource.RLIMIT_DATA, (held * 1024 + 128 * 2**20,) * 2)
@@ -288,20 +288,20 @@ print("merged")
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limit and its measure are Linux's")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="sets and reads memory limits as on Linux")
 def test_a_model_of_four_times_the_memory(tmp_path: Path) -> None:
-    """512 MiB of weights, under a limit of 128 MiB on what the process may hold over what it held before."""
+    """512 MiB of weights are merged with a limit of 128 MiB on the memory that the process may allocate."""
     from benchmarks.growth import Net as Growing
     from benchmarks.growth import write_layers
 
     files = tmp_path / "w"
     files.mkdir()
     write_layers(Growing("linear", 128, 1024), files)
-    # large tensors get pages of their own: else the limit would count the holes between tensors that have gone
+    # large tensors get their own pages; otherwise the gaps left by freed tensors would count towards the limit
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "131072"}
     command = [sys.executable, "-c", LIMITED, str(files), str(tmp_path / "out")]
     done = [
         subprocess.run([*command, how], capture_output=True, text=True, env=environment) for how in ("disk", "memory")
     ]
     assert done[0].stdout.strip() == "merged", done[0].stderr
-    assert done[1].returncode != 0 and "memory" in done[1].stderr  # the same limit is too little for the whole
+    assert done[1].returncode != 0 and "memory" in done[1].stderr  # the whole model does not fit into the limit

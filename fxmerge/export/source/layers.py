@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxmerge.capture.torch_export import unguarded
+from fxmerge.capture.torch_export import remove_guards
 from fxmerge.export.source.names import in_order
 from fxmerge.weights.by_path import at
 from fxmerge.weights.copy import sharing_copy
@@ -38,7 +38,7 @@ def layered(module: fx.GraphModule) -> fx.GraphModule:
     """A copy that computes the same, shares all tensors, and calls layers and sequences where possible."""
     copied, _ = sharing_copy(module)
     graph = copied.graph
-    unguarded(copied)
+    remove_guards(copied)
     for node in list(graph.nodes):
         made = _LAYERS.get(getattr(node.target, "__name__", "")) if node.op == "call_function" else None
         if node.target is torch.ops.aten.dropout.default and node.args[2:] == (False,):
