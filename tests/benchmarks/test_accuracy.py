@@ -8,8 +8,9 @@ import pytest
 pytest.importorskip("matplotlib")  # an extra that the plot takes
 
 import fxmerge
-from benchmarks import accuracy, budgets
-from benchmarks.accuracy import CASES, METHODS, Case, Cell
+from benchmarks.accuracy import budgets
+from benchmarks.accuracy import ratios as accuracy
+from benchmarks.accuracy.ratios import CASES, METHODS, Case, Cell
 from fxmerge.sweep import Point
 
 CASE = Case("resnet56", "internal", (0.3, 0.5), 500, 2000)

@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from benchmarks import make_demo_data, train
-from benchmarks.data import DATASETS, accuracy, cifar10, fashion_mnist, mean_and_std, normalise
-from benchmarks.models import MODELS, example_input, load_checkpoint, read_safetensors, resnet
+from benchmarks.demo import images as make_demo_data
+from benchmarks.networks import train
+from benchmarks.networks.data import DATASETS, accuracy, cifar10, fashion_mnist, mean_and_std, normalise
+from benchmarks.networks.models import MODELS, example_input, load_checkpoint, read_safetensors, resnet
 
 SHARED = Path(os.environ.get("FXMERGE_SHARED", Path(__file__).resolve().parents[3] / "shared"))
 ASSETS = Path(__file__).resolve().parents[2] / "fxmerge" / "assets"

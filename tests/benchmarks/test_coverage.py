@@ -12,8 +12,10 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import coverage, coverage_one, peer, zoo, zoo_timm, zoo_transformers
-from benchmarks.coverage_page import page
+from benchmarks.coverage import one_model, zoo, zoo_timm, zoo_transformers
+from benchmarks.coverage import run as coverage
+from benchmarks.coverage.page import page
+from benchmarks.peers import torch_pruning as peer
 
 ROW = {
     "suite": "timm", "name": "a", "tool": "fxmerge", "status": "ok", "parameters": 2_000_000, "route": "export",
@@ -32,7 +34,7 @@ def table(*rows: dict[str, Any]) -> str:
 
 def test_squeezenet_is_measured() -> None:
     pytest.importorskip("torchvision")
-    found = coverage.folded(map(json.dumps, coverage_one.findings("fxmerge", "torchvision", "squeezenet1_1", 0)))
+    found = coverage.folded(map(json.dumps, one_model.findings("fxmerge", "torchvision", "squeezenet1_1", 0)))
     assert found["status"] == "ok" and found["stage"] == "done" and found["shapes_kept"]
     assert found["route"] == "symbolic" and found["groups"] == 25
     assert 0.3 < found["left"] < 0.4 and found["oracle"] < 1e-10
@@ -40,7 +42,7 @@ def test_squeezenet_is_measured() -> None:
 
 def test_an_unknown_model_is_a_failure_with_its_message() -> None:
     pytest.importorskip("torchvision")
-    found = coverage.settled(coverage.folded(map(json.dumps, coverage_one.findings("fxmerge", "torchvision", "no", 0))))
+    found = coverage.settled(coverage.folded(map(json.dumps, one_model.findings("fxmerge", "torchvision", "no", 0))))
     assert found["status"] == "failed" and "no" in found["error"]
 
 
@@ -61,7 +63,7 @@ def test_timm_names_are_timm_s() -> None:
 def test_transformers_run(name: str) -> None:
     pytest.importorskip("transformers")
     assert name in zoo_transformers.ARCHITECTURES
-    assert coverage_one.shapes(zoo.build("transformers", name).run())[0] == [1, 12, 120]
+    assert one_model.shapes(zoo.build("transformers", name).run())[0] == [1, 12, 120]
 
 
 def test_constants_become_random_and_batch_norms_fit_the_example() -> None:

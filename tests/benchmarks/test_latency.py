@@ -1,11 +1,11 @@
-"""benchmarks.latency: what is in the way, from known times; the page of one small model."""
+"""benchmarks.speed.latency: what is in the way, from known times; the page of one small model."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-from benchmarks import latency
+from benchmarks.speed import latency
 
 
 @pytest.mark.parametrize(

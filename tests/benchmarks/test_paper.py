@@ -11,10 +11,10 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 import fxmerge
-from benchmarks import paper
-from benchmarks.data import DATASETS
-from benchmarks.models import MODELS, example_input, lenet_300_100, load_checkpoint
-from benchmarks.paper import CRITERIA, METHODS, NETWORKS
+from benchmarks.networks.data import DATASETS
+from benchmarks.networks.models import MODELS, example_input, lenet_300_100, load_checkpoint
+from benchmarks.paper import tables as paper
+from benchmarks.paper.tables import CRITERIA, METHODS, NETWORKS
 
 RESNET56 = {f"layer{s}.{b}.conv1": k for s, k in ((1, 11), (2, 22), (3, 44)) for b in range(9)}
 WRN_40_4 = {f"block{s}.{b}.conv1": k for s, k in ((1, 44), (2, 88), (3, 176)) for b in range(6)}

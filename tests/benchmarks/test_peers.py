@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 import fxmerge
-from benchmarks import peers
-from benchmarks.models import lenet_300_100, resnet
-from benchmarks.published import chains, neuron_merging
-from benchmarks.speed import random_batch_norm
+from benchmarks.networks.models import lenet_300_100, resnet
+from benchmarks.paper.neuron_merging import chains, neuron_merging
+from benchmarks.peers import compare as peers
+from benchmarks.speed.vgg16 import random_batch_norm
 
 
 def counts(model: nn.Module) -> dict[str, int]:

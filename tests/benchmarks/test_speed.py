@@ -6,8 +6,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import speed
-from benchmarks.models import VGG
+from benchmarks.networks.models import VGG
+from benchmarks.speed import vgg16 as speed
 from tests.helpers.netmaking import plain_merge
 
 

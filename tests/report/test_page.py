@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import fxmerge
-from benchmarks.picture import photograph
+from benchmarks.demo.picture import photograph
 from fxmerge.report.picture.page import page
 from fxmerge.report.picture.records import Picture
 from tests.helpers.drawings import Named, nasty, wide

@@ -1,4 +1,4 @@
-"""The picture in the README: `python -m benchmarks.picture --data DIR --weights DIR --out docs/page.png`, by Chromium.
+"""The picture in the README: `python -m benchmarks.demo.picture --data DIR --weights DIR --out docs/page.png`.
 
 The published ResNet-56 (CIFAR-10), 30 % of all its channels merged, refitted without data; the example inputs,
 which the output error is told on, are training images. The page is opened at one layer and photographed.
@@ -13,8 +13,8 @@ import tempfile
 from pathlib import Path
 
 import fxmerge
-from benchmarks.data import cifar10, mean_and_std, normalise
-from benchmarks.models import load_checkpoint, resnet56
+from benchmarks.networks.data import cifar10, mean_and_std, normalise
+from benchmarks.networks.models import load_checkpoint, resnet56
 
 LAYER = "layer2.0.conv2"
 

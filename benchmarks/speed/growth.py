@@ -1,4 +1,4 @@
-"""How merging grows with depth and width: `python -m benchmarks.growth --out docs/growth.md`.
+"""How merging grows with depth and width: `python -m benchmarks.speed.growth --out docs/growth.md`.
 
 Synthetic networks, each merged in a process of its own, on one thread: CPU seconds of the whole of `fxmerge.merge`, and
 the peak of its memory over what the process held before it (the model, if it is in memory, and the libraries). An
@@ -141,7 +141,8 @@ def measure(net: Net, options: Mapping[str, Any], on_disk: bool) -> Point:
         if on_disk:
             files = Path(place, "weights")
             files.mkdir()
-            subprocess.run([sys.executable, "-m", "benchmarks.growth", "--write", str(files), *_told(net)], check=True)
+            command = [sys.executable, "-m", "benchmarks.speed.growth", "--write", str(files), *_told(net)]
+            subprocess.run(command, check=True)
             model = fxmerge.on_disk(net.model, files)
         else:
             model = net.model()
@@ -162,7 +163,7 @@ def _told(net: Net) -> list[str]:
 def point(key: str, net: Net) -> Point:
     """The same in a process of its own."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "benchmarks.growth", "--series", key, *_told(net)]
+    command = [sys.executable, "-m", "benchmarks.speed.growth", "--series", key, *_told(net)]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True, env=environment)
     return Point(**json.loads(done.stdout.splitlines()[-1]))
 
@@ -217,9 +218,9 @@ def plot(found: Mapping[str, Sequence[Point]], path: Path) -> None:
 
 HEAD = """# Growth
 
-`python -m benchmarks.growth --out docs/growth.md` makes this page: each network is merged at ratio 0.5 in a process of
-its own, on one thread. Time is that of the whole of `fxmerge.merge`, in CPU seconds; memory is the peak over what the
-process held before, and includes the merged model.
+`python -m benchmarks.speed.growth --out docs/growth.md` makes this page: each network is merged at ratio 0.5 in a
+process of its own, on one thread. Time is that of the whole of `fxmerge.merge`, in CPU seconds; memory is the peak over
+what the process held before, and includes the merged model.
 
 With depth all stages are linear. With width w parameters grow as w ** 2: so does `prune`, while what compares every
 channel with every other (`mostsim`) takes n ** 2 inner products of rows of w numbers, w ** 3 in all: an exponent of 1.5
@@ -231,7 +232,7 @@ is the least for it.
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.growth", description="Merge time and memory by size.")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed.growth", description="Merge cost by size.")
     parser.add_argument("--out", type=Path, metavar="FILE.md", help="the page; the plot goes beside it")
     parser.add_argument("--only", nargs="+", choices=SERIES, default=list(SERIES), help="series to run")
     parser.add_argument("--most", type=float, default=MOST, help="parameters in memory, at most (on disk: four times)")

@@ -27,8 +27,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import fxmerge
-from benchmarks.models import VGG, example_input, vgg16
-from benchmarks.paper import VGG_CIFAR10, by_convolution
+from benchmarks.networks.models import VGG, example_input, vgg16
+from benchmarks.paper.tables import VGG_CIFAR10, by_convolution
 
 Array = NDArray[np.float32]
 
@@ -158,7 +158,7 @@ def stage_seconds() -> Iterator[dict[str, float]]:
         for (stage, start), (_, end) in pairwise(marks):
             seconds[stage] += end - start
 
-    with patch.object(importlib.import_module("fxmerge.pipeline"), "progress", watch):
+    with patch.object(importlib.import_module("fxmerge.api"), "progress", watch):
         yield seconds
 
 
@@ -209,7 +209,3 @@ def main(argv: Sequence[str] | None = None) -> None:
     out.print("stages: " + ", ".join(f"{stage} {share:.0%}" for stage, share in shares.items()))
     times = f"published algorithm {theirs:.2f} s, fxmerge {ours:.2f} s, ratio {theirs / ours:.1f}"
     out.print(f"VGG-16, CPU time on one thread: {times}")
-
-
-if __name__ == "__main__":
-    main()

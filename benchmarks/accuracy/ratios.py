@@ -15,9 +15,9 @@ from rich.console import Console
 from torch import Tensor
 
 import fxmerge
-from benchmarks.data import DATASETS, accuracy, mean_and_std, normalise
-from benchmarks.models import load_checkpoint
-from benchmarks.paper import BATCH, NETWORKS, Network, find_weights, measured, measuring, read_reference
+from benchmarks.networks.data import DATASETS, accuracy, mean_and_std, normalise
+from benchmarks.networks.models import load_checkpoint
+from benchmarks.paper.tables import BATCH, NETWORKS, Network, find_weights, measured, measuring, read_reference
 
 METHODS: dict[str, dict[str, Any]] = {
     "prune": {"decomposition": "prune", "refit": "none", "selection": "l1"},
@@ -28,7 +28,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "refit, training images": {"refit": "calibration"},
 }
 
-BUDGETS = "<!-- benchmarks.budgets -->"  # what follows it in accuracy.md is that benchmark's
+BUDGETS = "<!-- benchmarks.accuracy.budgets -->"  # what follows it in accuracy.md is that benchmark's
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,3 @@ def main(argv: Sequence[str] | None = None) -> None:
     page = args.out / "accuracy.md"
     kept = page.read_text(encoding="utf-8").partition(BUDGETS) if page.is_file() else ("", "", "")
     page.write_text("\n".join([head, *parts]) + "\n" * bool(kept[1]) + kept[1] + kept[2], encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

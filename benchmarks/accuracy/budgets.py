@@ -1,4 +1,4 @@
-"""Accuracy at a budget of FLOPs: `python -m benchmarks.budgets --data DIR --weights DIR --out docs`.
+"""Accuracy at a budget of FLOPs: `python -m benchmarks.accuracy.budgets --data DIR --weights DIR --out docs`.
 
 ResNet-56 on CIFAR-10 without data, its inner channels and all of them: `fxmerge.sweep` by each allocator. The tables
 go into accuracy.md behind its other sections, the curves into budgets.svg. With --points DIR a run that was stopped
@@ -13,10 +13,10 @@ from pathlib import Path
 from rich.console import Console
 
 import fxmerge
-from benchmarks.accuracy import BUDGETS, images
-from benchmarks.data import accuracy
-from benchmarks.models import load_checkpoint
-from benchmarks.paper import BATCH, NETWORKS, find_weights, measured, measuring
+from benchmarks.accuracy.ratios import BUDGETS, images
+from benchmarks.networks.data import accuracy
+from benchmarks.networks.models import load_checkpoint
+from benchmarks.paper.tables import BATCH, NETWORKS, find_weights, measured, measuring
 
 SCOPES = {"internal": "inner channels", "all": "all channels"}
 SHARES = (0.7, 0.5, 0.35)
@@ -51,8 +51,9 @@ def markdown(results: Mapping[str, Curves]) -> str:
     first = next(iter(next(iter(results.values())).values()))
     original, told = first.original, " ".join(f"{p.asked:g}" for p in first.points)
     lines.append(
-        f"`python -m benchmarks.budgets --shares {told}`; first {IMAGES:,} test images, original {original.value:.2f} "
-        "%; refit, no data. `uniform`: every group keeps the same share; `greedy`: by each group's own error.\n"
+        f"`python -m benchmarks.accuracy.budgets --shares {told}`; first {IMAGES:,} test images, original "
+        f"{original.value:.2f} %; refit, no data. `uniform`: every group keeps the same share; `greedy`: by each "
+        "group's own error.\n"
     )
     if len(first.points) > 1:
         lines.append("![accuracy against FLOPs left](budgets.svg)\n")
@@ -93,7 +94,7 @@ def plot(results: Mapping[str, Curves], path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = measuring("budgets", "Accuracy at a budget of FLOPs.", SCOPES)
+    parser = measuring("accuracy.budgets", "Accuracy at a budget of FLOPs.", SCOPES)
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where accuracy.md and budgets.svg go")
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="of the FLOPs that may remain")
     parser.add_argument("--points", type=Path, metavar="DIR", help="folder of finished points, for going on later")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import zoo_timm, zoo_transformers
+from benchmarks.coverage import zoo_timm, zoo_transformers
 
 
 @dataclass(frozen=True)

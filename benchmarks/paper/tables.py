@@ -19,8 +19,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import fxmerge
-from benchmarks.data import DATASETS, accuracy, mean_and_std, normalise
-from benchmarks.models import lenet_300_100, load_checkpoint, read_safetensors, resnet56, vgg16, wrn_40_4
+from benchmarks.networks.data import DATASETS, accuracy, mean_and_std, normalise
+from benchmarks.networks.models import lenet_300_100, load_checkpoint, read_safetensors, resnet56, vgg16, wrn_40_4
 
 CRITERIA = {"l1-norm": "l1", "l2-norm": "l2", "l2-GM": "gm"}
 METHODS: dict[str, dict[str, str]] = {
@@ -146,7 +146,7 @@ def read_reference(key: str, folder: Path) -> dict[str, Any]:
 def test_set(network: Network, metadata: Mapping[str, str], data: Path, images: int | None) -> tuple[Tensor, Tensor]:
     """The first `images` test images, normalised, and their labels; FileNotFoundError where they are not to be had."""
     if network.dataset not in DATASETS:
-        raise FileNotFoundError(f"benchmarks.data has no loader for {network.dataset}")
+        raise FileNotFoundError(f"benchmarks.networks.data has no loader for {network.dataset}")
     x, y = DATASETS[network.dataset](data, "test")
     return normalise(x[:images], *mean_and_std(metadata), flatten=network.dataset == "Fashion-MNIST"), y[:images]
 
@@ -246,7 +246,3 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.json:
             args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     out.print(f"{sum(agreements)} of {len(agreements)} cells agree to the digit with the published code")
-
-
-if __name__ == "__main__":
-    main()

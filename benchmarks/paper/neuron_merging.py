@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.speed import Array, absorb, scale_matrix
+from benchmarks.speed.vgg16 import Array, absorb, scale_matrix
 
 Chain = tuple[str, str | None, str]  # layer, the BatchNorm behind it, the layer that reads both
 

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, fx, nn
 
 import fxmerge
-from benchmarks import peer
-from benchmarks.zoo import Specimen, build
+from benchmarks.coverage.zoo import Specimen, build
+from benchmarks.peers import torch_pruning as peer
 from fxmerge import verify
 from fxmerge.graph import compare
 

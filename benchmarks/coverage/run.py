@@ -22,13 +22,13 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks import coverage_one
-from benchmarks.coverage_page import TOOLS, Key, Row, page
-from benchmarks.zoo import SUITES, names
+from benchmarks.coverage import one_model
+from benchmarks.coverage.page import TOOLS, Key, Row, page
+from benchmarks.coverage.zoo import SUITES, names
 
 # each process is forked from one that has imported the libraries and done nothing else
 PROCESSES = multiprocessing.get_context("forkserver")
-LIBRARIES = ("torch", "torchvision", "timm", "transformers", "torch_pruning", "benchmarks.coverage_one")
+LIBRARIES = ("torch", "torchvision", "timm", "transformers", "torch_pruning", "benchmarks.coverage.one_model")
 
 
 def read_rows(path: Path) -> dict[Key, Row]:
@@ -58,7 +58,7 @@ def append_row(path: Path, row: Row) -> None:
 
 
 def measure(
-    key: Key, timeout: float, memory: float, oracle_seconds: float, work: Callable[..., None] = coverage_one.work
+    key: Key, timeout: float, memory: float, oracle_seconds: float, work: Callable[..., None] = one_model.work
 ) -> tuple[Row, float]:
     """One row, from a process of its own, and the seconds by the clock; what a stopped process told stays in it."""
     suite, name, tool = key
@@ -174,7 +174,3 @@ def main(argv: Sequence[str] | None = None) -> None:
     finally:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(page(read_rows(path), args.remark), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

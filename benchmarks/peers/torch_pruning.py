@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.zoo import Specimen
+from benchmarks.coverage.zoo import Specimen
 from fxmerge.graph.nested import leaves
 
 CLASSES = {"torchvision": (1000, 400, 91, 21)}

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fxmerge
-from benchmarks.accuracy import CASES, Case, images
-from benchmarks.data import accuracy
-from benchmarks.models import load_checkpoint
-from benchmarks.paper import BATCH, NETWORKS, Network, find_weights, measured, measuring
-from benchmarks.published import chains, largest, neuron_merging
+from benchmarks.accuracy.ratios import CASES, Case, images
+from benchmarks.networks.data import accuracy
+from benchmarks.networks.models import load_checkpoint
+from benchmarks.paper.neuron_merging import chains, largest, neuron_merging
+from benchmarks.paper.tables import BATCH, NETWORKS, Network, find_weights, measured, measuring
 from fxmerge.weights.files import write_text
 
 NAMES = ("lenet", "resnet56")
@@ -175,7 +175,3 @@ def main(argv: Sequence[str] | None = None) -> None:
     ]
     args.out.mkdir(parents=True, exist_ok=True)
     write_text(args.out / "peers.md", "\n".join([*head, *parts]))
-
-
-if __name__ == "__main__":
-    main()

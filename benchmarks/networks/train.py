@@ -1,4 +1,4 @@
-"""Train a network of the published tables: `python -m benchmarks.train MODEL --data DIR --out FILE.safetensors`.
+"""Train a network: `python -m benchmarks.networks.train MODEL --data DIR --out FILE.safetensors`.
 
 After each epoch the whole state is written beside the output as FILE.resume.safetensors; `--resume` goes on from it.
 On the CPU, with one number of threads, the same seed gives the same weights, interrupted or not. The accuracy in the
@@ -21,8 +21,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from benchmarks.data import DATASETS, accuracy, normalise
-from benchmarks.models import MODELS, example_input, read_safetensors
+from benchmarks.networks.data import DATASETS, accuracy, normalise
+from benchmarks.networks.models import MODELS, example_input, read_safetensors
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ def _progress(epochs: int, done: int) -> Iterator[Callable[[int, str], None]]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.train", description="Train a benchmark network.")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.networks.train", description="Train a network.")
     parser.add_argument("model", choices=RECIPES)
     parser.add_argument("--data", required=True, metavar="DIR", help="folder that holds the data set")
     parser.add_argument("--out", required=True, metavar="FILE.safetensors")

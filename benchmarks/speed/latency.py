@@ -1,4 +1,4 @@
-"""How fast merged models run, beside what their FLOPs promise: `python -m benchmarks.latency --out docs`.
+"""How fast merged models run, beside what their FLOPs promise: `python -m benchmarks.speed.latency --out docs`.
 
 Each model is merged to half its FLOPs (`--flops`), with kept channels a multiple of 1, 8, 16 and 32, and timed in turns
 with its original, eagerly and compiled. The ideal is the ratio of FLOPs; what keeps a model from it is told by the
@@ -116,7 +116,7 @@ def markdown(found: Sequence[Row], args: argparse.Namespace) -> str:
     lines = [
         "# Speed of merged models",
         "",
-        f"`python -m benchmarks.latency --out docs {given}`, torch {torch.__version__}:",
+        f"`python -m benchmarks.speed.latency --out docs {given}`, torch {torch.__version__}:",
         "times as fast as the original, both timed in turns in one run. The ideal is the original's FLOPs over the",
         "merged model's. The last column names the kinds of ops (eager) that keep it from the ideal, with the share of",
         "their time that is left; (new): the original's ran inside a fused kernel of torch's.",
@@ -132,7 +132,7 @@ def markdown(found: Sequence[Row], args: argparse.Namespace) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.latency", description="Speed of merged models.")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed.latency", description="Speed of merged models.")
     parser.add_argument("--models", nargs="+", default=list(MODELS), help="of torchvision")
     parser.add_argument("--round-to", nargs="+", type=int, default=[1, 8, 16, 32], metavar="N")
     parser.add_argument("--modes", nargs="+", choices=[*MODES], default=[*MODES])

@@ -1,8 +1,8 @@
 """Records what fxmerge computes for many models, so that a refactoring can be shown to change nothing.
 
-    python -m benchmarks.record --out before          # on the old code
-    python -m benchmarks.record --out after           # on the new code
-    python -m benchmarks.record --compare before after
+    python -m benchmarks.coverage.record --out before          # on the old code
+    python -m benchmarks.coverage.record --out after           # on the new code
+    python -m benchmarks.coverage.record --compare before after
 
 Each case is one folder with the plan, checksums of the merged weights, the generated code and the report. Plans,
 checksums and code must be equal to the byte; reports are compared too, and their differences are printed. One thread;
@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 import fxmerge
-from benchmarks import zoo
+from benchmarks.coverage import zoo
 
 ROOT = Path(__file__).resolve().parent
 while not (ROOT / "pyproject.toml").is_file():
@@ -191,7 +191,7 @@ def compare(before: Path, after: Path) -> int:
 
 def main() -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.record", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.coverage.record", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="folder for the records")
     parser.add_argument("--only", default="*", help="pattern of case names")
     parser.add_argument("--compare", type=Path, nargs=2, metavar=("BEFORE", "AFTER"))
