@@ -1,11 +1,11 @@
-"""benchmarks.accuracy: its page tells what was measured, beside the published figures."""
+"""benchmarks.accuracy: its page has the measured and the published accuracies."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-pytest.importorskip("matplotlib")  # an extra that the plot takes
+pytest.importorskip("matplotlib")  # for the plots
 
 import fxmerge
 from benchmarks.accuracy import budgets
@@ -52,7 +52,7 @@ def curve(values: list[float]) -> fxmerge.Sweep:
     return fxmerge.Sweep(original, tuple(points), "top1")
 
 
-def test_budgets_stand_behind_the_other_sections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_budgets_come_after_the_other_sections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = tmp_path / "accuracy.md"
     page.write_text("# Accuracy\n\nkept\n")
     for better in (0.0, 1.0):
