@@ -1,1 +1,1 @@
-"""Networks, data and recipes of the published tables that fxmerge is measured on."""
+"""Benchmarks of fxmerge. README.md in this folder says which command writes which page."""

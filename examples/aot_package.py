@@ -1,4 +1,4 @@
-"""Merge a model, compile it ahead of time, and run the package: no Python model code is left in it."""
+"""Merge a model, compile it ahead of time with AOTInductor, and run the package without Python model code."""
 
 import tempfile
 from pathlib import Path
@@ -16,15 +16,13 @@ model = nn.Sequential(
 batch = torch.export.Dim("batch", min=1, max=64)
 program = torch.export.export(model, (torch.randn(2, 3, 14, 14),), dynamic_shapes=({0: batch},))
 
-result = fxmerge.merge(program, ratio=0.5)  # an ExportedProgram brings its own example inputs
+result = fxmerge.merge(program, ratio=0.5)  # an ExportedProgram has its own example inputs
 
 with tempfile.TemporaryDirectory() as folder:
-    package = torch._inductor.aoti_compile_and_package(
-        result.exported(), package_path=str(Path(folder) / "merged.pt2")
-    )
+    package = torch._inductor.aoti_compile_and_package(result.exported(), package_path=str(Path(folder) / "merged.pt2"))
     compiled = torch._inductor.aoti_load_package(package)
     x = torch.randn(5, 3, 14, 14)
     with torch.no_grad():
         error = float((compiled(x) - result.module(x)).abs().max())
     print(f"package of {Path(package).stat().st_size // 1000} kB; a batch of 5 gives {tuple(compiled(x).shape)}")
-    print("the package gives the merged model's output:", error < 1e-5)
+    print("the package has the output of the merged model:", error < 1e-5)

@@ -1,4 +1,4 @@
-"""Go on training a merged model: it is an ordinary module, with gradients, train() mode, a state_dict."""
+"""Fine-tune a merged model: it is an ordinary module with gradients, a train() mode and a state_dict."""
 
 import torch
 from torch import Tensor, nn
@@ -7,7 +7,7 @@ import fxmerge
 
 
 def data(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Noise with one of four bright corners, and which corner it is."""
+    """Images of noise with one bright corner, and the index of the corner (0 to 3) as label."""
     generator = torch.Generator().manual_seed(seed)
     label = torch.randint(4, (count,), generator=generator)
     x = torch.randn(count, 1, 8, 8, generator=generator)
@@ -45,6 +45,6 @@ train(model, 60)
 print(f"trained: {accuracy(model):.1f} %")
 
 merged = fxmerge.merge(model, data(2, 0)[0], ratio=0.9).module
-print(f"a tenth of the channels: {accuracy(merged):.1f} %")
+print(f"merged to a tenth of the channels: {accuracy(merged):.1f} %")
 train(merged, 60)
 print(f"fine-tuned: {accuracy(merged):.1f} %")

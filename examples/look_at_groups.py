@@ -1,4 +1,4 @@
-"""Which channels belong together? The analysis as a networkx graph, and what cannot be merged and why."""
+"""Show the merge groups of a model, the channels that cannot be merged and why, and the graph of the analysis."""
 
 import torch
 from torch import Tensor, nn
@@ -7,7 +7,7 @@ import fxmerge
 
 
 class Block(nn.Module):
-    """A residual block: the stream and what is added to it share their channels."""
+    """A residual block: the two inputs of the addition share their channels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ analysis = fxmerge.analyze(Block().eval(), torch.randn(1, 3, 16, 16))
 for group in analysis.groups:
     print(f"{group.name}: {group.channels} channels")
 for refusal in analysis.refusals:
-    print(f"{refusal.name}: stays, {refusal.reason} ({refusal.where})")
+    print(f"{refusal.name}: not merged, {refusal.reason} ({refusal.where})")
 
 graph = analysis.graph  # a networkx.DiGraph: layer -> group (write), group -> layer (read, carry)
 for start, end, role in sorted(graph.edges(data="role")):

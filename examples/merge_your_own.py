@@ -1,4 +1,4 @@
-"""Halve the channels of a SqueezeNet: three lines, and a report of what was done."""
+"""Halve the number of channels of a SqueezeNet, and print the report."""
 
 import torch
 import torchvision
@@ -6,9 +6,9 @@ import torchvision
 import fxmerge
 
 model = torchvision.models.squeezenet1_1(weights=None).eval()  # put your own trained model here
-x = torch.randn(1, 3, 64, 64)  # and an input that it takes; only its shape matters
+x = torch.randn(1, 3, 64, 64)  # and an example input; only its shape matters
 
 result = fxmerge.merge(model, x, ratio=0.5)
 
 print(result.report.text())
-print("the merged model gives", tuple(result.module(x).shape))
+print("output of the merged model:", tuple(result.module(x).shape))

@@ -1,4 +1,4 @@
-"""Quantise after merging: the merged model's layers are ordinary nn.Linear, which torchao takes as they are."""
+"""Quantise a merged model with torchao: its layers are ordinary nn.Linear modules."""
 
 import torch
 from torch import nn
@@ -18,4 +18,4 @@ with torch.no_grad():
 
 old, new = model.get_parameter("2.weight"), merged.get_parameter("2.weight")
 print(f"layer 2: {tuple(old.shape)} {old.dtype} -> {tuple(new.shape)} {type(new).__name__}")
-print(f"relative change by quantising: {error:.4f}")
+print(f"relative change of the output by quantising: {error:.4f}")

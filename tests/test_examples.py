@@ -13,12 +13,12 @@ import pytest
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SAYS = {
-    "merge_your_own.py": ["features.3.squeeze", "16 -> 8", "parameters 1,235,496 ->", "gives (1, 1000)"],
+    "merge_your_own.py": ["features.3.squeeze", "16 -> 8", "parameters 1,235,496 ->", "merged model: (1, 1000)"],
     "custom_rule.py": ["without a rule: []", "sinc", "custom_rule.py:", "with it: ['a: 16 -> 8 channels']", "{'a':"],
     "look_at_groups.py": ["stem: 16 channels", "conv1: 32 channels", "stem -> layer:conv1: read", "bn2: carry"],
-    "aot_package.py": ["a batch of 5 gives (5, 10)", "gives the merged model's output: True"],
-    "finetune.py": ["trained: ", "a tenth of the channels: ", "fine-tuned: "],
-    "quantise.py": ["(512, 512) torch.float32 -> (256, 256) Int8Tensor", "relative change by quantising: 0.0"],
+    "aot_package.py": ["a batch of 5 gives (5, 10)", "has the output of the merged model: True"],
+    "finetune.py": ["trained: ", "merged to a tenth of the channels: ", "fine-tuned: "],
+    "quantise.py": ["(512, 512) torch.float32 -> (256, 256) Int8Tensor", "output by quantising: 0.0"],
 }
 NEEDS = {"merge_your_own.py": "torchvision", "quantise.py": "torchao"}
 CHATTY = ("aot_package.py", "quantise.py")  # torch and torchao may log warnings about the machine

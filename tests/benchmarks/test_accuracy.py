@@ -1,15 +1,16 @@
-"""benchmarks.accuracy: its page tells what was measured, beside the published figures."""
+"""benchmarks.accuracy: its page has the measured and the published accuracies."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-pytest.importorskip("matplotlib")  # an extra that the plot takes
+pytest.importorskip("matplotlib")  # for the plots
 
 import fxmerge
-from benchmarks import accuracy, budgets
-from benchmarks.accuracy import CASES, METHODS, Case, Cell
+from benchmarks.accuracy import budgets
+from benchmarks.accuracy import ratios as accuracy
+from benchmarks.accuracy.ratios import CASES, METHODS, Case, Cell
 from fxmerge.sweep import Point
 
 CASE = Case("resnet56", "internal", (0.3, 0.5), 500, 2000)
@@ -51,7 +52,7 @@ def curve(values: list[float]) -> fxmerge.Sweep:
     return fxmerge.Sweep(original, tuple(points), "top1")
 
 
-def test_budgets_stand_behind_the_other_sections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_budgets_come_after_the_other_sections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = tmp_path / "accuracy.md"
     page.write_text("# Accuracy\n\nkept\n")
     for better in (0.0, 1.0):

@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from benchmarks import make_demo_data, train
-from benchmarks.data import DATASETS, accuracy, cifar10, fashion_mnist, mean_and_std, normalise
-from benchmarks.models import MODELS, example_input, load_checkpoint, read_safetensors, resnet
+from benchmarks.demo import images as make_demo_data
+from benchmarks.networks import train
+from benchmarks.networks.data import DATASETS, accuracy, cifar10, fashion_mnist, mean_and_std, normalise
+from benchmarks.networks.models import MODELS, example_input, load_checkpoint, read_safetensors, resnet
 
 SHARED = Path(os.environ.get("FXMERGE_SHARED", Path(__file__).resolve().parents[3] / "shared"))
 ASSETS = Path(__file__).resolve().parents[2] / "fxmerge" / "assets"
@@ -23,7 +24,7 @@ needs_shared = pytest.mark.skipif(
     not SHARED.is_dir(), reason="no folder with published checkpoints and data: set FXMERGE_SHARED"
 )
 
-# Parameters in millions as the papers round them, and the number of decimals.
+# Parameters in millions as rounded in the papers, and the number of decimals.
 PARAMETERS = {
     "lenet_300_100": (0.267, 3),
     "vgg16": (14.7, 1),
@@ -43,12 +44,12 @@ def published_accuracy(model: nn.Module, metadata: dict[str, str], data: Path, c
 
 
 def idx(array: np.ndarray) -> bytes:
-    """The idx file of a uint8 array."""
+    """A uint8 array in the idx format."""
     return b"\0\0\x08" + bytes([array.ndim]) + np.array(array.shape, ">i4").tobytes() + array.tobytes()
 
 
 def write_fashion_mnist(root: Path, *, train_count: int = 300, test_count: int = 50, gz: bool = False) -> Path:
-    """Random images and labels in the layout of Fashion-MNIST; returns `root`."""
+    """Write random images and labels in the layout of Fashion-MNIST; returns `root`."""
     raw = root / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -121,7 +122,7 @@ def test_recipe_normalises_like_the_published_checkpoint() -> None:
         assert metadata["dataset"] == recipe.dataset
 
 
-def test_demo_assets_give_the_accuracy_that_their_readme_tells() -> None:
+def test_demo_assets_have_the_accuracy_in_their_readme() -> None:
     model = MODELS["lenet_300_100"]()
     metadata = load_checkpoint(ASSETS / "lenet_300_100.safetensors", model)
     with np.load(ASSETS / "fashion_mnist_2000.npz") as arrays:
@@ -130,7 +131,8 @@ def test_demo_assets_give_the_accuracy_that_their_readme_tells() -> None:
     on_all, on_demo = re.findall(r"(\d\d\.\d\d) %", (ASSETS / "README.md").read_text(encoding="utf-8"))
     assert on_all == metadata["test_accuracy"]
     measured = accuracy(model, normalise(images, *mean_and_std(metadata), flatten=True), labels)
-    assert measured == pytest.approx(float(on_demo), abs=0.051)  # one image: another BLAS may turn a near tie
+    # within one image: a different BLAS may change the order of nearly equal outputs
+    assert measured == pytest.approx(float(on_demo), abs=0.051)
     assert sum(file.stat().st_size for file in ASSETS.iterdir()) < 3e6
 
 
@@ -140,7 +142,7 @@ def test_load_checkpoint_names_the_keys_that_do_not_fit(tmp_path: Path) -> None:
     state = {**before, "ip2.bias": torch.zeros(7), "ip4.weight": torch.zeros(1)}
     del state["ip1.bias"]
     save_file(state, tmp_path / "bad.safetensors")
-    faults = "missing: ip1.bias; unexpected: ip4.weight; of another shape: ip2.bias"
+    faults = "missing: ip1.bias; unexpected: ip4.weight; with a different shape: ip2.bias"
     with pytest.raises(ValueError, match=rf"bad\.safetensors does not fit LeNet300100: {faults}$"):
         load_checkpoint(tmp_path / "bad.safetensors", model)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
@@ -219,7 +221,7 @@ def test_augment_is_a_crop_of_the_padded_image_or_its_mirror() -> None:
 
 
 def positions(image: Tensor, result: Tensor) -> list[tuple[int, int, bool]]:
-    """All (y, x, mirrored) at which `result` lies in `image` padded by 4; there is at least one."""
+    """All (y, x, mirrored) at which `result` is a crop of `image` padded by 4. Asserts that there is one."""
     height, width, _ = image.shape
     padded = nn.functional.pad(image, (0, 0, 4, 4, 4, 4))
     crops = {(y, x): padded[y : y + height, x : x + width] for y in range(9) for x in range(9)}

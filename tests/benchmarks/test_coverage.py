@@ -1,4 +1,4 @@
-"""benchmarks.coverage: rows from processes of their own, a file that a later run goes on with, and the page."""
+"""benchmarks.coverage: rows measured in their own processes, the file of rows that a run resumes from, the page."""
 
 import itertools
 import json
@@ -12,8 +12,10 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import coverage, coverage_one, peer, zoo, zoo_timm, zoo_transformers
-from benchmarks.coverage_page import page
+from benchmarks.coverage import one_model, zoo, zoo_timm, zoo_transformers
+from benchmarks.coverage import run as coverage
+from benchmarks.coverage.page import page
+from benchmarks.peers import torch_pruning as peer
 
 ROW = {
     "suite": "timm", "name": "a", "tool": "fxmerge", "status": "ok", "parameters": 2_000_000, "route": "export",
@@ -32,7 +34,7 @@ def table(*rows: dict[str, Any]) -> str:
 
 def test_squeezenet_is_measured() -> None:
     pytest.importorskip("torchvision")
-    found = coverage.folded(map(json.dumps, coverage_one.findings("fxmerge", "torchvision", "squeezenet1_1", 0)))
+    found = coverage.combined(map(json.dumps, one_model.findings("fxmerge", "torchvision", "squeezenet1_1", 0)))
     assert found["status"] == "ok" and found["stage"] == "done" and found["shapes_kept"]
     assert found["route"] == "symbolic" and found["groups"] == 25
     assert 0.3 < found["left"] < 0.4 and found["oracle"] < 1e-10
@@ -40,7 +42,9 @@ def test_squeezenet_is_measured() -> None:
 
 def test_an_unknown_model_is_a_failure_with_its_message() -> None:
     pytest.importorskip("torchvision")
-    found = coverage.settled(coverage.folded(map(json.dumps, coverage_one.findings("fxmerge", "torchvision", "no", 0))))
+    found = coverage.with_error(
+        coverage.combined(map(json.dumps, one_model.findings("fxmerge", "torchvision", "no", 0)))
+    )
     assert found["status"] == "failed" and "no" in found["error"]
 
 
@@ -61,7 +65,7 @@ def test_timm_names_are_timm_s() -> None:
 def test_transformers_run(name: str) -> None:
     pytest.importorskip("transformers")
     assert name in zoo_transformers.ARCHITECTURES
-    assert coverage_one.shapes(zoo.build("transformers", name).run())[0] == [1, 12, 120]
+    assert one_model.shapes(zoo.build("transformers", name).run())[0] == [1, 12, 120]
 
 
 def test_constants_become_random_and_batch_norms_fit_the_example() -> None:
@@ -85,7 +89,7 @@ def test_the_peer_leaves_classifiers() -> None:
     assert peer.ignored(net, "torchvision") == [net[1]]
 
 
-def test_a_later_row_replaces_an_earlier_one_and_an_unfinished_line_is_passed_over(tmp_path: Path) -> None:
+def test_a_later_row_replaces_an_earlier_one_and_an_incomplete_line_is_skipped(tmp_path: Path) -> None:
     path = tmp_path / "below" / "rows.jsonl"
     coverage.append_row(path, row(left=0.5))
     with path.open("a") as file:
@@ -96,7 +100,7 @@ def test_a_later_row_replaces_an_earlier_one_and_an_unfinished_line_is_passed_ov
     assert [(key[1], r["left"]) for key, r in rows.items()] == [("a", 0.3), ("b", 0.4)]
 
 
-def test_a_run_goes_on_where_the_last_one_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_continues_where_the_last_one_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured = []
 
     def fake(key: tuple[str, str, str], *_: Any) -> tuple[dict[str, Any], float]:
@@ -117,16 +121,16 @@ def test_a_run_goes_on_where_the_last_one_stopped(tmp_path: Path, monkeypatch: p
     assert measured[3:] == [("timm", "a", "fxmerge"), ("timm", "b", "fxmerge")]
 
 
-def slow(tool: str, suite: str, name: str, told: str, *_: Any) -> None:
-    """Has merged, or not, when it stops making progress."""
-    Path(told).write_text(
+def slow(tool: str, suite: str, name: str, out: str, *_: Any) -> None:
+    """Does not return; before that it has merged the model if the name says so."""
+    Path(out).write_text(
         '{"status": "failed", "stage": "analysis"}\n' + ('{"status": "ok"}\n{"le' * (name == "merged"))
     )
     time.sleep(600)
 
 
-def dying(tool: str, suite: str, name: str, told: str, noise: str, *_: Any) -> None:
-    Path(told).write_text('{"status": "failed", "stage": "merge"}\n')
+def dying(tool: str, suite: str, name: str, out: str, noise: str, *_: Any) -> None:
+    Path(out).write_text('{"status": "failed", "stage": "merge"}\n')
     Path(noise).write_text("some noise\nlast words\n")
     os._exit(3)
 
@@ -139,7 +143,7 @@ def fake_row(name: str, work: Any, monkeypatch: pytest.MonkeyPatch, timeout: flo
 def test_a_process_out_of_time(monkeypatch: pytest.MonkeyPatch) -> None:
     found = fake_row("stuck", slow, monkeypatch, 1)
     assert found["status"] == "failed" and found["error"] == "stopped after 1 s, in analysis"
-    found = fake_row("merged", slow, monkeypatch, 1)  # the oracle's time, not the merge's
+    found = fake_row("merged", slow, monkeypatch, 1)  # it ran out of time in the oracle, not in the merge
     assert found["status"] == "ok" and found["oracle_note"] == "stopped after 1 s"
 
 
@@ -161,10 +165,11 @@ def test_page() -> None:
     )
     assert "- timm: 2 of 5 models merged, 1 of them with oracle 1 <= 1e-10" in text
     assert "oracle 1 > 1e-10: 1: wrong (1e-03)" in text
-    assert "nothing to merge: 1: idle" in text
-    assert "more left than the peer by over 5 points: 1: a (+10)" in text
+    assert "have no merge groups: 1: idle" in text
+    assert "more parameters left than with the peer, by over 5 points: 1: a (+10)" in text
     assert "pruned by the peer but not merged: 1: bad" in text
-    assert f"the 2 models that both did: median {ROW['merge_s']:.2f} s for a merge, the peer 7.50 s" in text
+    both = f"median {ROW['merge_s']:.2f} s with fxmerge, 7.50 s with the peer"
+    assert f"the 2 models that both tools handle: {both}" in text
     assert "| **1e-03 (0)** |" in text and "31 % of channels: topk has no rule" in text
     assert "| 2 | cannot be traced: a \\| b | bad, worse |" in text
 

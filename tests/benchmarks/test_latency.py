@@ -1,25 +1,25 @@
-"""benchmarks.latency: what is in the way, from known times; the page of one small model."""
+"""benchmarks.speed.latency: the slow ops for given times, and the page for a small model."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-from benchmarks import latency
+from benchmarks.speed import latency
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "told"),
+    ("before", "after", "expected"),
     [
         ({"convolution": 8.0, "relu": 2.0}, {"convolution": 4.0, "relu": 1.0}, "-"),
         ({"convolution": 8.0, "relu": 2.0}, {"convolution": 4.0, "relu": 2.0}, "relu 1.00"),
         ({"convolution": 8.0, "relu": 2.0}, {"convolution": 6.0, "relu": 2.0}, "convolution 0.75, relu 1.00"),
         ({"linear": 8.0}, {"linear": 4.0, "attention": 1.0}, "attention (new)"),
-        ({"linear": 8.0}, {"linear": 4.0, "add": 0.1}, "-"),  # next to nothing
+        ({"linear": 8.0}, {"linear": 4.0, "add": 0.1}, "-"),  # negligible
     ],
 )
-def test_what_is_in_the_way(before: dict[str, float], after: dict[str, float], told: str) -> None:
-    assert latency.in_the_way(before, after, 0.5) == told
+def test_slow_ops(before: dict[str, float], after: dict[str, float], expected: str) -> None:
+    assert latency.slow_ops(before, after, 0.5) == expected
 
 
 def test_kernels_of_one_kind_of_op() -> None:

@@ -1,4 +1,4 @@
-"""The published algorithm as benchmarks.peers runs it, and what the page of peers says."""
+"""The published algorithm as run by benchmarks.peers, and the page of benchmarks.peers."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 import fxmerge
-from benchmarks import peers
-from benchmarks.models import lenet_300_100, resnet
-from benchmarks.published import chains, neuron_merging
-from benchmarks.speed import random_batch_norm
+from benchmarks.networks.models import lenet_300_100, resnet
+from benchmarks.paper.neuron_merging import chains, neuron_merging
+from benchmarks.peers import compare as peers
+from benchmarks.speed.vgg16 import random_batch_norm
 
 
 def counts(model: nn.Module) -> dict[str, int]:
@@ -24,7 +24,7 @@ def by_fxmerge(model: nn.Module, x: torch.Tensor, decomposition: str) -> nn.Modu
     return fxmerge.merge(model, x, options).module
 
 
-def test_published_loops_give_what_fxmerge_gives() -> None:
+def test_published_algorithm_and_fxmerge_give_the_same_network() -> None:
     torch.manual_seed(0)
     for model, x in (
         (lenet_300_100().eval(), torch.randn(4, 784)),

@@ -1,4 +1,4 @@
-"""benchmarks.speed: the baseline comes to fxmerge's network, and takes many times as long."""
+"""benchmarks.speed: the baseline gives the same network as fxmerge and takes many times as long."""
 
 from collections.abc import Iterator
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import speed
-from benchmarks.models import VGG
+from benchmarks.networks.models import VGG
+from benchmarks.speed import vgg16 as speed
 from tests.helpers.netmaking import plain_merge
 
 
@@ -33,18 +33,18 @@ def small() -> tuple[SmallVGG, torch.Tensor]:
     return model, torch.randn(2, 3, 4, 4)
 
 
-def test_baseline_comes_to_the_same_network() -> None:
+def test_baseline_gives_the_same_network() -> None:
     model, example = small()
     layers, classifier = speed.baseline(model, WIDTHS)
     result = speed.merge(model, example, WIDTHS)
     assert [len(layer.kept) for layer in layers.values()] == list(WIDTHS)
     carried = [p for group in result.plan.groups for p in group.partners if p.into >= 0]
-    assert len(carried) == 8 - 4 + 16 - 8 + 16 - 6  # all of the dropped: the comparison has something to see
+    assert len(carried) == 8 - 4 + 16 - 8 + 16 - 6  # every dropped channel has a partner to compare
     speed.check_same(layers, classifier, result)
 
 
 @pytest.mark.parametrize("change", [{"mostsim_scale": "exact"}, {"selection": "gm"}, {"decomposition": "prune"}])
-def test_check_sees_another_merge(change: dict[str, str]) -> None:
+def test_check_same_detects_another_merge(change: dict[str, str]) -> None:
     model, example = small()
     layers, classifier = speed.baseline(model, WIDTHS)
     other = plain_merge(model, example, speed.merge(model, example, WIDTHS).plan.options.replace(**change))
@@ -63,6 +63,6 @@ def test_stage_seconds_adds_up_to_the_merge() -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_vgg16_merges_many_times_as_fast() -> None:
-    """The goal is 20; an idle machine shows 17 to 20, a busy one less."""
+    """The goal is 20 times. An idle machine reaches 17 to 20, a busy one less."""
     theirs, ours, _ = speed.measure(runs=5, baseline_runs=2, console=Console(quiet=True))
     assert theirs / ours >= 10

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import fxmerge
-from benchmarks.picture import photograph
+from benchmarks.demo.picture import screenshot
 from fxmerge.report.picture.page import page
 from fxmerge.report.picture.records import Picture
 from tests.helpers.drawings import Named, nasty, wide
@@ -242,7 +242,7 @@ def test_a_link_opens_the_page_at_a_layer(opened: Any, tmp_path: Path) -> None:
 
 def test_the_picture_of_the_readme_is_a_photograph(tmp_path: Path) -> None:
     merged("residual").report.html(tmp_path / "page.html")
-    photograph(tmp_path / "page.html", "b", tmp_path / "page.png")
+    screenshot(tmp_path / "page.html", "b", tmp_path / "page.png")
     data = (tmp_path / "page.png").read_bytes()
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
     assert [int.from_bytes(data[at : at + 4], "big") for at in (16, 20)] == [1500, 950]

@@ -271,7 +271,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 LIMITED = """
 import resource, sys, torch, fxmerge
-from benchmarks.growth import Net
+from benchmarks.speed.growth import Net
 torch.set_num_threads(1)
 path, out, kept = sys.argv[1], sys.argv[2], sys.argv[3] == "disk"
 net, small = Net("linear", 128, 1024), Net("linear", 2, 8)
@@ -291,8 +291,8 @@ print("merged")
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="sets and reads memory limits as on Linux")
 def test_a_model_of_four_times_the_memory(tmp_path: Path) -> None:
     """512 MiB of weights are merged with a limit of 128 MiB on the memory that the process may allocate."""
-    from benchmarks.growth import Net as Growing
-    from benchmarks.growth import write_layers
+    from benchmarks.speed.growth import Net as Growing
+    from benchmarks.speed.growth import write_layers
 
     files = tmp_path / "w"
     files.mkdir()

@@ -1,6 +1,6 @@
-"""One model of each timm family (a module of timm.models): the smallest one, at its own input size.
+"""One model of each timm family (a module of timm.models): the smallest one, with its own input size.
 
-`smallest` made the table; where it came to one of timm's `test_` models, an ordinary small one stands instead.
+The table was made with `smallest`. Where that is one of timm's `test_` models, a regular small model is used instead.
 """
 
 from typing import Any
@@ -111,14 +111,14 @@ FAMILIES = {
 
 
 def names() -> list[str]:
-    """The table's models, where timm is installed; ImportError otherwise."""
+    """The models in the table. Raises ImportError if timm is not installed."""
     import timm  # noqa: F401
 
     return list(FAMILIES.values())
 
 
 def model(name: str) -> tuple[nn.Module, tuple[Any, ...]]:
-    """A timm model without weights, and one image of the size that it is made for."""
+    """A timm model with random weights, and one image of its input size."""
     import timm
 
     made = timm.create_model(name, pretrained=False)
@@ -126,7 +126,10 @@ def model(name: str) -> tuple[nn.Module, tuple[Any, ...]]:
 
 
 def smallest(family: str, least: int = 300_000) -> str:
-    """The model of a family with the fewest parameters, at least so many; larger images count as more parameters."""
+    """The model of a family with the fewest parameters, but at least `least`.
+
+    For images larger than 256 pixels the number of parameters is multiplied by size / 224.
+    """
     import timm
 
     weighed = []

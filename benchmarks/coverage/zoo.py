@@ -1,6 +1,7 @@
-"""The models of benchmarks.coverage: torchvision's, one of each timm family, small transformers; random weights.
+"""The models of benchmarks.coverage: all of torchvision, one of each timm family, and small transformers.
 
-A model is named by its suite and its name there. Nothing is downloaded: weights are random, from one seed.
+A model is identified by its suite and its name in the suite. Weights are random, from a fixed seed; nothing is
+downloaded.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,31 +11,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import zoo_timm, zoo_transformers
+from benchmarks.coverage import zoo_timm, zoo_transformers
 
 
 @dataclass(frozen=True)
 class Specimen:
-    """A model in eval mode and inputs it takes: a tuple of positional arguments, or a dict of keyword arguments."""
+    """A model in eval mode and its inputs: a tuple of positional arguments, or a dict of keyword arguments."""
 
     model: nn.Module
     inputs: tuple[Any, ...] | dict[str, Any]
 
     def run(self) -> Any:
-        """What the model gives for its inputs."""
+        """The output of the model for its inputs."""
         with torch.no_grad():
             return self.model(**self.inputs) if isinstance(self.inputs, dict) else self.model(*self.inputs)
 
 
 def torchvision_names() -> list[str]:
-    """All of torchvision's models; those named quantized_ are taken as the float models that they are made of."""
+    """All models of torchvision. Names with quantized_ give the float model before quantisation."""
     from torchvision.models import list_models
 
     return list(list_models())
 
 
 def torchvision_model(name: str) -> tuple[nn.Module, tuple[Any, ...]]:
-    """A torchvision model without weights, and inputs as its page says; detection works on images of 320 pixels."""
+    """A torchvision model with random weights, and inputs of its documented size; 320 pixels for detection."""
     from torchvision.models import get_model, get_model_builder, get_model_weights
 
     kind = get_model_builder(name).__module__.removeprefix("torchvision.models.").split(".")[0]
@@ -52,7 +53,7 @@ def torchvision_model(name: str) -> tuple[nn.Module, tuple[Any, ...]]:
     if kind == "optical_flow":
         return get_model(name, weights=None), (torch.rand(1, 3, 128, 128), torch.rand(1, 3, 128, 128))
     if kind == "detection":
-        # with random weights no box reaches the usual score, and an empty answer would show nothing
+        # with random weights no box reaches the default score, and empty outputs would hide errors
         sized = {} if name.startswith("ssd") else {"min_size": 320, "max_size": 320}
         threshold = "box_score_thresh" if "rcnn" in name else "score_thresh"
         model = get_model(name, weights=None, weights_backbone=None, **sized, **{threshold: 0.0})
@@ -73,12 +74,12 @@ SUITES: Mapping[str, tuple[Callable[[], list[str]], Builder]] = {
 
 
 def names(suite: str) -> list[str]:
-    """The names of a suite's models; ImportError where its package is not installed."""
+    """The names of the models of a suite. Raises ImportError if its package is not installed."""
     return SUITES[suite][0]()
 
 
 def build(suite: str, name: str, seed: int = 0) -> Specimen:
-    """One model with random weights and inputs, the same ones each time."""
+    """One model with random weights and inputs; the same seed gives the same ones."""
     torch.manual_seed(seed)
     model, inputs = SUITES[suite][1](name)
     generator = torch.Generator().manual_seed(seed)
@@ -90,15 +91,17 @@ def build(suite: str, name: str, seed: int = 0) -> Specimen:
 
 @torch.no_grad()
 def vary_constants(model: nn.Module, generator: torch.Generator) -> None:
-    """Give random values to whatever starts as a constant: equal values, zeros and scales of 1e-6 would hide it where
-    one channel is taken for another."""
+    """Give random values to parameters that are initialised to a constant.
+
+    With equal values, zeros or scales of 1e-6 an exchange of two channels would not change the output.
+    """
     for value in model.parameters():
         if value.is_floating_point() and value.numel() and bool((value == value.flatten()[0]).all()):
             value.copy_(varied(value, generator))
 
 
 def varied(value: Tensor, generator: torch.Generator) -> Tensor:
-    """Random values around those of a constant tensor; one number stays as it is unless it is zero."""
+    """Random values around those of a constant tensor. A tensor with one element only changes if it is zero."""
     constant = float(value.flatten()[0])
     if constant == 0:
         fan_in = max(value[0].numel(), 1) if value.dim() > 1 else 1
@@ -112,8 +115,11 @@ def varied(value: Tensor, generator: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def vary_batch_norms(specimen: Specimen, generator: torch.Generator) -> None:
-    """Give each BatchNorm random statistics, around those of the example: trained ones fit their inputs, and ones
-    that do not fit let activations grow with each block until sigmoids saturate and hide what went wrong."""
+    """Give each BatchNorm random statistics close to those of its input on the example.
+
+    The statistics of a trained model fit its inputs. With others, activations grow from block to block until sigmoids
+    saturate, which would hide errors.
+    """
 
     def fit(module: nn.Module, args: tuple[Any, ...]) -> None:
         hooks.pop(module).remove()

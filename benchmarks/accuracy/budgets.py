@@ -1,8 +1,8 @@
-"""Accuracy at a budget of FLOPs: `python -m benchmarks.budgets --data DIR --weights DIR --out docs`.
+"""Accuracy at a budget of FLOPs: `python -m benchmarks.accuracy.budgets --data DIR --weights DIR --out docs`.
 
-ResNet-56 on CIFAR-10 without data, its inner channels and all of them: `fxmerge.sweep` by each allocator. The tables
-go into accuracy.md behind its other sections, the curves into budgets.svg. With --points DIR a run that was stopped
-goes on where it was. Test images only measure.
+Runs `fxmerge.sweep` with each allocator on ResNet-56 (CIFAR-10), without data, for the inner channels and for all
+channels. The tables are written at the end of accuracy.md and the curves to budgets.svg. With --points DIR a stopped
+run continues where it stopped. Test images are only used to measure accuracy.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from pathlib import Path
 from rich.console import Console
 
 import fxmerge
-from benchmarks.accuracy import BUDGETS, images
-from benchmarks.data import accuracy
-from benchmarks.models import load_checkpoint
-from benchmarks.paper import BATCH, NETWORKS, find_weights, measured, measuring
+from benchmarks.accuracy.ratios import BUDGETS
+from benchmarks.networks.data import accuracy
+from benchmarks.networks.models import load_checkpoint
+from benchmarks.networks.published import BATCH, NETWORKS, find_weights, flags, images, parse
 
 SCOPES = {"internal": "inner channels", "all": "all channels"}
 SHARES = (0.7, 0.5, 0.35)
@@ -27,7 +27,7 @@ Curves = Mapping[str, fxmerge.Sweep]  # allocator -> its curve
 def curves(
     scope: str, shares: Sequence[float], data: Path, weights: Path, points: Path | None, console: Console
 ) -> dict[str, fxmerge.Sweep]:
-    """Allocator -> top-1 accuracy on the first test images at each budget."""
+    """The curve of each allocator: top-1 accuracy in % on the first IMAGES test images, at each budget."""
     network = NETWORKS["resnet56"]
     model = network.build().eval()
     metadata = load_checkpoint(find_weights(network, weights), model)
@@ -46,13 +46,14 @@ def curves(
 
 
 def markdown(results: Mapping[str, Curves]) -> str:
-    """One table for each scope: a row for each budget, accuracy and parameters left by each allocator."""
+    """One table for each scope. A row is a budget; its cells are accuracy and parameters left with each allocator."""
     lines = [f"{BUDGETS}\n", "## ResNet-56, CIFAR-10, at a budget of FLOPs\n"]
     first = next(iter(next(iter(results.values())).values()))
-    original, told = first.original, " ".join(f"{p.asked:g}" for p in first.points)
+    original, shares = first.original, " ".join(f"{p.asked:g}" for p in first.points)
     lines.append(
-        f"`python -m benchmarks.budgets --shares {told}`; first {IMAGES:,} test images, original {original.value:.2f} "
-        "%; refit, no data. `uniform`: every group keeps the same share; `greedy`: by each group's own error.\n"
+        f"`python -m benchmarks.accuracy.budgets --shares {shares}`; first {IMAGES:,} test images, original "
+        f"{original.value:.2f} %; refit, no data. `uniform`: every group keeps the same share; `greedy`: "
+        "the share depends on the group's own error.\n"
     )
     if len(first.points) > 1:
         lines.append("![accuracy against FLOPs left](budgets.svg)\n")
@@ -64,19 +65,19 @@ def markdown(results: Mapping[str, Curves]) -> str:
             cells = []
             for curve in found.values():
                 point = curve.points[at]
-                whole = f"{point.value:.2f} | {point.parameters / original.parameters:.1%}"
-                cells.append("not met | -" if point.failed else whole)
+                figures = f"{point.value:.2f} | {point.parameters / original.parameters:.1%}"
+                cells.append("not met | -" if point.failed else figures)
             lines.append(f"| {share:.0%} | " + " | ".join(cells) + " |")
         lines.append("")
     return "\n".join(lines)
 
 
 def plot(results: Mapping[str, Curves], path: Path) -> None:
-    """Accuracy against FLOPs left, one panel a scope."""
+    """Accuracy against FLOPs left, with one panel for each scope."""
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "the same ids for the same picture"
+    matplotlib.rcParams["svg.hashsalt"] = "fixed"  # the same numbers give the same file
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, len(results), figsize=(5.5 * len(results), 4), squeeze=False, sharey=True)
@@ -93,18 +94,18 @@ def plot(results: Mapping[str, Curves], path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = measuring("budgets", "Accuracy at a budget of FLOPs.", SCOPES)
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where accuracy.md and budgets.svg go")
-    parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="of the FLOPs that may remain")
-    parser.add_argument("--points", type=Path, metavar="DIR", help="folder of finished points, for going on later")
-    args = measured(parser, argv)
+    parser = flags("accuracy.budgets", "Measure accuracy at budgets of FLOPs.", SCOPES)
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for accuracy.md and budgets.svg")
+    parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="budgets: shares of the original FLOPs")
+    parser.add_argument("--points", type=Path, metavar="DIR", help="folder for finished points, to resume a run")
+    args = parse(parser, argv)
     console = Console(stderr=True, highlight=False)
     results = {scope: curves(scope, args.shares, args.data, args.weights, args.points, console) for scope in args.only}
     page = args.out / "accuracy.md"
     before = page.read_text(encoding="utf-8").partition(BUDGETS)[0].rstrip() + "\n\n" if page.is_file() else ""
     page.write_text(before + markdown(results), encoding="utf-8")
     if len(args.shares) < 2:
-        return  # one point is no curve
+        return  # a single point is not a curve
     try:
         plot(results, args.out / "budgets.svg")
     except ImportError:

@@ -1,4 +1,4 @@
-"""docs/coverage.md from the rows of benchmarks.coverage: summary, table of each suite, what failed and why."""
+"""Writes docs/coverage.md from the rows of benchmarks.coverage: summary, one table for each suite, failures."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,30 +9,30 @@ Key = tuple[str, str, str]  # suite, name, tool
 Row = dict[str, Any]
 
 TOOLS = ("fxmerge", "peer")
-EXACT = 1e-10  # oracle 1 in float64: above this the analysis is wrong
-MARGIN = 0.05  # left over the peer's by more than this is worth a look
+EXACT = 1e-10  # bound of oracle 1 in float64: above it the analysis is wrong
+MARGIN = 0.05  # models where the peer leaves less by more than this are listed
 OUTPUT = "is the model's output"
 
 INTRODUCTION = """\
 # Coverage
 
-`python -m benchmarks.coverage` makes this page: random weights, one process for each model, one thread, CPU seconds.
+`python -m benchmarks.coverage` writes this page: random weights, one process for each model, one thread, CPU seconds.
 
-- *left*: parameters at ratio 0.5 over those before, `decomposition="prune"`, `scope="all"`. Layers that the graph does
-  not call count as left.
-- *captured*: the graph's origin, `symbolic` (torch.fx), `export` (torch.export) or parts of the model.
-- *oracle 1*: relative change of the float64 output when channels are permuted wherever the analysis says that they
-  live, all groups together and then one by one; *(n)*: time was enough for n groups one by one.
-- *peer*: Torch-Pruning 1.6.1, `MagnitudePruner` with `GroupMagnitudeImportance`, ratio 0.5, as its own examples use it;
-  the pruned model must run on the same inputs. *s*: its seconds for building the pruner and pruning.
-- *note*: why it failed, else what kept channels from being merged, outputs left out.
+- *left*: share of the parameters left at ratio 0.5 with `decomposition="prune"` and `scope="all"`. Layers that the
+  graph does not call count as left.
+- *captured*: where the graph comes from: `symbolic` (torch.fx), `export` (torch.export), or `recorded` part by part.
+- *oracle 1*: relative change of the float64 output when the channels of a group are permuted in every place that the
+  analysis found; first all groups together, then one by one. *(n)*: the time was sufficient for n groups one by one.
+- *peer*: Torch-Pruning 1.6.1, `MagnitudePruner` with `GroupMagnitudeImportance`, ratio 0.5, as in its own examples;
+  the pruned model must run on the same inputs. *s*: seconds to build the pruner and to prune.
+- *note*: why the model failed, or else why channels were not merged (other than being the model's output).
 """
 HEADER = "| model | parameters | captured | groups | left | analysis, s | merge, s | oracle 1 | peer: left | s | note |"
 RULE = "|---|--:|---|--:|--:|--:|--:|--:|--:|--:|---|"
 
 
 def page(rows: Mapping[Key, Row], remark: str = "") -> str:
-    """The whole page; `remark` says how the rows were measured."""
+    """The page. `remark` is a line on how the rows were measured."""
     suites = sorted({suite for suite, _, tool in rows}, key=lambda s: (s != "torchvision", s != "timm", s))
     parts = [INTRODUCTION, *([remark, ""] if remark else []), *summary("all", rows)]
     for suite in suites:
@@ -44,7 +44,7 @@ def page(rows: Mapping[Key, Row], remark: str = "") -> str:
 
 
 def summary(title: str, rows: Mapping[Key, Row]) -> list[str]:
-    """The lines above a table: how many merged, medians, what to look at."""
+    """The lines above a table: number of merged models, medians, and the models to look at."""
     ours = [row for key, row in sorted(rows.items()) if key[2] == "fxmerge"]
     theirs = {key[:2]: row for key, row in rows.items() if key[2] == "peer"}
     merged = [row for row in ours if row["status"] == "ok" and row["groups"]]
@@ -57,22 +57,23 @@ def summary(title: str, rows: Mapping[Key, Row]) -> list[str]:
         out.append(f"- medians: {100 * median(r['left'] for r in merged):.1f} % of the parameters left, {seconds}")
     out.append(f"- oracle 1 > {EXACT:.0e}: {_listed(wrong)}")
     if idle:
-        out.append(f"- ran, but there was nothing to merge: {_listed(idle)}")
+        out.append(f"- ran, but have no merge groups: {_listed(idle)}")
     other = [row["name"] for row in merged if not row.get("shapes_kept", True)]
     if other:
-        out.append(f"- outputs of other shapes: {_listed(other)}")
+        out.append(f"- outputs with different shapes: {_listed(other)}")
     if theirs:
         pruned = [row for row in theirs.values() if row["status"] == "ok"]
         kept = sum(row.get("shapes_kept", False) for row in pruned)
         times = f", median {_median(pruned, 'merge_s')} s" if pruned else ""
-        out.append(f"- peer: {len(pruned)} of {len(theirs)} pruned, {kept} of them with outputs of their shape{times}")
+        out.append(f"- peer: {len(pruned)} of {len(theirs)} pruned, {kept} of them with the same output shapes{times}")
         pairs = [(row, theirs.get((row["suite"], row["name"]))) for row in merged]
         both = [(row, p) for row, p in pairs if p and p["status"] == "ok"]
         if both:
             ours_s, theirs_s = (_median([pair[at] for pair in both], "merge_s") for at in (0, 1))
-            out.append(f"- the {len(both)} models that both did: median {ours_s} s for a merge, the peer {theirs_s} s")
+            seconds = f"median {ours_s} s with fxmerge, {theirs_s} s with the peer"
+            out.append(f"- the {len(both)} models that both tools handle: {seconds}")
         more = [f"{r['name']} (+{100 * (r['left'] - p['left']):.0f})" for r, p in pairs if p and _more(r, p)]
-        out.append(f"- more left than the peer by over {100 * MARGIN:.0f} points: {_listed(more)}")
+        out.append(f"- more parameters left than with the peer, by over {100 * MARGIN:.0f} points: {_listed(more)}")
         pruned_keys = {key for key, row in theirs.items() if row["status"] == "ok" and row.get("shapes_kept")}
         lost = [r["name"] for r in ours if r["status"] != "ok" and (r["suite"], r["name"]) in pruned_keys]
         out.append(f"- pruned by the peer but not merged: {_listed(lost)}")
@@ -80,7 +81,7 @@ def summary(title: str, rows: Mapping[Key, Row]) -> list[str]:
 
 
 def _more(row: Row, peer: Row) -> bool:
-    """Is more left than the peer leaves? One that changes the shape of the output does not count."""
+    """Whether more is left than with the peer. A peer that changes the shape of the output does not count."""
     return peer["status"] == "ok" and bool(peer.get("shapes_kept")) and row["left"] > peer["left"] + MARGIN
 
 
@@ -93,7 +94,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def line(ours: Row | None, theirs: Row | None, name: str) -> str:
-    """One model's row of the table; a cell without a number says why or stays empty."""
+    """The row of one model in the table. A cell without a number has the reason or is empty."""
     own, peer = ours or {}, theirs or {}
     groups = str(own["groups"]) if "groups" in own else ""
     cells = [
@@ -113,12 +114,12 @@ def line(ours: Row | None, theirs: Row | None, name: str) -> str:
 
 
 def escaped(text: str) -> str:
-    """Text that may stand in a cell of a table."""
+    """The text, escaped for a cell of a Markdown table."""
     return text.replace("\n", " ").replace("|", "\\|").replace("<", "\\<")
 
 
 def oracle(row: Row) -> str:
-    """Oracle 1's error, or why there is none."""
+    """The error of oracle 1, or why there is none."""
     if "oracle" not in row:
         return short(row.get("oracle_note", ""), 40)
     tried = row.get("oracle_tried", 0)
@@ -128,19 +129,19 @@ def oracle(row: Row) -> str:
 
 
 def note(row: Row) -> str:
-    """Why a model failed; else the reason that keeps most channels, where it is more than the model's output."""
+    """Why a model failed, or else the most frequent reason, other than the output, why channels were not merged."""
     if row.get("status") == "failed":
         return short(row.get("error", "failed"), 160)
-    parts = [] if row.get("shapes_kept", True) else ["outputs have other shapes"]
+    parts = [] if row.get("shapes_kept", True) else ["outputs have different shapes"]
     reasons = [(why, n) for why, n in row.get("refused", []) if why != OUTPUT]
-    whole = row.get("channels", 0) + sum(n for _, n in row.get("refused", []))
-    if reasons and reasons[0][1] > 0.05 * whole:
-        parts.append(f"{100 * reasons[0][1] / whole:.0f} % of channels: {short(reasons[0][0], 120)}")
+    total = row.get("channels", 0) + sum(n for _, n in row.get("refused", []))
+    if reasons and reasons[0][1] > 0.05 * total:
+        parts.append(f"{100 * reasons[0][1] / total:.0f} % of channels: {short(reasons[0][0], 120)}")
     return "; ".join(parts)
 
 
 def short(text: str, length: int) -> str:
-    """The text, cut off at a length."""
+    """The text, shortened to `length` characters."""
     return text if len(text) <= length else text[: length - 1].rstrip() + "…"
 
 
@@ -161,12 +162,12 @@ def _number(row: Row, field: str) -> str:
 def _peer(row: Row) -> str:
     if row.get("status") == "failed":
         return short(row.get("error", "failed"), 60)
-    other = "" if row.get("shapes_kept", True) else ", other output"
+    other = "" if row.get("shapes_kept", True) else ", different output"
     return _percent(row) + other if row else ""
 
 
 def failures(rows: Mapping[Key, Row]) -> Iterable[str]:
-    """What failed, most frequent message first, and the reasons that keep channels, by channels."""
+    """The failures, most frequent message first, and the reasons why channels were not merged, most channels first."""
     why: dict[str, list[str]] = {}
     for (_, name, tool), row in sorted(rows.items()):
         if tool == "fxmerge" and row["status"] == "failed":
@@ -178,16 +179,16 @@ def failures(rows: Mapping[Key, Row]) -> Iterable[str]:
                 kept[reason] += channels
                 models[reason] += 1
     if why:
-        yield from ("", "## What failed", "", "| models | message | which |", "|--:|---|---|")
+        yield from ("", "## Failures", "", "| models | message | names |", "|--:|---|---|")
         for message, names in sorted(why.items(), key=lambda item: -len(item[1])):
             yield f"| {len(names)} | {escaped(short(message, 300))} | {', '.join(names)} |"
     if kept:
-        yield from ("", "## What keeps channels", "", "| models | channels | reason |", "|--:|--:|---|")
+        yield from ("", "## Why channels are not merged", "", "| models | channels | reason |", "|--:|--:|---|")
         for reason, channels in kept.most_common(30):
             yield f"| {models[reason]} | {channels:,} | {escaped(short(reason, 200))} |"
 
 
 def general(message: str) -> str:
-    """A message without the class that it begins with, so that models which fail alike stand together."""
+    """A message without the class name at its start, so that equal failures are counted together."""
     first, _, rest = message.partition(" ")
     return rest if rest and first[:1].isupper() and first.isalnum() else message

@@ -1,8 +1,9 @@
-"""fxmerge beside its peers: `python -m benchmarks.peers --data DIR --weights DIR --out docs`; writes peers.md.
+"""fxmerge compared with its peers: `python -m benchmarks.peers --data DIR --weights DIR --out docs` writes peers.md.
 
-One run, the same machine, weights and test images, and the same number of channels kept in the same layers; no
-fine-tuning. Torch-Pruning (from the registry) and the published neuron merging keep the largest l1 norms. Each merge
-has a process of its own, so that its peak of memory is its own; what is imported and loaded before does not count.
+All methods run on the same machine, weights and test images, keep the same number of channels in the same layers, and
+do not fine-tune. Torch-Pruning (from PyPI) and the published Neuron Merging keep the channels with the largest l1
+norms. Every merge runs in its own process, so that its peak of memory can be measured; imports and loading come first
+and are not counted.
 """
 
 import argparse
@@ -21,11 +22,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fxmerge
-from benchmarks.accuracy import CASES, Case, images
-from benchmarks.data import accuracy
-from benchmarks.models import load_checkpoint
-from benchmarks.paper import BATCH, NETWORKS, Network, find_weights, measured, measuring
-from benchmarks.published import chains, largest, neuron_merging
+from benchmarks.accuracy.ratios import CASES, Case
+from benchmarks.networks.data import accuracy
+from benchmarks.networks.models import load_checkpoint
+from benchmarks.networks.published import BATCH, NETWORKS, Network, find_weights, flags, images, parse
+from benchmarks.paper.neuron_merging import chains, largest, neuron_merging
 from fxmerge.weights.files import write_text
 
 NAMES = ("lenet", "resnet56")
@@ -33,51 +34,54 @@ NAMES = ("lenet", "resnet56")
 
 @dataclass(frozen=True)
 class Task:
-    """What every method gets: a model, a sample, {layer: channels kept}, unlabelled training images."""
+    """The arguments of every method."""
 
     network: Network
     model: nn.Module
-    example: Tensor
-    counts: Mapping[str, int]
-    train: Tensor
+    example: Tensor  # two images
+    counts: Mapping[str, int]  # layer -> number of channels to keep
+    train: Tensor  # training images, without labels
 
 
-def ours(**options: Any) -> Callable[[Task], nn.Module]:
+def by_fxmerge(**options: Any) -> Callable[[Task], nn.Module]:
+    """A method that merges with these options."""
+
     def run(task: Task) -> nn.Module:
-        given = list(task.train.split(100)) if options.get("refit") == "calibration" else None
+        batches = list(task.train.split(100)) if options.get("refit") == "calibration" else None
         keep = dict(task.counts)
         settings = fxmerge.Options(scope="internal", keep=keep, threshold=task.network.threshold, **options)
-        return fxmerge.merge(task.model, task.example, settings, calibration=given).module
+        return fxmerge.merge(task.model, task.example, settings, calibration=batches).module
 
     return run
 
 
-def torch_pruning(task: Task) -> nn.Module:
-    """Its dependency graph, told which channels go; what it leaves is what its pruners leave."""
+def by_torch_pruning(task: Task) -> nn.Module:
+    """Drop the channels with the smallest l1 norms through Torch-Pruning's dependency graph, like its own pruners."""
     import torch_pruning as tp
 
     kept = {name: largest(task.model.get_submodule(name), count) for name, count in task.counts.items()}
     with torch.enable_grad():
         graph = tp.DependencyGraph().build_dependency(task.model, example_inputs=task.example)
-        for name, stay in kept.items():
+        for name, channels in kept.items():
             layer = task.model.get_submodule(name)
-            gone = sorted({*range(len(layer.weight))} - {*stay.tolist()})  # type: ignore[arg-type]
+            dropped = sorted({*range(len(layer.weight))} - {*channels.tolist()})  # type: ignore[arg-type]
             drop = tp.prune_conv_out_channels if isinstance(layer, nn.Conv2d) else tp.prune_linear_out_channels
-            graph.get_pruning_group(layer, drop, idxs=gone).prune()
+            graph.get_pruning_group(layer, drop, idxs=dropped).prune()
     return task.model
 
 
 METHODS: dict[str, Callable[[Task], nn.Module]] = {
-    "fxmerge": ours(),
-    "fxmerge, training images": ours(refit="calibration"),
-    "fxmerge, no refit": ours(refit="none", selection="l1", mostsim_scale="reference"),
-    "fxmerge, prune only": ours(refit="none", selection="l1", decomposition="prune"),
-    "Torch-Pruning": torch_pruning,
+    "fxmerge": by_fxmerge(),
+    "fxmerge, training images": by_fxmerge(refit="calibration"),
+    "fxmerge, no refit": by_fxmerge(refit="none", selection="l1", mostsim_scale="reference"),
+    "fxmerge, prune only": by_fxmerge(refit="none", selection="l1", decomposition="prune"),
+    "Torch-Pruning": by_torch_pruning,
     "neuron merging, published": lambda task: neuron_merging(task.model, task.counts, task.network.threshold),
 }
 
 
-def task_of(case: Case, ratio: float, data: Path, weights: Path) -> Task:
+def make_task(case: Case, ratio: float, data: Path, weights: Path) -> Task:
+    """Load the network, its weights and its training images; every layer keeps `1 - ratio` of its channels."""
     network = NETWORKS[case.network]
     model = network.build().eval()
     metadata = load_checkpoint(find_weights(network, weights), model)
@@ -86,14 +90,14 @@ def task_of(case: Case, ratio: float, data: Path, weights: Path) -> Task:
     return Task(network, model, train[:2], {n: max(1, round(w * (1 - ratio))) for n, w in widths.items()}, train)
 
 
-def one(case: Case, ratio: float, method: str, data: Path, weights: Path) -> dict[str, float]:
-    """One method's figures: what it made, and what that took."""
-    task = task_of(case, ratio, data, weights)
+def measure(case: Case, ratio: float, method: str, data: Path, weights: Path) -> dict[str, float]:
+    """Run one method in this process: seconds, peak memory in MiB, parameters, FLOPs, and accuracy in %."""
+    task = make_task(case, ratio, data, weights)
     if "fxmerge" in method:
-        fxmerge.merge(nn.Linear(4, 4), torch.zeros(1, 4))  # what is imported late is imported now
+        fxmerge.merge(nn.Linear(4, 4), torch.zeros(1, 4))  # imports what fxmerge imports on first use
     elif method == "Torch-Pruning":
         import torch_pruning  # noqa: F401
-    before = _forgotten()
+    before = _reset_peak()
     start, wall = time.process_time(), time.perf_counter()
     small = METHODS[method](task).eval()
     seconds, wall = time.process_time() - start, time.perf_counter() - wall
@@ -108,14 +112,14 @@ def one(case: Case, ratio: float, method: str, data: Path, weights: Path) -> dic
     return {**found, "accuracy": accuracy(small, x, y, BATCH)}
 
 
-def _forgotten() -> float:
-    """MiB that this process holds now; from here on the most that it has held is counted anew (Linux)."""
+def _reset_peak() -> float:
+    """Reset the peak memory of this process (Linux) and return its memory now, in MiB."""
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     return _status("VmRSS")
 
 
 def _peak() -> float:
-    """MiB, the most that this process has held."""
+    """Peak memory of this process since `_reset_peak`, in MiB."""
     return _status("VmHWM")
 
 
@@ -125,10 +129,10 @@ def _status(entry: str) -> float:
 
 
 def markdown(key: str, rows: Mapping[float, Mapping[str, Mapping[str, float]]]) -> str:
-    """A network's table."""
+    """The section of the page on one network."""
     case, network = CASES[key], NETWORKS[CASES[key].network]
-    shown = f"{f'first {case.images:,}' if case.images else 'all'} test images"
-    lines = [f"## {network.title}, {network.dataset}", "", f"{shown}; {case.calibration:,} training images.", ""]
+    images = f"{f'first {case.images:,}' if case.images else 'all'} test images"
+    lines = [f"## {network.title}, {network.dataset}", "", f"{images}; {case.calibration:,} training images.", ""]
     lines += ["| dropped | method | accuracy, % | CPU s | peak, MiB | parameters | FLOPs |"]
     lines += ["|---|---|--:|--:|--:|--:|--:|"]
     for ratio, by in rows.items():
@@ -140,13 +144,13 @@ def markdown(key: str, rows: Mapping[float, Mapping[str, Mapping[str, float]]]) 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = measuring("peers", "fxmerge beside its peers.", NAMES)
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where peers.md goes")
+    parser = flags("peers", "Compare fxmerge with its peers.", NAMES)
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for peers.md")
     parser.add_argument("--one", nargs=3, metavar=("CASE", "RATIO", "METHOD"), help=argparse.SUPPRESS)
-    args = measured(parser, argv)
+    args = parse(parser, argv)
     if args.one:
         key, ratio, method = args.one
-        print(json.dumps(one(CASES[key], float(ratio), method, args.data, args.weights)))
+        print(json.dumps(measure(CASES[key], float(ratio), method, args.data, args.weights)))
         return
     if args.out is None:
         parser.error("--out is required")
@@ -160,22 +164,20 @@ def main(argv: Sequence[str] | None = None) -> None:
                 command = [sys.executable, "-m", "benchmarks.peers", *given, "--one", key, str(ratio), method]
                 run = subprocess.run(command, capture_output=True, text=True, check=False)
                 if run.returncode:
-                    raise SystemExit(f"{method} fails on {key} at {ratio:.0%}:\n{run.stderr[-2000:]}")
+                    raise SystemExit(f"{method} failed on {key} at {ratio:.0%}:\n{run.stderr[-2000:]}")
                 figures = json.loads(run.stdout.splitlines()[-1])
                 rows.setdefault(ratio, {})[method] = figures
-                told = f"{figures['accuracy']:.2f} % in {figures['cpu']:.2f} s"
-                console.print(f"{key} {ratio:.0%} {method}: {told}", markup=False)
+                outcome = f"{figures['accuracy']:.2f} % in {figures['cpu']:.2f} s"
+                console.print(f"{key} {ratio:.0%} {method}: {outcome}", markup=False)
         parts.append(markdown(key, rows))
     head = [
-        "# Beside the peers",
+        "# Comparison with peers",
         "",
-        f"`python -m benchmarks.peers` makes this page; threads: {torch.get_num_threads()}, torch {torch.__version__}.",
-        "Seconds and memory are the merge's alone; fxmerge's hold tracing, analysis, rewriting and checking, too.",
+        "`python -m benchmarks.peers` writes this page.",
+        f"Threads: {torch.get_num_threads()}, torch {torch.__version__}.",
+        "Seconds and memory are those of the merge alone; for fxmerge they include capture, analysis, rewriting and",
+        "verification.",
         "",
     ]
     args.out.mkdir(parents=True, exist_ok=True)
     write_text(args.out / "peers.md", "\n".join([*head, *parts]))
-
-
-if __name__ == "__main__":
-    main()

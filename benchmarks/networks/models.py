@@ -1,7 +1,7 @@
 """The networks of the published tables, and their checkpoints.
 
-`MODELS` maps a name to a function that builds the network, randomly initialised; `example_input(name)` fits it.
-Parameter names of LeNet-300-100 and of the ResNets are those of the published checkpoints of neuron-merging.
+`MODELS` maps each name to a function that builds the network with random weights; `example_input(name)` is an input
+for it. LeNet-300-100 and the ResNets have the parameter names of neuron-merging's published checkpoints.
 """
 
 from collections.abc import Callable
@@ -56,7 +56,7 @@ class VGG(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """Two 3 x 3 convolutions and a shortcut, with the ReLU at the entrance and none after the sum."""
+    """Two 3 x 3 convolutions and a shortcut; the ReLU is applied to the input, not after the sum."""
 
     def __init__(self, in_planes: int, planes: int, stride: int) -> None:
         super().__init__()
@@ -155,7 +155,7 @@ def _conv1x1(in_planes: int, planes: int, stride: int) -> nn.Conv2d:
 def _stage(
     block: Callable[[int, int, int], nn.Module], in_planes: int, planes: int, blocks: int, stride: int
 ) -> nn.Sequential:
-    """`blocks` blocks, of which the first changes width and resolution."""
+    """`blocks` blocks; the first one changes width and resolution."""
     rest = [block(planes, planes, 1) for _ in range(blocks - 1)]
     return nn.Sequential(block(in_planes, planes, stride), *rest)
 
@@ -177,7 +177,7 @@ def _he_init(model: nn.Module) -> None:
 
 
 def lenet_300_100() -> LeNet300100:
-    """LeNet-300-100 for 28 x 28 images, flattened by the caller."""
+    """LeNet-300-100 for 28 x 28 images, which the caller must flatten."""
     return LeNet300100()
 
 
@@ -187,7 +187,7 @@ def vgg16(num_classes: int = 10) -> VGG:
 
 
 def resnet(depth: int, num_classes: int = 10) -> ResNet:
-    """CIFAR ResNet of that depth; ValueError unless depth is 6 n + 2."""
+    """CIFAR ResNet of the given depth. Raises ValueError unless the depth is 6 n + 2."""
     return ResNet(depth, num_classes)
 
 
@@ -234,16 +234,16 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
 
 
 def load_checkpoint(path: str | Path, model: nn.Module) -> dict[str, str]:
-    """Load a safetensors file into `model`, strictly, and return the file's metadata.
+    """Load a safetensors file into `model`, strictly, and return the metadata of the file.
 
-    ValueError names the keys that are missing, unexpected or of another shape; `model` is then unchanged.
+    Raises ValueError, with the keys that are missing, unexpected or have a different shape; `model` is then unchanged.
     """
     state, metadata = read_safetensors(path)
     own = model.state_dict()
     faults = {
         "missing": own.keys() - state.keys(),
         "unexpected": state.keys() - own.keys(),
-        "of another shape": {key for key in own.keys() & state.keys() if own[key].shape != state[key].shape},
+        "with a different shape": {key for key in own.keys() & state.keys() if own[key].shape != state[key].shape},
     }
     if any(faults.values()):
         listed = "; ".join(f"{fault}: {', '.join(sorted(keys))}" for fault, keys in faults.items() if keys)

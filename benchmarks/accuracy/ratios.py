@@ -1,8 +1,8 @@
 """Accuracy after merging without fine-tuning: `python -m benchmarks.accuracy --data DIR --weights DIR --out docs`.
 
-Each network and ratio by every method, beside what the published code gave on the same weights and images; writes
-accuracy.md and, with matplotlib, accuracy.svg (accuracy against parameters left). Test images only measure: what refit
-calibrates on are the first training images, without their labels.
+Measures every network at every ratio with every method, next to the results of the published code on the same weights
+and images. Writes accuracy.md and, if matplotlib is installed, accuracy.svg (accuracy against parameters left). Test
+images are only used to measure accuracy; the calibration data of refit are the first training images, without labels.
 """
 
 import time
@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from torch import Tensor
 
 import fxmerge
-from benchmarks.data import DATASETS, accuracy, mean_and_std, normalise
-from benchmarks.models import load_checkpoint
-from benchmarks.paper import BATCH, NETWORKS, Network, find_weights, measured, measuring, read_reference
+from benchmarks.networks.data import accuracy
+from benchmarks.networks.models import load_checkpoint
+from benchmarks.networks.published import BATCH, NETWORKS, find_weights, flags, images, parse, read_reference
 
 METHODS: dict[str, dict[str, Any]] = {
     "prune": {"decomposition": "prune", "refit": "none", "selection": "l1"},
@@ -28,18 +27,18 @@ METHODS: dict[str, dict[str, Any]] = {
     "refit, training images": {"refit": "calibration"},
 }
 
-BUDGETS = "<!-- benchmarks.budgets -->"  # what follows it in accuracy.md is that benchmark's
+BUDGETS = "<!-- benchmarks.accuracy.budgets -->"  # budgets.py writes what follows this line in accuracy.md
 
 
 @dataclass(frozen=True)
 class Case:
     """What one table measures."""
 
-    network: str
+    network: str  # a key of NETWORKS
     scope: str
     ratios: tuple[float, ...]
-    calibration: int  # training images
-    images: int | None = None  # test images, None: all
+    calibration: int  # number of training images
+    images: int | None = None  # number of test images; None: all of them
 
 
 CASES: dict[str, Case] = {
@@ -51,7 +50,7 @@ CASES: dict[str, Case] = {
 
 @dataclass(frozen=True)
 class Cell:
-    """One merged model: top-1 accuracy in % and parameters."""
+    """One merged model: top-1 accuracy in %, number of parameters, and seconds of the merge."""
 
     ratio: float
     method: str
@@ -60,26 +59,20 @@ class Cell:
     seconds: float
 
 
-def images(network: Network, metadata: Mapping[str, str], data: Path, split: Any, count: int | None) -> Any:
-    """The first `count` images of a split, normalised, and their labels."""
-    x, y = DATASETS[network.dataset](data, split)
-    return normalise(x[:count], *mean_and_std(metadata), flatten=network.dataset == "Fashion-MNIST"), y[:count]
-
-
 def cells(case: Case, data: Path, weights: Path, console: Console) -> tuple[float, list[Cell]]:
-    """(accuracy of the original, its merged models)"""
+    """The accuracy of the original model in %, and its merged models."""
     network = NETWORKS[case.network]
     model = network.build().eval()
     metadata = load_checkpoint(find_weights(network, weights), model)
     x, y = images(network, metadata, data, "test", case.images)
-    train: Tensor = images(network, metadata, data, "train", case.calibration)[0]
+    train = images(network, metadata, data, "train", case.calibration)[0]
     found = []
     for ratio in case.ratios:
         for method, options in METHODS.items():
-            given = list(train.split(100)) if method == "refit, training images" else None
+            batches = list(train.split(100)) if method == "refit, training images" else None
             start = time.perf_counter()
             settings = fxmerge.Options(scope=case.scope, ratio=ratio, threshold=network.threshold, **options)
-            merged = fxmerge.merge(model, x[:2], settings, calibration=given).module
+            merged = fxmerge.merge(model, x[:2], settings, calibration=batches).module
             seconds = time.perf_counter() - start
             size = sum(p.numel() for p in merged.parameters())
             found.append(Cell(ratio, method, accuracy(merged, x, y, BATCH), size, seconds))
@@ -89,7 +82,10 @@ def cells(case: Case, data: Path, weights: Path, console: Console) -> tuple[floa
 
 
 def published(case: Case, folder: Path) -> dict[float, float]:
-    """Ratio -> the best accuracy of any criterion that the published code gave, which merges inner channels only."""
+    """The best accuracy of the published code over all criteria, by ratio; empty unless `scope` is "internal".
+
+    The published code only merges inner channels.
+    """
     best: dict[float, float] = {}
     for row in read_reference(case.network, folder).get("rows", []) if case.scope == "internal" else []:
         best[row["ratio"]] = max(best.get(row["ratio"], 0.0), row["merge"])
@@ -97,9 +93,9 @@ def published(case: Case, folder: Path) -> dict[float, float]:
 
 
 def markdown(case: Case, original: float, rows: Sequence[Cell], reference: Mapping[float, float]) -> str:
-    """A case's table."""
-    network, what = NETWORKS[case.network], "inner channels" if case.scope == "internal" else "all channels"
-    title = f"## {network.title}, {network.dataset}, {what}\n\n"
+    """The section of the page on one case."""
+    network, channels = NETWORKS[case.network], "inner channels" if case.scope == "internal" else "all channels"
+    title = f"## {network.title}, {network.dataset}, {channels}\n\n"
     title += f"{f'first {case.images:,}' if case.images else 'all'} test images, original {original:.2f} %; "
     title += f"{case.calibration:,} unlabelled training images for calibration; "
     title += "published: best of all criteria, all images"
@@ -112,11 +108,11 @@ def markdown(case: Case, original: float, rows: Sequence[Cell], reference: Mappi
 
 
 def plot(results: Mapping[str, tuple[float, list[Cell]]], path: Path) -> None:
-    """Accuracy against parameters left, one panel a case."""
+    """Accuracy against parameters left, with one panel for each case."""
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "the same ids for the same picture"
+    matplotlib.rcParams["svg.hashsalt"] = "fixed"  # the same numbers give the same file
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, len(results), figsize=(5.5 * len(results), 4), squeeze=False)
@@ -134,14 +130,14 @@ def plot(results: Mapping[str, tuple[float, list[Cell]]], path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = measuring("accuracy", "Accuracy without fine-tuning.", CASES)
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where accuracy.md and .svg go")
-    args = measured(parser, argv)
+    parser = flags("accuracy", "Measure accuracy after merging without fine-tuning.", CASES)
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for accuracy.md and .svg")
+    args = parse(parser, argv)
     console = Console(stderr=True, highlight=False)
     args.out.mkdir(parents=True, exist_ok=True)
     results = {key: cells(CASES[key], args.data, args.weights, console) for key in args.only}
     parts = [markdown(CASES[key], *found, published(CASES[key], args.reference)) for key, found in results.items()]
-    head = "# Accuracy without fine-tuning\n\nTop-1 accuracy in %. `python -m benchmarks.accuracy` makes this page.\n"
+    head = "# Accuracy without fine-tuning\n\nTop-1 accuracy in %. `python -m benchmarks.accuracy` writes this page.\n"
     try:
         plot(results, args.out / "accuracy.svg")
         head += "\n![accuracy against parameters left](accuracy.svg)\n"
@@ -150,7 +146,3 @@ def main(argv: Sequence[str] | None = None) -> None:
     page = args.out / "accuracy.md"
     kept = page.read_text(encoding="utf-8").partition(BUDGETS) if page.is_file() else ("", "", "")
     page.write_text("\n".join([head, *parts]) + "\n" * bool(kept[1]) + kept[1] + kept[2], encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

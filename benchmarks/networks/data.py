@@ -1,4 +1,4 @@
-"""Fashion-MNIST and CIFAR-10 from local folders, as plain tensors; nothing is downloaded."""
+"""Fashion-MNIST and CIFAR-10 from local folders, as tensors. Nothing is downloaded."""
 
 import gzip
 from collections.abc import Callable, Mapping, Sequence
@@ -15,8 +15,8 @@ Split = Literal["train", "test"]
 def fashion_mnist(root: str | Path, split: Split) -> tuple[Tensor, Tensor]:
     """Fashion-MNIST: images uint8 (N, 28, 28) and labels int64 (N,) (Xiao et al., 2017).
 
-    Reads the idx files, plain or .gz, that lie where torchvision puts them: FashionMNIST/raw below `root` or below
-    `root`/fashion-mnist. FileNotFoundError otherwise.
+    Reads the idx files, plain or .gz, from where torchvision puts them: FashionMNIST/raw in `root` or in
+    `root`/fashion-mnist. Raises FileNotFoundError if they are in neither.
     """
     prefix = "train" if split == "train" else "t10k"
     names = [f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte"]
@@ -31,8 +31,8 @@ def fashion_mnist(root: str | Path, split: Split) -> tuple[Tensor, Tensor]:
 def cifar10(root: str | Path, split: Split) -> tuple[Tensor, Tensor]:
     """CIFAR-10: images uint8 (N, 32, 32, 3) and labels int64 (N,) (Krizhevsky, 2009).
 
-    Reads torchvision's `root`/cifar-10-batches-py, else `root`/cifar10.npz with the arrays {train,test}_{x,y}, which
-    may hold fewer images. FileNotFoundError when there is neither.
+    Reads torchvision's `root`/cifar-10-batches-py, or else `root`/cifar10.npz with the arrays {train,test}_{x,y}, which
+    may have fewer images. Raises FileNotFoundError if there is neither.
     """
     batches, npz = Path(root, "cifar-10-batches-py"), Path(root, "cifar10.npz")
     if batches.is_dir():
@@ -54,7 +54,7 @@ DATASETS: dict[str, Callable[[str | Path, Split], tuple[Tensor, Tensor]]] = {
 
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float], *, flatten: bool = False) -> Tensor:
-    """(images / 255 - mean) / std: float32 (N, C, H, W), or (N, C * H * W) with `flatten`.
+    """(images / 255 - mean) / std, as float32 (N, C, H, W), or (N, C * H * W) with `flatten=True`.
 
     `images` is uint8 (N, H, W) or (N, H, W, C); `mean` and `std` have one entry for each channel.
     """
@@ -73,7 +73,7 @@ def mean_and_std(metadata: Mapping[str, str]) -> tuple[list[float], list[float]]
 
 @torch.no_grad()
 def accuracy(model: nn.Module, inputs: Tensor, labels: Tensor, batch: int = 500) -> float:
-    """Top-1 accuracy in %, in eval mode; model, inputs and labels are on one device."""
+    """Top-1 accuracy in %, in eval mode. Model, inputs and labels must be on the same device."""
     training = model.training
     model.eval()
     correct = sum(
@@ -84,7 +84,7 @@ def accuracy(model: nn.Module, inputs: Tensor, labels: Tensor, batch: int = 500)
 
 
 def _plain_or_gz(path: Path) -> Path | None:
-    """`path`, or `path` with .gz, whichever is a file."""
+    """`path` if it is a file, else `path` with .gz if that is one, else None."""
     return next((file for file in (path, path.with_name(path.name + ".gz")) if file.is_file()), None)
 
 
@@ -101,5 +101,5 @@ def _read_idx(path: Path) -> Tensor:
 def _not_found(dataset: str, looked_for: list[Path]) -> FileNotFoundError:
     paths = "\n  ".join(map(str, looked_for))
     return FileNotFoundError(
-        f"{dataset} not found. Name the folder that holds it with --data DIR. Looked for\n  {paths}"
+        f"{dataset} not found. Pass the folder that contains it as --data DIR. Looked for\n  {paths}"
     )

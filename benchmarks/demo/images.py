@@ -1,6 +1,6 @@
-"""Write the demo's images: `python -m benchmarks.make_demo_data --data DIR`.
+"""Write the images of `fxmerge demo`: `python -m benchmarks.demo.images --data DIR`.
 
-The file holds the first 2,000 test images of Fashion-MNIST: `images` uint8 (2000, 28, 28) and `labels` uint8 (2000,).
+The file has the first 2,000 test images of Fashion-MNIST: `images` uint8 (2000, 28, 28) and `labels` uint8 (2000,).
 """
 
 import argparse
@@ -9,16 +9,16 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.data import fashion_mnist
+from benchmarks.networks.data import fashion_mnist
 
 COUNT = 2000
-OUT = Path(__file__).parents[1] / "fxmerge" / "assets" / f"fashion_mnist_{COUNT}.npz"
+OUT = Path(__file__).parents[2] / "fxmerge" / "assets" / f"fashion_mnist_{COUNT}.npz"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.make_demo_data", description="Write the demo's images.")
-    parser.add_argument("--data", required=True, metavar="DIR", help="folder that holds Fashion-MNIST")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.demo.images", description="Write the demo's images.")
+    parser.add_argument("--data", required=True, metavar="DIR", help="folder that contains Fashion-MNIST")
     parser.add_argument("--out", type=Path, default=OUT, metavar="FILE.npz")
     args = parser.parse_args(argv)
     try:

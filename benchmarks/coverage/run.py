@@ -1,9 +1,10 @@
-"""How much of the models that people use fxmerge merges: `python -m benchmarks.coverage`.
+"""Which of the models that people use fxmerge can merge: `python -m benchmarks.coverage`.
 
 Every float torchvision model, one model of each timm family and small transformers, all with random weights, are
-analysed, merged at ratio 0.5 and put to oracle 1; Torch-Pruning 1.6.1 prunes the same models beside them. Each model
-has a process of its own, which may run out of time or memory without harm to the others. Rows go to a file of JSON
-lines as they come, and a later run measures only those that are missing; docs/coverage.md is written from that file.
+analysed, merged at ratio 0.5 and checked by oracle 1. Torch-Pruning 1.6.1 prunes the same models for comparison. Each
+model runs in its own process, so that running out of time or memory does not affect the others. Each row is appended
+to a file of JSON lines as soon as it is measured; a later run only measures missing rows. docs/coverage.md is written
+from that file.
 """
 
 import argparse
@@ -22,19 +23,19 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks import coverage_one
-from benchmarks.coverage_page import TOOLS, Key, Row, page
-from benchmarks.zoo import SUITES, names
+from benchmarks.coverage import one_model
+from benchmarks.coverage.page import TOOLS, Key, Row, page
+from benchmarks.coverage.zoo import SUITES, names
 
-# each process is forked from one that has imported the libraries and done nothing else
+# the server imports the libraries once and does nothing else; each process is forked from it
 PROCESSES = multiprocessing.get_context("forkserver")
-LIBRARIES = ("torch", "torchvision", "timm", "transformers", "torch_pruning", "benchmarks.coverage_one")
+LIBRARIES = ("torch", "torchvision", "timm", "transformers", "torch_pruning", "benchmarks.coverage.one_model")
 
 
 def read_rows(path: Path) -> dict[Key, Row]:
-    """The rows of a file of JSON lines by (suite, name, tool); a later line replaces an earlier one of its key.
+    """The rows of a file of JSON lines by (suite, name, tool). A later line replaces an earlier one with the same key.
 
-    A line that a stopped run left unfinished is passed over.
+    An incomplete line, left by a stopped run, is skipped.
     """
     rows: dict[Key, Row] = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
@@ -47,7 +48,7 @@ def read_rows(path: Path) -> dict[Key, Row]:
 
 
 def append_row(path: Path, row: Row) -> None:
-    """Add a line in one write, on a line of its own even behind an unfinished one."""
+    """Append a row in one write, on a new line even if the last line is incomplete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+") as file:
         if file.tell() and file.seek(-1, os.SEEK_END) is not None and file.read(1) != b"\n":
@@ -58,15 +59,18 @@ def append_row(path: Path, row: Row) -> None:
 
 
 def measure(
-    key: Key, timeout: float, memory: float, oracle_seconds: float, work: Callable[..., None] = coverage_one.work
+    key: Key, timeout: float, memory: float, oracle_seconds: float, work: Callable[..., None] = one_model.work
 ) -> tuple[Row, float]:
-    """One row, from a process of its own, and the seconds by the clock; what a stopped process told stays in it."""
+    """Measure one row in its own process; returns it and the wall-clock seconds.
+
+    If the process is stopped, the row has the findings that it wrote until then.
+    """
     suite, name, tool = key
     row: Row = {"suite": suite, "name": name, "tool": tool}
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        told, noise = Path(folder, "told.jsonl"), Path(folder, "noise.txt")
-        arguments = (tool, suite, name, str(told), str(noise), memory, oracle_seconds)
+        findings, noise = Path(folder, "findings.jsonl"), Path(folder, "noise.txt")
+        arguments = (tool, suite, name, str(findings), str(noise), memory, oracle_seconds)
         process = PROCESSES.Process(target=work, args=arguments)
         process.start()
         process.join(timeout)
@@ -74,27 +78,27 @@ def measure(
             process.kill()
             process.join()
             row["ended"] = f"stopped after {timeout:.0f} s"
-        row |= folded(told.read_text(encoding="utf-8").splitlines() if told.exists() else [])
+        row |= combined(findings.read_text(encoding="utf-8").splitlines() if findings.exists() else [])
         if "ended" not in row and process.exitcode:
             last = noise.read_text(encoding="utf-8", errors="replace").split("\n")[-2:] if noise.exists() else []
             row["ended"] = " ".join(["killed" if process.exitcode < 0 else "died", *last]).strip()
             row["ended"] += f" (exit status {process.exitcode})"
-    return settled(row), time.monotonic() - start
+    return with_error(row), time.monotonic() - start
 
 
-def folded(lines: Iterable[str]) -> Row:
-    """All findings of a process as one record, later ones over earlier ones."""
+def combined(lines: Iterable[str]) -> Row:
+    """All findings of a process as one record; later findings replace earlier ones."""
     row: Row = {}
     for line in lines:
         try:
             row |= json.loads(line)
-        except ValueError:  # cut off in the middle
+        except ValueError:  # the process was stopped in the middle of a line
             break
     return row
 
 
-def settled(row: Row) -> Row:
-    """The row with an error for a process that ended early; one that ended in the oracle has merged all the same."""
+def with_error(row: Row) -> Row:
+    """Replace `ended` by an error if the process ended early, or by a note if the model was already merged by then."""
     ended = row.pop("ended", "")
     if row.get("status") == "ok":
         problem = row.pop("error", "") or ended
@@ -107,8 +111,8 @@ def settled(row: Row) -> Row:
     return row
 
 
-def wanted(suites: Iterable[str], pattern: str, tools: Sequence[str], console: Console) -> Iterator[Key]:
-    """The keys that a run asks for; a suite that is not installed is left out."""
+def requested(suites: Iterable[str], pattern: str, tools: Sequence[str], console: Console) -> Iterator[Key]:
+    """The keys of the rows that a run asks for. A suite that is not installed is left out."""
     for suite in suites:
         try:
             found = names(suite)
@@ -118,17 +122,16 @@ def wanted(suites: Iterable[str], pattern: str, tools: Sequence[str], console: C
         yield from ((suite, name, tool) for name in found if fnmatch(name, pattern) for tool in tools)
 
 
-def told(row: Row, seconds: float) -> str:
-    """One line on a row for the terminal."""
-    what = f"{row['left']:.1%} left" if row["status"] == "ok" else row.get("error", "failed")
+def progress_line(row: Row, seconds: float) -> str:
+    """One line about a row, for the terminal."""
+    outcome = f"{row['left']:.1%} left" if row["status"] == "ok" else row.get("error", "failed")
     oracle = f", oracle 1 {row['oracle']:.0e}" if "oracle" in row else ""
     note = f" ({row['oracle_note']})" if row.get("oracle_note") else ""
-    return f"{row['suite']}:{row['name']} {row['tool']}: {what[:160]}{oracle}{note[:80]}, {seconds:.0f} s"
+    return f"{row['suite']}:{row['name']} {row['tool']}: {outcome[:160]}{oracle}{note[:80]}, {seconds:.0f} s"
 
 
 def run(todo: Sequence[Key], path: Path, options: Mapping[str, Any], jobs: int, console: Console) -> None:
-    """Measure rows and add them to the file, `jobs` at a time."""
-
+    """Measure rows, `jobs` at a time, and append them to the file."""
     lock, done = threading.Lock(), itertools.count(1)
 
     def one(key: Key) -> None:
@@ -136,7 +139,7 @@ def run(todo: Sequence[Key], path: Path, options: Mapping[str, Any], jobs: int, 
         row, seconds = measure(key, timeout, options["memory"], options["oracle_seconds"])
         with lock:
             append_row(path, row)
-            console.print(f"{next(done)}/{len(todo)} {told(row, seconds)}", markup=False, soft_wrap=True)
+            console.print(f"{next(done)}/{len(todo)} {progress_line(row, seconds)}", markup=False, soft_wrap=True)
 
     with ThreadPoolExecutor(jobs) as pool:
         try:
@@ -148,25 +151,29 @@ def run(todo: Sequence[Key], path: Path, options: Mapping[str, Any], jobs: int, 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.coverage", description="Which models fxmerge merges.")
-    parser.add_argument("--only", default="*", metavar="PATTERN", help="models whose name matches (fnmatch)")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.coverage", description="Which models fxmerge can merge."
+    )
+    parser.add_argument("--only", default="*", metavar="PATTERN", help="only models with a matching name (fnmatch)")
     parser.add_argument("--suite", choices=SUITES, nargs="+", default=list(SUITES), help="default: all of them")
-    parser.add_argument("--timeout", type=float, default=300, metavar="S", help="seconds for each model (default 300)")
-    parser.add_argument("--peer-timeout", type=float, default=200, metavar="S", help="the peer's (default 200)")
-    parser.add_argument("--oracle-seconds", type=float, default=60, metavar="S", help="CPU seconds of oracle 1")
-    parser.add_argument("--memory", type=float, default=14, metavar="GIB", help="address space of each process")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="the rows; default: beside --out, as .jsonl")
+    parser.add_argument("--timeout", type=float, default=300, metavar="S", help="seconds for each model (default: 300)")
+    parser.add_argument(
+        "--peer-timeout", type=float, default=200, metavar="S", help="the same for the peer (default: 200)"
+    )
+    parser.add_argument("--oracle-seconds", type=float, default=60, metavar="S", help="CPU seconds for oracle 1")
+    parser.add_argument("--memory", type=float, default=14, metavar="GIB", help="of each process (its address space)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="the rows; default: --out with suffix .jsonl")
     parser.add_argument("--out", type=Path, default=Path("docs/coverage.md"), metavar="FILE")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="models at a time")
-    parser.add_argument("--no-peer", action="store_true", help="fxmerge only")
-    parser.add_argument("--again", action="store_true", help="measure rows that are there already, too")
-    parser.add_argument("--remark", default="", metavar="TEXT", help="a line for the page: how this was run")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="number of models measured at a time")
+    parser.add_argument("--no-peer", action="store_true", help="measure fxmerge only")
+    parser.add_argument("--again", action="store_true", help="also measure rows that the file already has")
+    parser.add_argument("--remark", default="", metavar="TEXT", help="a line for the page, on how this was run")
     args = parser.parse_args(argv)
     path = args.json or args.out.with_suffix(".jsonl")
     console = Console(stderr=True, highlight=False)
     rows = read_rows(path)
     tools = TOOLS[:1] if args.no_peer else TOOLS
-    todo = [key for key in wanted(args.suite, args.only, tools, console) if args.again or key not in rows]
+    todo = [key for key in requested(args.suite, args.only, tools, console) if args.again or key not in rows]
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     PROCESSES.set_forkserver_preload(list(LIBRARIES))
     try:
@@ -174,7 +181,3 @@ def main(argv: Sequence[str] | None = None) -> None:
     finally:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(page(read_rows(path), args.remark), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,8 +1,8 @@
-"""Torch-Pruning on one model, as its own examples use it: the peer of benchmarks.coverage.
+"""Prune one model with Torch-Pruning as its own examples do: the peer of benchmarks.coverage.
 
-MagnitudePruner with GroupMagnitudeImportance, uniform ratio. Classifiers are left out; so are the heads that its
-torchvision script leaves out. Its timm and transformers examples tell how many heads a layer has before pruning, and
-put the attributes right that a forward reads afterwards.
+MagnitudePruner with GroupMagnitudeImportance and a uniform ratio. Classifiers are not pruned, nor are the heads that
+its torchvision script ignores. As in its timm and transformers examples, the pruner is given the number of attention
+heads of each layer, and after pruning the attributes are updated that the forward pass depends on.
 """
 
 from typing import Any
@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.zoo import Specimen
+from benchmarks.coverage.zoo import Specimen
 from fxmerge.graph.nested import leaves
 
 CLASSES = {"torchvision": (1000, 400, 91, 21)}
-# what its torchvision script ignores, and the same parts of the models that it does not have
+# ignored by its torchvision script, and the corresponding parts of models that the script does not cover
 HEADS = (
     "head", "rpn.head.cls_logits", "rpn.head.bbox_pred", "backbone.fpn", "roi_heads", "update_block.flow_head",
     "mask_predictor",
@@ -23,7 +23,7 @@ SEPARATE = (("query", "key", "value"), ("q_proj", "k_proj", "v_proj"), ("q_lin",
 
 
 def ignored(model: nn.Module, suite: str) -> list[nn.Module]:
-    """Classifiers and the heads of detectors."""
+    """The layers that are not pruned: classifiers, and the heads of detectors."""
     classes = CLASSES.get(suite, (getattr(model, "num_classes", -1), getattr(model, "num_labels", -1)))
     found: list[nn.Module] = []
     for module in model.modules():
@@ -31,7 +31,7 @@ def ignored(model: nn.Module, suite: str) -> list[nn.Module]:
         if isinstance(module, nn.Linear | nn.Conv2d) and width in classes:
             found.append(module)
         if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-            found.append(module)  # inside nn.MultiheadAttention
+            found.append(module)  # the output projection of nn.MultiheadAttention
     if suite == "torchvision":
         named = dict(model.named_modules())
         detects = any(name in named for name in ("backbone", "update_block"))
@@ -43,7 +43,7 @@ def ignored(model: nn.Module, suite: str) -> list[nn.Module]:
 
 
 def attention(model: nn.Module) -> tuple[dict[nn.Module, int], list[nn.Module]]:
-    """Heads of the layers that make queries, keys and values; the modules that hold them."""
+    """The number of heads of each layer that produces queries, keys or values; the modules that contain them."""
     heads: dict[nn.Module, int] = {}
     holders = []
     config = getattr(model, "config", None)
@@ -68,8 +68,8 @@ def attention(model: nn.Module) -> tuple[dict[nn.Module, int], list[nn.Module]]:
     return heads, holders
 
 
-def put_right(model: nn.Module, holders: list[nn.Module], heads: dict[nn.Module, int]) -> None:
-    """Tell the attention modules, and torchvision's ViT, their new widths."""
+def update_sizes(model: nn.Module, holders: list[nn.Module], heads: dict[nn.Module, int]) -> None:
+    """Set the size attributes of attention modules, and of torchvision's ViT, to the new widths."""
     for module in holders:
         if isinstance(getattr(module, "qkv", None), nn.Module):
             qkv: Any = module.qkv
@@ -91,15 +91,15 @@ def put_right(model: nn.Module, holders: list[nn.Module], heads: dict[nn.Module,
 
 
 def flat(out: Any) -> list[Tensor]:
-    """The tensors of an output that a gradient reaches."""
+    """The tensors of an output that have a gradient."""
     return [v for v in leaves(out) if isinstance(v, Tensor) and v.grad_fn is not None]
 
 
 def prune(specimen: Specimen, suite: str, ratio: float) -> None:
-    """Prune the model in place. Raises what the peer raises."""
+    """Prune the model in place. Errors of Torch-Pruning are not caught."""
     import torch_pruning as tp
 
-    if suite == "timm":  # its timm example says so: a fused attention hides queries, keys and values
+    if suite == "timm":  # as in its timm example: fused attention hides queries, keys and values
         for module in specimen.model.modules():
             if isinstance(getattr(module, "fused_attn", None), bool | int):
                 module.fused_attn = False
@@ -108,9 +108,8 @@ def prune(specimen: Specimen, suite: str, ratio: float) -> None:
         parameter.requires_grad_(True)
     heads, holders = attention(model)
     vit = type(model).__module__ == "torchvision.models.vision_transformer"
-    config = getattr(
-        model, "config", None
-    )  # its example of language models prunes whole heads, for the rotation's sake
+    config = getattr(model, "config", None)
+    # its example of language models prunes whole heads, since rotary embeddings need the head width
     rotary = hasattr(config, "rope_parameters") or hasattr(config, "rotary_dim")
     with torch.enable_grad():
         pruner = tp.pruner.MagnitudePruner(
@@ -131,7 +130,7 @@ def prune(specimen: Specimen, suite: str, ratio: float) -> None:
             output_transform=flat,
         )
         pruner.step()
-    put_right(model, holders, pruner.num_heads)
+    update_sizes(model, holders, pruner.num_heads)
 
 
 def _forward(model: nn.Module, inputs: Any) -> Any:

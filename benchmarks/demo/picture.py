@@ -1,7 +1,8 @@
-"""The picture in the README: `python -m benchmarks.picture --data DIR --weights DIR --out docs/page.png`, by Chromium.
+"""The picture in the README: `python -m benchmarks.demo.picture --data DIR --weights DIR --out docs/page.png`.
 
-The published ResNet-56 (CIFAR-10), 30 % of all its channels merged, refitted without data; the example inputs,
-which the output error is told on, are training images. The page is opened at one layer and photographed.
+A screenshot, taken with Chromium, of the report page of the published ResNet-56 (CIFAR-10) with 30 % of all channels
+merged and refit without data. One layer is selected. The example inputs, on which the output error is measured, are
+training images.
 """
 
 from __future__ import annotations
@@ -13,25 +14,28 @@ import tempfile
 from pathlib import Path
 
 import fxmerge
-from benchmarks.data import cifar10, mean_and_std, normalise
-from benchmarks.models import load_checkpoint, resnet56
+from benchmarks.networks.data import cifar10, mean_and_std, normalise
+from benchmarks.networks.models import load_checkpoint, resnet56
 
 LAYER = "layer2.0.conv2"
 
 
-def photograph(page: Path, layer: str, out: Path) -> None:
-    """Open a page at one of its layers in headless Chromium, which writes a PNG file."""
+def screenshot(page: Path, layer: str, out: Path) -> None:
+    """Open a report page in headless Chromium with `layer` selected, and write a PNG file."""
     program = shutil.which("chromium") or shutil.which("google-chrome")
     if program is None:
-        raise SystemExit("there is no chromium: apt-get install chromium")
+        raise SystemExit("Chromium was not found; install it with: apt-get install chromium")
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=1500,950", "--virtual-time-budget=15000"]
     address = f"{page.resolve().as_uri()}#{layer}"
     subprocess.run([program, *flags, f"--screenshot={out.resolve()}", address], check=True, capture_output=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", required=True, type=Path, metavar="DIR", help="folder with CIFAR-10")
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.demo.picture", description="Write the picture in the README."
+    )
+    parser.add_argument("--data", required=True, type=Path, metavar="DIR", help="folder that contains CIFAR-10")
     parser.add_argument("--weights", required=True, type=Path, metavar="DIR", help="folder with resnet56_cifar10")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="the PNG file")
     arguments = parser.parse_args()
@@ -42,7 +46,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / "page.html"
         result.report.html(page)
-        photograph(page, LAYER, arguments.out)
+        screenshot(page, LAYER, arguments.out)
 
 
 if __name__ == "__main__":

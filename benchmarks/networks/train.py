@@ -1,9 +1,9 @@
-"""Train a network of the published tables: `python -m benchmarks.train MODEL --data DIR --out FILE.safetensors`.
+"""Train a network: `python -m benchmarks.networks.train MODEL --data DIR --out FILE.safetensors`.
 
-After each epoch the whole state is written beside the output as FILE.resume.safetensors; `--resume` goes on from it.
-On the CPU, with one number of threads, the same seed gives the same weights, interrupted or not. The accuracy in the
-output's metadata is that of the last epoch: test images are looked at once, after training, and nothing is chosen on
-them.
+After each epoch the state is written next to the output as FILE.resume.safetensors; `--resume` continues from it. On
+the CPU, with a fixed number of threads, the same seed gives the same weights, whether training was interrupted or not.
+The accuracy in the metadata of the output is that of the last epoch: test images are used once, after training, and
+nothing is selected on them.
 """
 
 import argparse
@@ -21,19 +21,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from benchmarks.data import DATASETS, accuracy, normalise
-from benchmarks.models import MODELS, example_input, read_safetensors
+from benchmarks.networks.data import DATASETS, accuracy, normalise
+from benchmarks.networks.models import MODELS, example_input, read_safetensors
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """SGD with a step schedule: the learning rate times 0.1 at each milestone."""
+    """SGD with a step schedule: the learning rate is multiplied by 0.1 at each milestone."""
 
     dataset: str  # a key of DATASETS
-    mean: tuple[float, ...]  # one entry for each channel, of images in [0, 1]
+    mean: tuple[float, ...]  # one entry for each channel; images are in [0, 1]
     std: tuple[float, ...]
     epochs: int
-    milestones: tuple[int, ...]  # epochs, in proportion when another number of epochs is asked for
+    milestones: tuple[int, ...]  # epochs; scaled if training takes another number of epochs
     weight_decay: float
     augment: bool  # random crop of the image padded by 4, random horizontal flip
     lr: float = 0.1
@@ -64,10 +64,10 @@ def train(
     resume: bool = False,
     seed: int = 0,
 ) -> float:
-    """Train `MODELS[name]` by its recipe, write it to `out` and return its test accuracy in %.
+    """Train `MODELS[name]` with its recipe, write it to `out` and return its test accuracy in %.
 
-    With `resume` and no state beside `out`, training starts from the beginning. FileNotFoundError when `data` lacks
-    the data set; ValueError when the state beside `out` is of another run.
+    With `resume` but without a state next to `out`, training starts from the beginning. Raises FileNotFoundError if
+    the data set is not in `data`, and ValueError if the state next to `out` belongs to another run.
     """
     recipe, out = RECIPES[name], Path(out)
     epochs = recipe.epochs if epochs is None else epochs
@@ -109,7 +109,7 @@ def train(
 
 
 def augment(images: Tensor) -> Tensor:
-    """Random crops of the images padded by 4 black pixels, half of them mirrored; uint8 (N, H, W, C) in and out."""
+    """Random crops of the images padded by 4 black pixels; half of them are mirrored. uint8 (N, H, W, C) in and out."""
     count, height, width, _ = images.shape
     rows = torch.randint(9, (count, 1)) + torch.arange(height)
     columns = torch.randint(9, (count, 1)) + torch.arange(width)
@@ -129,7 +129,7 @@ def _train_epoch(
     flatten: bool,
     bf16: bool,
 ) -> float:
-    """One pass over the images in random order; returns the mean cross-entropy."""
+    """Train for one epoch, with the images in random order; returns the mean cross-entropy."""
     model.train()
     total = torch.zeros((), device=images.device)
     for index in torch.randperm(len(images)).to(images.device).split(recipe.batch):
@@ -145,7 +145,7 @@ def _train_epoch(
 
 
 def _save_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, metadata: dict[str, str]) -> None:
-    """Weights, momentum and the state of torch's CPU generator, from which all random numbers of training come."""
+    """Write weights, momentum and the state of torch's CPU generator, the only source of random numbers here."""
     tensors = {f"model.{key}": value for key, value in model.state_dict().items()}
     for key, parameter in model.named_parameters():
         tensors[f"momentum.{key}"] = optimizer.state[parameter]["momentum_buffer"]
@@ -153,12 +153,12 @@ def _save_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, 
 
 
 def _load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, metadata: dict[str, str]) -> int:
-    """Undo `_save_state` and return the number of epochs done; ValueError when `metadata` is of another run."""
+    """Load what `_save_state` wrote; returns the number of finished epochs. ValueError if another run wrote it."""
     tensors, found = read_safetensors(path)
     differing = [key for key, value in metadata.items() if found.get(key) != value]
     if differing:
-        what = ", ".join(f"{key} {found.get(key)} instead of {metadata[key]}" for key in differing)
-        raise ValueError(f"{path} belongs to another run: {what}. Delete it, or leave out --resume.")
+        changes = ", ".join(f"{key} {found.get(key)} instead of {metadata[key]}" for key in differing)
+        raise ValueError(f"{path} belongs to another run: {changes}. Delete it, or leave out --resume.")
     model.load_state_dict({key: tensors[f"model.{key}"] for key in model.state_dict()})
     for key, parameter in model.named_parameters():
         optimizer.state[parameter]["momentum_buffer"] = tensors[f"momentum.{key}"].to(parameter.device)
@@ -167,7 +167,7 @@ def _load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, 
 
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file whole or not at all."""
+    """Write a safetensors file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     save_file(tensors, part, metadata)
@@ -176,7 +176,7 @@ def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> 
 
 @contextmanager
 def _progress(epochs: int, done: int) -> Iterator[Callable[[int, str], None]]:
-    """A function that shows `epoch, text`: as a progress bar on a terminal, as one line an epoch in a pipe."""
+    """A function that shows `epoch, text`: in a progress bar on a terminal, else as one line for each epoch."""
     if not Console().is_terminal:
         yield lambda epoch, text: print(f"epoch {epoch}/{epochs}: {text}", flush=True)
         return
@@ -188,14 +188,14 @@ def _progress(epochs: int, done: int) -> Iterator[Callable[[int, str], None]]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.train", description="Train a benchmark network.")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.networks.train", description="Train a network.")
     parser.add_argument("model", choices=RECIPES)
-    parser.add_argument("--data", required=True, metavar="DIR", help="folder that holds the data set")
+    parser.add_argument("--data", required=True, metavar="DIR", help="folder that contains the data set")
     parser.add_argument("--out", required=True, metavar="FILE.safetensors")
-    parser.add_argument("--epochs", type=int, help="default: the recipe's; milestones move in proportion")
+    parser.add_argument("--epochs", type=int, help="default: that of the recipe; milestones are scaled")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--bf16", action="store_true", help="train under bfloat16 autocast")
-    parser.add_argument("--resume", action="store_true", help="go on from FILE.resume.safetensors if it is there")
+    parser.add_argument("--resume", action="store_true", help="continue from FILE.resume.safetensors if it exists")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="CPU threads; default: PyTorch's own choice")
     args = parser.parse_args(argv)
@@ -214,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     except (FileNotFoundError, ValueError) as error:
         parser.exit(1, f"{error}\n")
-    print(f"{args.out}: {test_accuracy:.2f} % of the test images")
+    print(f"{args.out}: test accuracy {test_accuracy:.2f} %")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Records what fxmerge computes for many models, so that a refactoring can be shown to change nothing.
+"""Records what fxmerge computes for many models, to prove that a refactoring does not change it.
 
-    python -m benchmarks.record --out before          # on the old code
-    python -m benchmarks.record --out after           # on the new code
-    python -m benchmarks.record --compare before after
+    python -m benchmarks.coverage.record --out before          # on the old code
+    python -m benchmarks.coverage.record --out after           # on the new code
+    python -m benchmarks.coverage.record --compare before after
 
-Each case is one folder with the plan, checksums of the merged weights, the generated code and the report. Plans,
-checksums and code must be equal to the byte; reports are compared too, and their differences are printed. One thread;
-times, which differ from run to run, are left out. A case that is already in the folder is not run again.
+Each case is a folder with the plan, checksums of the merged weights, the generated code and the report. Plans,
+checksums and code must be equal byte by byte; differences between reports are printed, but allowed. Everything runs on
+one thread. Times differ from run to run and are not recorded. A case that is already in the folder is not run again.
 """
 
 import argparse
@@ -15,7 +15,6 @@ import fnmatch
 import hashlib
 import json
 import re
-import sys
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,12 +24,10 @@ import torch
 from torch import nn
 
 import fxmerge
-from benchmarks import zoo
+from benchmarks.coverage import zoo
+from tests.helpers.nets import NETS
 
-ROOT = Path(__file__).resolve().parent
-while not (ROOT / "pyproject.toml").is_file():
-    ROOT = ROOT.parent
-WIDE = 4000  # columns of a report: nothing is folded
+WIDE = 4000  # columns of a report, so that no line is wrapped
 Case = Callable[[], tuple[nn.Module, Any, dict[str, Any]]]
 
 PLAIN: Mapping[str, tuple[str, ...]] = {  # merged without refit
@@ -54,12 +51,7 @@ REFITTED = ("mlp", "residual", "dense", "depthwise", "encoder", "functional", "w
 
 
 def cases() -> dict[str, Case]:
-    """Every case by name: the published architectures, the tests' nets, and the options that take other paths."""
-    sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "helpers"), str(ROOT)]
-    try:
-        from tests.helpers.nets import NETS
-    except ImportError:
-        from tests.helpers.nets import NETS  # type: ignore[import-not-found,no-redef]
+    """Every case by name: models of the libraries, the nets of the tests, and options that take other code paths."""
     found: dict[str, Case] = {}
     for suite, names in PLAIN.items():
         known = zoo.names(suite)
@@ -111,7 +103,7 @@ def _of_net(make_net: Callable[[], tuple[nn.Module, Any]], batches: bool = False
 
 
 def record(folder: Path, case: Case) -> None:
-    """Run one case and write what came of it."""
+    """Run one case and write its results to `folder`."""
     model, inputs, options = case()
     analysis = fxmerge.analyze(model, inputs)
     try:
@@ -151,11 +143,11 @@ def _code(module: nn.Module) -> str:
 
 
 def _timeless(name: str, text: str) -> str:
-    """Without seconds, and without the folders of source files."""
+    """The text without seconds, and without the folders of source files."""
     text = re.sub(r"[\w./-]*/(?=[\w]+\.py:\d)", "", text)
     if not name.endswith(".json"):
         text = re.sub(r"\d+(\.\d+)? s\b", "N s", text)
-        return re.sub(r"([ \u2500-\u257f])[ \u2500-\u257f]+", r"\1", text)  # tables are as wide as what was in them
+        return re.sub(r"([ \u2500-\u257f])[ \u2500-\u257f]+", r"\1", text)  # tables are as wide as the removed text
 
     def strip(value: Any) -> Any:
         if isinstance(value, dict):
@@ -166,7 +158,7 @@ def _timeless(name: str, text: str) -> str:
 
 
 def compare(before: Path, after: Path) -> int:
-    """Print every difference; 1 where anything but a report differs or a case is missing."""
+    """Print every difference. Returns 1 if a plan, weights or code differ or if a case is missing, else 0."""
     wrong = 0
     names = sorted({p.name for folder in (before, after) for p in folder.iterdir() if p.is_dir()})
     differing = 0
@@ -191,15 +183,15 @@ def compare(before: Path, after: Path) -> int:
 
 def main() -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.record", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="folder for the records")
-    parser.add_argument("--only", default="*", help="pattern of case names")
-    parser.add_argument("--compare", type=Path, nargs=2, metavar=("BEFORE", "AFTER"))
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.coverage.record", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the recorded cases")
+    parser.add_argument("--only", default="*", help="only cases with a matching name (fnmatch)")
+    parser.add_argument("--compare", type=Path, nargs=2, metavar=("BEFORE", "AFTER"), help="two recorded folders")
     options = parser.parse_args()
     if options.compare:
         return compare(*options.compare)
     if options.out is None:
-        parser.error("give --out FOLDER, or --compare BEFORE AFTER")
+        parser.error("pass --out DIR or --compare BEFORE AFTER")
     torch.set_num_threads(1)
     failed = []
     for name, case in cases().items():

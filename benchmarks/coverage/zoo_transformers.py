@@ -1,4 +1,4 @@
-"""Small random models of the architectures of Hugging Face transformers, with keyword inputs."""
+"""Small models of Hugging Face transformers architectures, with random weights and keyword inputs."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 VOCABULARY, LENGTH, SIDE, MEL_FRAMES = 120, 12, 32, 32
 
 TOKENS = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-# the names that configurations have for the same sizes
+# configurations use different names for the same sizes
 BERT = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128} | TOKENS
 GPT = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "use_cache": False} | TOKENS
 LLAMA = BERT | {"max_position_embeddings": 64, "use_cache": False}
@@ -27,7 +27,7 @@ CLIP = {
     "projection_dim": 32,
 }
 
-# class -> (fields of its configuration, which inputs)
+# class -> (fields of its configuration, key of INPUTS)
 ARCHITECTURES: Mapping[str, tuple[dict[str, Any], str]] = {
     "BertForSequenceClassification": (BERT, "text"),
     "DistilBertForSequenceClassification": (
@@ -94,7 +94,7 @@ ARCHITECTURES: Mapping[str, tuple[dict[str, Any], str]] = {
 
 
 def tokens() -> Tensor:
-    """Tokens, none of them special."""
+    """Random tokens without special tokens."""
     return torch.randint(3, VOCABULARY, (1, LENGTH))
 
 
@@ -115,14 +115,14 @@ INPUTS: Mapping[str, Callable[[], dict[str, Tensor]]] = {
 
 
 def names() -> list[str]:
-    """The table's models, where transformers is installed; ImportError otherwise."""
+    """The models in the table. Raises ImportError if transformers is not installed."""
     import transformers  # noqa: F401
 
     return list(ARCHITECTURES)
 
 
 def model(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
-    """A small transformer with random weights, and keyword inputs."""
+    """A small transformer with random weights, and its keyword inputs."""
     import transformers
 
     fields, kind = ARCHITECTURES[name]

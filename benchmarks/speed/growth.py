@@ -1,11 +1,11 @@
-"""How merging grows with depth and width: `python -m benchmarks.growth --out docs/growth.md`.
+"""Time and memory of merging, by depth and width: `python -m benchmarks.speed.growth --out docs/growth.md`.
 
-Synthetic networks, each merged in a process of its own, on one thread: CPU seconds of the whole of `fxmerge.merge`, and
-the peak of its memory over what the process held before it (the model, if it is in memory, and the libraries). An
-exponent e says that the cost grows as parameters ** e; it is fitted to the larger half of a series, where what every
-merge pays (tracing, for one) no longer counts. `--most` leaves out larger networks.
+Each synthetic network is merged in its own process, on one thread. Measured are the CPU seconds of the whole call of
+`fxmerge.merge`, and its peak memory in excess of the memory that the process had before (libraries, and the model if
+it is in memory). Costs grow as parameters ** e; the exponent e is fitted to the larger half of a series, where constant
+costs, such as that of tracing, are negligible. `--most` leaves out larger networks.
 
-The series `on disk` merges weights that stay in files and saves the result: its models are larger than its memory.
+The series `on disk` merges weights that stay in files and saves the result. Its models are larger than the memory used.
 """
 
 import argparse
@@ -29,15 +29,15 @@ from torch import Tensor, nn
 
 import fxmerge
 
-MOST = 300_000_000  # in memory; four times as many on disk
+MOST = 300_000_000  # parameters of a model in memory; four times as many on disk
 MIB = 2**20
 
 
 @dataclass(frozen=True)
 class Net:
-    """A stack of layers of one width: linear, or convolutions with BatchNorm."""
+    """A stack of layers of equal width: linear, or convolutions with BatchNorm."""
 
-    kind: str
+    kind: str  # "linear" or "conv"
     depth: int
     width: int
 
@@ -62,7 +62,7 @@ class Stack(nn.Module):
         self.body, self.head = nn.Sequential(*layers), nn.Linear(width, 10)
         for layer in layers:
             if isinstance(layer, (nn.Linear, nn.Conv2d)):
-                nn.init.kaiming_normal_(layer.weight)  # signals neither fade nor grow with depth
+                nn.init.kaiming_normal_(layer.weight)  # activations keep their scale over many layers
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.head(self.body(x))
@@ -71,7 +71,7 @@ class Stack(nn.Module):
 
 @dataclass(frozen=True)
 class Series:
-    """Networks that differ in one size, and how they are merged."""
+    """Networks that differ in one size, and the options of their merges."""
 
     title: str
     nets: tuple[Net, ...]
@@ -101,28 +101,29 @@ SERIES: dict[str, Series] = {
 
 @dataclass(frozen=True)
 class Point:
-    """One merge."""
+    """The measurements of one merge."""
 
     depth: int
     width: int
     parameters: int
-    seconds: float
-    peak: int  # bytes over what was held before
+    seconds: float  # CPU seconds
+    peak: int  # bytes in excess of the memory before the merge
     model: int  # bytes
 
 
-def high_water() -> int:
-    """The most resident memory that this process had since `lower_water`, in bytes (Linux)."""
+def peak_memory() -> int:
+    """Peak resident memory of this process since `reset_peak_memory`, in bytes (Linux)."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
 
 
-def lower_water() -> None:
+def reset_peak_memory() -> None:
+    """Make `peak_memory` count from the current memory of this process (Linux)."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def write_layers(net: Net, folder: Path) -> None:
-    """Random weights, a file for each tensor, so that no two are in memory."""
+    """Write random weights with one file for each tensor, so that only one tensor is in memory at a time."""
     generator = torch.Generator().manual_seed(0)
     with torch.device("meta"):
         state = net.model().state_dict()
@@ -132,7 +133,7 @@ def write_layers(net: Net, folder: Path) -> None:
 
 
 def measure(net: Net, options: Mapping[str, Any], on_disk: bool) -> Point:
-    """Merge it here; imports and first calls come before."""
+    """Merge a network in this process. A small merge comes first, so that imports are not measured."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     small = Net(net.kind, 2, 8)
@@ -141,34 +142,38 @@ def measure(net: Net, options: Mapping[str, Any], on_disk: bool) -> Point:
         if on_disk:
             files = Path(place, "weights")
             files.mkdir()
-            subprocess.run([sys.executable, "-m", "benchmarks.growth", "--write", str(files), *_told(net)], check=True)
+            command = [sys.executable, "-m", "benchmarks.speed.growth", "--write", str(files), *_net_flag(net)]
+            subprocess.run(command, check=True)
             model = fxmerge.on_disk(net.model, files)
         else:
             model = net.model()
         parameters = sum(p.numel() for p in model.parameters())
-        lower_water()
-        before, start = high_water(), time.process_time()
+        reset_peak_memory()
+        before, start = peak_memory(), time.process_time()
         result = fxmerge.merge(model, net.example(), **options)
         if on_disk:
             result.save(Path(place, "merged"))
         seconds = time.process_time() - start
-        return Point(net.depth, net.width, parameters, seconds, high_water() - before, 4 * parameters)
+        return Point(net.depth, net.width, parameters, seconds, peak_memory() - before, 4 * parameters)
 
 
-def _told(net: Net) -> list[str]:
+def _net_flag(net: Net) -> list[str]:
     return ["--net", json.dumps(asdict(net))]
 
 
 def point(key: str, net: Net) -> Point:
-    """The same in a process of its own."""
+    """Measure a network in its own process."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "benchmarks.growth", "--series", key, *_told(net)]
+    command = [sys.executable, "-m", "benchmarks.speed.growth", "--series", key, *_net_flag(net)]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True, env=environment)
     return Point(**json.loads(done.stdout.splitlines()[-1]))
 
 
 def exponent(points: Sequence[Point], cost: str) -> float:
-    """e of cost ~ parameters ** e, by least squares on logarithms over the larger half; NaN for fewer than two."""
+    """The exponent e of cost ~ parameters ** e, a least-squares fit of logarithms; NaN for fewer than two points.
+
+    Only the larger half of the points is used.
+    """
     larger = sorted(points, key=lambda p: p.parameters)[len(points) // 2 - (len(points) == 2) :]
     if len(larger) < 2:
         return math.nan
@@ -177,13 +182,14 @@ def exponent(points: Sequence[Point], cost: str) -> float:
 
 
 def markdown(found: Mapping[str, Sequence[Point]]) -> str:
+    """The tables of the page: exponents first, then one table for each series."""
     parts = ["| cost grows as parameters ** e | time | memory |", "|---|---|---|"]
     for key, points in found.items():
         slopes = (f"{exponent(points, cost):.2f}" for cost in ("seconds", "peak"))
         parts.append(f"| {SERIES[key].title} | " + " | ".join(slopes) + " |")
     for key, points in found.items():
         parts += ["", f"## {SERIES[key].title}", ""]
-        sizes = "model on disk, MiB | peak, MiB" if SERIES[key].on_disk else "model, MiB | peak over it, MiB"
+        sizes = "model on disk, MiB | peak, MiB" if SERIES[key].on_disk else "model, MiB | peak above the model, MiB"
         parts += [f"| layers | width | parameters | CPU s | {sizes} |", "|---|---|---|---|---|---|"]
         for p in points:
             cells = f"{p.parameters:,}", f"{p.seconds:.2f}", f"{p.model / MIB:,.0f}", f"{p.peak / MIB:,.0f}"
@@ -196,7 +202,7 @@ def plot(found: Mapping[str, Sequence[Point]], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "the same ids for the same picture"
+    matplotlib.rcParams["svg.hashsalt"] = "fixed"  # the same numbers give the same file
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
@@ -217,13 +223,13 @@ def plot(found: Mapping[str, Sequence[Point]], path: Path) -> None:
 
 HEAD = """# Growth
 
-`python -m benchmarks.growth --out docs/growth.md` makes this page: each network is merged at ratio 0.5 in a process of
-its own, on one thread. Time is that of the whole of `fxmerge.merge`, in CPU seconds; memory is the peak over what the
-process held before, and includes the merged model.
+`python -m benchmarks.speed.growth --out docs/growth.md` writes this page. Each network is merged at ratio 0.5 in its
+own process, on one thread. Time is that of the whole call of `fxmerge.merge`, in CPU seconds. Memory is the peak in
+excess of the memory that the process had before; it includes the merged model.
 
-With depth all stages are linear. With width w parameters grow as w ** 2: so does `prune`, while what compares every
-channel with every other (`mostsim`) takes n ** 2 inner products of rows of w numbers, w ** 3 in all: an exponent of 1.5
-is the least for it.
+Every stage is linear in depth. With width w, the parameters grow as w ** 2, and so does the cost of `prune`. `mostsim`
+compares each channel with every other: w ** 2 inner products of w numbers, w ** 3 in total, so that its exponent is at
+least 1.5.
 
 ![time and memory against parameters](growth.svg)
 """
@@ -231,10 +237,10 @@ is the least for it.
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.growth", description="Merge time and memory by size.")
-    parser.add_argument("--out", type=Path, metavar="FILE.md", help="the page; the plot goes beside it")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed.growth", description="Merge cost by size.")
+    parser.add_argument("--out", type=Path, metavar="FILE.md", help="the page; the plot is written next to it")
     parser.add_argument("--only", nargs="+", choices=SERIES, default=list(SERIES), help="series to run")
-    parser.add_argument("--most", type=float, default=MOST, help="parameters in memory, at most (on disk: four times)")
+    parser.add_argument("--most", type=float, default=MOST, help="largest network, in parameters (on disk: 4 times)")
     parser.add_argument("--series", choices=SERIES, help=argparse.SUPPRESS)
     parser.add_argument("--net", help=argparse.SUPPRESS)
     parser.add_argument("--write", type=Path, help=argparse.SUPPRESS)

@@ -1,7 +1,7 @@
-"""One row of benchmarks.coverage, in a process of its own.
+"""Measure one row of benchmarks.coverage. This runs in its own process.
 
-Each finding is written as one line of JSON as soon as it is there, so that a process which is stopped has told what
-it got to. Seconds are CPU seconds on one thread, which a busy machine disturbs less than the clock.
+Each finding is written as one line of JSON as soon as it is known, so that nothing is lost if the process is stopped.
+Seconds are CPU seconds on one thread, which depend less on the load of the machine than wall-clock time.
 """
 
 import gc
@@ -21,24 +21,24 @@ import torch
 from torch import Tensor, fx, nn
 
 import fxmerge
-from benchmarks import peer
-from benchmarks.zoo import Specimen, build
+from benchmarks.coverage.zoo import Specimen, build
+from benchmarks.peers import torch_pruning as peer
 from fxmerge import verify
 from fxmerge.graph import compare
 
 RATIO = 0.5
-ORACLE_PARAMETERS = 400_000_000  # a larger model has no room for its float64 copies
+ORACLE_PARAMETERS = 400_000_000  # there is not enough memory for float64 copies of larger models
 
 Finding = dict[str, Any]
 
 
 def count(module: nn.Module) -> int:
-    """Elements of all parameters, shared ones once."""
+    """Number of elements of all parameters; shared parameters count once."""
     return sum(p.numel() for p in module.parameters())
 
 
 def shapes(value: Any) -> list[list[int]]:
-    """The shapes of the tensors in a model's output, whatever holds them."""
+    """The shapes of the tensors in the output of a model, which may be nested."""
     if isinstance(value, Tensor):
         return [list(value.shape)]
     if isinstance(value, dict):
@@ -46,17 +46,8 @@ def shapes(value: Any) -> list[list[int]]:
     return [s for v in value for s in shapes(v)] if isinstance(value, list | tuple) else []
 
 
-def route(captured: Any) -> str:
-    """How a model was captured: what the record says, else what the code generator of its graph shows."""
-    if getattr(captured, "route", None):
-        return str(captured.route)
-    if getattr(captured, "recorded", None) is not None:
-        return "parts"
-    return "export" if isinstance(captured.module.graph._codegen, fx.graph._PyTreeCodeGen) else "symbolic"
-
-
 def fxmerge_findings(specimen: Specimen, oracle_seconds: float) -> Iterator[Finding]:
-    """Analysis, oracle 1 and a merge of one model."""
+    """Analyse and merge one model, then run oracle 1."""
     before = shapes(specimen.run())
     yield {"stage": "analysis"}
     start = time.process_time()
@@ -67,7 +58,7 @@ def fxmerge_findings(specimen: Specimen, oracle_seconds: float) -> Iterator[Find
         refused[refusal.reason] += refusal.channels
     yield {
         "analysis_s": seconds,
-        "route": route(analysis.captured),
+        "route": analysis.captured.route,
         "groups": len(analysis.groups),
         "channels": sum(g.channels for g in analysis.groups),
         "refused": refused.most_common(3),
@@ -80,7 +71,7 @@ def fxmerge_findings(specimen: Specimen, oracle_seconds: float) -> Iterator[Find
     seconds = time.process_time() - start
     whole = count(specimen.model)
     unused = 0
-    if isinstance(result.module, fx.GraphModule):  # which holds no layer that it never calls
+    if isinstance(result.module, fx.GraphModule):  # it has only the layers that it calls
         unused = max(whole - count(result.analysis.captured.module), 0)
     after = Specimen(result.module.eval(), specimen.inputs)
     yield {
@@ -96,14 +87,8 @@ def fxmerge_findings(specimen: Specimen, oracle_seconds: float) -> Iterator[Find
     yield from oracle_findings(analysis, whole, oracle_seconds)
 
 
-def assembled(captured: Any, module: fx.GraphModule) -> nn.Module:
-    """The model that a copy of the captured graph stands for: itself, or one that holds it as parts."""
-    found: nn.Module = verify.whole(captured, module) if hasattr(verify, "whole") else module
-    return found
-
-
 def oracle_findings(analysis: fxmerge.Analysis, parameters: int, seconds: float) -> Iterator[Finding]:
-    """Oracle 1: all groups permuted together, then one by one, as many as `seconds` allow, spread over the model."""
+    """Oracle 1: permute all groups together, then as many single groups as `seconds` allow, spread over the model."""
     if parameters > ORACLE_PARAMETERS:
         yield {"oracle_note": "too large"}
         return
@@ -113,17 +98,17 @@ def oracle_findings(analysis: fxmerge.Analysis, parameters: int, seconds: float)
     captured, facts, grouping = analysis.captured, analysis.facts, analysis.grouping
     start = time.process_time()
     module, args, kwargs = verify.in_float64(captured)
-    before = compare.outputs(assembled(captured, module), args, kwargs)
+    before = compare.outputs(verify.whole(captured, module), args, kwargs)
     permuted = module
     for group in grouping.groups:
         permuted = verify.permute(permuted, facts, grouping, group)
-    together = compare.difference(before, compare.outputs(assembled(captured, permuted), args, kwargs))
+    together = compare.difference(before, compare.outputs(verify.whole(captured, permuted), args, kwargs))
     del module, permuted, before
     gc.collect()
     spent = time.process_time() - start
     yield {"oracle": together, "oracle_tried": 0, "oracle_note": ""}
     groups = grouping.groups
-    tried = min(len(groups), int(2 * (seconds - spent) / max(spent, 1e-3)))  # that took two runs
+    tried = min(len(groups), int(2 * (seconds - spent) / max(spent, 1e-3)))  # `spent` covers two runs of the model
     if tried > 0:
         some = tuple(groups[i * len(groups) // tried] for i in range(tried))
         found = verify.permutation(captured, facts, replace(grouping, groups=some))
@@ -132,7 +117,7 @@ def oracle_findings(analysis: fxmerge.Analysis, parameters: int, seconds: float)
 
 
 def peer_findings(specimen: Specimen, suite: str) -> Iterator[Finding]:
-    """The same model pruned by the peer."""
+    """Prune the model with the peer."""
     before, whole = shapes(specimen.run()), count(specimen.model)
     yield {"stage": "prune"}
     start = time.process_time()
@@ -145,7 +130,7 @@ def peer_findings(specimen: Specimen, suite: str) -> Iterator[Finding]:
 
 
 def findings(tool: str, suite: str, name: str, oracle_seconds: float) -> Iterator[Finding]:
-    """What there is to tell of one model; the last finding of a failure says how it ended."""
+    """All findings on one model. If it fails, the last one has the error."""
     yield {"status": "failed", "stage": "build"}
     try:
         specimen = build(suite, name)
@@ -156,12 +141,12 @@ def findings(tool: str, suite: str, name: str, oracle_seconds: float) -> Iterato
             yield from fxmerge_findings(specimen, oracle_seconds)
         yield {"stage": "done"}
     except Exception as error:
-        short = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
-        yield {"error": "out of memory" if short else said(error)}
+        no_memory = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+        yield {"error": "out of memory" if no_memory else one_line(error)}
 
 
-def said(error: Exception) -> str:
-    """An error in one line: fxmerge's own message, else also its type and the innermost line of fxmerge's code."""
+def one_line(error: Exception) -> str:
+    """An error as one line. Errors that fxmerge did not raise get their type and the innermost line of fxmerge."""
     text = " ".join(str(error).split())
     for prefix in {str(Path(torch.__file__).parents[1]), str(Path(fxmerge.__file__).parents[1])}:
         text = text.replace(f"{prefix}/", "")
@@ -173,8 +158,8 @@ def said(error: Exception) -> str:
     return f"{type(error).__name__}: {text[:600]}{place}"
 
 
-def work(tool: str, suite: str, name: str, told: str, noise: str, memory: float, oracle_seconds: float) -> None:
-    """What the process does: findings go to the file `told`, whatever libraries print to the file `noise`."""
+def work(tool: str, suite: str, name: str, out: str, noise: str, memory: float, oracle_seconds: float) -> None:
+    """The target of the process: findings go to the file `out`, and all output of libraries to the file `noise`."""
     sink = os.open(noise, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(sink, 1)
     os.dup2(sink, 2)
@@ -182,7 +167,7 @@ def work(tool: str, suite: str, name: str, told: str, noise: str, memory: float,
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    with open(told, "a", encoding="utf-8") as file:
+    with open(out, "a", encoding="utf-8") as file:
         for finding in findings(tool, suite, name, oracle_seconds):
             file.write(json.dumps(finding) + "\n")
             file.flush()

@@ -1,0 +1,1 @@
+"""Accuracy after merging without fine-tuning."""

@@ -1,0 +1,1 @@
+"""The picture in the README and the images of `fxmerge demo`."""

@@ -1,0 +1,1 @@
+"""The tables of Neuron Merging (Kim et al., NeurIPS 2020)."""

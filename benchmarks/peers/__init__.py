@@ -1,0 +1,1 @@
+"""fxmerge compared with Torch-Pruning and with the published Neuron Merging."""

@@ -1,0 +1,1 @@
+"""How long merging takes, and how fast merged models run."""
