@@ -38,7 +38,6 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 import fxmerge
-from fxmerge.options import CHOICES
 from fxmerge.rules.lookup import spellings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,7 +56,7 @@ WORDS = [builtins, torch, nn, F, fx, torch.Tensor, fx.Node, fx.Graph, fx.GraphMo
 # what is neither in the code nor in a library that is imported here: programs, variables of the environment, and
 # attributes of users' models
 OTHERS = {"pip", "python", "torchrun", "TMPDIR", "OMP_NUM_THREADS", "head_dim", "hidden_dim", "backbone.out_channels"}
-PLACEHOLDERS = re.compile(r"NAME|SPEC|DIR\b|FILE|path/to|^net\b|^small\b|MyNet|package\.module|\.\.\.|#|<|>|\\")
+PLACEHOLDERS = re.compile(r"NAME|mine|SPEC|DIR\b|FILE|path/to|^net\b|^small\b|MyNet|package\.module|\.\.\.|#|<|>|\\")
 FILE = re.compile(r"(?<![\w./*])[\w./-]*\w\.(?:py|md|json|cfg|toml|js|css|html|safetensors|npz)\b(?!\()")
 WORD = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*")
 DOTTED = re.compile(r"(?<![\w./`\"'-])[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+(?![\w/`\"'-])")
@@ -136,12 +135,14 @@ class Names:
                 if isinstance(node, (ast.arg, ast.AnnAssign)) and node.annotation is not None:
                     held = node.arg if isinstance(node, ast.arg) else ast.unparse(node.target)
                     self.instances[held] |= set(re.findall(r"\w+", ast.unparse(node.annotation))) & {*self.attributes}
-        self.instances["ctx"] |= {"Context", "RuleContext"} & {*self.attributes}
+        self.instances["ctx"] |= {"Context", "RuleContext"} & {*self.attributes}  # what rules call it
         for name in ("result", "report", "analysis", "options", "plan"):
             self.instances[name] |= {name.capitalize()} & {*self.attributes}
         self.defined = {name for path in PACKAGE for name in self.modules[self._dotted(path)]}
         self.defined |= {name for held in self.attributes.values() for name in held}
-        self.known = self.folders_of_modules | set(fxmerge.RULES) | {c for held in CHOICES.values() for c in held}
+        self.known = self.folders_of_modules | set(fxmerge.RULES)
+        for registry in (fxmerge.SELECTORS, fxmerge.DECOMPOSITIONS, fxmerge.ALLOCATORS, fxmerge.PROBES):
+            self.known |= set(registry)
         self.known |= {s for s in (getattr(k, "name", k) for k, _, _ in spellings()) if isinstance(s, str)}
         self.known |= set(re.findall(r'"([\w-]+)[^"]*"', (ROOT / "pyproject.toml").read_text(encoding="utf-8")))
 
@@ -227,7 +228,7 @@ def faults(token: str, near: set[str] = frozenset()) -> Iterator[str]:  # type: 
     for option, value in re.findall(r"\b([a-z_]\w+)=(\"[\w-]+\"|\w*)", token):
         if not known.single(option, near):
             yield option
-        elif value.startswith('"') and option in CHOICES and value.strip('"') not in CHOICES[option]:
+        elif value.startswith('"') and not _chooses(option, value.strip('"')):
             yield f"{option}={value}"
     yield from (f for f in re.findall(r"(?<![\w-])--[a-z][\w-]*", token) if not known.flag(f))
     if re.fullmatch(r"\.?[A-Za-z_]\w*(\(.*\))?", token):  # one name, or a call of it
@@ -239,6 +240,17 @@ def faults(token: str, near: set[str] = frozenset()) -> Iterator[str]:  # type: 
     for name in re.findall(r"(?<![\w./-])[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+", bare):
         if not re.search(r"\.\d", token) and not known.dotted(name, near):
             yield name
+
+
+def _chooses(option: str, value: str) -> bool:
+    """Is a string one of the choices of an option? What is no option, or has no choices, takes any."""
+    if not isinstance(getattr(fxmerge.Options(), option, None), str):
+        return True
+    try:
+        fxmerge.Options(**{option: value})  # type: ignore[arg-type]
+    except fxmerge.FxMergeError:
+        return False
+    return True
 
 
 def quoted(text: str) -> list[str]:
