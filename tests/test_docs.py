@@ -36,6 +36,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.fx.passes.infra.pass_base import PassResult
 
 import fxmerge
 from fxmerge.rules.lookup import spellings
@@ -50,9 +51,12 @@ LIBRARIES = {
     "torch": torch, "nn": nn, "F": F, "fx": fx, "aten": torch.ops.aten, "Tensor": torch.Tensor, "fxmerge": fxmerge,
 }  # fmt: skip
 IMPORTED = {"torch", "numpy", "scipy", "networkx", "safetensors", "torchvision", "timm", "transformers"}
-WORDS = [builtins, torch, nn, F, fx, torch.Tensor, fx.Node, fx.Graph, fx.GraphModule, nn.Module, torch.export,
-         torch.fx.passes.infra.pass_base, torch.fx.passes.infra.pass_base.PassResult, torch.nn.utils,
-         torch.nn.utils.parametrize, torch.utils.flop_counter]  # fmt: skip
+WORDS = [
+    *(builtins, torch, nn, F, fx, torch.Tensor, fx.Node, fx.Graph, fx.GraphModule, nn.Module, PassResult),
+    *(importlib.import_module(f"torch.{name}") for name in (
+        "export", "fx.passes.infra.pass_base", "nn.utils", "nn.utils.parametrize", "utils.flop_counter"
+    )),
+]  # fmt: skip
 # what is neither in the code nor in a library that is imported here: programs, variables of the environment, and
 # attributes of users' models
 OTHERS = {"pip", "python", "torchrun", "TMPDIR", "OMP_NUM_THREADS", "head_dim", "hidden_dim", "backbone.out_channels"}
@@ -186,7 +190,7 @@ class Names:
         if len(name.strip("_'")) < 2 or keyword.iskeyword(name):
             return True
         found = self.known | OTHERS | self.defined | self.package.words | near
-        return name in found or any(hasattr(space, name) for space in WORDS)
+        return name in found or bool(self.instances.get(name)) or any(hasattr(space, name) for space in WORDS)
 
 
 def _in_library(head: str, rest: list[str]) -> bool:
