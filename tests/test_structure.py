@@ -1,4 +1,4 @@
-"""The shape of the package: who may import whom, where networkx lives, how long a file may be."""
+"""The structure of the package: the import contract, where networkx is imported, how long a file may be."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ import pytest
 import fxmerge
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = sorted(Path(fxmerge.__file__).parent.rglob("*.py"))
+PACKAGE = Path(fxmerge.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def named(path: Path) -> str:
+    return path.relative_to(PACKAGE).as_posix()
 
 
 def imported(path: Path) -> set[str]:
@@ -34,34 +39,35 @@ def test_import_order() -> None:
 
 
 def test_networkx_stays_in_groups() -> None:
-    assert [p.name for p in FILES if any(name.split(".")[0] == "networkx" for name in imported(p))] == ["groups.py"]
+    importing = [named(p) for p in FILES if any(name.split(".")[0] == "networkx" for name in imported(p))]
+    assert importing == ["analysis/groups.py"]
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if p.parent.name == "methods"], ids=lambda p: p.name)
+@pytest.mark.parametrize("path", [p for p in FILES if p.parent.name == "methods"], ids=named)
 def test_maths_takes_tensors(path: Path) -> None:
     assert not [n for n in imported(path) if n.startswith(("torch.fx", "torch.nn"))]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
+@pytest.mark.parametrize("path", FILES, ids=named)
 def test_a_file_is_no_longer_than_300_lines(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 300
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
-def test_a_file_says_what_it_is(path: Path) -> None:
+@pytest.mark.parametrize("path", FILES, ids=named)
+def test_a_file_has_a_docstring(path: Path) -> None:
     assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
 
 
 def test_no_pickle_and_no_printing() -> None:
     """Files are read and written without pickle; only the command line prints."""
-    assert not [p.name for p in FILES if imported(p) & {"pickle", "torch.load", "torch.save"}]
+    assert not [named(p) for p in FILES if imported(p) & {"pickle", "torch.load", "torch.save"}]
     printing = [
-        p.name
+        named(p)
         for p in FILES
         for node in ast.walk(ast.parse(p.read_text(encoding="utf-8")))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
     ]
-    assert set(printing) <= {"main.py"}
+    assert set(printing) <= {"cli/main.py"}
 
 
 def test_public_names() -> None:
@@ -76,3 +82,9 @@ def test_no_test_file_imports_another() -> None:
     tests = sorted((ROOT / "tests").rglob("*.py"))
     guilty = {p.name: [n for n in imported(p) if ".test_" in n or n.startswith("test_")] for p in tests}
     assert not {name: found for name, found in guilty.items() if found}
+
+
+def test_the_tests_mirror_the_package() -> None:
+    """A folder of tests has the name of a folder of the package, apart from these three."""
+    folders = {p.name for p in (ROOT / "tests").iterdir() if p.is_dir() and any(p.rglob("test_*.py"))}
+    assert folders - {"benchmarks", "helpers", "golden"} <= {p.parent.name for p in FILES}
