@@ -20,9 +20,8 @@ from fxmerge import verify
 from fxmerge.analysis.grouping import Chosen, grouped, provable
 from fxmerge.analysis.groups import overlaps
 from fxmerge.analysis.propagate import provenance
-from fxmerge.calibration.batches import Batches
 from fxmerge.calibration.epilogue import pair
-from fxmerge.calibration.fit_probes import STRAYS, batches_of
+from fxmerge.calibration.fit_probes import RefitData, refit_data
 from fxmerge.calibration.paired_run import Settings
 from fxmerge.calibration.readings import readings
 from fxmerge.calibration.sensitivity import sensitivity
@@ -74,7 +73,7 @@ class Prepared:
 
     def __init__(self, captured: Capture, options: Options, given: Any, stage: Callable[[str], None]) -> None:
         self.captured, self.options, self.given, self.stage = captured, options, given, stage
-        self.probing = Settings(options.rows, options.seed, options.refit == "synthetic", summed)
+        self.probing = Settings(rows=options.rows, seed=options.seed, held=options.refit == "synthetic", reduce=summed)
         self.tensors = state(captured.module)
         self.seen: dict[str, tuple[Reading, ...]] = {}
 
@@ -95,22 +94,23 @@ class Prepared:
         return flops_by_node(self.captured.module, self.captured.inputs)
 
     @cached_property
-    def batches(self) -> tuple[Batches, tuple[str, ...]]:
-        """What refit runs on, or none and the reason."""
-        return batches_of(self.captured, self.found[0], self.options, self.given, self.probing, self.stage)
+    def data(self) -> RefitData:
+        """What refit runs on."""
+        facts = self.found[0]
+        return refit_data(self.captured, facts, self.options, given=self.given, settings=self.probing, stage=self.stage)
 
     @property
     def settings(self) -> Settings:
         """How the batches are run."""
-        return replace(self.probing, held=False) if self.batches[1] == (STRAYS,) else self.probing
+        return replace(self.probing, held=self.data.held)
 
     def readings(self, groups: Sequence[Group]) -> Mapping[str, tuple[Reading, ...]]:
         """What the consumers of these groups see of them on the batches."""
         missing = [g for g in groups if g.name not in self.seen]
-        if self.batches[0] and missing:
+        if self.data.batches and missing:
             self.stage("survey")
             facts = self.found[0]
-            self.seen |= readings(self.captured, facts, missing, self.batches[0], self.settings, self.stage)
+            self.seen |= readings(self.captured, facts, missing, self.data.batches, self.settings, self.stage)
         return self.seen
 
     @cached_property
@@ -118,7 +118,7 @@ class Prepared:
         """How much the outputs move with an error of each layer that reads a group."""
         facts, grouping = self.found
         groups = in_scope(grouping, self.options)[0]
-        return sensitivity(self.captured, facts, groups, self.batches[0], self.settings, self.stage)
+        return sensitivity(self.captured, facts, groups, self.data.batches, self.settings, self.stage)
 
     def merged(self, options: Options, decided: Mapping[str, GroupPlan] | None = None) -> Result:
         """Merge as these options say, which differ from the ones that this was prepared with in their budget only."""
@@ -153,7 +153,7 @@ class Prepared:
                 allotted = Allotted(by_ratio(groups, options, overlaps(grouping)))
             counts = allotted.counts
             narrowed = [g for g in groups if sum(counts[g.name]) < g.channels]
-            batches, notes = self.batches if narrowed else ([], ())
+            batches, notes = (self.data.batches, self.data.notes) if narrowed else ([], ())
             surveyed: Mapping[str, tuple[Reading, ...]] = {}
             if batches and decided is None and options.selection == "repair":
                 surveyed = self.readings(narrowed)
@@ -204,7 +204,7 @@ class Prepared:
         ladders = {g.name: rungs(g, options) for g in groups}
         free = [g for g in groups if len(ladders[g.name]) > 1]
         errors = {name: np.zeros(len(kept)) for name, kept in ladders.items()}
-        batches = self.batches[0] if free else []
+        batches = self.data.batches if free else []
         if options.allocation != "uniform":
             surveyed = self.readings(free) if batches else {}
             self.stage("curves")

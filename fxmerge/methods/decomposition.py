@@ -30,7 +30,7 @@ MIN_COSINE = 1e-9  # a partner must at least point the same way
 
 
 @dataclass(frozen=True)
-class Mapping:
+class DownUp:
     """(down, up) in the common coordinates, and what was given up: `cosine` (n,) of each dropped channel's partner."""
 
     down: Tensor | None  # (k, n), None where channels are only selected: the rows of the identity at the kept ones
@@ -45,12 +45,12 @@ def selection_rows(kept: Tensor, channels: int) -> Tensor:
     return columns.T
 
 
-def prune(evidence: Evidence, kept: Tensor) -> Mapping:
+def prune(evidence: Evidence, kept: Tensor) -> DownUp:
     up = selection_rows(kept, len(evidence.bias)).T
-    return Mapping(None, up, up.sum(1))
+    return DownUp(None, up, up.sum(1))
 
 
-def mostsim(evidence: Evidence, kept: Tensor) -> Mapping:
+def mostsim(evidence: Evidence, kept: Tensor) -> DownUp:
     """Each dropped channel goes to its most similar kept one, with a scale (MostSim, Algorithms 1 to 3)."""
     mapping = prune(evidence, kept)
     dropped = others(kept, len(evidence.bias))  # (m,)
@@ -142,7 +142,7 @@ def _range(values: Tensor, possible: Tensor | None) -> tuple[Tensor, Tensor]:
     return low, torch.where(span > 0, span, 1)
 
 
-def fold(evidence: Evidence, kept: Tensor) -> Mapping:
+def fold(evidence: Evidence, kept: Tensor) -> DownUp:
     """k-means on the rows, started at the kept channels: a cluster's mean stands for its members (model folding)."""
     n, inner = len(evidence.bias), evidence.inner
     assert isinstance(inner, Tensor)  # clusters take all of them
@@ -166,7 +166,7 @@ def fold(evidence: Evidence, kept: Tensor) -> Mapping:
     norm = inner.diagonal().clamp(min=1e-300).sqrt()
     mean_norm = torch.einsum("kn,nm,km->k", down, inner, down).clamp(min=1e-300).sqrt()
     cosine = (inner @ down.T)[torch.arange(n), cluster] / (norm * mean_norm[cluster])
-    return Mapping(down, up, cosine.clamp(-1, 1))
+    return DownUp(down, up, cosine.clamp(-1, 1))
 
 
 def least_squares(mean: Tensor, covariance: Tensor, kept: Tensor, ridge: float = 1e-4) -> tuple[Tensor, Tensor]:
@@ -205,7 +205,7 @@ def cellwise_least_squares(mean: Tensor, covariance: Tensor, kept: Tensor, cells
 
 
 # `lstsq` keeps what `prune` keeps in the common coordinates; its up is solved at each consumer from `least_squares`.
-DECOMPOSITIONS: dict[str, Callable[[Evidence, Tensor], Mapping]] = {
+DECOMPOSITIONS: dict[str, Callable[[Evidence, Tensor], DownUp]] = {
     "prune": prune,
     "mostsim": mostsim,
     "fold": fold,

@@ -19,13 +19,14 @@ from torch.utils.data import DataLoader, TensorDataset
 import fxmerge
 from fxmerge import FxMergeError, Options
 from fxmerge.calibration import epilogue
-from fxmerge.calibration.patches import at_positions, enough, form_of, patches, positions, rows_of, weight_of
+from fxmerge.calibration.patches import at_positions, enough, form_of, matrices_of, patches, positions, weight_of
 from fxmerge.ir.provenance import Layer
 from fxmerge.methods.elimination import eliminate
 from fxmerge.methods.evidence import Reading
 from fxmerge.methods.least_squares import system
 from fxmerge.methods.probes import PROBES, tokens
 from fxmerge.refit import solve
+from fxmerge.refit.targets import Target
 from tests.helpers.netmaking import one_thread  # noqa: F401
 from tests.helpers.nets import NETS
 from tests.helpers.two_processes import run_on_two
@@ -71,10 +72,10 @@ def test_every_layer_is_a_product_of_patches(name: str) -> None:
     with torch.no_grad():
         out: Tensor = module(x)
     index = torch.arange(positions(out, form))
-    product = torch.einsum("rgp,gop->rgo", patches(x, form, index), rows_of(weight, form)).flatten(1)
+    product = torch.einsum("rgp,gop->rgo", patches(x, form, index), matrices_of(weight, form)).flatten(1)
     bias = module.bias if module.bias is not None else torch.zeros(product.size(1))
     torch.testing.assert_close(product + bias, at_positions(out, form, index))
-    assert torch.equal(weight_of(rows_of(weight, form), form, weight), weight)
+    assert torch.equal(weight_of(matrices_of(weight, form), form, weight), weight)
 
 
 @pytest.mark.parametrize("ridge", [0.0, 1e-3, 1.0])
@@ -156,7 +157,7 @@ def test_an_exact_merge_stays_exact() -> None:
         model.n.bias[::2] = -1
         before = model(x)
         result = repaired(model, x, keep={"a": 0.5}, ratio=0.0, decomposition="prune")
-        assert [r.note for r in result.report.refitted][:1] == ["exact as it is"]
+        assert [r.note for r in result.report.refitted][:1] == ["unchanged: exact"]
         torch.testing.assert_close(result.module(x), before, rtol=1e-5, atol=1e-5)
 
 
@@ -211,7 +212,7 @@ def test_calibration_in_every_form_is_the_same(name: str) -> None:
 
 
 @pytest.mark.parametrize(("batches", "message"), [
-    ([], "no batches"), (3, "is a int"), ([{"y": X}], "has no x"), ([X[0]], "where the example has"),
+    ([], "no batches"), (3, "is of type int"), ([{"y": X}], "has no x"), ([X[0]], "where the example inputs have"),
     ([()], "tuple of 0"), ([X[:0]], "no samples"),
 ])  # fmt: skip
 def test_what_is_no_calibration_is_refused(batches: Any, message: str) -> None:
@@ -341,7 +342,10 @@ def test_behind_a_rectifier_the_solution_is_next_to_the_best() -> None:
     t = torch.randn(2000, 5, generator=generator, dtype=torch.float64)
     t += p[:, 0] @ torch.randn(12, 5, generator=generator, dtype=torch.float64) / 3 - 0.5
     ones = torch.ones(5, dtype=torch.float64)
-    step, rows = epilogue.affine(2 * ones, 0.3 * ones), solve.Rows([p], [t], [None])
+    step = epilogue.affine(2 * ones, 0.3 * ones)
+
+    def rows(rectified: bool) -> solve.Rows:
+        return solve.Rows([p], [Target(outputs=t, axis=1, affine=step, rectified=rectified)])
 
     def loss(flat: np.ndarray[Any, Any]) -> tuple[float, np.ndarray[Any, Any]]:
         leaf = torch.from_numpy(flat).requires_grad_()
@@ -355,8 +359,8 @@ def test_behind_a_rectifier_the_solution_is_next_to_the_best() -> None:
 
     def reached(rectified: bool) -> float:
         start = torch.zeros(1, 5, 12, dtype=torch.float64)
-        weight, bias = solve.solution(rows, start, step, rectified, None, True, alone)
-        return solve.error(rows, weight, bias, step, True, alone) / best
+        weight, bias = solve.solution(rows(rectified), start, wanted=None, centred=True, reduce=alone)
+        return solve.error(rows(True), weight, bias, alone) / best
 
     assert 1 <= reached(True) < 1.01 and reached(False) > 1.1
 
