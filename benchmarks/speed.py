@@ -158,7 +158,7 @@ def stage_seconds() -> Iterator[dict[str, float]]:
         for (stage, start), (_, end) in pairwise(marks):
             seconds[stage] += end - start
 
-    with patch.object(importlib.import_module("fxmerge.pipeline"), "progress", watch):
+    with patch.object(importlib.import_module("fxmerge.api"), "progress", watch):
         yield seconds
 
 

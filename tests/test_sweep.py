@@ -71,7 +71,8 @@ def test_what_is_common_to_all_budgets_is_done_once(monkeypatch: pytest.MonkeyPa
     """The probes, the survey and the capture; merges by themselves would do them three times."""
     import importlib
 
-    homes = {"capture": "merge", "provenance": "merge", "fed": "fitting", "readings": "merge", "sensitivity": "merge"}
+    homes = {"capture": "pipeline", "provenance": "pipeline", "fed": "calibration.fit_probes", "readings": "pipeline",
+             "sensitivity": "pipeline"}  # fmt: skip
     calls: list[str] = []
     for name, home in homes.items():
         module = importlib.import_module(f"fxmerge.{home}")

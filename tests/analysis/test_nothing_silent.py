@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import fxmerge
-from tests.analysis.test_written_by_others import OTHERS
 from tests.helpers.netmaking import one_thread  # noqa: F401
 from tests.helpers.nets import NETS
-from tests.helpers.written_by_others import made
+from tests.helpers.written_by_others import OTHERS, made
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 import linecache
 from typing import Any
 
-import random_images  # noqa: F401  (registers its steps)
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import tests.helpers.random_images  # noqa: F401  (registers its steps)
 from tests.helpers.netmaking import randomised
 from tests.helpers.random_steps import STEPS, Act, Draft
 

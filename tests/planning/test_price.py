@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import nets  # noqa: F401  (fills NETS)
 import numpy as np
 import pytest
 import torch
@@ -12,6 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fxmerge
+import tests.helpers.nets  # noqa: F401  (fills NETS)
 from fxmerge.graph.cost import flops_by_node
 from fxmerge.planning.price import flops_price, parameters_price
 from tests.helpers.netmaking import NETS, one_thread, plain_merge  # noqa: F401
