@@ -74,7 +74,15 @@ class _Pricer:
         rows = np.stack([*self.widths, np.zeros(len(self.full))])
         coefficients = np.array([c for c, _ in self.terms])
         fixed = np.array([*self.fixed, 1.0])
-        return Price(self.slots, self.full, coefficients, factors, csr_array(rows), fixed, self.original)
+        return Price(
+            slots=self.slots,
+            full=self.full,
+            coefficients=coefficients,
+            factors=factors,
+            widths=csr_array(rows),
+            fixed=fixed,
+            original=self.original,
+        )
 
 
 def parameters_price(

@@ -139,13 +139,25 @@ def statistics(
         inner.append(raw_pairs if form is not None else own * gram(gain[:, None]))
         bias, mean = bias + constant, mean + level
         covariance = covariance + spread if covariance is not None else None
-    scalable = not group.scale_blocks
+    evidence = Evidence(
+        inner=reduce(operator.add, inner),
+        bias=bias,
+        centred=normed,
+        cells=group.cells,
+        scalable=not group.scale_blocks,
+        threshold=options.threshold,
+        lam=options.lam,
+        published=form,
+    )
     return Statistics(
-        Evidence(
-            reduce(operator.add, inner), bias, normed, group.cells, scalable, options.threshold, options.lam, form
-        ),
-        linear, mean, covariance, functions, tuple(steps_of(r.steps) for r in group.consumers), tuple(maps),
-    )  # fmt: skip
+        evidence=evidence,
+        linear=linear,
+        mean=mean,
+        covariance=covariance,
+        functions=functions,
+        consumers=tuple(steps_of(r.steps) for r in group.consumers),
+        producer_maps=tuple(maps),
+    )
 
 
 def moments(found: Statistics, consumer: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -178,8 +190,8 @@ def _unit(inner: Tensor, deviation: Tensor) -> Tensor:
 
 def _published(norm: Member, tensors: Mapping[str, Tensor], n: int) -> PublishedForm:
     return PublishedForm(
-        gamma_of(norm, tensors, n),
-        slot(norm, "bias", tensors, n, 0.0),
-        slot(norm, "running_mean", tensors, n, 0.0),
-        slot(norm, "running_var", tensors, n, 1.0),
+        gamma=gamma_of(norm, tensors, n),
+        beta=slot(norm, "bias", tensors, n, 0.0),
+        mean=slot(norm, "running_mean", tensors, n, 0.0),
+        var=slot(norm, "running_var", tensors, n, 1.0),
     )

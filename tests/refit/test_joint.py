@@ -1,4 +1,4 @@
-"""Joint steps against nets whose best weights are known, against slopes by differences, and what they leave alone."""
+"""Joint steps: nets whose best weights are known, gradients by differences, and cases that are left unchanged."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def merged(model: nn.Module, x: Tensor, **changes: Any) -> fxmerge.Result:
 
 
 def alone(model: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> fxmerge.Result:
-    """The same without joint steps."""
+    """The same merge without joint steps."""
     with monkeypatch.context() as patched:
         patched.setattr(joint, "BUDGET", 0.0)
         return merged(model, x, **changes)
@@ -42,7 +42,7 @@ def off(result: fxmerge.Result, model: nn.Module, x: Tensor) -> float:
 
 
 class Narrow(nn.Module):
-    """B A has rank 4, though A has 8 rows of its own: 4 hidden channels can do all, none of A's 4 rows alone do."""
+    """B A has rank 4, though A has 8 independent rows: 4 hidden channels are enough, but no 4 of A's rows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,8 +57,8 @@ class Narrow(nn.Module):
 
 def test_what_two_layers_can_do_together_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = Narrow().double().eval(), torch.randn(2000, 12, dtype=F64)
-    assert off(alone(model, x, monkeypatch), model, x) > 0.2  # each for itself: A's rows are what they were
-    # the pull is towards where they began; without it nothing is lost
+    assert off(alone(model, x, monkeypatch), model, x) > 0.2  # layer by layer, A keeps its rows
+    # the pull is towards the initial weights; without it nothing is lost
     monkeypatch.setattr(solve, "RIDGE", 1e-6)
     monkeypatch.setattr(joint, "STEPS", 60)
     result = merged(model, x)
@@ -101,7 +101,7 @@ def test_half_precision_is_left_to_single_layers(dtype: torch.dtype, monkeypatch
 
 
 def test_few_positions_are_left_to_single_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """12 weights an output and one for each of 4 positions: whatever comes out of that is chance."""
+    """12 weights for each output and only 4 positions: they would be fitted to noise."""
     model, x = Narrow().double().eval(), torch.randn(4, 12, dtype=F64)
     one, other = alone(model, x, monkeypatch), merged(model, x)
     assert torch.equal(one.module.a.weight, other.module.a.weight)
@@ -129,7 +129,7 @@ def place(groups: int, outs: int, width: int, bias: bool) -> LayerWeights:
 
 @pytest.mark.parametrize(("groups", "bias"), [(1, True), (1, False), (3, True)])
 def test_slopes_by_differences(groups: int, bias: bool) -> None:
-    """What `slope` hands to the optimizer is E's slope by V, for an E of its own; the pull is a trace."""
+    """The gradient that `slope` sets, against differences of an E that is computed here, with the pull as a trace."""
     torch.manual_seed(0)
     outs, width = 4, 5
     there = place(groups, outs, width, bias)
@@ -183,7 +183,7 @@ def test_a_gram_without_a_root_is_left_to_single_layers(gram: float, monkeypatch
 
 
 def test_what_a_chain_keeps_goes_with_its_last_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory holds live activations: at a chain's first layer, no earlier chain still has its inputs."""
+    """Only live activations are kept: at a chain's first layer, no earlier chain still has its inputs."""
     begun: list[Chain] = []
     begin = Chain.begin
 

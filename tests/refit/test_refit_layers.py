@@ -1,4 +1,4 @@
-"""Refit against independent solutions: torch.linalg.lstsq on unfolded patches, nets whose answer is known, oracle 4."""
+"""Refit against independent solutions: torch.linalg.lstsq on unfolded patches, and nets whose solution is known."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_solve_is_ridge_regression(ridge: float, blocks: int) -> None:
 
 
 class Two(nn.Module):
-    """A hidden layer whose units 4 to 7 are linear combinations of units 0 to 3: half of it can go without loss."""
+    """A hidden layer whose units 4 to 7 are linear combinations of units 0 to 3: half can be removed without loss."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ class Two(nn.Module):
 
 
 @pytest.mark.parametrize("source", ["synthetic", "calibration"])
-def test_what_is_redundant_is_repaired_to_nothing(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_redundant_channels_are_removed_without_loss(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(solve, "RIDGE", 1e-6)
     torch.manual_seed(0)
     model, x = Two().double().eval(), torch.randn(300, 6, dtype=torch.float64)
@@ -150,7 +150,7 @@ def test_ratio_0_changes_no_bit(name: str) -> None:
 
 
 def test_an_exact_merge_stays_exact() -> None:
-    """Dead channels go: no layer is changed by more than rounding."""
+    """Dead channels are removed: no layer changes by more than rounding errors."""
     model, x = NETS["chain_2d"]()
     with torch.no_grad():
         model.n.weight[::2] = 0
@@ -215,7 +215,7 @@ def test_calibration_in_every_form_is_the_same(name: str) -> None:
     ([], "no batches"), (3, "is of type int"), ([{"y": X}], "has no x"), ([X[0]], "where the example inputs have"),
     ([()], "tuple of 0"), ([X[:0]], "no samples"),
 ])  # fmt: skip
-def test_what_is_no_calibration_is_refused(batches: Any, message: str) -> None:
+def test_invalid_calibration_data_is_refused(batches: Any, message: str) -> None:
     with pytest.raises(FxMergeError, match=message):
         repaired(*NETS["mlp"](), calibration=batches)
 
@@ -250,7 +250,7 @@ def test_elimination_is_the_best_of_all_subsets_where_channels_do_not_interact()
 
 
 def test_elimination_follows_re_solving() -> None:
-    """The first channel to go is the one whose loss after lstsq is the least; loops over all channels."""
+    """The first channel removed is the one with the least loss after lstsq, found by a loop over all channels."""
     g = torch.Generator().manual_seed(3)
     rows = torch.randn(400, 8, generator=g, dtype=torch.float64) @ torch.randn(8, 8, generator=g, dtype=torch.float64)
     rows = rows - rows.mean(0)
@@ -312,7 +312,7 @@ def test_wide_layers_are_solved_on_fewer_rows(rows: int, width: int, count: int)
     assert enough(rows, width) == count
 
 
-def test_two_processes_come_to_the_weights_of_one(tmp_path: Path) -> None:
+def test_two_processes_compute_the_weights_of_one(tmp_path: Path) -> None:
     """torchrun, gloo: the same bits on both ranks, those of one process within rounding."""
     run_on_two("distributed_refit.py", tmp_path)
     model, x = NETS["residual"]()
@@ -326,7 +326,7 @@ def test_two_processes_come_to_the_weights_of_one(tmp_path: Path) -> None:
             torch.testing.assert_close(one[key], value, rtol=1e-4, atol=1e-5)
 
 
-def test_inputs_that_hardly_move_do_not_stop_selection() -> None:
+def test_nearly_constant_inputs_do_not_stop_selection() -> None:
     """Second moments about a mean that is far larger are rounding errors: symmetric, but with negative eigenvalues."""
     noise = torch.randn(12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     gram = (noise + noise.T) * 1e-18
@@ -335,8 +335,8 @@ def test_inputs_that_hardly_move_do_not_stop_selection() -> None:
     assert len(eliminate([reading], torch.arange(12), 7)) == 7
 
 
-def test_behind_a_rectifier_the_solution_is_next_to_the_best() -> None:
-    """What the rectifier stops need not be met: scipy minimises that loss, convex in weight and bias, to its end."""
+def test_before_a_rectifier_the_solution_is_close_to_the_best() -> None:
+    """Targets that the rectifier stops need not be met; scipy minimises this loss, convex in weight and bias."""
     generator = torch.Generator().manual_seed(0)
     p = torch.randn(2000, 1, 12, generator=generator, dtype=torch.float64)
     t = torch.randn(2000, 5, generator=generator, dtype=torch.float64)
@@ -403,7 +403,7 @@ def test_biases_that_refit_adds_are_in_the_code_that_runs(make: Callable[[], nn.
     x = torch.randn(64, 16)
     assert isinstance(result.module, torch.fx.GraphModule)
     added = [n for n in result.module.graph.nodes if n.op == "get_attr" and "bias" in str(n.target)]
-    assert added  # else this test shows nothing
+    assert added  # otherwise this test shows nothing
     with torch.no_grad():
         of_graph = torch.fx.Interpreter(result.module).run(x)
         torch.testing.assert_close(result.module(x), of_graph, rtol=0, atol=0)
