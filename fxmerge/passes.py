@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from fxmerge.api import merge
 from fxmerge.errors import FxMergeError
 from fxmerge.graph.eval_mode import evaluating
+from fxmerge.graph.inputs import pytree_codegen
 from fxmerge.ir.capture import Capture
 from fxmerge.options import Options
 
@@ -76,8 +77,8 @@ def _inputs(module: fx.GraphModule) -> Any:
             shape: Any = [s.node.hint if isinstance(s, torch.SymInt) else s for s in known.shape]
             device = getattr(known, "device", None)  # tensor_meta has none
             found.append(torch.zeros(shape, dtype=known.dtype, device=device))
-    codegen = module.graph._codegen
-    if not isinstance(codegen, fx.graph._PyTreeCodeGen):
+    codegen = pytree_codegen(module)
+    if codegen is None:
         return tuple(found)
     args, kwargs = pytree.tree_unflatten(found, codegen.pytree_info.in_spec)
     return dict(zip(codegen.pytree_info.orig_args, args, strict=False)) | kwargs if kwargs else tuple(args)

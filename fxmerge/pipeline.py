@@ -24,7 +24,7 @@ from fxmerge.analysis.groups import overlaps
 from fxmerge.analysis.propagate import provenance
 from fxmerge.calibration.batches import Batches
 from fxmerge.calibration.epilogue import pair
-from fxmerge.calibration.fit_probes import STRAYS, batches_of
+from fxmerge.calibration.fit_probes import RefitData, refit_data
 from fxmerge.calibration.paired_run import Settings
 from fxmerge.calibration.readings import readings
 from fxmerge.calibration.sensitivity import sensitivity
@@ -103,7 +103,7 @@ class Prepared:
 
     def __init__(self, captured: Capture, options: Options, given: Any, stage: Callable[[str], None]) -> None:
         self.captured, self.options, self.given, self.stage = captured, options, given, stage
-        self.probing = Settings(options.rows, options.seed, options.refit == "synthetic", summed)
+        self.probing = Settings(rows=options.rows, seed=options.seed, held=options.refit == "synthetic", reduce=summed)
         self.tensors = state(captured.module)
         self.seen: dict[str, tuple[Reading, ...]] = {}
 
@@ -126,22 +126,23 @@ class Prepared:
         return flops_by_node(self.captured.module, self.captured.inputs)
 
     @cached_property
-    def batches(self) -> tuple[Batches, tuple[str, ...]]:
-        """What refit runs on, or none and the reason."""
-        return batches_of(self.captured, self.found[0], self.options, self.given, self.probing, self.stage)
+    def data(self) -> RefitData:
+        """What refit runs on."""
+        facts = self.found[0]
+        return refit_data(self.captured, facts, self.options, given=self.given, settings=self.probing, stage=self.stage)
 
     @property
     def settings(self) -> Settings:
         """How the batches are run."""
-        return replace(self.probing, held=False) if self.batches[1] == (STRAYS,) else self.probing
+        return replace(self.probing, held=self.data.held)
 
     def readings(self, groups: Sequence[Group]) -> Mapping[str, tuple[Reading, ...]]:
         """{group: the second moments at its consumers on refit's data}, for these groups at least."""
         missing = [g for g in groups if g.name not in self.seen]
-        if self.batches[0] and missing:
+        if self.data.batches and missing:
             self.stage("survey")
             facts = self.found[0]
-            self.seen |= readings(self.captured, facts, missing, self.batches[0], self.settings, self.stage)
+            self.seen |= readings(self.captured, facts, missing, self.data.batches, self.settings, self.stage)
         return self.seen
 
     @cached_property
@@ -149,7 +150,7 @@ class Prepared:
         """{layer: how much the model's outputs change with an error in its outputs}, for the consumers of groups."""
         facts, grouping = self.found
         groups = in_scope(grouping, self.options)[0]
-        return sensitivity(self.captured, facts, groups, self.batches[0], self.settings, self.stage)
+        return sensitivity(self.captured, facts, groups, self.data.batches, self.settings, self.stage)
 
     def merged(self, options: Options, decided: Mapping[str, GroupPlan] | None = None) -> Result:
         """The model merged with these options, which may differ from those it was prepared with in their budget only.
@@ -187,7 +188,7 @@ class Prepared:
         while True:
             allotted = self.allocation(groups, options)
             narrowed = [g for g in groups if sum(allotted.counts[g.name]) < g.channels]
-            batches, notes = self.batches if narrowed else ([], ())
+            batches, notes = (self.data.batches, self.data.notes) if narrowed else ([], ())
             surveyed = self.readings(narrowed) if batches and options.selection == "repair" else {}
             chosen = self.selection(narrowed, allotted.counts, surveyed, options)
             chosen, edits, refused = provable(self.captured, facts, grouping, chosen)
@@ -204,7 +205,7 @@ class Prepared:
         groups, refusals = in_scope(grouping, options)
         counts = replayed(groups, decided)
         narrowed = [g for g in groups if sum(counts[g.name]) < g.channels]
-        batches, notes = self.batches if narrowed else ([], ())
+        batches, notes = (self.data.batches, self.data.notes) if narrowed else ([], ())
         chosen = [(g, torch.tensor(decided[g.name].kept)) for g in narrowed]
         chosen, edits, refused = provable(self.captured, facts, grouping, chosen)
         refusals = (*refusals, *refused)
@@ -219,7 +220,7 @@ class Prepared:
         ladders = {g.name: rungs(g, options) for g in groups}
         free = [g for g in groups if len(ladders[g.name]) > 1]
         errors = {name: np.zeros(len(kept)) for name, kept in ladders.items()}
-        batches = self.batches[0] if free else []
+        batches = self.data.batches if free else []
         if options.allocation != "uniform":
             surveyed = self.readings(free) if batches else {}
             self.stage("curves")

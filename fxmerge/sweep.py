@@ -284,7 +284,7 @@ def _digest(ready: Prepared, evaluate: Evaluate | None) -> str:
     found = hashlib.sha256()
     tensors: list[Any] = [ready.captured.inputs, [v for _, v in sorted(ready.tensors.items())]]
     if ready.options.refit == "calibration":
-        tensors.append(ready.batches[0])
+        tensors.append(ready.data.batches)
     for leaf in tree_leaves(tensors):
         if isinstance(leaf, Tensor):
             found.update(f"{leaf.dtype} {tuple(leaf.shape)}".encode())

@@ -1,4 +1,4 @@
-"""The epilogue of a layer: the norm, the add and the activation right behind it."""
+"""The epilogue of a layer: the norm, the add and the activation right after it."""
 
 from __future__ import annotations
 
@@ -11,21 +11,24 @@ from fxmerge.calibration.paired_run import Pair
 from fxmerge.ir.provenance import Layer, Provenance
 from fxmerge.rules.lookup import rule_of
 
-SOLVED = ("linear", "matrix", "conv", "depthwise", "conv_transpose")  # what refit re-solves
-LEAST_GAIN = 0.05  # of the median |gain|: below it a channel's output hardly matters
+SOLVED = ("linear", "matrix", "conv", "depthwise", "conv_transpose")  # the ops of layers that refit re-solves
+LEAST_GAIN = 0.05  # of the median |gain|: with a smaller gain a channel's output hardly matters
 
 
 @dataclass(frozen=True)
-class Behind:
-    """The nodes that a layer's outputs pass: each None or False where it is not there."""
+class Epilogue:
+    """The nodes that a layer's outputs pass right after it. What is absent is None or False."""
 
     norm: Layer | None
-    other: fx.Node | None  # the other operand of the sum
+    other: fx.Node | None  # the other operand of the add
     rectified: bool
 
 
-def behind(module: fx.GraphModule, node: fx.Node, norms: dict[str, Layer], known: set[str]) -> Behind:
-    """What stands behind a node; `known` are the nodes whose values are there already."""
+def epilogue_of(module: fx.GraphModule, node: fx.Node, norms: dict[str, Layer], known: set[str]) -> Epilogue:
+    """The epilogue of the layer at a node.
+
+    norms: the BatchNorms by node; known: the nodes whose values are available, which the add's other operand must be
+    """
 
     def consumer(node: fx.Node) -> fx.Node | None:
         return next(iter(node.users)) if len(node.users) == 1 else None
@@ -53,27 +56,28 @@ def behind(module: fx.GraphModule, node: fx.Node, norms: dict[str, Layer], known
             other, following = others[0], after(following)
         else:
             following = None
-    return Behind(norm, other, rule(following) == "relu")
+    return Epilogue(norm, other, rule(following) == "relu")
 
 
 def pair(
     original: fx.GraphModule, facts: Provenance, merged: fx.GraphModule | None = None, alive: Tensor | None = None
 ) -> Pair:
-    """What `Lockstep` runs."""
-    return Pair(original, facts, rectified_layers(original, facts), merged, alive)
+    """The two graphs, or the original alone, as `PairedRun` takes them."""
+    rectified = rectified_layers(original, facts)
+    return Pair(original=original, facts=facts, rectified=rectified, merged=merged, alive=alive)
 
 
 def rectified_layers(module: fx.GraphModule, facts: Provenance) -> dict[str, Layer]:
-    """The first layers on each way from the inputs that pass a rectifier next, in a network that has no norms."""
+    """The first layer on each path from the inputs that has a rectifier right after it, in a network without norms."""
     if any("norm" in layer.op for layer in facts.layers) or any("norm" in node for node, _ in facts.mixers):
         return {}
     layers = {layer.node: layer for layer in facts.layers if layer.op in SOLVED}
     found: dict[str, Layer] = {}
-    reached: set[fx.Node] = set()  # behind a layer that was found
+    reached: set[fx.Node] = set()  # the nodes that depend on a layer that was found
     for node in module.graph.nodes:
         if any(source in reached for source in node.all_input_nodes):
             reached.add(node)
-        elif node.name in layers and behind(module, node, {}, set()).rectified:
+        elif node.name in layers and epilogue_of(module, node, {}, set()).rectified:
             found[node.name] = layers[node.name]
             reached.add(node)
     return found
@@ -81,7 +85,10 @@ def rectified_layers(module: fx.GraphModule, facts: Provenance) -> dict[str, Lay
 
 @dataclass(frozen=True)
 class Affine:
-    """gain y + constant: (o,), (o,) of the channels that stay; `inverse` is 0 where the gain is next to nothing."""
+    """gain y + constant, (o,) and (o,), of the channels that stay.
+
+    inverse: (o,) 1 / gain, but 0 where the gain is close to zero
+    """
 
     gain: Tensor
     constant: Tensor
@@ -89,5 +96,6 @@ class Affine:
 
 
 def affine(gain: Tensor, constant: Tensor) -> Affine:
+    """The affine map with its inverse gains, which are 0 below LEAST_GAIN."""
     solid = gain.abs() > LEAST_GAIN * gain.abs().median()
     return Affine(gain, constant, torch.where(solid, 1 / torch.where(solid, gain, 1), 0))

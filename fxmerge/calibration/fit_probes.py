@@ -1,18 +1,18 @@
-"""Fitting: probes are moved until the original's BatchNorms see what they saw in training.
+"""The data that refit runs on: the user's batches, or probes that are fitted to the BatchNorms' running statistics.
 
-The running mean M and variance V of its BatchNorms are all that a trained network tells of its data. With m and v those
-of a batch of probes, and both taken as Gaussian, the divergence
+The running mean M and variance V of its BatchNorms are all that a trained network knows of its training data. With m
+and v the mean and variance of a batch of probes, and with both distributions taken as Gaussian, the divergence
 
     mean over BatchNorms of mean over channels of (v / V - 1 - log(v / V) + (m - M)^2 / V) / 2
 
-chooses the family of probes, and is then lowered by a few steps of Adam on the probes themselves (Cai et al., "ZeroQ",
-CVPR 2020, section 3.1, where it is a squared distance). No weight is touched.
+is used to choose the family of probes. It is then lowered by a few steps of Adam on the probes themselves (Cai et al.,
+"ZeroQ", CVPR 2020, section 3.1, which uses a squared distance). No weight is changed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,26 +20,67 @@ from torch import Tensor
 
 from fxmerge.calibration.batches import Batches, UnprobedError, fed
 from fxmerge.calibration.epilogue import pair
-from fxmerge.calibration.paired_run import Lockstep, Settings, moments
+from fxmerge.calibration.paired_run import PairedRun, Settings, channel_shape, moments
 from fxmerge.graph.cost import cost
 from fxmerge.graph.eval_mode import evaluating
 from fxmerge.ir.capture import Capture
-from fxmerge.ir.provenance import Layer, Provenance
+from fxmerge.ir.provenance import Layer, Provenance, batch_norms
 from fxmerge.methods.least_squares import Reduce
 from fxmerge.methods.probes import probed
 from fxmerge.options import Options
 from fxmerge.weights.by_path import at
 
-STEPS = 20  # of Adam, with a short memory and a rate (in deviations of the probes) that falls to FALL of the first:
-RATE, BETAS, FALL = 0.15, (0.7, 0.9), 0.3  # in a dozen steps twice as near as the usual 0.1, (0.9, 0.999), 1
-BUDGET = 2.4e12  # FLOPs of all steps together, at most; no probe is moved where fewer than LEAST steps are within it
+STEPS = 20  # of Adam, with a short memory and a rate (in standard deviations of the probes) that falls to FALL times
+RATE, BETAS, FALL = 0.15, (0.7, 0.9), 0.3  # RATE: a dozen steps get twice as close as with 0.1, (0.9, 0.999) and 1
+BUDGET = 2.4e12  # FLOPs of all steps together, at most; probes are not fitted if this allows fewer than LEAST steps
 LEAST = 5
-STRAY = 0.5  # divergence of a layer's outputs from the statistics behind it, where its inputs have theirs
+STRAY = 0.5  # the largest divergence of a trained network's layers from the running statistics of their BatchNorms
+_STRAYED = "probes run as they are, since the BatchNorms' running statistics are far from those of the layers' outputs"
+_IN_PARTS = "refit is left out, as only parts of the model could be traced"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefitData:
+    """What refit runs on.
+
+    batches:  by batch, the values of the graph's placeholders; empty where refit is left out
+    held:     whether both streams are held where training left them (see `paired_run`)
+    notes:    what the report says about the data
+    """
+
+    batches: Batches
+    held: bool
+    notes: tuple[str, ...] = ()
+
+
+def refit_data(
+    captured: Capture, facts: Provenance, options: Options, *, given: Any, settings: Settings,
+    stage: Callable[[str], None],
+) -> RefitData:  # fmt: skip
+    """The user's batches `given`, or fitted probes where it is None.
+
+    Raises FxMergeError where the batches do not fit the model.
+    """
+    held = settings.held
+    if options.refit == "none":
+        return RefitData(batches=[], held=held)
+    if captured.recorded is not None:  # the user's code between the parts needs the original's channel counts
+        return RefitData(batches=[], held=held, notes=(_IN_PARTS,))
+    stage("probes" if given is None else "calibration")
+    try:
+        batches = fed(captured, facts, options, given, lambda b: mismatch(captured, facts, b, settings))
+    except UnprobedError as error:
+        return RefitData(batches=[], held=held, notes=(str(error),))
+    if given is not None:
+        return RefitData(batches=batches, held=held)
+    if not holds(captured, facts, batches, settings):
+        return RefitData(batches=batches, held=False, notes=(_STRAYED,))
+    return RefitData(batches=fitted(captured, facts, batches, settings, stage), held=held)
 
 
 def normed(facts: Provenance) -> dict[str, Layer]:
-    """The BatchNorms with running statistics, by node."""
-    return {n.node: n for n in facts.layers if n.op == "batch_norm" and {"running_mean", "running_var"} <= {*n.params}}
+    """The BatchNorms that have running statistics, by node."""
+    return {n: norm for n, norm in batch_norms(facts).items() if {"running_mean", "running_var"} <= {*norm.params}}
 
 
 def mismatch(captured: Capture, facts: Provenance, batches: Sequence[Sequence[Any]], settings: Settings) -> float:
@@ -48,35 +89,11 @@ def mismatch(captured: Capture, facts: Provenance, batches: Sequence[Sequence[An
         return float(_divergence(captured, facts, batches, settings))
 
 
-STRAYS = "probes run as they are, since the BatchNorms' running statistics are far from what the layers give"
-
-
-def batches_of(
-    captured: Capture, facts: Provenance, options: Options, given: Any, settings: Settings,
-    stage: Callable[[str], None],
-) -> tuple[Batches, tuple[str, ...]]:  # fmt: skip
-    """What refit runs on, the user's batches or fitted probes, or none and the reason; (STRAYS,): not to be held."""
-    if options.refit == "none":
-        return [], ()
-    if captured.recorded is not None:  # its code between the parts cannot run in lockstep: the widths are its own
-        return [], ("refit is left out, as only parts of the model could be traced",)
-    stage("probes" if given is None else "calibration")
-    try:
-        batches = fed(captured, facts, options, given, lambda b: mismatch(captured, facts, b, settings))
-    except UnprobedError as why:
-        return [], (str(why),)
-    if given is not None:
-        return batches, ()
-    if not holds(captured, facts, batches, settings):
-        return batches, (STRAYS,)
-    return fitted(captured, facts, batches, settings, stage), ()
-
-
 def holds(captured: Capture, facts: Provenance, batches: Batches, settings: Settings) -> bool:
-    """Do the running statistics tell what the layers give, so that streams can be held where they say?
+    """Whether the running statistics are those of the layers' outputs, so that streams can be held there.
 
-    They are compared where every earlier BatchNorm is held: a trained network is within STRAY whatever the probes, one
-    that was never trained is not, and no stream of it ever comes where they say.
+    They are compared with every earlier BatchNorm held. A trained network is within STRAY for any probes. A network
+    that was never trained is not, and none of its streams ever has these statistics.
     """
     return mismatch(captured, facts, batches[:1], replace(settings, held=True)) < STRAY
 
@@ -85,27 +102,29 @@ def fitted(
     captured: Capture, facts: Provenance, batches: Batches, settings: Settings,
     stage: Callable[[str], None] = lambda name: None,
 ) -> Batches:  # fmt: skip
-    """The probes, fitted; as they are without a BatchNorm, and where it takes more than BUDGET or a gradient that an
-    op does not have.
+    """The probes, fitted.
+
+    They are returned unchanged if there is no BatchNorm, if LEAST steps exceed BUDGET, or if an op has no gradient.
     """
     places = [at for at in probed(captured.inputs) if captured.inputs[at].dtype in (torch.float32, torch.float64)]
     if not places or not normed(facts):
         return batches
     samples = sum(len(batch[places[0]]) for batch in batches) / len(captured.inputs[places[0]])
-    once = 3 * samples * cost(captured.module, captured.inputs).flops  # a backward pass takes two forward ones
+    once = 3 * samples * cost(captured.module, captured.inputs).flops  # a backward pass costs two forward passes
     steps = min(STEPS, int(BUDGET / max(once, 1)))
     if steps < LEAST:
         return batches
     try:
-        return _moved(captured, facts, batches, settings, places, steps, stage)
+        return _moved(captured, facts, batches, settings, places=places, steps=steps, stage=stage)
     except RuntimeError:  # an op without a gradient
         return batches
 
 
 def _moved(
-    captured: Capture, facts: Provenance, batches: Batches, settings: Settings, places: Sequence[int], steps: int,
+    captured: Capture, facts: Provenance, batches: Batches, settings: Settings, *, places: Sequence[int], steps: int,
     stage: Callable[[str], None],
 ) -> Batches:  # fmt: skip
+    """The batches after `steps` of Adam on the inputs at these places, one batch after another."""
     alone, found = replace(settings, held=False), []
     with evaluating(captured.module), torch.enable_grad():
         for number, batch in enumerate(batches):
@@ -126,17 +145,17 @@ def _moved(
 
 
 def _own_moments(values: Sequence[Tensor], axis: int, reduce: Reduce) -> tuple[Tensor, Tensor]:
-    """`moments` of the one batch that is being moved, in its own precision: a backward pass in float64 takes long."""
+    """`moments` of the one batch that is being fitted, in its own precision: a backward pass in float64 is slow."""
     mean, variance = _Moments.apply(values[0], axis)
     return mean.double(), variance.double()
 
 
 class _Moments(torch.autograd.Function):
-    """Mean and variance along all axes but one, with the few passes over x that it takes and no more."""
+    """Mean and variance along all axes except one, in as few passes over x as possible."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-        axes, ctx.view = [a for a in range(x.dim()) if a != axis], [-1 if a == axis else 1 for a in range(x.dim())]
+        axes, ctx.view = [a for a in range(x.dim()) if a != axis], channel_shape(axis, x.dim())
         mean = x.mean(axes)
         apart = x - mean.view(ctx.view)
         ctx.save_for_backward(apart)
@@ -154,13 +173,14 @@ def _divergence(
     captured: Capture, facts: Provenance, batches: Sequence[Sequence[Any]], settings: Settings,
     moments: Callable[[Sequence[Tensor], int, Reduce], tuple[Tensor, Tensor]] = moments,
 ) -> Tensor:  # fmt: skip
+    """The divergence that the module's docstring defines, as a tensor of one number; 0 without a BatchNorm."""
     norms, module, found = normed(facts), captured.module, []
-    run = Lockstep(pair(module, facts), batches, settings)
-    for step in run:
-        layer = norms.get(step.node.name)
+    run = PairedRun(pair(module, facts), batches, settings)
+    for visit in run:
+        layer = norms.get(visit.node.name)
         if layer is None:
             continue
-        mean, variance = moments(run.original.values[step.node.all_input_nodes[0].name], 1, settings.reduce)
+        mean, variance = moments(run.original.values[visit.node.all_input_nodes[0].name], 1, settings.reduce)
         expected = at(module, layer.params["running_mean"]).double()
         spread = at(module, layer.params["running_var"]).double() + layer.eps
         ratio = (variance + layer.eps) / spread

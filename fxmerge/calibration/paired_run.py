@@ -1,10 +1,13 @@
-"""Lockstep: the original and the merged graph run node by node on the same batches, values freed after their last use.
+"""A paired run: the original and the merged graph run node by node, in lockstep, on the same batches.
 
-A node's value is a list, one entry for each batch, so that all batches are seen at one node before the next one runs.
-On probes both streams are *held* where training left them, whatever the model's inputs look like: every BatchNorm uses
+The value of a node is a list with one entry for each batch, so that all batches are seen at one node before the next
+node runs. Values are freed after their last use.
+
+On probes, both streams are *held* where training left them, whatever the model's inputs look like: every BatchNorm uses
 the mean and variance of the *original's* input over all batches, so that its output has mean beta and deviation gamma.
-In a network without norms each rectified layer is held instead: its outputs are moved, channel by channel, so that the
-share FIRING of the original's is above zero. Trained units fire seldom, and a linear map of noise does not know that.
+In a network without norms, each rectified layer is held instead: its outputs are shifted, channel by channel, so that
+a share FIRING of the original's outputs is positive. Trained units fire seldom; a linear map of noise fires half the
+time.
 """
 
 from __future__ import annotations
@@ -18,20 +21,23 @@ import torch
 from torch import Tensor, fx
 
 from fxmerge.graph.nested import fresh
-from fxmerge.ir.provenance import Layer, Provenance
+from fxmerge.ir.provenance import Layer, Provenance, batch_norms
 from fxmerge.methods.least_squares import Reduce
 from fxmerge.weights.by_path import at
 
 Values = list[Any]
-FIRING = 0.1  # of a held layer's outputs are positive, were they Gaussian
-LEVEL = NormalDist().inv_cdf(FIRING)  # their mean, in deviations
+FIRING = 0.1  # the share of a held layer's outputs that is positive, if they are Gaussian
+LEVEL = NormalDist().inv_cdf(FIRING)  # the mean of these outputs, in standard deviations
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How batches are run and how many rows are solved with.
+    """How batches are run, and how many rows a layer is solved on.
 
-    held:  are both streams held where training left them (probes), or run as they are (data)?
+    rows:    output positions that a layer is solved on, at most
+    seed:    of the sampling
+    held:    True to hold both streams where training left them (probes), False to run them as they are (data)
+    reduce:  sums a tensor over all processes
     """
 
     rows: int
@@ -40,12 +46,13 @@ class Settings:
     reduce: Reduce
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Pair:
-    """The original graph and the merged one, or the original alone.
+    """The original graph and the merged graph, or the original alone.
 
-    alive: (label_count,) which channels the merged graph still has (`rewrite.survivors`)
-    rectified: the layers that are held in a network without norms
+    facts:      the provenance of the original
+    rectified:  the layers that are held in a network without norms, by node
+    alive:      (label_count,) which channels the merged graph still has, as `ir.groups.survivors` returns it
     """
 
     original: fx.GraphModule
@@ -55,20 +62,20 @@ class Pair:
     alive: Tensor | None = None
 
     def kept(self, labels: Tensor) -> Tensor:
-        """The places among labels (m,) that the merged graph still has."""
+        """The positions in labels (m,) of the channels that the merged graph still has."""
         return torch.arange(len(labels)) if self.alive is None else self.alive[labels].nonzero().flatten()
 
 
 @dataclass(frozen=True)
-class Step:
-    """Where a run stands: the original has run this node, the merged graph is about to."""
+class Visit:
+    """A node that a paired run has reached: the original has run it, the merged graph is about to."""
 
-    node: fx.Node  # the merged graph's, where there is one
-    outputs: Values  # what the original gave
+    node: fx.Node  # of the merged graph, where there is one
+    outputs: Values  # the original's; those of a layer that is held, before the shift
 
 
 class Stream:
-    """One graph at work."""
+    """One graph of a paired run, and the values of its nodes that are still needed."""
 
     def __init__(self, module: fx.GraphModule, batches: Sequence[Sequence[Any]]) -> None:
         self.module, self.batches = module, batches
@@ -82,7 +89,7 @@ class Stream:
             self.expires.setdefault(consumer, []).append(source_name)
 
     def call(self, node: fx.Node, number: int, given: Mapping[str, Any] | None = None) -> Any:
-        """What a node gives for one batch; `given` are values to take in place of those that are there."""
+        """The value of a node for one batch; `given` holds values of its operands that replace the stored ones."""
         if node.op == "placeholder":
             return self.batches[number][self.placeholders.index(node.name)]
         if node.op == "get_attr":
@@ -91,7 +98,7 @@ class Stream:
         def operand(source: fx.Node) -> Any:
             if given is not None and source.name in given:
                 return given[source.name]
-            if source.name not in self.values:  # a parameter that was added on the way
+            if source.name not in self.values:  # a parameter that was added during the run
                 return at(self.module, str(source.target))
             return self.values[source.name][number]
 
@@ -103,30 +110,31 @@ class Stream:
         return node.target(*args, **kwargs) if node.op == "call_function" else args[0]  # type: ignore[operator]
 
     def free(self, name: str) -> None:
-        """A node is done with: what it was the last to read goes, and its own value if nobody reads it."""
+        """Free the values that no node after this one reads."""
         for source in self.expires.get(name, ()):
             self.values.pop(source, None)
         if not self.named[name].users:
             self.values.pop(name, None)
 
 
-class Lockstep:
-    """A pair's graphs, whose nodes have the same names, side by side; iterating hands out the merged one's in turn."""
+class PairedRun:
+    """Runs the graphs of a pair, whose nodes have the same names, side by side. Iterating yields a `Visit` for each
+    node that both graphs have, in the order of the merged graph.
+    """
 
     def __init__(self, pair: Pair, batches: Sequence[Sequence[Any]], settings: Settings) -> None:
         self.original = Stream(pair.original, fresh(list(batches)))
         self.merged = self.original if pair.merged is None else Stream(pair.merged, fresh(list(batches)))
-        layers = pair.facts.layers if settings.held else ()
-        self.norms = {layer.node: layer for layer in layers if layer.op == "batch_norm"}
+        self.norms = batch_norms(pair.facts) if settings.held else {}
         self.rectified: Mapping[str, Layer] = pair.rectified if settings.held else {}
-        self.shifts: dict[str, Tensor] = {}  # held layer -> what its outputs are moved by, (c,)
+        self.shifts: dict[str, Tensor] = {}  # held layer -> what is added to its outputs, (c,)
         self.kept, self.reduce = pair.kept, settings.reduce
         self.known: dict[str, tuple[Tensor, Tensor]] = {}  # BatchNorm -> mean and deviation over the batches
 
-    def __iter__(self) -> Iterator[Step]:
+    def __iter__(self) -> Iterator[Visit]:
         if self.merged is self.original:
             for node in self.original.nodes:
-                yield Step(node, self._run(self.original, node, None))
+                yield Visit(node, self._run(self.original, node, None))
                 self.original.free(node.name)
             return
         ahead = iter(self.original.nodes)
@@ -137,7 +145,7 @@ class Lockstep:
                     if twin.name == node.name:
                         break
                     self.original.free(twin.name)
-                yield Step(node, outputs)
+                yield Visit(node, outputs)
                 del outputs
                 self.original.free(node.name)
             self._run(self.merged, node, self.kept)
@@ -153,7 +161,7 @@ class Lockstep:
         return mean, (variance + layer.eps).sqrt()
 
     def again(self, node: fx.Node, value: Any, number: int) -> Any:
-        """What a node of the merged graph gives for one batch where its one input is this."""
+        """The value of a node of the merged graph for one batch, if `value` is that of its one input."""
         if node.name in self.norms:
             return self._normalise(self.merged, [value], self.norms[node.name], self.kept)[0]
         source = next(n for n in node.all_input_nodes if n.op != "get_attr")
@@ -171,14 +179,14 @@ class Lockstep:
         return values
 
     def _held(self, values: list[Tensor], layer: Layer, kept: Callable[[Tensor], Tensor] | None) -> Values:
-        axis = values[0].dim() - 1 - max(0, at(self.original.module, layer.params["weight"]).dim() - 2)
+        axis = axis_of_outputs(values[0], at(self.original.module, layer.params["weight"]))
         if kept is None:
             mean, variance = moments(values, axis, self.reduce)
             self.shifts[layer.node] = LEVEL * variance.sqrt() - mean
         shift, labels = self.shifts[layer.node], layer.writes if layer.writes is not None else layer.carries
         if kept is not None and labels is not None:
             shift = shift[kept(labels).to(shift.device)]
-        view = [-1 if a == axis else 1 for a in range(values[0].dim())]
+        view = channel_shape(axis, values[0].dim())
         return [x + shift.to(x).view(view) for x in values]
 
     def _normalise(
@@ -190,12 +198,12 @@ class Lockstep:
         if kept is not None and layer.carries is not None:
             mean, deviation = (t[kept(layer.carries).to(t.device)] for t in (mean, deviation))
         gain, offset = line(stream.module, layer, mean, deviation)
-        view = [1, -1, *[1] * (inputs[0].dim() - 2)]
+        view = channel_shape(1, inputs[0].dim())
         return [torch.addcmul(offset.to(x).view(view), x, gain.to(x).view(view)) for x in inputs]
 
 
 def line(module: fx.GraphModule, norm: Layer, mean: Tensor, deviation: Tensor) -> tuple[Tensor, Tensor]:
-    """The gain and the constant of a BatchNorm that subtracts and divides by these: (c,), (c,)."""
+    """The gain and the constant of a BatchNorm that subtracts `mean` and divides by `deviation`: (c,), (c,)."""
     gain, constant = 1 / deviation, torch.zeros_like(mean)
     if "weight" in norm.params:
         gain = gain * at(module, norm.params["weight"]).double()
@@ -205,11 +213,21 @@ def line(module: fx.GraphModule, norm: Layer, mean: Tensor, deviation: Tensor) -
 
 
 def moments(values: Sequence[Tensor], axis: int, reduce: Reduce) -> tuple[Tensor, Tensor]:
-    """Mean and variance along all axes but one, over all batches: (c,), (c,), float64."""
+    """Mean and variance along all axes except `axis`, over all batches and processes: (c,), (c,), float64."""
     axes = [a for a in range(values[0].dim()) if a != axis]
-    view = [-1 if a == axis else 1 for a in range(values[0].dim())]
+    view = channel_shape(axis, values[0].dim())
     total = sum(x.numel() // x.size(axis) for x in values)
     count = reduce(torch.tensor(float(total), dtype=torch.float64, device=values[0].device))
     mean = reduce(torch.stack([x.sum(axes, dtype=torch.float64) for x in values]).sum(0)) / count
     apart = [(x - mean.to(x).view(view)).square().sum(axes, dtype=torch.float64) for x in values]
     return mean, reduce(torch.stack(apart).sum(0)) / count
+
+
+def channel_shape(axis: int, dim: int) -> list[int]:
+    """The shape in which a vector broadcasts along one axis of a tensor with `dim` axes: 1 everywhere else."""
+    return [-1 if a == axis else 1 for a in range(dim)]
+
+
+def axis_of_outputs(outputs: Tensor, weight: Tensor) -> int:
+    """The axis of the channels: before the spatial axes of a convolution's outputs, the last of a linear layer's."""
+    return outputs.dim() - 1 - max(0, weight.dim() - 2)

@@ -1,9 +1,9 @@
-"""Patches: every linear layer and convolution as one product, so that one least-squares solve serves them all.
+"""Patches: every linear layer and convolution as a matrix product, so that one least-squares solver serves them all.
 
-A layer with g groups computes, at each output position, out = W p + b with a patch p of its input: (g, in/g * kernel).
-`patches` gathers them at chosen positions, `rows_of` and `weight_of` turn the layer's weight into W (g, out/g, p) and
-back. A transposed convolution is a plain one on the input with stride - 1 zeros between its entries, its kernel turned
-round.
+A layer with g groups computes, at each output position, out = W p + b with a patch p of its input, (g, in/g * kernel).
+`patches` gathers the patches at chosen positions. `matrices_of` turns the layer's weight into W (g, out/g, p), and
+`weight_of` turns W back. A transposed convolution is a plain convolution of the input with stride - 1 zeros between its
+entries, with the kernel flipped.
 """
 
 from __future__ import annotations
@@ -30,21 +30,20 @@ _ARGUMENTS = {
     "conv_transpose": ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation"),
 }
 _DEFAULTS: dict[str, Any] = {"stride": 1, "padding": 0, "output_padding": 0, "dilation": 1, "groups": 1}
+FEWEST = 16384  # positions that a wide layer is solved on, unless `Settings.rows` is smaller
+ENTRIES = 2**24  # entries of the patches that a narrow layer is solved on, at most
 
 
-FEWEST, ENTRIES = 16384, 2**24  # positions that a layer is solved on, unless told fewer; entries of their patches
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Form:
-    """A layer's geometry; sizes have one entry for each spatial axis, none for a linear layer."""
+    """A layer's geometry. Sizes have one entry for each spatial axis, none for a linear layer."""
 
     op: str  # linear, matrix, conv, depthwise or conv_transpose
-    kernel: tuple[int, ...]
-    stride: tuple[int, ...]
-    padding: tuple[tuple[int, int], ...]  # before, after
-    dilation: tuple[int, ...]
-    groups: int
+    kernel: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    padding: tuple[tuple[int, int], ...] = ()  # before, after
+    dilation: tuple[int, ...] = ()
+    groups: int = 1
     padding_mode: str = "constant"
 
     @property
@@ -57,7 +56,7 @@ class Form:
 
 
 def operands(node: fx.Node, op: str) -> dict[str, Any]:
-    """The arguments of a call by the names that torch's functions have for them: nodes and plain values."""
+    """The arguments of a call, nodes and plain values, by the parameter names of torch's functions."""
     names = _ARGUMENTS[op]
     if overload_name(node.target) is not None:
         names = tuple(a.name for a in node.target._schema.arguments)  # type: ignore[union-attr]
@@ -67,17 +66,17 @@ def operands(node: fx.Node, op: str) -> dict[str, Any]:
 
 
 def input_of(node: fx.Node, op: str) -> fx.Node:
-    """The node whose value a layer's call reads."""
+    """The node of the activation that a layer's call reads."""
     source: fx.Node = node.all_input_nodes[0] if node.op == "call_module" else operands(node, op)["input"]
     return source
 
 
 def form_of(node: fx.Node, layer: Layer, owner: nn.Module | None, weight: Tensor) -> Form | None:
-    """The geometry of a call; None for a spelling that is not known here."""
+    """The geometry of a call; None where the op is unknown or a size is computed in the graph."""
     if layer.op not in _ARGUMENTS:
         return None
     if layer.op in ("linear", "matrix"):
-        return Form(layer.op, (), (), (), (), 1)
+        return Form(op=layer.op)
     settings = {k: getattr(owner, k) for k in _DEFAULTS if hasattr(owner, k)} if owner is not None else {}
     settings = _DEFAULTS | (settings or {k: v for k, v in operands(node, layer.op).items() if k in _DEFAULTS})
     if any(isinstance(leaf, fx.Node) for leaf in leaves(list(settings.values()))):
@@ -96,9 +95,14 @@ def form_of(node: fx.Node, layer: Layer, owner: nn.Module | None, weight: Tensor
         more = _each(settings["output_padding"], len(kernel))
         padding = [(r - p, r - p + o) for r, (p, _), o in zip(reach, padding, more, strict=True)]
     return Form(
-        layer.op, kernel, stride, tuple(padding), dilation, int(settings["groups"]),
-        "constant" if mode == "zeros" else str(mode),
-    )  # fmt: skip
+        op=layer.op,
+        kernel=kernel,
+        stride=stride,
+        padding=tuple(padding),
+        dilation=dilation,
+        groups=int(settings["groups"]),
+        padding_mode="constant" if mode == "zeros" else str(mode),
+    )
 
 
 def _each(value: Any, count: int) -> tuple[int, ...]:
@@ -106,8 +110,8 @@ def _each(value: Any, count: int) -> tuple[int, ...]:
     return tuple(int(v) for v in (values * count if len(values) == 1 else values))
 
 
-def rows_of(weight: Tensor, form: Form) -> Tensor:
-    """A layer's weight as W (g, out/g, p)."""
+def matrices_of(weight: Tensor, form: Form) -> Tensor:
+    """A layer's weight as W (g, out/g, p), one matrix for each group."""
     if form.op == "linear":
         return weight[None]
     if form.op == "matrix":
@@ -118,29 +122,30 @@ def rows_of(weight: Tensor, form: Form) -> Tensor:
     return weight.reshape(form.groups, -1, prod(weight.shape[1:]))
 
 
-def weight_of(rows: Tensor, form: Form, like: Tensor) -> Tensor:
-    """The inverse of `rows_of`: (g, out/g, p) in the shape and dtype of `like`."""
+def weight_of(matrices: Tensor, form: Form, like: Tensor) -> Tensor:
+    """The inverse of `matrices_of`: W (g, out/g, p) in the shape and dtype of the weight `like`."""
     if form.op == "linear":
-        weight = rows[0]
+        weight = matrices[0]
     elif form.op == "matrix":
-        weight = rows[0].T
+        weight = matrices[0].T
     elif form.transposed:
-        split = rows.reshape(form.groups, rows.size(1), -1, *form.kernel)
+        split = matrices.reshape(form.groups, matrices.size(1), -1, *form.kernel)
         weight = split.flip(list(range(3, split.dim()))).transpose(1, 2)
     else:
-        weight = rows
+        weight = matrices
     return weight.reshape(like.shape).to(like)
 
 
 def positions(out: Tensor, form: Form) -> int:
-    """How many output positions there are in a layer's output."""
+    """The number of output positions in a layer's output."""
     return out.numel() // out.size(channel_axis(out, form)) if out.numel() else 0
 
 
 def enough(rows: int, width: int) -> int:
-    """At most `rows` positions for patches of `width` entries, fewer where they would take more than ENTRIES of them.
+    """The number of positions to solve a layer on, with patches of `width` entries each.
 
-    A layer wide enough to have FEWEST has FEWEST all the same, so that there are more of them than unknowns.
+    It is `rows`, or fewer so that the patches have at most ENTRIES together; but never fewer than FEWEST for that
+    reason, so that there are more positions than unknowns.
     """
     return min(rows, max(FEWEST, ENTRIES // max(width, 1)))
 
@@ -148,7 +153,7 @@ def enough(rows: int, width: int) -> int:
 def sample(
     outputs: Sequence[Tensor], form: Form, rows: int, generator: torch.Generator, reduce: Reduce
 ) -> list[Tensor]:
-    """About `rows` of all output positions, at random, the same share of each batch: indices, ascending, by batch."""
+    """About `rows` output positions at random, the same share of each batch: ascending indices, by batch."""
     counts = [positions(y, form) for y in outputs]
     total = float(reduce(torch.tensor(float(sum(counts)), dtype=torch.float64, device=outputs[0].device)))
     share, found = rows / max(total, 1), []
@@ -161,17 +166,18 @@ def sample(
 
 
 def channel_axis(out: Tensor, form: Form) -> int:
+    """The axis of the channels in a layer's output."""
     return out.dim() - form.spatial - 1
 
 
 def at_positions(out: Tensor, form: Form, index: Tensor) -> Tensor:
-    """A layer's output at some of its positions: (rows, out)."""
+    """A layer's output at the positions with these indices: (rows, out)."""
     moved = out.movedim(channel_axis(out, form), -1)
     return moved[torch.unravel_index(index, moved.shape[:-1])]
 
 
 def patches(x: Tensor, form: Form, index: Tensor) -> Tensor:
-    """The input's patches for those output positions: (rows, g, p)."""
+    """The patches of a layer's input for the output positions with these indices: (rows, g, p)."""
     if not form.spatial:
         return x[torch.unravel_index(index, x.shape[:-1])][:, None]
     lead = x.shape[: x.dim() - form.spatial - 1]

@@ -1,6 +1,6 @@
-"""Survey: one run of the original on refit's batches, for what has to be known before channels are chosen.
+"""The survey: the second moments of the consumers' patches, from one run of the original on refit's batches.
 
-`readings` gives each group's consumers the second moments of their patches, which `repair` selects by.
+The `repair` selection chooses channels by them.
 """
 
 from __future__ import annotations
@@ -9,21 +9,21 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from fxmerge.calibration.epilogue import behind, pair
-from fxmerge.calibration.paired_run import Lockstep, Settings, line
-from fxmerge.calibration.patches import enough, form_of, input_of, patches, rows_of, sample
+from fxmerge.calibration.epilogue import epilogue_of, pair
+from fxmerge.calibration.paired_run import PairedRun, Settings, Visit, line
+from fxmerge.calibration.patches import enough, form_of, input_of, matrices_of, patches, sample
 from fxmerge.graph.eval_mode import evaluating
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.groups import Group
-from fxmerge.ir.provenance import Layer, Provenance
+from fxmerge.ir.provenance import Layer, Provenance, batch_norms
 from fxmerge.methods.evidence import Reading
 from fxmerge.methods.least_squares import second_moments
 from fxmerge.weights.by_path import at
 from fxmerge.weights.disk_tensor import beside
 
-WIDEST = 8192  # columns of all blocks together: a consumer with more is left out
+WIDEST = 8192  # columns of a consumer's patches, all its blocks together; a consumer with more is left out
 
 
 def readings(
@@ -34,24 +34,24 @@ def readings(
     settings: Settings,
     stage: Callable[[str], None] = lambda name: None,
 ) -> dict[str, tuple[Reading, ...]]:
-    """Group name -> how its consumers see it; consumers that are no layers (attention scores) are not among them."""
+    """Group name -> how its consumers read it. Consumers that are not layers, as attention scores, are left out."""
     consumers: dict[str, list[tuple[Group, Any]]] = {}
     for group in groups:
         for member in group.consumers:
             consumers.setdefault(member.layer.node, []).append((group, member))
     found: dict[str, list[Reading]] = {g.name: [] for g in groups}
     module = captured.module
-    norms = {layer.node: layer for layer in facts.layers if layer.op == "batch_norm"}
+    norms = batch_norms(facts)
     generator = torch.Generator().manual_seed(settings.seed)
     with evaluating(module), torch.no_grad():
-        run = Lockstep(pair(module, facts), batches, settings)
-        for step in run:
-            members = consumers.get(step.node.name, ())
+        run = PairedRun(pair(module, facts), batches, settings)
+        for visit in run:
+            members = consumers.get(visit.node.name, ())
             if not members:
                 continue
             layer = members[0][1].layer
             stage(f"survey {layer.module}")
-            made = _consumer(run, step.node, step.outputs, layer, norms, settings, generator)
+            made = _consumer(run, visit, layer, norms=norms, settings=settings, generator=generator)
             if made is None:
                 continue
             gram, weight, width = made
@@ -62,20 +62,20 @@ def readings(
 
 
 def _consumer(
-    run: Lockstep, node: fx.Node, outputs: Sequence[Tensor], layer: Layer, norms: dict[str, Layer],
-    settings: Settings, generator: torch.Generator,
+    run: PairedRun, visit: Visit, layer: Layer, *, norms: dict[str, Layer], settings: Settings,
+    generator: torch.Generator,
 ) -> tuple[Tensor, Tensor, int] | None:  # fmt: skip
-    """(gram (g p, g p), weight (o, g p) in units of what follows, columns for each place).
+    """(gram (g p, g p), weight (o, g p) times the gain of the norm after it, columns for each input channel).
 
-    None where it is no layer, or its inputs are not finite.
+    None where the geometry of the call is unknown, patches are wider than WIDEST, or inputs are not finite.
     """
-    module = run.original.module
+    module, node, outputs = run.original.module, visit.node, visit.outputs
     owner = module.get_submodule(str(node.target)) if node.op == "call_module" else None
     weight = at(module, layer.params["weight"])
     form = form_of(node, layer, owner, weight)
     if form is None:
         return None
-    rows = rows_of(weight, form).double()
+    rows = matrices_of(weight, form).double()
     blocks, width = form.groups, rows.size(2)
     if blocks * width > WIDEST:
         return None
@@ -86,7 +86,7 @@ def _consumer(
     if not bool(torch.isfinite(gram).all()):
         return None
     whole = _diagonal(rows)
-    norm = behind(module, node, norms, set()).norm
+    norm = epilogue_of(module, node, norms, set()).norm
     if norm is not None:
         whole = whole * line(module, norm, *run.statistics(norm, outputs))[0][:, None]
     assert layer.reads is not None
@@ -94,7 +94,7 @@ def _consumer(
 
 
 def _diagonal(blocks: Tensor) -> Tensor:
-    """(g, a, b) as one (g a, g b) with the blocks on its diagonal."""
+    """Blocks (g, a, b) as one matrix (g a, g b) that has them on its diagonal."""
     g, a, b = blocks.shape
     whole = blocks.new_zeros(g, a, g, b)
     whole[torch.arange(g), :, torch.arange(g)] = blocks

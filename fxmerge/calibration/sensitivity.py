@@ -1,11 +1,11 @@
-"""Sensitivity: how much the model's outputs move with an error in what one layer puts out.
+"""Sensitivity: how much the model's outputs change with an error in the outputs of one layer.
 
-For outputs y of a layer, of variance var_c in channel c, and noise of a share s of that variance, the outputs z of the
-model move by
+Let y be the outputs of a layer, with variance var_c in channel c, and add noise with a share s of that variance. Then
+the outputs z of the model change by
 
     E |dz|^2 = s sum_c var_c sum_positions E_v (d(v . z) / dy_c)^2          v: random signs, one for each output
 
-to first order (Hutchinson's estimate). One pass forward and DRAWS backward, on some of refit's batches.
+to first order (Hutchinson's estimate). It takes one forward pass and DRAWS backward passes on some of refit's batches.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from torch import Tensor
 
 from fxmerge.calibration.batches import batch_size
 from fxmerge.calibration.epilogue import pair
-from fxmerge.calibration.paired_run import Lockstep, Settings, moments
+from fxmerge.calibration.paired_run import PairedRun, Settings, axis_of_outputs, moments
 from fxmerge.graph.eval_mode import evaluating
-from fxmerge.graph.inputs import fixed_batch
+from fxmerge.graph.inputs import is_exported
 from fxmerge.graph.outputs import returned
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.groups import Group
@@ -29,8 +29,8 @@ from fxmerge.ir.provenance import Provenance
 from fxmerge.weights.by_path import at
 
 DRAWS = 2
-SAMPLES, ELEMENTS = 128, 2**28  # samples, and elements of all their activations together, at most; one batch at least
-LEAST = 1e-6  # of the largest sensitivity
+SAMPLES, ELEMENTS = 128, 2**28  # samples, and elements of all their activations together, at most; at least one batch
+LEAST = 1e-6  # the smallest sensitivity, as a share of the largest
 
 
 def sensitivity(
@@ -41,9 +41,9 @@ def sensitivity(
     settings: Settings,
     stage: Callable[[str], None] = lambda name: None,
 ) -> dict[str, float]:
-    """Layer -> sensitivity, in any unit: of the groups' consumers, of producers where no consumer is a layer.
+    """Layer -> sensitivity, up to a common factor, of the groups' consumers; of the producers of groups without any.
 
-    Empty where an op has no gradient.
+    Empty where an op has no gradient, or where nothing finite and positive is found.
     """
     members = [m for g in groups for m in (g.consumers or g.producers)]
     layers = {m.layer.node: m.layer for m in members if "weight" in m.layer.params}
@@ -56,17 +56,17 @@ def sensitivity(
         with evaluating(captured.module), torch.enable_grad():
             outputs: dict[str, list[Tensor]] = {}
             last: list[Any] = []
-            for step in Lockstep(pair(captured.module, facts), some, alone):
-                if step.node.name in layers:
-                    outputs[step.node.name] = step.outputs
-                last = step.outputs
+            for visit in PairedRun(pair(captured.module, facts), some, alone):
+                if visit.node.name in layers:
+                    outputs[visit.node.name] = visit.outputs
+                last = visit.outputs
             tensors = [t for values in outputs.values() for t in values]
             for draw in range(DRAWS):
                 total = torch.stack([_drawn(t, generator) for out in last for t in returned(out)]).sum()
                 slopes = iter(torch.autograd.grad(total, tensors, retain_graph=draw + 1 < DRAWS, allow_unused=True))
                 for node, values in outputs.items():
                     layer = layers[node]
-                    axis = values[0].dim() - 1 - max(0, at(captured.module, layer.params["weight"]).dim() - 2)
+                    axis = axis_of_outputs(values[0], at(captured.module, layer.params["weight"]))
                     axes = [a for a in range(values[0].dim()) if a != axis]
                     variance = moments([v.detach() for v in values], axis, alone.reduce)[1]
                     for slope in [next(slopes) for _ in values]:
@@ -82,14 +82,14 @@ def sensitivity(
 
 
 def _some(captured: Capture, batches: Sequence[Sequence[Any]]) -> list[list[Any]]:
-    """A few samples, whose float inputs want a gradient: so does then everything that depends on them."""
+    """A few samples, with a gradient required for their floating-point inputs and so for all that depends on these."""
     size = batch_size(captured)
     each = sum(torch.Size(s).numel() for s in captured.shapes.values()) // max(size, 1)
     wanted = max(1, min(SAMPLES, ELEMENTS // max(each, 1)))
     found, taken = [], 0
     for batch in batches:
         own = next((v.size(0) for v in batch if isinstance(v, Tensor) and v.dim()), 1)
-        part = own if fixed_batch(captured.module) else min(own, wanted - taken)
+        part = own if is_exported(captured.module) else min(own, wanted - taken)
         cut = [v[:part] if isinstance(v, Tensor) and v.dim() and v.size(0) == own else v for v in batch]
         found.append([_leaf(v) if isinstance(v, Tensor) and v.is_floating_point() else v for v in cut])
         taken += part
@@ -103,6 +103,6 @@ def _leaf(value: Tensor) -> Tensor:
 
 
 def _drawn(output: Tensor, generator: torch.Generator) -> Tensor:
-    """v . z, z in deviations of its own."""
+    """v . z for random signs v, with z in units of its own standard deviation."""
     signs = torch.randint(0, 2, output.shape, generator=generator).to(output) * 2 - 1
     return (output * signs).sum() / output.detach().std().clamp(min=1e-30) if output.numel() > 1 else output.sum()

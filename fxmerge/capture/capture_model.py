@@ -22,7 +22,7 @@ from fxmerge.capture.symbolic import trace
 from fxmerge.capture.torch_export import graph_module_of
 from fxmerge.errors import FxMergeError, first_line, source_line
 from fxmerge.graph.eval_mode import reproducible, reseed
-from fxmerge.graph.inputs import bind
+from fxmerge.graph.inputs import bind, is_exported
 from fxmerge.graph.nested import fresh, leaves
 from fxmerge.graph.outputs import foreign, plain, returned, returning_plain
 from fxmerge.ir.capture import Capture, Recorded
@@ -125,6 +125,7 @@ def capture(model: Any, example_inputs: Any) -> Capture:
         model=model,
         program=program,
         blank=blank,
+        exported=is_exported(module),
     )
 
 

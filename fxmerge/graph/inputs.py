@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 def bind(module: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
     """The values of the placeholders, in order; those of an exported graph are the leaves of the arguments."""
-    if isinstance(module.graph._codegen, fx.graph._PyTreeCodeGen):
+    if is_exported(module):
         return list(tree_leaves((args, dict(kwargs))))
     values, positional = [], list(args)
     for node in module.graph.nodes:
@@ -21,6 +21,12 @@ def bind(module: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any
     return values
 
 
-def fixed_batch(module: fx.GraphModule) -> bool:
-    """Does the graph take the example's batch size only? One that torch.export made does."""
-    return isinstance(module.graph._codegen, fx.graph._PyTreeCodeGen)
+def is_exported(module: fx.GraphModule) -> bool:
+    """Whether torch.export made the graph. Such a graph takes flattened arguments, of the example's batch size only."""
+    return pytree_codegen(module) is not None
+
+
+def pytree_codegen(module: fx.GraphModule) -> fx.graph._PyTreeCodeGen | None:
+    """The record of how an exported graph flattens its arguments and outputs; None for any other graph."""
+    codegen = module.graph._codegen
+    return codegen if isinstance(codegen, fx.graph._PyTreeCodeGen) else None

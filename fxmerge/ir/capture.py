@@ -32,13 +32,14 @@ class Capture:
     model: nn.Module | None = None  # the user's own, whose class a saved result may be loaded into
     program: ExportedProgram | None = None  # what the model came as, where it came so
     blank: bool = False  # has it shapes, but no values of its weights (a model on the meta device)?
+    exported: bool = False  # did torch.export make the graph?
 
     @property
     def route(self) -> str:
         """How the model was captured: "symbolic", "export" or "recorded"."""
         if self.recorded is not None:
             return "recorded"
-        return "export" if isinstance(self.module.graph._codegen, fx.graph._PyTreeCodeGen) else "symbolic"
+        return "export" if self.exported else "symbolic"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -174,6 +174,11 @@ def blocks_left(layer: Layer, alive: Tensor) -> int:
     return int(alive[labels.reshape(layer.groups, -1)].any(1).sum())
 
 
+def batch_norms(facts: Provenance) -> dict[str, Layer]:
+    """The BatchNorm layers of a graph, by node."""
+    return {layer.node: layer for layer in facts.layers if layer.op == "batch_norm"}
+
+
 def can_shift(layer: Layer) -> bool:
     """May the layer have a bias? A matrix product has no place for one."""
     return layer.op != "matrix" or "bias" in layer.params

@@ -1,11 +1,12 @@
-"""Allocators: how a budget is shared out between groups. ALLOCATORS maps a name to a function of a `Problem`.
+"""Allocators, which divide a budget among groups. ALLOCATORS maps a name to a function of a `Problem`.
 
-    uniform   every group keeps the same share, as nearly as whole channels allow
-    greedy    from the group that loses least for what it saves, again and again, along the lower convex hull of each
-              group's error as a function of the channels kept (Pareto points; Shoham & Gersho, 1988, for rates)
+    uniform   every group keeps the same share of its channels, as nearly as whole channels allow
+    greedy    one channel after another is taken from the group with the least error for the cost it saves, along the
+              lower convex hull of each group's error as a function of the channels kept (the method of Shoham & Gersho,
+              1988, for bit allocation)
 
-An allocator gives the rung that each group stands on. What a model costs is a sum of products of widths, so that what a
-channel saves depends on what other groups have lost: prices are asked for anew at every step.
+An allocator returns the rung of each group on its ladder. The cost of a model is a sum of products of widths, so that
+the cost that a channel saves depends on the channels that other groups keep: it is computed anew at every step.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ Ints = NDArray[np.int64]
 Counts = Mapping[str, tuple[int, ...]]  # group -> channels kept in each of its cells
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Price:
-    """One kind of cost as a function of k, the channels kept in each cell of each group:
+    """One kind of cost (parameters, FLOPs) as a function of k, the channels kept in each cell of each group:
 
-    width(k) = fixed + sum_c m_c k_c                    m_c: places that one channel of cell c holds
+    width(k) = fixed + sum_c m_c k_c                    m_c: places on an axis that one channel of cell c takes
     price(k) = sum_t coefficient_t prod_f width_tf(k)   t: a parameter, or an op; f: its axes
     """
 
@@ -39,23 +40,24 @@ class Price:
     factors: NDArray[np.int64]  # (T, F) rows of `widths`; the last row is 1
     widths: csr_array  # (W, C)
     fixed: Floats  # (W,)
-    original: float  # the original's price, without what a merge would add to it
+    original: float  # the price of the original, without biases that a merge would add
 
     def __call__(self, counts: Counts) -> float:
         return self.at(self.vector(counts))
 
     def vector(self, counts: Counts) -> Floats:
-        """k (C,); groups that are not named keep all."""
+        """k (C,); groups that are not in `counts` keep all their channels."""
         k = self.full.copy()
         for name, kept in counts.items():
             k[self.slots[name]] = kept
         return k
 
     def at(self, k: Floats) -> float:
+        """The price at k (C,)."""
         return float(self._values(k).prod(1) @ self.coefficients)
 
     def gradient(self, k: Floats) -> tuple[float, Floats]:
-        """The price, and what one channel more of each cell adds to it: (C,)."""
+        """The price, and its derivative by the channels of each cell, (C,)."""
         values = self._values(k)
         slope = np.zeros(len(self.fixed))
         for f in range(values.shape[1]):
@@ -70,39 +72,42 @@ class Price:
 
 @dataclass(frozen=True)
 class Ladder:
-    """What one group may keep, the most first: rung r keeps counts[r] of its cells, at an error of errors[r]."""
+    """The allowed channel counts of one group, in descending order: rung r keeps counts[r] at an error of errors[r]."""
 
     counts: Floats  # (R, cells)
     errors: Floats  # (R,) ascending
 
     @property
     def totals(self) -> Floats:
+        """The channels kept at each rung, in all cells together: (R,)."""
         found: Floats = self.counts.sum(1)
         return found
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Ladders of all groups in the order of `price.slots`, and what the model may cost."""
+    """The ladders of all groups, in the order of `price.slots`, and the price that the model may have at most."""
 
     ladders: tuple[Ladder, ...]
     price: Price
     target: float
 
     def kept(self, rungs: Sequence[int] | Ints) -> Floats:
-        """k (C,) of these rungs."""
+        """k (C,) at these rungs."""
         return np.concatenate([np.zeros(0), *(x.counts[r] for x, r in zip(self.ladders, rungs, strict=True))])
 
     def cost(self, rungs: Sequence[int] | Ints) -> float:
+        """The price at these rungs."""
         return self.price.at(self.kept(rungs))
 
     @property
     def bottom(self) -> Ints:
+        """The last rung of each ladder."""
         return np.array([len(x.counts) - 1 for x in self.ladders], dtype=np.int64)
 
 
 def uniform(problem: Problem) -> Ints:
-    """The largest share that the budget allows; then single rungs up, the most rounded down first."""
+    """The largest common share that the budget allows; then single rungs up, first where most was lost to rounding."""
 
     def at(share: float) -> Ints:
         return np.array([_nearest(x.totals, share) for x in problem.ladders], dtype=np.int64)
@@ -117,15 +122,13 @@ def uniform(problem: Problem) -> Ints:
 
 
 def greedy(problem: Problem) -> Ints:
-    """Down by the least error per cost saved, until the budget is met; then up again wherever it leaves room."""
+    """One rung down with the least error for the cost saved, until the budget is met; then up where it leaves room."""
     lines = [hull(x.totals, x.errors) for x in problem.ladders]
     rungs, bottom = np.zeros(len(lines), dtype=np.int64), problem.bottom
     slots = list(problem.price.slots.values())
-    k, fewer = problem.kept(rungs), np.zeros_like(problem.price.full)  # the channels kept, and those of the next step
-    paid, rate = (
-        np.full(len(lines), np.inf),
-        np.zeros(len(lines)),
-    )  # what the next step loses, and that by what it saves
+    k, fewer = problem.kept(rungs), np.zeros_like(problem.price.full)  # channels kept, and dropped by the next step
+    paid = np.full(len(lines), np.inf)  # the error that the next step adds
+    rate = np.zeros(len(lines))  # this error by the cost that the step saves
 
     def ahead(g: int) -> None:
         x, r = problem.ladders[g], rungs[g]
@@ -168,13 +171,13 @@ def _slope(totals: Floats, errors: Floats, a: int, b: int) -> float:
 
 
 def _nearest(totals: Floats, share: float) -> int:
-    """The rung nearest to a share; of two the narrower."""
+    """The rung nearest to a share of the channels; of two equally near ones the narrower."""
     off = np.abs(totals - share * totals[0])
     return int(len(off) - 1 - off[::-1].argmin())
 
 
 def _filled(problem: Problem, rungs: Ints, order: Iterable[int]) -> Ints:
-    """Single rungs up, in this order, where the budget is still met."""
+    """The rungs after single steps up, in this order, wherever the budget is still met."""
     for g in order:
         if rungs[g] > 0:
             rungs[g] -= 1

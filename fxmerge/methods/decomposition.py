@@ -1,16 +1,18 @@
-"""Decomposition: how the channels that stay carry the ones that go, x ~ up @ (down @ x) + shift.
+"""Decompositions, which express all channels of a group by the kept ones: x ~ up @ (down @ x) + shift.
 
-Let row_i be what channel i is computed with in the group's common coordinates: its producers' weights, each times the
-gain of the BatchNorms behind it, so that x_i = row_i . input + b_i. From the rows' inner products alone:
+DECOMPOSITIONS maps a name to a function of `Evidence` and the kept channels, which returns (down, up).
+
+Let row_i be the coefficients of channel i in the group's common coordinates: its producers' weights, each times the
+gain of the BatchNorms after it, so that x_i = row_i . input + b_i. From the inner products of the rows alone:
 
     cos_ij   = <row_i, row_j> / (|row_i| |row_j|)
-    S_ij     = |row_i| / |row_j|                      the scale at which j stands in for i
-    B_ij     = b_i - S_ij b_j                         the constant that S cannot carry
+    S_ij     = |row_i| / |row_j|                      the scale at which channel j replaces channel i
+    B_ij     = b_i - S_ij b_j                         the constant that remains
 
 With one producer and its BatchNorm this is Neuron Merging (Kim et al., NeurIPS 2020, section 3.2): |row_i| =
-|w_i| |gamma_i| / std_i gives S_ij = s (gamma_i / gamma_j)(std_j / std_i), and a pair of opposite gammas gets the
-opposite cosine, so it is no candidate. DECOMPOSITIONS maps a name to a function of `Evidence`; each fills (down, up).
-`push` carries `up` from the common coordinates through the per-channel affine maps on the way to one consumer.
+|w_i| |gamma_i| / std_i gives S_ij = s (gamma_i / gamma_j)(std_j / std_i). Two channels with gammas of opposite signs
+have the opposite cosine, so that neither is a candidate for the other. `push` transforms `up` from the common
+coordinates through the per-channel affine maps before one consumer.
 """
 
 from __future__ import annotations
@@ -25,37 +27,38 @@ from torch import Tensor
 from fxmerge.methods.evidence import Evidence, PublishedForm
 from fxmerge.methods.linalg import coordinates, others, pairs, solve_ridge
 
-MIN_COSINE = 1e-9  # a partner must at least point the same way
+MIN_COSINE = 1e-9  # the rows of a channel and its partner must have a positive inner product
 
 
 @dataclass(frozen=True)
-class Mapping:
-    """(down, up) in the common coordinates, and what was given up: `cosine` (n,) of each dropped channel's partner."""
+class DownUp:
+    """A decomposition x ~ up @ (down @ x) in the common coordinates."""
 
-    down: Tensor | None  # (k, n), None where channels are only selected: the rows of the identity at the kept ones
+    down: Tensor | None  # (k, n); None where channels are only selected, for the rows of the identity at the kept ones
     up: Tensor  # (n, k)
-    cosine: Tensor  # (n,) 1 for kept channels, 0 for dropped ones that nobody carries
+    cosine: Tensor  # (n,) with each channel's partner: 1 for kept channels, 0 for dropped ones without a partner
 
 
 def selection_rows(kept: Tensor, channels: int) -> Tensor:
-    """Rows of the identity at the kept channels: (k, n), transposed in memory."""
+    """The rows of the identity at the kept channels: (k, n), stored transposed."""
     columns = torch.zeros(channels, len(kept), dtype=torch.float64)
     columns[kept, torch.arange(len(kept))] = 1
     return columns.T
 
 
-def prune(evidence: Evidence, kept: Tensor) -> Mapping:
+def prune(evidence: Evidence, kept: Tensor) -> DownUp:
+    """Dropped channels have no partners: their rows of `up` are zero."""
     up = selection_rows(kept, len(evidence.bias)).T
-    return Mapping(None, up, up.sum(1))
+    return DownUp(None, up, up.sum(1))
 
 
-def mostsim(evidence: Evidence, kept: Tensor) -> Mapping:
-    """Each dropped channel goes to its most similar kept one, with a scale (MostSim, Algorithms 1 to 3)."""
+def mostsim(evidence: Evidence, kept: Tensor) -> DownUp:
+    """Each dropped channel becomes a multiple of its most similar kept channel (MostSim, Algorithms 1 to 3)."""
     mapping = prune(evidence, kept)
     dropped = others(kept, len(evidence.bias))  # (m,)
     inner = pairs(evidence.inner, dropped, kept)
     norm = inner.square.clamp(min=0).sqrt()
-    solid = norm > norm.max() * 1e-9  # a channel without weight can carry nobody, and is carried by nobody
+    solid = norm > norm.max() * 1e-9  # a channel with zero weights has no partner, and is none
     norm = torch.where(solid, norm, 1)
     cosine = (inner.across / norm[kept]).div_(norm[dropped][:, None])  # (m, k)
     offset: Tensor | None
@@ -64,13 +67,13 @@ def mostsim(evidence: Evidence, kept: Tensor) -> Mapping:
         solid = solid & able
     else:
         scale, offset = _pairs(evidence, norm, dropped, kept)
-        if not evidence.scalable:  # only an equal channel will do: 2<a,b> / (|a|^2 + |b|^2) is 1 just when a = b
+        if not evidence.scalable:  # only an equal channel is a partner: 2<a,b> / (|a|^2 + |b|^2) is 1 exactly if a = b
             cosine *= 2 * scale / (1 + scale.square())
             scale = torch.ones_like(scale)
     possible = _possible(evidence, solid, cosine, dropped, kept)
     if offset is None:
         distance = -cosine
-    else:  # lam (1 - cos) + (1 - lam) minmax(|B| / S), but for a constant
+    else:  # lam (1 - cos) + (1 - lam) minmax(|B| / S), without the constant lam
         low, span = _range(offset, possible)
         distance = offset.sub_(low).mul_((1 - evidence.lam) / span).sub_(cosine, alpha=evidence.lam)
     if possible is not None:
@@ -87,7 +90,7 @@ def mostsim(evidence: Evidence, kept: Tensor) -> Mapping:
 
 
 def _pairs(evidence: Evidence, norm: Tensor, dropped: Tensor, kept: Tensor) -> tuple[Tensor, Tensor | None]:
-    """S and |B| / S of each pair, (m, k); B is None without a BatchNorm, S in it 1 where nobody may be scaled."""
+    """S and |B| / S of each pair, (m, k). The latter is None without a BatchNorm, and |b_i - b_j| without scaling."""
     scale = torch.outer(norm[dropped], 1 / norm[kept])
     if not evidence.centred:
         return scale, None
@@ -98,19 +101,19 @@ def _pairs(evidence: Evidence, norm: Tensor, dropped: Tensor, kept: Tensor) -> t
 
 
 def _published_pairs(form: PublishedForm, norm: Tensor, dropped: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The published code's S and |B| / S of each pair, (m, k), and whom they can do for, (n,).
+    """S and |B| / S of each pair as the published code has them, (m, k), and the channels that may be paired, (n,).
 
-    Indices i, j are exchanged, and `var` stands for the standard deviation:
+    That code exchanges the indices i and j, and uses `var` for the standard deviation:
 
         S_ij = |w_i| / |w_j| (gamma_j / gamma_i) (var_i / var_j)
         B_ij = (gamma_j / var_j) (|w_i| / |w_j| (mean_i - var_i beta_i / gamma_i) - mean_j) + beta_j
 
-    What that code leaves to chance is guarded: a gamma of 0, where it divides by it, makes no candidate.
+    It divides by gamma; a channel with a gamma of 0 is excluded here.
     """
     solid = form.gamma.abs() > form.gamma.abs().max() * 1e-9
     gamma = torch.where(solid, form.gamma, 1)
     gain = gamma / form.var.clamp(min=1e-30)
-    each = (gain / norm)[kept]  # all that S and B take of j, but for a constant
+    each = (gain / norm)[kept]  # the factors of S and B that depend on j
     scale = torch.outer((norm / gain)[dropped], each)
     constant = (form.beta - gain * form.mean)[kept]
     offset = torch.addcmul(constant[None, :], (norm * (form.mean - form.beta / gain))[dropped][:, None], each[None, :])
@@ -118,7 +121,7 @@ def _published_pairs(form: PublishedForm, norm: Tensor, dropped: Tensor, kept: T
 
 
 def _possible(evidence: Evidence, solid: Tensor, cosine: Tensor, dropped: Tensor, kept: Tensor) -> Tensor | None:
-    """Which kept channel can do for which dropped one, (m, k); None where all can."""
+    """Whether each kept channel may replace each dropped one, (m, k); None if all may."""
     one_cell = bool((evidence.cells == evidence.cells[0]).all())
     if evidence.published is not None and one_cell and bool(solid.all()):
         return None
@@ -131,7 +134,7 @@ def _possible(evidence: Evidence, solid: Tensor, cosine: Tensor, dropped: Tensor
 
 
 def _range(values: Tensor, possible: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The least of each row's possible entries and how far they reach, (m, 1); 1 where they are all equal."""
+    """The minimum and the range of the possible entries of each row, (m, 1); a range of 0 is returned as 1."""
     if possible is None:
         low, high = torch.aminmax(values, dim=1, keepdim=True)
     else:
@@ -141,14 +144,14 @@ def _range(values: Tensor, possible: Tensor | None) -> tuple[Tensor, Tensor]:
     return low, torch.where(span > 0, span, 1)
 
 
-def fold(evidence: Evidence, kept: Tensor) -> Mapping:
-    """k-means on the rows, started at the kept channels: a cluster's mean stands for its members (model folding)."""
+def fold(evidence: Evidence, kept: Tensor) -> DownUp:
+    """k-means on the rows, started at the kept channels: a cluster's mean replaces its members (model folding)."""
     from scipy.cluster.vq import kmeans2
 
     n, inner = len(evidence.bias), evidence.inner
-    assert isinstance(inner, Tensor)  # clusters take all of them
+    assert isinstance(inner, Tensor)  # clustering needs all inner products
     points = coordinates(inner + evidence.bias[:, None] * evidence.bias[None, :])
-    if points.size(1) == 0:  # no channel does anything: all are alike
+    if points.size(1) == 0:  # all channels are zero
         points = torch.zeros(n, 1, dtype=torch.float64)
     place = torch.full((n,), -1)
     place[kept] = torch.arange(len(kept))
@@ -157,21 +160,21 @@ def fold(evidence: Evidence, kept: Tensor) -> Mapping:
         inside = (evidence.cells == cell).nonzero().flatten()
         seeds = inside[place[inside] >= 0]
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # an empty cluster keeps its seed, below
+            warnings.simplefilter("ignore", UserWarning)  # an empty cluster, which is handled below
             found = kmeans2(points[inside].numpy(), points[seeds].numpy(), minit="matrix", iter=30)[1]
         cluster[inside] = place[seeds][torch.from_numpy(found).long()]
     up = torch.nn.functional.one_hot(cluster, len(kept)).double()
     size = up.sum(0)
-    empty = size == 0  # a cluster that lost its members keeps its seed
+    empty = size == 0  # an empty cluster is represented by the kept channel that it started at
     down = torch.where(empty[:, None], selection_rows(kept, n), up.T / size.clamp(min=1)[:, None])
     norm = inner.diagonal().clamp(min=1e-300).sqrt()
     mean_norm = torch.einsum("kn,nm,km->k", down, inner, down).clamp(min=1e-300).sqrt()
     cosine = (inner @ down.T)[torch.arange(n), cluster] / (norm * mean_norm[cluster])
-    return Mapping(down, up, cosine.clamp(-1, 1))
+    return DownUp(down, up, cosine.clamp(-1, 1))
 
 
 def least_squares(mean: Tensor, covariance: Tensor, kept: Tensor, ridge: float = 1e-4) -> tuple[Tensor, Tensor]:
-    """up (n, k) = C[:,K] C[K,K]^-1 and shift (n,) = mean - up mean_K, for moments (n,), (n, n) at a consumer."""
+    """up (n, k) = C[:,K] C[K,K]^-1 and shift (n,) = mean - up mean_K, for the mean (n,) and covariance C (n, n)."""
     up = solve_ridge(covariance[kept][:, kept], covariance[kept], ridge).T.contiguous()
     up[kept] = torch.eye(len(kept), dtype=up.dtype)
     return up, mean - up @ mean[kept]
@@ -180,11 +183,12 @@ def least_squares(mean: Tensor, covariance: Tensor, kept: Tensor, ridge: float =
 def push(
     up: Tensor, shift: Tensor, kept: Tensor, gain: Tensor, constant_gain: Tensor, constant: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(up, shift) behind a per-channel linear map y = gain x + constant (a convolution's gain on constants differs):
+    """(up, shift) after a per-channel linear map y = gain x + constant:
 
         y_i = sum_j up_ij (gain_i / gain_j) (y_j - constant_j) + constant_gain_i shift_i + constant_i
 
-    A kept channel whose gain is 0 carries nobody but itself.
+    A depthwise convolution multiplies constants by `constant_gain`, which is another number than its gain. A kept
+    channel with a gain of 0 replaces no other channel.
     """
     own = torch.arange(len(kept))
     solid = gain[kept].abs() > gain.abs().max() * 1e-12
@@ -195,7 +199,7 @@ def push(
 
 
 def cellwise_least_squares(mean: Tensor, covariance: Tensor, kept: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
-    """`least_squares` where channels are re-expressed by those of their own cell only."""
+    """`least_squares` within each cell: a channel is expressed by the kept channels of its own cell only."""
     up, shift = torch.zeros(len(mean), len(kept), dtype=mean.dtype), torch.zeros_like(mean)
     for cell in torch.unique(cells).tolist():
         inside, columns = (cells == cell).nonzero().flatten(), (cells[kept] == cell).nonzero().flatten()
@@ -205,8 +209,8 @@ def cellwise_least_squares(mean: Tensor, covariance: Tensor, kept: Tensor, cells
     return up, shift
 
 
-# `lstsq` keeps what `prune` keeps in the common coordinates; its up is solved at each consumer from `least_squares`.
-DECOMPOSITIONS: dict[str, Callable[[Evidence, Tensor], Mapping]] = {
+# `lstsq` is `prune` in the common coordinates; its `up` is computed at each consumer by `cellwise_least_squares`.
+DECOMPOSITIONS: dict[str, Callable[[Evidence, Tensor], DownUp]] = {
     "prune": prune,
     "mostsim": mostsim,
     "fold": fold,

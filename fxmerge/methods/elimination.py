@@ -1,12 +1,13 @@
-"""Elimination: which channels can go at the least loss once the consumers are re-solved.
+"""Elimination: which channels can be removed at the least loss once the consumers are re-solved.
 
-A consumer computes W p from patches p, of which channel c has some columns. With H = G + ridge and G the second
-moments of the patches about their mean, removing columns c and re-solving the others costs, summed over outputs,
+A consumer computes W p from patches p, in which channel c has some of the columns. Let H = G + ridge, with G the second
+moments of the patches about their mean. Removing the columns of c and re-solving the others costs, summed over outputs,
 
     loss(c) = tr(W_c (H^-1_cc)^-1 W_c'),        W <- W - W_c (H^-1_cc)^-1 H^-1_c:,      H^-1 likewise
 
-(Hassibi & Stork, 1993, "Optimal brain surgeon", equations 5 and 6, for blocks of columns). The cheapest goes, again and
-again; several consumers' losses are added, each as a share of the variance of its own outputs.
+(Hassibi & Stork, 1993, "Optimal brain surgeon", equations 5 and 6, for blocks of columns). The channel with the least
+loss is removed, repeatedly. The losses at several consumers are added, each as a share of the variance of the
+consumer's own outputs.
 """
 
 from __future__ import annotations
@@ -18,30 +19,32 @@ from torch import Tensor
 
 from fxmerge.methods.evidence import Reading
 
-RIDGE = 1e-2  # of the mean diagonal
-SHRINK = 0.1  # the share of removed columns at which matrices are copied without them
-ROUNDS = 48  # at most so many times is the cheapest looked for; wide groups lose several channels at once
+RIDGE = 1e-2  # of H, as a share of the mean diagonal of G
+SHRINK = 0.1  # the share of removed columns at which the matrices are copied without them
+ROUNDS = 48  # at most; in a wide group, several channels are removed in each round
 
 
 class _Consumer:
+    """The weights W and H^-1 of one consumer, from which channels are removed."""
+
     def __init__(self, reading: Reading) -> None:
         gram, self.weight = reading.gram.double(), reading.weight.double().clone()
         self.inverse = _inverse(gram)
-        self.left = torch.ones(len(gram), dtype=torch.bool)  # the columns that nobody has removed
+        self.left = torch.ones(len(gram), dtype=torch.bool)  # the columns that have not been removed
         self.scale = float(((self.weight @ gram) * self.weight).sum().clamp(min=1e-300))
         self.columns, self.channels = reading.columns, reading.channels
 
     def losses(self, count: int) -> Tensor:
-        """What each of the group's channels costs here: (count,), 0 where it is not read."""
+        """The loss of each of the group's channels at this consumer: (count,), 0 for channels that it does not read."""
         at = self.columns  # (m, q)
         own = self.weight[:, at].permute(1, 2, 0)  # (m, q, o)
         solved = torch.linalg.solve(self.inverse[at[:, :, None], at[:, None, :]], own)
         found = (own * solved).sum((1, 2)).cpu() / self.scale
         return torch.zeros(count, dtype=torch.float64).index_add_(0, self.channels, found)
 
-    def remove(self, gone: Tensor) -> float:
-        """What it costs here that these go together. gone: bool by channel of the group."""
-        here = gone[self.channels]
+    def remove(self, removed: Tensor) -> float:
+        """Remove channels and return their joint loss. removed: bool, by channel of the group."""
+        here = removed[self.channels]
         columns = self.columns[here].flatten()
         if not len(columns):
             return 0.0
@@ -57,14 +60,17 @@ class _Consumer:
         return lost
 
     def _shrink(self) -> None:
-        """Rows and columns of H^-1 that were removed are of no further use."""
+        """Copy the matrices without the removed columns."""
         self.columns = (torch.cumsum(self.left, 0) - 1)[self.columns]
         self.inverse, self.weight = self.inverse[self.left][:, self.left], self.weight[:, self.left]
         self.left = self.left[self.left]
 
 
 def _inverse(gram: Tensor) -> Tensor:
-    """(G + ridge)^-1; where rounding outweighs the ridge (inputs that hardly move), of G without what is below zero."""
+    """(G + ridge)^-1. Where G has negative eigenvalues beyond the ridge by rounding, these are set to zero first.
+
+    This happens for inputs that are nearly constant.
+    """
     eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     for change in (_as_it_is, _positive):
         found = change(gram)
@@ -86,7 +92,7 @@ def _positive(gram: Tensor) -> Tensor:
 
 
 def eliminate(readings: Sequence[Reading], candidates: Tensor, count: int) -> Tensor:
-    """Of `candidates` (indices into a group's channels) the places of those that stay, `count` of them, ascending."""
+    """The `count` of the candidates (indices of a group's channels) to keep: positions in `candidates`, ascending."""
     left = torch.ones(len(candidates), dtype=torch.bool)
     for cheapest, _ in _descent(readings, candidates, len(candidates) - count):
         left[cheapest] = False
@@ -94,9 +100,10 @@ def eliminate(readings: Sequence[Reading], candidates: Tensor, count: int) -> Te
 
 
 def curve(readings: Sequence[Reading], candidates: Tensor, least: int) -> Tensor:
-    """What it costs that only k of `candidates` stay: (n + 1,) by k, infinite below `least`.
+    """The loss at which only k of `candidates` are kept: (n + 1,) by k, infinite below `least`.
 
-    The sum over consumers of the share of their outputs' variance that no re-solving brings back. One factorisation.
+    It is the share of the variance of a consumer's outputs that re-solving cannot recover, summed over the consumers.
+    All k take one factorisation.
     """
     n = len(candidates)
     found = torch.full((n + 1,), torch.inf, dtype=torch.float64)
@@ -109,7 +116,7 @@ def curve(readings: Sequence[Reading], candidates: Tensor, least: int) -> Tensor
 
 
 def _descent(readings: Sequence[Reading], candidates: Tensor, drop: int) -> Iterator[tuple[Tensor, float]]:
-    """(the places in `candidates` of those that go next, what that costs), until `drop` have gone."""
+    """Yields (positions in `candidates` of the channels removed next, their loss), until `drop` are removed."""
     consumers = [_Consumer(r) for r in readings]
     channels = 1 + max(int(candidates.max()), *(int(r.channels.max()) for r in readings))
     left = torch.ones(len(candidates), dtype=torch.bool)
@@ -118,7 +125,7 @@ def _descent(readings: Sequence[Reading], candidates: Tensor, drop: int) -> Iter
         total = torch.stack([r.losses(channels) for r in consumers]).sum(0)[candidates]
         cheapest = torch.where(left, total, torch.inf).argsort(stable=True)[: min(at_once, drop)]
         left[cheapest] = False
-        gone = torch.zeros(channels, dtype=torch.bool)
-        gone[candidates[cheapest]] = True
-        yield cheapest, sum(consumer.remove(gone) for consumer in consumers)
+        removed = torch.zeros(channels, dtype=torch.bool)
+        removed[candidates[cheapest]] = True
+        yield cheapest, sum(consumer.remove(removed) for consumer in consumers)
         drop -= len(cheapest)

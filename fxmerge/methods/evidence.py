@@ -1,4 +1,4 @@
-"""The frozen records that the maths works on: what selectors choose from, and what decompositions know of a group."""
+"""The records that selectors, decompositions and eliminations are computed from."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Reading:
-    """How one layer reads a group: gram (p, p) of its patches about their mean, weight (o, p), columns of channels."""
+    """How one layer reads the channels of a group."""
 
-    gram: Tensor
-    weight: Tensor
-    channels: Tensor  # (m,) which of the group's channels it reads
-    columns: Tensor  # (m, q) where they stand in a patch
+    gram: Tensor  # (p, p) second moments of the layer's patches about their mean
+    weight: Tensor  # (o, p)
+    channels: Tensor  # (m,) the group's channels that it reads
+    columns: Tensor  # (m, q) the columns of each of them in a patch
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """The channels that a selector chooses from: all n of a group, or those that `index` names.
+    """The channels that a selector chooses from: all n of a group, or those with the indices `index`.
 
-    parts:    (n, d_i) each: what the group's producers compute a channel with, one after another; a bias is one column
+    parts:    for each producer, (n, d_i): the weights that it computes a channel with; a bias is one more column
     filters:  (n, in, k) the first producer's kernels by input channel
-    readings: how each consumer sees the whole group, where probes were run
+    seed:     of random selections
+    readings: how each consumer reads the whole group, where refit has data
 
-    `rows` and `kernels` are put together when they are asked for: the weights of a classifier take long to copy.
+    `rows` and `kernels` are computed on first use, as the weights of a large classifier are slow to copy.
     """
 
     parts: tuple[Tensor, ...]
@@ -41,35 +42,35 @@ class Candidates:
 
     @cached_property
     def rows(self) -> Tensor:
-        """(n, d) all parts side by side."""
-        parts = [self._those(part) for part in self.parts]
+        """(n, d) all parts, concatenated along the columns."""
+        parts = [self._taken(part) for part in self.parts]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     @cached_property
     def kernels(self) -> Tensor:
         """(n, in, k) the first producer's kernels by input channel."""
-        return self._those(self.filters)
+        return self._taken(self.filters)
 
     @cached_property
     def norms(self) -> Tensor:
         """(n,) Euclidean norms of the rows."""
-        norms: list[Tensor] = [torch.linalg.vector_norm(self._those(part), 2, dim=1) for part in self.parts]
+        norms: list[Tensor] = [torch.linalg.vector_norm(self._taken(part), 2, dim=1) for part in self.parts]
         return reduce(torch.hypot, norms)
 
     def only(self, index: Tensor) -> Candidates:
-        """Some of a whole group's channels."""
+        """The channels with these indices, of candidates that are a whole group."""
         return self if len(index) == len(self) else replace(self, index=index)
 
-    def _those(self, values: Tensor) -> Tensor:
+    def _taken(self, values: Tensor) -> Tensor:
         return values if self.index is None else values[self.index]
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """The inner products that looking for a partner takes: a quarter of all."""
+    """The inner products that are needed to find partners, a quarter of all or less."""
 
-    across: Tensor  # (m, k) of the rows that go with those that stay, both ascending
-    square: Tensor  # (n,) of every row with itself
+    across: Tensor  # (m, k) of the dropped rows with the kept ones, both ascending
+    square: Tensor  # (n,) of each row with itself
 
     def __add__(self, other: Pairs) -> Pairs:
         return Pairs(self.across + other.across, self.square + other.square)
@@ -78,9 +79,12 @@ class Pairs:
         return Pairs(self.across * other.across, self.square * other.square)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PublishedForm:
-    """One producer and its BatchNorm as the published code reads them: `Evidence.inner` is of the raw rows."""
+    """The BatchNorm of a group's only producer, (n,) each, for the formulas of MostSim's published code.
+
+    With it, `Evidence.inner` is of the raw rows.
+    """
 
     gamma: Tensor
     beta: Tensor
@@ -88,16 +92,19 @@ class PublishedForm:
     var: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """What a decomposition knows of a group's n channels, float64.
+    """What a decomposition is computed from: a group's n channels in its common coordinates, float64.
 
-    inner:      (n, n) inner products of the rows, the raw ones in the published form; pairs, where they will do
-    bias:       (n,) the constants, in the same coordinates
-    centred:    has the group a BatchNorm? then constants count apart from the rows (without one they are a column)
-    cells:      (n,) partners are looked for within a cell
-    scalable:   may a partner be scaled? (False behind GELU and its like)
-    published:  the published code's operands, where it has this form
+    inner:      (n, n) inner products of the rows, or `Pairs` for decompositions that need no others
+    bias:       (n,) the constants
+    centred:    whether the group has a BatchNorm, so that constants are kept apart; without one they are a column of
+                the rows
+    cells:      (n,) the cell of each channel; partners are in the same cell
+    scalable:   whether a partner may be scaled; not before GELU and similar functions
+    threshold:  mostsim: the smallest cosine of a channel with its partner
+    lam:        mostsim: the weight of the cosine against the remaining constant
+    published:  the BatchNorm for the published code's formulas, or None
     """
 
     inner: Tensor | Pairs

@@ -1,12 +1,12 @@
-"""Systems: the least squares that refit solves for a layer, from sums over rows.
+"""The least-squares problem that refit solves for a layer, from sums over rows.
 
-Patches P (rows, p) and targets T (rows, o), for each of g blocks; the weights that are there W0 (o, p). With deviations
-from the means, G = P'P / rows and R = P'T / rows:
+For each of g blocks there are patches P (rows, p), targets T (rows, o) and the current weights W0 (o, p). With P and T
+centred about their means, G = P'P / rows and R = P'T / rows:
 
     W' = argmin |P W' - T|^2 / rows + mu d |W' - W0|^2,     d = mean(diag G)
        = W0 + (G + mu d I)^-1 (R - G W0),                   b' = mean T - W' mean P
 
-A layer that can have no bias (`centred=False`) is solved about zero instead of the means.
+A layer that cannot have a bias (`centred=False`) is solved about zero instead.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from fxmerge.methods.linalg import solve_ridge
 
-Reduce = Callable[[Tensor], Tensor]  # a sum over all processes
-CHUNK = 2048  # rows at a time whose products are summed in the rows' own precision, float32 at least
+Reduce = Callable[[Tensor], Tensor]  # sums a tensor over all processes
+CHUNK = 2048  # rows whose products are summed in the rows' own precision, but at least float32
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class System:
     cross: Tensor  # (g, p, o)
 
     def with_targets(self, rows: list[Tensor], targets: list[Tensor], reduce: Reduce) -> System:
-        """The same patches with other targets: (rows, g, p) and (rows, g, o) by batch."""
+        """The system of the same patches (rows, g, p) with other targets (rows, g, o), by batch."""
         mean = _mean(targets, self.count, reduce)
         cross = reduce(_product(rows, self.mean_p, targets, mean)) / self.count
         return replace(self, mean_t=mean, cross=cross)
@@ -46,16 +46,16 @@ class System:
         return start + torch.stack(change).mT
 
     def intercept(self, weight: Tensor, mean: Tensor) -> Tensor:
-        """The bias (g, o) that gives a weight's outputs these means."""
+        """The bias (g, o) with which the outputs of `weight` have the mean `mean`, (g, o)."""
         return mean - torch.einsum("gop,gp->go", weight, self.mean_p)
 
     def variance(self, weight: Tensor) -> Tensor:
-        """The variance of a weight's outputs: (g, o)."""
+        """The variance of the outputs of `weight`: (g, o)."""
         return torch.einsum("gop,gpo->go", weight, self.gram @ weight.mT).clamp(min=0)
 
 
 def system(rows: list[Tensor], targets: list[Tensor], reduce: Reduce, centred: bool = True) -> System:
-    """The system of these rows: patches (rows, g, p) and targets (rows, g, o) by batch."""
+    """The system of patches (rows, g, p) and targets (rows, g, o), by batch."""
     count = _count(rows, reduce)
     mean_p, mean_t = _mean(rows, count, reduce) * centred, _mean(targets, count, reduce) * centred
     gram = reduce(_product(rows, mean_p, rows, mean_p)) / count
@@ -79,10 +79,10 @@ def _mean(parts: list[Tensor], count: float, reduce: Reduce) -> Tensor:
 
 
 def _product(rows: list[Tensor], mean: Tensor, others: list[Tensor], other_mean: Tensor) -> Tensor:
-    """sum over rows of (row - mean)' (other - its mean): (g, p, o), float64.
+    """The sum over rows of (row - mean)' (other - other_mean): (g, p, o), float64.
 
-    Rows are multiplied in their own precision, some at a time, and these products are summed in float64: about their
-    means nothing cancels, and what is rounded is far below the ridge.
+    Rows are multiplied in their own precision, CHUNK at a time, and the products are summed in float64. As the means
+    are subtracted first, nothing cancels, and rounding errors are far below the ridge.
     """
     total: Tensor | None = None
     for row, other in zip(rows, others, strict=True):

@@ -1,4 +1,4 @@
-"""The linear algebra that several stages share: tensors in, tensors out, float64, no graphs."""
+"""Linear algebra that several stages use: Gram matrices, distances, ridge regression, in float64."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fxmerge.methods.evidence import Pairs
 
-BITE = 32  # rows of a weight that are worked on at a time, so that what is made on the way stays in the cache
+BITE = 32  # rows of a weight that are processed at a time, so that intermediate results stay in the cache
 
 
 def gram(rows: Tensor) -> Tensor:
@@ -18,26 +18,27 @@ def gram(rows: Tensor) -> Tensor:
 
 
 def others(kept: Tensor, n: int) -> Tensor:
-    """The numbers below n that are not kept, ascending."""
+    """The numbers below n that are not in `kept`, ascending."""
     return torch.ones(n, dtype=torch.bool).index_fill_(0, kept, False).nonzero().flatten()
 
 
 def across(rows: Tensor, kept: Tensor) -> Pairs:
-    """Inner products of the rows that are not kept with those that are, float64.
+    """Inner products of the dropped rows with the kept ones, returned as float64.
 
-    The rows' own precision (float32 at least) will do: a partner is as good as another that is 1e-7 nearer.
+    They are computed in the rows' own precision, but at least float32: a difference of 1e-7 does not matter for the
+    choice of a partner.
     """
     rows = rows if rows.dtype in (torch.float32, torch.float64) else rows.float()
     one, other = others(kept, len(rows)).to(rows.device), kept.to(rows.device)
     products, square = rows.new_zeros(len(one), len(other)), rows.new_zeros(len(rows), dtype=torch.float64)
-    for some in torch.split(rows, 16 * BITE, dim=1):  # some columns at a time, so that no half of a weight is copied
+    for some in torch.split(rows, 16 * BITE, dim=1):  # some columns at a time, so that never half of a weight is copied
         products.addmm_(some.index_select(0, one), some.index_select(0, other).T)
         square += torch.linalg.vector_norm(some, dim=1).double().square()
     return Pairs(products.double(), square)
 
 
 def pairs(inner: Tensor | Pairs, dropped: Tensor, kept: Tensor) -> Pairs:
-    """The same inner products of all rows, or those already picked out."""
+    """The inner products of the dropped rows with the kept ones, from those of all rows or as they are."""
     if isinstance(inner, Pairs):
         return inner
     return Pairs(inner[dropped[:, None], kept[None, :]], inner.diagonal())
@@ -52,7 +53,7 @@ def distances(rows: Tensor) -> Tensor:
 
 
 def coordinates(inner: Tensor) -> Tensor:
-    """Points (n, r) whose inner products are `inner` (n, n): the rows of a square root, null directions left out."""
+    """Points (n, r) whose inner products are `inner` (n, n): the rows of a square root, without null directions."""
     values, vectors = torch.linalg.eigh(inner)
     solid = values > values[-1].clamp(min=0) * 1e-12
     points: Tensor = vectors[:, solid] * values[solid].sqrt()
@@ -62,7 +63,7 @@ def coordinates(inner: Tensor) -> Tensor:
 def solve_ridge(normal: Tensor, right: Tensor, ridge: float) -> Tensor:
     """X = (A + ridge * mean(diag A) I)^-1 B for symmetric positive semidefinite A (p, p) and B (p, q), float64.
 
-    Cholesky; where A is singular even so, the least-norm solution by eigenvalues.
+    It is solved by Cholesky; if the matrix is singular nevertheless, by the pseudoinverse (the least-norm solution).
     """
     shift = ridge * float(normal.diagonal().mean().clamp(min=0)) + torch.finfo(torch.float64).tiny
     lifted = normal + shift * torch.eye(len(normal), dtype=normal.dtype, device=normal.device)

@@ -1,12 +1,14 @@
-"""Probes: inputs for refit where there is no data. PROBES maps a name to a function of (example, count, generator).
+"""Probes: synthetic inputs that refit runs on where no calibration data is given.
 
-example is one of the model's floating-point inputs, (batch, ...); a family gives (count, ...) of it with mean 0 and
-deviation 1. Behind BatchNorms that use the original's batch statistics (`lockstep`) the family hardly matters, as each
-layer sees what training left it; `mismatch` with the running statistics chooses.
+PROBES maps the name of a family to a function of (example, count, generator). The example is one of the model's
+floating-point inputs, (batch, ...). The function returns (count, ...) with mean 0 and standard deviation 1. After
+BatchNorms that use the original's batch statistics (`paired_run`), the family hardly matters, as each layer sees the
+statistics that it had in training. `fit_probes.mismatch` with the running statistics chooses the family.
 
-    white   independent numbers
-    pink    spectrum 1/f over the spatial axes, as images have it, half of it common to all channels (Field, 1987)
-    leaves  discs and boxes of random sizes that hide each other, textured: edges (the dead leaves of Lee et al., 2001)
+    white   independent Gaussian numbers
+    pink    a spectrum of 1/f over the spatial axes, as images have, half of it common to all channels (Field, 1987)
+    leaves  textured discs and boxes of random sizes that cover each other, which have edges (the dead leaves of Lee et
+            al., 2001)
 """
 
 from __future__ import annotations
@@ -17,16 +19,18 @@ from math import prod
 import torch
 from torch import Generator, Tensor
 
-LEAVES = 24  # in each image
+LEAVES = 24  # shapes in each image
 
 
 def white(example: Tensor, count: int, generator: Generator) -> Tensor:
+    """Independent Gaussian numbers: (count, ...)."""
     return torch.randn(count, *example.shape[1:], generator=generator)
 
 
 def pink(example: Tensor, count: int, generator: Generator) -> Tensor:
+    """Numbers with a spectrum of 1/f over the spatial axes, (count, ...); `white` for inputs without such axes."""
     shape = tuple(example.shape[1:])
-    if len(shape) < 2:  # features have no neighbours
+    if len(shape) < 2:  # features without spatial axes
         return white(example, count, generator)
     channels, sizes = shape[0], shape[1:]
     axes = tuple(range(-len(sizes), 0))
@@ -43,6 +47,7 @@ def pink(example: Tensor, count: int, generator: Generator) -> Tensor:
 
 
 def leaves(example: Tensor, count: int, generator: Generator) -> Tensor:
+    """Images of discs and boxes that cover each other, (count, channels, h, w); `pink` for inputs of other shapes."""
     shape = tuple(example.shape[1:])
     if len(shape) != 3:
         return pink(example, count, generator)
@@ -66,7 +71,7 @@ def leaves(example: Tensor, count: int, generator: Generator) -> Tensor:
 
 
 def standard(x: Tensor) -> Tensor:
-    """Mean 0 and deviation 1 over everything."""
+    """x, shifted and scaled to mean 0 and standard deviation 1 over all its elements."""
     return (x - x.mean()) / x.std().clamp(min=1e-12) if x.numel() > 1 else x
 
 
@@ -74,7 +79,7 @@ PROBES: dict[str, Callable[[Tensor, int, Generator], Tensor]] = {"pink": pink, "
 
 
 def tokens(example: Tensor, vocabulary: int, count: int, generator: Generator) -> Tensor:
-    """Token ids drawn from a vocabulary by Zipf's law, ids in random order: (count, ...)."""
+    """Token ids drawn by Zipf's law, with the ids ranked at random: (count, ...)."""
     rank = torch.randperm(vocabulary, generator=generator)
     weight = 1 / (1 + torch.arange(vocabulary, dtype=torch.float64))
     drawn = torch.multinomial(weight, count * prod(example.shape[1:]), replacement=True, generator=generator)
@@ -82,7 +87,7 @@ def tokens(example: Tensor, vocabulary: int, count: int, generator: Generator) -
 
 
 def probed(inputs: Sequence[object]) -> list[int]:
-    """The places of the inputs that get numbers of a family: the floating-point ones with an axis of samples."""
+    """The indices of the inputs that get numbers of a family: floating-point tensors with an axis of samples."""
     first = next((v for v in inputs if isinstance(v, Tensor) and v.dim()), None)
     return [
         place
@@ -92,13 +97,13 @@ def probed(inputs: Sequence[object]) -> list[int]:
 
 
 def probes(
-    family: str, inputs: list[object], vocabularies: Mapping[int, int], count: int, batch: int, seed: int
+    family: str, inputs: list[object], *, vocabularies: Mapping[int, int], count: int, batch: int, seed: int
 ) -> list[list[object]]:
-    """Batches of values for a graph's placeholders, like the example's `inputs`.
+    """`count` samples in batches of `batch`: by batch, values for a graph's placeholders, like the example's `inputs`.
 
-    An input whose first axis is the example's batch gets new content: numbers of the family, or token ids where
-    `vocabularies` (placeholder -> size) knows it; whole numbers besides are the example's, over and over. What has
-    another first axis or is no tensor stays as it is.
+    An input whose first axis is the example's batch gets new content: token ids if its number is in `vocabularies`
+    (placeholder number -> vocabulary size), numbers of the family if it is floating-point, and otherwise the example's
+    content, repeated. An input with another first axis, or that is not a tensor, is used unchanged.
     """
     generator = torch.Generator().manual_seed(seed)
     first = next((v for v in inputs if isinstance(v, Tensor) and v.dim()), None)

@@ -1,14 +1,15 @@
-"""Selection: which channels stay. SELECTORS maps a name to a function of tensors.
+"""Selectors, which choose the channels that are kept. SELECTORS maps a name to a function of tensors.
 
-A selector takes `Candidates` (n channels as their producers make them) and a count k, and returns k indices, ascending.
+A selector takes `Candidates` (n channels) and a count k, and returns the k indices of the kept channels, ascending.
 
-    l1, l2          the largest norms of the producers' rows (Li et al., ICLR 2017)
-    gm              the farthest from all others, so that the geometric median goes (He et al., CVPR 2019)
-    random          a uniform choice
-    reprune         agglomerative clustering of the filters into k clusters, one representative each (2020)
-    reprune-kernel  Ward clustering of the kernels of each input channel; greedy maximum coverage (AAAI 2024)
-    repair          those whose loss the consumers could repair least, once re-solved (`elimination`); it needs refit's
-                    batches, and is l2 without them
+    l1, l2          the channels with the largest norms of the producers' rows (Li et al., ICLR 2017)
+    gm              those farthest from all others, so that channels near the geometric median are dropped (He et al.,
+                    CVPR 2019)
+    random          a uniform random choice
+    reprune         agglomerative clustering of the filters into k clusters, with one representative each (2020)
+    reprune-kernel  Ward clustering of the kernels of each input channel, then greedy maximum coverage (AAAI 2024)
+    repair          those whose removal re-solved consumers can compensate least (`elimination`); it needs refit's data,
+                    and is l2 without data
 """
 
 from __future__ import annotations
@@ -26,40 +27,44 @@ from fxmerge.methods.linalg import BITE, distances
 
 
 def largest(scores: Tensor, count: int) -> Tensor:
-    """The indices of the `count` largest scores, ascending; of equal ones the later stay, as in the published code."""
+    """The indices of the `count` largest scores, ascending; among equal scores the later, as in the published code."""
     order = torch.argsort(scores, stable=True)
     return order[len(order) - count :].sort().values
 
 
 def l1(channels: Candidates, count: int) -> Tensor:
-    """By sums of one term after another, as in the published code.
+    """The largest sums of absolute values, summed one term after another as in the published code.
 
-    Summing by halves is several times as fast and decides for all but the rows whose sums are, for what d roundings
-    of positive terms can do, as good as the last that stays. Some rows at a time: |x| of all takes memory.
+    Pairwise summation is several times as fast. It decides all rows except those whose sums cannot be told from the
+    last kept one, given the error of d roundings of positive terms; only these are summed term by term. A few rows are
+    processed at a time, as |x| of all of them takes memory.
     """
     rows = channels.rows
     sums = torch.cat([some.abs().sum(1) for some in torch.split(rows, BITE // 4)])
     last = sums.sort().values[len(sums) - max(count, 1)]
-    slack = (rows.size(1) + BITE) * torch.finfo(rows.dtype).eps  # of two sums, each off by d eps / 2 at most
+    slack = (rows.size(1) + BITE) * torch.finfo(rows.dtype).eps  # for two sums, each with an error of at most d eps / 2
     near = ((sums - last).abs() <= slack * last).nonzero().flatten()
     return largest(sums.index_copy_(0, near, torch.linalg.vector_norm(rows[near], 1, dim=1)), count)
 
 
 def l2(channels: Candidates, count: int) -> Tensor:
+    """The largest Euclidean norms of the rows."""
     return largest(channels.norms, count)
 
 
 def gm(channels: Candidates, count: int) -> Tensor:
+    """The largest sums of distances to the other rows."""
     return largest(distances(channels.rows).sum(0), count)
 
 
 def random(channels: Candidates, count: int) -> Tensor:
+    """A uniform random choice by the candidates' seed."""
     generator = torch.Generator().manual_seed(channels.seed)
     return torch.randperm(len(channels), generator=generator)[:count].sort().values
 
 
 def reprune(channels: Candidates, count: int) -> Tensor:
-    """Average linkage on the filters' Euclidean distances; from each of k clusters the filter nearest to its mean."""
+    """Average-linkage clustering by the rows' Euclidean distances; of each cluster the row nearest to its mean."""
     from scipy.cluster.hierarchy import linkage
 
     rows = channels.rows.double()
@@ -69,17 +74,17 @@ def reprune(channels: Candidates, count: int) -> Tensor:
     tree = linkage(apart[np.triu_indices(len(rows), 1)], method="average")
     member = torch.nn.functional.one_hot(torch.from_numpy(_exactly(tree, count)), count).to(rows)  # (n, k)
     means = (member.T @ rows) / member.sum(0)[:, None]
-    off = (rows - member @ means).square().sum(1)  # (n,) to one's own cluster's mean
+    off = (rows - member @ means).square().sum(1)  # (n,) squared distance to the mean of the own cluster
     off = torch.where(member > 0, off[:, None], torch.inf)
-    nearest = off <= off.amin(0) * (1 + 1e-9)  # of two that are equally near, the first, whatever the rounding
+    nearest = off <= off.amin(0) * (1 + 1e-9)  # the first of equally near rows, whatever the rounding
     return nearest.to(torch.int8).argmax(0).sort().values.cpu()
 
 
 def _exactly(tree: NDArray[np.float64], count: int) -> NDArray[np.int64]:
-    """Cluster numbers 0..count-1 from a dendrogram cut where `count` clusters are left, ties in height or not."""
+    """Cluster numbers 0..count-1 from a dendrogram, cut to exactly `count` clusters even if heights are tied."""
     n = len(tree) + 1
     parent = np.arange(2 * n - 1)
-    for at in range(n - count):  # the first n - k joins; children point to the join
+    for at in range(n - count):  # the first n - k merges; children point to the merged cluster
         parent[tree[at, :2].astype(int)] = n + at
     while (parent[parent] != parent).any():
         parent = parent[parent]
@@ -87,11 +92,12 @@ def _exactly(tree: NDArray[np.float64], count: int) -> NDArray[np.int64]:
 
 
 def reprune_kernel(channels: Candidates, count: int) -> Tensor:
-    """REPrune (Park et al., AAAI 2024): cut every input channel's dendrogram at one height, then cover its clusters.
+    """REPrune (Park et al., AAAI 2024): the dendrograms of all input channels are cut at one height, and their clusters
+    covered.
 
-    The cutoff is the largest, over input channels, of the height at which that channel's Ward dendrogram reaches k
-    clusters. Filters are then chosen one by one, each the one whose kernels lie in most clusters not yet covered; the
-    larger norm decides between equals.
+    The height is the maximum over input channels of the height at which the channel's Ward dendrogram has k clusters.
+    Filters are then chosen one by one: each time the filter whose kernels are in most clusters that are not covered
+    yet, and among equal ones that with the largest norm.
     """
     from scipy.cluster.hierarchy import fcluster, linkage
 
@@ -105,10 +111,12 @@ def reprune_kernel(channels: Candidates, count: int) -> Tensor:
     cutoff = max(tree[n - count - 1, 2] for tree in trees)
     clusters = np.stack([fcluster(tree, cutoff, criterion="distance") - 1 for tree in trees], 1)  # (n, in)
     offset = np.concatenate([[0], np.cumsum(clusters.max(0) + 1)])
-    of_filter = torch.from_numpy(clusters + offset[:-1])  # (n, in) a number for each cluster of each input channel
+    of_filter = torch.from_numpy(
+        clusters + offset[:-1]
+    )  # (n, in) the number of its cluster, unique over input channels
     uncovered = torch.ones(int(offset[-1]), dtype=torch.float64)
     norms = torch.linalg.vector_norm(kernels.flatten(1), dim=1)
-    tie_break = norms / (norms.max() * 2 + 1e-300)  # < 1: decides between equal coverage only
+    tie_break = norms / (norms.max() * 2 + 1e-300)  # < 1, so that it only decides between filters with equal coverage
     left = torch.ones(n, dtype=torch.bool)
     for _ in range(count):
         gain = uncovered[of_filter].sum(1) + tie_break
@@ -119,6 +127,7 @@ def reprune_kernel(channels: Candidates, count: int) -> Tensor:
 
 
 def repair(channels: Candidates, count: int) -> Tensor:
+    """The channels that remain after `eliminate`; `l2` without readings."""
     if not channels.readings:
         return l2(channels, count)
     index = torch.arange(len(channels)) if channels.index is None else channels.index
@@ -137,7 +146,7 @@ SELECTORS: dict[str, Callable[[Candidates, int], Tensor]] = {
 
 
 def select(name: str, channels: Candidates, cells: Tensor, counts: Sequence[int]) -> Tensor:
-    """The channels that stay, ascending: counts[c] of each cell c."""
+    """The kept channels, ascending: counts[c] of each cell c."""
     kept = []
     for cell, count in enumerate(counts):
         index = (cells == cell).nonzero().flatten()

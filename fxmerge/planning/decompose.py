@@ -9,8 +9,7 @@ from torch import Tensor
 
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.groups import Decomposition, Group, Merge
-from fxmerge.methods.decomposition import DECOMPOSITIONS, cellwise_least_squares, push
-from fxmerge.methods.decomposition import Mapping as Map
+from fxmerge.methods.decomposition import DECOMPOSITIONS, DownUp, cellwise_least_squares, push
 from fxmerge.options import Options
 from fxmerge.plan import GroupPlan, Partner
 from fxmerge.planning.statistics import moments, statistics
@@ -18,7 +17,7 @@ from fxmerge.planning.statistics import moments, statistics
 
 def decompose(
     group: Group, kept: Tensor, captured: Capture, tensors: Mapping[str, Tensor], options: Options
-) -> tuple[Map | None, Merge]:
+) -> tuple[DownUp | None, Merge]:
     """The group's (down, up) in its common coordinates, and what its producers and consumers absorb.
 
     The mapping is None if the dropped channels are not merged into kept ones.
@@ -60,7 +59,7 @@ def _shared_consumer(group: Group) -> bool:
     return False
 
 
-def group_plan(group: Group, kept: Tensor, mapping: Map | None) -> GroupPlan:
+def group_plan(group: Group, kept: Tensor, mapping: DownUp | None) -> GroupPlan:
     """The decision for a group as plain data: each dropped channel's partner is its largest entry of `up`."""
     dropped = torch.ones(group.channels, dtype=torch.bool)
     dropped[kept] = False

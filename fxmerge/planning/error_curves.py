@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fxmerge.calibration.epilogue import behind
+from fxmerge.calibration.epilogue import epilogue_of
 from fxmerge.calibration.paired_run import line
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.groups import Group
-from fxmerge.ir.provenance import Layer, Provenance
+from fxmerge.ir.provenance import Layer, Provenance, batch_norms
 from fxmerge.methods.allocation import Floats
 from fxmerge.methods.elimination import curve
 from fxmerge.methods.evidence import Reading
@@ -52,7 +52,7 @@ def curves(
     refitted:     whether layers will be re-solved
     sensitivity:  {layer: how much the model's outputs change with an error in its outputs}
     """
-    norms = {layer.node: layer for layer in facts.layers if layer.op == "batch_norm"}
+    norms = batch_norms(facts)
     refitted = refitted or options.decomposition == "lstsq"
     found = {}
     for group in groups:
@@ -87,7 +87,7 @@ def _expected(
         covariance = covariance if centred else covariance + torch.outer(mean, mean)
         weight = columns(tensors[consumer.layer.params["weight"]], consumer.layer).double()
         read = weight[consumer.where]  # (m, copies, out/groups * kernel)
-        norm = behind(captured.module, nodes[consumer.layer.node], norms, set()).norm
+        norm = epilogue_of(captured.module, nodes[consumer.layer.node], norms, set()).norm
         if norm is not None and "running_var" in norm.params and consumer.layer.groups == 1:
             variance = tensors[norm.params["running_var"]].double()
             gain = line(captured.module, norm, variance, (variance + norm.eps).sqrt())[0]

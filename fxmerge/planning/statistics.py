@@ -191,8 +191,8 @@ def _unit(inner: Tensor, deviation: Tensor) -> Tensor:
 
 def _published(norm: Member, tensors: Mapping[str, Tensor], n: int) -> PublishedForm:
     return PublishedForm(
-        gamma_of(norm, tensors, n),
-        slot(norm, "bias", tensors, n, 0.0),
-        slot(norm, "running_mean", tensors, n, 0.0),
-        slot(norm, "running_var", tensors, n, 1.0),
+        gamma=gamma_of(norm, tensors, n),
+        beta=slot(norm, "bias", tensors, n, 0.0),
+        mean=slot(norm, "running_mean", tensors, n, 0.0),
+        var=slot(norm, "running_var", tensors, n, 1.0),
     )

@@ -1,4 +1,4 @@
-"""Chains: from a layer to the one layer that reads it, through whatever lies between them."""
+"""Chains: a layer that lost input channels, with the layer that produces them and the nodes between the two."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from fxmerge.ir.provenance import Layer
 
 @dataclass
 class Chain:
-    """What lies between a layer and the one layer that reads it: nodes in order, and which of them are fitted."""
+    """The nodes from a layer to the one layer that reads it, in order, and the layers among them that are fitted."""
 
     nodes: tuple[fx.Node, ...]
     layers: tuple[Layer, ...]
-    inputs: list[Tensor] = field(default_factory=list)  # of the first node, by batch, once it is reached
-    versions: list[int] = field(default_factory=list)  # of these: has anyone written there since?
+    inputs: list[Tensor] = field(default_factory=list)  # of the first node, by batch, once the run has reached it
+    versions: list[int] = field(default_factory=list)  # of the inputs, which tell whether an op has written to them
 
     def begin(self, inputs: Sequence[Tensor]) -> None:
         self.inputs = list(inputs)
         self.versions = [x._version for x in inputs]
 
     def end(self) -> None:
-        """Let go of the inputs: nobody asks for them again."""
+        """Free the inputs, which are not needed any more."""
         self.inputs.clear()
 
     @property
     def intact(self) -> bool:
-        """Are the inputs there, and as they were?"""
+        """Whether the inputs are available and unchanged."""
         return bool(self.inputs) and self.versions == [x._version for x in self.inputs]
 
 
 def chains(
     layers: Mapping[str, Layer], nodes: Sequence[fx.Node], lost: Callable[[Layer], bool], shared: Container[str]
 ) -> dict[str, Chain]:
-    """The chains that end at a layer that `lost` inputs, by the last node.
+    """The chains by their last nodes: layers for which `lost` is True, each with its producer.
 
-    layers: by node; shared: the weights that serve several calls
+    layers: by node; lost: whether a layer lost input channels; shared: the weights that serve several calls
     """
     found: dict[str, Chain] = {}
     for last in nodes:

@@ -1,75 +1,69 @@
-"""Joint: a layer that lost outputs and the layer that reads them, fitted together.
+"""Joint steps: a layer that lost output channels and the layer that reads them, fitted together.
 
-Refit solves one layer at a time, each towards the original's outputs. Where nothing but a layer B reads what a layer A
-writes, A's outputs need not be the original's: any will do from which B can make the original's. With h between them,
+Refit solves one layer at a time, each towards the original's outputs. If nothing but a layer B reads the outputs of a
+layer A, they need not be the original's: it is enough that B can compute the original's outputs from them. With the ops
+h between the two layers, the energy
 
-    E(A, B) = |r|^2 / 2N + pull,     r = gain (B(h(A x)) - y*),     N output positions
+    E(A, B) = |r(B(h(A x)))|^2 / 2N + pull,     N output positions
 
-(gain and y* as `targets` tells) is lowered from the solved weights by STEPS of L-BFGS. A layer's weights W (o, p), of
-patches with Gram G about their mean, move in coordinates V in which E is about round, as Kronecker factors tell
-(Martens & Grosse, 2015, "Optimizing neural networks with Kronecker-factored approximate curvature", section 3):
+(the residual r is defined in `targets`) is lowered from the solved weights by STEPS steps of L-BFGS. Let a layer have
+weights W (o, p), and patches with Gram matrix G about their mean. Its weights are optimised in coordinates V in which E
+is nearly isotropic, by Kronecker factors (Martens & Grosse, 2015, "Optimizing neural networks with Kronecker-factored
+approximate curvature", section 3):
 
     W = W0 + K'^-1 V L^-1,    L L' = G + ridge d I,  d = mean(diag G),    K K' = S + LEAST mean(diag S) I,  S = mean J'J
 
-with J the slopes of r by the layer's outputs at their own position: those of random signs times r have the mean square
-S (Hutchinson, 1990). The pull, ridge d tr(DW' S DW) / 2 for DW = W - W0, is what `systems` has for one layer alone.
+where J is the derivative of r by the layer's outputs at the same position. The gradient of r times random signs has the
+mean square S (Hutchinson, 1990). The pull is ridge d tr(DW' S DW) / 2 for DW = W - W0, which is the pull that
+`least_squares` has for one layer alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from fxmerge.calibration.paired_run import Lockstep
-from fxmerge.calibration.patches import Form, at_positions, patches, positions, rows_of, weight_of
+from fxmerge.calibration.paired_run import PairedRun
+from fxmerge.calibration.patches import at_positions, matrices_of, patches, positions, weight_of
 from fxmerge.methods.least_squares import Reduce, second_moments
+from fxmerge.refit import solve
 from fxmerge.refit.chains import Chain
-from fxmerge.refit.targets import Goal
+from fxmerge.refit.layer_weights import LayerWeights
+from fxmerge.refit.targets import Target
 
-STEPS = 10  # of L-BFGS, without a line search: in these coordinates none is needed, and the best of all steps is taken
-PASSES = 3 * (STEPS + 2)  # forward passes that they cost; a backward pass costs two
-BUDGET = 5e12  # FLOPs of a refit's joint steps together, at most
-POSITIONS = 8  # for each weight of an output, at least: with fewer, they are fitted to chance
-ENOUGH = 2**17  # positions: more bring nothing
-ROWS = 8192  # positions for a Gram that only chooses coordinates
-RIDGE = 3e-2
-LEAST = 1e-3
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """Where a layer's weights are: the parameters themselves, which are written, and their geometry."""
-
-    form: Form
-    weight: Tensor
-    bias: Tensor | None
+STEPS = 10  # of L-BFGS, without a line search: these coordinates do not need one, and the best of all steps is taken
+PASSES = 3 * (STEPS + 2)  # the cost of the steps in forward passes; a backward pass costs two
+BUDGET = 5e12  # FLOPs of all joint steps of a refit together, at most
+POSITIONS = 8  # output positions for each weight of an output, at least: with fewer, the layers are fitted to noise
+ENOUGH = 2**17  # output positions; more do not improve the fit
+ROWS = 8192  # output positions for the Gram matrices, which only define coordinates
+LEAST = 1e-3  # the ridge of S, which `solve.RIDGE` is for G
 
 
 def affordable(flops: float, count: int, device: torch.device, reduce: Reduce) -> int:
-    """How many batches of `count` are used, the same share on every process; 0 where one batch of all is too much.
+    """How many of `count` batches are used, the same share on every process; 0 where BUDGET does not allow one.
 
     flops: of a forward pass of all chains for one batch
     """
-    told = reduce(torch.tensor([PASSES * flops * count, float(count)], dtype=torch.float64, device=device))
-    share = min(1.0, BUDGET / max(float(told[0]), 1.0))
-    return max(1, int(share * count)) if share * float(told[1]) >= 1 else 0
+    totals = reduce(torch.tensor([PASSES * flops * count, float(count)], dtype=torch.float64, device=device))
+    share = min(1.0, BUDGET / max(float(totals[0]), 1.0))
+    return max(1, int(share * count)) if share * float(totals[1]) >= 1 else 0
 
 
-def fit(run: Lockstep, chain: Chain, places: Sequence[Fitted], goals: Sequence[Goal], seed: int) -> bool:
-    """Lower E by the weights of a chain's layers, in place; False where it comes to nothing.
+def fit(run: PairedRun, chain: Chain, weights: Sequence[LayerWeights], targets: Iterable[Target], seed: int) -> bool:
+    """Lower E by changing the weights of a chain's layers in place; False where they are left unchanged.
 
-    goals: of the batches that are used
+    weights: of the chain's layers; targets: of its last layer, for the batches that are used
     """
-    if any(place.weight.dtype not in (torch.float32, torch.float64) for place in places):
+    if any(held.weight.dtype not in (torch.float32, torch.float64) for held in weights):
         return False
-    return _Joint(run, chain, places, goals, seed).run()
+    return _Joint(run, chain, weights, targets, seed).run()
 
 
-def along(run: Lockstep, chain: Chain, number: int, seen: list[tuple[Tensor, Tensor]] | None = None) -> Tensor:
-    """What the last layer reads, for one batch. seen: takes inputs and outputs of the layers before it."""
+def along(run: PairedRun, chain: Chain, number: int, seen: list[tuple[Tensor, Tensor]] | None = None) -> Tensor:
+    """The input of a chain's last layer for one batch; the input and output of each earlier layer go to `seen`."""
     value, fitted = chain.inputs[number], {layer.node for layer in chain.layers}
     for node in chain.nodes[:-1]:
         before, value = value, run.again(node, value, number)
@@ -80,10 +74,14 @@ def along(run: Lockstep, chain: Chain, number: int, seen: list[tuple[Tensor, Ten
 
 
 class _Joint:
-    def __init__(self, run: Lockstep, chain: Chain, places: Sequence[Fitted], goals: Sequence[Goal], seed: int) -> None:
-        self.lockstep, self.chain, self.places, self.goals = run, chain, places, goals
-        self.reduce, self.seed = run.reduce, seed
-        self.leaves = [t for place in places for t in (place.weight, place.bias) if t is not None]
+    """The joint steps of one chain."""
+
+    def __init__(
+        self, run: PairedRun, chain: Chain, weights: Sequence[LayerWeights], targets: Iterable[Target], seed: int
+    ) -> None:
+        self.paired, self.chain, self.weights, self.seed, self.reduce = run, chain, weights, seed, run.reduce
+        self.residuals = [target.residual() for target in targets]
+        self.leaves = [t for held in weights for t in (held.weight, held.bias) if t is not None]
 
     def run(self) -> bool:
         flags = [leaf.requires_grad for leaf in self.leaves]
@@ -97,10 +95,10 @@ class _Joint:
                 leaf.requires_grad_(flag)
 
     def _seen(self, number: int) -> list[tuple[Tensor, Tensor]]:
-        """Inputs and outputs of every layer for one batch."""
+        """The input and output of each layer for one batch."""
         seen: list[tuple[Tensor, Tensor]] = []
-        last = along(self.lockstep, self.chain, number, seen)
-        return [*seen, (last, self.lockstep.again(self.chain.nodes[-1], last, number))]
+        last = along(self.paired, self.chain, number, seen)
+        return [*seen, (last, self.paired.again(self.chain.nodes[-1], last, number))]
 
     def _descend(self, variables: Sequence[_Variable]) -> bool:
         moving = [variable.at for variable in variables]
@@ -127,16 +125,16 @@ class _Joint:
         return least < first
 
     def _slopes(self) -> tuple[Tensor, dict[int, Tensor]]:
-        """|r|^2 / 2N, and its slope by each leaf's identity, float64."""
+        """|r|^2 / 2N and its gradients, by the identities of the leaves, float64."""
         total = torch.zeros((), dtype=torch.float64, device=self.leaves[0].device)
         found, count = [torch.zeros_like(leaf, dtype=torch.float64) for leaf in self.leaves], 0
-        for number in range(len(self.goals)):
+        for number, missed in enumerate(self.residuals):
             with torch.enable_grad():
-                last = along(self.lockstep, self.chain, number)
-                gap = self.goals[number].missed(self.lockstep.again(self.chain.nodes[-1], last, number))
+                last = along(self.paired, self.chain, number)
+                gap = missed(self.paired.again(self.chain.nodes[-1], last, number))
                 square = gap.square().sum() / 2
                 slopes = torch.autograd.grad(square, self.leaves)
-            total, count = total + square.detach(), count + positions(gap, self.places[-1].form)
+            total, count = total + square.detach(), count + positions(gap, self.weights[-1].form)
             for sum_, slope in zip(found, slopes, strict=True):
                 sum_ += slope
         scale = self.reduce(torch.tensor(float(count), dtype=torch.float64, device=found[0].device))
@@ -144,83 +142,87 @@ class _Joint:
         return self.reduce(total) / scale, {id(leaf): slope for leaf, slope in zip(self.leaves, found, strict=True)}
 
     def _variables(self) -> list[_Variable]:
-        """Each layer's, from its patches and S; none where an op on the way has no gradient, or a matrix no root."""
-        batches = float(self.reduce(self.leaves[0].new_tensor(float(len(self.goals)), dtype=torch.float64)))
-        rows: list[list[Tensor]] = [[] for _ in self.places]
-        squares: list[Tensor | float] = [0.0 for _ in self.places]
-        counts = [0.0 for _ in self.places]
-        for number, goal in enumerate(self.goals):
-            generator = torch.Generator().manual_seed(self.seed)  # anew: no matter which process has the batch
+        """The variable of each layer; none where an op of the chain has no gradient, or a matrix no Cholesky factor."""
+        batches = float(self.reduce(self.leaves[0].new_tensor(float(len(self.residuals)), dtype=torch.float64)))
+        rows: list[list[Tensor]] = [[] for _ in self.weights]
+        squares: list[Tensor | float] = [0.0 for _ in self.weights]
+        counts = [0.0 for _ in self.weights]
+        for number, missed in enumerate(self.residuals):
+            generator = torch.Generator().manual_seed(self.seed)  # the same for each batch, on whichever process it is
             try:
                 with torch.enable_grad():
                     seen = self._seen(number)
-                    missed = goal.missed(seen[-1][1])
-                    signs = torch.randint(0, 2, missed.shape, generator=generator).to(missed) * 2 - 1
-                    slopes = torch.autograd.grad((missed * signs).sum(), [out for _, out in seen])
+                    gap = missed(seen[-1][1])
+                    signs = torch.randint(0, 2, gap.shape, generator=generator).to(gap) * 2 - 1
+                    slopes = torch.autograd.grad((gap * signs).sum(), [out for _, out in seen])
             except RuntimeError:
                 return []
-            for i, (place, (before, after), slope) in enumerate(zip(self.places, seen, slopes, strict=True)):
-                count = positions(after, place.form)
+            for i, (held, (before, after), slope) in enumerate(zip(self.weights, seen, slopes, strict=True)):
+                count = positions(after, held.form)
                 index = torch.randperm(count, generator=generator)[: -int(-ROWS // batches)]
-                rows[i].append(patches(before.detach(), place.form, index.to(before.device)))
-                by_row = at_positions(slope, place.form, torch.arange(count, device=slope.device)).double()
-                by_row = by_row.reshape(count, place.form.groups, -1).transpose(0, 1)  # (g, rows, o)
+                rows[i].append(patches(before.detach(), held.form, index.to(before.device)))
+                by_row = at_positions(slope, held.form, torch.arange(count, device=slope.device)).double()
+                by_row = by_row.reshape(count, held.form.groups, -1).transpose(0, 1)  # (g, rows, o)
                 squares[i], counts[i] = squares[i] + by_row.mT @ by_row, counts[i] + count
         found = []
-        for place, own, square, seen_at in zip(self.places, rows, squares, counts, strict=True):
+        for held, own, square, seen_at in zip(self.weights, rows, squares, counts, strict=True):
             assert isinstance(square, Tensor)
             mean, gram = second_moments(own, self.reduce)
             square = self.reduce(square) / self.reduce(square.new_tensor(seen_at))
             if not bool(gram.isfinite().all()) or not bool(square.isfinite().all()):
                 return []
             try:
-                found.append(_Variable(place, mean, gram, square))
-            except RuntimeError:  # rounding outweighs the ridge: inputs that hardly move
+                found.append(_Variable(held, mean, gram, square))
+            except RuntimeError:  # rounding errors exceed the ridge, as for inputs that are nearly constant
                 return []
         return found
 
 
 class _Variable:
-    """A layer's weights W0 + K'^-1 V L^-1 and its bias b0 + K'^-1 v - DW mean."""
+    """A layer's weights W0 + K'^-1 V L^-1 and its bias b0 + K'^-1 v - DW mean, by the leaf `at`: V with v as a column.
 
-    def __init__(self, place: Fitted, mean: Tensor, gram: Tensor, square: Tensor) -> None:
-        self.place, self.mean = place, mean if place.bias is not None else torch.zeros_like(mean)
-        self.start = rows_of(place.weight.detach(), place.form).to(torch.float64, copy=True)  # (g, o, p)
+    mean, gram: of the patches, (g, p) and (g, p, p); square: S, (g, o, o)
+    """
+
+    def __init__(self, held: LayerWeights, mean: Tensor, gram: Tensor, square: Tensor) -> None:
+        self.held, self.mean = held, mean if held.bias is not None else torch.zeros_like(mean)
+        self.start = matrices_of(held.weight.detach(), held.form).to(torch.float64, copy=True)  # (g, o, p)
         blocks = self.start.shape[:2]
-        self.bias = None if place.bias is None else place.bias.detach().to(torch.float64, copy=True).view(blocks)
+        self.bias = None if held.bias is None else held.bias.detach().to(torch.float64, copy=True).view(blocks)
         self.square = square + LEAST * _level(square) * _eye(square)
-        if place.bias is None:  # about zero
+        if held.bias is None:  # moments about zero
             gram = gram + mean[:, :, None] * mean[:, None]
-        self.pull = RIDGE * _level(gram)  # (g, 1, 1)
+        self.pull = solve.RIDGE * _level(gram)  # (g, 1, 1)
         self.left = torch.linalg.cholesky(self.square)  # K
         self.right = torch.linalg.cholesky(gram + self.pull * _eye(gram))  # L
         shape = (*self.start.shape[:2], self.start.size(2) + (self.bias is not None))
         self.at = torch.zeros(shape, dtype=torch.float64, device=self.start.device, requires_grad=True)
 
     def _moved(self) -> tuple[Tensor, Tensor | None]:
-        """DW and by what the outputs' mean moves."""
+        """DW (g, o, p), and the change of the outputs' mean (g, o)."""
         moved = torch.linalg.solve_triangular(self.left.mT, self.at.detach(), upper=True)
         width = self.start.size(2)
         change = torch.linalg.solve_triangular(self.right, moved[..., :width], upper=False, left=False)
         return change, moved[..., width] if self.bias is not None else None
 
     def write(self) -> None:
+        """Write the weights and the bias to the layer."""
         change, shift = self._moved()
-        self.place.weight.data.copy_(weight_of(self.start + change, self.place.form, self.place.weight))
-        if self.place.bias is not None and self.bias is not None and shift is not None:
+        self.held.weight.data.copy_(weight_of(self.start + change, self.held.form, self.held.weight))
+        if self.held.bias is not None and self.bias is not None and shift is not None:
             offset = self.bias + shift - torch.einsum("gop,gp->go", change, self.mean)
-            self.place.bias.data.copy_(offset.view_as(self.place.bias))
+            self.held.bias.data.copy_(offset.view_as(self.held.bias))
 
     def slope(self, slopes: Mapping[int, Tensor]) -> Tensor:
-        """The pull; E's slope by V is put where the optimizer looks for it."""
+        """Set the gradient of `at`, given the gradients of |r|^2 / 2N, and return the pull."""
         change, _ = self._moved()
         pulled = self.pull * (self.square @ change)
-        slope = rows_of(slopes[id(self.place.weight)], self.place.form) + pulled
-        if self.place.bias is not None:
-            by_bias = slopes[id(self.place.bias)].view(self.start.shape[:2])
+        slope = matrices_of(slopes[id(self.held.weight)], self.held.form) + pulled
+        if self.held.bias is not None:
+            by_bias = slopes[id(self.held.bias)].view(self.start.shape[:2])
             slope = slope - by_bias[..., None] * self.mean[:, None]
         slope = torch.linalg.solve_triangular(self.right.mT, slope, upper=True, left=False)
-        if self.place.bias is not None:
+        if self.held.bias is not None:
             slope = torch.cat([slope, by_bias[..., None]], -1)
         self.at.grad = torch.linalg.solve_triangular(self.left, slope, upper=False).contiguous()
         return (pulled * change).sum() / 2

@@ -1,50 +1,88 @@
-"""Targets: what a layer ought to put out, judged by what its outputs meet next.
+"""The targets of a layer's outputs in refit, judged by what the layer's epilogue makes of them.
 
-Behind a layer stand, where its outputs have no other consumer: a BatchNorm, z = gain y + constant; a sum with another
-stream, z + s; a rectifier, max(z + s, 0). With y the original's outputs (rows that stay), s and s' the other stream of
-the original and of the merged graph:
+If a layer's outputs have no other consumer, they may pass a BatchNorm, z = gain y + constant; then an add with another
+stream, z + s; then a rectifier, max(z + s, 0). Let y be the original's outputs, of the channels that stay, and let s
+and s' be the other stream in the original and in the merged graph:
 
-    residual    y* = y + (s - s') / gain           the layer also makes good what the other stream has lost so far
-    rectified   where y* and the prediction both end up below zero nothing is wrong: the target is the prediction there
+    corrected   y* = y + (s - s') / gain          the layer also makes up for what the other stream has lost so far
+    given y'    where the rectifier stops both y* and a prediction y', nothing is wrong, so that the target is y' there
                 (the alternation of Zhang et al., "Accelerating very deep convolutional networks", 2015, eq. 7)
+    residual    r(y') = (gain y' + constant + s') - (gain y + constant + s); or max(gain y' + constant + s', 0), where a
+                rectifier follows and stops the original's term
 
-Channels of next to no gain keep y* = y.
+Channels whose gain is close to zero keep y* = y.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from fxmerge.calibration.epilogue import Affine
+from fxmerge.calibration.paired_run import channel_shape
+
+Residual = Callable[[Tensor], Tensor]  # outputs y' -> r, both shaped like y
 
 
-def residual(target: Tensor, step: Affine, before: Tensor, now: Tensor) -> Tensor:
-    """y* for rows of y (rows, o), and of the other stream, the original's and the merged graph's."""
-    return target + (before - now) * step.inverse.to(target)
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What the outputs of a layer should be for one batch: at sampled positions, (rows, o), or everywhere.
 
-
-def rectified(target: Tensor, predicted: Tensor, step: Affine, now: Tensor | None) -> Tensor:
-    """y* where a rectifier follows: (rows, o) of targets and predictions, the merged graph's other stream."""
-    gain, constant, inverse = (t.to(target) for t in (step.gain, step.constant, step.inverse))
-    shift = constant if now is None else constant + now
-    wanted, found = gain * target + shift, gain * predicted + shift
-    aim = torch.where(wanted > 0, wanted, found.clamp(max=0))
-    return torch.where(inverse == 0, target, (aim - shift) * inverse)
-
-
-class Goal:
-    """What the last layer's outputs y ought to come to for one batch: gain y + offset = wanted, tensors shaped like y.
-
-    Behind a rectifier any value up to zero is as good as another.
+    outputs:    y, the original's outputs, of the channels that stay
+    axis:       the axis of the channels in y
+    affine:     the gain and the constant of each channel, (o,)
+    rectified:  whether a rectifier follows
+    streams:    (s, s'), both shaped like y; None without an add
     """
 
-    def __init__(self, gain: Tensor, offset: Tensor, wanted: Tensor, rectified: bool) -> None:
-        self.gain = gain
-        self.offset = offset - (wanted.clamp(min=0) if rectified else wanted)
-        self.least = torch.where(wanted > 0, -torch.inf, 0.0).to(wanted) if rectified else None
+    outputs: Tensor
+    axis: int
+    affine: Affine
+    rectified: bool
+    streams: tuple[Tensor, Tensor] | None = None
 
-    def missed(self, outputs: Tensor) -> Tensor:
-        """r"""
-        found = torch.addcmul(self.offset, outputs, self.gain)
-        return found if self.least is None else torch.maximum(found, self.least)
+    @cached_property
+    def corrected(self) -> Tensor:
+        """y*"""
+        if self.streams is None:
+            return self.outputs
+        before, now = self.streams
+        return self.outputs + (before - now) * self._channels(self.affine.inverse, self.outputs)
+
+    def given(self, predicted: Tensor) -> Tensor:
+        """The target for a prediction: y*, but the prediction itself where a rectifier stops both."""
+        target = self.corrected
+        if not self.rectified:
+            return target
+        gain, constant, inverse = (
+            self._channels(t, target) for t in (self.affine.gain, self.affine.constant, self.affine.inverse)
+        )
+        shift = constant if self.streams is None else constant + self.streams[1]
+        wanted, found = gain * target + shift, gain * predicted + shift
+        aim = torch.where(wanted > 0, wanted, found.clamp(max=0))
+        return torch.where(inverse == 0, target, (aim - shift) * inverse)
+
+    def residual(self) -> Residual:
+        """r as a function of the outputs. It holds two tensors shaped like y, and not those of the target."""
+        gain, constant = (self._channels(t, self.outputs) for t in (self.affine.gain, self.affine.constant))
+        wanted = torch.addcmul(constant, self.outputs, gain)
+        shift = constant.expand_as(wanted)
+        if self.streams is not None:
+            before, now = self.streams
+            wanted, shift = wanted + before, shift + now
+        offset = shift - (wanted.clamp(min=0) if self.rectified else wanted)
+        least = torch.where(wanted > 0, -torch.inf, 0.0).to(wanted) if self.rectified else None
+
+        def missed(outputs: Tensor) -> Tensor:
+            found = torch.addcmul(offset, outputs, gain)
+            return found if least is None else torch.maximum(found, least)
+
+        return missed
+
+    def _channels(self, vector: Tensor, like: Tensor) -> Tensor:
+        """A number for each channel, (o,), in the dtype of `like` and shaped to broadcast along its channels."""
+        return vector.to(like).view(channel_shape(self.axis, like.dim()))

@@ -1,4 +1,4 @@
-"""Fitted probes, how many there are, and models that do not run on probes."""
+"""Fitted probes, their number, and models that do not run on probes."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class Normed(nn.Module):
         return self.head(torch.relu(self.nb(self.b(h))).mean((2, 3)))
 
 
-def by_hand(model: Normed, x: Tensor) -> float:
-    """The divergence, from formulas of its own: KL of Gaussians with mean and variance of each BatchNorm's input."""
+def gaussian_divergence(model: Normed, x: Tensor) -> float:
+    """The divergence by torch.distributions: KL of Gaussians with the mean and variance of each BatchNorm's input."""
     found = []
     with torch.no_grad():
         for norm, h in ((model.na, model.a(x)), (model.nb, model.b(torch.relu(model.na(model.a(x)))))):
@@ -57,7 +57,8 @@ def given() -> tuple[Normed, Any, Any, Tensor]:
 
 def test_the_divergence_is_that_of_gaussians() -> None:
     model, captured, facts, x = given()
-    assert fit_probes.mismatch(captured, facts, [[x]], SETTINGS) == pytest.approx(by_hand(model, x), rel=1e-9)
+    wanted = gaussian_divergence(model, x)
+    assert fit_probes.mismatch(captured, facts, [[x]], SETTINGS) == pytest.approx(wanted, rel=1e-9)
 
 
 def test_fitting_lowers_the_divergence_and_touches_nothing_else() -> None:
@@ -65,7 +66,7 @@ def test_fitting_lowers_the_divergence_and_touches_nothing_else() -> None:
     before = {k: v.clone() for k, v in model.state_dict().items()}
     kept, model.a.weight.requires_grad = x.clone(), False
     ((moved,),) = fit_probes.fitted(captured, facts, [[x]], SETTINGS)
-    assert by_hand(model, moved) < by_hand(model, x) / 2
+    assert gaussian_divergence(model, moved) < gaussian_divergence(model, x) / 2
     assert torch.equal(x, kept) and not moved.requires_grad
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
@@ -73,9 +74,9 @@ def test_fitting_lowers_the_divergence_and_touches_nothing_else() -> None:
     assert torch.equal(moved, fit_probes.fitted(captured, facts, [[x]], SETTINGS)[0][0])
 
 
-def test_what_is_too_dear_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_probes_are_not_fitted_where_that_is_too_expensive(monkeypatch: pytest.MonkeyPatch) -> None:
     _, captured, facts, x = given()
-    once = 3 * 16 * (2 * 36 * (27 * 8 + 72 * 6) + 2 * 6 * 4)  # FLOPs of a step, by hand
+    once = 3 * 16 * (2 * 36 * (27 * 8 + 72 * 6) + 2 * 6 * 4)  # FLOPs of a step, counted from the shapes
     monkeypatch.setattr(fit_probes, "BUDGET", fit_probes.LEAST * once - 1)
     assert fit_probes.fitted(captured, facts, [[x]], SETTINGS)[0][0] is x
     monkeypatch.setattr(fit_probes, "BUDGET", fit_probes.LEAST * once)
@@ -96,7 +97,7 @@ def test_without_statistics_or_a_gradient_probes_stay() -> None:
 
 
 @pytest.mark.parametrize(("forward", "count"), [(1e15, 4096), (5e11, 512), (0, 128)])
-def test_probes_are_fewer_where_they_are_dear(monkeypatch: pytest.MonkeyPatch, forward: float, count: int) -> None:
+def test_fewer_probes_where_they_are_expensive(monkeypatch: pytest.MonkeyPatch, forward: float, count: int) -> None:
     _, captured, _, _ = given()
     flops = 2 * 36 * (27 * 8 + 72 * 6) + 2 * 6 * 4
     monkeypatch.setattr(batches, "FORWARD", 512 * flops if forward == 5e11 else forward)
@@ -104,7 +105,7 @@ def test_probes_are_fewer_where_they_are_dear(monkeypatch: pytest.MonkeyPatch, f
 
 
 class Picky(Normed):
-    """Looks numbers up that only inputs in [0, 1) have."""
+    """Looks up numbers in a table that only inputs in [0, 1) can index."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -116,7 +117,7 @@ class Picky(Normed):
 
 
 class Rooted(Normed):
-    """NaN for whatever has a negative number in it."""
+    """NaN for inputs with a negative number."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.sqrt())
@@ -129,7 +130,7 @@ def test_a_model_that_does_not_run_on_probes_is_merged_without_refit(model: nn.M
     x = torch.rand(2, 3, 6, 6) / 2 + 0.5
     result = fxmerge.merge(model.eval(), x, ratio=0.5)
     assert not result.report.refitted and result.plan.groups
-    with pytest.raises(FxMergeError, match=rf"the model {why}.* on a batch of calibration"):
+    with pytest.raises(FxMergeError, match=rf"the model {why}.* on a calibration batch"):
         fxmerge.merge(model, x, ratio=0.5, calibration=[x, -x][::-1])
     text = result.report.text()
     assert "refit is left out, as the model " + why.replace("\\", "").split("(")[0].strip() in text
@@ -138,7 +139,7 @@ def test_a_model_that_does_not_run_on_probes_is_merged_without_refit(model: nn.M
 
 
 class Overflowing(nn.Module):
-    """Infinite on the way, finite in the end."""
+    """Infinite intermediate values, finite outputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -152,11 +153,11 @@ class Overflowing(nn.Module):
         return self.c(1 / (1 + h.abs()))
 
 
-def test_layers_that_overflow_are_left_as_they_are_and_the_report_says_so() -> None:
+def test_layers_that_overflow_are_left_unchanged_and_the_report_says_so() -> None:
     x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
     result = fxmerge.merge(Overflowing().eval(), x, ratio=0.5)
     notes = {r.name: r.note for r in result.report.refitted}
-    assert notes["b"] == "as it is: its inputs or outputs are not finite"
+    assert notes["b"] == "unchanged: its inputs or outputs are not finite"
     assert all(bool(torch.isfinite(v).all()) for v in result.module.state_dict().values())
 
 
@@ -188,7 +189,7 @@ def test_a_recorded_model_says_that_it_is_not_refitted() -> None:
 
 
 def strayed() -> nn.Module:
-    """Layers that shrink their inputs a thousandfold, and BatchNorms that were never told."""
+    """Layers that shrink their inputs a thousandfold, and BatchNorms whose running statistics are the initial ones."""
     torch.manual_seed(0)
     net = nn.Sequential(*(
         part for _ in range(4) for part in (nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
@@ -199,16 +200,16 @@ def strayed() -> nn.Module:
     return net.eval()
 
 
-def test_streams_are_held_where_the_running_statistics_are_true_only() -> None:
+def test_streams_are_held_only_where_the_running_statistics_are_right() -> None:
     x = torch.randn(8, 8, 6, 6)
     net = strayed()
     merged = fxmerge.merge(net, x, ratio=0.25, samples=64)
     assert any("probes run as they are" in note for note in merged.report.notes)
     assert merged.report.verdict.error < 1e-5  # 1e-4 if held, and far more in deeper networks
-    told = strayed()
-    for part in told:
+    trained = strayed()
+    for part in trained:
         if isinstance(part, nn.BatchNorm2d):
-            part.momentum = None  # the mean of all that it has seen
+            part.momentum = None  # the mean over all batches
             part.reset_running_stats()
-    told.train()(fxmerge.PROBES["leaves"](x, 256, torch.Generator().manual_seed(9)))
-    assert fxmerge.merge(told.eval(), x, ratio=0.25, samples=64).report.notes == ()
+    trained.train()(fxmerge.PROBES["leaves"](x, 256, torch.Generator().manual_seed(9)))
+    assert fxmerge.merge(trained.eval(), x, ratio=0.25, samples=64).report.notes == ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -29,7 +30,15 @@ def plain(rows: np.ndarray, threshold: float = 0.0, cells: list[int] | None = No
     """A group without BatchNorm: a bias is one more column of the rows."""
     n = len(rows)
     owner = torch.tensor(cells or [0] * n)
-    return Evidence(tensor(rows @ rows.T), torch.zeros(n).double(), False, owner, scalable, threshold, LAM)
+    return Evidence(
+        inner=tensor(rows @ rows.T),
+        bias=torch.zeros(n).double(),
+        centred=False,
+        cells=owner,
+        scalable=scalable,
+        threshold=threshold,
+        lam=LAM,
+    )
 
 
 class Normed:
@@ -51,10 +60,20 @@ class Normed:
         rows = self.w * gain[:, None]
         form = None
         if published:
-            rows, form = self.w, PublishedForm(*(tensor(v) for v in (self.gamma, self.beta, self.mean, self.var)))
+            rows, names = self.w, ("gamma", "beta", "mean", "var")
+            form = PublishedForm(**{name: tensor(getattr(self, name)) for name in names})
         cells = torch.zeros(len(rows), dtype=torch.int64)
         bias = tensor(self.beta - gain * self.mean)
-        return Evidence(tensor(rows @ rows.T), bias, True, cells, scalable, threshold, lam, form)
+        return Evidence(
+            inner=tensor(rows @ rows.T),
+            bias=bias,
+            centred=True,
+            cells=cells,
+            scalable=scalable,
+            threshold=threshold,
+            lam=lam,
+            published=form,
+        )
 
     def forward(self, x: np.ndarray) -> np.ndarray:
         """ReLU(BatchNorm(x w')) of (samples, d)."""
@@ -83,7 +102,7 @@ def test_shapes_and_identity_at_the_kept(name: str, kept: list[int], centred: bo
     """Three far clusters, of 0 3 6, 1 4 7 and 2 5, one kept channel in each: each stands for itself at least."""
     rows = 10 * np.eye(3, 5)[np.arange(8) % 3] + 0.01 * rng(1).normal(size=(8, 5))
     base = plain(rows)
-    evidence = Evidence(base.inner, base.bias, centred, base.cells, True, 0.1, LAM)
+    evidence = replace(base, centred=centred, threshold=0.1)
     found = DECOMPOSITIONS[name](evidence, torch.tensor(kept))
     assert found.up.shape == (8, len(kept))
     assert found.cosine.shape == (8,)
@@ -233,7 +252,7 @@ def test_cells_merge_as_if_each_were_alone(name: str, seed: int) -> None:
     net, owner = Normed(12, 3, seed), torch.arange(12) % 2
     net.beta[1::2] *= 100
     together = net.evidence(0.0, lam=0.4)
-    evidence = Evidence(together.inner, together.bias, True, owner, True, 0.0, 0.4)
+    evidence = replace(together, cells=owner)
     kept = torch.tensor([0, 1, 2, 5, 6, 7])
     found = DECOMPOSITIONS[name](evidence, kept)
     assert (found.up[owner[:, None] != owner[kept][None, :]] == 0).all()
@@ -242,7 +261,7 @@ def test_cells_merge_as_if_each_were_alone(name: str, seed: int) -> None:
     for cell in (0, 1):
         inside = (owner == cell).nonzero().flatten()
         inner, bias = together.inner[inside][:, inside], together.bias[inside]
-        alone = Evidence(inner, bias, True, torch.zeros(6, dtype=torch.int64), True, 0.0, 0.4)
+        alone = replace(together, inner=inner, bias=bias, cells=torch.zeros(6, dtype=torch.int64))
         mine = owner[kept] == cell
         single = DECOMPOSITIONS[name](alone, (kept[mine] - cell) // 2)
         torch.testing.assert_close(found.up[inside][:, mine], single.up, rtol=1e-8, atol=1e-10)

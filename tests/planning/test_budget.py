@@ -287,7 +287,15 @@ def linear(costs: list[float]) -> Price:
     n = len(costs)
     slots = {str(g): slice(g, g + 1) for g in range(n)}
     rows, factors = csr_array(np.vstack([np.eye(n), np.zeros(n)])), np.arange(n)[:, None]
-    return Price(slots, np.full(n, 6.0), np.array(costs), factors, rows, np.array([0.0] * n + [1.0]), 6 * sum(costs))
+    return Price(
+        slots=slots,
+        full=np.full(n, 6.0),
+        coefficients=np.array(costs),
+        factors=factors,
+        widths=rows,
+        fixed=np.array([0.0] * n + [1.0]),
+        original=6 * sum(costs),
+    )
 
 
 def everything(problem: Problem) -> list[tuple[float, float]]:

@@ -1,4 +1,4 @@
-"""Joint steps against nets whose best weights are known, against slopes by differences, and what they leave alone."""
+"""Joint steps: nets whose best weights are known, gradients by differences, and cases that are left unchanged."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 import fxmerge
+from fxmerge.calibration.epilogue import affine
 from fxmerge.calibration.patches import Form
 from fxmerge.ir.provenance import Layer
-from fxmerge.refit import joint
+from fxmerge.refit import joint, solve
 from fxmerge.refit.chains import Chain, chains
-from fxmerge.refit.joint import Fitted, _Variable
-from fxmerge.refit.targets import Goal
+from fxmerge.refit.joint import _Variable
+from fxmerge.refit.layer_weights import LayerWeights
+from fxmerge.refit.targets import Target
 from tests.helpers.netmaking import one_thread  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -27,7 +29,7 @@ def merged(model: nn.Module, x: Tensor, **changes: Any) -> fxmerge.Result:
 
 
 def alone(model: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> fxmerge.Result:
-    """The same without joint steps."""
+    """The same merge without joint steps."""
     with monkeypatch.context() as patched:
         patched.setattr(joint, "BUDGET", 0.0)
         return merged(model, x, **changes)
@@ -40,7 +42,7 @@ def off(result: fxmerge.Result, model: nn.Module, x: Tensor) -> float:
 
 
 class Narrow(nn.Module):
-    """B A has rank 4, though A has 8 rows of its own: 4 hidden channels can do all, none of A's 4 rows alone do."""
+    """B A has rank 4, though A has 8 independent rows: 4 hidden channels are enough, but no 4 of A's rows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,9 +57,9 @@ class Narrow(nn.Module):
 
 def test_what_two_layers_can_do_together_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = Narrow().double().eval(), torch.randn(2000, 12, dtype=F64)
-    assert off(alone(model, x, monkeypatch), model, x) > 0.2  # each for itself: A's rows are what they were
-    # the pull is towards where they began; without it nothing is lost
-    monkeypatch.setattr(joint, "RIDGE", 1e-6)
+    assert off(alone(model, x, monkeypatch), model, x) > 0.2  # layer by layer, A keeps its rows
+    # the pull is towards the initial weights; without it nothing is lost
+    monkeypatch.setattr(solve, "RIDGE", 1e-6)
     monkeypatch.setattr(joint, "STEPS", 60)
     result = merged(model, x)
     assert result.module.a.out_features == 4
@@ -99,7 +101,7 @@ def test_half_precision_is_left_to_single_layers(dtype: torch.dtype, monkeypatch
 
 
 def test_few_positions_are_left_to_single_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """12 weights an output and one for each of 4 positions: whatever comes out of that is chance."""
+    """12 weights for each output and only 4 positions: they would be fitted to noise."""
     model, x = Narrow().double().eval(), torch.randn(4, 12, dtype=F64)
     one, other = alone(model, x, monkeypatch), merged(model, x)
     assert torch.equal(one.module.a.weight, other.module.a.weight)
@@ -117,16 +119,17 @@ def test_an_op_without_a_slope_is_left_to_single_layers(monkeypatch: pytest.Monk
     assert torch.equal(one.module.a.weight, other.module.a.weight)
 
 
-def place(groups: int, outs: int, width: int, bias: bool) -> Fitted:
+def place(groups: int, outs: int, width: int, bias: bool) -> LayerWeights:
     weight = nn.Parameter(torch.randn(groups * outs, width, dtype=F64))
-    form = Form("linear", (), (), (), (), 1) if groups == 1 else Form("conv", (width,), (1,), ((0, 0),), (1,), groups)
+    conv = Form(op="conv", kernel=(width,), stride=(1,), padding=((0, 0),), dilation=(1,), groups=groups)
+    form = Form(op="linear") if groups == 1 else conv
     weight = weight if groups == 1 else nn.Parameter(weight.detach()[:, None])
-    return Fitted(form, weight, nn.Parameter(torch.randn(groups * outs, dtype=F64)) if bias else None)
+    return LayerWeights(form, weight, nn.Parameter(torch.randn(groups * outs, dtype=F64)) if bias else None)
 
 
 @pytest.mark.parametrize(("groups", "bias"), [(1, True), (1, False), (3, True)])
 def test_slopes_by_differences(groups: int, bias: bool) -> None:
-    """What `slope` hands to the optimizer is E's slope by V, for an E of its own; the pull is a trace."""
+    """The gradient that `slope` sets, against differences of an E that is computed here, with the pull as a trace."""
     torch.manual_seed(0)
     outs, width = 4, 5
     there = place(groups, outs, width, bias)
@@ -144,7 +147,7 @@ def test_slopes_by_differences(groups: int, bias: bool) -> None:
         variable.write()
         now = there.weight.detach().reshape(groups, outs, width)
         pull = sum(
-            joint.RIDGE / 2 * level[g] * torch.einsum("op,oq,qp->", d, variable.square[g], d)
+            solve.RIDGE / 2 * level[g] * torch.einsum("op,oq,qp->", d, variable.square[g], d)
             for g, d in enumerate(now - start)
         )
         linear = (now * weights).sum()
@@ -180,7 +183,7 @@ def test_a_gram_without_a_root_is_left_to_single_layers(gram: float, monkeypatch
 
 
 def test_what_a_chain_keeps_goes_with_its_last_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory holds live activations: at a chain's first layer, no earlier chain still has its inputs."""
+    """Only live activations are kept: at a chain's first layer, no earlier chain still has its inputs."""
     begun: list[Chain] = []
     begin = Chain.begin
 
@@ -196,11 +199,29 @@ def test_what_a_chain_keeps_goes_with_its_last_layer(monkeypatch: pytest.MonkeyP
     assert len(begun) == 3 and not any(chain.inputs for chain in begun)
 
 
-def test_goals_count_what_passes_the_rectifier() -> None:
+def test_residuals_count_what_passes_the_rectifier() -> None:
     wanted, outputs = torch.tensor([[2.0, -1.0, -1.0]]), torch.tensor([[1.0, -3.0, 0.5]])
-    one, zero = torch.ones(1), torch.zeros(1, 3)
-    torch.testing.assert_close(Goal(one, zero, wanted, True).missed(outputs), torch.tensor([[-1.0, 0.0, 0.5]]))
-    torch.testing.assert_close(Goal(one, zero, wanted, False).missed(outputs), torch.tensor([[-1.0, -2.0, 1.5]]))
+
+    def missed(rectified: bool) -> Tensor:
+        step = affine(torch.ones(3), torch.zeros(3))
+        return Target(outputs=wanted, axis=1, affine=step, rectified=rectified).residual()(outputs)
+
+    torch.testing.assert_close(missed(True), torch.tensor([[-1.0, 0.0, 0.5]]))
+    torch.testing.assert_close(missed(False), torch.tensor([[-1.0, -2.0, 1.5]]))
+
+
+@pytest.mark.parametrize("rectified", [False, True])
+def test_a_target_is_the_same_at_positions_and_everywhere(rectified: bool) -> None:
+    """The residual of whole outputs is the gain times the error of sampled rows, where the gain is not small."""
+    g = torch.Generator().manual_seed(0)
+    y, found, before, now = (torch.randn(3, 4, 5, 6, generator=g, dtype=F64) for _ in range(4))
+    step = affine(torch.rand(4, generator=g, dtype=F64) + 0.5, torch.randn(4, generator=g, dtype=F64))
+    whole = Target(outputs=y, axis=1, affine=step, rectified=rectified, streams=(before, now))
+    y_rows, found_rows, before_rows, now_rows = (t.movedim(1, -1).reshape(-1, 4) for t in (y, found, before, now))
+    rows = Target(outputs=y_rows, axis=1, affine=step, rectified=rectified, streams=(before_rows, now_rows))
+    apart = (found_rows - rows.given(found_rows)) * step.gain
+    torch.testing.assert_close(whole.residual()(found).movedim(1, -1).reshape(-1, 4), apart)
+    assert bool((apart == 0).any()) is rectified
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Refit against independent solutions: torch.linalg.lstsq on unfolded patches, nets whose answer is known, oracle 4."""
+"""Refit against independent solutions: torch.linalg.lstsq on unfolded patches, and nets whose solution is known."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from torch.utils.data import DataLoader, TensorDataset
 import fxmerge
 from fxmerge import FxMergeError, Options
 from fxmerge.calibration import epilogue
-from fxmerge.calibration.patches import at_positions, enough, form_of, patches, positions, rows_of, weight_of
+from fxmerge.calibration.patches import at_positions, enough, form_of, matrices_of, patches, positions, weight_of
 from fxmerge.ir.provenance import Layer
 from fxmerge.methods.elimination import eliminate
 from fxmerge.methods.evidence import Reading
 from fxmerge.methods.least_squares import system
 from fxmerge.methods.probes import PROBES, tokens
 from fxmerge.refit import solve
+from fxmerge.refit.targets import Target
 from tests.helpers.netmaking import one_thread  # noqa: F401
 from tests.helpers.nets import NETS
 from tests.helpers.two_processes import run_on_two
@@ -71,10 +72,10 @@ def test_every_layer_is_a_product_of_patches(name: str) -> None:
     with torch.no_grad():
         out: Tensor = module(x)
     index = torch.arange(positions(out, form))
-    product = torch.einsum("rgp,gop->rgo", patches(x, form, index), rows_of(weight, form)).flatten(1)
+    product = torch.einsum("rgp,gop->rgo", patches(x, form, index), matrices_of(weight, form)).flatten(1)
     bias = module.bias if module.bias is not None else torch.zeros(product.size(1))
     torch.testing.assert_close(product + bias, at_positions(out, form, index))
-    assert torch.equal(weight_of(rows_of(weight, form), form, weight), weight)
+    assert torch.equal(weight_of(matrices_of(weight, form), form, weight), weight)
 
 
 @pytest.mark.parametrize("ridge", [0.0, 1e-3, 1.0])
@@ -98,7 +99,7 @@ def test_solve_is_ridge_regression(ridge: float, blocks: int) -> None:
 
 
 class Two(nn.Module):
-    """A hidden layer whose units 4 to 7 are linear combinations of units 0 to 3: half of it can go without loss."""
+    """A hidden layer whose units 4 to 7 are linear combinations of units 0 to 3: half can be removed without loss."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -113,7 +114,7 @@ class Two(nn.Module):
 
 
 @pytest.mark.parametrize("source", ["synthetic", "calibration"])
-def test_what_is_redundant_is_repaired_to_nothing(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_redundant_channels_are_removed_without_loss(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(solve, "RIDGE", 1e-6)
     torch.manual_seed(0)
     model, x = Two().double().eval(), torch.randn(300, 6, dtype=torch.float64)
@@ -149,14 +150,14 @@ def test_ratio_0_changes_no_bit(name: str) -> None:
 
 
 def test_an_exact_merge_stays_exact() -> None:
-    """Dead channels go: no layer is changed by more than rounding."""
+    """Dead channels are removed: no layer changes by more than rounding errors."""
     model, x = NETS["chain_2d"]()
     with torch.no_grad():
         model.n.weight[::2] = 0
         model.n.bias[::2] = -1
         before = model(x)
         result = repaired(model, x, keep={"a": 0.5}, ratio=0.0, decomposition="prune")
-        assert [r.note for r in result.report.refitted][:1] == ["exact as it is"]
+        assert [r.note for r in result.report.refitted][:1] == ["unchanged: exact"]
         torch.testing.assert_close(result.module(x), before, rtol=1e-5, atol=1e-5)
 
 
@@ -211,10 +212,10 @@ def test_calibration_in_every_form_is_the_same(name: str) -> None:
 
 
 @pytest.mark.parametrize(("batches", "message"), [
-    ([], "no batches"), (3, "is a int"), ([{"y": X}], "has no x"), ([X[0]], "where the example has"),
+    ([], "no batches"), (3, "is of type int"), ([{"y": X}], "has no x"), ([X[0]], "where the example inputs have"),
     ([()], "tuple of 0"), ([X[:0]], "no samples"),
 ])  # fmt: skip
-def test_what_is_no_calibration_is_refused(batches: Any, message: str) -> None:
+def test_invalid_calibration_data_is_refused(batches: Any, message: str) -> None:
     with pytest.raises(FxMergeError, match=message):
         repaired(*NETS["mlp"](), calibration=batches)
 
@@ -249,7 +250,7 @@ def test_elimination_is_the_best_of_all_subsets_where_channels_do_not_interact()
 
 
 def test_elimination_follows_re_solving() -> None:
-    """The first channel to go is the one whose loss after lstsq is the least; loops over all channels."""
+    """The first channel removed is the one with the least loss after lstsq, found by a loop over all channels."""
     g = torch.Generator().manual_seed(3)
     rows = torch.randn(400, 8, generator=g, dtype=torch.float64) @ torch.randn(8, 8, generator=g, dtype=torch.float64)
     rows = rows - rows.mean(0)
@@ -311,7 +312,7 @@ def test_wide_layers_are_solved_on_fewer_rows(rows: int, width: int, count: int)
     assert enough(rows, width) == count
 
 
-def test_two_processes_come_to_the_weights_of_one(tmp_path: Path) -> None:
+def test_two_processes_compute_the_weights_of_one(tmp_path: Path) -> None:
     """torchrun, gloo: the same bits on both ranks, those of one process within rounding."""
     run_on_two("distributed_refit.py", tmp_path)
     model, x = NETS["residual"]()
@@ -325,7 +326,7 @@ def test_two_processes_come_to_the_weights_of_one(tmp_path: Path) -> None:
             torch.testing.assert_close(one[key], value, rtol=1e-4, atol=1e-5)
 
 
-def test_inputs_that_hardly_move_do_not_stop_selection() -> None:
+def test_nearly_constant_inputs_do_not_stop_selection() -> None:
     """Second moments about a mean that is far larger are rounding errors: symmetric, but with negative eigenvalues."""
     noise = torch.randn(12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     gram = (noise + noise.T) * 1e-18
@@ -334,14 +335,17 @@ def test_inputs_that_hardly_move_do_not_stop_selection() -> None:
     assert len(eliminate([reading], torch.arange(12), 7)) == 7
 
 
-def test_behind_a_rectifier_the_solution_is_next_to_the_best() -> None:
-    """What the rectifier stops need not be met: scipy minimises that loss, convex in weight and bias, to its end."""
+def test_before_a_rectifier_the_solution_is_close_to_the_best() -> None:
+    """Targets that the rectifier stops need not be met; scipy minimises this loss, convex in weight and bias."""
     generator = torch.Generator().manual_seed(0)
     p = torch.randn(2000, 1, 12, generator=generator, dtype=torch.float64)
     t = torch.randn(2000, 5, generator=generator, dtype=torch.float64)
     t += p[:, 0] @ torch.randn(12, 5, generator=generator, dtype=torch.float64) / 3 - 0.5
     ones = torch.ones(5, dtype=torch.float64)
-    step, rows = epilogue.affine(2 * ones, 0.3 * ones), solve.Rows([p], [t], [None])
+    step = epilogue.affine(2 * ones, 0.3 * ones)
+
+    def rows(rectified: bool) -> solve.Rows:
+        return solve.Rows([p], [Target(outputs=t, axis=1, affine=step, rectified=rectified)])
 
     def loss(flat: np.ndarray[Any, Any]) -> tuple[float, np.ndarray[Any, Any]]:
         leaf = torch.from_numpy(flat).requires_grad_()
@@ -355,8 +359,8 @@ def test_behind_a_rectifier_the_solution_is_next_to_the_best() -> None:
 
     def reached(rectified: bool) -> float:
         start = torch.zeros(1, 5, 12, dtype=torch.float64)
-        weight, bias = solve.solution(rows, start, step, rectified, None, True, alone)
-        return solve.error(rows, weight, bias, step, True, alone) / best
+        weight, bias = solve.solution(rows(rectified), start, wanted=None, centred=True, reduce=alone)
+        return solve.error(rows(True), weight, bias, alone) / best
 
     assert 1 <= reached(True) < 1.01 and reached(False) > 1.1
 
@@ -399,7 +403,7 @@ def test_biases_that_refit_adds_are_in_the_code_that_runs(make: Callable[[], nn.
     x = torch.randn(64, 16)
     assert isinstance(result.module, torch.fx.GraphModule)
     added = [n for n in result.module.graph.nodes if n.op == "get_attr" and "bias" in str(n.target)]
-    assert added  # else this test shows nothing
+    assert added  # otherwise this test shows nothing
     with torch.no_grad():
         of_graph = torch.fx.Interpreter(result.module).run(x)
         torch.testing.assert_close(result.module(x), of_graph, rtol=0, atol=0)

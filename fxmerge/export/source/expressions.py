@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from fxmerge.errors import FxMergeError, source_line
 from fxmerge.export.source.names import TOKEN, access, literal, named, token
+from fxmerge.graph.inputs import pytree_codegen
 from fxmerge.graph.ops import overload_name
 
 _NESTED = 3  # depth of nested calls, at most
@@ -87,8 +88,8 @@ class Body:
 
     def _enter(self, placeholders: list[fx.Node]) -> None:
         """Collect the parameters of `forward`, and the code that takes each placeholder from them."""
-        codegen = self.module.graph._codegen
-        if not isinstance(codegen, fx.graph._PyTreeCodeGen):
+        codegen = pytree_codegen(self.module)
+        if codegen is None:
             for node in placeholders:
                 default = f"={self._text(node.args[0])}" if node.args else ""
                 self.signature.append(str(node.target) + default)
@@ -103,8 +104,8 @@ class Body:
 
     def _tree(self, value: Any) -> Any:
         """What the graph returns, in the containers that the model returned it in."""
-        codegen = self.module.graph._codegen
-        if not isinstance(codegen, fx.graph._PyTreeCodeGen) or codegen.pytree_info.out_spec is None:
+        codegen = pytree_codegen(self.module)
+        if codegen is None or codegen.pytree_info.out_spec is None:
             return value
         leaves = list(value) if isinstance(value, (list, tuple)) else [value]
         return pytree.tree_unflatten([_Leaf(v) for v in leaves], codegen.pytree_info.out_spec)
