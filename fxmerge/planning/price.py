@@ -19,7 +19,7 @@ from torch import Tensor
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.groups import Group
 from fxmerge.ir.labels import thin, varying
-from fxmerge.ir.provenance import DEPTHWISE, Contraction, Layer, ParamLabels, Provenance
+from fxmerge.ir.provenance import Contraction, Layer, ParamLabels, Provenance
 from fxmerge.methods.allocation import Floats, Price
 
 LARGEST = 2**22  # places that a contraction's two operands are compared at, at most
@@ -94,7 +94,7 @@ def parameters_price(
 def flops_price(facts: Provenance, groups: Sequence[Group], atom: Tensor, counted: Mapping[str, int]) -> Price:
     """FLOPs of one run on the example inputs, of which the original's nodes take so many (`cost.flops_by_node`)."""
     pricer = _Pricer(groups, atom)
-    layers = {layer.node: layer for layer in facts.layers if layer.reads is not None or layer.op in DEPTHWISE}
+    layers = {layer.node: layer for layer in facts.layers if layer.reads is not None or layer.operation.is_depthwise}
     products: dict[str, list[Contraction]] = {}
     for contraction in facts.contractions:
         products.setdefault(contraction.node, []).append(contraction)
