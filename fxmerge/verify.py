@@ -12,7 +12,6 @@ compare         runs at the end of every merge: the merged model must run and re
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from fxmerge.graph.compare import Verdict, difference, outputs
 from fxmerge.graph.nested import tree
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.groups import Group, Grouping, Member
-from fxmerge.ir.provenance import DEPTHWISE, ParamLabels, Provenance
+from fxmerge.ir.provenance import ParamLabels, Provenance
 from fxmerge.rewrite.reassemble import assembled
 from fxmerge.rewrite.slicing import gather, places
 from fxmerge.weights.by_path import at
@@ -190,14 +189,6 @@ def duplicate(
     return module, args or kwargs, kept
 
 
-_RESCALING = (
-    "batch_norm",
-    *DEPTHWISE,
-    "scale",
-    "scale/",
-)  # per-channel parameters whose weight can change a copy's scale
-
-
 def _overwrite(module: fx.GraphModule, group: Group, pairs: Tensor, generator: torch.Generator) -> None:
     """Makes channel i = pairs[0] a copy of channel j = pairs[1] in every member of the group."""
     norms = torch.stack([_norms(module, w, group.channels) for w in group.producers])  # (producers, n)
@@ -216,7 +207,7 @@ def _overwrite(module: fx.GraphModule, group: Group, pairs: Tensor, generator: t
     with torch.no_grad():
         for producer in group.producers:
             steps = [s for s in producer.steps if s in per_channel_params]
-            able = [s for s in steps if per_channel_params[s].layer.op in _RESCALING]
+            able = [s for s in steps if per_channel_params[s].layer.operation.rescales]
             scale = factor() if able else common
             held = (producer.layer.params["weight"], tuple(producer.where.flatten().tolist()))
             if held not in written:
@@ -253,7 +244,7 @@ def _copy(module: nn.Module, member: Member, slot: str, pairs: Tensor, scale: Te
     path = member.layer.params.get(slot)
     if path is not None:
         value = at(module, path)
-        flat = value.view(-1) if member.layer.op.startswith(("scale", "offset", "joined", "table")) else value
+        flat = value.view(-1) if member.layer.operation.is_elementwise else value
         if slot == "weight" and member.layer.transposed:
             flat = value.movedim(1, 0)
         here, local = member.local(pairs[0])
@@ -266,14 +257,8 @@ def _carry(module: nn.Module, per_channel_param: Member, pairs: Tensor, before: 
 
     Returns the scale of the copy after it, which is `before` where the parameter cannot change a scale.
     """
-    layer = per_channel_param.layer
-    change: Mapping[str, Callable[[], Tensor]] = {
-        "batch_norm": lambda: after,
-        **dict.fromkeys(DEPTHWISE, lambda: after),
-        "scale": lambda: after,
-        "scale/": lambda: after,
-    }
-    if layer.op == "batch_norm":
+    layer, op = per_channel_param.layer, per_channel_param.layer.operation
+    if op.name == "batch_norm":
         here, local = per_channel_param.local(pairs[0])
         i, j = per_channel_param.where[local], per_channel_param.where[per_channel_param.local(pairs[1])[1]]
         _copy(module, per_channel_param, "running_mean", pairs, before)
@@ -282,14 +267,14 @@ def _carry(module: nn.Module, per_channel_param: Member, pairs: Tensor, before: 
             var[i] = before[here].square()[:, None].to(var) * (var[j] + layer.eps) - layer.eps
         _copy(module, per_channel_param, "weight", pairs, after)
         _copy(module, per_channel_param, "bias", pairs, after)
-    elif layer.op in DEPTHWISE:
+    elif op.is_depthwise:
         _copy(module, per_channel_param, "weight", pairs, after / before)
         _copy(module, per_channel_param, "bias", pairs, after)
-    elif layer.op in ("scale", "scale/"):
-        _copy(module, per_channel_param, "weight", pairs, after / before if layer.op == "scale" else before / after)
-    elif layer.op.startswith("offset"):
+    elif op.is_scale:
+        _copy(module, per_channel_param, "weight", pairs, before / after if op.inverted else after / before)
+    elif op.is_offset:
         _copy(module, per_channel_param, "weight", pairs, before)
     else:
         for slot in layer.params:
             _copy(module, per_channel_param, slot, pairs, torch.ones_like(before))
-    return change.get(layer.op, lambda: before)()
+    return after if op.rescales else before

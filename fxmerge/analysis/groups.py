@@ -270,7 +270,7 @@ def _graph(groups: list[Group], refusals: Sequence[Refusal], layers: Sequence[La
         graph.add_node(g.name, kind="group", channels=g.channels, internal=g.internal, mixers=len(g.mixers))
         for role, members in (("write", g.producers), ("carry", g.per_channel_params), ("read", g.consumers)):
             for m in members:
-                graph.add_node(f"layer:{m.layer.node}", kind=m.layer.op, module=m.layer.module)
+                graph.add_node(f"layer:{m.layer.node}", kind=str(m.layer.operation), module=m.layer.module)
                 ends = (f"layer:{m.layer.node}", g.name) if role == "write" else (g.name, f"layer:{m.layer.node}")
                 graph.add_edge(*ends, role=role, channels=len(m.channels))
     for number, r in enumerate(refusals):
@@ -278,6 +278,6 @@ def _graph(groups: list[Group], refusals: Sequence[Refusal], layers: Sequence[La
         graph.add_node(f"refused:{number}", kind="refused", **told)
         for layer in layers:
             if layer.module == r.name and layer.writes is not None:
-                graph.add_node(f"layer:{layer.node}", kind=layer.op, module=layer.module)
+                graph.add_node(f"layer:{layer.node}", kind=str(layer.operation), module=layer.module)
                 graph.add_edge(f"layer:{layer.node}", f"refused:{number}", role="write", channels=r.channels)
     return graph

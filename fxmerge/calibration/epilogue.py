@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxmerge.calibration.paired_run import Pair
+from fxmerge.ir.layer_ops import NORMS
 from fxmerge.ir.provenance import Layer, Provenance
 from fxmerge.rules.lookup import rule_of
 
@@ -69,7 +70,7 @@ def pair(
 
 def rectified_layers(module: fx.GraphModule, facts: Provenance) -> dict[str, Layer]:
     """The first layer on each path from the inputs that has a rectifier right after it, in a network without norms."""
-    if any("norm" in layer.op for layer in facts.layers) or any("norm" in node for node, _ in facts.mixers):
+    if any(layer.operation.is_norm for layer in facts.layers) or _normalises(module, facts):
         return {}
     layers = {layer.node: layer for layer in facts.layers if layer.op in SOLVED}
     found: dict[str, Layer] = {}
@@ -81,6 +82,13 @@ def rectified_layers(module: fx.GraphModule, facts: Provenance) -> dict[str, Lay
             found[node.name] = layers[node.name]
             reached.add(node)
     return found
+
+
+def _normalises(module: fx.GraphModule, facts: Provenance) -> bool:
+    """Does the graph divide channels by a norm, with or without parameters?"""
+    mixing = {node for node, _ in facts.mixers}
+    found = (rule_of(node, module) for node in module.graph.nodes if node.name in mixing)
+    return any(rule is not None and rule.name in (*NORMS, "norm", "normalize") for rule in found)
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,15 @@
 
 labels      arithmetic of label tensors: the channel that stands at each place of an activation
 capture     a traced model and what its example run showed
+layer_ops   what a layer computes with its parameters
 provenance  which channel of which parameter went where: layers, ties, pins, blocks
 groups      merge groups, their members, what was refused, what a rewrite is told
 """
 
 from fxmerge.ir.capture import FOLDED, Capture, Part, Recorded
 from fxmerge.ir.groups import Decomposition, Group, Grouping, Member, Merge, Refusal, group_of_label, survivors
+from fxmerge.ir.layer_ops import DEPTHWISE, NORMS, LayerOp
 from fxmerge.ir.provenance import (
-    DEPTHWISE,
     Block,
     Bond,
     Contraction,
@@ -30,6 +31,7 @@ from fxmerge.ir.provenance import (
 __all__ = [
     "DEPTHWISE",
     "FOLDED",
+    "NORMS",
     "Block",
     "Bond",
     "Capture",
@@ -40,6 +42,7 @@ __all__ = [
     "Kind",
     "Lab",
     "Layer",
+    "LayerOp",
     "Member",
     "Merge",
     "Param",

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from fxmerge.ir.layer_ops import LayerOp
+
 Kind = Literal[
     "query",
     "movement",
@@ -21,7 +23,6 @@ Kind = Literal[
     "output",
     "input",
 ]
-DEPTHWISE = ("depthwise", "depthwise_transpose")  # ops of layers with a filter for each channel
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Layer:
 
     node: str
     module: str  # what users call it: the module's path, or the parameter's for functional spellings
-    op: str
+    operation: LayerOp
     params: Mapping[str, str]  # slot ("weight", "bias", "running_var", ...) -> parameter path
     reads: Tensor | None = None
     writes: Tensor | None = None
@@ -79,6 +80,11 @@ class Layer:
     groups: int = 1
     transposed: bool = False
     eps: float = 0.0
+
+    @property
+    def op(self) -> str:
+        """The name of its op, "linear" or "scale"."""
+        return self.operation.name
 
 
 @dataclass(frozen=True)

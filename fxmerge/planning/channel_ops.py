@@ -15,7 +15,8 @@ from torch import Tensor, fx, nn
 
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.groups import Member
-from fxmerge.ir.provenance import DEPTHWISE, Layer
+from fxmerge.ir.layer_ops import LayerOp
+from fxmerge.ir.provenance import Layer
 
 
 @dataclass(frozen=True)
@@ -74,11 +75,11 @@ def step_of(
     one, zero = torch.ones(n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
     if per_channel_param is None:
         return Step(node.name, one, one, zero, function=_function(node, captured, n))
-    op = per_channel_param.layer.op
-    if op in ("layer_norm", "rms_norm", "group_norm", "instance_norm"):
+    op = per_channel_param.layer.operation
+    if op.is_norm and op.name != "batch_norm":
         gain, constant = gamma_of(per_channel_param, tensors, n), slot(per_channel_param, "bias", tensors, n, 0.0)
         return Step(node.name, gain, gain, constant, function=lambda x: _normalised(x, op) * gain + constant)
-    if op == "batch_norm":
+    if op.is_norm:
         bn_std = (slot(per_channel_param, "running_var", tensors, n, 1.0) + per_channel_param.layer.eps).sqrt()
         gain = gamma_of(per_channel_param, tensors, n) / bn_std
         constant = slot(per_channel_param, "bias", tensors, n, 0.0) - gain * slot(
@@ -86,7 +87,7 @@ def step_of(
         )
         return Step(node.name, gain, gain, constant)
     weight = tensors[per_channel_param.layer.params["weight"]].double()
-    if op in DEPTHWISE:
+    if op.is_depthwise:
         own = weight.flatten(1)[per_channel_param.where].flatten(1)  # (m, copies * kernel)
         filters = laid_out(own, per_channel_param, n, 1.0)
         gain, features = _split(filters)
@@ -94,28 +95,30 @@ def step_of(
             bias_of(per_channel_param.layer, tensors)[per_channel_param.where].mean(1), per_channel_param, n, 0.0
         )
         return Step(node.name, gain, filters.sum(1) / per_channel_param.where.size(1), constant, features)
-    neutral = 0.0 if op.startswith("offset") else 1.0
+    neutral = 0.0 if op.is_offset else 1.0
     values = laid_out(weight.flatten()[per_channel_param.where], per_channel_param, n, neutral)  # (n, copies)
     mean = values.mean(1)
-    if op in ("scale", "scale/"):
-        length, features = _split(values if op == "scale" else 1 / values)
+    if op.is_scale:
+        length, features = _split(1 / values if op.inverted else values)
         gain = length / values.size(1) ** 0.5
         flip = torch.where(mean < 0, -1.0, 1.0)
         return Step(node.name, gain * flip, gain * flip, zero, features * flip[:, None])
-    if op in ("offset", "offset-", "offset-r"):
-        sign = -1.0 if op == "offset-r" else 1.0
-        return Step(node.name, one * sign, one * sign, -mean if op == "offset-" else mean)
-    if op != "prelu":  # some other function of a channel and its parameter: channels must have the parameter in common
+    if op.is_offset:
+        sign = -1.0 if op.inverted == "activation" else 1.0
+        return Step(node.name, one * sign, one * sign, -mean if op.inverted == "parameter" else mean)
+    if (
+        op.name != "prelu"
+    ):  # some other function of a channel and its parameter: channels must have the parameter in common
         return Step(node.name, one, one, zero, _split(values)[1])
     slopes = torch.cat([torch.ones_like(values), values], 1)  # channels must have the slope in common
     return Step(node.name, one, one, zero, _split(slopes)[1], function=lambda x: torch.where(x > 0, x, x * mean))
 
 
-def _normalised(x: Tensor, op: str) -> Tensor:
+def _normalised(x: Tensor, op: LayerOp) -> Tensor:
     """The output of a norm over channels, (samples, n); an InstanceNorm gives each channel mean 0 and deviation 1."""
-    if op == "instance_norm":
+    if op.name == "instance_norm":
         return (x - x.mean(0)) / x.std(0).clamp(min=1e-12)
-    centred = x if op == "rms_norm" else x - x.mean(1, keepdim=True)
+    centred = x if op.name == "rms_norm" else x - x.mean(1, keepdim=True)
     return centred / centred.square().mean(1, keepdim=True).sqrt().clamp(min=1e-12)
 
 

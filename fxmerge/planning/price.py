@@ -18,7 +18,7 @@ from torch import Tensor
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.groups import Group
 from fxmerge.ir.labels import thin, varying
-from fxmerge.ir.provenance import DEPTHWISE, Contraction, Layer, ParamLabels, Provenance
+from fxmerge.ir.provenance import Contraction, Layer, ParamLabels, Provenance
 from fxmerge.methods.allocation import Floats, Price
 
 LARGEST = 2**22  # places at which the two operands of a contraction are compared, at most
@@ -104,7 +104,7 @@ def parameters_price(
 def flops_price(facts: Provenance, groups: Sequence[Group], atom: Tensor, counted: Mapping[str, int]) -> Price:
     """The FLOPs of one run on the example inputs. counted: those of the original, by node (`cost.flops_by_node`)."""
     pricer = _Pricer(groups, atom)
-    layers = {layer.node: layer for layer in facts.layers if layer.reads is not None or layer.op in DEPTHWISE}
+    layers = {layer.node: layer for layer in facts.layers if layer.reads is not None or layer.operation.is_depthwise}
     products: dict[str, list[Contraction]] = {}
     for contraction in facts.contractions:
         products.setdefault(contraction.node, []).append(contraction)

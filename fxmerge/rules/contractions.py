@@ -1,13 +1,15 @@
-"""Rules of contractions: matmul, scaled_dot_product_attention (einsum: `einsums.py`).
+"""Rules of contractions: matmul, scaled_dot_product_attention (einsum is in `einsum.py`).
 
-The two sides of the contracted axis are tied; the labels of the other axes pass on. A batch axis that labels vary
-along on both sides (attention heads) is tied as well, position by position, but what comes out where both sides'
-channels were contracted away (attention scores) holds no channels: a head's scores are there as long as the head is.
+The labels of the two operands along the contracted axis are tied; the labels along the other axes pass on. A batch
+axis that labels of both operands vary along (attention heads) is tied too, position by position. Where the channels of
+both operands are contracted away (attention scores), the result holds no channels, only a number for each block: the
+scores of a head exist as long as the head does.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,152 +17,169 @@ from torch import Tensor
 from fxmerge.ir.labels import fixed, holds, rows, simplify, varying
 from fxmerge.ir.provenance import Lab, Param, View
 from fxmerge.rules.binary import as_table, meets, operand_shape
+from fxmerge.rules.context import RuleContext
 from fxmerge.rules.layers import matrix
+from fxmerge.rules.rule import Operand, Unknown
+
+Shape = tuple[int, ...]
 
 
-def contract(ctx: Any, a: Tensor, b: Tensor, letters_a: str, letters_b: str, letters_out: str) -> Any:
-    """The rule for two label tensors whose axes are named by letters, as in einsum."""
-    shape = ctx.shape
-    if shape is None or len(set(letters_a)) < len(letters_a) or len(set(letters_b)) < len(letters_b):
-        return ctx.unknown("takes a diagonal")
-    ctx.contraction(a, b, letters_a, letters_b)
-    summed = [c for c in letters_a if c in letters_b and c not in letters_out]
-    alone = [c for c in letters_a + letters_b if c not in letters_out and c not in summed]
-    varying_a = {letters_a[i] for i in varying(a)}
-    varying_b = {letters_b[i] for i in varying(b)}
+@dataclass(frozen=True)
+class Named:
+    """Labels whose axes are named by letters, as in einsum."""
+
+    t: Tensor
+    letters: str
+
+    @property
+    def varying(self) -> set[str]:
+        """The axes that the labels vary along."""
+        return {self.letters[axis] for axis in varying(self.t)}
+
+    def axes(self, letters: Sequence[str]) -> list[int]:
+        """The positions of some axes."""
+        return [self.letters.find(c) for c in letters]
+
+    def laid_out(self, letters: Sequence[str]) -> Tensor:
+        """The labels over these axes, in this order: of size 1 along those that they lack, taken once along others."""
+        found = self.t[tuple(slice(None) if c in letters else 0 for c in self.letters)]
+        left = [c for c in self.letters if c in letters]
+        found = found.permute([left.index(c) for c in letters if c in left])
+        for at, c in enumerate(letters):
+            if c not in left:
+                found = found.unsqueeze(at)
+        return found
+
+
+def contract(ctx: RuleContext, a: Named, b: Named, out: str, shape: Shape) -> Lab | Unknown:
+    """The labels of a sum of products of two operands, whose axes `out` names and which has that shape."""
+    if len(set(a.letters)) < len(a.letters) or len(set(b.letters)) < len(b.letters):
+        return Unknown("takes a diagonal")
+    ctx.contraction(a.t, b.t, a.letters, b.letters)
+    summed = [c for c in a.letters if c in b.letters and c not in out]
+    alone = [c for c in a.letters + b.letters if c not in out and c not in summed]
+    varying_a, varying_b = a.varying, b.varying
     if set(alone) & (varying_a | varying_b):
-        return ctx.unknown("sums over the channels of one operand alone")
-    shared = [c for c in letters_a if c in letters_b]
+        return Unknown("sums over the channels of one operand alone")
+    shared = [c for c in a.letters if c in b.letters]
     if (varying_a | varying_b) & set(summed):
-        # q k': tie what meets along the contracted axis, for each place along all others that channels stand on
-        axes = shared + [c for c in letters_a + letters_b if c in (varying_a | varying_b) and c not in shared]
-        one, other = _laid(a, letters_a, axes), _laid(b, letters_b, axes)
+        # q k': tie what meets along the contracted axis, at each place along the other axes that labels vary along
+        axes = shared + [c for c in a.letters + b.letters if c in (varying_a | varying_b) and c not in shared]
+        one, other = a.laid_out(axes), b.laid_out(axes)
         if any(one.size(axis) == 1 for axis in varying(other)):
             one, other = other, one
         ctx.meet(one, other)
         batch = [c for c in shared if c not in summed and c in (varying_a | varying_b)]
-        return _scores(ctx, ((a, letters_a), (b, letters_b)), batch, letters_out)
+        return _scores(ctx, (a, b), batch, out, shape)
     if not varying_a and not varying_b:
         return Lab(fixed(shape))
     if varying_a == varying_b and varying_a <= set(shared):  # channel by channel
-        one, other = (_laid(t, letters, list(letters_out)) for t, letters in ((a, letters_a), (b, letters_b)))
+        one, other = a.laid_out(out), b.laid_out(out)
         ctx.tie(one, other)
-        return Lab(simplify(torch.broadcast_to(one, tuple(shape))))
+        return Lab(simplify(torch.broadcast_to(one, shape)))
     if varying_a <= set(shared) and not varying_b <= set(shared):
-        _numbered(ctx, a, letters_a, b, letters_b)
+        _numbered(ctx, a, b)
         varying_a = set()
     elif varying_b <= set(shared) and not varying_a <= set(shared):
-        _numbered(ctx, b, letters_b, a, letters_a)
+        _numbered(ctx, b, a)
         varying_b = set()
-    if varying_a and varying_b and holds(a) and holds(b):
+    if varying_a and varying_b and holds(a.t) and holds(b.t):
         why, batch = "spreads two kinds of channels over each other", [c for c in shared if c in varying_a & varying_b]
         if not ctx.whole or not batch:
-            return ctx.unknown(why)
-        ctx.bond(rows(a, [letters_a.find(c) for c in batch]), pins=(a, ctx.said(why)))
-        ctx.bond(rows(b, [letters_b.find(c) for c in batch]), pins=(b, ctx.said(why)))
-        return _scores(ctx, ((a, letters_a), (b, letters_b)), batch, letters_out)
+            return Unknown(why)
+        for operand in (a, b):
+            ctx.bond(rows(operand.t, operand.axes(batch)), pins=(operand.t, f"{ctx.called} {why}"))
+        return _scores(ctx, (a, b), batch, out, shape)
     if (varying_a | varying_b) <= set(shared):
-        return ctx.unknown("has channels on a batch axis only")
-    source, letters = (b, letters_b) if varying_b else (a, letters_a)
-    labels = _laid(source, letters, list(letters_out))
-    return Lab(simplify(torch.broadcast_to(labels, tuple(shape))))
+        return Unknown("has channels on a batch axis only")
+    labels = (b if varying_b else a).laid_out(out)
+    return Lab(simplify(torch.broadcast_to(labels, shape)))
 
 
-def _scores(ctx: Any, operands: Any, batch: list[str], letters_out: str) -> Lab:
-    """What is left where both sides' channels were summed: a number for each block, which lives as long as that."""
+def _scores(ctx: RuleContext, operands: tuple[Named, Named], batch: list[str], out: str, shape: Shape) -> Lab:
+    """What is left where the channels of both operands were summed: a number for each block, dropped with its block."""
     if not ctx.whole or not batch:
-        return Lab(fixed(ctx.shape))
-    axes = [(t, [letters.find(c) for c in batch]) for t, letters in operands]
-    whole = [(t, at) for t, at in axes if set(at) <= set(varying(t))]
-    sizes = [max(_laid(t, letters, batch).size(at) for t, letters in operands) for at in range(len(batch))]
-    number = ctx.numbered(sizes, [rows(t, at) for t, at in whole])
-    return Lab(simplify(torch.broadcast_to(_laid(number, "".join(batch), list(letters_out)), tuple(ctx.shape))))
+        return Lab(fixed(shape))
+    whole = [(x.t, x.axes(batch)) for x in operands if set(batch) <= x.varying]
+    sizes = [max(x.laid_out(batch).size(at) for x in operands) for at in range(len(batch))]
+    number = ctx.numbered(sizes, [rows(t, axes) for t, axes in whole])
+    return Lab(simplify(torch.broadcast_to(Named(number, "".join(batch)).laid_out(out), shape)))
 
 
-def _numbered(ctx: Any, numbers: Tensor, letters: str, channels: Tensor, letters_of: str) -> None:
-    """Values of one number for each block meet the blocks: heads that are mixed stay each, and lose width."""
-    axes = [letters_of.find(letters[at]) for at in varying(numbers)]
-    blocks = set(axes) <= set(varying(channels))
-    met = [letters_of.find(c) for at, c in enumerate(letters) if numbers.size(at) > 1]
-    unnumbered = [axis for axis in met if axis in varying(channels) and axis not in axes]
-    if ctx.whole and unnumbered:  # as many values as blocks, that do not leave
-        staying = rows(channels, unnumbered)
+def _numbered(ctx: RuleContext, numbers: Named, channels: Named) -> None:
+    """One number for each block meets the blocks: heads are mixed, so that each of them stays, and may lose width."""
+    axes = channels.axes([numbers.letters[at] for at in varying(numbers.t)])
+    blocks = set(axes) <= set(varying(channels.t))
+    met = channels.axes([c for at, c in enumerate(numbers.letters) if numbers.t.size(at) > 1])
+    unnumbered = [axis for axis in met if axis in varying(channels.t) and axis not in axes]
+    if ctx.whole and unnumbered:  # as many values as blocks, which do not leave
+        staying = rows(channels.t, unnumbered)
         ctx.bond(torch.cat([fixed((len(staying), 1)), staying], 1))
-    inside = [rows(numbers, varying(numbers)), rows(channels, axes)] if axes and blocks else []
-    if inside:
-        ctx.bond(torch.cat(inside, 1), pins=(numbers, "numbers the blocks of other channels"))
+    why = "numbers the blocks of other channels"
+    if axes and blocks:
+        inside = [rows(numbers.t, varying(numbers.t)), rows(channels.t, axes)]
+        ctx.bond(torch.cat(inside, 1), pins=(numbers.t, why))
     else:
-        ctx.pin(numbers, "numbers the blocks of other channels")
+        ctx.pin(numbers.t, why)
 
 
-def _only(labels: Tensor, letters: str, kept: list[str]) -> Tensor:
-    """The labels over some of their axes, in that order; along the others they do not vary."""
-    index = tuple(slice(None) if c in kept else 0 for c in letters)
-    left = [c for c in letters if c in kept]
-    return labels[index].permute([left.index(c) for c in kept])
-
-
-def _laid(labels: Tensor, letters: str, axes: list[str]) -> Tensor:
-    """The labels over the axes named, in that order; of size 1 along those that they do not have."""
-    found = _only(labels, letters, [c for c in axes if c in letters])
-    for at, c in enumerate(axes):
-        if c not in letters:
-            found = found.unsqueeze(at)
-    return found
-
-
-def matmul(ctx: Any, a: Any, b: Any) -> Any:
+def matmul(ctx: RuleContext, a: Operand, b: Operand) -> Lab | Unknown:
     """a (..., m, k) @ b (..., k, n)."""
     if isinstance(a, Lab) and isinstance(b, Param) and b.value.dim() == 2:
         return matrix(ctx, a, b)
     a, b = tables(ctx, a, b)
-    if not isinstance(a, Lab) or not isinstance(b, Lab) or a.t.dim() < 2 or b.t.dim() < 2:
-        return ctx.unknown("has an operand that is no activation")
+    if not isinstance(a, Lab) or not isinstance(b, Lab) or a.t.dim() < 2 or b.t.dim() < 2 or ctx.shape is None:
+        return Unknown("has an operand that is not an activation")
     batch = "abcdefgh"[: max(a.t.dim(), b.t.dim()) - 2]
-    letters_a = batch[len(batch) - (a.t.dim() - 2) :] + "mk"
-    letters_b = batch[len(batch) - (b.t.dim() - 2) :] + "kn"
-    return _broadcast(ctx, a.t, b.t, letters_a, letters_b, batch + "mn")
+    one = Named(simplify(a.t), batch[len(batch) - (a.t.dim() - 2) :] + "mk")
+    other = Named(simplify(b.t), batch[len(batch) - (b.t.dim() - 2) :] + "kn")
+    return contract(ctx, one, other, batch + "mn", ctx.shape)
 
 
-def tables(ctx: Any, *operands: Any) -> tuple[Any, ...]:
-    """Operands of which some are parameters and none holds an activation's channels, as labels; else as they are."""
+def tables(ctx: RuleContext, *operands: Operand) -> tuple[Operand, ...]:
+    """Operands as labels, where one of them is a raw parameter and the others hold no channels; else unchanged."""
     raw = [isinstance(o, (Param, View)) for o in operands]
     plain = [isinstance(o, Tensor) or (isinstance(o, Lab) and not holds(o.t)) for o in operands]
     if sum(raw) != 1 or not all(r or p for r, p in zip(raw, plain, strict=True)):
         return operands
-    return tuple(as_table(ctx, o) for o in operands)
+    return tuple(as_table(ctx, o) for o in operands if isinstance(o, (Lab, Param, Tensor)))
 
 
-def outer(ctx: Any, input: Any, vec2: Any) -> Any:
+def outer(ctx: RuleContext, input: Operand, vec2: Operand) -> Lab | Unknown:
     """input[i] vec2[j]."""
     a, b = tables(ctx, input, vec2)
-    if not isinstance(a, Lab) or not isinstance(b, Lab):
-        return ctx.unknown("has an operand that is no activation")
-    return contract(ctx, a.t, b.t, "i", "j", "ij")
+    if not isinstance(a, Lab) or not isinstance(b, Lab) or ctx.shape is None:
+        return Unknown("has an operand that is not an activation")
+    return contract(ctx, Named(a.t, "i"), Named(b.t, "j"), "ij", ctx.shape)
 
 
-def addmm(ctx: Any, input: Any, mat1: Any, mat2: Any, beta: Any = 1, alpha: Any = 1) -> Any:
-    """input + mat1 @ mat2: a linear layer with its weight the other way round, where the last two are parameters."""
+def addmm(
+    ctx: RuleContext, input: Operand, mat1: Operand, mat2: Operand, beta: Operand = 1, alpha: Operand = 1
+) -> Lab | Unknown:
+    """input + mat1 @ mat2: a linear layer with its weight transposed, where input and mat2 are parameters."""
     if beta != 1 or alpha != 1 or not isinstance(input, Param) or input.value.dim() != 1:
-        return ctx.unknown("adds something that is no bias")
+        return Unknown("adds something that is not a bias")
     if not isinstance(mat1, Lab) or not isinstance(mat2, Param):
-        return ctx.unknown("has a weight that is computed, not a parameter")
+        return Unknown("has a weight that is computed, not a parameter")
     return matrix(ctx, mat1, mat2, input)
 
 
-def baddbmm(ctx: Any, input: Any, batch1: Any, batch2: Any, beta: Any = 1, alpha: Any = 1) -> Any:
-    """beta input + alpha batch1 @ batch2, where what is added holds no channels (a bias of attention scores)."""
+def baddbmm(
+    ctx: RuleContext, input: Operand, batch1: Operand, batch2: Operand, beta: Operand = 1, alpha: Operand = 1
+) -> Lab | Unknown:
+    """beta input + alpha batch1 @ batch2, where input holds no channels (a bias of attention scores)."""
     if isinstance(input, Param) or (isinstance(input, Lab) and holds(input.t)):
-        return ctx.unknown("adds something that holds channels")
+        return Unknown("adds something that holds channels")
     product = matmul(ctx, batch1, batch2)
-    if ctx.kind != "unknown":
+    if isinstance(product, Lab):
         _joined(ctx, product.t, input)
     return product
 
 
-def _joined(ctx: Any, scores: Tensor, other: Any) -> bool:
-    """What is added to scores is the same for all channels that they hold, or tied to them, or they stay."""
-    if not meets(scores, operand_shape(other)):
+def _joined(ctx: RuleContext, scores: Tensor, other: Operand) -> bool:
+    """Has a term added to scores entries of its own for their blocks? Then its labels are tied or pinned."""
+    shape = operand_shape(other)
+    if shape is None or not meets(scores, shape):
         return False
     if isinstance(other, Lab) and len(varying(other.t)) < 2:
         ctx.tie(scores, other.t)
@@ -169,38 +188,31 @@ def _joined(ctx: Any, scores: Tensor, other: Any) -> bool:
     return True
 
 
-def _broadcast(ctx: Any, a: Tensor, b: Tensor, letters_a: str, letters_b: str, out: str) -> Any:
-    """Batch axes of size 1 stretch to the other operand's size."""
-    return contract(ctx, simplify(a), simplify(b), letters_a, letters_b, out)
-
-
 def attention(
-    ctx: Any,
-    query: Any,
-    key: Any,
-    value: Any,
-    attn_mask: Any = None,
+    ctx: RuleContext,
+    query: Operand,
+    key: Operand,
+    value: Operand,
+    attn_mask: Operand = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> Any:
-    """softmax(q k' / scale) v: q (..., t, d), k (..., s, d), v (..., s, e) gives (..., t, e)."""
-    if not all(isinstance(t, Lab) for t in (query, key, value)):
-        return ctx.unknown("has an operand that is no activation")
+) -> Lab | Unknown:
+    """softmax(q k' / scale) v: q (..., t, d), k (..., s, d), v (..., s, e) give (..., t, e)."""
+    if not isinstance(query, Lab) or not isinstance(key, Lab) or not isinstance(value, Lab) or ctx.shape is None:
+        return Unknown("has an operand that is not an activation")
     batch = "abcdefgh"[: query.t.dim() - 2]
     q, k, v = query.t, key.t, value.t
     if enable_gqa:  # each key head serves several query heads, one after the other
-        k, v = (simplify(t.repeat_interleave(q.size(-3) // t.size(-3), -3)) for t in (k, v))
-    held = ctx.shape
-    ctx.shape = (*q.shape[:-1], k.shape[-2])
-    scores = _broadcast(ctx, q, k, batch + "td", batch + "sd", batch + "ts")
-    ctx.shape = held
-    if ctx.kind == "unknown":
+        k, v = (t.repeat_interleave(q.size(-3) // t.size(-3), -3) for t in (k, v))
+    q, k, v = simplify(q), simplify(k), simplify(v)
+    of_scores = (*q.shape[:-1], k.shape[-2])
+    scores = contract(ctx, Named(q, batch + "td"), Named(k, batch + "sd"), batch + "ts", of_scores)
+    if isinstance(scores, Unknown):
         return scores
     own = attn_mask is not None and _joined(ctx, scores.t, attn_mask)  # a mask for each block
     if not own and isinstance(attn_mask, Lab) and holds(attn_mask.t):
         ctx.pin(attn_mask.t, "is used as an attention mask")
-    if isinstance(attn_mask, Param):
-        ctx.freeze(attn_mask, "is used as an attention mask")
-    return _broadcast(ctx, scores.t, v, batch + "ts", batch + "se", batch + "te")
+    ctx.freeze(attn_mask, "is used as an attention mask")
+    return contract(ctx, Named(scores.t, batch + "ts"), Named(v, batch + "se"), batch + "te", ctx.shape)

@@ -1,31 +1,34 @@
-"""The rule of einsum: its equation is spelled out, then its operands are contracted one after the other."""
+"""The rule of einsum: its equation is written out, then its operands are contracted one after the other."""
 
 from __future__ import annotations
 
 from string import ascii_letters
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from fxmerge.ir.labels import simplify, varying
 from fxmerge.ir.provenance import Lab
-from fxmerge.rules.contractions import contract, tables
+from fxmerge.rules.context import RuleContext
+from fxmerge.rules.contractions import Named, contract, tables
+from fxmerge.rules.rule import Operand, Unknown
+
+Shape = tuple[int, ...]
 
 
-def einsum(ctx: Any, equation: Any, *operands: Any, tensors: Any = None) -> Any:
-    """Any number of operands; what is summed before the last of them is what neither the rest nor the output names."""
-    if tensors is not None or (len(operands) == 1 and isinstance(operands[0], (list, tuple))):
-        operands = tuple(operands[0] if tensors is None else tensors)
+def einsum(ctx: RuleContext, equation: Operand, *operands: Operand, tensors: Operand = None) -> Lab | Unknown:
+    """Any number of operands. An axis is summed as soon as neither a later operand nor the output has it."""
+    given = operands[0] if tensors is None and len(operands) == 1 else tensors
+    if isinstance(given, (list, tuple)):
+        operands = tuple(given)
     if not isinstance(equation, str) or ctx.shape is None or not operands:
-        return ctx.unknown("is not given as an equation and operands")
-    operands = tables(ctx, *operands)
-    if not all(isinstance(o, Lab) for o in operands):
-        return ctx.unknown("has an operand that is no activation")
-    inputs, out = spelled(equation, [o.t.dim() for o in operands])
+        return Unknown("is not given as an equation and operands")
+    labels = [o for o in tables(ctx, *operands) if isinstance(o, Lab)]
+    if len(labels) < len(operands):
+        return Unknown("has an operand that is not an activation")
+    inputs, out = spelled(equation, [o.t.dim() for o in labels])
     if any(len(set(letters)) < len(letters) for letters in (*inputs, out)):
-        return ctx.unknown("takes a diagonal")
-    return _activations(ctx, [o.t for o in operands], inputs, out)
+        return Unknown("takes a diagonal")
+    return _activations(ctx, [Named(o.t, letters) for o, letters in zip(labels, inputs, strict=True)], out, ctx.shape)
 
 
 def spelled(equation: str, dims: list[int]) -> tuple[list[str], str]:
@@ -42,24 +45,19 @@ def spelled(equation: str, dims: list[int]) -> tuple[list[str], str]:
     return inputs, dots + "".join(sorted(c for c in set(named) - set(dots) if named.count(c) == 1))
 
 
-def _activations(ctx: Any, labels: list[Tensor], inputs: list[str], out: str) -> Any:
-    shape = ctx.shape
+def _activations(ctx: RuleContext, operands: list[Named], out: str, shape: Shape) -> Lab | Unknown:
     sizes: dict[str, int] = {}
-    for t, letters in zip(labels, inputs, strict=True):
-        sizes |= {c: max(s, sizes.get(c, 1)) for c, s in zip(letters, t.shape, strict=True)}
-    found, letters = labels[0], inputs[0]
-    for at in range(1, len(labels)):
-        later = out if at == len(labels) - 1 else "".join((*inputs[at + 1 :], out))
-        result = "".join(c for c in dict.fromkeys(letters + inputs[at]) if c in later)
-        result = out if at == len(labels) - 1 else result
-        ctx.shape = tuple(sizes[c] for c in result)
-        joined = contract(ctx, found, labels[at], letters, inputs[at], result)
-        ctx.shape = shape
-        if ctx.kind == "unknown":
+    for operand in operands:
+        sizes |= {c: max(s, sizes.get(c, 1)) for c, s in zip(operand.letters, operand.t.shape, strict=True)}
+    found = operands[0]
+    for at, operand in enumerate(operands[1:], 1):
+        last = at == len(operands) - 1
+        later = "".join((*(o.letters for o in operands[at + 1 :]), out))
+        result = out if last else "".join(c for c in dict.fromkeys(found.letters + operand.letters) if c in later)
+        joined = contract(ctx, found, operand, result, tuple(sizes[c] for c in result))
+        if isinstance(joined, Unknown):
             return joined
-        found, letters = joined.t, result
-    if any(letters[axis] not in out for axis in varying(found)):
-        return ctx.unknown("sums over the channels of one operand alone")
-    kept = found[tuple(slice(None) if c in out else 0 for c in letters)]
-    order = [c for c in letters if c in out]
-    return Lab(simplify(torch.broadcast_to(kept.permute([order.index(c) for c in out]), tuple(shape))))
+        found = Named(joined.t, result)
+    if any(found.letters[axis] not in out for axis in varying(found.t)):
+        return Unknown("sums over the channels of one operand alone")
+    return Lab(simplify(torch.broadcast_to(found.laid_out(out), shape)))

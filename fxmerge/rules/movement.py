@@ -6,6 +6,7 @@ After a merge their literal sizes may be wrong (`view(b, 4, 16)` of 32 surviving
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from fxmerge.graph.nested import leaves, tree
 from fxmerge.graph.ops import Aten
 from fxmerge.ir.labels import FIXED, fixed, holds, rows, simplify, spread, varying
 from fxmerge.ir.provenance import Lab, Param, View
+from fxmerge.rules.context import RuleContext, resized
+from fxmerge.rules.rule import Answer, AsKind, Operand, Unknown
 
 SPELLINGS: dict[str, tuple[Any, ...]] = {
     "view": ("view", "reshape", torch.reshape, "view_as", "reshape_as"),
@@ -59,10 +62,6 @@ _COPYING: dict[Any, Any] = {
 }
 
 
-def varying_axes(x: Lab) -> tuple[int, ...]:
-    return varying(x.t)
-
-
 def run(target: Any, args: Any, kwargs: Any) -> Any:
     """One movement op on plain tensors: `target` is a method's name, a function or a module."""
     if isinstance(target, str):
@@ -73,7 +72,7 @@ def run(target: Any, args: Any, kwargs: Any) -> Any:
     return (target if isinstance(target, nn.Module) else _COPYING.get(target, target))(*args, **kwargs)
 
 
-def execute(ctx: Any, *args: Any, **kwargs: Any) -> Any:
+def execute(ctx: RuleContext, *args: Operand, **kwargs: Operand) -> Answer:
     """Run the op on labels. A constant tensor joined to labels holds no channel; as an index it stays itself."""
     indexing = ctx.rule_name in INDEXING
 
@@ -88,15 +87,15 @@ def execute(ctx: Any, *args: Any, **kwargs: Any) -> Any:
 
     if indexing and not isinstance(args[0], (Lab, Param)):
         if any(isinstance(leaf, Lab) for leaf in leaves(args[1])):
-            return ctx.unknown("is indexed by something that depends on the input")
+            return Unknown("is indexed by something that depends on the input")
         return run(ctx.target, args, kwargs)
     if indexing and any(isinstance(leaf, Lab) for leaf in leaves([*args[1:], kwargs])):
         return _indexed_by_values(ctx, tree(as_labels, list(args)), tree(as_labels, kwargs), args)
     plain_args, plain_kwargs = tree(as_labels, list(args)), tree(as_labels, kwargs)
-    if ctx.rule_name in ("cat", "stack"):
+    if ctx.rule_name in ("cat", "stack") and isinstance(args[0], (list, tuple)):
         _tie_across(ctx, plain_args, plain_kwargs)
         for raw in (v.param if isinstance(v, View) else v for v in args[0] if isinstance(v, (View, Param))):
-            ctx.layer("joined", {"weight": raw.path}, carries=ctx.elements(raw))
+            ctx.layer("joined", {"weight": raw}, carries=ctx.elements(raw))
     out = run(ctx.target, plain_args, plain_kwargs)
 
     moved = args[0].param if isinstance(args[0], View) else args[0]
@@ -115,42 +114,43 @@ def execute(ctx: Any, *args: Any, **kwargs: Any) -> Any:
     return result
 
 
-def _indexed_by_values(ctx: Any, labels: list[Any], kwargs: dict[str, Any], args: tuple[Any, ...]) -> Any:
+def _indexed_by_values(
+    ctx: RuleContext, labels: list[Any], kwargs: dict[str, Any], args: tuple[Operand, ...]
+) -> Lab | Unknown:
     """x[:, i] for places i that depend on the input: known where labels do not vary along the axes that i chooses on.
 
     Whether they do is found by trying the first place and the last; a mask gives another shape and is refused.
     """
     if any(isinstance(leaf, Lab) and holds(leaf.t) for leaf in leaves(list(args[1:]))):
-        return ctx.unknown("is indexed by channels")
+        return Unknown("is indexed by channels")
     first = run(ctx.target, labels, kwargs)
     shifted = [tree(lambda v: v - 1 if isinstance(v, Tensor) and not holds(v) else v, a) for a in labels[1:]]
-    last = run(ctx.target, [labels[0], *shifted], kwargs) if "gather" not in ctx.rule_name else first
+    last = run(ctx.target, [labels[0], *shifted], kwargs) if ctx.rule_name != "gather" else first
     if ctx.rule_name == "gather" and labels[1] % labels[0].dim() in varying(labels[0]):
-        return ctx.unknown("is indexed by something that depends on the input")
+        return Unknown("is indexed by something that depends on the input")
     if tuple(first.shape) != tuple(ctx.shape or ()) or not bool((first == last).all()):
-        return ctx.unknown("is indexed by something that depends on the input")
+        return Unknown("is indexed by something that depends on the input")
     return Lab(simplify(first))
 
 
-def pad(ctx: Any, input: Any, pad: Any, mode: str = "constant", value: Any = None) -> Any:
+def pad(ctx: RuleContext, input: Operand, pad: Sequence[int], mode: str = "constant", value: Operand = None) -> Answer:
     """Padding. Along an axis of channels, zeros get labels of their own, which live as long as what they meet."""
     if not isinstance(input, Lab) or ctx.shape is None:
-        return ctx.unknown("pads something that is no activation")
+        return Unknown("pads something that is no activation")
     dims, labels, moved = input.t.dim(), input.t, False
     for at in range(0, len(pad), 2):
         axis = dims - 1 - at // 2
         if (pad[at] or pad[at + 1]) and axis in varying(labels):
             if mode != "constant" or pad[at] < 0 or pad[at + 1] < 0:
-                return ctx.unknown("pads the channels in a way that adds no zeros")
+                return Unknown("pads the channels in a way that adds no zeros")
             shape = list(labels.shape)
             sides = []
             for count in (pad[at], pad[at + 1]):
                 shape[axis] = count
                 sides.append(spread(ctx.fresh(count), shape, axis))
             labels, moved = torch.cat([sides[0], labels, sides[1]], axis), True
-    if moved:
-        ctx.kind = "movement"
-    return ctx.resized(Lab(simplify(labels)), ctx.shape)
+    padded = resized(Lab(simplify(labels)), ctx.shape)
+    return AsKind("movement", padded) if moved else padded
 
 
 def enter(value: Any) -> Any:
@@ -158,64 +158,64 @@ def enter(value: Any) -> Any:
     return value
 
 
-def entered(ctx: Any, value: Any) -> Any:
+def entered(ctx: RuleContext, value: Operand) -> Answer:
     return value
 
 
-def setitem(ctx: Any, x: Any, index: Any, value: Any) -> Any:
+def setitem(ctx: RuleContext, x: Operand, index: Operand, value: Operand) -> Lab | Unknown:
     """x[places] = value, for places along the first axis: x then holds the channels of the value, and its own."""
     whole = x.t if isinstance(x, Lab) else fixed(x.shape) if isinstance(x, Tensor) else None
-    ctx.shape = None if whole is None else tuple(whole.shape)
     index = index[0] if isinstance(index, tuple) and len(index) == 1 else index
     along_first = isinstance(index, (int, slice, Tensor)) or (isinstance(index, Lab) and not holds(index.t))
     one_axis = not isinstance(index, (Tensor, Lab)) or (index.t if isinstance(index, Lab) else index).dim() <= 1
     if whole is None or not isinstance(value, Lab) or not along_first or not one_axis:
-        return ctx.unknown("does not write whole entries of the first axis")
+        return Unknown("does not write whole entries of the first axis")
     given = value.t.unsqueeze(0) if isinstance(index, int) else value.t
     if given.dim() != whole.dim() or 0 in varying(given) or 0 in varying(whole):
-        return ctx.unknown("writes over the axis of the channels")
+        return Unknown("writes over the axis of the channels")
     written = Lab(simplify(given.narrow(0, 0, 1).expand(whole.shape))) if given.size(0) else Lab(whole)
     if holds(whole):
         ctx.tie(whole, written.t)
     return written
 
 
-def index_add(ctx: Any, input: Any, dim: int, index: Any, source: Any, **kwargs: Any) -> Any:
+def index_add(
+    ctx: RuleContext, input: Operand, dim: int, index: Operand, source: Operand, **kwargs: Operand
+) -> Lab | Unknown:
     """Entries of the source are added at places along an axis that no channels stand on: messages along edges."""
     if not isinstance(input, Lab) or not isinstance(source, Lab) or (isinstance(index, Lab) and holds(index.t)):
-        return ctx.unknown("takes something else than activations, and places that hold no channels")
+        return Unknown("takes something else than activations, and places that hold no channels")
     axis = dim % input.t.dim()
     if axis in varying(input.t) or axis in varying(source.t) or not source.t.size(axis):
-        return ctx.unknown("adds over the axis of the channels")
+        return Unknown("adds over the axis of the channels")
     ctx.tie(input.t, simplify(source.t.narrow(axis, 0, 1).expand(input.t.shape)))
     return input
 
 
-def channel_shuffle(ctx: Any, input: Any, groups: int) -> Any:
+def channel_shuffle(ctx: RuleContext, input: Operand, groups: int) -> Answer:
     """Blocks of channels dealt out like cards; every block must lose equally many."""
     if isinstance(input, Lab) and 1 in varying(input.t):
         ctx.block(ctx.along(input, 1).view(groups, -1))
     return execute(ctx, input) if isinstance(ctx.target, nn.Module) else execute(ctx, input, groups)
 
 
-def fold(ctx: Any, input: Any, *sizes: Any, **kwargs: Any) -> Any:
+def fold(ctx: RuleContext, input: Operand, *sizes: Operand, **kwargs: Operand) -> Lab | Unknown:
     """Patches (n, channels * places, patches) laid over each other: the places of one channel become one."""
     if not isinstance(input, Lab) or input.t.dim() != 3 or ctx.shape is None or set(varying(input.t)) - {1}:
-        return ctx.unknown("does not lay patches of channels over each other")
+        return Unknown("does not lay patches of channels over each other")
     labels = ctx.along(input, 1).view(ctx.shape[1], -1)
     ctx.tie(labels[:, :1].expand_as(labels), labels)
     return Lab(spread(labels[:, 0], ctx.shape, 1))
 
 
-def expand_as(ctx: Any, input: Any, other: Any) -> Any:
+def expand_as(ctx: RuleContext, input: Operand, other: Operand) -> Answer:
     """A tensor without channels, spread over those of another, has a place for each of them."""
     if isinstance(input, Lab) and isinstance(other, Lab) and not holds(input.t):
-        ctx.kind = "per_channel"
-        return Lab(other.t)
+        return AsKind("per_channel", Lab(other.t))
     return execute(ctx, input, other)
 
 
-def _block(ctx: Any, labels: Tensor) -> None:
+def _block(ctx: RuleContext, labels: Tensor) -> None:
     axes = varying(labels)
     rows = labels[tuple(slice(None) if a in axes else 0 for a in range(labels.dim()))]
     rows = rows.reshape(-1, rows.size(-1))
@@ -225,7 +225,7 @@ def _block(ctx: Any, labels: Tensor) -> None:
         ctx.block(rows)
 
 
-def _beside(ctx: Any, tensors: list[Tensor], axis: int) -> bool:
+def _beside(ctx: RuleContext, tensors: list[Tensor], axis: int) -> bool:
     """Are parts of blocks joined, as the halves of each head that a rotation turns? Then each part stays a rectangle.
 
     The axis joined along is what is inside of a block, so the rows of each operand lose equally many; where blocks
@@ -243,7 +243,7 @@ def _beside(ctx: Any, tensors: list[Tensor], axis: int) -> bool:
     return True
 
 
-def _tie_across(ctx: Any, args: list[Any], kwargs: dict[str, Any]) -> None:
+def _tie_across(ctx: RuleContext, args: list[Any], kwargs: dict[str, Any]) -> None:
     """Joined operands must lose the same places along every axis but the joined one."""
     tensors = [t for t in args[0] if isinstance(t, Tensor) and t.numel()]
     axis = kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else 0))

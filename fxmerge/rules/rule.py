@@ -1,21 +1,56 @@
-"""The record of a rule."""
+"""The form of a rule: what an op does to labels.
+
+A rule is a function `rule(ctx, *args, **kwargs)` with the signature of the op's functional form. An operand arrives as
+
+- a `Lab`: an activation, as the labels of its channels;
+- a `Param`: a parameter or buffer; or a `View`: a parameter whose elements were only moved about;
+- itself, where it is a plain value: a number, a tuple, a constant tensor.
+
+The rule returns what the op gives in the same terms, and records facts in `ctx` (see `RuleContext`): which labels must
+be dropped together, which must stay, which layer has which labels. Where it cannot follow the channels it returns
+`Unknown(reason)`. Then everything that the call touches stays as it is, and the facts that the rule recorded for this
+call are taken back. The same holds for a rule that raises TypeError, ValueError, IndexError or RuntimeError.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, Concatenate, TypeAlias
 
 from torch import nn
 
 from fxmerge.ir.provenance import Kind
 
-Spelling = Any  # a module class, a function, a method name, or Module(...)
+if TYPE_CHECKING:
+    from fxmerge.rules.context import RuleContext
+
+Operand: TypeAlias = object  # Lab, View, Param, or a plain value
+Answer: TypeAlias = object  # what a rule returns: an Operand, several in a tuple or list, Unknown, or AsKind
+Spelling: TypeAlias = Any  # a module class, a function, a method name, or Module(...)
+
+
+@dataclass(frozen=True)
+class Unknown:
+    """The answer of a rule that cannot follow the channels of a call.
+
+    reason: a clause without a subject, as in "changes the number of axes"; reports put the name of the op before it
+    """
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class AsKind:
+    """The answer of a rule for a call that is of another kind than the rule's row: `x.T` is a movement, not a query."""
+
+    kind: Kind
+    answer: Answer
 
 
 @dataclass(frozen=True)
 class Module:
-    """A module class and the functional arguments that its attributes stand for."""
+    """A module class, and the attributes of a module that its rule takes as arguments of the same names."""
 
     cls: type[nn.Module]
     attributes: tuple[str, ...] = ()
@@ -23,13 +58,14 @@ class Module:
 
 @dataclass(frozen=True)
 class Rule:
-    """One op: its kind, what it does to labels, and every way of spelling it.
+    """One row of `RULES`: an op, its kind, what it does to labels, and every spelling of it.
 
-    commutes: f(s x) = s f(x) for every s > 0 (ReLU, pooling, any linear map); False is the safe answer
+    commutes: does f(s x) = s f(x) hold for every s > 0, as for ReLU, pooling and any linear map? Or a function of the
+        rule's own arguments that returns it for one call. False is the safe answer.
     """
 
     name: str
     kind: Kind
-    apply: Callable[..., Any]
+    apply: Callable[Concatenate[RuleContext, ...], Answer]
     spellings: tuple[Spelling, ...]
-    commutes: bool | Callable[..., bool] = field(default=False)
+    commutes: bool | Callable[Concatenate[RuleContext, ...], bool] = field(default=False)

@@ -22,6 +22,7 @@ from fxmerge.rules import binary, contractions, einsum, layers, movement, norms
 from fxmerge.rules.elementwise import (
     adds_nothing,
     extreme,
+    identity_rule,
     one_factor,
     per_channel,
     prelu_rule,
@@ -75,7 +76,7 @@ _ROWS: tuple[Rule, ...] = (
         "per_channel_param",
         layers.batch_norm,
         (*(Module(cls, _NORM) for cls in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)), F.batch_norm),
-        commutes=True,  # its affine is pushed through exactly, by paths.push
+        commutes=True,  # by its affine map, which planning/channel_ops.py applies exactly
     ),
     Rule(
         "prelu",
@@ -129,9 +130,9 @@ _ROWS: tuple[Rule, ...] = (
     per_channel("rrelu", nn.RReLU, F.rrelu, commutes=True),
     per_channel("abs", torch.abs, "abs", operator.abs, commutes=True),
     per_channel("neg", torch.neg, "neg", operator.neg, commutes=True),
-    per_channel("identity", nn.Identity, "contiguous", "clone", torch.clone, "detach", "float", "double", "half",
-                "bfloat16", "to", "cpu", "cuda", Aten("alias"),
-                Aten("lift_fresh_copy"), Aten("_to_copy"), commutes=True),
+    Rule("identity", "per_channel", identity_rule,
+         (nn.Identity, "contiguous", "clone", torch.clone, "detach", "float", "double", "half", "bfloat16", "to", "cpu",
+          "cuda", Aten("alias"), Aten("lift_fresh_copy"), Aten("_to_copy")), True),
     per_channel("stochastic_depth", "torchvision.ops.stochastic_depth.stochastic_depth", commutes=True),
     per_channel("zeros_like", torch.zeros_like, commutes=True),
     per_channel("ones_like", torch.ones_like),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import fxmerge
 from fxmerge.calibration.epilogue import affine
 from fxmerge.calibration.patches import Form
+from fxmerge.ir.layer_ops import LayerOp
 from fxmerge.ir.provenance import Layer
 from fxmerge.refit import joint, solve
 from fxmerge.refit.chains import Chain, chains
@@ -247,7 +248,7 @@ def test_chains_end_where_others_read() -> None:
 
     graph = torch.fx.symbolic_trace(Net()).graph
     ops = {"a": "conv", "d": "depthwise", "b": "conv", "c": "conv", "e": "conv"}
-    layers = {name: Layer(name, name, op, {"weight": f"{name}.weight"}) for name, op in ops.items()}
+    layers = {name: Layer(name, name, LayerOp(op), {"weight": f"{name}.weight"}) for name, op in ops.items()}
     found = chains(layers, list(graph.nodes), lambda layer: True, ())
     assert {end: [layer.node for layer in chain.layers] for end, chain in found.items()} == {"b": ["a", "d", "b"]}
     assert [node.name for node in found["b"].nodes] == ["a", "relu", "d", "b"]

@@ -20,6 +20,7 @@ import fxmerge
 from fxmerge import FxMergeError, Options
 from fxmerge.calibration import epilogue
 from fxmerge.calibration.patches import at_positions, enough, form_of, matrices_of, patches, positions, weight_of
+from fxmerge.ir.layer_ops import LayerOp
 from fxmerge.ir.provenance import Layer
 from fxmerge.methods.elimination import eliminate
 from fxmerge.methods.evidence import Reading
@@ -67,7 +68,7 @@ def test_every_layer_is_a_product_of_patches(name: str) -> None:
     weight: Tensor = module.weight.detach()  # type: ignore[assignment,operator]
     traced = torch.fx.symbolic_trace(nn.Sequential(module))
     node = next(n for n in traced.graph.nodes if n.op == "call_module")
-    form = form_of(node, Layer("0", "0", op, {"weight": "0.weight"}), module, weight)
+    form = form_of(node, Layer("0", "0", LayerOp(op), {"weight": "0.weight"}), module, weight)
     assert form is not None
     with torch.no_grad():
         out: Tensor = module(x)

@@ -1,0 +1,71 @@
+"""FactsBuilder: the facts that rules record while a graph is interpreted on labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxmerge.errors import source_line
+from fxmerge.ir.labels import numbers
+from fxmerge.ir.provenance import Block, Bond, Contraction, Layer, Param, Pin, Tie
+
+
+class FactsBuilder:
+    """The facts found so far. They are only ever added, so that those of one call can be taken back.
+
+    whole: may whole blocks of channels leave (heads of attention, groups of a convolution)?
+    """
+
+    def __init__(self, whole: bool) -> None:
+        self.whole = whole
+        self.label_count = 1  # label 0 is FIXED
+        self.ties: list[Tie] = []
+        self.pins: list[Pin] = []
+        self.blocks: list[Block] = []
+        self.bonds: list[Bond] = []
+        self.contractions: list[Contraction] = []
+        self.mixers: list[tuple[str, Tensor]] = []
+        self.layers: list[Layer] = []
+        self.block_numbers: list[Tensor] = []  # labels that number blocks, and are not channels
+        self.axes: dict[tuple[str, int], Tensor] = {}  # (parameter, axis) -> the labels along it
+        self.elements: dict[str, Tensor] = {}  # raw parameter -> a label for each element
+        self.groups: dict[str, int] = {}  # parameter of a grouped convolution -> groups
+        self.frozen: dict[str, tuple[str, fx.Node]] = {}  # parameter -> (why it keeps its shape, the node)
+        self._collections: tuple[list[Any] | dict[Any, Any], ...] = (
+            self.ties, self.pins, self.blocks, self.bonds, self.contractions, self.mixers, self.layers,
+            self.block_numbers, self.axes, self.elements, self.groups, self.frozen,
+        )  # fmt: skip
+
+    def sizes(self) -> tuple[int, ...]:
+        """How many facts of each sort there are, for `take_back`."""
+        return tuple(map(len, self._collections))
+
+    def take_back(self, sizes: Sequence[int]) -> None:
+        """Remove every fact that was added since `sizes()`. Labels are numbered on: no number is used twice."""
+        for held, size in zip(self._collections, sizes, strict=True):
+            if isinstance(held, list):
+                del held[size:]
+            else:
+                while len(held) > size:
+                    held.popitem()
+
+    def fresh(self, count: int) -> Tensor:
+        """New labels, (count,)."""
+        self.label_count += count
+        return torch.arange(self.label_count - count, self.label_count)
+
+    def pin(self, node: fx.Node, labels: Tensor, reason: str) -> None:
+        self.pins += pins_of(node, labels, reason)
+
+    def freeze(self, node: fx.Node, param: Param, reason: str) -> None:
+        """The parameter may not change its shape; the first reason is kept."""
+        self.frozen.setdefault(param.path, (f"{param.path} {reason}", node))
+
+
+def pins_of(node: fx.Node, labels: Tensor, reason: str) -> list[Pin]:
+    """The pin of the channels among some labels; none where there are no channels."""
+    found = numbers(labels)
+    return [Pin(found, reason, node.name, source_line(node))] if found.numel() else []
