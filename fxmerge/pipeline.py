@@ -241,7 +241,7 @@ class Prepared:
         chosen: Chosen = []
         for g in groups:
             self.stage(f"selection {g.name}")
-            seen = candidates(g, self.tensors, options.seed, surveyed.get(g.name, ()))
+            seen = candidates(g, self.captured, self.tensors, options.seed, surveyed.get(g.name, ()))
             chosen.append((g, select(options.selection, seen, g.cells, counts[g.name])))
         return chosen
 

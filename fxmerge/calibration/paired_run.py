@@ -153,7 +153,7 @@ class PairedRun:
 
     def statistics(self, layer: Layer, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """What the original's BatchNorm subtracts and divides by for these inputs: (c,), (c,), float64."""
-        if layer.node not in self.norms and "running_mean" in layer.params:
+        if layer.node not in self.norms and layer.has_running_statistics:
             module = self.original.module
             mean, variance = (at(module, layer.params[s]).double() for s in ("running_mean", "running_var"))
         else:

@@ -39,6 +39,19 @@ class Member:
 
 
 @dataclass(frozen=True)
+class Meeting:
+    """How the outputs of some producers make up a channel, where they meet.
+
+    op:        "add", "sub" or "mul", "either" (concatenated, or never in one tensor), or "halves": two copies of a
+               channel in one producer are multiplied, as in a gated linear unit
+    operands:  the numbers of producers (0 to p - 1 of a group's p producers) and of earlier meetings (p, p + 1, ...)
+    """
+
+    op: Literal["add", "sub", "mul", "either", "halves"]
+    operands: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Group:
     """Channels that are compared with, and merged into, each other: n of them."""
 
@@ -54,6 +67,7 @@ class Group:
     scale_blocks: tuple[str, ...]  # nodes that a scale other than 1 does not commute with
     blocks: tuple[tuple[tuple[int, ...], ...], ...] = ()  # blocks of rows of cells; a block's rows keep equally many
     partners: bool = True  # False: copies do not line up, so channels can be dropped but not merged
+    meetings: tuple[Meeting, ...] = ()  # how several producers meet; the last one is the group's channels
 
     @property
     def channels(self) -> int:

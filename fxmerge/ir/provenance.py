@@ -80,11 +80,17 @@ class Layer:
     groups: int = 1
     transposed: bool = False
     eps: float = 0.0
+    batch_statistics: bool = False  # does a norm use its input's own mean and variance, whatever it has stored?
 
     @property
     def op(self) -> str:
         """The name of its op, "linear" or "scale"."""
         return self.operation.name
+
+    @property
+    def has_running_statistics(self) -> bool:
+        """Does a norm subtract a stored mean and divide by a stored deviation, rather than those of its input?"""
+        return not self.batch_statistics and "running_mean" in self.params and "running_var" in self.params
 
 
 @dataclass(frozen=True)
@@ -158,6 +164,8 @@ class Provenance:
     kinds: Mapping[str, Kind]  # node -> what its rule is
     sources: Mapping[str, tuple[str, ...]]  # node -> the nodes whose values it reads, in-place updates seen
     commutes: Mapping[str, bool]  # node -> does a positive factor pass through it unchanged?
+    rules: Mapping[str, str]  # node -> the name of its rule, for calls that have one
+    same_call: Mapping[str, str]  # node -> the first node that calls the same op with the same parameters and constants
     layers: tuple[Layer, ...]
     params: Mapping[str, ParamLabels]
     ties: tuple[Tie, ...]

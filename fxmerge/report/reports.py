@@ -19,6 +19,8 @@ from fxmerge.ir.capture import Capture
 from fxmerge.ir.groups import Group, Grouping, Refusal, survivors
 from fxmerge.ir.provenance import Provenance
 from fxmerge.plan import GroupPlan, Plan, json_text, planned
+from fxmerge.planning.decompose import unmerged
+from fxmerge.planning.statistics import state
 from fxmerge.refit.refit_layers import Refitted
 from fxmerge.report.budget_line import Spent, spent
 from fxmerge.report.drawable import Drawable
@@ -150,12 +152,17 @@ class Report(Drawable):
             notes.append(
                 f"merged without rescaling, because scaling does not pass through {first_names(group.scale_blocks)}"
             )
-        if decomposition != "prune" and not group.partners:
-            notes.append("dropped without merging: whole blocks, or copies of channels that do not line up")
+        why = unmerged(group, self._tensors, self.plan.options)
+        if why:
+            notes.append(f"dropped without merging: {why}")
         unpartnered = sum(p.into < 0 for p in plan.partners)
-        if decomposition == "mostsim" and unpartnered and group.partners:
+        if decomposition == "mostsim" and unpartnered and not why:
             notes.append(f"{unpartnered} dropped without a partner")
         return notes
+
+    @cached_property
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        return state(self.captured.module)
 
     def _in_kept_blocks(self, group: Group, plan: GroupPlan) -> int:
         """How many of a group's kept channels are in blocks that are not removed as a whole (heads="both")."""

@@ -224,6 +224,7 @@ class RuleContext:
         groups: int = 1,
         transposed: bool = False,
         eps: float = 0.0,
+        batch_statistics: bool = False,
     ) -> None:
         """Record a layer. params: slot ("weight", "bias") -> parameter, or None; the rest as in `ir.Layer`."""
         node = self._node
@@ -241,6 +242,7 @@ class RuleContext:
                 groups=groups,
                 transposed=transposed,
                 eps=eps,
+                batch_statistics=batch_statistics,
             )
         )
 

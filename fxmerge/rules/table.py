@@ -90,6 +90,7 @@ _ROWS: tuple[Rule, ...] = (
         "per_channel_param",
         norms.instance_norm,
         (*(Module(c, _NORM) for c in (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)), F.instance_norm),
+        commutes=True,  # as batch_norm
     ),
     # ties: two labelled operands become equal, position by position
     Rule("add", "tie", binary.elementwise, (operator.add, operator.iadd, torch.add, "add", "add_"), adds_nothing),
