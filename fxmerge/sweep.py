@@ -96,7 +96,8 @@ class Sweep:
                 continue
             asked = "original" if p is self.original else f"{p.asked:.1%}"
             value = [] if p.value is None else [f"{p.value:.4g}"]
-            size = (f"{p.left:.1%}", f"{p.parameters:,}", f"{p.flops:,}", f"{p.error:.3g}")
+            error = f"{p.error:.3g}" if p.error == p.error else "not measurable"
+            size = (f"{p.left:.1%}", f"{p.parameters:,}", f"{p.flops:,}", error)
             table.add_row(asked, *size, *value, f"{p.seconds:.0f}")
         console = Console(file=io.StringIO(), width=width)
         console.print(table)
@@ -120,12 +121,15 @@ class Sweep:
         """A plot of the value, or without `evaluate` of the output error, against the share left in %, as SVG text.
 
         path: a file to write the text to, with the extension .svg
-        Raises FxMergeError if no budget was met, or for another extension.
+        Raises FxMergeError if nothing was met or measurable, or for another extension.
         """
         met = [p for p in self.points if not p.failed]
         if not met:
             raise FxMergeError("no budget of this sweep was met, so there is nothing to plot")
         points = [(100 * p.left, p.value if p.value is not None else p.error) for p in met]
+        points = [point for point in points if math.isfinite(point[1])]
+        if not points:
+            raise FxMergeError("the output error of no budget was measurable, so there is nothing to plot")
         kind, up = NAMES[self.original.kind], self.measure or "relative error of the outputs"
         level = (self.original.value, "original") if self.original.value is not None else None
         drawn = curve(points, f"{len(met)} budgets of {kind}", f"{kind} left, %", up, level)
@@ -213,7 +217,7 @@ def _point(ready: Prepared, options: Options, evaluate: Evaluate | None, folder:
             error=report.verdict.error,
             value=_value(evaluate, result.module),
             widths={g.name: len(g.kept) for g in result.plan.groups},
-            notes=report.notes,
+            notes=(*report.notes, *([report.verdict.reason] if report.verdict.reason else [])),
             seconds=time.perf_counter() - started,
         )
         return point, json.loads(result.plan.json())

@@ -18,37 +18,32 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxmerge.errors import FxMergeError
-from fxmerge.graph.compare import Verdict, difference, outputs
+from fxmerge.graph.compare import Verdict, difference, has_generators, judged, outputs
 from fxmerge.graph.nested import tree
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.groups import Group, Grouping, Member
 from fxmerge.ir.provenance import ParamLabels, Provenance
-from fxmerge.planning.channel_ops import by_node
 from fxmerge.rewrite.reassemble import assembled
 from fxmerge.rewrite.slicing import gather, places
 from fxmerge.weights.by_path import at
 from fxmerge.weights.copy import sharing_copy
 
-_REMEDY = "please report this model; until then, exclude the layer with ignore="
-
 
 def compare(captured: Capture, merged: nn.Module) -> Verdict:
     """Runs the merged model on the example inputs and compares its outputs with the original's.
 
-    Raises FxMergeError where the merged model does not run, or where its outputs have other shapes.
+    The original is run once more where outputs are integers, or may be random. Raises FxMergeError where the merged
+    model does not run, or where its outputs have other shapes.
     """
-    before = list(captured.outputs)
-    try:
-        after = outputs(merged, captured.args, captured.kwargs)
-    except Exception as error:
-        raise FxMergeError(f"the merged model does not run ({error}); {_REMEDY}") from error
-    if captured.recorded is not None and [t.shape[1:] for t in before] == [t.shape[1:] for t in after]:
-        # the number of boxes that a detector returns depends on values: only outputs of equal length are compared
-        pairs = [(b, a) for b, a in zip(before, after, strict=True) if b.shape == a.shape]
-        before, after = [b for b, _ in pairs], [a for _, a in pairs]
-    if [t.shape for t in before] != [t.shape for t in after]:
-        raise FxMergeError(f"the merged model's outputs have other shapes than the original's; {_REMEDY}")
-    return Verdict(difference(before, after))
+    recorded = captured.recorded
+    return judged(
+        captured.module if recorded is None else recorded.host,
+        merged,
+        (captured.args, captured.kwargs),
+        expected=captured.outputs,
+        unsure=recorded is not None or has_generators(captured.module),
+        lengths_vary=recorded is not None,
+    )
 
 
 def in_float64(captured: Capture) -> tuple[fx.GraphModule, tuple[Any, ...], dict[str, Any]]:
@@ -195,7 +190,7 @@ def _overwrite(module: fx.GraphModule, group: Group, pairs: Tensor, generator: t
     norms = torch.stack([_norms(module, w, group.channels) for w in group.producers])  # (producers, n)
     smallest = norms.amin(1, keepdim=True)  # a copy must be smaller than any other channel
     below = (smallest / norms.where(norms.isfinite(), 0)).amin(0)[pairs[1]]
-    params = by_node(group.per_channel_params)
+    params = group.params_at
     # a norm without a weight gives a copy the scale of its original, whatever the scale that comes in
     fixed = any(m.layer.operation.is_channel_norm and "weight" not in m.layer.params for m in group.per_channel_params)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -34,6 +34,14 @@ def reseed() -> None:
     torch.default_generator.manual_seed(0)
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.manual_seed_all(0)
+
+
+def random_states() -> list[Tensor]:
+    """The states of the CPU generator and, where CUDA is initialized, of CUDA's."""
+    found = [torch.default_generator.get_state()]
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        found += torch.cuda.get_rng_state_all()
+    return found
 
 
 @contextmanager

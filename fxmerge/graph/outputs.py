@@ -32,9 +32,18 @@ def foreign(value: Any) -> tuple[str, ...]:
 
 
 def returned(value: Any) -> list[Tensor]:
-    """The floating-point tensors of an output, in order; dataclasses are opened. Models are compared by these."""
+    """The real and complex tensors of an output, in order; dataclasses are opened. Models are compared by these."""
     foreign(value)
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and _has_fractions(leaf)]
+
+
+def counting(value: Any) -> list[Tensor]:
+    """The integer and boolean tensors of an output, in order: labels, places, masks."""
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and not _has_fractions(leaf)]
+
+
+def _has_fractions(value: Tensor) -> bool:
+    return value.is_floating_point() or value.is_complex()
 
 
 def plain(value: Any) -> Any:

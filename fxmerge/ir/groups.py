@@ -73,6 +73,14 @@ class Group:
     def channels(self) -> int:
         return len(self.atoms)
 
+    @property
+    def params_at(self) -> dict[str, list[Member]]:
+        """The per-channel parameters by node. A node has several members where channels stand in it different times."""
+        found: dict[str, list[Member]] = {}
+        for member in self.per_channel_params:
+            found.setdefault(member.layer.node, []).append(member)
+        return found
+
 
 @dataclass(frozen=True)
 class Refusal:

@@ -59,17 +59,6 @@ class Level:
         return Level(self.length * step.gain.abs(), self.constant * step.constant_gain + step.constant)
 
 
-Members = Mapping[str, Sequence[Member]]  # node -> the members that its parameters are, in the order of its layers
-
-
-def by_node(members: Sequence[Member]) -> dict[str, list[Member]]:
-    """A group's per-channel parameters by node. A node has several where channels stand in it different times."""
-    found: dict[str, list[Member]] = {}
-    for member in members:
-        found.setdefault(member.layer.node, []).append(member)
-    return found
-
-
 def in_order(member: Member, n: int) -> bool:
     """Whether the layer has every channel of the group once, in the group's order."""
     return member.where.shape == (n, 1) and torch.equal(member.where[:, 0], torch.arange(n))

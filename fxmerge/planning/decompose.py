@@ -12,7 +12,6 @@ from fxmerge.ir.groups import Decomposition, Group, Member, Merge
 from fxmerge.methods.decomposition import DECOMPOSITIONS, DownUp, cellwise_least_squares, push
 from fxmerge.options import Options
 from fxmerge.plan import GroupPlan, Partner
-from fxmerge.planning.channel_ops import by_node
 from fxmerge.planning.statistics import moments, statistics
 
 
@@ -73,7 +72,7 @@ def _one_weight_two_ways(group: Group) -> bool:
 
     Then no single `down` or `up` is right for it.
     """
-    members = by_node(group.per_channel_params)
+    members = group.params_at
     seen: dict[tuple[str, bytes], list[object]] = {}
     for member in (*group.producers, *group.consumers):
         passed = [(m.layer.operation, m.layer.params) for s in member.steps for m in members.get(s, ())]

@@ -23,7 +23,7 @@ from fxmerge.methods.evidence import Candidates, Evidence, PublishedForm, Readin
 from fxmerge.methods.linalg import as_real
 from fxmerge.methods.least_squares import second_moments
 from fxmerge.options import Options
-from fxmerge.planning.channel_ops import Level, Step, bias_of, by_node, in_order, laid_out, slot, steps_at
+from fxmerge.planning.channel_ops import Level, Step, bias_of, in_order, laid_out, slot, steps_at
 
 SAMPLES = 4096  # smallest number of samples of the Gaussian that models a group's pre-activations
 
@@ -72,7 +72,7 @@ def candidates(
     group: Group, captured: Capture, tensors: Mapping[str, Tensor], seed: int, readings: tuple[Reading, ...] = ()
 ) -> Candidates:
     """The input of a selector: the rows of a group's producers, and the kernels of the first producer."""
-    per_channel_params, n = by_node(group.per_channel_params), group.channels
+    per_channel_params, n = group.params_at, group.channels
     parts: list[tuple[Tensor, ...]] = []
     for producer in group.producers:
         raw = producer_rows(producer, tensors[producer.layer.params["weight"]], n)
@@ -129,7 +129,7 @@ def _factors(
 
 def _at_rest(producer: Member, group: Group, captured: Capture, tensors: Mapping[str, Tensor]) -> Tensor:
     """What nonlinear steps make of a producer's output of 0, (n,): 1/2 for a sigmoid, so that a gate of 0 is not closed."""
-    n, members = group.channels, by_node(group.per_channel_params)
+    n, members = group.channels, group.params_at
     nodes = {node.name: node for node in captured.module.graph.nodes}
     value, level = torch.zeros(1, n, dtype=torch.float64), Level(torch.ones(n).double(), torch.zeros(n).double())
     for name in producer.steps:
@@ -154,7 +154,7 @@ def statistics(
     """
     published = options.decomposition == "mostsim" and options.mostsim_scale == "reference"
     n = group.channels
-    members = by_node(group.per_channel_params)
+    members = group.params_at
     nodes = {node.name: node for node in captured.module.graph.nodes}
 
     def steps_of(names: Sequence[str], level: Level) -> Iterator[Step]:

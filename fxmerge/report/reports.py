@@ -186,7 +186,7 @@ class Report(Drawable):
         return (
             f"parameters {before.parameters:,} -> {after.parameters:,} ({size} left)"
             f"\nFLOPs      {before.flops:,} -> {after.flops:,} ({percent(after.flops, before.flops)} left)"
-            f"\nrelative error of the outputs on the example inputs: {self.verdict.error:.3g}"
+            f"\nrelative error of the outputs on the example inputs: {self.verdict.text()}"
             + (f"\n{self.spent.line()}" if self.spent else "")
             + "".join(f"\n{note}" for note in self.notes)
             + left_out_line(self.captured)
@@ -195,7 +195,8 @@ class Report(Drawable):
     def json(self) -> str:
         """JSON text: parameters_before, parameters_after, flops_before, flops_after, error, refit, groups, refusals.
 
-        Its schema is fxmerge/assets/report.schema.json. An error that is not finite is written as null.
+        Its schema is fxmerge/assets/report.schema.json. An error that was not measured, or is not finite, is written
+        as null, with "error_reason".
         """
         plans = {g.name: g for g in self.plan.groups}
         groups = []
@@ -218,6 +219,8 @@ class Report(Drawable):
                 "flops_before": self.before.flops,
                 "flops_after": self.after.flops,
                 "error": finite(self.verdict.error),
+                **({"error_reason": self.verdict.reason} if self.verdict.reason else {}),
+                **({"error_of_integers": self.verdict.differing} if self.verdict.differing is not None else {}),
                 "refit": [finite(vars(r)) for r in self.refitted],
                 **({"budget": vars(self.spent)} if self.spent else {}),
                 "notes": list(self.notes),
