@@ -8,3 +8,8 @@ facts        the builder that collects the facts
 resize       new literal sizes for calls whose operands have lost channels
 The rules themselves: elementwise, binary, layers, norms, contractions, einsum, movement, queries.
 """
+
+from fxmerge.rules.context import RuleContext
+from fxmerge.rules.rule import Answer, AsKind, Module, Operand, Rule, Unknown
+
+__all__ = ["Answer", "AsKind", "Module", "Operand", "Rule", "RuleContext", "Unknown"]
