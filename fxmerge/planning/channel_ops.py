@@ -174,9 +174,7 @@ def _norm_step(members: Sequence[Member], tensors: Mapping[str, Tensor], level: 
         mean = level.constant
     gain, features = (gains[:, 0], None) if gains.size(1) == 1 else _signed(gains)
     own = not layer.has_running_statistics
-    return Step(
-        layer.node, gain, gain, beta - gain * mean, features, norm=(gamma.mean(1), beta), own_statistics=own
-    )
+    return Step(layer.node, gain, gain, beta - gain * mean, features, norm=(gamma.mean(1), beta), own_statistics=own)
 
 
 def _joined(parts: Sequence[Tensor], members: Sequence[Member], n: int, default: float) -> Tensor:
