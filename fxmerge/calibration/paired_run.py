@@ -214,6 +214,8 @@ def line(module: fx.GraphModule, norm: Layer, mean: Tensor, deviation: Tensor) -
 
 def moments(values: Sequence[Tensor], axis: int, reduce: Reduce) -> tuple[Tensor, Tensor]:
     """Mean and variance along all axes except `axis`, over all batches and processes: (c,), (c,), float64."""
+    if values[0].dim() == 1:  # a vector is one row: without axes to sum over, torch sums over all of them
+        values, axis = [x[None] for x in values], 1
     axes = [a for a in range(values[0].dim()) if a != axis]
     view = channel_shape(axis, values[0].dim())
     total = sum(x.numel() // x.size(axis) for x in values)

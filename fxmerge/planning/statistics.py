@@ -20,8 +20,8 @@ from fxmerge.ir.capture import Capture
 from fxmerge.ir.groups import Group, Member
 from fxmerge.methods import linalg
 from fxmerge.methods.evidence import Candidates, Evidence, PublishedForm, Reading, Term
-from fxmerge.methods.linalg import as_real
 from fxmerge.methods.least_squares import second_moments
+from fxmerge.methods.linalg import as_real
 from fxmerge.options import Options
 from fxmerge.planning.channel_ops import Level, Step, bias_of, in_order, laid_out, slot, steps_at
 
@@ -128,7 +128,7 @@ def _factors(
 
 
 def _at_rest(producer: Member, group: Group, captured: Capture, tensors: Mapping[str, Tensor]) -> Tensor:
-    """What nonlinear steps make of a producer's output of 0, (n,): 1/2 for a sigmoid, so that a gate of 0 is not closed."""
+    """What nonlinear steps make of a producer's output of 0, (n,): 1/2 for a sigmoid, as a gate of 0 is not closed."""
     n, members = group.channels, group.params_at
     nodes = {node.name: node for node in captured.module.graph.nodes}
     value, level = torch.zeros(1, n, dtype=torch.float64), Level(torch.ones(n).double(), torch.zeros(n).double())

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import isfinite
+from math import inf, isfinite
 
 import torch
 from torch import Tensor
@@ -47,6 +47,8 @@ from fxmerge.refit.solve import ROUNDS, Rows, error, solution
 from fxmerge.refit.targets import Target
 from fxmerge.weights.by_path import at
 
+EXACTLY, NO_BETTER = "unchanged: exact", "unchanged: no solution is better"
+LARGE, FARTHER = 0.3, 4.0  # an error of the outputs that is worth a word, and by how much it exceeds the last layer's
 EXACT = 1e-10  # the relative square error below which a layer needs no refit
 
 
@@ -60,6 +62,11 @@ class Refitted:
     before: float
     after: float
     note: str = ""
+
+    @property
+    def solved(self) -> bool:
+        """Whether the errors were measured."""
+        return not self.note or self.note in (EXACTLY, NO_BETTER)
 
 
 def refit(
@@ -78,6 +85,23 @@ def refit(
     assert pair.merged is not None
     with evaluating(pair.original, pair.merged), torch.no_grad():
         return _Refit(pair, batches, settings).run(stage)
+
+
+def unlike(refitted: Sequence[Refitted], error: float, outputs: int) -> tuple[str, ...]:
+    """A note if the last layers fit refit's data far better than the model's outputs fit the original's, or none.
+
+    error: the relative error of the model's outputs on the example inputs; outputs: how many there are
+    """
+    solved = [r for r in refitted if r.solved][-max(outputs, 1) :]
+    reached = max((r.after**0.5 for r in solved), default=inf)
+    if not (LARGE < error and FARTHER * reached < error):
+        return ()
+    names = ", ".join(dict.fromkeys(r.name for r in solved))
+    return (
+        f"the outputs of {names} are within {reached:.1%} of the original's on refit's data, but the model's outputs "
+        f"are off by {error:.1%} on the example inputs: these differ from refit's data; give merge(..., "
+        "calibration=batches) of inputs that the model is used on",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,14 +197,14 @@ class _Refit:
         if not isfinite(before) or not isfinite(scale):
             return Refitted(layer.module, 0.0, 0.0, "unchanged: its inputs or outputs are not finite")
         if before <= EXACT * scale:
-            return Refitted(layer.module, before / max(scale, 1e-300), before / max(scale, 1e-300), "unchanged: exact")
+            return Refitted(layer.module, before / max(scale, 1e-300), before / max(scale, 1e-300), EXACTLY)
         wanted = self._output_moments(site) if site.epilogue.norm is not None else None
         rounds = 0 if visit.node.name in self.within else ROUNDS  # layers that are fitted jointly need none
         weight, offset = solution(rows, start, wanted=wanted, centred=can_shift(layer), reduce=reduce, rounds=rounds)
         after = error(rows, weight, offset, reduce)
         note = ""
         if not after <= before:
-            after, note = before, "unchanged: no solution is better"
+            after, note = before, NO_BETTER
         else:
             self.weights.write(visit.node, layer, weight, offset)
         if self._jointly(site):
