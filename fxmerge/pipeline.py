@@ -48,7 +48,8 @@ from fxmerge.planning.decompose import decompose, group_plan
 from fxmerge.planning.error_curves import curves
 from fxmerge.planning.scope import check_patterns, in_scope, replayed
 from fxmerge.planning.statistics import candidates, state
-from fxmerge.refit.refit_layers import Refitted, refit, unlike
+from fxmerge.refit.contradiction import contradiction
+from fxmerge.refit.refit_layers import Refitted, refit
 from fxmerge.report.reports import Report
 from fxmerge.result import Analysis, Result
 from fxmerge.rewrite.reassemble import assembled
@@ -282,7 +283,7 @@ class Prepared:
             plan=plan,
             verdict=verdict,
             refitted=refitted,
-            notes=(*choice.notes, *unlike(refitted, verdict.error, len(captured.outputs))),
+            notes=(*choice.notes, *contradiction(refitted, verdict.error, len(captured.outputs))),
             seconds=time.perf_counter() - started,
             timing=timing,
         )

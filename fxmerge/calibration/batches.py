@@ -193,7 +193,9 @@ def _regrouped(captured: Capture, batches: Sequence[list[Any]], size: int) -> li
             )
     length = max(map(len, columns))
     if any(len(column) not in (1, length) for column in columns):
-        raise FxMergeError("calibration batches have other numbers of samples in different inputs of the exported model")
+        raise FxMergeError(
+            "calibration batches have other numbers of samples in different inputs of the exported model"
+        )
     return [list(row) for row in zip(*(c * length if len(c) == 1 else c for c in columns), strict=True)]
 
 
