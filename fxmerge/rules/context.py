@@ -295,6 +295,6 @@ def call_name(node: fx.Node) -> str:
     target = node.target
     if isinstance(target, str):
         return target
-    if inspect.isbuiltin(target):  # its qualified name would be _VariableFunctionsClass.relu
+    if inspect.isbuiltin(target):  # whose qualified names begin with the name of a class
         return target.__name__
     return getattr(target, "__qualname__", None) or getattr(target, "__name__", None) or str(target)
