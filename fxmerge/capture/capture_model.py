@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxmerge.capture.constant_fold import fold
+from fxmerge.capture.frozen import Check, checks, draws, unchecked
 from fxmerge.capture.output_cache import OutputCache
 from fxmerge.capture.parametrizations import computed_weights, unparametrize
 from fxmerge.capture.record import record
@@ -24,9 +25,9 @@ from fxmerge.errors import FxMergeError, first_line, source_line
 from fxmerge.graph.eval_mode import reproducible, reseed
 from fxmerge.graph.inputs import bind, is_exported
 from fxmerge.graph.nested import fresh, leaves
-from fxmerge.graph.outputs import foreign, plain, returned, returning_plain
+from fxmerge.graph.outputs import agree, foreign, plain, returned, returning_plain
 from fxmerge.ir.capture import Capture, Recorded
-from fxmerge.weights.copy import deep_copy
+from fxmerge.weights.copy import deep_copy, inside
 from fxmerge.weights.meta import make_fake
 
 
@@ -74,20 +75,22 @@ def capture(model: Any, example_inputs: Any) -> Capture:
     program = model if isinstance(model, torch.export.ExportedProgram) else None
     if program is not None:
         model = graph_module_of(program)
+    model = inside(model) if isinstance(model, nn.Module) else model
     check_model(model)
     own = program.example_inputs if program is not None and example_inputs is None else None
     args, kwargs = own if own is not None else arguments(example_inputs)
     if any(isinstance(v, Tensor) and not v.numel() for v in leaves([args, kwargs])):
         raise FxMergeError("example_inputs contain a tensor without elements; give at least one sample")
-    training = {name: m.training for name, m in model.named_modules()}
     # the copy shares the parameters, which no one writes, but not the buffers, which a forward may update
     traced_model = deep_copy(model, [*model.parameters(), *computed_weights(model)])
+    training = {name: m.training for name, m in traced_model.named_modules()}
     for inner in traced_model.modules():  # not by .eval(), which raises on an exported graph module
         if inner.training:
             inner.training = False
     blank = make_fake(traced_model)
     cache = OutputCache()
     with torch.no_grad(), reproducible():
+        drawn = draws()
         try:
             with nullcontext() if blank else cache.watching(traced_model):
                 expected = traced_model(*fresh(args), **fresh(kwargs))
@@ -96,21 +99,24 @@ def capture(model: Any, example_inputs: Any) -> Capture:
                 f"{type(model).__name__} does not run on these example inputs ({_shapes(args, kwargs)}): "
                 f"{type(error).__name__}: {first_line(error)}; {_HINTS[blank]}"
             ) from error
+        drew = draws() != drawn
+        is_random = drew and not agree(returned(expected), returned(traced_model(*fresh(args), **fresh(kwargs))), 1e-6)
         unparametrize(traced_model)
         left_out = foreign(expected)
         if left_out:
             expected, traced_model = plain(expected), returning_plain(traced_model)
-        module, recorded = _graph(traced_model, args, kwargs)
+        check = unchecked if blank else checks(model, traced_model, args, kwargs)
+        module, recorded = _graph(traced_model, args, kwargs, check)
         values = list(recorded.inputs) if recorded else bind(module, args, kwargs)
         reseed()
         recorder = _Recorder(module, cache)
         actual = recorder.run(*fresh(values), enable_io_processing=False)
-    if not blank:
-        _compare(type(model).__name__, expected, actual)
+        if not blank:
+            _compare(traced_model, (args, kwargs), expected, actual)
     whole = [*module.named_modules(), *(recorded.host.named_modules() if recorded else ())]
     for name, traced in whole:
-        if traced.training != training.get(name, model.training):
-            traced.training = training.get(name, model.training)
+        if traced.training != training.get(name, training[""]):
+            traced.training = training.get(name, training[""])
     return Capture(
         module=module,
         args=args,
@@ -126,6 +132,7 @@ def capture(model: Any, example_inputs: Any) -> Capture:
         program=program,
         blank=blank,
         exported=is_exported(module),
+        random=is_random,
     )
 
 
@@ -135,10 +142,12 @@ _HINTS = {  # whether the model is blank -> what to do when it does not run
 }
 
 
-def _graph(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[fx.GraphModule, Recorded | None]:
+def _graph(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], check: Check
+) -> tuple[fx.GraphModule, Recorded | None]:
     """The graph of the model: traced, or recorded from one run where the model as a whole cannot be traced."""
     try:
-        return fold(trace(model, fresh(args), fresh(kwargs))), None
+        return fold(trace(model, fresh(args), fresh(kwargs), check)), None
     except FxMergeError as refused:
         reseed()
         try:
@@ -181,20 +190,28 @@ class _Recorder(fx.Interpreter):
         return value
 
 
-def _compare(name: str, expected: Any, actual: Any) -> None:
+def _compare(model: nn.Module, given: tuple[Any, Any], expected: Any, actual: Any) -> None:
     """Raises FxMergeError where the outputs of the model and of its graph differ."""
     before, after = returned(expected), returned(actual)
-    close = len(before) == len(after) and all(
-        one.shape == other.shape
-        and torch.allclose(one, other, 1e-3, 1e-3 * float(one.nan_to_num(0, 0, 0).abs().max()) + 1e-12, equal_nan=True)
-        for one, other in zip(before, after, strict=True)
-        if one.numel() or other.numel()
-    )
-    if not close:
+    if agree(before, after, 1e-3):
+        return
+    name = type(model).__name__
+    one, other = (returned(model(*fresh(given[0]), **fresh(given[1]))) for _ in range(2))
+    if not agree(one, other, 1e-6):
         raise FxMergeError(
-            f"the traced graph of {name} does not return what the model returns on the example inputs; its forward "
-            "depends on something that torch.fx cannot see (a global variable, a value, randomness)"
+            f"two runs of {name} on the same inputs differ in evaluation mode: it draws random numbers, or keeps state "
+            "from call to call; give the noise or the state as an input"
         )
+    if [t.dtype for t in before] != [t.dtype for t in after]:
+        raise FxMergeError(
+            f"{name} returns {before[0].dtype if before else 'nothing'}, but its graph does not: forward changes the "
+            "dtype, as torch.autocast does; take torch.autocast out of forward, and use it around the merged model"
+        )
+    raise FxMergeError(
+        f"the traced graph of {name} does not return what the model returns on the example inputs; its forward "
+        "depends on something that torch.fx cannot see (a global variable, a value, a seed, torch.autocast); give it "
+        "as an input or register it as a buffer"
+    )
 
 
 def _shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:

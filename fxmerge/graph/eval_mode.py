@@ -31,9 +31,12 @@ def reseed() -> None:
 
     `torch.manual_seed` would also initialize, or queue a seed for, devices that are not in use.
     """
-    torch.default_generator.manual_seed(0)
+    torch.default_generator.manual_seed(_SEED)
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        torch.cuda.manual_seed_all(0)
+        torch.cuda.manual_seed_all(_SEED)
+
+
+_SEED = 1750260509  # one that no forward sets itself: then a graph without that call would seem right
 
 
 @contextmanager

@@ -33,6 +33,7 @@ class Capture:
     program: ExportedProgram | None = None  # what the model came as, where it came so
     blank: bool = False  # has it shapes, but no values of its weights (a model on the meta device)?
     exported: bool = False  # did torch.export make the graph?
+    random: bool = False  # do two runs of the model on the same inputs differ, in evaluation mode?
 
     @property
     def route(self) -> str:
