@@ -22,7 +22,7 @@ from fxmerge.capture.record import record
 from fxmerge.capture.symbolic import trace
 from fxmerge.capture.torch_export import graph_module_of
 from fxmerge.errors import FxMergeError, first_line, source_line
-from fxmerge.graph.eval_mode import reproducible, reseed
+from fxmerge.graph.eval_mode import only_evaluating, reproducible, reseed
 from fxmerge.graph.inputs import bind, is_exported
 from fxmerge.graph.nested import fresh, leaves
 from fxmerge.graph.outputs import agree, foreign, plain, returned, returning_plain
@@ -117,6 +117,8 @@ def capture(model: Any, example_inputs: Any) -> Capture:
     for name, traced in whole:
         if traced.training != training.get(name, training[""]):
             traced.training = training.get(name, training[""])
+    if is_exported(module):
+        only_evaluating(module)
     return Capture(
         module=module,
         args=args,

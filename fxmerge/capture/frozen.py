@@ -109,7 +109,7 @@ def _at(traced: fx.GraphModule, path: str) -> Any:
 
 
 def _refuse_generators(traced: fx.GraphModule) -> None:
-    """Raises FxMergeError for a graph that draws from a torch.Generator, which would be one and the same in all calls."""
+    """Raises FxMergeError for a graph that draws from a torch.Generator: it would be the same one in all calls."""
     for node in traced.graph.nodes:
         held = [node.args, node.kwargs] if node.op != "get_attr" else [_at(traced, str(node.target))]
         if any(isinstance(leaf, torch.Generator) for leaf in leaves(held)):

@@ -1,8 +1,8 @@
 """Traces the hooks of leaf modules.
 
 torch.fx does not run the hooks of a leaf module while it traces: what they store would be a value of an earlier run,
-and what they return would be unknown to the graph. Here, they run on the proxies of the call, so that the graph computes
-what they compute. The leaf in the graph is a shallow copy without hooks.
+and what they return would be unknown to the graph. Here, they run on the proxies of the call, so that the graph does
+what they do. The leaf in the graph is a shallow copy without hooks.
 
 A hook that cannot run on proxies, or that stores a proxy in its module (as hooks that compute weights do), stays on
 its leaf instead.
@@ -30,7 +30,7 @@ def _function(hook: Any) -> Any:
     """The function that a hook runs: itself, that of a method, of a partial, or of a callable object."""
     hook = getattr(hook, "func", hook)
     hook = getattr(hook, "__func__", hook)
-    return hook if hasattr(hook, "__code__") else getattr(type(hook), "__call__", hook)
+    return hook if hasattr(hook, "__code__") else type(hook).__call__
 
 
 def overridden(module: nn.Module) -> bool:
@@ -51,7 +51,7 @@ def traced_call(
         result = _with_hooks(module, call, args, kwargs)
         if not any(isinstance(value, fx.Proxy) for value in (*vars(module).values(), *module._buffers.values())):
             return result, True
-    except Exception:  # hooks are the user's code and may raise anything on proxies  # noqa: S110
+    except Exception:  # hooks are the user's code and may raise anything on proxies
         pass
     for name in set(vars(module)) - set(state):
         del vars(module)[name]

@@ -1,12 +1,43 @@
-"""Context managers that put modules in evaluation mode and make their runs reproducible."""
+"""Evaluation mode: context managers for it and for reproducible runs, and graph modules that have no other mode."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import fx, nn
+
+NO_TRAINING = (
+    "this model was captured by torch.export in evaluation mode: its BatchNorms use their running statistics and its "
+    "dropout is gone, so it cannot be put in training mode; to train it, load the saved weights into your own class: "
+    "fxmerge.load(folder, model=MyNet())"
+)
+S = TypeVar("S", bound="EvaluationModule")
+
+
+class EvaluationModule(fx.GraphModule):
+    """A graph module whose graph is that of evaluation mode, whatever its training flags are."""
+
+    def train(self: S, mode: bool = True) -> S:
+        """Raises RuntimeError for training mode, which would change nothing."""
+        if mode:
+            raise RuntimeError(NO_TRAINING)
+        return super().train(mode)
+
+
+def only_evaluating(module: fx.GraphModule) -> None:
+    """Makes a graph module an `EvaluationModule`, in place, and clears its training flags."""
+    for inner in module.modules():
+        inner.training = False
+    if not isinstance(module, EvaluationModule):
+        own = type(
+            "GraphModuleImpl", (EvaluationModule,), {}
+        )  # torch.fx knows its classes of one instance by that name
+        own.__name__ = type(module).__name__
+        module.__class__ = own
+        module.recompile()
 
 
 @contextmanager

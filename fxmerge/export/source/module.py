@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator
+from textwrap import wrap
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, fx, nn
 from fxmerge.errors import FxMergeError
 from fxmerge.export.source.expressions import LIBRARIES, Body
 from fxmerge.export.source.names import access, broken, children, in_attributes, in_order, literal
+from fxmerge.graph.eval_mode import NO_TRAINING, EvaluationModule
 
 _HEAD = '''"""{name}, merged by fxmerge: {count:,} parameters.
 
@@ -33,6 +35,15 @@ class MergedModel({base}):
     def __init__(self):
         super().__init__()
 '''
+
+_TRAIN = """
+    def train(self, mode=True):
+        if mode:
+            raise RuntimeError(
+                {message}
+            )
+        return super().train(mode)
+"""
 
 _LOAD = '''
 
@@ -61,6 +72,9 @@ def source(module: fx.GraphModule, name: str, plain: bool = True) -> str:
     signature = broken(f"def forward({', '.join(['self', *body.signature])})", 4)
     signature[-1] += ":"
     code = "\n".join([*init, "", *signature, *forward])
+    if isinstance(module, EvaluationModule):
+        lines = [f'"{line} "' for line in wrap(NO_TRAINING, 90)]
+        code += "\n" + _TRAIN.format(message="\n                ".join(lines)).rstrip()
     functional = ["import torch.nn.functional as F"] if re.search(r"\bF\.", code) else []
     others = [*functional, "from torch import nn"]
     count = sum(p.numel() for p in module.parameters())
