@@ -18,6 +18,7 @@ from fxmerge.capture.constant_fold import fold
 from fxmerge.capture.frozen import Check, checks, draws, unchecked
 from fxmerge.capture.output_cache import OutputCache
 from fxmerge.capture.parametrizations import computed_weights, unparametrize
+from fxmerge.capture.quantized import check_not_quantized
 from fxmerge.capture.record import record
 from fxmerge.capture.symbolic import trace
 from fxmerge.capture.torch_export import graph_module_of
@@ -46,10 +47,11 @@ def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def check_model(model: Any) -> None:
-    """Raises FxMergeError for an object that is not a module, for lazy modules, and for weights that are not finite."""
+    """Raises FxMergeError for an object that is not a module, for lazy and quantized ones, and for infinite weights."""
     if not isinstance(model, nn.Module):
         hint = "; call it to make an instance first" if isinstance(model, type) else ""
         raise FxMergeError(f"model is a {type(model).__name__}, not a torch.nn.Module{hint}")
+    check_not_quantized(model)
     for name, value in [*model.named_parameters(), *model.named_buffers()]:
         if torch.nn.parameter.is_lazy(value):
             raise FxMergeError(f"{name} has no shape yet (a lazy module); run the model once on an example first")

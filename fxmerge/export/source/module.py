@@ -19,6 +19,7 @@ from fxmerge.errors import FxMergeError
 from fxmerge.export.source.expressions import LIBRARIES, Body
 from fxmerge.export.source.names import access, broken, children, in_attributes, in_order, literal
 from fxmerge.graph.eval_mode import NO_TRAINING, EvaluationModule
+from fxmerge.weights.memory_format import format_of
 
 _HEAD = '''"""{name}, merged by fxmerge: {count:,} parameters.
 
@@ -67,7 +68,7 @@ def source(module: fx.GraphModule, name: str, plain: bool = True) -> str:
     plain: see `expressions.Body`
     """
     body = Body(module, plain)
-    init = [line for text in _init(module, body.imports) for line in broken(text, 8)]
+    init = [line for text in [*_init(module, body.imports), *_formats(module)] for line in broken(text, 8)]
     forward = [line for text in body.lines for line in broken(text, 8)]
     signature = broken(f"def forward({', '.join(['self', *body.signature])})", 4)
     signature[-1] += ":"
@@ -88,6 +89,19 @@ def source(module: fx.GraphModule, name: str, plain: bool = True) -> str:
         others="\n".join(sorted([*others, *foreign], key=_order)) + "\n",
     )
     return head + code + "\n" + _LOAD
+
+
+def _formats(root: fx.GraphModule) -> Iterator[str]:
+    """The lines of `__init__` that put weights in channels_last, without indentation."""
+    formats = {path: format_of(value) for path, value in root.named_parameters() if value.dim() in (4, 5)}
+    found = set(formats.values())
+    if len(found) == 1 and None not in found:
+        yield f"self.to(memory_format={found.pop()})"
+        return
+    for path, kind in formats.items():
+        if kind is not None:
+            place = f"self{access(root, path)}"
+            yield f"{place}.data = {place}.to(memory_format={kind})"
 
 
 def _order(line: str) -> tuple[bool, str]:
