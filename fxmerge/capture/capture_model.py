@@ -23,7 +23,7 @@ from fxmerge.capture.record import record
 from fxmerge.capture.symbolic import trace
 from fxmerge.capture.torch_export import graph_module_of
 from fxmerge.errors import FxMergeError, first_line, source_line
-from fxmerge.graph.eval_mode import only_evaluating, reproducible, reseed
+from fxmerge.graph.eval_mode import State, moved, only_evaluating, put_back, reproducible, reseed, state_of
 from fxmerge.graph.inputs import bind, is_exported
 from fxmerge.graph.nested import fresh, leaves
 from fxmerge.graph.outputs import agree, foreign, plain, returned, returning_plain
@@ -92,7 +92,7 @@ def capture(model: Any, example_inputs: Any) -> Capture:
     blank = make_fake(traced_model)
     cache = OutputCache()
     with torch.no_grad(), reproducible():
-        drawn = draws()
+        drawn, state = draws(), state_of(traced_model)
         try:
             with nullcontext() if blank else cache.watching(traced_model):
                 expected = traced_model(*fresh(args), **fresh(kwargs))
@@ -107,8 +107,8 @@ def capture(model: Any, example_inputs: Any) -> Capture:
         left_out = foreign(expected)
         if left_out:
             expected, traced_model = plain(expected), returning_plain(traced_model)
-        check = unchecked if blank else checks(model, traced_model, args, kwargs)
-        module, recorded = _graph(traced_model, args, kwargs, check)
+        check = unchecked if blank else checks(model, traced_model, args, kwargs, moved(state))
+        module, recorded = _graph(traced_model, args, kwargs, check, state)
         values = list(recorded.inputs) if recorded else bind(module, args, kwargs)
         reseed()
         recorder = _Recorder(module, cache)
@@ -147,17 +147,22 @@ _HINTS = {  # whether the model is blank -> what to do when it does not run
 
 
 def _graph(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], check: Check
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], check: Check, state: State
 ) -> tuple[fx.GraphModule, Recorded | None]:
-    """The graph of the model: traced, or recorded from one run where the model as a whole cannot be traced."""
+    """The graph of the model: traced, or recorded from one run where the model as a whole cannot be traced.
+
+    state: what forward had kept before the model ran; a recorded model, which stays the user's code, starts from there
+    """
     try:
         return fold(trace(model, fresh(args), fresh(kwargs), check)), None
     except FxMergeError as refused:
         reseed()
+        put_back(state)
         try:
             recorded = record(model, fresh(args), fresh(kwargs))
         except Exception as error:
             raise FxMergeError(f"{refused} (recording a run failed too: {first_line(error)})") from error
+        put_back(state)
         return recorded.module, recorded
 
 

@@ -29,21 +29,25 @@ from fxmerge.graph.outputs import agree, plain, returned
 Check = Callable[[fx.GraphModule], None]
 
 
-def checks(original: nn.Module, copied: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Check:
+def checks(
+    original: nn.Module, copied: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], stateful: bool = False
+) -> Check:
     """A function that raises FxMergeError for a graph of the model in which a value of an earlier run is a constant.
 
     original: the user's model; it runs on other inputs, and its state is restored
     copied: the copy that was traced
+    stateful: forward keeps tensors in attributes; it is then run on further inputs first
     """
 
     def check(traced: fx.GraphModule) -> None:
         _refuse_generators(traced)
         found = suspects(traced, copied)
+        found += ["its forward keeps tensors from call to call"] if stateful else []
         if not found and not is_exported(traced):
             return
         values = other_values((tuple(args), dict(kwargs)))
         for inputs in (values, *(() if is_exported(traced) else other_sizes(values))):
-            if not _agree(original, traced, *inputs):
+            if not _agree(original, traced, inputs, other_values(values) if stateful else None):
                 raise FxMergeError(
                     f"the graph of {type(original).__name__} returns what the model returns on the example inputs, but "
                     f"not on others; {found[0] if found else 'it has a value of the example run as a constant'}; let "
@@ -58,10 +62,16 @@ def unchecked(traced: fx.GraphModule) -> None:
     """A check that passes: for models without values, whose outputs cannot be compared."""
 
 
-def _agree(original: nn.Module, traced: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether both return the same. True where either does not run, since that is no silent difference."""
+def _agree(original: nn.Module, traced: fx.GraphModule, inputs: Any, earlier: Any) -> bool:
+    """Whether both return the same. True where either does not run, since that is no silent difference.
+
+    earlier: the (args, kwargs) of a call of the original that comes first, or None
+    """
+    args, kwargs = inputs
     try:
         with evaluating(original), restored(original), eager():
+            if earlier is not None:
+                original(*fresh(earlier[0]), **fresh(earlier[1]))
             reseed()
             expected = returned(plain(original(*fresh(args), **fresh(kwargs))))
     except Exception:  # the user's code may raise anything on inputs that it was not written for
@@ -124,17 +134,22 @@ def _refuse_generators(traced: fx.GraphModule) -> None:
 def restored(model: nn.Module) -> Iterator[None]:
     """Restores the buffers and the plain attributes of a model's modules on exit."""
     before = [(m, dict(vars(m)), dict(m._buffers)) for m in model.modules()]
-    values = {id(b): (b, b.clone()) for _, _, held in before for b in held.values() if b is not None}
+    values = {id(b): (b, b.clone(), _version(b)) for _, _, held in before for b in held.values() if b is not None}
     try:
         yield
     finally:
-        for buffer, value in values.values():
-            if not torch.equal(buffer, value):
+        for buffer, value, version in values.values():
+            if _version(buffer) != version or version is None:
                 buffer.copy_(value)
         for module, fields, buffers in before:
             vars(module).clear()
             vars(module).update(fields)
             module._buffers.update(buffers)
+
+
+def _version(value: Tensor) -> int | None:
+    """A number that increases whenever a tensor is written in place; None for a tensor that does not count writes."""
+    return None if value.is_inference() else value._version
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.fx._symbolic_trace import _assert_is_none
 
 from fxmerge.capture.expand_modules import expansion_of
-from fxmerge.capture.frozen import Check
+from fxmerge.capture.frozen import Check, restored
 from fxmerge.capture.hooks import hooked, overridden, traced_call, without_hooks
 from fxmerge.capture.torch_export import export
 from fxmerge.errors import FxMergeError, first_line, of_user
@@ -109,14 +109,16 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], check
     if isinstance(model, fx.GraphModule):
         return model
     try:
-        traced = symbolic(model, args, kwargs)
+        with restored(model):  # tracing leaves proxies in the model, and torch.export fake tensors
+            traced = symbolic(model, args, kwargs)
         check(traced)
     except Exception as error:
         traced, why = None, error
     if traced is not None and not without_rule(traced):
         return traced
     try:
-        exported = export(model, args, kwargs)
+        with restored(model):
+            exported = export(model, args, kwargs)
         check(exported)
     except Exception as error:
         if traced is not None:
@@ -137,8 +139,13 @@ def symbolic(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     parameters = inspect.signature(model.forward).parameters
     given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
     left_out = {k: p.default for k, p in parameters.items() if k not in given and p.default is not p.empty}
-    tracer = Tracer()
-    traced = fx.GraphModule(model, tracer.trace(model, concrete_args=left_out or None), type(model).__name__)
+    tracer, before = Tracer(), [(m, dict(vars(m))) for m in model.modules()]
+    graph = tracer.trace(model, concrete_args=left_out or None)
+    for module, fields in before:  # what forward assigned while it was traced is no value that the graph can fetch
+        for name, value in list(vars(module).items()):
+            if isinstance(value, fx.Proxy):
+                vars(module)[name] = fields.get(name)
+    traced = fx.GraphModule(model, graph, type(model).__name__)
     if tracer.unhooked:
         without_hooks(traced, tracer.unhooked)
     return traced

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 NO_TRAINING = (
     "this model was captured by torch.export in evaluation mode: its BatchNorms use their running statistics and its "
@@ -70,17 +70,49 @@ def reseed() -> None:
 _SEED = 1750260509  # one that no forward sets itself: then a graph without that call would seem right
 
 
+State = list[tuple[nn.Module, dict[str, Tensor | None]]]
+
+
+def state_of(module: nn.Module) -> State:
+    """The plain attributes of a module and its submodules that hold a tensor or None: what forward keeps for later."""
+    return [
+        (m, {name: v for name, v in vars(m).items() if v is None or isinstance(v, Tensor)}) for m in module.modules()
+    ]
+
+
+def moved(before: State) -> bool:
+    """Whether attributes hold other tensors than before, or new ones."""
+    return any(
+        isinstance(value, Tensor) and held.get(name) is not value
+        for module, held in before
+        for name, value in vars(module).items()
+    )
+
+
+def put_back(before: State) -> None:
+    """Gives attributes that hold other tensors than before what they held; new ones are deleted."""
+    for module, held in before:
+        for name, value in list(vars(module).items()):
+            if isinstance(value, Tensor) and name not in held:
+                del vars(module)[name]
+            elif isinstance(value, Tensor):
+                vars(module)[name] = held[name]
+
+
 @contextmanager
 def evaluating(*modules: nn.Module) -> Iterator[None]:
-    """Puts modules in evaluation mode; restores the training flag of each submodule on exit.
+    """Puts modules in evaluation mode; restores the training flag and the state of each submodule on exit.
 
     The flags are set one by one, since `.eval()` raises on a graph module made by torch.export.
     """
     modes = {part: part.training for module in modules for part in module.modules() if part.training}
+    states = [state_of(module) for module in modules]
     for part in modes:
         part.training = False
     try:
         yield
     finally:
+        for state in states:
+            put_back(state)
         for part, training in modes.items():
             part.training = training

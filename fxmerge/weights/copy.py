@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any, TypeVar
 
 from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 
 from fxmerge.weights.by_path import Weights
 from fxmerge.weights.closures import rebind
@@ -32,8 +33,27 @@ def deep_copy(module: M, shared: Iterable[Tensor]) -> M:
 
     `copy.deepcopy` takes longer than a forward of a small model, mostly for the many empty dicts of plain modules. So
     the fields of plain modules are copied here. Their other values, and modules that define how they are copied, are
-    left to `copy.deepcopy`.
+    left to `copy.deepcopy`. Tensors with a history, which `copy.deepcopy` refuses, are detached.
     """
+    shared = list(shared)
+    try:
+        return _copied(module, shared)
+    except RuntimeError:
+        with _Detached():
+            return _copied(module, shared)
+
+
+class _Detached(TorchFunctionMode):
+    """Copies tensors that were computed under autograd without their history."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__deepcopy__ and args[0].grad_fn is not None:
+            args[1][id(args[0])] = args[0].detach().clone()
+            return args[1][id(args[0])]
+        return func(*args, **(kwargs or {}))
+
+
+def _copied(module: M, shared: Iterable[Tensor]) -> M:
     memo: dict[int, Any] = {id(t): t for t in shared}
     modules = list(module.modules())
     classes = {cls: _plain(cls) for cls in {type(m) for m in modules}}
