@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from fxmerge.ir.capture import SIZE_CHECK
 from fxmerge.ir.groups import Member, Merge
 from fxmerge.ir.provenance import Layer, ParamLabels, Provenance, blocks_left
 from fxmerge.methods.linalg import BITE, precise
@@ -204,7 +205,7 @@ class Rewriter:
         for node in [
             n for n in reversed(self.module.graph.nodes) if n.op in ("call_function", "call_method") and not n.users
         ]:
-            if self.facts.kinds.get(node.name) == "query":
+            if self.facts.kinds.get(node.name) == "query" and not node.meta.get(SIZE_CHECK):
                 self.module.graph.erase_node(node)
 
 
