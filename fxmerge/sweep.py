@@ -96,7 +96,7 @@ class Sweep:
             numbers("left", ["not met" if p.failed else f"{p.left:.1%}" for p in points]),
             numbers("parameters", figures(lambda p: f"{p.parameters:,}"), figures(lambda p: short(p.parameters))),
             numbers("FLOPs", figures(lambda p: f"{p.flops:,}"), figures(lambda p: short(p.flops))),
-            numbers("output error", figures(lambda p: f"{p.error:.3g}")),
+            numbers("output error", figures(lambda p: f"{p.error:.3g}" if p.error == p.error else "not measurable")),
             numbers("seconds", figures(lambda p: f"{p.seconds:.0f}")),
         ]
         if self.measure:
@@ -110,25 +110,23 @@ class Sweep:
 
     def json(self) -> str:
         """JSON text: {"fxmerge_sweep", "original", "measure", "points"}, the fields of `Point`, and null for NaN."""
-        points = [finite(dataclasses.asdict(p)) for p in self.points]
-        data: dict[str, Any] = {
-            "fxmerge_sweep": VERSION,
-            "original": finite(dataclasses.asdict(self.original)),
-            "measure": self.measure,
-            "points": points,
-        }
+        original, *points = [finite(dataclasses.asdict(p)) for p in (self.original, *self.points)]
+        data = {"fxmerge_sweep": VERSION, "original": original, "measure": self.measure, "points": points}
         return json.dumps(data, indent=1)
 
     def svg(self, path: str | Path | None = None) -> str:
         """A plot of the value, or without `evaluate` of the output error, against the share left in %, as SVG text.
 
         path: a file to write the text to, with the extension .svg
-        Raises FxMergeError if no budget was met, or for another extension.
+        Raises FxMergeError if nothing was met or measurable, or for another extension.
         """
         met = [p for p in self.points if not p.failed]
         if not met:
             raise FxMergeError("no budget of this sweep was met, so there is nothing to plot")
         points = [(100 * p.left, p.value if p.value is not None else p.error) for p in met]
+        points = [point for point in points if math.isfinite(point[1])]
+        if not points:
+            raise FxMergeError("the output error of no budget was measurable, so there is nothing to plot")
         kind, up = NAMES[self.original.kind], self.measure or "relative error of the outputs"
         level = (self.original.value, "original") if self.original.value is not None else None
         drawn = curve(points, f"{len(met)} budgets of {kind}", f"{kind} left, %", up, level)
@@ -216,7 +214,7 @@ def _point(ready: Prepared, options: Options, evaluate: Evaluate | None, folder:
             error=report.verdict.error,
             value=_value(evaluate, result.module),
             widths={g.name: len(g.kept) for g in result.plan.groups},
-            notes=report.notes,
+            notes=(*report.notes, *([report.verdict.reason] if report.verdict.reason else [])),
             seconds=time.perf_counter() - started,
         )
         return point, json.loads(result.plan.json())

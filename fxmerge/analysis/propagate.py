@@ -1,7 +1,7 @@
 """Provenance: one run of the graph on labels shows which channel goes where.
 
 Every channel that a parameter creates gets a label. The graph is interpreted on label tensors, which have the shapes
-of the activations, with one rule for each op (`rules.RULES`). The rules record facts: ties (labels that are dropped
+of the activations, with one rule for each op (`rules.table.RULES`). The rules record facts: ties (labels that are dropped
 together), pins (labels that must stay, with the reason and the user's source line), blocks (rows that must lose
 equally many).
 """
@@ -51,6 +51,9 @@ class _Interpreter:
         self.inputs = iter(capture.inputs)
         self.kinds: dict[str, Kind] = {}
         self.commutes: dict[str, bool] = {}
+        self.rules: dict[str, str] = {}
+        self.calls: dict[tuple[Any, ...], str] = {}  # a call without its activations -> the first node that makes it
+        self.same_call: dict[str, str] = {}
         self.sources: dict[str, tuple[str, ...]] = {}
         self.owners: dict[int, str] = {}  # identity of a parameter -> the one path that it is known by
         self.values: dict[fx.Node, Any] = {}
@@ -62,6 +65,7 @@ class _Interpreter:
             self.sources[node.name] = tuple(self.latest(n).name for n in node.all_input_nodes)
             value, self.kinds[node.name] = self.step(node)
             self.values[node] = value
+            self.same_call[node.name] = self.calls.setdefault(self.signature(node), node.name)
             if node.name in held:
                 self.hold([leaf for leaf in nested.leaves(value) if isinstance(leaf, Lab)], node, held[node.name])
         return self.found()
@@ -70,6 +74,19 @@ class _Interpreter:
         while node in self.renewed:
             node = self.renewed[node]
         return node
+
+    def signature(self, node: fx.Node) -> tuple[Any, ...]:
+        """What a node calls, with its parameters and constants, but whatever activations."""
+        if node.op not in ("call_module", "call_function", "call_method"):
+            return (node.name,)
+
+        def known(leaf: Any) -> Any:
+            if not isinstance(leaf, fx.Node):
+                return leaf
+            value = self.values[leaf]
+            return f"%{value.path}" if isinstance(value, Param) else "%" if leaf.op != "get_attr" else f"%{leaf.target}"
+
+        return node.op, node.target, *(repr(nested.tree(known, v)) for v in (tuple(node.args), dict(node.kwargs)))
 
     def param(self, path: str, value: Tensor) -> Param:
         """A tensor that several paths share is one parameter, known by the path that came first."""
@@ -143,6 +160,7 @@ class _Interpreter:
             return Unknown(f"is called in a way that its rule does not know ({error})")
         if not isinstance(answer, Unknown):
             commutes = rule.commutes
+            self.rules[node.name] = rule.name
             self.commutes[node.name] = bool(commutes(ctx, *args, **kwargs) if callable(commutes) else commutes)
         return answer
 
@@ -210,6 +228,8 @@ class _Interpreter:
             kinds=self.kinds,
             sources=self.sources,
             commutes=self.commutes,
+            rules=self.rules,
+            same_call=self.same_call,
             layers=tuple(facts.layers),
             params=params,
             ties=tuple(facts.ties),

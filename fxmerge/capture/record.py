@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
+from fxmerge.capture.frozen import checks
+from fxmerge.capture.hooks import hooked, overridden
 from fxmerge.capture.symbolic import symbolic, user_line, without_rule
 from fxmerge.graph.nested import leaves, tree
 from fxmerge.graph.ops import HARMLESS, PLAIN, held_tensors, node_call, tensors
@@ -65,12 +67,12 @@ class _Recording(TorchFunctionMode):
         self.constants = 0  # how many tensors were stored as constants
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recorded:
-        wrapped = []
+        wrapped: list[tuple[nn.Module, Any]] = []  # (module, its instance's own forward, or None)
         for path, module in self.model.named_modules():
             if isinstance(module, torch.jit.ScriptModule):
                 raise TypeError(f"{path} is a ScriptModule")
             if path:
-                wrapped.append(module)
+                wrapped.append((module, vars(module).get("forward")))
                 module.forward = self._wrap(module, path)
         inputs: list[Any] = []
         for value in leaves([args, kwargs]):
@@ -83,8 +85,10 @@ class _Recording(TorchFunctionMode):
             with self:
                 out = self.model(*args, **kwargs)
         finally:
-            for module in wrapped:
-                del module.forward
+            for module, forward in wrapped:
+                vars(module)["forward"] = forward
+                if forward is None:
+                    del module.forward
         self._close()
         self.graph.output(tree(lambda v: self._node(v) if isinstance(v, Tensor) else v, out))
         self._unvisited()
@@ -206,7 +210,7 @@ class _Recording(TorchFunctionMode):
 
     def _wrap(self, module: nn.Module, path: str) -> Callable[..., Any]:
         """A forward that records the call: as a leaf, as a part, or (for any other module) as the calls inside it."""
-        forward = module.forward
+        forward, overrides = module.forward, overridden(module)
 
         @functools.wraps(forward)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -217,7 +221,7 @@ class _Recording(TorchFunctionMode):
             plain = all(isinstance(v, (*PLAIN, Tensor)) for v in leaves([args, kwargs]))
             if not hooked and plain:
                 own = type(module).__module__.startswith("torch.nn") and not isinstance(module, nn.Sequential)
-                if own or rule_of_module(module) is not None:
+                if not overrides and (own or rule_of_module(module) is not None):
                     return self._leaf(path, forward, args, kwargs)
                 template = self._template(module, path, args, kwargs)
                 if template is not None:
@@ -230,6 +234,7 @@ class _Recording(TorchFunctionMode):
             self.frames[-1].seen.update({self._node(t) for t in tensors([args, kwargs, out])})
             return out
 
+        wrapped.overrides = overrides  # type: ignore[attr-defined]
         return wrapped
 
     def _unrecorded(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -253,9 +258,12 @@ class _Recording(TorchFunctionMode):
         if not all(tensors(v) for v in [*args, *kwargs.values()]):
             return None  # a flag or None may differ in another call
         if path not in self.templates:
+            if any(hooked(inner) for inner in module.modules()):  # their hooks run with the part's own leaves
+                return None
             self.off += 1
             try:
                 traced = symbolic(module, args, kwargs)
+                checks(module, module, args, kwargs)(traced)
                 self.templates[path] = traced if without_rule(traced) == 0 else None
             except Exception:  # tracing raises many types; the module is then not a part
                 self.templates[path] = None

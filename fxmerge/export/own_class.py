@@ -25,6 +25,7 @@ from fxmerge.ir.provenance import Provenance
 from fxmerge.weights.copy import deep_copy
 from fxmerge.weights.disk_tensor import beside
 from fxmerge.weights.layout import resize
+from fxmerge.weights.memory_format import in_format
 
 _TRIALS = 64  # choices of attributes that are tried, at most
 _CONSTANT = (
@@ -105,7 +106,7 @@ def narrowed(model: nn.Module, tensors: Mapping[str, Tensor], fit: Fit) -> nn.Mo
             fresh = value.detach().to(place, copy=True) if scaled else value.detach().clone().to(place)
             for first, end, factor in scaled:
                 fresh[first:end] *= factor
-            fresh = beside(value, fresh)
+            fresh = beside(value, fresh if old is None else in_format(fresh, old))
             trained = value.is_floating_point() if old is None else old.requires_grad
             made[tie] = nn.Parameter(fresh, trained) if last in owner._parameters else fresh
         setattr(owner, last, made[tie])

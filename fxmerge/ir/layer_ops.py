@@ -59,6 +59,11 @@ class LayerOp:
         return self.name in NORMS
 
     @property
+    def is_channel_norm(self) -> bool:
+        """Does it normalise each channel alone, whatever the other channels are?"""
+        return self.name in ("batch_norm", "instance_norm")
+
+    @property
     def is_offset(self) -> bool:
         return self.name == "offset"
 
@@ -75,4 +80,4 @@ class LayerOp:
     @property
     def rescales(self) -> bool:
         """Can its weight give a channel any scale, whatever the scale of the channel that comes in?"""
-        return self.is_scale or self.is_depthwise or self.name == "batch_norm"
+        return self.is_scale or self.is_depthwise or self.is_channel_norm

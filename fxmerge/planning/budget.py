@@ -225,6 +225,6 @@ def remedies(options: Options, narrow: bool = True) -> str:
 def sliced(room: Room, counts: Counts, tensors: Mapping[str, Tensor]) -> fx.GraphModule:
     """The graph with these channel counts, for timing: dropped channels are not merged into the kept ones."""
     narrowed = [g for g in room.groups if sum(counts[g.name]) < g.channels]
-    chosen = [(g, select("l2", candidates(g, tensors, 0), g.cells, counts[g.name])) for g in narrowed]
+    chosen = [(g, select("l2", candidates(g, room.captured, tensors, 0), g.cells, counts[g.name])) for g in narrowed]
     chosen, edits, _ = provable(room.captured, room.facts, room.grouping, chosen)
     return Rewriter(room.captured.module, room.facts).finish(survivors(room.grouping, chosen), edits)

@@ -18,6 +18,8 @@ from fxmerge.ir.capture import Capture
 from fxmerge.ir.groups import Group, Grouping, Refusal, survivors
 from fxmerge.ir.provenance import Provenance
 from fxmerge.plan import GroupPlan, Plan, fields, json_text, planned
+from fxmerge.planning.decompose import unmerged
+from fxmerge.planning.statistics import state
 from fxmerge.refit.refit_layers import Refitted
 from fxmerge.report.budget_line import Spent, spent
 from fxmerge.report.drawable import Drawable
@@ -172,7 +174,8 @@ class Report(Drawable):
             columns.append(numbers(header, exact, compact))
         columns.append(numbers("similarity", [f"{plans[g.name].similarity:.2f}" for g in groups]))
         if self.plan.options.decomposition == "mostsim":
-            alone = [sum(p.into < 0 for p in plans[g.name].partners) if g.partners else 0 for g in groups]
+            merged = {g.name for g in groups if not unmerged(g, self._tensors, self.plan.options)}
+            alone = [sum(p.into < 0 for p in plans[g.name].partners) if g.name in merged else 0 for g in groups]
             columns.append(numbers("no partner", [f"{n:,}" for n in alone]))
         found = table(f"Merged groups of {self.captured.name}", [*columns, *notes.columns], width, style)
         return found + notes.lines(width, style)
@@ -184,8 +187,9 @@ class Report(Drawable):
             notes.append(f"kept channels in blocks that remain: {staying}")
         if decomposition == "mostsim" and group.scale_blocks:
             notes.append(f"merged without rescaling, because scaling does not pass through {self._ops(group)}")
-        if decomposition != "prune" and not group.partners:
-            notes.append("dropped without merging: whole blocks, or copies of channels that do not line up")
+        why = unmerged(group, self._tensors, self.plan.options)
+        if why:
+            notes.append(f"dropped without merging: {why}")
         return notes
 
     def _ops(self, group: Group) -> str:
@@ -193,6 +197,10 @@ class Report(Drawable):
         nodes = {n.name: n for n in self.captured.module.graph.nodes}
         found = (operation(nodes[name], self.captured.module) for name in group.scale_blocks)
         return first_names(list(dict.fromkeys(found)))
+
+    @cached_property
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        return state(self.captured.module)
 
     def _in_kept_blocks(self, group: Group, plan: GroupPlan) -> int:
         """How many of a group's kept channels are in blocks that are not removed as a whole (heads="both")."""
@@ -211,12 +219,12 @@ class Report(Drawable):
         return kept
 
     def _totals(self) -> list[str]:
-        before, after, error = self.before, self.after, self.verdict.error
+        before, after = self.before, self.after
         size = percent(after.parameters, before.parameters)
         return [
             f"parameters {before.parameters:,} -> {after.parameters:,} ({size} left)",
             f"FLOPs      {before.flops:,} -> {after.flops:,} ({percent(after.flops, before.flops)} left)",
-            f"relative error of the outputs on the example inputs: {error:.3g}",
+            f"relative error of the outputs on the example inputs: {self.verdict.text()}",
             *([self.spent.line()] if self.spent else []),
             *self.notes,
             *left_out_line(self.captured),
@@ -225,7 +233,8 @@ class Report(Drawable):
     def json(self) -> str:
         """JSON text: parameters_before, parameters_after, flops_before, flops_after, error, refit, groups, refusals.
 
-        Its schema is fxmerge/assets/report.schema.json. An error that is not finite is written as null.
+        Its schema is fxmerge/assets/report.schema.json. An error that was not measured, or is not finite, is written
+        as null, with "error_reason".
         """
         plans = {g.name: g for g in self.plan.groups}
         groups = []
@@ -251,6 +260,8 @@ class Report(Drawable):
                 "flops_before": self.before.flops,
                 "flops_after": self.after.flops,
                 "error": finite(self.verdict.error),
+                **({"error_reason": self.verdict.reason} if self.verdict.reason else {}),
+                **({"error_of_integers": self.verdict.differing} if self.verdict.differing is not None else {}),
                 "refit": [finite(vars(r)) for r in self.refitted],
                 **({"budget": finite(vars(self.spent))} if self.spent else {}),
                 "notes": list(self.notes),

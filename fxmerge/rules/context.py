@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Mapping, Sequence
 from math import prod
@@ -224,6 +225,7 @@ class RuleContext:
         groups: int = 1,
         transposed: bool = False,
         eps: float = 0.0,
+        batch_statistics: bool = False,
     ) -> None:
         """Record a layer. params: slot ("weight", "bias") -> parameter, or None; the rest as in `ir.Layer`."""
         node = self._node
@@ -241,6 +243,7 @@ class RuleContext:
                 groups=groups,
                 transposed=transposed,
                 eps=eps,
+                batch_statistics=batch_statistics,
             )
         )
 
@@ -292,4 +295,6 @@ def call_name(node: fx.Node) -> str:
     target = node.target
     if isinstance(target, str):
         return target
+    if inspect.isbuiltin(target):  # whose qualified names begin with the name of a class
+        return target.__name__
     return getattr(target, "__qualname__", None) or getattr(target, "__name__", None) or str(target)

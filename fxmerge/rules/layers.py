@@ -201,6 +201,7 @@ def carry(
     axis: int,
     eps: float = 0.0,
     groups: int = 1,
+    batch_statistics: bool = False,
 ) -> Lab | Unknown:
     """Tie per-channel parameters (C,) to the labels along an axis of x."""
     if any(p is not None and not isinstance(p, Param) for p in params.values()):
@@ -209,7 +210,7 @@ def carry(
     along = [ctx.axis(param, 0) for param in params.values() if isinstance(param, Param)]
     if along:
         ctx.tie(labels.expand(len(along), -1), torch.stack(along))
-    ctx.layer(op, params, carries=labels, eps=eps, groups=groups)
+    ctx.layer(op, params, carries=labels, eps=eps, groups=groups, batch_statistics=batch_statistics)
     return x
 
 
@@ -226,11 +227,17 @@ def batch_norm(
 ) -> Lab | Unknown:
     """y = gamma (x - mean) / sqrt(var + eps) + beta over axis 1."""
     params = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
-    return carry_norm(ctx, "batch_norm", input, params, eps)
+    return carry_norm(ctx, "batch_norm", input, params, eps, bool(training))
 
 
-def carry_norm(ctx: RuleContext, op: str, input: Operand, params: Mapping[str, Operand], eps: float) -> Lab | Unknown:
-    """A norm with parameters for each channel, on axis 1."""
+def carry_norm(
+    ctx: RuleContext, op: str, input: Operand, params: Mapping[str, Operand], eps: float, own_statistics: bool
+) -> Lab | Unknown:
+    """A norm with parameters for each channel, on axis 1.
+
+    own_statistics: whether it uses its input's mean and variance although it may have stored others
+    """
     if not isinstance(input, Lab) or input.t.dim() < 2:
         return Unknown("does not normalise an activation with channels on axis 1")
-    return carry(ctx, op, input, params, axis=1, eps=eps)
+    own = own_statistics or not isinstance(params["running_mean"], Param)
+    return carry(ctx, op, input, params, axis=1, eps=eps, batch_statistics=own)

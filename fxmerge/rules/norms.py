@@ -6,6 +6,8 @@ several channels: without one of them the others change, so dropping it is not e
 
 from __future__ import annotations
 
+from torch import nn
+
 from fxmerge.ir.labels import along, fixed, varying, without
 from fxmerge.ir.provenance import Lab, Param
 from fxmerge.rules.context import RuleContext
@@ -82,7 +84,9 @@ def instance_norm(
 ) -> Lab | Unknown:
     """Each channel of each sample is normalised by its own statistics, whatever the other channels are."""
     params = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
-    return carry_norm(ctx, "instance_norm", input, params, eps)
+    # a module has running statistics only where it uses them
+    own = bool(use_input_stats) and not isinstance(ctx.target, nn.Module)
+    return carry_norm(ctx, "instance_norm", input, params, eps, own)
 
 
 def norm(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator
+from textwrap import wrap
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from torch import Tensor, fx, nn
 from fxmerge.errors import FxMergeError
 from fxmerge.export.source.expressions import LIBRARIES, Body
 from fxmerge.export.source.names import access, broken, children, in_attributes, in_order, literal
+from fxmerge.graph.eval_mode import NO_TRAINING, EvaluationModule
+from fxmerge.weights.memory_format import format_of
 
 _HEAD = '''"""{name}, merged by fxmerge: {count:,} parameters.
 
@@ -33,6 +36,15 @@ class MergedModel({base}):
     def __init__(self):
         super().__init__()
 '''
+
+_TRAIN = """
+    def train(self, mode=True):
+        if mode:
+            raise RuntimeError(
+                {message}
+            )
+        return super().train(mode)
+"""
 
 _LOAD = '''
 
@@ -56,11 +68,14 @@ def source(module: fx.GraphModule, name: str, plain: bool = True) -> str:
     plain: see `expressions.Body`
     """
     body = Body(module, plain)
-    init = [line for text in _init(module, body.imports) for line in broken(text, 8)]
+    init = [line for text in [*_init(module, body.imports), *_formats(module)] for line in broken(text, 8)]
     forward = [line for text in body.lines for line in broken(text, 8)]
     signature = broken(f"def forward({', '.join(['self', *body.signature])})", 4)
     signature[-1] += ":"
     code = "\n".join([*init, "", *signature, *forward])
+    if isinstance(module, EvaluationModule):
+        lines = [f'"{line} "' for line in wrap(NO_TRAINING, 90)]
+        code += "\n" + _TRAIN.format(message="\n                ".join(lines)).rstrip()
     functional = ["import torch.nn.functional as F"] if re.search(r"\bF\.", code) else []
     others = [*functional, "from torch import nn"]
     count = sum(p.numel() for p in module.parameters())
@@ -74,6 +89,19 @@ def source(module: fx.GraphModule, name: str, plain: bool = True) -> str:
         others="\n".join(sorted([*others, *foreign], key=_order)) + "\n",
     )
     return head + code + "\n" + _LOAD
+
+
+def _formats(root: fx.GraphModule) -> Iterator[str]:
+    """The lines of `__init__` that put weights in channels_last, without indentation."""
+    formats = {path: format_of(value) for path, value in root.named_parameters() if value.dim() in (4, 5)}
+    found = set(formats.values())
+    if len(found) == 1 and None not in found:
+        yield f"self.to(memory_format={found.pop()})"
+        return
+    for path, kind in formats.items():
+        if kind is not None:
+            place = f"self{access(root, path)}"
+            yield f"{place}.data = {place}.to(memory_format={kind})"
 
 
 def _order(line: str) -> tuple[bool, str]:

@@ -20,8 +20,7 @@ from fxmerge.ir.groups import Group, Ints
 from fxmerge.ir.provenance import Layer
 from fxmerge.options import Options
 from fxmerge.plan import GroupPlan, Plan
-from fxmerge.planning.channel_ops import bias_of, laid_out
-from fxmerge.planning.statistics import producer_rows, state, statistics
+from fxmerge.planning.statistics import producer_constants, producer_rows, state, statistics
 from fxmerge.refit.refit_layers import Refitted
 
 LIKENESS = 450_000  # bytes for the heat maps of all groups together
@@ -135,20 +134,15 @@ def _likeness(group: Group, plan: GroupPlan | None, source: _Source) -> dict[str
 
 def cosines(group: Group, captured: Capture, tensors: Mapping[str, Tensor], options: Options, at: Tensor) -> Tensor:
     """(m, m) cosines between the producers' rows of the channels `at` (m,), in the group's common coordinates."""
-    n, inner = group.channels, torch.zeros(len(at), len(at), dtype=torch.float64)
-    gains = [torch.ones(n, dtype=torch.float64)] * len(group.producers)
-    normed = False
     if group.partners:
-        # only the gains are needed, so inner products are taken with a single channel
-        found = statistics(group, captured, tensors, options, at[:1])
-        gains, normed = [gain for gain, _, _ in found.producer_maps], found.evidence.centred
-    for producer, gain in zip(group.producers, gains, strict=True):
-        rows = producer_rows(producer, tensors[producer.layer.params["weight"]], n)[at].double()
-        if not normed:
-            rows = torch.cat(
-                [rows, laid_out(bias_of(producer.layer, tensors)[producer.where], producer, n, 0.0)[at]], 1
-            )
-        rows = rows * gain[at, None]
-        inner += (rows @ rows.T).cpu()
+        exact = options.replace(mostsim_scale="exact")  # the published formulas compare rows before their BatchNorm
+        inner = statistics(group, captured, tensors, exact, sample=at).evidence.inner
+        assert isinstance(inner, Tensor)
+    else:
+        inner = torch.zeros(len(at), len(at), dtype=torch.float64)
+        for producer in group.producers:
+            rows = producer_rows(producer, tensors[producer.layer.params["weight"]], group.channels)[at].double()
+            rows = torch.cat([rows, producer_constants(producer, tensors, group.channels)[at].to(rows)], 1)
+            inner += (rows @ rows.T).cpu()
     norm = inner.diagonal().clamp(min=0).sqrt()
-    return inner / torch.outer(norm, norm).clamp(min=1e-300)
+    return inner.cpu() / torch.outer(norm, norm).clamp(min=1e-300).cpu()

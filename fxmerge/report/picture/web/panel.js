@@ -177,7 +177,7 @@ fx.panel = (() => {
     d3.select("#title").text(fx.data.title);
     const left = (v) => v.length > 1 && v[0] ? ` ${d3.format(".1%")(v[1] / v[0])} left` : "";
     const rows = [["parameters", pair(parameters, short), left(parameters)], ["FLOPs", pair(flops, short), left(flops)]];
-    if (merged) rows.push(["output error", error === null ? "not finite" : d3.format(".3")(error), ""]);
+    if (merged) rows.push(["output error", error === null ? "not measurable" : d3.format(".3")(error), ""]);
     if (seconds) rows.push(["merge time", `${d3.format(".2r")(seconds)} s`, ""]);
     rows.push(["groups", `${merged ? groups.filter((g) => g.kept < g.channels).length : groups.length}`, merged ? ` of ${groups.length} merged` : ""],
       ["not merged", `${refusals.length}`, ""]);
