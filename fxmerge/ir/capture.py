@@ -37,6 +37,17 @@ class Capture:
     random: bool = False  # do two runs of the model on the same inputs differ, in evaluation mode?
 
     @property
+    def name(self) -> str:
+        """The class of the user's model. The graph of an exported program has no class; its nodes name the model's."""
+        found = type(self.model or self.module).__name__
+        if found == "GraphModule":
+            stacks = (n.meta.get("nn_module_stack") or {} for n in self.module.graph.nodes)
+            whole = [kind for stack in stacks for path, kind in stack.values() if path == ""]
+            kind = whole[0] if whole else found
+            found = (kind if isinstance(kind, str) else kind.__name__).rpartition(".")[2]
+        return found
+
+    @property
     def route(self) -> str:
         """How the model was captured: "symbolic", "export" or "recorded"."""
         if self.recorded is not None:
