@@ -1,8 +1,8 @@
-"""Constants: literal sizes in a graph (`view(b, 4, 16)`) that a merge makes wrong are recomputed, and proved.
+"""Literal sizes in a graph (`view(b, 4, 16)`) that a merge makes wrong are recomputed, and the new ones are proved.
 
-The narrowed graph is run once more on labels, those that survive. Each movement op must give exactly the survivors of
-what it gave before; if it does not as it stands, `resized` proposes new literals, and the proposal must. An op
-that neither way works for names the channels that must stay.
+The graph is run once more, on the labels that are kept. Each movement op must give exactly the kept labels of its
+former output. If it does not, `rules.resize.resized` proposes new literals, with which it must. If these fail too, the
+channels that meet at the op must stay.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from fxmerge.rules.rule import Rule
 
 @dataclass(frozen=True)
 class Failure:
-    """A node whose sizes cannot be made right, and the labels that must therefore stay."""
+    """A node whose sizes cannot be corrected, and the labels that must therefore stay."""
 
     node: str
     labels: Tensor
 
 
 def recompute(captured: Capture, facts: Provenance, alive: Tensor) -> tuple[dict[str, Call], list[Failure]]:
-    """(node -> its new call, failures) for a graph whose labels with `alive[label]` False have gone."""
+    """(node -> its new call, failures) for a graph in which labels with `alive[label]` False are dropped."""
     return _Check(captured, facts, alive).run()
 
 
@@ -41,8 +41,10 @@ class _Check:
         self.captured, self.facts, self.alive = captured, facts, alive
         self.values: dict[str, Any] = {}
         self.edits: dict[str, Call] = {}
-        self.compacted: dict[int, tuple[Tensor, list[Lab]]] = {}  # identity of labels -> those, and their survivors
-        self.untouched: set[str] = set()  # nodes whose value is what it was
+        self.compacted: dict[
+            int, tuple[Tensor, list[Lab]]
+        ] = {}  # identity of labels -> the labels, and what is kept of them
+        self.untouched: set[str] = set()  # nodes whose value has not changed
         self.failures: list[Failure] = []
         self.latest: dict[str, str] = {}
         self.rigid = captured.recorded.glue if captured.recorded else frozenset()
@@ -65,9 +67,9 @@ class _Check:
         return known is not None and known.elements is not None and not bool(self.alive[known.elements].all())
 
     def shrunk(self, value: Any) -> list[Any]:
-        """The survivors of a node's value: every rectangle that they can fill."""
+        """What is kept of a node's value: every rectangle that the kept labels can fill."""
         if isinstance(value, Lab):
-            known = self.compacted.get(id(value.t))  # many nodes hold the very labels of their operand
+            known = self.compacted.get(id(value.t))  # many nodes hold the label tensor of their operand
             if known is None:
                 known = self.compacted[id(value.t)] = value.t, [Lab(t) for t in compact(value.t, self.alive)]
             return list(known[1])
@@ -82,7 +84,7 @@ class _Check:
         return [value]
 
     def step(self, node: fx.Node) -> Any:
-        # an operand that was updated in place is what the update made of it
+        # the value of an operand that was updated in place is that of the update
         self.latest = dict(zip((n.name for n in node.all_input_nodes), self.facts.sources[node.name], strict=True))
         before = self.before(node.name)
         kind = self.facts.kinds[node.name]
@@ -107,7 +109,7 @@ class _Check:
         return nested.tree(value, tuple(call.args)), nested.tree(value, dict(call.kwargs))
 
     def query(self, node: fx.Node, before: Any) -> Any:
-        """Plain values that the graph computes from sizes follow by themselves."""
+        """Plain values that the graph computes from sizes are computed again."""
         args, kwargs = self.arguments(node)
         if node.target is getattr and args[1] in ("dtype", "device"):
             return before
@@ -117,7 +119,7 @@ class _Check:
             return before
 
     def freeze_scalars(self, node: fx.Node) -> None:
-        """A scalar computed from a width that narrows (an attention scale) stays what it was."""
+        """A number computed from a width that narrows (an attention scale) keeps its value."""
 
         def original(leaf: Any) -> Any:
             if isinstance(leaf, fx.Node) and leaf.name not in self.facts.labels:
@@ -137,7 +139,7 @@ class _Check:
             self.edits[node.name] = call
 
     def implicit(self, node: fx.Node) -> None:
-        """An op whose meaning depends on a width keeps its meaning."""
+        """An op whose result depends on a width gets arguments that keep its result."""
         if node.op != "call_function" or self.facts.kinds[node.name] == "unknown":
             return
         follow = IMPLICIT.get(self.rule_name(node))
@@ -150,7 +152,7 @@ class _Check:
                 self.edit(node, found)
 
     def blocks(self, node: fx.Node) -> tuple[int, int]:
-        """(groups of the layer that a node is, those that are left)."""
+        """(groups of the layer at a node, how many of them are left)."""
         layers = [layer for layer in self.facts.layers if layer.node == node.name and layer.groups > 1]
         return (layers[0].groups, blocks_left(layers[0], self.alive)) if layers else (1, 1)
 
@@ -161,13 +163,13 @@ class _Check:
         if len(expected) == 1 and _is(before, expected[0]) and self.untouched.issuperset(self.latest.values()):
             return before
         args, kwargs = self.arguments(node)
-        # a module's sizes are its own, which no call can change; nor can we change code that is not ours
-        inside = node.op == "call_module" or node.name in self.rigid
+        # sizes inside a module cannot be changed by its call, nor can the user's own code
+        fixed = node.op == "call_module" or node.name in self.rigid
         target = self.captured.module.get_submodule(str(node.target)) if node.op == "call_module" else node.target
         for want in expected:
             if _same(self.attempt(node, target, args, kwargs), want):
                 return want
-        for want in [] if inside else expected:
+        for want in [] if fixed else expected:
             name = self.rule_name(node)
             shapes = [nested.tree(lambda v: tuple(v.t.shape) if isinstance(v, Lab) else v, v) for v in (before, want)]
             call = Call(node.target, tuple(node.args), dict(node.kwargs))
@@ -197,7 +199,7 @@ class _Check:
         )
 
     def survivors(self, node: fx.Node, axis: int) -> Tensor:
-        """Which places along an axis of the first operand survive, (size,)."""
+        """Which places along an axis of the first operand are kept, (size,)."""
         source = node.args[0]
         labels = self.facts.labels.get(self.latest[source.name]) if isinstance(source, fx.Node) else None
         if labels is None:
@@ -214,7 +216,7 @@ class _Check:
         self.failures.append(Failure(node.name, labels[~self.alive[labels]]))
 
 
-_ANY = -1  # zeros that were padded on: one is as good as another
+_ANY = -1  # padded zeros, which are all alike
 
 
 def _name(rule: Rule | None) -> str:
@@ -259,7 +261,7 @@ def _equal(found: Tensor, want: Tensor) -> bool:
 
 
 def _is(before: Any, after: Any) -> bool:
-    """Is a value the very one that it was?"""
+    """Is a value the same object as before, or an equal plain value?"""
     if before is after:
         return True
     one, other = nested.leaves(before), nested.leaves(after)

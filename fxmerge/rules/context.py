@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Mapping, Sequence
 from math import prod
@@ -292,4 +293,6 @@ def call_name(node: fx.Node) -> str:
     target = node.target
     if isinstance(target, str):
         return target
+    if inspect.isbuiltin(target):  # its qualified name would be _VariableFunctionsClass.relu
+        return target.__name__
     return getattr(target, "__qualname__", None) or getattr(target, "__name__", None) or str(target)

@@ -1,6 +1,6 @@
-"""Ops that only move entries about: executed on the labels, so that no index map is ever written by hand.
+"""Rules of ops that only move entries: they are executed on the labels, so that no index map has to be written.
 
-After a merge their literal sizes may be wrong (`view(b, 4, 16)` of 32 surviving channels): see `resizing.py`.
+After a merge their literal sizes may be wrong (`view(b, 4, 16)` with 32 channels left): see `resize.py`.
 """
 
 from __future__ import annotations
@@ -48,13 +48,8 @@ SPELLINGS: dict[str, tuple[Any, ...]] = {
     "pixel_shuffle": (nn.PixelShuffle, torch.pixel_shuffle, nn.PixelUnshuffle, torch.pixel_unshuffle),
     "unfold": (nn.Unfold, F.unfold, "unfold", Aten("im2col")),
 }
-INDEXING = (
-    "getitem",
-    "index",
-    "index_select",
-    "gather",
-)  # their tensor operands behind the first are places, not labels
-# label tensors are seldom contiguous
+INDEXING = ("getitem", "index", "index_select", "gather")  # tensor operands after the first are indices, not labels
+# label tensors are seldom contiguous, as a view requires
 _COPYING: dict[Any, Any] = {
     "view": "reshape",
     "view_as": "reshape_as",
@@ -73,7 +68,7 @@ def run(target: Any, args: Any, kwargs: Any) -> Any:
 
 
 def execute(ctx: RuleContext, *args: Operand, **kwargs: Operand) -> Answer:
-    """Run the op on labels. A constant tensor joined to labels holds no channel; as an index it stays itself."""
+    """Run the op on labels. A constant tensor is labels without channels, but as an index it keeps its values."""
     indexing = ctx.rule_name in INDEXING
 
     def as_labels(value: Any) -> Any:
@@ -87,7 +82,7 @@ def execute(ctx: RuleContext, *args: Operand, **kwargs: Operand) -> Answer:
 
     if indexing and not isinstance(args[0], (Lab, Param)):
         if any(isinstance(leaf, Lab) for leaf in leaves(args[1])):
-            return Unknown("is indexed by something that depends on the input")
+            return Unknown("is indexed by values that depend on the input")
         return run(ctx.target, args, kwargs)
     if indexing and any(isinstance(leaf, Lab) for leaf in leaves([*args[1:], kwargs])):
         return _indexed_by_values(ctx, tree(as_labels, list(args)), tree(as_labels, kwargs), args)
@@ -109,17 +104,16 @@ def execute(ctx: RuleContext, *args: Operand, **kwargs: Operand) -> Answer:
     before = max((len(varying(t)) for t in leaves(plain_args) if isinstance(t, Tensor)), default=0)
     for value in leaves(result):
         if isinstance(value, Lab) and len(varying(value.t)) > max(before, 1) and ctx.rule_name != "stack":
-            # a channel axis became (blocks, size): what is kept must stay a rectangle
-            _block(ctx, value.t)
+            _block(ctx, value.t)  # a channel axis became (blocks, size): what is kept must stay a rectangle
     return result
 
 
 def _indexed_by_values(
     ctx: RuleContext, labels: list[Any], kwargs: dict[str, Any], args: tuple[Operand, ...]
 ) -> Lab | Unknown:
-    """x[:, i] for places i that depend on the input: known where labels do not vary along the axes that i chooses on.
+    """x[:, i] for indices i that depend on the input: known if labels do not vary along the axes that i indexes.
 
-    Whether they do is found by trying the first place and the last; a mask gives another shape and is refused.
+    This is found by trying the first and the last index. A mask gives another shape and is refused.
     """
     if any(isinstance(leaf, Lab) and holds(leaf.t) for leaf in leaves(list(args[1:]))):
         return Unknown("is indexed by channels")
@@ -127,22 +121,22 @@ def _indexed_by_values(
     shifted = [tree(lambda v: v - 1 if isinstance(v, Tensor) and not holds(v) else v, a) for a in labels[1:]]
     last = run(ctx.target, [labels[0], *shifted], kwargs) if ctx.rule_name != "gather" else first
     if ctx.rule_name == "gather" and labels[1] % labels[0].dim() in varying(labels[0]):
-        return Unknown("is indexed by something that depends on the input")
+        return Unknown("is indexed by values that depend on the input")
     if tuple(first.shape) != tuple(ctx.shape or ()) or not bool((first == last).all()):
-        return Unknown("is indexed by something that depends on the input")
+        return Unknown("is indexed by values that depend on the input")
     return Lab(simplify(first))
 
 
 def pad(ctx: RuleContext, input: Operand, pad: Sequence[int], mode: str = "constant", value: Operand = None) -> Answer:
-    """Padding. Along an axis of channels, zeros get labels of their own, which live as long as what they meet."""
+    """Padding. Along an axis of channels the zeros get labels of their own, dropped with the labels that they meet."""
     if not isinstance(input, Lab) or ctx.shape is None:
-        return Unknown("pads something that is no activation")
+        return Unknown("pads something that is not an activation")
     dims, labels, moved = input.t.dim(), input.t, False
     for at in range(0, len(pad), 2):
         axis = dims - 1 - at // 2
         if (pad[at] or pad[at + 1]) and axis in varying(labels):
             if mode != "constant" or pad[at] < 0 or pad[at + 1] < 0:
-                return Unknown("pads the channels in a way that adds no zeros")
+                return Unknown("pads the channels with something other than zeros")
             shape = list(labels.shape)
             sides = []
             for count in (pad[at], pad[at + 1]):
@@ -154,16 +148,17 @@ def pad(ctx: RuleContext, input: Operand, pad: Sequence[int], mode: str = "const
 
 
 def enter(value: Any) -> Any:
-    """What a part of a recorded model is called with, as its own code sees it: the value itself."""
+    """The identity. A recorded graph calls it on each value that enters a part, and so names the value inside it."""
     return value
 
 
 def entered(ctx: RuleContext, value: Operand) -> Answer:
+    """The rule of `enter`."""
     return value
 
 
 def setitem(ctx: RuleContext, x: Operand, index: Operand, value: Operand) -> Lab | Unknown:
-    """x[places] = value, for places along the first axis: x then holds the channels of the value, and its own."""
+    """x[index] = value along the first axis: x then holds the channels of the value, which are tied to its own."""
     whole = x.t if isinstance(x, Lab) else fixed(x.shape) if isinstance(x, Tensor) else None
     index = index[0] if isinstance(index, tuple) and len(index) == 1 else index
     along_first = isinstance(index, (int, slice, Tensor)) or (isinstance(index, Lab) and not holds(index.t))
@@ -182,9 +177,9 @@ def setitem(ctx: RuleContext, x: Operand, index: Operand, value: Operand) -> Lab
 def index_add(
     ctx: RuleContext, input: Operand, dim: int, index: Operand, source: Operand, **kwargs: Operand
 ) -> Lab | Unknown:
-    """Entries of the source are added at places along an axis that no channels stand on: messages along edges."""
+    """Entries of the source are added along an axis that labels do not vary along: messages along edges."""
     if not isinstance(input, Lab) or not isinstance(source, Lab) or (isinstance(index, Lab) and holds(index.t)):
-        return Unknown("takes something else than activations, and places that hold no channels")
+        return Unknown("takes operands other than activations, or indices that hold channels")
     axis = dim % input.t.dim()
     if axis in varying(input.t) or axis in varying(source.t) or not source.t.size(axis):
         return Unknown("adds over the axis of the channels")
@@ -193,43 +188,44 @@ def index_add(
 
 
 def channel_shuffle(ctx: RuleContext, input: Operand, groups: int) -> Answer:
-    """Blocks of channels dealt out like cards; every block must lose equally many."""
+    """Channel i of each of `groups` blocks goes next to channel i of the others; all blocks must lose equally many."""
     if isinstance(input, Lab) and 1 in varying(input.t):
         ctx.block(ctx.along(input, 1).view(groups, -1))
     return execute(ctx, input) if isinstance(ctx.target, nn.Module) else execute(ctx, input, groups)
 
 
 def fold(ctx: RuleContext, input: Operand, *sizes: Operand, **kwargs: Operand) -> Lab | Unknown:
-    """Patches (n, channels * places, patches) laid over each other: the places of one channel become one."""
+    """Patches (n, channels * places, patches) are summed into an image: the places of one channel become one."""
     if not isinstance(input, Lab) or input.t.dim() != 3 or ctx.shape is None or set(varying(input.t)) - {1}:
-        return Unknown("does not lay patches of channels over each other")
+        return Unknown("does not sum patches of channels")
     labels = ctx.along(input, 1).view(ctx.shape[1], -1)
     ctx.tie(labels[:, :1].expand_as(labels), labels)
     return Lab(spread(labels[:, 0], ctx.shape, 1))
 
 
 def expand_as(ctx: RuleContext, input: Operand, other: Operand) -> Answer:
-    """A tensor without channels, spread over those of another, has a place for each of them."""
+    """A tensor without channels that is expanded over the channels of another has an entry for each of them."""
     if isinstance(input, Lab) and isinstance(other, Lab) and not holds(input.t):
         return AsKind("per_channel", Lab(other.t))
     return execute(ctx, input, other)
 
 
 def _block(ctx: RuleContext, labels: Tensor) -> None:
+    """Record the rows of labels that vary along several axes, if each row is made of channels of its own."""
     axes = varying(labels)
     rows = labels[tuple(slice(None) if a in axes else 0 for a in range(labels.dim()))]
     rows = rows.reshape(-1, rows.size(-1))
-    if bool((rows[1:] == rows[0]).all(1).any()):  # blocks that stand several times, as in a batch laid beside heads
+    if bool((rows[1:] == rows[0]).all(1).any()):  # the same block several times, once for each sample
         rows = torch.unique(rows, dim=0)
     if torch.unique(rows).numel() == rows.numel() and not bool((rows == FIXED).any()):
         ctx.block(rows)
 
 
 def _beside(ctx: RuleContext, tensors: list[Tensor], axis: int) -> bool:
-    """Are parts of blocks joined, as the halves of each head that a rotation turns? Then each part stays a rectangle.
+    """Are parts of blocks joined, as the rotated halves of each attention head? Then each part stays a rectangle.
 
-    The axis joined along is what is inside of a block, so the rows of each operand lose equally many; where blocks
-    leave whole, those at one place of all operands leave together.
+    The joined axis lies inside the blocks, so the rows of each operand lose equally many. Where blocks leave whole,
+    the blocks at one place of all operands leave together.
     """
     blocks = [a for a in varying(tensors[0]) if a != axis]
     if not blocks or max(blocks) > axis or any(varying(t) != (*blocks, axis) for t in tensors):

@@ -1,10 +1,10 @@
-"""RULES: what each op does to labels. One row for one mathematical op; its spellings stand in the row.
+"""RULES: what each op does to labels. One row for each mathematical op, with all of its spellings.
 
-An op without a row pins everything that it touches: unknown is never "elementwise". The form of a rule is told in
-`perchannel.py`. A spelling is a module class (`Module(cls, attributes)` where the functional form takes attributes of
-it), a function, a method's name, or the dotted name of a function of a library that need not be there.
+An op without a row pins everything that it touches: an unknown op is never taken for an elementwise one. `rule.py`
+describes what a rule is. A spelling is a module class (`Module(cls, attributes)` if the rule takes attributes of the
+module), a function, the name of a method, or the dotted name of a function of a library that may not be installed.
 
-To teach fxmerge an op of your own:
+To add a rule for an op of your own:
 
     fxmerge.RULES["my_gate"] = fxmerge.per_channel("my_gate", MyGate, my_gate_function, commutes=False)
 """
@@ -38,7 +38,7 @@ _CONV = ("weight", "bias", "stride", "padding", "dilation", "groups")
 _TRANSPOSED = ("weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
 _NORM = ("running_mean", "running_var", "weight", "bias", "eps")
 _ROWS: tuple[Rule, ...] = (
-    # producers: they read the labels on their reduction axis and make new ones on their output axis
+    # producers: read the labels along their reduction axis and make new ones along their output axis
     Rule("linear", "producer", layers.linear, (Module(nn.Linear, ("weight", "bias")), F.linear),
          layers.adds_no_bias),
     Rule(
@@ -62,7 +62,7 @@ _ROWS: tuple[Rule, ...] = (
     Rule("embedding", "producer", layers.embedding, (Module(nn.Embedding, ("weight", "max_norm")), F.embedding)),
     Rule("embedding_bag", "producer", layers.embedding_bag,
          (Module(nn.EmbeddingBag, ("weight", "max_norm")), F.embedding_bag)),
-    # contractions: the two sides of the contracted axis are tied
+    # contractions: the labels of both operands along the contracted axis are tied
     Rule("matmul", "contraction", contractions.matmul, (operator.matmul, torch.matmul, "matmul", torch.bmm, "bmm",
                                                           torch.mm, "mm")),
     Rule("outer", "contraction", contractions.outer, (torch.outer, torch.ger)),
@@ -70,7 +70,7 @@ _ROWS: tuple[Rule, ...] = (
     Rule("baddbmm", "contraction", contractions.baddbmm, (torch.baddbmm, "baddbmm")),
     Rule("einsum", "contraction", einsum.einsum, (torch.einsum, torch.functional.einsum)),
     Rule("attention", "contraction", contractions.attention, (F.scaled_dot_product_attention,)),
-    # per-channel parameters: their own per-channel parameters follow the labels
+    # layers with per-channel parameters, which follow the labels
     Rule(
         "batch_norm",
         "per_channel_param",
@@ -91,7 +91,7 @@ _ROWS: tuple[Rule, ...] = (
         norms.instance_norm,
         (*(Module(c, _NORM) for c in (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)), F.instance_norm),
     ),
-    # ties: two labelled operands become equal, position by position
+    # ties: the labels of two operands are tied, position by position
     Rule("add", "tie", binary.elementwise, (operator.add, operator.iadd, torch.add, "add", "add_"), adds_nothing),
     Rule(
         "sub",
@@ -124,7 +124,7 @@ _ROWS: tuple[Rule, ...] = (
     Rule("addcmul", "tie", binary.addcmul, (torch.addcmul, "addcmul", "addcmul_")),
     Rule("glu", "tie", binary.glu, (Module(nn.GLU, ("dim",)), F.glu)),
     Rule("masked_fill", "tie", binary.masked_fill, (torch.masked_fill, "masked_fill", "masked_fill_")),
-    # activations that a positive factor passes through unchanged
+    # activations with f(s x) = s f(x) for s > 0
     per_channel("relu", nn.ReLU, F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_", commutes=True),
     per_channel("leaky_relu", nn.LeakyReLU, F.leaky_relu, F.leaky_relu_, commutes=True),
     per_channel("rrelu", nn.RReLU, F.rrelu, commutes=True),
@@ -139,7 +139,7 @@ _ROWS: tuple[Rule, ...] = (
     per_channel("dropout", nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
                 nn.FeatureAlphaDropout, F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout,
                 F.feature_alpha_dropout, torch.dropout, commutes=True),
-    # activations that only the factor 1 passes through
+    # activations for which this does not hold
     per_channel("relu6", nn.ReLU6, F.relu6),
     per_channel("hardtanh", nn.Hardtanh, F.hardtanh, torch.clamp, torch.clip, "clamp", "clamp_", "clip",
                 "clamp_min", "clamp_max"),
@@ -170,7 +170,7 @@ _ROWS: tuple[Rule, ...] = (
     per_channel("sin", torch.sin, "sin"),
     per_channel("cos", torch.cos, "cos"),
     per_channel("erf", torch.erf, "erf"),
-    # pooling and interpolation: spatial axes change, channels stay
+    # pooling and interpolation: spatial axes change, channels do not
     spatial("avg_pool", nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d,
             commutes=True),
     spatial("max_pool", nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, F.max_pool1d, F.max_pool2d, F.max_pool3d,
@@ -193,7 +193,7 @@ _ROWS: tuple[Rule, ...] = (
     reduction("var", torch.var, "var"),
     reduction("std", torch.std, "std", commutes=True),
     reduction("logsumexp", torch.logsumexp, "logsumexp"),
-    # mixers: dropping a channel is not exact for the others
+    # mixers: without one channel, the others change
     Rule("softmax", "mixer", softmax_rule,
          (Module(nn.Softmax, ("dim",)), Module(nn.LogSoftmax, ("dim",)), F.softmax, F.log_softmax, torch.softmax,
           torch.log_softmax, "softmax", "log_softmax")),
@@ -207,7 +207,7 @@ _ROWS: tuple[Rule, ...] = (
           *([F.rms_norm] if hasattr(F, "rms_norm") else []))),
     Rule("group_norm", "mixer", norms.group_norm,
          (Module(nn.GroupNorm, ("num_groups", "weight", "bias", "eps")), F.group_norm)),
-    # movement: executed on the labels as it stands
+    # movement: executed on the labels
     *(Rule(name, "movement", movement.execute, spellings, True) for name, spellings in movement.SPELLINGS.items()),
     Rule("channel_shuffle", "movement", movement.channel_shuffle,
          (Module(nn.ChannelShuffle, ("groups",)), torch.channel_shuffle), True),
