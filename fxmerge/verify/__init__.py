@@ -15,7 +15,7 @@ compare         runs at the end of every merge: the merged model must be its own
 from fxmerge.verify.by_labels import duplicate, overcoupling, permutation, permute
 from fxmerge.verify.final_check import compare
 from fxmerge.verify.in_double import double_precision, in_float64, whole
-from fxmerge.verify.silence import Silence, silence, silenced
+from fxmerge.verify.silencing import Silence, silence, silenced
 from fxmerge.verify.unseen import Unseen, unseen
 
 __all__ = [

@@ -28,10 +28,6 @@ def in_float64(captured: Capture) -> tuple[fx.GraphModule, tuple[Any, ...], dict
     if captured.blank:
         raise FxMergeError("a model on the meta device has no values to verify; give a model with weights")
 
-    def double(value: Any) -> Any:
-        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-    positional: tuple[Any, ...] = tree(double, captured.args)
     module = copy.deepcopy(captured.module).double()
     for node in module.graph.nodes:  # casts to float32 in the graph would lose the precision of float64
 
@@ -40,7 +36,12 @@ def in_float64(captured: Capture) -> tuple[fx.GraphModule, tuple[Any, ...], dict
 
         node.args, node.kwargs = tree(cast, tuple(node.args)), tree(cast, dict(node.kwargs))
     module.recompile()
-    return module, positional, tree(double, dict(captured.kwargs))
+    return module, doubled(captured.args), doubled(dict(captured.kwargs))
+
+
+def doubled(values: Any) -> Any:
+    """Nested values with floating-point tensors in float64."""
+    return tree(lambda v: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v, values)
 
 
 def whole(captured: Capture, module: fx.GraphModule) -> nn.Module:
