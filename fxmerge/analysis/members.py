@@ -70,6 +70,7 @@ class Builder:
             if self.facts.kinds[n] in ("per_channel", "tie", "mixer", "per_channel_param")
             and not self.facts.commutes.get(n, False)
         ]
+        blocked += [n for n in ordered if self.facts.made.get(n, False)]
         blocked += [m.layer.node for m in members["carry"] if m.layer.op == "joined"]  # a class token has a fixed scale
         blocks = self._blocks(number, lookup, cell)
         lookup[inside] = -1

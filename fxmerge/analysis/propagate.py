@@ -9,11 +9,13 @@ equally many).
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from fxmerge.analysis.constants import is_zero, labelled, makers
 from fxmerge.analysis.untouched import untouched
 from fxmerge.errors import source_line
 from fxmerge.graph import nested
@@ -36,7 +38,14 @@ def provenance(capture: Capture, whole: bool = False) -> Provenance:
     Cost: one pass of integer arithmetic on label tensors, whose spatial axes have stride 0. Raises nothing: channels
     that meet an op without a rule are pinned, and the pin names the reason.
     """
-    return _Interpreter(capture, whole).run()
+    made: dict[str, tuple[int, ...]] = {}
+    while True:
+        interpreter = _Interpreter(capture, whole, made)
+        facts = interpreter.run()
+        wanted = makers(interpreter.facts.wanted, capture.module, interpreter.values)
+        if not set(wanted) - set(made):
+            return facts
+        made |= {name: axes for name, axes in wanted.items() if name not in made}
 
 
 class Opaque:
@@ -46,8 +55,9 @@ class Opaque:
 class _Interpreter:
     """Walks the graph once, with one rule for each node."""
 
-    def __init__(self, capture: Capture, whole: bool) -> None:
-        self.capture, self.facts = capture, FactsBuilder(whole)
+    def __init__(self, capture: Capture, whole: bool, made: Mapping[str, tuple[int, ...]]) -> None:
+        self.capture, self.facts, self.made = capture, FactsBuilder(whole), made
+        self.factors: set[str] = set()  # nodes that make constants other than zeros, which no factor passes
         self.inputs = iter(capture.inputs)
         self.kinds: dict[str, Kind] = {}
         self.commutes: dict[str, bool] = {}
@@ -64,8 +74,13 @@ class _Interpreter:
         for node in self.capture.module.graph.nodes:
             self.sources[node.name] = tuple(self.latest(n).name for n in node.all_input_nodes)
             value, self.kinds[node.name] = self.step(node)
+            if node.name in self.made:
+                if not is_zero(value):
+                    self.factors.add(node.name)
+                value, self.kinds[node.name] = labelled(self.facts, node, value, self.made[node.name]), "movement"
             self.values[node] = value
             self.same_call[node.name] = self.calls.setdefault(self.signature(node), node.name)
+            self.facts.node_of.setdefault(id(value), node)
             if node.name in held:
                 self.hold([leaf for leaf in nested.leaves(value) if isinstance(leaf, Lab)], node, held[node.name])
         return self.found()
@@ -237,6 +252,7 @@ class _Interpreter:
             blocks=tuple(facts.blocks),
             mixers=tuple(facts.mixers),
             label_count=facts.label_count,
+            made={name: name in self.factors for name in self.made},
             views=frozenset(n.name for n, v in self.values.items() if isinstance(v, View)),
             contractions=tuple(facts.contractions),
             bonds=tuple(facts.bonds),

@@ -173,6 +173,7 @@ class Provenance:
     blocks: tuple[Block, ...]
     mixers: tuple[tuple[str, Tensor], ...]  # (node, labels that it couples, as a LayerNorm does)
     label_count: int
+    made: Mapping[str, bool] = field(default_factory=dict)  # node that makes a constant as wide as others -> not zero?
     views: frozenset[str] = frozenset()  # nodes that are views of raw parameters, not activations
     contractions: tuple[Contraction, ...] = ()
     bonds: tuple[Bond, ...] = ()  # empty unless whole blocks may leave

@@ -75,10 +75,11 @@ def reduction_rule(
         return Unknown("reduces something that is not an activation")
     if ctx.shape is None:
         return Unknown("gives something other than one tensor")
-    return _reduced(ctx, x, dim, keepdim, ctx.shape)
+    return reduced(ctx, x, dim, keepdim, ctx.shape)
 
 
-def _reduced(ctx: RuleContext, x: Lab, dim: Dims, keepdim: bool, shape: tuple[int, ...]) -> Lab | Unknown:
+def reduced(ctx: RuleContext, x: Lab, dim: Dims, keepdim: bool, shape: tuple[int, ...]) -> Lab | Unknown:
+    """The labels of a reduction over some axes, which gives that shape."""
     axes = along(dim, x.t)
     held = varying(x.t)
     blocks = [axis for axis in held if axis not in axes]
@@ -125,7 +126,7 @@ def extreme_rule(
         return Unknown("does not say its axis")
     if along(dim, x.t) & set(varying(x.t)) and ctx.uses(1, "indices"):
         return Unknown("gives the numbers of channels")
-    values = _reduced(ctx, x, dim, keepdim, tuple(without(x.t, along(dim, x.t), keepdim).shape))
+    values = reduced(ctx, x, dim, keepdim, tuple(without(x.t, along(dim, x.t), keepdim).shape))
     return values if isinstance(values, Unknown) else Extreme(values, values)
 
 

@@ -21,6 +21,8 @@ class FactsBuilder:
 
     def __init__(self, whole: bool) -> None:
         self.whole = whole
+        self.node_of: dict[int, fx.Node] = {}  # identity of a value -> the first node that gave it
+        self.wanted: dict[str, set[int]] = {}  # node that makes a constant -> its axes that channels meet
         self.label_count = 1  # label 0 is FIXED
         self.ties: list[Tie] = []
         self.pins: list[Pin] = []

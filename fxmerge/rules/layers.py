@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fxmerge.ir.labels import spread, varying
+from fxmerge.ir.labels import holds, spread, varying
 from fxmerge.ir.provenance import Lab, Param
 from fxmerge.rules.context import RuleContext, resized
 from fxmerge.rules.rule import Answer, AsKind, Operand, Unknown
@@ -24,6 +24,8 @@ def _operands(
     ctx: RuleContext, x: Operand, weight: Operand, bias: Operand
 ) -> tuple[Lab, Param, Param | None, Shape] | Unknown:
     """A producer's input, weight, bias and output shape; Unknown where one of them is not what a producer takes."""
+    if isinstance(weight, Param) and (not isinstance(x, Lab) or not holds(x.t)):
+        ctx.want(x, torch.arange(2).view(-1, *[1] * (weight.value.dim() - 2)))  # a constant that a loop begins with
     if not isinstance(x, Lab):
         return Unknown("has an input that does not depend on the model's input")
     if not isinstance(weight, Param):

@@ -42,10 +42,16 @@ def rule_of(node: fx.Node, module: fx.GraphModule) -> Rule | None:
 def rule_of_target(target: Any) -> Rule | None:
     """The rule of a function or of a method's name. An aten op has the rule of the function or method of its name."""
     known, name = _by_key(), overload_name(target)
-    spelled = (target, dotted(target)) if name is None else (
-        Aten(name), getattr(F, name, None), getattr(torch, name, None), name
-    )  # fmt: skip
+    if name is None:
+        spelled: tuple[Any, ...] = (target, dotted(target))
+    else:
+        space, _, rest = name.partition("_")
+        apart = getattr(_SPACES.get(space), rest, None)  # aten.fft_rfft is torch.fft.rfft
+        spelled = (Aten(name), getattr(F, name, None), getattr(torch, name, None), apart, name)
     return next((known[s][0] for s in spelled if s is not None and s in known), None)
+
+
+_SPACES = {"fft": torch.fft, "linalg": torch.linalg, "special": torch.special}
 
 
 def rule_of_module(module: nn.Module) -> Rule | None:
