@@ -219,6 +219,7 @@ class _Interpreter:
             label_count=facts.label_count,
             views=frozenset(n.name for n, v in self.values.items() if isinstance(v, View)),
             contractions=tuple(facts.contractions),
+            grids=tuple(facts.grids),
             bonds=tuple(facts.bonds),
             untouched=untouched(self.capture, facts, self.owners),
         )
