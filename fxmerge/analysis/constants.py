@@ -11,7 +11,6 @@ from collections.abc import Collection, Mapping
 from math import prod
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from fxmerge.ir.labels import simplify

@@ -10,6 +10,7 @@ from torch import Tensor
 from fxmerge.analysis.feasible import shaken
 from fxmerge.analysis.groups import aligned, group, joined
 from fxmerge.analysis.literal_sizes import Failure, recompute
+from fxmerge.analysis.places import upright
 from fxmerge.analysis.whole_blocks import whole, width
 from fxmerge.errors import source_line
 from fxmerge.ir.capture import Capture
@@ -23,10 +24,10 @@ Chosen = list[tuple[Group, Tensor]]  # groups that lose channels, and the channe
 def grouped(captured: Capture, facts: Provenance, heads: str) -> tuple[Provenance, Grouping]:
     """The groups, for blocks that lose width, leave whole, or both (`Options.heads`)."""
     if heads == "whole":
-        return _unshuffled(captured, whole(facts))
-    narrower, grouping = _unshuffled(captured, width(facts))
+        return _unshuffled(captured, upright(whole(facts)))
+    narrower, grouping = _unshuffled(captured, upright(width(facts)))
     if heads == "both":
-        grouping = joined(grouping, *_unshuffled(captured, whole(facts)))
+        grouping = joined(grouping, *_unshuffled(captured, upright(whole(facts))))
     return narrower, grouping
 
 

@@ -255,6 +255,7 @@ class _Interpreter:
             made={name: name in self.factors for name in self.made},
             views=frozenset(n.name for n, v in self.values.items() if isinstance(v, View)),
             contractions=tuple(facts.contractions),
+            grids=tuple(facts.grids),
             bonds=tuple(facts.bonds),
             untouched=untouched(self.capture, facts, self.owners),
         )

@@ -114,10 +114,33 @@ class Pin:
 
 @dataclass(frozen=True)
 class Block:
-    """Rows of labels, (blocks, size). All rows must lose equally many."""
+    """Rows of labels, (blocks, size). All rows must lose equally many.
+
+    outer:  the sizes of the axes that number the rows, where the op laid its channels out along several axes; what is
+            left of each row is then packed along the last axis of these channels
+    """
 
     labels: Tensor
     node: str
+    where: str = ""  # the user's source line
+    outer: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Labels along several axes, at an op for which the places along some of them matter.
+
+    labels:  with the axes only that they vary along
+    held:    the axes along which no channel may come to another place, as the heads of attention; if none, channels
+             may move along one axis only, since two operands that are laid out in the same way meet
+    single:  is there one value of something else for each place along `held`? Then all places lose equally many.
+    """
+
+    labels: Tensor
+    node: str
+    where: str
+    held: tuple[int, ...] = ()
+    single: bool = False
 
 
 @dataclass(frozen=True)
@@ -176,6 +199,7 @@ class Provenance:
     made: Mapping[str, bool] = field(default_factory=dict)  # node that makes a constant as wide as others -> not zero?
     views: frozenset[str] = frozenset()  # nodes that are views of raw parameters, not activations
     contractions: tuple[Contraction, ...] = ()
+    grids: tuple[Grid, ...] = ()
     bonds: tuple[Bond, ...] = ()  # empty unless whole blocks may leave
     whole: Tensor | None = None  # labels of the blocks that leave whole
     untouched: tuple[Untouched, ...] = ()

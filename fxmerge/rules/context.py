@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from fxmerge.errors import source_line
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.labels import FIXED, numbers, rows, simplify, spread, thin, varying
 from fxmerge.ir.layer_ops import LayerOp
-from fxmerge.ir.provenance import Block, Bond, Contraction, Lab, Layer, Param, Pin, Tie
+from fxmerge.ir.provenance import Block, Bond, Contraction, Grid, Lab, Layer, Param, Pin, Tie
 from fxmerge.rules.facts import FactsBuilder, pins_of
 from fxmerge.rules.rule import Operand, Unknown
 
@@ -100,6 +101,7 @@ class RuleContext:
 
     def tie(self, left: Tensor, right: Tensor) -> None:
         """These labels are dropped together or not at all, position by position. A label that meets FIXED is pinned."""
+        self._laid_out_alike(left, right)
         ties, pins = self._tied(left, right)
         self._facts.ties += ties
         self._facts.pins += pins
@@ -164,9 +166,30 @@ class RuleContext:
             axes = {a + offset for a in varying(labels) if a + offset >= 0 and shape[a + offset] > 1}
             self._facts.wanted.setdefault(node.name, set()).update(axes)
 
-    def block(self, rows: Tensor) -> None:
-        """Each of these rows, (blocks, size), loses equally many channels."""
-        self._facts.blocks.append(Block(rows, self._node.name))
+    def block(self, rows: Tensor, outer: tuple[int, ...] = ()) -> None:
+        """Each of these rows, (blocks, size), loses equally many channels. outer: see `ir.Block`."""
+        self._facts.blocks.append(Block(rows, self._node.name, source_line(self._node), outer))
+
+    def hold_places(self, labels: Tensor, held: Collection[int], *, single: bool) -> None:
+        """No channel may come to another place along the `held` axes, whatever leaves along the others.
+
+        single: is there one value of something else for each place along `held`? Then all places lose equally many.
+        """
+        axes = varying(labels)
+        inside = tuple(at for at, axis in enumerate(axes) if axis in held)
+        if inside and len(inside) < len(axes):
+            self._grid(labels, inside, single)
+
+    def _laid_out_alike(self, *operands: Tensor) -> None:
+        """Operands that meet position by position are packed along the same axis when channels leave."""
+        if all(len(varying(t)) > 1 for t in operands) and operands[0] is not operands[-1]:
+            for t in operands:
+                self._grid(t, (), False)
+
+    def _grid(self, labels: Tensor, held: tuple[int, ...], single: bool) -> None:
+        axes = varying(labels)
+        small = labels[tuple(slice(None) if axis in axes else 0 for axis in range(labels.dim()))]
+        self._facts.grids.append(Grid(small, self._node.name, source_line(self._node), held, single))
 
     def bond(
         self,
@@ -197,6 +220,7 @@ class RuleContext:
         """
         alone = [axis for axis in varying(a) if b.size(axis) == 1]
         if self.whole and alone and varying(a)[-1] not in alone:
+            self._laid_out_alike(a, b)
             self.bond(rows(a, alone), held=b, ties=(a, b))
         else:
             self.tie(a, b)
@@ -222,8 +246,13 @@ class RuleContext:
         self.bond(torch.cat([number.reshape(-1, 1), inside], 1))
         return True
 
-    def mix(self, labels: Tensor) -> None:
-        """Each of these channels changes with the others, as in a LayerNorm: dropping one is not exact for the rest."""
+    def mix(self, labels: Tensor, axes: Collection[int] | None = None) -> None:
+        """Each of these channels changes with the others, as in a LayerNorm: dropping one is not exact for the rest.
+
+        axes: those that the op mixes along; the channels keep their places along the others
+        """
+        if axes is not None:
+            self.hold_places(labels, set(varying(labels)) - set(axes), single=False)
         self._facts.mixers.append((self._node.name, numbers(labels)))
 
     def layer(

@@ -86,6 +86,7 @@ def reduced(ctx: RuleContext, x: Lab, dim: Dims, keepdim: bool, shape: tuple[int
     labels = x.t
     if axes & set(held) and held[-1] in axes:  # over the channels inside blocks, or over all channels
         ctx.mix(x.t)
+        ctx.hold_places(x.t, blocks, single=True)
         if not blocks or not ctx.whole:
             return Lab(fixed(shape))
         sizes = [s if axis in blocks else 1 for axis, s in enumerate(x.t.shape)]
@@ -142,7 +143,7 @@ def softmax_rule(
     if not isinstance(x, Lab) or dim is None:
         return Unknown("does not say its axis")
     if dim % x.t.dim() in varying(x.t):
-        ctx.mix(x.t)
+        ctx.mix(x.t, {dim % x.t.dim()})
     return x
 
 

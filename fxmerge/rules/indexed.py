@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import operator
 
-import torch
 from torch import Tensor
 
 from fxmerge.ir.labels import fixed, holds, simplify, varying

@@ -53,6 +53,7 @@ SPELLINGS: dict[str, tuple[Any, ...]] = {
     "unfold": (nn.Unfold, F.unfold, "unfold", Aten("im2col")),
 }
 INDEXING = ("getitem", "index", "index_select", "gather")  # tensor operands after the first are indices, not labels
+CHOOSING = ("getitem", "select", "unbind", "chunk", "split")  # may take one place along an axis
 # label tensors are seldom contiguous, as a view requires
 _COPYING: dict[Any, Any] = {
     "view": "reshape",
@@ -107,6 +108,8 @@ def execute(ctx: RuleContext, *args: Operand, **kwargs: Operand) -> Answer:
 
     result = tree(as_value, tuple(out) if isinstance(out, (list, tuple)) else out)
     before = max((len(varying(t)) for t in leaves(plain_args) if isinstance(t, Tensor)), default=0)
+    if ctx.rule_name in CHOOSING and isinstance(args[0], Lab) and len(varying(args[0].t)) > 1:
+        _hold_chosen(ctx, args[0].t, plain_args, plain_kwargs)
     for value in leaves(result):
         if isinstance(value, Lab) and len(varying(value.t)) > max(before, 1) and ctx.rule_name != "stack":
             _block(ctx, value.t)  # a channel axis became (blocks, size): what is kept must stay a rectangle
@@ -189,11 +192,22 @@ def _block(ctx: RuleContext, labels: Tensor) -> None:
     """Record the rows of labels that vary along several axes, if each row is made of channels of its own."""
     axes = varying(labels)
     rows = labels[tuple(slice(None) if a in axes else 0 for a in range(labels.dim()))]
+    outer = tuple(rows.shape[:-1])
     rows = rows.reshape(-1, rows.size(-1))
     if bool((rows[1:] == rows[0]).all(1).any()):  # the same block several times, once for each sample
         rows = torch.unique(rows, dim=0)
+        outer = (len(rows),)
     if torch.unique(rows).numel() == rows.numel() and not bool((rows == FIXED).any()):
-        ctx.block(rows)
+        ctx.block(rows, outer)
+
+
+def _hold_chosen(ctx: RuleContext, x: Tensor, args: list[Any], kwargs: dict[str, Any]) -> None:
+    """x[..., 0] takes one place along an axis of channels: they may not move along it."""
+    for axis in varying(x):
+        place = spread(torch.arange(x.size(axis)), x.shape, axis)
+        taken = [t for t in leaves(run(ctx.target, [place, *args[1:]], kwargs)) if isinstance(t, Tensor)]
+        if taken and all(t.numel() and not varying(simplify(t)) for t in taken):
+            ctx.hold_places(x, {axis}, single=True)
 
 
 def _beside(ctx: RuleContext, tensors: list[Tensor], axis: int) -> bool:
@@ -209,7 +223,7 @@ def _beside(ctx: RuleContext, tensors: list[Tensor], axis: int) -> bool:
     if any(bool((r == FIXED).any()) or torch.unique(r).numel() < r.numel() for r in inside):
         return False
     for part in inside:
-        ctx.block(part)
+        ctx.block(part, tuple(tensors[0].size(a) for a in blocks))
     ctx.bond(torch.cat(inside, 1))
     return True
 

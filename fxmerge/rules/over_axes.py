@@ -16,7 +16,7 @@ from torch import Tensor
 from fxmerge.ir.labels import along, varying, without
 from fxmerge.ir.provenance import Lab
 from fxmerge.rules.context import RuleContext, resized
-from fxmerge.rules.elementwise import reduction_rule, reduced
+from fxmerge.rules.elementwise import reduced, reduction_rule
 from fxmerge.rules.movement import execute
 from fxmerge.rules.rule import Answer, Operand, Rule, Unknown
 

@@ -89,10 +89,7 @@ ROWS: tuple[Rule, ...] = (
     unary("sigmoid", nn.Sigmoid, F.sigmoid),
     unary("tanh", nn.Tanh, F.tanh),
     *(unary(*names.split("=")) for names in
-      """exp exp2 expm1 log log2 log10 log1p sqrt rsqrt reciprocal square sin cos tan asin=arcsin acos=arccos
-      atan=arctan sinh cosh asinh=arcsinh acosh=arccosh atanh=arctanh sinc erf erfc erfinv lgamma digamma i0 logit
-      round floor ceil trunc=fix frac sign sgn signbit isnan isinf isfinite isposinf isneginf angle
-      logical_not""".split()),
+      ["exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sqrt", "rsqrt", "reciprocal", "square", "sin", "cos", "tan", "asin=arcsin", "acos=arccos", "atan=arctan", "sinh", "cosh", "asinh=arcsinh", "acosh=arccosh", "atanh=arctanh", "sinc", "erf", "erfc", "erfinv", "lgamma", "digamma", "i0", "logit", "round", "floor", "ceil", "trunc=fix", "frac", "sign", "sgn", "signbit", "isnan", "isinf", "isfinite", "isposinf", "isneginf", "angle", "logical_not"]),
     unary("bitwise_not", operator.invert),
     Rule("clamp", "per_channel", clamp,
          (torch.clamp, torch.clamp_, torch.clip, torch.clip_, "clamp", "clamp_", "clip", "clip_")),
