@@ -14,6 +14,7 @@ from torch.fx._symbolic_trace import _assert_is_none
 from fxmerge.capture.expand_modules import expansion_of
 from fxmerge.capture.torch_export import export
 from fxmerge.errors import FxMergeError, first_line, of_user
+from fxmerge.graph.odd_names import writable
 from fxmerge.rules.lookup import rule_of
 
 
@@ -125,7 +126,8 @@ def symbolic(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     parameters = inspect.signature(model.forward).parameters
     given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
     left_out = {k: p.default for k, p in parameters.items() if k not in given and p.default is not p.empty}
-    return fx.GraphModule(model, Tracer().trace(model, concrete_args=left_out or None), type(model).__name__)
+    graph = writable(Tracer().trace(model, concrete_args=left_out or None))
+    return fx.GraphModule(model, graph, type(model).__name__)
 
 
 _ARGUMENT_CHECKS = (_assert_is_none, torch._assert)  # torch.fx's checks that arguments left out stay left out
