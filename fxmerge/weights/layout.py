@@ -1,9 +1,10 @@
-"""The layout of a layer's weight: its input columns, and the sizes that a module keeps of it."""
+"""The layout of a layer's weight: its input columns, the sizes that a module keeps of it, and the memory format."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fxmerge.ir.provenance import Layer
@@ -53,3 +54,20 @@ def resize(owner: nn.Module, sized: Tensor, groups: int, transposed: bool) -> No
         held["out_channels"] = sized.size(out) * (groups if transposed else 1)
     if hasattr(owner, "normalized_shape"):
         held["normalized_shape"] = tuple(sized.shape)
+
+
+MEMORY_FORMATS = {"channels_last": torch.channels_last, "channels_last_3d": torch.channels_last_3d}
+_OF_DIMS = {4: "channels_last", 5: "channels_last_3d"}
+
+
+def memory_format(value: Tensor) -> str:
+    """The entry of MEMORY_FORMATS that a tensor is stored in; "" if it is contiguous as well, or is neither."""
+    name = _OF_DIMS.get(value.dim(), "")
+    strided = value.layout == torch.strided and not value.is_contiguous()
+    return name if name and strided and value.is_contiguous(memory_format=MEMORY_FORMATS[name]) else ""
+
+
+def memory_formats(module: nn.Module) -> dict[str, str]:
+    """{tensor of the state_dict: its `memory_format`}, without those that have none."""
+    found = {name: memory_format(value) for name, value in module.state_dict().items()}
+    return {name: form for name, form in found.items() if form}

@@ -18,6 +18,8 @@ from fxmerge.export.source.containers import (
     reached,
 )
 from fxmerge.export.source.names import literal
+from fxmerge.weights.disk_tensor import DiskTensor
+from fxmerge.weights.layout import MEMORY_FORMATS, memory_format
 
 
 class Init:
@@ -37,9 +39,22 @@ class Init:
         """The lines that change what was created as a whole: its dtype, its memory format, its frozen parameters."""
         if self._whole is not None:
             yield f"self.to({literal(self._whole)})"
+        yield from self._formats()
         for path, value in self.root.named_parameters():
             if not value.requires_grad and _is_float(value) and id(value) not in self.frozen:
                 yield f"{reached('self', self.root, path)}.requires_grad_(False)"
+
+    def _formats(self) -> Iterator[str]:
+        """The lines that store tensors as channels_last: the whole model where all may be, or else one by one."""
+        tensors = {k: v for k, v in self.root.state_dict(keep_vars=True).items() if not isinstance(v, DiskTensor)}
+        for name, memory in MEMORY_FORMATS.items():
+            these = [path for path, value in tensors.items() if memory_format(value) == name]
+            dims = tensors[these[0]].dim() if these else 0
+            if these and all(v.is_contiguous(memory_format=memory) for v in tensors.values() if v.dim() == dims):
+                yield f"self.to(memory_format=torch.{name})"
+                continue
+            for place in (reached("self", self.root, path) for path in these):
+                yield f"{place}.data = {place}.data.to(memory_format=torch.{name})"
 
     @property
     def _whole(self) -> torch.dtype | None:
