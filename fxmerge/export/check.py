@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -24,14 +24,31 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]  # the positional and keyword argu
 Values = list[Tensor]
 
 
-def run(module: Callable[..., Any], call: Call) -> Values:
-    """All tensors that a model returns, in order, in evaluation mode."""
+def run(module: Callable[..., Any], call: Call, seed: int = 0) -> Values:
+    """All tensors that a model returns, in order, in evaluation mode. Its buffers are restored."""
     args, kwargs = call
     modules = [module] if isinstance(module, nn.Module) else []
-    with evaluating(*modules), torch.no_grad(), reproducible():
+    with evaluating(*modules), _buffers_kept(*modules), torch.no_grad(), reproducible():
+        torch.default_generator.manual_seed(seed)
         out = module(*fresh(list(args)), **fresh(dict(kwargs)))
     foreign(out)
     return [leaf.detach() for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
+
+
+@contextlib.contextmanager
+def _buffers_kept(*modules: nn.Module) -> Iterator[None]:
+    """Restores the buffers that a run writes, such as counters and caches."""
+    owners = [owner for module in modules for owner in module.modules()]
+    held = [(o, name, value) for o in owners for name, value in o._buffers.items() if value is not None]
+    before = [(value, value._version, value.detach().clone()) for _, _, value in held]
+    try:
+        yield
+    finally:
+        for owner, name, value in held:
+            owner._buffers[name] = value
+        for value, version, copied in before:
+            if value._version != version:
+                value.copy_(copied)
 
 
 class Expected:
@@ -62,16 +79,28 @@ class Expected:
         """
         return max(difference(values, run(given, call)) / bound(values) for call, values in self.calls[:calls])
 
-    def confirm(self, given: Callable[..., Any], what: str) -> None:
-        """Raises FxMergeError, naming `what`, if a model does not run or does not return what the merged model does."""
-        try:
-            error = self.error(given)
-        except Exception as raised:
-            raise FxMergeError(f"{what} does not run: {type(raised).__name__}: {first_line(raised)}") from raised
-        if error > 1:
-            raise FxMergeError(
-                f"{what} does not return what result.module returns; nothing was written. Please report this model"
-            )
+    def confirm(self, given: Callable[..., Any], what: str, slack: float = 0.0) -> None:
+        """Raises FxMergeError, naming `what`, if a model does not run or does not return what the merged model does.
+
+        slack: a relative error that is accepted too, for a model that another library runs. Integers are then not
+            compared, since an index among equal values may differ.
+        """
+        for call, values in self.calls:
+            try:
+                found = run(given, call)
+            except Exception as raised:
+                raise FxMergeError(f"{what} does not run: {type(raised).__name__}: {first_line(raised)}") from raised
+            error = difference(values, found, integers=not slack)
+            if not error <= max(bound(values), slack):
+                raise FxMergeError(
+                    f"{what} does not return what result.module returns (relative error {error:.2g}), so it is not "
+                    "written; please report this model"
+                )
+
+    def is_random(self, module: nn.Module) -> bool:
+        """Whether the merged model returns other values for another seed."""
+        call, values = self.calls[0]
+        return difference(values, run(module, call, seed=1)) > bound(values)
 
 
 def bound(values: Values) -> float:
@@ -79,20 +108,21 @@ def bound(values: Values) -> float:
     return max((_CLOSE.get(t.dtype, 1e-5) for t in values), default=1e-5)
 
 
-def difference(one: Values, other: Values) -> float:
+def difference(one: Values, other: Values, integers: bool = True) -> float:
     """The largest relative error of any tensor; infinite where shapes or dtypes differ, or other values are not finite.
 
-    Of integers, it is the share of values that differ.
+    integers: whether to compare integers too; their error is the share of values that differ
     """
     if [(t.shape, t.dtype) for t in one] != [(t.shape, t.dtype) for t in other]:
         return float("inf")
     scale = max((_size(t) / max(t.numel(), 1) ** 0.5 for t in one), default=0.0)
-    return max((_error(a, b, scale) for a, b in zip(one, other, strict=True)), default=0.0)
+    pairs = [(a, b) for a, b in zip(one, other, strict=True) if integers or _is_float(a)]
+    return max((_error(a, b, scale) for a, b in pairs), default=0.0)
 
 
 def _error(one: Tensor, other: Tensor, scale: float) -> float:
     other = other.to(one.device)
-    if not (one.is_floating_point() or one.is_complex()):
+    if not _is_float(one):
         return float((one != other).double().mean()) if one.numel() else 0.0
     one, other = _double(one), _double(other)
     odd = ~torch.isfinite(one)
@@ -107,10 +137,14 @@ def _error(one: Tensor, other: Tensor, scale: float) -> float:
 
 def _size(value: Tensor) -> float:
     """The norm of a tensor's finite values; 0 for integers."""
-    if not (value.is_floating_point() or value.is_complex()):
+    if not _is_float(value):
         return 0.0
     value = _double(value)
     return float(value[torch.isfinite(value)].abs().square().sum().sqrt())
+
+
+def _is_float(value: Tensor) -> bool:
+    return value.is_floating_point() or value.is_complex()
 
 
 def _double(value: Tensor) -> Tensor:

@@ -39,14 +39,21 @@ from fxmerge.weights.layout import memory_formats
 VERSION = 1
 MODEL, WEIGHTS, PLAN = "model.py", "weights.safetensors", "plan.json"
 REPORTS = {"report.txt": Report.text, "report.json": Report.json, "report.html": Report.html}
+_FILES = (".onnx", ".pt2", ".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 _KEY = "fxmerge_folder"
 
 
 def save(folder: Path, report: Report) -> None:
     """Write the folder of a merge. The write is atomic: if it fails, an existing folder is unchanged.
 
-    Raises FxMergeError if the folder holds other files or if its path is that of a file.
+    Raises FxMergeError if the folder holds other files, if its path is that of a file or looks like one, and if the
+    loaded model does not return what the merged model does.
     """
+    if folder.suffix.lower() in _FILES and not folder.is_dir():
+        raise FxMergeError(
+            f"{folder} looks like a file, and result.save writes a folder; give a folder's name, or write a file with "
+            "result.to_onnx or result.save_program"
+        )
     captured, module, plan, grouping = report.captured, report.module, report.plan, report.grouping
     alive = survivors(grouping, planned(grouping.everything, plan))
     expected = Expected(captured, module)

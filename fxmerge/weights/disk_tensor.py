@@ -254,6 +254,24 @@ def has_disk_tensors(model: torch.nn.Module) -> bool:
     return any(isinstance(value, DiskTensor) for value in model.parameters())
 
 
+def unreadable(path: Path, error: Exception) -> FxMergeError:
+    """The error for a file that is not a safetensors file. For a file of torch.save, it says how to convert it."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(2)
+    except OSError:
+        start = b""
+    if start != b"PK" and start[:1] != b"\x80":  # a zip archive, or a pickle
+        return FxMergeError(f"cannot read weights from {path}: {error}")
+    made = str(path.with_suffix(".safetensors"))
+    return FxMergeError(
+        f"{path} is a pickle written by torch.save, not a safetensors file; fxmerge reads no pickles, as reading one can "
+        "run code. Convert its state_dict once:\n"
+        "    import torch; from safetensors.torch import save_file\n"
+        f"    save_file({{k: v.clone() for k, v in torch.load({str(path)!r}, weights_only=True).items()}}, {made!r})"
+    )
+
+
 def regions(path: Path) -> dict[str, FileRegion]:
     """The region of each tensor of a safetensors file, by name. Raises FxMergeError if the file cannot be read."""
     try:
@@ -264,7 +282,7 @@ def regions(path: Path) -> dict[str, FileRegion]:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
     except (OSError, SafetensorError, ValueError) as error:
-        raise FxMergeError(f"cannot read weights from {path}: {error}") from error
+        raise unreadable(path, error) from error
     header.pop("__metadata__", None)
     strange = sorted({e["dtype"] for e in header.values()} - set(DTYPES))
     if strange:
