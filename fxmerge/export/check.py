@@ -28,7 +28,7 @@ def run(module: Callable[..., Any], call: Call, seed: int = 0) -> Values:
     """All tensors that a model returns, in order, in evaluation mode. Its buffers are restored."""
     args, kwargs = call
     modules = [module] if isinstance(module, nn.Module) else []
-    with evaluating(*modules), _buffers_kept(*modules), torch.no_grad(), reproducible():
+    with torch.no_grad(), evaluating(*modules), _buffers_kept(*modules), reproducible():
         torch.default_generator.manual_seed(seed)
         out = module(*fresh(list(args)), **fresh(dict(kwargs)))
     foreign(out)
@@ -38,14 +38,14 @@ def run(module: Callable[..., Any], call: Call, seed: int = 0) -> Values:
 @contextlib.contextmanager
 def _buffers_kept(*modules: nn.Module) -> Iterator[None]:
     """Restores the buffers that a run writes, such as counters and caches."""
-    owners = [owner for module in modules for owner in module.modules()]
-    held = [(o, name, value) for o in owners for name, value in o._buffers.items() if value is not None]
-    before = [(value, value._version, value.detach().clone()) for _, _, value in held]
+    held = [(owner._buffers, dict(owner._buffers)) for module in modules for owner in module.modules()]
+    values = [value for _, buffers in held for value in buffers.values() if value is not None]
+    before = [(value, value._version, value.detach().clone()) for value in values]
     try:
         yield
     finally:
-        for owner, name, value in held:
-            owner._buffers[name] = value
+        for own, buffers in held:
+            own.update(buffers)
         for value, version, copied in before:
             if value._version != version:
                 value.copy_(copied)
