@@ -175,5 +175,7 @@ def test_compile_takes_the_options_of_a_merge() -> None:
     torch.testing.assert_close(calibrated(x), fxmerge.merge(model, x, calibration=batches).module(x))
     with pytest.raises(FxMergeError, match=r"ratio is 2; it is the share"):
         fxmerge.compile(model, x, ratio=2)
-    with pytest.raises(FxMergeError, match=r"unknown argument 'refti'; the options .* refit,.* torch.compile are .*mode"):
+    with pytest.raises(
+        FxMergeError, match=r"unknown argument 'refti'; the options .* refit,.* torch.compile are .*mode"
+    ):
         fxmerge.compile(model, x, refti="none")

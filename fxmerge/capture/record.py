@@ -287,8 +287,7 @@ class _Recording(TorchFunctionMode):
         self._assign(result, out)
         inside = tuple(n.name for n in made.values())
         if path in self.parts:
-            first = self.parts[path]
-            self.parts[path] = replace(first, again=(*first.again, inside))
+            self.parts[path] = replace(self.parts[path], again=(*self.parts[path].again, inside))
         else:
             self.parts[path] = Part(
                 path=path,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fxmerge.errors import FxMergeError
 from fxmerge.export import program, save
 from fxmerge.weights import on_disk as stored_models
-from fxmerge.weights.disk_tensor import unreadable
+from fxmerge.weights.unreadable import unreadable
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram

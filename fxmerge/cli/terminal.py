@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _HANDLER = "fxmerge.plain"
-_SIGNS = {"…": ".", "–": "-", "—": "-", "−": "-", "•": "*", "·": ".", "×": "x", "→": ">", "‘": "'", "’": "'"}
+_SIGNS = {  # a word in the name of a character -> a similar one
+    "DASH": "-", "MINUS": "-", "BULLET": "*", "DOT": ".", "MULTIPLICATION": "x", "RIGHTWARDS ARROW": ">", "QUOTATION": "'",
+}  # fmt: skip
 
 
 @contextmanager
@@ -41,4 +43,6 @@ def _ascii(letter: str) -> str:
             return "+" if across else "|"
         return "+" if across and down else "-" if across else "|"
     plain = unicodedata.normalize("NFKD", letter)[:1]
-    return _SIGNS.get(letter, plain if plain.isascii() and plain.isprintable() else "?")
+    if plain.isascii() and plain.isprintable():
+        return plain
+    return next((sign for word, sign in _SIGNS.items() if word in name), "?")

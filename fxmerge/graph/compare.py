@@ -31,7 +31,9 @@ def difference(one: list[Tensor], other: list[Tensor]) -> float:
     """|one - other| / |one| over all tensors together; infinite where shapes differ or values are not finite."""
     if [t.shape for t in one] != [t.shape for t in other]:
         return float("inf")
-    apart = sum(float((a.detach().double() - b.detach().double()).square().sum()) for a, b in zip(one, other, strict=True))
+    apart = sum(
+        float((a.detach().double() - b.detach().double()).square().sum()) for a, b in zip(one, other, strict=True)
+    )
     whole = sum(float(a.detach().double().square().sum()) for a in one)
     found = (apart / max(whole, 1e-300)) ** 0.5
     return found if found == found else float("inf")

@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fxmerge.errors import FxMergeError
+from fxmerge.weights.unreadable import unreadable
 
 SMALL = 2**16  # bytes; smaller tensors are held in memory
 DTYPES: dict[str, torch.dtype] = {  # the names of types in safetensors files
@@ -252,24 +253,6 @@ def raw(value: Tensor) -> Any:
 def has_disk_tensors(model: torch.nn.Module) -> bool:
     """Returns whether any parameter of a module is on disk."""
     return any(isinstance(value, DiskTensor) for value in model.parameters())
-
-
-def unreadable(path: Path, error: Exception) -> FxMergeError:
-    """The error for a file that is not a safetensors file. For a file of torch.save, it says how to convert it."""
-    try:
-        with path.open("rb") as file:
-            start = file.read(2)
-    except OSError:
-        start = b""
-    if start != b"PK" and start[:1] != b"\x80":  # a zip archive, or a pickle
-        return FxMergeError(f"cannot read weights from {path}: {error}")
-    made = str(path.with_suffix(".safetensors"))
-    return FxMergeError(
-        f"{path} is a pickle written by torch.save, not a safetensors file; fxmerge reads no pickles, as reading one can "
-        "run code. Convert its state_dict once:\n"
-        "    import torch; from safetensors.torch import save_file\n"
-        f"    save_file({{k: v.clone() for k, v in torch.load({str(path)!r}, weights_only=True).items()}}, {made!r})"
-    )
 
 
 def regions(path: Path) -> dict[str, FileRegion]:

@@ -25,7 +25,9 @@ class Functional(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.w = nn.ParameterList([nn.Parameter(0.3 * torch.randn(12, 3, 3, 3)), nn.Parameter(0.3 * torch.randn(8, 12))])
+        self.w = nn.ParameterList(
+            [nn.Parameter(0.3 * torch.randn(12, 3, 3, 3)), nn.Parameter(0.3 * torch.randn(8, 12))]
+        )
         self.head = nn.Linear(8, 4)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -116,9 +118,13 @@ def test_code_that_is_right_on_the_example_only(tmp_path: Path, monkeypatch: pyt
         name = head.split("def forward(self, ")[1].split(")")[0]
         head = head.replace("    def forward(", "    def _forward(")
         return (
-            f"{head}return self.{call}\n\n    def forward(self, x):\n"
-            f"        return self._forward(x) + 0.1 * (x.flatten()[0] - {first})\n{rest}"
-        ) if name else ""
+            (
+                f"{head}return self.{call}\n\n    def forward(self, x):\n"
+                f"        return self._forward(x) + 0.1 * (x.flatten()[0] - {first})\n{rest}"
+            )
+            if name
+            else ""
+        )
 
     monkeypatch.setattr(save, "source", special)
     result.save(tmp_path / "o")
@@ -146,7 +152,9 @@ def test_programs_that_are_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             result.to_onnx(tmp_path / "m.onnx")
     with monkeypatch.context() as patch:
         patch.setattr(torch.export, "save", lambda program, file: save_program(bad, file))
-        with pytest.raises(FxMergeError, match=r"the program in \S*m.pt2 does not return what .*, so it is not written"):
+        with pytest.raises(
+            FxMergeError, match=r"the program in \S*m.pt2 does not return what .*, so it is not written"
+        ):
             result.save_program(tmp_path / "m.pt2")
     assert [(f.name, f.read_bytes()) for f in tmp_path.iterdir()] == [("m.pt2", b"old")]
     assert torch.export.export is export

@@ -95,7 +95,9 @@ TAKEN: dict[str, Callable[[], nn.Module]] = {
     "a scale of each channel": lambda: Net(lambda m, x: x * (1 + m.g), same, g=p(16)),
     "an exponential of each channel": lambda: Net(lambda m, x: x * m.g.exp() + m.h.neg(), same, g=p(16), h=p(16)),
     "rows times a column": lambda: Net(lambda m, x: F.linear(x, m.w * m.g), same, w=p(16, 16), g=p(16, 1)),
-    "rows times a row": lambda: Net(lambda m, x: F.linear(x, m.w.tanh(), m.c + m.d), same, w=p(16, 16), c=p(16), d=p(16)),
+    "rows times a row": lambda: Net(
+        lambda m, x: F.linear(x, m.w.tanh(), m.c + m.d), same, w=p(16, 16), c=p(16), d=p(16)
+    ),
     "a standardised scale": lambda: Net(same, lambda m, y: y * standardised(m.w).pow(2).sum(1), w=p(3, 5)),
     "weight_norm": lambda: normed(parametrizations.weight_norm),
     "weight_norm by hooks": lambda: normed(torch.nn.utils.weight_norm),
