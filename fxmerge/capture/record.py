@@ -25,6 +25,7 @@ from fxmerge.capture.frozen import checks
 from fxmerge.capture.hooks import hooked, overridden
 from fxmerge.capture.symbolic import symbolic, user_line, without_rule
 from fxmerge.graph.nested import leaves, tree
+from fxmerge.graph.odd_names import writable
 from fxmerge.graph.ops import HARMLESS, PLAIN, held_tensors, node_call, tensors
 from fxmerge.ir.capture import Part, Recorded
 from fxmerge.rules.lookup import rule_of_module
@@ -94,7 +95,7 @@ class _Recording(TorchFunctionMode):
         self._unvisited()
         held = {n.name: f"is used by {path or 'the model'}, which {self.doubtful[path]}"
                 for path, nodes in self.seen.items() if path in self.doubtful for n in nodes}  # fmt: skip
-        module = fx.GraphModule(self.model, self.graph, type(self.model).__name__)
+        module = fx.GraphModule(self.model, writable(self.graph), type(self.model).__name__)
         for number in range(self.constants):
             delattr(self.model, f"_recorded_{number}")
         self.graph.lint()
@@ -294,8 +295,7 @@ class _Recording(TorchFunctionMode):
         self._assign(result, out)
         inside = tuple(n.name for n in made.values())
         if path in self.parts:
-            first = self.parts[path]
-            self.parts[path] = replace(first, again=(*first.again, inside))
+            self.parts[path] = replace(self.parts[path], again=(*self.parts[path].again, inside))
         else:
             self.parts[path] = Part(
                 path=path,

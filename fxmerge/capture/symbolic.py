@@ -16,6 +16,7 @@ from fxmerge.capture.frozen import Check, restored
 from fxmerge.capture.hooks import hooked, overridden, traced_call, without_hooks
 from fxmerge.capture.torch_export import export
 from fxmerge.errors import FxMergeError, first_line, of_user
+from fxmerge.graph.odd_names import writable
 from fxmerge.rules.lookup import rule_of
 
 
@@ -140,7 +141,7 @@ def symbolic(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
     left_out = {k: p.default for k, p in parameters.items() if k not in given and p.default is not p.empty}
     tracer, before = Tracer(), [(m, dict(vars(m))) for m in model.modules()]
-    graph = tracer.trace(model, concrete_args=left_out or None)
+    graph = writable(tracer.trace(model, concrete_args=left_out or None))
     for module, fields in before:  # what forward assigned while it was traced is no value that the graph can fetch
         for name, value in list(vars(module).items()):
             if isinstance(value, fx.Proxy):

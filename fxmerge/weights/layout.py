@@ -1,4 +1,4 @@
-"""The layout of a layer's weight: its input columns, and the sizes that a module keeps of it."""
+"""The layout of a layer's weight: its input columns, the sizes that a module keeps of it, and the memory format."""
 
 from __future__ import annotations
 
