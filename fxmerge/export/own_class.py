@@ -24,7 +24,7 @@ from fxmerge.ir.capture import Capture
 from fxmerge.ir.provenance import Provenance
 from fxmerge.weights.copy import deep_copy
 from fxmerge.weights.disk_tensor import beside
-from fxmerge.weights.layout import resize
+from fxmerge.weights.layout import resize, resize_recurrent
 
 _TRIALS = 64  # choices of attributes that are tried, at most
 _CONSTANT = (
@@ -115,6 +115,8 @@ def narrowed(model: nn.Module, tensors: Mapping[str, Tensor], fit: Fit) -> nn.Mo
         if isinstance(module, nn.MultiheadAttention):
             module.embed_dim = module.out_proj.in_features
             module.head_dim = module.embed_dim // module.num_heads
+        elif isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+            resize_recurrent(module)
     return copied
 
 

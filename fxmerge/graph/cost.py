@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 
 from fxmerge.graph.eval_mode import evaluating
+from fxmerge.graph.flop_counter import flop_counter
 from fxmerge.graph.nested import fresh
 
 
@@ -37,9 +38,7 @@ def cost(module: fx.GraphModule, inputs: Sequence[Any]) -> Cost:
 
 def flops_by_node(module: fx.GraphModule, inputs: Sequence[Any]) -> dict[str, int]:
     """The FLOPs of each node, by its name, given the values of the graph's placeholders."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    counter = FlopCounterMode(display=False)
+    counter = flop_counter()
     flops: dict[str, int] = {}
 
     class Counting(fx.Interpreter):
@@ -58,9 +57,7 @@ def flops_by_node(module: fx.GraphModule, inputs: Sequence[Any]) -> dict[str, in
 
 def call_cost(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Cost:
     """The cost of one call of any module."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    counter = FlopCounterMode(display=False)
+    counter = flop_counter()
     with evaluating(module), torch.no_grad(), counter:
         module(*fresh(list(args)), **fresh(dict(kwargs)))
     counts = {name.partition(".")[2]: sum(found.values()) for name, found in counter.get_flop_counts().items()}

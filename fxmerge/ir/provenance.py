@@ -68,6 +68,7 @@ class Layer:
     reads:    labels of the input channels of a consumer, (groups, in/groups), or None
     writes:   labels of the output channels of a producer, (out,), or None
     carries:  labels of per-channel parameters, (C,) or shaped like a raw parameter, or None
+    inner:    does it read what its own node computes, as W_hh of a recurrent layer does?
     """
 
     node: str
@@ -80,6 +81,7 @@ class Layer:
     groups: int = 1
     transposed: bool = False
     eps: float = 0.0
+    inner: bool = False
 
     @property
     def op(self) -> str:
@@ -108,10 +110,14 @@ class Pin:
 
 @dataclass(frozen=True)
 class Block:
-    """Rows of labels, (blocks, size). All rows must lose equally many."""
+    """Rows of labels, (blocks, size). All rows must lose equally many.
+
+    leaves_whole: may a row leave as a whole (a head of attention), where whole blocks may leave?
+    """
 
     labels: Tensor
     node: str
+    leaves_whole: bool = True
 
 
 @dataclass(frozen=True)

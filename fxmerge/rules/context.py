@@ -164,9 +164,9 @@ class RuleContext:
             axes = {a + offset for a in varying(labels) if a + offset >= 0 and shape[a + offset] > 1}
             self._facts.wanted.setdefault(node.name, set()).update(axes)
 
-    def block(self, rows: Tensor) -> None:
-        """Each of these rows, (blocks, size), loses equally many channels."""
-        self._facts.blocks.append(Block(rows, self._node.name))
+    def block(self, rows: Tensor, *, leaves_whole: bool = True) -> None:
+        """Each of these rows, (blocks, size), loses equally many channels. See `ir.Block`."""
+        self._facts.blocks.append(Block(rows, self._node.name, leaves_whole))
 
     def bond(
         self,
@@ -237,6 +237,7 @@ class RuleContext:
         groups: int = 1,
         transposed: bool = False,
         eps: float = 0.0,
+        inner: bool = False,
     ) -> None:
         """Record a layer. params: slot ("weight", "bias") -> parameter, or None; the rest as in `ir.Layer`."""
         node = self._node
@@ -254,6 +255,7 @@ class RuleContext:
                 groups=groups,
                 transposed=transposed,
                 eps=eps,
+                inner=inner,
             )
         )
 
@@ -302,7 +304,10 @@ def resized(x: Lab, shape: Sequence[int]) -> Lab | Unknown:
 def layer_name(path: str) -> str:
     """What users call the layer of a parameter: its module, or the parameter itself."""
     owner, _, name = path.rpartition(".")
-    return owner if owner and name in ("weight", "bias") else path
+    return owner if owner and (name in ("weight", "bias") or name.startswith(_RECURRENT)) else path
+
+
+_RECURRENT = ("weight_ih", "weight_hh", "weight_hr", "bias_ih", "bias_hh")
 
 
 def call_name(node: fx.Node) -> str:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fxmerge.graph.ops import Aten
-from fxmerge.rules import binary, contractions, einsum, indexed, layers, movement, norms, over_axes, pointwise, unary
+from fxmerge.rules import binary, contractions, einsum, indexed, layers, movement, norms, over_axes, pointwise, recurrent, unary
 from fxmerge.rules.elementwise import (
     adds_nothing,
     extreme,
@@ -62,6 +62,8 @@ _ROWS: tuple[Rule, ...] = (
     Rule("embedding", "producer", layers.embedding, (Module(nn.Embedding, ("weight", "max_norm")), F.embedding)),
     Rule("embedding_bag", "producer", layers.embedding_bag,
          (Module(nn.EmbeddingBag, ("weight", "max_norm")), F.embedding_bag)),
+    # recurrent layers: producers that read themselves
+    *recurrent.ROWS,
     # contractions: the labels of both operands along the contracted axis are tied
     Rule("matmul", "contraction", contractions.matmul, (operator.matmul, torch.matmul, "matmul", torch.bmm, "bmm",
                                                           torch.mm, "mm")),
