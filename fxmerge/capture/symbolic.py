@@ -15,6 +15,7 @@ from fxmerge.capture.expand_modules import expansion_of
 from fxmerge.capture.torch_export import export
 from fxmerge.errors import FxMergeError, first_line, of_user
 from fxmerge.rules.lookup import rule_of
+from fxmerge.rules.recurrent import PACKING
 
 
 class Tracer(fx.Tracer):
@@ -25,7 +26,8 @@ class Tracer(fx.Tracer):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(autowrap_functions=PACKING)
+        self._autowrap_search.append(torch.nn.utils.rnn)
         self.expanded: set[nn.Module] = set()
         self.names: dict[int, str] = {}  # id of a parameter or buffer -> its first path
 
@@ -58,6 +60,7 @@ class Tracer(fx.Tracer):
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        args, kwargs = self.without_zero_state(m, args, kwargs)
         expansion = expansion_of(m)
         if expansion is not None:
             stack, last = dict(self.module_stack), len(self.graph.nodes)
@@ -71,6 +74,22 @@ class Tracer(fx.Tracer):
                 for node in list(reversed(self.graph.nodes))[: len(self.graph.nodes) - last]:
                     self.graph.erase_node(node)
         return super().call_module(m, forward, args, kwargs)
+
+
+    def without_zero_state(
+        self, m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a recurrent layer without an initial state of zeros, which the layer makes itself.
+
+        Such a tensor would be a constant of the graph, of the size of the example's batch.
+        """
+        given = kwargs.get("hx", args[1] if len(args) > 1 else None)
+        states = given if isinstance(given, (tuple, list)) else [given]
+        if isinstance(m, (nn.RNNBase, nn.RNNCellBase)) and all(
+            type(t) is Tensor and id(t) not in self.names and not bool(t.any()) for t in states
+        ):
+            return args[:1], {k: v for k, v in kwargs.items() if k != "hx"}
+        return args, kwargs
 
 
 def user_line() -> str:

@@ -1,9 +1,9 @@
 """Rules of recurrent layers: LSTM, GRU, RNN and their cells.
 
-A layer of a recurrent network with n hidden units has one row in `weight_ih` and in `weight_hh` for each unit and gate.
-The rows of all gates of a unit are tied to each other, and to the unit's column of `weight_hh`, by which the layer reads
-its own output. A module with several layers or directions has one hidden size, so all of them lose equally many units
-(a block with one row for each), but not the same ones.
+A layer with n hidden units has one row of `weight_ih` and of `weight_hh` for each unit and gate. The rows of all gates
+of a unit are tied to each other, and to the unit's column of `weight_hh`, by which the layer reads its own output. A
+module with several layers or directions has one hidden size, so all of them lose equally many units (a block with one
+row for each), but not the same ones.
 
 With a projection, h = W_hr (o tanh(c)): W_hr reads the hidden units and writes the channels of h.
 """
@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_s
 from fxmerge.graph.nested import leaves
 from fxmerge.graph.ops import Aten
 from fxmerge.ir.labels import simplify, spread, varying
-from fxmerge.ir.provenance import Lab, Param, View
+from fxmerge.ir.provenance import Lab, Layer, Param, View
 from fxmerge.rules.context import RuleContext
 from fxmerge.rules.rule import Answer, Module, Operand, Rule, Unknown
 
@@ -146,9 +146,7 @@ def _step(
     begun = any(isinstance(leaf, Lab) and not isinstance(leaf, View) for leaf in leaves([hx]))
     units = _layer(ctx, op, weights[0], ctx.along(x, x.t.dim() - 1), inner=False, recurs=not begun)
     last = x.t.dim() - 1
-    hidden, cell = (
-        Lab(spread(labels, (*x.t.shape[:-1], len(labels)), last)) for labels in (units.hidden, units.cell)
-    )
+    hidden, cell = (Lab(spread(labels, (*x.t.shape[:-1], len(labels)), last)) for labels in (units.hidden, units.cell))
     refused = _begin(ctx, hx, [hidden, cell])
     return (hidden, cell) if refused is None else refused
 
@@ -196,9 +194,7 @@ def _projects(given: Sequence[Operand], own: int) -> bool:
     return isinstance(hr, Param) and isinstance(first, Param) and hr.value.size(0) != first.value.size(0)
 
 
-def _layer(
-    ctx: RuleContext, op: str, weights: _Weights, reads: Tensor, *, inner: bool, recurs: bool = True
-) -> _Units:
+def _layer(ctx: RuleContext, op: str, weights: _Weights, reads: Tensor, *, inner: bool, recurs: bool = True) -> _Units:
     """One layer in one direction, which reads these labels.
 
     inner:   are these the units of another layer of the same module?
@@ -227,6 +223,17 @@ def _rows(labels: Tensor, batch: Sequence[int]) -> Tensor:
     return simplify(labels.view(len(labels), *[1] * len(batch), -1).expand(len(labels), *batch, -1))
 
 
+def too_narrow(layer: Layer, alive: Tensor) -> Tensor:
+    """The dropped units of a layer that would have no more of them than its projection has channels: none if it has.
+
+    torch.nn.LSTM requires that a projection makes its input smaller.
+    """
+    if layer.op != "projection" or layer.reads is None or layer.writes is None:
+        return torch.zeros(0, dtype=torch.int64)
+    units = layer.reads.flatten()
+    return units[~alive[units]] if int(alive[layer.writes].sum()) >= int(alive[units].sum()) else units[:0]
+
+
 def _begin(ctx: RuleContext, hx: Operand, states: Sequence[Lab]) -> Unknown | None:
     """Tie the initial states to the units. Without an initial state the units start at zero."""
     if hx is None:
@@ -249,6 +256,7 @@ def _begin(ctx: RuleContext, hx: Operand, states: Sequence[Lab]) -> Unknown | No
     return None
 
 
+PACKING = (pack_padded_sequence, pad_packed_sequence, pack_sequence)
 _NETWORK = ("num_layers", "bias", "batch_first", "bidirectional")
 ROWS: tuple[Rule, ...] = (
     Rule("lstm", "producer", lstm, (Module(nn.LSTM, _NETWORK, params=True), Aten("lstm"))),
@@ -257,5 +265,5 @@ ROWS: tuple[Rule, ...] = (
     Rule("lstm_cell", "producer", lstm_cell, (Module(nn.LSTMCell, params=True), torch.lstm_cell)),
     Rule("gru_cell", "producer", gru_cell, (Module(nn.GRUCell, params=True), torch.gru_cell)),
     Rule("rnn_cell", "producer", rnn_cell, (Module(nn.RNNCell, params=True), torch.rnn_tanh_cell, torch.rnn_relu_cell)),
-    Rule("packed", "movement", packed, (pack_padded_sequence, pad_packed_sequence, pack_sequence)),
+    Rule("packed", "movement", packed, PACKING),
 )

@@ -192,6 +192,8 @@ def constructor(layer: nn.Module, imports: set[str]) -> str:
             continue
         keyword = "" if parameter.default is parameter.empty else f"{parameter.name}="
         given.append(f"{keyword}{_value(value)}")
+    if isinstance(layer, nn.RNN) and layer.nonlinearity != "tanh":  # RNN(*args, **kwargs) does not list it
+        given.append(f"nonlinearity={layer.nonlinearity!r}")
     return f"{name}({', '.join(given)})"
 
 
