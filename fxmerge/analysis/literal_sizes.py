@@ -19,6 +19,7 @@ from fxmerge.ir.labels import compact, numbers, simplify, thin
 from fxmerge.ir.provenance import Lab, Param, Provenance, blocks_left
 from fxmerge.rules import movement
 from fxmerge.rules.lookup import rule_of, rule_of_target
+from fxmerge.rules.recurrent import too_narrow
 from fxmerge.rules.resize import IMPLICIT, Call, Resize, resized
 from fxmerge.rules.rule import Rule
 
@@ -97,6 +98,8 @@ class _Check:
             return self.movement(node, before, expected)
         self.freeze_scalars(node)
         self.implicit(node)
+        if node.op == "call_module":
+            self.constructible(node)
         if self.rule_name(node) == "setitem":
             self.written(node)
         if not expected:
@@ -152,6 +155,12 @@ class _Check:
             found = follow(call, before, [_shape(self.values[o.name]) for o in operands], self.blocks(node))
             if found is not None:
                 self.edit(node, found)
+
+    def constructible(self, node: fx.Node) -> None:
+        """Fails for sizes that the constructor of a module refuses."""
+        for layer in self.facts.layers:
+            if layer.node == node.name and (held := too_narrow(layer, self.alive)).numel():
+                self.failures.append(Failure(node.name, held))
 
     def written(self, node: fx.Node) -> None:
         """x[index] = value: a literal index is corrected as in x[index], and proved by what it then selects."""

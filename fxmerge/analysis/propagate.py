@@ -26,7 +26,7 @@ from fxmerge.ir.provenance import Kind, Lab, Param, ParamLabels, Pin, Provenance
 from fxmerge.rules import movement
 from fxmerge.rules.context import RuleContext, call_name
 from fxmerge.rules.facts import FactsBuilder
-from fxmerge.rules.lookup import attributes_of, rule_of
+from fxmerge.rules.lookup import attributes_of, rule_of, takes_params
 from fxmerge.rules.rule import Answer, AsKind, Rule, Unknown
 from fxmerge.weights.by_path import at
 
@@ -141,6 +141,7 @@ class _Interpreter:
         elif is_module and rule is None:
             why = f"is a {type(target).__name__}, which has no rule"
         elif any(isinstance(leaf, Opaque) for leaf in operands):
+            why = why if rule is None else "takes the result of a call that cannot be followed"
             rule = None
         sizes, kind = self.facts.sizes(), rule.kind if rule is not None else "unknown"
         answer = self.apply(rule, node, target, args, kwargs) if rule is not None else Unknown(why)
@@ -166,6 +167,9 @@ class _Interpreter:
             value = getattr(target, attribute)
             is_tensor = isinstance(value, Tensor)
             kwargs[attribute] = self.param(f"{node.target}.{attribute}", value) if is_tensor else value
+        if node.op == "call_module" and takes_params(target):
+            own = target.named_parameters(recurse=False, remove_duplicate=False)
+            kwargs["params"] = {name: self.param(f"{node.target}.{name}", value) for name, value in own}
         if getattr(target, "padding_mode", "zeros") != "zeros":
             kwargs.pop("padding", None)
         ctx = RuleContext(self.facts, self.capture, node, rule.name, target)

@@ -18,6 +18,7 @@ from fxmerge.capture.torch_export import export
 from fxmerge.errors import FxMergeError, first_line, of_user
 from fxmerge.graph.odd_names import writable
 from fxmerge.rules.lookup import rule_of
+from fxmerge.rules.recurrent import PACKING
 
 
 class Tracer(fx.Tracer):
@@ -28,7 +29,8 @@ class Tracer(fx.Tracer):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(autowrap_functions=PACKING)
+        self._autowrap_search.append(torch.nn.utils.rnn)
         self.expanded: set[nn.Module] = set()
         self.unhooked: set[nn.Module] = set()  # leaves whose hooks were traced
         self.names: dict[int, str] = {}  # id of a parameter or buffer -> its first path
@@ -62,6 +64,7 @@ class Tracer(fx.Tracer):
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        args, kwargs = self.without_zero_state(m, args, kwargs)
         if hooked(m) and self.is_leaf_module(m, self.path_of_module(m)):
             call = super().call_module
             result, traced = traced_call(m, lambda a, k: call(m, forward, a, k), args, kwargs, self.graph)
@@ -80,6 +83,22 @@ class Tracer(fx.Tracer):
                 for node in list(reversed(self.graph.nodes))[: len(self.graph.nodes) - last]:
                     self.graph.erase_node(node)
         return super().call_module(m, forward, args, kwargs)
+
+
+    def without_zero_state(
+        self, m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a recurrent layer without an initial state of zeros, which the layer makes itself.
+
+        Such a tensor would be a constant of the graph, of the size of the example's batch.
+        """
+        given = kwargs.get("hx", args[1] if len(args) > 1 else None)
+        states = given if isinstance(given, (tuple, list)) else [given]
+        if isinstance(m, (nn.RNNBase, nn.RNNCellBase)) and all(
+            type(t) is Tensor and id(t) not in self.names and not bool(t.any()) for t in states
+        ):
+            return args[:1], {k: v for k, v in kwargs.items() if k != "hx"}
+        return args, kwargs
 
 
 def user_line() -> str:

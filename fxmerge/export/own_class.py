@@ -26,7 +26,7 @@ from fxmerge.export.folded import computed, plain_copy, recomputed
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.provenance import Provenance
 from fxmerge.weights.disk_tensor import DiskTensor, beside
-from fxmerge.weights.layout import resize
+from fxmerge.weights.layout import resize, resize_recurrent
 from fxmerge.weights.memory_format import MEMORY_FORMATS
 
 _TRIALS = 64  # choices of attributes that are tried, at most
@@ -128,6 +128,8 @@ def narrowed(model: nn.Module, tensors: Mapping[str, Tensor], fit: Fit) -> nn.Mo
         if isinstance(module, nn.MultiheadAttention):
             module.embed_dim = module.out_proj.in_features
             module.head_dim = module.embed_dim // module.num_heads
+        elif isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+            resize_recurrent(module)
     return copied
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxmerge.graph.eval_mode import evaluating
+from fxmerge.graph.flop_counter import flop_counter
 from fxmerge.graph.nested import fresh
 
 
@@ -65,9 +66,7 @@ def call_cost(
     graph, inputs:  its graph, and the values of the graph's placeholders. The nodes' FLOPs are counted in a run of the
                     graph. If it does not run by itself, only those of its modules are known, from the call.
     """
-    from torch.utils.flop_counter import FlopCounterMode
-
-    counter = FlopCounterMode(display=False)
+    counter = flop_counter()
     with evaluating(module), torch.no_grad(), counter:
         module(*fresh(list(args)), **fresh(dict(kwargs)))
     try:
@@ -88,11 +87,9 @@ class _Counting(fx.Interpreter):
     """Runs a graph and counts the FLOPs of each node, and the elements of its value."""
 
     def __init__(self, module: fx.GraphModule) -> None:
-        from torch.utils.flop_counter import FlopCounterMode
-
         super().__init__(module)
         self.extra_traceback = False
-        self.counter = FlopCounterMode(display=False)
+        self.counter = flop_counter()
         self.flops: dict[str, int] = {}
         self.sizes: dict[str, int] = {}
 

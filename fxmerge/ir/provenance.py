@@ -68,6 +68,7 @@ class Layer:
     reads:    labels of the input channels of a consumer, (groups, in/groups), or None
     writes:   labels of the output channels of a producer, (out,), or None
     carries:  labels of per-channel parameters, (C,) or shaped like a raw parameter, or None
+    inner:    does it read what its own node computes, as W_hh of a recurrent layer does?
     """
 
     node: str
@@ -81,6 +82,7 @@ class Layer:
     transposed: bool = False
     eps: float = 0.0
     batch_statistics: bool = False  # does a norm use its input's own mean and variance, whatever it has stored?
+    inner: bool = False
 
     @property
     def op(self) -> str:
@@ -118,12 +120,14 @@ class Block:
 
     outer:  the sizes of the axes that number the rows, where the op laid its channels out along several axes; what is
             left of each row is then packed along the last axis of these channels
+    leaves_whole: may a row leave as a whole (a head of attention), where whole blocks may leave?
     """
 
     labels: Tensor
     node: str
     where: str = ""  # the user's source line
     outer: tuple[int, ...] = ()
+    leaves_whole: bool = True
 
 
 @dataclass(frozen=True)

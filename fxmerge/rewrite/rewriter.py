@@ -144,6 +144,8 @@ class Rewriter:
             bias = self.weights.own(layer.params["bias"])
             bias.copy_(change(precise(bias)))
             return
+        if layer.operation.is_recurrent:
+            return  # its module has biases everywhere or nowhere
         path, node = layer.params["weight"], self.nodes[layer.node]
         weight, out_axis = self.weights[path], 1 if layer.transposed else 0
         owner, _, name = path.rpartition(".")

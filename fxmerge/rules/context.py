@@ -166,9 +166,9 @@ class RuleContext:
             axes = {a + offset for a in varying(labels) if a + offset >= 0 and shape[a + offset] > 1}
             self._facts.wanted.setdefault(node.name, set()).update(axes)
 
-    def block(self, rows: Tensor, outer: tuple[int, ...] = ()) -> None:
-        """Each of these rows, (blocks, size), loses equally many channels. outer: see `ir.Block`."""
-        self._facts.blocks.append(Block(rows, self._node.name, source_line(self._node), outer))
+    def block(self, rows: Tensor, outer: tuple[int, ...] = (), *, leaves_whole: bool = True) -> None:
+        """Each of these rows, (blocks, size), loses equally many channels. outer, leaves_whole: see `ir.Block`."""
+        self._facts.blocks.append(Block(rows, self._node.name, source_line(self._node), outer, leaves_whole))
 
     def hold_places(self, labels: Tensor, held: Collection[int], *, single: bool) -> None:
         """No channel may come to another place along the `held` axes, whatever leaves along the others.
@@ -267,6 +267,7 @@ class RuleContext:
         transposed: bool = False,
         eps: float = 0.0,
         batch_statistics: bool = False,
+        inner: bool = False,
     ) -> None:
         """Record a layer. params: slot ("weight", "bias") -> parameter, or None; the rest as in `ir.Layer`."""
         node = self._node
@@ -285,6 +286,7 @@ class RuleContext:
                 transposed=transposed,
                 eps=eps,
                 batch_statistics=batch_statistics,
+                inner=inner,
             )
         )
 
@@ -333,7 +335,10 @@ def resized(x: Lab, shape: Sequence[int]) -> Lab | Unknown:
 def layer_name(path: str) -> str:
     """What users call the layer of a parameter: its module, or the parameter itself."""
     owner, _, name = path.rpartition(".")
-    return owner if owner and name in ("weight", "bias") else path
+    return owner if owner and (name in ("weight", "bias") or name.startswith(_RECURRENT)) else path
+
+
+_RECURRENT = ("weight_ih", "weight_hh", "weight_hr", "bias_ih", "bias_hh")
 
 
 def call_name(node: fx.Node) -> str:

@@ -60,6 +60,12 @@ def rule_of_module(module: nn.Module) -> Rule | None:
     return None if row is None else row[0]
 
 
+def takes_params(module: nn.Module) -> bool:
+    """Does the rule of a module take all of its parameters, as the argument `params`?"""
+    row = _row_of_module(module)
+    return row is not None and isinstance(row[1], Module) and row[1].params
+
+
 def attributes_of(module: nn.Module) -> tuple[str, ...]:
     """The attributes of a module that its rule takes as arguments: ("weight", "bias") of nn.Linear."""
     row = _row_of_module(module)

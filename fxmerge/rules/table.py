@@ -32,6 +32,7 @@ from fxmerge.rules.elementwise import (
     spatial,
 )
 from fxmerge.rules.queries import constant_rule, passes_factor, query_rule, type_as_rule
+from fxmerge.rules.recurrent import ROWS as RECURRENT_LAYERS
 from fxmerge.rules.rule import Module, Rule
 
 _CONV = ("weight", "bias", "stride", "padding", "dilation", "groups")
@@ -62,6 +63,8 @@ _ROWS: tuple[Rule, ...] = (
     Rule("embedding", "producer", layers.embedding, (Module(nn.Embedding, ("weight", "max_norm")), F.embedding)),
     Rule("embedding_bag", "producer", layers.embedding_bag,
          (Module(nn.EmbeddingBag, ("weight", "max_norm")), F.embedding_bag)),
+    # recurrent layers: producers that read themselves
+    *RECURRENT_LAYERS,
     # contractions: the labels of both operands along the contracted axis are tied
     Rule("matmul", "contraction", contractions.matmul, (operator.matmul, torch.matmul, "matmul", torch.bmm, "bmm",
                                                           torch.mm, "mm")),

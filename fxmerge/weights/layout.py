@@ -42,6 +42,9 @@ def resize(owner: nn.Module, sized: Tensor, groups: int, transposed: bool) -> No
 
     sized: the weight; for a norm without one, another of its tensors of the same length
     """
+    if isinstance(owner, (nn.RNNBase, nn.RNNCellBase)):
+        resize_recurrent(owner)
+        return
     held: dict[str, Any] = owner.__dict__
     for attribute, axis in _SIZES.items():
         if isinstance(getattr(owner, attribute, None), int) and axis < sized.dim():
@@ -53,3 +56,15 @@ def resize(owner: nn.Module, sized: Tensor, groups: int, transposed: bool) -> No
         held["out_channels"] = sized.size(out) * (groups if transposed else 1)
     if hasattr(owner, "normalized_shape"):
         held["normalized_shape"] = tuple(sized.shape)
+
+
+def resize_recurrent(owner: nn.RNNBase | nn.RNNCellBase) -> None:
+    """Updates the sizes that a recurrent layer keeps, and its list of weights, to its parameters."""
+    if isinstance(owner, nn.RNNCellBase):
+        owner.hidden_size, owner.input_size = owner.weight_hh.size(1), owner.weight_ih.size(1)
+        return
+    first = owner.get_parameter("weight_ih_l0")
+    owner.hidden_size, owner.input_size = first.size(0) // {"LSTM": 4, "GRU": 3}.get(owner.mode, 1), first.size(1)
+    if owner.proj_size:
+        owner.proj_size = owner.get_parameter("weight_hr_l0").size(0)
+    owner._init_flat_weights()
