@@ -51,8 +51,9 @@ def test_the_merged_module_is_sound(name: str) -> None:
             assert module.weight.shape[:2] == (first, second // module.groups)
             assert module.out_channels % module.groups == 0
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            assert module.running_mean is not None
-            assert module.running_mean.shape == (module.num_features,)
+            held = module.running_mean if module.track_running_stats else module.weight
+            assert held is not None
+            assert held.shape == (module.num_features,)
         if isinstance(module, nn.PReLU):
             assert module.weight.shape == (module.num_parameters,)
         if isinstance(module, nn.Embedding):

@@ -36,7 +36,7 @@ def decompose(
             up, shift = cellwise_least_squares(*moments(found, number, options.seed), kept, group.cells)
         else:
             up, shift = mapping.up, torch.zeros(n, dtype=torch.float64)
-            if found.linear and method == "mostsim" and found.evidence.centred and not found.evidence.published:
+            if found.linear and method == "mostsim" and found.apart and not found.evidence.published:
                 bias = found.evidence.bias
                 shift = bias - up @ bias[kept]
             for step in steps:

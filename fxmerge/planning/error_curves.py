@@ -24,7 +24,8 @@ from fxmerge.methods.allocation import Floats
 from fxmerge.methods.elimination import curve
 from fxmerge.methods.evidence import Reading
 from fxmerge.options import Options
-from fxmerge.planning.statistics import Statistics, candidates, moments, statistics
+from fxmerge.planning.candidates import candidates
+from fxmerge.planning.statistics import Statistics, moments, statistics
 from fxmerge.weights.layout import columns
 
 # The error of a group is weighted by its consumers' sensitivity to this power. 0 would weight all groups equally. 1
