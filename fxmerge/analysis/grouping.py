@@ -81,8 +81,8 @@ def provable(
             # a size that depends on no label that is known: the groups that make it wrong are found by trial
             guilty = guilty or _culprits(captured, facts, grouping, chosen, failure.node)
             if gone.isdisjoint(g.name for g in guilty):  # else it may be a consequence of an earlier failure
-                why = f"the sizes at {failure.node} cannot follow"
-                refused += [Refusal(g.name, g.channels, why, source_line(nodes[failure.node])) for g in guilty]
+                where = source_line(nodes[failure.node])
+                refused += [Refusal(g.name, g.channels, failure.reason, where) for g in guilty]
                 gone |= {g.name for g in guilty}
         chosen = [(g, kept) for g, kept in chosen if g.name not in gone]
 

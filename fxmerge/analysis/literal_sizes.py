@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxmerge.analysis.kept_values import ANY, labelled, labels_of, narrowed, narrows, plain, same, shape_of, unchanged
-from fxmerge.analysis.original_values import Originals, Stuck, sources
+from fxmerge.analysis.original_values import Originals, Stuck, computed, sources
 from fxmerge.graph import nested
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.labels import compact, numbers, simplify, thin
@@ -28,10 +28,14 @@ from fxmerge.rules.rule import Rule
 
 @dataclass(frozen=True)
 class Failure:
-    """A node whose sizes cannot be corrected, and the labels that must therefore stay."""
+    """A node whose sizes cannot be corrected, and the labels that must therefore stay.
+
+    reason: a clause for reports
+    """
 
     node: str
     labels: Tensor
+    reason: str
 
 
 def recompute(captured: Capture, facts: Provenance, alive: Tensor) -> tuple[dict[str, Call], list[Failure]]:
@@ -129,9 +133,7 @@ class _Check:
         call = self.valued(node, self.originals.of_query)
         args, kwargs = self.arguments(call)
         try:
-            return movement.run(
-                node.target, *plain(*nested.tree(lambda v: narrowed(v, self.facts, self.alive), (args, kwargs)))
-            )
+            return computed(node.target, *nested.tree(lambda v: narrowed(v, self.facts, self.alive), (args, kwargs)))
         except (TypeError, RuntimeError, ValueError, IndexError, AttributeError):
             return before
 
@@ -140,7 +142,7 @@ class _Check:
         try:
             call = original(node)
         except Stuck:
-            self.fail(node)
+            self.fail(node, f"{node.name} takes a value computed from its width, which would change with it")
             return node
         if (call.args, call.kwargs) == (tuple(node.args), dict(node.kwargs)):
             return node
@@ -223,7 +225,7 @@ class _Check:
         mask = self.alive[thin(labels)]
         return (mask.amax(others) if others else mask).expand(labels.size(axis))
 
-    def fail(self, node: fx.Node) -> None:
+    def fail(self, node: fx.Node, reason: str = "") -> None:
         held = [v.t for v in nested.leaves(self.before(node.name)) if isinstance(v, Lab)]
         around = [n for source in node.all_input_nodes for n in sources(source, self.before)]
         for source in (*self.latest.values(), *(n.name for n in around)):
@@ -231,7 +233,8 @@ class _Check:
         for name in {str(n.target) for n in around if n.op == "get_attr"} & set(self.facts.params):
             held += labels_of(self.facts.params[name])
         labels = torch.unique(torch.cat([numbers(t) for t in (*held, torch.zeros(1, dtype=torch.int64))]))
-        self.failures.append(Failure(node.name, labels[~self.alive[labels]]))
+        reason = reason or f"the sizes at {node.name} cannot follow"
+        self.failures.append(Failure(node.name, labels[~self.alive[labels]], reason))
 
 
 def _name(rule: Rule | None) -> str:

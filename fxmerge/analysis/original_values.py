@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxmerge.analysis.kept_values import plain
 from fxmerge.graph import nested
 from fxmerge.graph.ops import overload_name
 from fxmerge.ir.provenance import Lab, Param
@@ -74,10 +75,10 @@ class Originals:
         return Call(node.target, nested.tree(self.operand, args), nested.tree(self.operand, kwargs))
 
     def number(self, leaf: Any) -> Any:
-        return self.kept(leaf) if self.plain(leaf, int, float) else leaf
+        return self.kept(leaf) if self.has_changed(leaf, int, float) else leaf
 
     def operand(self, leaf: Any) -> Any:
-        if self.plain(leaf, Tensor):
+        if self.has_changed(leaf, Tensor):
             old, new = self.was(leaf.name), self.now(leaf.name)
             if old.shape != new.shape:  # zeros of a new size stay zeros
                 values = torch.cat([old.flatten(), new.flatten()])
@@ -87,7 +88,7 @@ class Originals:
             return leaf if torch.equal(old, new) else self.kept(leaf)
         return self.number(leaf)
 
-    def plain(self, leaf: Any, *kinds: type) -> bool:
+    def has_changed(self, leaf: Any, *kinds: type) -> bool:
         """Is this a node whose plain value of one of some types has changed?"""
         return isinstance(leaf, fx.Node) and self.changed(leaf.name) and isinstance(self.was(leaf.name), kinds)
 
@@ -95,23 +96,25 @@ class Originals:
         """What computes the value that a node had before: the node, a literal, or a call of such. Raises Stuck."""
         if not isinstance(leaf, fx.Node) or not self.changed(leaf.name):
             return leaf
+        if isinstance(self.was(leaf.name), (Lab, Param)):  # which gives a new tensor its dtype
+            return leaf
         if same(self.now(leaf.name), self.was(leaf.name)):
             return leaf
         found = self._computed(leaf)
-        if not same(self.evaluated(found), self.was(leaf.name)):
+        if not same(nested.tree(self.evaluated, found), self.was(leaf.name)):
             raise Stuck
         return found
 
     def _computed(self, node: fx.Node) -> Any:
         old, new = self.was(node.name), self.now(node.name)
-        if isinstance(old, (Lab, Param)):
-            raise Stuck
         sources = [n for n in node.all_input_nodes if self.changed(n.name)]
         read = [n for n in sources if isinstance(self.was(n.name), (Lab, Param))]
         if isinstance(old, tuple) and read:  # a shape: widths become literals
             sizes = enumerate(zip(old, new, strict=True))
             return tuple(was if was != now else Call(operator.getitem, (node, at), {}) for at, (was, now) in sizes)
-        if read or (node.target is operator.getitem and isinstance(old, (int, float))):
+        if (read and not isinstance(old, Tensor)) or (
+            node.target is operator.getitem and isinstance(old, (int, float))
+        ):
             counts = node.target in ("numel", torch.numel) and any(isinstance(self.was(n.name), Lab) for n in read)
             if counts or not isinstance(old, (int, float)):
                 raise Stuck  # the number of elements holds sizes of the input too
@@ -125,10 +128,18 @@ class Originals:
         if isinstance(value, Call):
             args, kwargs = (nested.tree(self.evaluated, v) for v in (tuple(value.args), dict(value.kwargs)))
             try:
-                return movement.run(value.target, args, kwargs)
+                return computed(value.target, args, kwargs)
             except (TypeError, RuntimeError, ValueError, IndexError, AttributeError) as error:
                 raise Stuck from error
         return value
+
+
+def computed(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A plain value that a graph computes, run on plain values, labels and parameters."""
+    if isinstance(target, str) and target.startswith("new_"):  # takes only its dtype from its operand
+        args = (torch.empty(()), *args[1:])
+        kwargs = {name: value for name, value in kwargs.items() if name != "device"}
+    return movement.run(target, *plain(args, kwargs))
 
 
 def sources(node: fx.Node, values: Callable[[str], Any]) -> list[fx.Node]:
