@@ -43,7 +43,8 @@ def group(facts: Provenance) -> Grouping:
     of_group, components = _components(facts, atom, part, pinned, written)
     builder = Builder(facts, atom, of_group, present)
     named = _named([builder.build(number, *inside) for number, inside in components.items()])
-    refusals = _refusals(facts, atom, pinned, named)
+    named, stuck = _without_choice(facts, atom, named)
+    refusals = (*_refusals(facts, atom, pinned, named, {r.name for r in stuck}), *stuck)
     graph = _graph(named, refusals, facts.layers)
     return Grouping(tuple(named), refusals, torch.from_numpy(atom), graph)
 
@@ -221,7 +222,25 @@ def _named(found: list[Group]) -> list[Group]:
     return named
 
 
-def _refusals(facts: Provenance, atom: Ints, pinned: dict[int, Pin], groups: list[Group]) -> tuple[Refusal, ...]:
+def _without_choice(facts: Provenance, atom: Ints, groups: list[Group]) -> tuple[list[Group], list[Refusal]]:
+    """(the groups that can lose channels, refusals of the others, whose blocks hold one channel of each kind)."""
+    able, refused = [], []
+    for g in groups:
+        if not g.blocks or len(torch.unique(g.cells)) < g.channels:
+            able.append(g)
+            continue
+        inside = np.zeros(int(atom.max()) + 1, dtype=bool)
+        inside[g.atoms.numpy()] = True
+        block = next(b for b in facts.blocks if inside[atom[b.labels.numpy()]].all())
+        why = f"the blocks at {block.node} must lose equally many channels, and none has two to choose from"
+        modules = {m.layer.module: len(m.channels) for m in g.producers}
+        refused += [Refusal(name, channels, why, block.where) for name, channels in modules.items()]
+    return able, refused
+
+
+def _refusals(
+    facts: Provenance, atom: Ints, pinned: dict[int, Pin], groups: list[Group], refused_for_blocks: set[str]
+) -> tuple[Refusal, ...]:
     """One refusal for each producer and reason, and for each other layer that is in no group."""
     found: dict[tuple[str, str, str], int] = defaultdict(int)
 
@@ -233,7 +252,7 @@ def _refusals(facts: Provenance, atom: Ints, pinned: dict[int, Pin], groups: lis
     for layer in facts.layers:
         if layer.writes is not None:
             add(layer, layer.writes)
-    named = {name for name, *_ in found}
+    named = {name for name, *_ in found} | refused_for_blocks
     named |= {m.layer.module for g in groups for m in (*g.producers, *g.per_channel_params, *g.consumers)}
     for layer in facts.layers:
         labels = layer.reads if layer.carries is None else layer.carries

@@ -1,7 +1,7 @@
-"""Places: channels that are laid out along several axes may not come to a place that means something else.
+"""Places: channels laid out along several axes may not come to a place with another meaning.
 
-An op that lays channels out along several axes (`view(b, 4, 8)`) requires that each of its rows loses equally many. What
-is left of each row is packed along the last of these axes, so a channel may come to another place along it, but not
+An op that lays channels out along several axes, as `view(b, 4, 8)`, makes each of its rows lose equally many channels.
+What is left of each row is packed along the last of these axes, so a channel may come to another place along it, but not
 along the others. Ops that follow may need more (`ir.Grid`):
 
 - The scores of attention are computed head by head. If heads are the last axis (`view(b, 8, 4)`), a row holds one
@@ -21,7 +21,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -35,7 +34,6 @@ _HELD = "holds channels that may not change places, next to others that must lea
 
 def upright(facts: Provenance) -> Provenance:
     """The same facts, with the ties by which channels keep their places along the axes that matter (see above)."""
-    released: list[Tensor] = []  # labels of rows that may leave as a whole
     stages = (
         [g for g in facts.grids if g.held and g.single],
         [g for g in facts.grids if g.held and not g.single],
@@ -46,32 +44,32 @@ def upright(facts: Provenance) -> Provenance:
             step = _Step(facts, grids)
             if not step.changed:
                 break
-            facts, released = step.facts, released + step.released
-    return _all_places_stay(facts, released)
+            facts = step.facts
+    return _all_places_stay(facts)
 
 
 class _Step:
     """One pass over some grids, with the atoms of the facts so far."""
 
-    def __init__(self, facts: Provenance, grids: Sequence[Grid]) -> None:
+    def __init__(self, facts: Provenance, grids: Sequence[Grid], moving: bool = True) -> None:
         self.atom = atoms(facts)
         self.size = int(self.atom.max()) + 1
-        self.blocks = [b for b in facts.blocks if b.outer]
+        self.blocks = [b for b in facts.blocks if b.outer or not moving]
         self.inside = [self.atom[b.labels.numpy()] for b in self.blocks]
         self.random = np.random.default_rng(0)
         self.ties: list[Tie] = []
         self.pins: list[Pin] = []
         self.gone: dict[int, Block | None] = {}  # identity of a block -> the block that replaces it
-        self.released: list[Tensor] = []
-        held = [np.unique(i) for i in self.inside]
-        self.order = np.concatenate([*held, np.zeros(0, dtype=np.int64)]).argsort(kind="stable")
-        self.sorted = np.concatenate([*held, np.zeros(0, dtype=np.int64)])[self.order]
-        self.owner = np.repeat(np.arange(len(held)), [len(h) for h in held])[self.order]
+        self.free = [np.zeros(len(i), dtype=bool) for i in self.inside]  # rows of a block that may leave as a whole
+        self.index()
         for grid in grids:
             if grid.held:
                 self.hold(grid)
             else:
                 self.agree(grid)
+        for n, free in enumerate(self.free):
+            if free.all() and id(self.blocks[n]) not in self.gone:
+                self.release(n)
         kept = [self.gone.get(id(b), b) for b in facts.blocks]
         self.changed = bool(self.ties or self.pins or self.gone)
         self.facts = replace(
@@ -81,11 +79,26 @@ class _Step:
             blocks=tuple(b for b in kept if b is not None),
         )
 
+    def index(self) -> None:
+        """Sorts the atoms of all blocks, each with the number of its block, to look them up in `near`."""
+        held = [np.zeros(0, dtype=np.int64), *(np.unique(i) for i in self.inside)]
+        order = np.concatenate(held).argsort(kind="stable")
+        self.sorted = np.concatenate(held)[order]
+        self.owner = (np.repeat(np.arange(len(held)), [len(h) for h in held]) - 1)[order]
+
+    def add(self, block: Block) -> None:
+        """One more block to look up."""
+        self.blocks.append(block)
+        self.inside.append(self.atom[block.labels.numpy()])
+        self.index()
+
     def near(self, labels: Tensor) -> list[int]:
         """The blocks that share atoms with some labels."""
         mine = np.unique(self.atom[labels.numpy()])
         first, last = np.searchsorted(self.sorted, mine), np.searchsorted(self.sorted, mine, side="right")
-        touched = np.concatenate([np.zeros(0, dtype=np.int64), *(np.arange(a, b) for a, b in zip(first, last, strict=True))])
+        touched = np.concatenate(
+            [np.zeros(0, dtype=np.int64), *(np.arange(a, b) for a, b in zip(first, last, strict=True))]
+        )
         return [n for n in np.unique(self.owner[touched]).tolist() if id(self.blocks[n]) not in self.gone]
 
     def marks(self, places: Tensor) -> tuple[Words, np.uint64]:
@@ -125,16 +138,27 @@ class _Step:
             for n in crossing:
                 self.align(n)
         for n in near if grid.single else ():
-            if id(self.blocks[n]) not in self.gone and _solid(self.inside[n]):
-                if bool((found[self.inside[n]] == everywhere).all()):
-                    self.release(n)
+            solid = (self.inside[n] == self.inside[n][:, :1]).all(1)
+            self.free[n] |= solid & (found[self.inside[n][:, 0]] == everywhere)
+
+    def equal(self, places: Tensor) -> bool:
+        """Do places lose equally many, since they lose the same channels, or since each is made of rows of a block?"""
+        held = self.atom[places.numpy()]
+        if _aligned(held):
+            return True
+        sizes = [len(np.unique(row)) for row in held]
+        found, _ = self.marks(places)
+        mine = np.unique(held)
+        near = [self.inside[n] for n in self.near(places)]
+        whole = [i for i in near if not _moves(found[i]) and np.isin(mine, i).all()]
+        return len(set(sizes)) == 1 and any((found[i] == found[i][:, :1]).all() for i in whole)
 
     def agree(self, grid: Grid) -> None:
         """What meets here is packed along one axis: the blocks that pack along another are kept rectangles."""
         near = self.near(grid.labels)
         along = {}
         for axis in range(grid.labels.dim()):
-            found, everywhere = self.marks(rows(grid.labels, (axis,)))
+            found, _ = self.marks(rows(grid.labels, (axis,)))
             crossing = [n for n in self.crossing(found, near) if id(self.blocks[n]) not in self.gone]
             if crossing:
                 along[axis] = crossing
@@ -163,7 +187,6 @@ class _Step:
         outer = block.outer[:-1]
         larger = block.labels.reshape(int(np.prod(outer)), -1) if outer else None
         self.gone[id(block)] = None if larger is None else replace(block, labels=larger, outer=outer)
-        self.released.append(block.labels.flatten())
 
 
 def _moves(words: Words) -> bool:
@@ -180,17 +203,16 @@ def _solid(inside: Ints) -> bool:
     return bool((inside == inside[:, :1]).all())
 
 
-def _all_places_stay(facts: Provenance, released: Sequence[Tensor]) -> Provenance:
-    """Where rows may leave as a whole, places that something else has one value for still lose equally many."""
-    if not released:
-        return facts
-    atom = atoms(facts)
-    free = np.zeros(int(atom.max()) + 1, dtype=bool)
-    free[atom[torch.cat(list(released)).numpy()]] = True
-    more = []
+def _all_places_stay(facts: Provenance) -> Provenance:
+    """Places that something else has one value for lose equally many, where the blocks do not say so already."""
+    step = _Step(facts, (), moving=False)
+    leaving = np.zeros(facts.label_count, dtype=bool)
+    if facts.whole is not None:
+        leaving[facts.whole.numpy()] = True
+    more: list[Block] = []
     for grid in (g for g in facts.grids if g.held and g.single):
         places = rows(grid.labels, grid.held)
-        inside = atom[places.numpy()]
-        if free[inside].any() and not _aligned(inside):
+        if not leaving[places.numpy()].all() and not step.equal(places):
             more.append(Block(places, grid.node, grid.where))
+            step.add(more[-1])
     return replace(facts, blocks=(*facts.blocks, *more))

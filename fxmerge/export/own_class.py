@@ -147,7 +147,7 @@ def _follow(owner: nn.Module, sized: Tensor) -> None:
     if groups > 1 and groups == owner.in_channels:  # depthwise
         groups = sized.size(0) // (1 if transposed else int(owner.out_channels) // groups)  # type: ignore[arg-type]
         transposed = False  # sized by its channels
-    resize(owner, sized, groups, transposed)
+    resize(owner, sized.shape, groups, transposed)
 
 
 def fitted(
