@@ -19,7 +19,7 @@ from fxmerge.ir.provenance import Lab, Param, View
 from fxmerge.rules.facts import FactsBuilder
 from fxmerge.rules.lookup import rule_of
 
-_MAKERS = ("new", "random", "expand", "repeat")  # rules of the calls that can make a constant of another width
+_MAKERS = ("new", "random", "expand", "expand_as", "repeat")  # rules of the calls that can make a constant of another width
 _PASSING = ("per_channel", "tie", "query", "movement")  # kinds of calls whose first operand may be such a constant
 
 
@@ -68,7 +68,7 @@ def _can_follow(node: fx.Node, module: fx.GraphModule, values: Mapping[fx.Node, 
     """Is the constant equal along these axes, or random, and is no number in it computed from a size?"""
     rule, value = rule_of(node, module), values[node]
     assert rule is not None
-    if rule.name in ("expand", "repeat"):  # along axes of size 1
+    if rule.name in ("expand", "expand_as", "repeat"):  # along axes of size 1
         source = _shape(values.get(node.all_input_nodes[0]))
         made = _shape(value)
         if source is None or made is None:

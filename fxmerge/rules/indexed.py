@@ -147,6 +147,10 @@ def _follows(ctx: RuleContext, input: Lab, index: Operand, axis: int) -> Unknown
         return Unknown("has an index of another form than the input")
     if any(shape[a] != input.t.size(a) for a in varying(input.t)):
         return Unknown("takes only some of the channels")
+    if isinstance(index, View) and not index.param.value.is_floating_point():
+        ctx.freeze(index.param, "holds places, not channels")
+        ctx.want(index, input.t)
+        return Unknown("has an index that does not follow the channels")
     if isinstance(index, Param):
         elements = ctx.elements(index)
         ctx.layer("table", {"weight": index}, carries=elements)
@@ -273,5 +277,6 @@ ROWS: tuple[Rule, ...] = (
     Rule("index_fill", "tie", index_fill, spellings("index_fill")),
     Rule("gather", "per_channel", gather, spellings("gather"), True),
     Rule("take_along_dim", "per_channel", take_along_dim, spellings("take_along_dim"), True),
-    Rule("fill", "per_channel", fill, (*spellings("fill"), "zero_")),
+    Rule("fill", "per_channel", fill, spellings("fill")),
+    Rule("zero", "per_channel", fill, ("zero_",), True),
 )

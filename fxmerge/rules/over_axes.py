@@ -185,7 +185,7 @@ ROWS: tuple[Rule, ...] = (
     Rule("any", "per_channel", reduction_rule, _named("any")),
     Rule("all", "per_channel", reduction_rule, _named("all")),
     Rule("count_nonzero", "per_channel", reduction_rule, _named("count_nonzero")),
-    *(Rule(name, "per_channel", pair, _named(name)) for name in _PAIRS),
+    *(Rule(name, "per_channel", pair, _named(name), name != "var_mean") for name in _PAIRS),
     Rule("fft", "per_channel", transform(1), _no_transform("fft", "ifft", "rfft", "irfft", "hfft", "ihfft"), True),
     Rule("fft2", "per_channel", transform(2),
          _no_transform("fft2", "ifft2", "rfft2", "irfft2", "hfft2", "ihfft2"), True),

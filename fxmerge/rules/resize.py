@@ -68,9 +68,10 @@ def _sizes(call: Call, about: Resize) -> Call | None:
 
 
 def _made(call: Call, about: Resize) -> Call | None:
-    """zeros, new_full, ...: the size is the first argument after the tensor that a method is called on, or all."""
-    first = 1 if isinstance(call.target, str) or "new_" in str(call.target) else 0
+    """zeros, new_full, ...: the size is the first list, or all arguments after the tensor of a method."""
     args, values, after = list(call.args), list(about.now.args), about.after
+    method = isinstance(call.target, str) or "new_" in str(call.target)
+    first = next((at for at, arg in enumerate(args) if isinstance(arg, (list, tuple))), 1 if method else 0)
     packed = len(args) > first and isinstance(args[first], (list, tuple))
     if "size" in call.kwargs and len(args) <= first:
         kwargs = {**call.kwargs, "size": _corrected(call.kwargs["size"], about.now.kwargs["size"], after)}

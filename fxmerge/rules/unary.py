@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxmerge.ir.provenance import Lab, Param
+from fxmerge.ir.provenance import Lab, Param, View
 from fxmerge.rules.binary import combined
 from fxmerge.rules.context import RuleContext
 from fxmerge.rules.elementwise import per_channel, per_channel_rule
@@ -26,7 +26,7 @@ def unary(name: str, *more: Spelling, commutes: bool = False) -> Rule:
     found: list[Any] = []
     for each in (spelled for n in names for spelled in (n, n + "_")):
         found += [getattr(torch, each)] if hasattr(torch, each) else []
-        found += [each] if hasattr(Tensor, each) else []
+        found += [each] if callable(getattr(Tensor, each, None)) else []
     found += [getattr(torch.special, n) for n in (*names, *_SPECIAL.get(name, ())) if hasattr(torch.special, n)]
     return per_channel(name, *dict.fromkeys([*found, *(m for m in more if not isinstance(m, str))]), commutes=commutes)
 
@@ -62,6 +62,7 @@ def quantize_by_channel(
     ctx: RuleContext, input: Operand, scale: Operand, zero_point: Operand, axis: int, *rest: int
 ) -> Answer:
     """Rounded to a grid of its own for each channel."""
+    scale = scale.param if isinstance(scale, View) else scale
     if not isinstance(input, Lab) or not isinstance(scale, Param) or not isinstance(zero_point, Param):
         return Unknown("has a grid that is computed, not a parameter or buffer")
     params = {"weight": scale, "zero_point": zero_point}
