@@ -104,8 +104,7 @@ class _Check:
             return self.movement(node, before, expected)
         self.valued(node, self.originals.of_operands)
         self.implicit(node)
-        if node.op == "call_module":
-            self.constructible(node)
+        self.constructible(node)
         if self.rule_name(node) == "setitem":
             self.written(node)
         if not expected:
@@ -174,7 +173,7 @@ class _Check:
                 self.edit(node, found)
 
     def constructible(self, node: fx.Node) -> None:
-        """Fails for sizes that the constructor of a module refuses."""
+        """Fails for sizes that torch refuses."""
         for layer in self.facts.layers:
             if layer.node == node.name and (held := too_narrow(layer, self.alive)).numel():
                 self.failures.append(Failure(node.name, held))

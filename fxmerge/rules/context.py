@@ -18,6 +18,7 @@ from fxmerge.ir.layer_ops import LayerOp
 from fxmerge.ir.provenance import Block, Bond, Contraction, Grid, Lab, Layer, Param, Pin, Tie
 from fxmerge.rules.facts import FactsBuilder, pins_of
 from fxmerge.rules.rule import Operand, Unknown
+from fxmerge.weights.by_path import at
 
 
 class RuleContext:
@@ -59,6 +60,11 @@ class RuleContext:
             labels = self._facts.fresh(param.value.numel()).view(param.value.shape)
             known = self._facts.elements[param.path] = labels
         return known
+
+    def raw(self, labels: Tensor) -> list[Param]:
+        """The raw parameters that have elements among these labels."""
+        inside = [(path, own) for path, own in self._facts.elements.items() if bool(torch.isin(own, labels).any())]
+        return [Param(path, at(self._capture.module, path)) for path, _ in inside]
 
     def along(self, x: Lab, axis: int) -> Tensor:
         """The label at each place along an axis, (size,). All labels at one place are tied to each other."""

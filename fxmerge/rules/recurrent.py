@@ -239,12 +239,10 @@ def _begin(ctx: RuleContext, hx: Operand, states: Sequence[Lab]) -> Unknown | No
     if hx is None:
         return None
     for given, state in zip(hx if isinstance(hx, (tuple, list)) else (hx,), states, strict=False):
-        param = given.param if isinstance(given, View) else given
-        if isinstance(param, Param):  # a learned state: units start at numbers of their own
-            labels = given.t if isinstance(given, Lab) else ctx.elements(param)
-            ctx.layer("table", {"weight": param}, carries=ctx.elements(param))
-        elif isinstance(given, Lab):
-            labels = given.t
+        if isinstance(given, (Lab, Param)):
+            labels = given.t if isinstance(given, Lab) else ctx.elements(given)
+            for param in ctx.raw(labels):  # a learned state: each unit starts at a number of its own
+                ctx.layer("table", {"weight": param}, carries=ctx.elements(param))
         elif isinstance(given, Tensor):
             ctx.want(given, state.t)
             labels = torch.zeros(state.t.shape, dtype=torch.int64)
