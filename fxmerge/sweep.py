@@ -110,13 +110,8 @@ class Sweep:
 
     def json(self) -> str:
         """JSON text: {"fxmerge_sweep", "original", "measure", "points"}, the fields of `Point`, and null for NaN."""
-        points = [finite(dataclasses.asdict(p)) for p in self.points]
-        data: dict[str, Any] = {
-            "fxmerge_sweep": VERSION,
-            "original": finite(dataclasses.asdict(self.original)),
-            "measure": self.measure,
-            "points": points,
-        }
+        original, *points = [finite(dataclasses.asdict(p)) for p in (self.original, *self.points)]
+        data = {"fxmerge_sweep": VERSION, "original": original, "measure": self.measure, "points": points}
         return json.dumps(data, indent=1)
 
     def svg(self, path: str | Path | None = None) -> str:

@@ -121,8 +121,8 @@ def _of_calls(graph: fx.GraphModule, counts: Mapping[str, int]) -> dict[str, int
 def _by_node(module: fx.GraphModule, flops: Mapping[str, int], sizes: Mapping[str, int]) -> dict[str, NodeCost]:
     """The cost of each node. A node uses the parameters of the module that it calls, or those among its operands.
 
-    An operand may be made of parameters by further nodes (`x @ w.T`, one third of `in_proj_weight`). If it has fewer
-    elements than they have, it counts as a part of its own.
+    An operand may be made of parameters by further nodes (`x @ w.T`, or the part of a weight that is cut out for the
+    queries of an attention). If it has fewer elements than they have, it counts as a part of its own.
     """
     first: dict[int, str] = {}  # id of a parameter -> its first path
     elements: dict[str, tuple[str, int]] = {}

@@ -174,7 +174,8 @@ class Report(Drawable):
             columns.append(numbers(header, exact, compact))
         columns.append(numbers("similarity", [f"{plans[g.name].similarity:.2f}" for g in groups]))
         if self.plan.options.decomposition == "mostsim":
-            alone = [sum(p.into < 0 for p in plans[g.name].partners) if g.partners else 0 for g in groups]
+            merged = {g.name for g in groups if not unmerged(g, self._tensors, self.plan.options)}
+            alone = [sum(p.into < 0 for p in plans[g.name].partners) if g.name in merged else 0 for g in groups]
             columns.append(numbers("no partner", [f"{n:,}" for n in alone]))
         found = table(f"Merged groups of {self.captured.name}", [*columns, *notes.columns], width, style)
         return found + notes.lines(width, style)
