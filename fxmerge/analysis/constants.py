@@ -18,7 +18,13 @@ from fxmerge.ir.provenance import Lab, Param, View
 from fxmerge.rules.facts import FactsBuilder
 from fxmerge.rules.lookup import rule_of
 
-_MAKERS = ("new", "random", "expand", "expand_as", "repeat")  # rules of the calls that can make a constant of another width
+_MAKERS = (
+    "new",
+    "random",
+    "expand",
+    "expand_as",
+    "repeat",
+)  # rules of calls that can make a wider constant
 _PASSING = ("per_channel", "tie", "query", "movement")  # kinds of calls whose first operand may be such a constant
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxmerge.analysis.kept_values import ANY, labelled, labels_of, narrowed, narrows, plain, same, shape_of, unchanged
-from fxmerge.analysis.original_values import Originals, Stuck, computed, sources
+from fxmerge.analysis.kept_values import ANY, equal, labelled, labels_of, narrowed, narrows, plain, same, shape_of, unchanged
+from fxmerge.analysis.original_values import Originals, StuckError, computed, sources
 from fxmerge.graph import nested
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.labels import compact, numbers, simplify, thin
@@ -145,7 +145,7 @@ class _Check:
         """The call of a node with values that are as before the merge (an attention scale)."""
         try:
             call = original(node)
-        except Stuck:
+        except StuckError:
             self.fail(node, f"{node.name} takes a value computed from its width, which would change with it")
             return node
         if (call.args, call.kwargs) == (tuple(node.args), dict(node.kwargs)):
@@ -176,11 +176,11 @@ class _Check:
         """Fails for sizes that torch refuses."""
         for layer in self.facts.layers:
             if layer.node == node.name and (held := too_narrow(layer, self.alive)).numel():
-                self.failures.append(Failure(node.name, held))
+                self.failures.append(Failure(node.name, held, "torch does not construct a layer of this size"))
 
     def written(self, node: fx.Node) -> None:
         """x[index] = value: a literal index is corrected as in x[index], and proved by what it then selects."""
-        whole, index = self.before(self.latest[node.args[0].name]), node.args[1]  # type: ignore[union-attr]
+        whole, index = self.before(self.latest[node.args[0].name]), node.args[1]  # type: ignore[union-attr, index]
         literal = index if isinstance(index, tuple) else (index,)
         if not isinstance(whole, Lab) or not all(i is None or i is ... or isinstance(i, (int, slice)) for i in literal):
             return
@@ -188,7 +188,7 @@ class _Check:
         found = Call(node.target, tuple(node.args), dict(node.kwargs))
         about = Resize(tuple(whole.t[index].shape), (), lambda at: self.survivors(node, at), found, found)  # type: ignore[index]
         for call in (found, resized("getitem", Call(node.target, found.args[:2], {}), about)):
-            if call is not None and kept and any(_equal(kept[0].t[call.args[1]], want.t) for want in wanted):
+            if call is not None and kept and any(equal(kept[0].t[call.args[1]], want.t) for want in wanted):
                 if call is not found:
                     self.edit(node, Call(node.target, (node.args[0], call.args[1], node.args[2]), found.kwargs))
                 return
@@ -240,7 +240,7 @@ class _Check:
         except (TypeError, RuntimeError, ValueError, IndexError):
             return None
         if node.name in self.facts.made and isinstance(out, Tensor):  # a constant, which is equal along its channels
-            return Lab(torch.tensor(_ANY).expand(out.shape))
+            return Lab(torch.tensor(ANY).expand(out.shape))
         return nested.tree(
             lambda v: Lab(simplify(v)) if isinstance(v, Tensor) else v, tuple(out) if isinstance(out, list) else out
         )

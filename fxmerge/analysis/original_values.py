@@ -35,7 +35,7 @@ _VALUES: dict[str, tuple[int, str]] = {
 }
 
 
-class Stuck(Exception):
+class StuckError(Exception):
     """The original value cannot be computed in the merged graph."""
 
 
@@ -51,7 +51,7 @@ class Originals:
     changed: Callable[[str], bool]
 
     def of_query(self, node: fx.Node) -> Call:
-        """The call of a node that computes a plain value; what it takes as values is as before. Raises Stuck."""
+        """The call of a node that computes a plain value; what it takes as values is as before. Raises StuckError."""
         args, kwargs = tuple(node.args), dict(node.kwargs)
         name = node.target if isinstance(node.target, str) else overload_name(node.target)
         known = _VALUES.get(str(name or getattr(node.target, "__name__", "")))
@@ -70,7 +70,7 @@ class Originals:
         return Call(node.target, args, kwargs)
 
     def of_operands(self, node: fx.Node) -> Call:
-        """The call of a node that takes activations, with its plain operands as before. Raises Stuck."""
+        """The call of a node that takes activations, with its plain operands as before. Raises StuckError."""
         args, kwargs = tuple(node.args), dict(node.kwargs)
         return Call(node.target, nested.tree(self.operand, args), nested.tree(self.operand, kwargs))
 
@@ -83,7 +83,7 @@ class Originals:
             if old.shape != new.shape:  # zeros of a new size stay zeros
                 values = torch.cat([old.flatten(), new.flatten()])
                 if not bool((values == values[:1]).all()):
-                    raise Stuck
+                    raise StuckError
                 return leaf
             return leaf if torch.equal(old, new) else self.kept(leaf)
         return self.number(leaf)
@@ -93,7 +93,7 @@ class Originals:
         return isinstance(leaf, fx.Node) and self.changed(leaf.name) and isinstance(self.was(leaf.name), kinds)
 
     def kept(self, leaf: Any) -> Any:
-        """What computes the value that a node had before: the node, a literal, or a call of such. Raises Stuck."""
+        """What computes the value that a node had before: the node, a literal, or a call of such. Raises StuckError."""
         if not isinstance(leaf, fx.Node) or not self.changed(leaf.name):
             return leaf
         if isinstance(self.was(leaf.name), (Lab, Param)):  # which gives a new tensor its dtype
@@ -102,7 +102,7 @@ class Originals:
             return leaf
         found = self._computed(leaf)
         if not same(nested.tree(self.evaluated, found), self.was(leaf.name)):
-            raise Stuck
+            raise StuckError
         return found
 
     def _computed(self, node: fx.Node) -> Any:
@@ -117,12 +117,12 @@ class Originals:
         ):
             counts = node.target in ("numel", torch.numel) and any(isinstance(self.was(n.name), Lab) for n in read)
             if counts or not isinstance(old, (int, float)):
-                raise Stuck  # the number of elements holds sizes of the input too
+                raise StuckError  # the number of elements holds sizes of the input too
             return old
         return Call(node.target, nested.tree(self.kept, tuple(node.args)), nested.tree(self.kept, dict(node.kwargs)))
 
     def evaluated(self, value: Any) -> Any:
-        """The value of an expression in the merged graph. Raises Stuck if it cannot be computed."""
+        """The value of an expression in the merged graph. Raises StuckError if it cannot be computed."""
         if isinstance(value, fx.Node):
             return self.now(value.name)
         if isinstance(value, Call):
@@ -130,7 +130,7 @@ class Originals:
             try:
                 return computed(value.target, args, kwargs)
             except (TypeError, RuntimeError, ValueError, IndexError, AttributeError) as error:
-                raise Stuck from error
+                raise StuckError from error
         return value
 
 

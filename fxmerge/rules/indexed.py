@@ -24,7 +24,7 @@ _OVER_CHANNELS = "runs over the axis of the channels"
 
 def _labels(ctx: RuleContext, operand: Operand) -> Tensor | None:
     """The labels of a tensor that is written or read; a raw parameter has one for each element. None for a number."""
-    if isinstance(operand, Param) or isinstance(operand, View):
+    if isinstance(operand, (Param, View)):
         raw = operand.param if isinstance(operand, View) else operand
         ctx.layer("joined", {"weight": raw}, carries=ctx.elements(raw))
         return operand.t if isinstance(operand, View) else ctx.elements(raw)
@@ -106,9 +106,7 @@ def _kept_before(whole: Tensor, items: list[object], at: int) -> int:
     return axis - ints + sum(item is None for item in items[:at])
 
 
-def index_put(
-    ctx: RuleContext, input: Operand, indices: Operand, values: Operand, accumulate: bool = False
-) -> Answer:
+def index_put(ctx: RuleContext, input: Operand, indices: Operand, values: Operand, accumulate: bool = False) -> Answer:
     """x[indices] = values, where an index None takes all of its axis."""
     if not isinstance(indices, (tuple, list)):
         return Unknown("is called without a list of indices")

@@ -27,8 +27,21 @@ SPELLINGS: dict[str, tuple[Any, ...]] = {
     "squeeze": (torch.squeeze, "squeeze"),
     "unsqueeze": (torch.unsqueeze, "unsqueeze"),
     "permute": (torch.permute, "permute"),
-    "transpose": (torch.transpose, "transpose", torch.swapaxes, torch.swapdims, "swapaxes", "swapdims", "t", torch.t,
-                  torch.adjoint, "adjoint", Aten("numpy_T"), Aten("matrix_H"), Aten("mT")),
+    "transpose": (
+        torch.transpose,
+        "transpose",
+        torch.swapaxes,
+        torch.swapdims,
+        "swapaxes",
+        "swapdims",
+        "t",
+        torch.t,
+        torch.adjoint,
+        "adjoint",
+        Aten("numpy_T"),
+        Aten("matrix_H"),
+        Aten("mT"),
+    ),
     "movedim": (torch.movedim, torch.moveaxis, "movedim", "moveaxis"),
     "cat": (torch.cat, torch.concat, torch.concatenate),
     "hstack": (torch.hstack,),
@@ -232,7 +245,7 @@ _JOINING = ("cat", "stack", "hstack", "column_stack", "vstack", "dstack")
 
 
 def _want_constants(ctx: RuleContext, given: Sequence[Operand], args: list[Any], kwargs: dict[str, Any]) -> None:
-    """Constants among joined operands should follow the channels of the others, or have channels along the joined axis."""
+    """Constants among joined operands follow the channels of the others, or have channels along the joined axis."""
     tensors = [t for t in args[0] if isinstance(t, Tensor)]
     axis = _joined_axis(ctx.rule_name, tensors[0].dim(), args, kwargs) % max(tensors[0].dim(), 1)
     across = next((t for t in tensors if any(a != axis for a in varying(t))), None)
