@@ -61,6 +61,8 @@ def is_zero(value: Any) -> bool:
 
 def _makes(node: fx.Node, module: fx.GraphModule) -> bool:
     rule = rule_of(node, module)
+    if rule is not None and rule.name == "identity":  # a copy, in a recorded graph, of what the user's code made
+        return any(n.op == "get_attr" and bool(n.meta.get("constant")) for n in node.all_input_nodes)
     return rule is not None and rule.name in _MAKERS
 
 

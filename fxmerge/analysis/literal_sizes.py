@@ -197,7 +197,13 @@ class _Check:
     def blocks(self, node: fx.Node) -> tuple[int, int]:
         """(groups of the layer at a node, how many of them are left)."""
         layers = [layer for layer in self.facts.layers if layer.node == node.name and layer.groups > 1]
-        return (layers[0].groups, blocks_left(layers[0], self.alive)) if layers else (1, 1)
+        if layers:
+            return layers[0].groups, blocks_left(layers[0], self.alive)
+        filters = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")  # computed, one for each channel
+        if self.rule_name(node) not in ("conv", "conv_transpose") or not isinstance(filters, fx.Node):
+            return 1, 1
+        before, after = _shape(self.before(filters.name)), _shape(self.values[filters.name])
+        return (before[0], after[0]) if before is not None and after is not None else (1, 1)
 
     def rule_name(self, node: fx.Node) -> str:
         return _name(rule_of(node, self.captured.module))

@@ -131,8 +131,10 @@ def conv_transpose(
     output_padding: Operand = 0,
     groups: int = 1,
     dilation: Operand = 1,
-) -> Lab | Unknown:
-    """Transposed convolution. W: (in, out/groups, *kernel). With groups, only one channel for each group is known."""
+) -> Answer:
+    """Transposed convolution. W: (in, out/groups, *kernel)."""
+    if isinstance(input, Lab) and isinstance(weight, (Lab, Tensor)):
+        return filtered(ctx, input, weight, bias, groups)
     found = _operands(ctx, input, weight, bias)
     if isinstance(found, Unknown):
         return found
@@ -171,8 +173,10 @@ def conv(
     padding: Operand = 0,
     dilation: Operand = 1,
     groups: int = 1,
-) -> Lab | Unknown:
+) -> Answer:
     """Convolution in 1, 2 or 3 dimensions. W: (out, in/groups, *kernel)."""
+    if isinstance(input, Lab) and isinstance(weight, (Lab, Tensor)):
+        return filtered(ctx, input, weight, bias, groups)
     found = _operands(ctx, input, weight, bias)
     if isinstance(found, Unknown):
         return found
@@ -192,6 +196,25 @@ def conv(
     ctx.tie(reads, ctx.axis(w, 1, groups))
     ctx.layer("conv", {"weight": w, "bias": b}, reads=reads.view(groups, -1), writes=writes, groups=groups)
     return Lab(spread(writes, shape, axis))
+
+
+def filtered(ctx: RuleContext, x: Lab, weight: Lab | Tensor, bias: Operand, groups: int) -> Answer:
+    """A computed filter that is the same for every channel, as a blur: made as often as there are channels."""
+    shape = weight.t.shape if isinstance(weight, Lab) else weight.shape
+    axis = x.t.dim() - (len(shape) - 2) - 1
+    if bias is not None or tuple(shape[:2]) != (groups, 1) or x.t.size(axis) != groups or ctx.shape is None:
+        return Unknown("has a weight that is computed, not a parameter")
+    passed = ctx.along(x, axis)
+    if not isinstance(weight, Lab) or varying(weight.t) != (0,):
+        ctx.want(weight, passed.view(-1, *[1] * (len(shape) - 1)))
+        return Unknown("has a weight that is computed, not a parameter")
+    ctx.tie(passed, ctx.along(weight, 0))
+    return AsKind("per_channel", Lab(spread(passed, ctx.shape, axis)))
+
+
+def same_filter(ctx: RuleContext, input: Operand, weight: Operand, *rest: Operand, **kwargs: Operand) -> bool:
+    """A factor passes a convolution with a computed filter, which has no bias; other convolutions make channels."""
+    return isinstance(weight, Lab)
 
 
 def carry(

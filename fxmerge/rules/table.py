@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fxmerge.graph.ops import Aten
-from fxmerge.rules import binary, contractions, einsum, indexed, layers, movement, norms, over_axes, pointwise, unary
+from fxmerge.rules import binary, contractions, einsum, indexed, layers, movement, norms, over_axes, pointwise, products, unary
 from fxmerge.rules.elementwise import (
     adds_nothing,
     extreme,
@@ -50,6 +50,7 @@ _ROWS: tuple[Rule, ...] = (
             *(Module(cls, _CONV) for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d)),
             *(F.conv1d, F.conv2d, F.conv3d),
         ),
+        layers.same_filter,
     ),
     Rule(
         "conv_transpose",
@@ -59,6 +60,7 @@ _ROWS: tuple[Rule, ...] = (
             *(Module(cls, _TRANSPOSED) for cls in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)),
             *(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
         ),
+        layers.same_filter,
     ),
     Rule("embedding", "producer", layers.embedding, (Module(nn.Embedding, ("weight", "max_norm")), F.embedding)),
     Rule("embedding_bag", "producer", layers.embedding_bag,
@@ -193,7 +195,9 @@ _ROWS: tuple[Rule, ...] = (
          (Module(nn.Softmax, ("dim",)), Module(nn.LogSoftmax, ("dim",)), F.softmax, F.log_softmax, torch.softmax,
           torch.log_softmax, "softmax", "log_softmax")),
     Rule("norm", "mixer", norms.norm,
-         (torch.linalg.vector_norm, torch.norm, "norm", torch.functional.norm, Aten("linalg_vector_norm"))),
+         (torch.linalg.vector_norm, torch.norm, "norm", torch.functional.norm, Aten("linalg_vector_norm"),
+          torch.linalg.norm)),
+    *products.ROWS,
     Rule("normalize", "mixer", norms.normalize, (F.normalize,)),
     Rule("layer_norm", "mixer", norms.layer_norm,
          (Module(nn.LayerNorm, ("normalized_shape", "weight", "bias", "eps")), F.layer_norm, torch.layer_norm)),

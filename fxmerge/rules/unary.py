@@ -9,11 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxmerge.ir.provenance import Lab, Param, View
+from fxmerge.ir.provenance import Lab, Param
 from fxmerge.rules.binary import combined
 from fxmerge.rules.context import RuleContext
 from fxmerge.rules.elementwise import per_channel, per_channel_rule
-from fxmerge.rules.layers import carry
 from fxmerge.rules.rule import Answer, AsKind, Operand, Rule, Spelling, Unknown
 
 
@@ -58,17 +57,6 @@ def quantize_by_tensor(ctx: RuleContext, input: Operand, scale: Operand, zero_po
     return per_channel_rule(ctx, input)
 
 
-def quantize_by_channel(
-    ctx: RuleContext, input: Operand, scale: Operand, zero_point: Operand, axis: int, *rest: int
-) -> Answer:
-    """Rounded to a grid of its own for each channel."""
-    scale = scale.param if isinstance(scale, View) else scale
-    if not isinstance(input, Lab) or not isinstance(scale, Param) or not isinstance(zero_point, Param):
-        return Unknown("has a grid that is computed, not a parameter or buffer")
-    params = {"weight": scale, "zero_point": zero_point}
-    return AsKind("per_channel_param", carry(ctx, "fake_quantize", input, params, axis=axis))
-
-
 def keeps_zero(ctx: RuleContext, input: Operand, nan: float | None = 0.0, *rest: Operand, **kwargs: Operand) -> bool:
     """nan_to_num passes a factor if NaN becomes 0."""
     return not nan
@@ -99,6 +87,4 @@ ROWS: tuple[Rule, ...] = (
     Rule("clamp_max", "per_channel", lambda ctx, input, max: clamp(ctx, input, None, max),
          (torch.clamp_max, torch.clamp_max_, "clamp_max", "clamp_max_")),
     Rule("fake_quantize_per_tensor", "per_channel", quantize_by_tensor, (torch.fake_quantize_per_tensor_affine,)),
-    Rule("fake_quantize_per_channel", "per_channel_param", quantize_by_channel,
-         (torch.fake_quantize_per_channel_affine,)),
 )  # fmt: skip
