@@ -28,7 +28,9 @@ _MAKERS = (
 _PASSING = ("per_channel", "tie", "query", "movement")  # kinds of calls whose first operand may be such a constant
 
 
-def makers(wanted: Mapping[str, Collection[int]], module: fx.GraphModule, values: Mapping[fx.Node, Any]) -> dict[str, tuple[int, ...]]:  # fmt: skip
+def makers(
+    wanted: Mapping[str, Collection[int]], module: fx.GraphModule, values: Mapping[fx.Node, Any]
+) -> dict[str, tuple[int, ...]]:
     """The calls that make constants whose axes meet channels, with these axes.
 
     wanted: node whose value meets channels -> its axes that do. The node may be a function of the constant.

@@ -7,21 +7,21 @@
    networkx graph of parts and blocks are the groups. Channels are merged only within their cell, which is the part and
    the row of each block.
 
-`Grouping.graph` shows users the result; `_graph` lists its nodes and edges.
+`Grouping.graph` shows users the result; `group_graph` lists its nodes and edges.
 """
 
 from __future__ import annotations
 
-import io
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fxmerge.analysis.group_graph import group_graph
 from fxmerge.analysis.members import Builder
 from fxmerge.analysis.whole_blocks import atoms
 from fxmerge.graph.nested import leaves
@@ -45,7 +45,7 @@ def group(facts: Provenance) -> Grouping:
     named = _named([builder.build(number, *inside) for number, inside in components.items()])
     named, stuck = _without_choice(facts, atom, named)
     refusals = (*_refusals(facts, atom, pinned, named, {r.name for r in stuck}), *stuck)
-    graph = _graph(named, refusals, facts.layers)
+    graph = group_graph(named, refusals, facts.layers)
     return Grouping(tuple(named), refusals, torch.from_numpy(atom), graph)
 
 
@@ -67,7 +67,7 @@ def joined(widths: Grouping, facts: Provenance, wholes: Grouping) -> Grouping:
     if facts.whole is not None:
         leaving[wholes.atom[facts.whole].numpy()] = True
     named = [replace(g, name=f"{g.name}#whole") for g in wholes.groups if leaving[g.atoms.numpy()].all()]
-    graph = nx.compose(widths.graph, _graph(named, (), facts.layers))
+    graph = nx.compose(widths.graph, group_graph(named, (), facts.layers))
     return replace(widths, graph=graph, wholes=replace(wholes, groups=tuple(named), refusals=(), graph=graph))
 
 
@@ -262,41 +262,3 @@ def _refusals(
     refused = [Refusal(name, channels, reason, where) for (name, reason, where), channels in found.items()]
     left = [u for u in facts.untouched if u.module not in named]
     return (*refused, *(Refusal(u.module, u.channels, u.reason, u.where) for u in left))
-
-
-def graphml(graph: Any) -> str:
-    """A `Grouping.graph` as GraphML text, with the type of every attribute."""
-    import networkx as nx
-
-    held = io.BytesIO()
-    nx.write_graphml(graph, held, infer_numeric_types=False)
-    return held.getvalue().decode("utf-8")
-
-
-def _graph(groups: list[Group], refusals: Sequence[Refusal], layers: Sequence[Layer]) -> nx.DiGraph[str]:
-    """A DiGraph whose attributes are strings, integers and booleans.
-
-    group       NAME             kind="group", channels, internal, mixers (how many)
-    layer       layer:NODE       kind=op, module=path
-    refusal     refused:NUMBER   kind="refused", module=path, channels, reason, where
-    edges       layer -> group role="write", group -> layer role="read" or "carry", layer -> refusal role="write";
-                channels: how many of the group's (refusal's) channels the layer holds
-    """
-    import networkx as nx
-
-    graph: nx.DiGraph[str] = nx.DiGraph()
-    for g in groups:
-        graph.add_node(g.name, kind="group", channels=g.channels, internal=g.internal, mixers=len(g.mixers))
-        for role, members in (("write", g.producers), ("carry", g.per_channel_params), ("read", g.consumers)):
-            for m in members:
-                graph.add_node(f"layer:{m.layer.node}", kind=str(m.layer.operation), module=m.layer.module)
-                ends = (f"layer:{m.layer.node}", g.name) if role == "write" else (g.name, f"layer:{m.layer.node}")
-                graph.add_edge(*ends, role=role, channels=len(m.channels))
-    for number, r in enumerate(refusals):
-        about = {"module": r.name, "channels": r.channels, "reason": r.reason, "where": r.where}
-        graph.add_node(f"refused:{number}", kind="refused", **about)
-        for layer in layers:
-            if layer.module == r.name and layer.writes is not None:
-                graph.add_node(f"layer:{layer.node}", kind=str(layer.operation), module=layer.module)
-                graph.add_edge(f"layer:{layer.node}", f"refused:{number}", role="write", channels=r.channels)
-    return graph

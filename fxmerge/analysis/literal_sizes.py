@@ -14,7 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxmerge.analysis.kept_values import ANY, equal, labelled, labels_of, narrowed, narrows, plain, same, shape_of, unchanged
+from fxmerge.analysis.kept_values import (
+    ANY,
+    equal,
+    labelled,
+    labels_of,
+    narrowed,
+    narrows,
+    plain,
+    same,
+    shape_of,
+    unchanged,
+)
 from fxmerge.analysis.original_values import Originals, StuckError, computed, sources
 from fxmerge.graph import nested
 from fxmerge.ir.capture import Capture
@@ -202,7 +213,7 @@ class _Check:
         filters = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")  # computed, one for each channel
         if self.rule_name(node) not in ("conv", "conv_transpose") or not isinstance(filters, fx.Node):
             return 1, 1
-        before, after = _shape(self.before(filters.name)), _shape(self.values[filters.name])
+        before, after = shape_of(self.before(filters.name)), shape_of(self.values[filters.name])
         return (before[0], after[0]) if before is not None and after is not None else (1, 1)
 
     def rule_name(self, node: fx.Node) -> str:

@@ -24,7 +24,8 @@ from fxmerge.ir.capture import Capture
 from fxmerge.ir.labels import fixed, numbers
 from fxmerge.ir.provenance import Kind, Lab, Param, ParamLabels, Pin, Provenance, Tie, View
 from fxmerge.rules import movement
-from fxmerge.rules.context import RuleContext, call_name
+from fxmerge.rules.call_names import call_name
+from fxmerge.rules.context import RuleContext
 from fxmerge.rules.facts import FactsBuilder
 from fxmerge.rules.lookup import attributes_of, rule_of, takes_params
 from fxmerge.rules.rule import Answer, AsKind, Rule, Unknown

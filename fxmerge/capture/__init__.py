@@ -8,4 +8,9 @@ expand_modules    torch's transformer layers, expanded into ops that have rules
 torch_export      graphs of torch.export
 record            a graph recorded from one run, for models that cannot be traced
 constant_fold     values computed from parameters alone, folded into parameters
+frames            one frame of a recorded run
+frozen            finds what tracing froze: a value of one run that became a constant of the graph
+guards            the sizes of inputs for which an exported graph holds, as assertions at the start of the graph
+hooks             traces the hooks of leaf modules
+quantized         recognizes quantized models, whose packed weights cannot be merged
 """

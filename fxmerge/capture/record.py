@@ -1,12 +1,11 @@
 """Records the graph of one run, for models that neither symbolic tracing nor torch.export can follow.
 
-The model runs on the example inputs. Submodules that can be traced symbolically are *parts*: the graph of a part is
-inserted once for each of its calls. The code between parts, the *glue*, is recorded call by call as it runs. The result
-is a single graph, which is analysed like any other, so that channels are followed from part to part. Only parts are
-rewritten. Glue remains the user's own code, so nothing in it may depend on a literal width.
+The model runs on the example inputs. Submodules that can be traced symbolically are *parts*, whose graphs are inserted
+once for each call. The code between parts, the *glue*, is recorded call by call as it runs. The result is one graph,
+analysed like any other. Only parts are rewritten. Glue remains the user's code: no literal width may be wrong in it.
 
-One run shows only one path. Another run may take another path if the code of a module reads the value of a tensor
-(`if x.sum() > 0`), or if a submodule did not run. All tensors that the code of such a module sees keep their channels.
+One run shows one path. Another run may take another one where code reads the value of a tensor (`if x.sum() > 0`), or
+where a submodule did not run. All tensors that the code of such a module sees keep their channels.
 """
 
 from __future__ import annotations
@@ -14,13 +13,14 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
+from fxmerge.capture.frames import Frame
 from fxmerge.capture.frozen import checks
 from fxmerge.capture.hooks import hooked, overridden
 from fxmerge.capture.symbolic import symbolic, user_line, without_rule
@@ -30,14 +30,6 @@ from fxmerge.graph.ops import HARMLESS, PLAIN, held_tensors, node_call, tensors
 from fxmerge.ir.capture import Part, Recorded
 from fxmerge.rules.lookup import rule_of_module
 from fxmerge.rules.movement import enter
-
-
-@dataclass
-class _Frame:
-    """The running forward of one module, and the nodes of the tensors that its own code sees."""
-
-    path: str
-    seen: set[fx.Node] = field(default_factory=set)
 
 
 def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recorded:
@@ -60,7 +52,7 @@ class _Recording(TorchFunctionMode):
         self.templates: dict[str, fx.GraphModule | None] = {}  # path -> the module's own graph, None if not a part
         self.parts: dict[str, Part] = {}
         self.rewritable: set[str] = set()  # nodes inserted by parts
-        self.frames: list[_Frame] = []
+        self.frames: list[Frame] = []
         self.doubtful: dict[str, str] = {}  # path of a module -> why another run may take another path
         self.ran: set[str] = set()
         self.seen: dict[str, set[fx.Node]] = {}  # path of a module -> the nodes that its own code sees
@@ -80,7 +72,7 @@ class _Recording(TorchFunctionMode):
             if isinstance(value, Tensor) and id(value) not in self.nodes:
                 self._remember(value, self.graph.placeholder(f"input_{len(inputs)}"))
                 inputs.append(value)
-        root = _Frame("", {self.nodes[id(v)] for v in inputs})
+        root = Frame("", {self.nodes[id(v)] for v in inputs})
         self.frames.append(root)
         try:
             with self:
@@ -227,7 +219,7 @@ class _Recording(TorchFunctionMode):
                 template = self._template(module, path, args, kwargs)
                 if template is not None:
                     return self._inline(template, path, forward, args, kwargs)
-            frame = _Frame(path, {self._node(t) for t in tensors([args, kwargs])})
+            frame = Frame(path, {self._node(t) for t in tensors([args, kwargs])})
             self.frames.append(frame)
             out = forward(*args, **kwargs)
             frame.seen.update(self._node(t) for t in tensors(out))

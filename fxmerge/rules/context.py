@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import operator
 from collections.abc import Collection, Mapping, Sequence
 from math import prod
@@ -15,9 +14,11 @@ from fxmerge.errors import source_line
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.labels import FIXED, numbers, rows, simplify, spread, thin, varying
 from fxmerge.ir.layer_ops import LayerOp
-from fxmerge.ir.provenance import Block, Bond, Contraction, Grid, Lab, Layer, Param, Pin, Tie
+from fxmerge.ir.provenance import Block, Bond, Contraction, Grid, Lab, Layer, Param
+from fxmerge.rules.call_names import call_name, layer_name
 from fxmerge.rules.facts import FactsBuilder, pins_of
 from fxmerge.rules.rule import Operand, Unknown
+from fxmerge.rules.ties import tied
 from fxmerge.weights.by_path import at
 
 
@@ -108,48 +109,9 @@ class RuleContext:
     def tie(self, left: Tensor, right: Tensor) -> None:
         """These labels are dropped together or not at all, position by position. A label that meets FIXED is pinned."""
         self._laid_out_alike(left, right)
-        ties, pins = self._tied(left, right)
+        ties, pins = tied(self._node, left, right)
         self._facts.ties += ties
         self._facts.pins += pins
-
-    def _tied(self, left: Tensor, right: Tensor) -> tuple[list[Tie], list[Pin]]:
-        """The ties, and the pins of labels that meet FIXED."""
-        ties: list[Tie] = []
-        pins: list[Pin] = []
-        left, right = thin(left), thin(right)
-        if left.shape != right.shape:
-            left, right, ties, pins = self._broadcast(left, right)
-        left, right = left.flatten(), right.flatten()
-        if not bool(torch.minimum(left, right).all()):  # FIXED is 0, and no label is less
-            for one, other in ((left, right), (right, left)):
-                pins += pins_of(self._node, other[one == FIXED], "meets values that are not channels of a layer")
-            here = (left != FIXED) & (right != FIXED)
-            left, right = left[here], right[here]
-        differ = left != right
-        if not bool(differ.all()):
-            left, right = left[differ], right[differ]
-        if left.numel():
-            ties.append(Tie(self._node.name, left, right))
-        return ties, pins
-
-    def _broadcast(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, list[Tie], list[Pin]]:
-        """Two label tensors broadcast to one shape.
-
-        Where each has an axis that the other lacks, the labels along that axis are first tied to each other, so that
-        not every label of one meets every label of the other. Returns those ties and pins too.
-        """
-        ties: list[Tie] = []
-        pins: list[Pin] = []
-        sizes = list(zip(left.shape, right.shape, strict=False)) if left.dim() == right.dim() else []
-        alone = [(left, [b == 1 for _, b in sizes]), (right, [a == 1 for a, _ in sizes])]
-        firsts = [t[tuple(slice(0, 1) if own else slice(None) for own in axes)] for t, axes in alone]
-        if sizes and all(f.numel() < t.numel() for f, (t, _) in zip(firsts, alone, strict=True)):
-            for first, (t, _) in zip(firsts, alone, strict=True):
-                more_ties, more_pins = self._tied(first, t)
-                ties, pins = ties + more_ties, pins + more_pins
-            left, right = firsts
-        left, right = torch.broadcast_tensors(left, right)  # type: ignore[no-untyped-call]
-        return left, right, ties, pins
 
     def pin(self, labels: Tensor, reason: str) -> None:
         """These channels stay."""
@@ -209,7 +171,7 @@ class RuleContext:
 
         See `ir.Bond`.
         """
-        kept_ties, kept_pins = self._tied(*ties) if ties is not None else ([], [])
+        kept_ties, kept_pins = tied(self._node, *ties) if ties is not None else ([], [])
         if pins is not None:
             kept_pins += pins_of(self._node, *pins)
         if not self.whole:
@@ -336,22 +298,3 @@ def resized(x: Lab, shape: Sequence[int]) -> Lab | Unknown:
                 return Unknown("changes the size of the channel axis")
             small = small.narrow(axis, 0, 1)
     return Lab(simplify(torch.broadcast_to(small, tuple(shape))))
-
-
-def layer_name(path: str) -> str:
-    """What users call the layer of a parameter: its module, or the parameter itself."""
-    owner, _, name = path.rpartition(".")
-    return owner if owner and (name in ("weight", "bias") or name.startswith(_RECURRENT)) else path
-
-
-_RECURRENT = ("weight_ih", "weight_hh", "weight_hr", "bias_ih", "bias_hh")
-
-
-def call_name(node: fx.Node) -> str:
-    """The name of what a node calls: the module's path, the method, or the function."""
-    target = node.target
-    if isinstance(target, str):
-        return target
-    if inspect.isbuiltin(target):  # whose qualified names begin with the name of a class
-        return target.__name__
-    return getattr(target, "__qualname__", None) or getattr(target, "__name__", None) or str(target)

@@ -80,9 +80,9 @@ def setitem(ctx: RuleContext, x: Operand, index: Operand, value: Operand) -> Ans
     labels = None if number else _labels(ctx, value)
     if labels is None:
         return answer if isinstance(x, Lab) else Unknown("writes to a constant tensor")
-    place = whole[tuple(plain)]
+    place = whole[tuple(plain)]  # type: ignore[index]
     if given and operand_shape(first):  # along the axis of the index, one entry stands for all
-        axis = place.dim() - whole[(*plain[: given[0]], 0, *plain[given[0] + 1 :])].dim()
+        axis = place.dim() - whole[(*plain[: given[0]], 0, *plain[given[0] + 1 :])].dim()  # type: ignore[index]
         axis = labels.dim() - (place.dim() - _kept_before(whole, plain, given[0])) if axis else 0
         if 0 <= axis < labels.dim():
             if axis in varying(labels) or not labels.size(axis):

@@ -274,7 +274,7 @@ def _tie_across(ctx: RuleContext, args: list[Any], kwargs: dict[str, Any]) -> No
     if ctx.rule_name == "column_stack" and tensors[0].dim() == 1:
         tensors = [t.unsqueeze(1) for t in tensors]
     if ctx.rule_name == "dstack":
-        tensors = list(torch.atleast_3d(tensors))
+        tensors = list(torch.atleast_3d(tensors))  # type: ignore[no-untyped-call]
     if ctx.rule_name == "stack":
         tensors, axis = [t.unsqueeze(axis) for t in tensors], axis
     axis %= max(tensors[0].dim(), 1)

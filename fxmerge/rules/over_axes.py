@@ -111,7 +111,10 @@ def quantile(
     return reduction_rule(ctx, input, dim, keepdim)
 
 
-_PAIRS = {"var_mean": ("var", "mean"), "std_mean": ("std", "mean"), "aminmax": ("min", "max")}
+VarMean = namedtuple("VarMean", ["var", "mean"])
+StdMean = namedtuple("StdMean", ["std", "mean"])
+MinMax = namedtuple("MinMax", ["min", "max"])
+_PAIRS: dict[str, Callable[..., Any]] = {"var_mean": VarMean, "std_mean": StdMean, "aminmax": MinMax}
 
 
 def pair(ctx: RuleContext, input: Operand, dim: Operand = None, *given: Any, **kwargs: Any) -> Answer:
@@ -123,7 +126,7 @@ def pair(ctx: RuleContext, input: Operand, dim: Operand = None, *given: Any, **k
         return Unknown("reduces something that is not an activation")
     shape = tuple(without(input.t, along(axes, input.t), bool(keepdim)).shape)
     found = reduced(ctx, input, axes, bool(keepdim), shape)
-    return found if isinstance(found, Unknown) else namedtuple("Pair", _PAIRS[ctx.rule_name])(found, found)
+    return found if isinstance(found, Unknown) else _PAIRS[ctx.rule_name](found, found)
 
 
 def transform(last: int | None) -> Callable[..., Answer]:
@@ -163,11 +166,16 @@ def _no_transform(*names: str) -> tuple[Any, ...]:
     return _named(*names, prefix=torch.fft)
 
 
+def difference(ctx: RuleContext, input: Operand, n: int = 1, dim: int = -1) -> Answer:
+    """Differences of neighbours along an axis."""
+    return along_axis(ctx, input, dim)
+
+
 ROWS: tuple[Rule, ...] = (
     Rule("cumsum", "per_channel", along_axis, _named("cumsum", "cumsum_"), True),
     Rule("cumprod", "per_channel", along_axis, _named("cumprod", "cumprod_")),
     Rule("logcumsumexp", "per_channel", along_axis, _named("logcumsumexp")),
-    Rule("diff", "per_channel", lambda ctx, input, n=1, dim=-1: along_axis(ctx, input, dim), _named("diff"), True),
+    Rule("diff", "per_channel", difference, _named("diff"), True),
     Rule("sort", "per_channel", sort, _named("sort"), _values_alone),
     Rule("msort", "per_channel", msort, _named("msort"), True),
     Rule("cummax", "per_channel", ordered, _named("cummax"), _values_alone),

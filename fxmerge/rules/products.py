@@ -49,7 +49,12 @@ def tensordot(ctx: RuleContext, a: Operand, b: Operand, dims: Operand = 2, out: 
     if pairs is None or len(pairs) != 2:
         return Unknown("does not say its axes")
     of_a, of_b = ([axis % len(size) for axis in given] for given, size in zip(pairs, sizes, strict=True))  # type: ignore[arg-type]
-    if isinstance(a, Lab) and isinstance(b, Param) and len(sizes[1]) == 2 and (of_a, of_b) == ([len(sizes[0]) - 1], [0]):
+    if (
+        isinstance(a, Lab)
+        and isinstance(b, Param)
+        and len(sizes[1]) == 2
+        and (of_a, of_b) == ([len(sizes[0]) - 1], [0])
+    ):
         return matrix(ctx, a, b)
     letters_a = ascii_letters[: len(sizes[0])]
     letters_b = list(ascii_letters[26 : 26 + len(sizes[1])])
@@ -76,9 +81,7 @@ def _mapping(ctx: RuleContext, operand: Operand, other: Operand, summed: list[in
     return fixed(shape)
 
 
-def bilinear(
-    ctx: RuleContext, input1: Operand, input2: Operand, weight: Operand, bias: Operand = None
-) -> Answer:
+def bilinear(ctx: RuleContext, input1: Operand, input2: Operand, weight: Operand, bias: Operand = None) -> Answer:
     """y_k = x1' W_k x2 + b_k. W: (out, in1, in2). Its outputs may go; its inputs, which are multiplied, stay."""
     if not isinstance(input1, Lab) or not isinstance(input2, Lab) or not isinstance(weight, Param) or ctx.shape is None:
         return Unknown("has an operand that is not an activation, or a weight that is not a parameter")

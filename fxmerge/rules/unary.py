@@ -48,6 +48,16 @@ def clamp(ctx: RuleContext, input: Operand, min: Operand = None, max: Operand = 
     return AsKind("tie", found)
 
 
+def clamp_min(ctx: RuleContext, input: Operand, min: Operand) -> Answer:
+    """The larger of an activation and a bound."""
+    return clamp(ctx, input, min)
+
+
+def clamp_max(ctx: RuleContext, input: Operand, max: Operand) -> Answer:
+    """The smaller of an activation and a bound."""
+    return clamp(ctx, input, None, max)
+
+
 def quantize_by_tensor(ctx: RuleContext, input: Operand, scale: Operand, zero_point: Operand, *rest: int) -> Answer:
     """Rounded to a grid that is the same for all channels."""
     for given in (scale, zero_point):
@@ -78,13 +88,17 @@ ROWS: tuple[Rule, ...] = (
     unary("sigmoid", nn.Sigmoid, F.sigmoid),
     unary("tanh", nn.Tanh, F.tanh),
     *(unary(*names.split("=")) for names in
-      ["exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sqrt", "rsqrt", "reciprocal", "square", "sin", "cos", "tan", "asin=arcsin", "acos=arccos", "atan=arctan", "sinh", "cosh", "asinh=arcsinh", "acosh=arccosh", "atanh=arctanh", "sinc", "erf", "erfc", "erfinv", "lgamma", "digamma", "i0", "logit", "round", "floor", "ceil", "trunc=fix", "frac", "sign", "sgn", "signbit", "isnan", "isinf", "isfinite", "isposinf", "isneginf", "angle", "logical_not"]),
+      ["exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sqrt", "rsqrt", "reciprocal", "square", "sin",
+       "cos", "tan", "asin=arcsin", "acos=arccos", "atan=arctan", "sinh", "cosh", "asinh=arcsinh", "acosh=arccosh",
+       "atanh=arctanh", "sinc", "erf", "erfc", "erfinv", "lgamma", "digamma", "i0", "logit", "round", "floor",
+       "ceil", "trunc=fix", "frac", "sign", "sgn", "signbit", "isnan", "isinf", "isfinite", "isposinf", "isneginf",
+       "angle", "logical_not"]),
     unary("bitwise_not", operator.invert),
     Rule("clamp", "per_channel", clamp,
          (torch.clamp, torch.clamp_, torch.clip, torch.clip_, "clamp", "clamp_", "clip", "clip_")),
-    Rule("clamp_min", "per_channel", lambda ctx, input, min: clamp(ctx, input, min),
+    Rule("clamp_min", "per_channel", clamp_min,
          (torch.clamp_min, torch.clamp_min_, "clamp_min", "clamp_min_")),
-    Rule("clamp_max", "per_channel", lambda ctx, input, max: clamp(ctx, input, None, max),
+    Rule("clamp_max", "per_channel", clamp_max,
          (torch.clamp_max, torch.clamp_max_, "clamp_max", "clamp_max_")),
     Rule("fake_quantize_per_tensor", "per_channel", quantize_by_tensor, (torch.fake_quantize_per_tensor_affine,)),
 )  # fmt: skip
