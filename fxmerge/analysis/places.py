@@ -85,7 +85,9 @@ class _Step:
         """The blocks that share atoms with some labels."""
         mine = np.unique(self.atom[labels.numpy()])
         first, last = np.searchsorted(self.sorted, mine), np.searchsorted(self.sorted, mine, side="right")
-        touched = np.concatenate([np.zeros(0, dtype=np.int64), *(np.arange(a, b) for a, b in zip(first, last, strict=True))])
+        touched = np.concatenate(
+            [np.zeros(0, dtype=np.int64), *(np.arange(a, b) for a, b in zip(first, last, strict=True))]
+        )
         return [n for n in np.unique(self.owner[touched]).tolist() if id(self.blocks[n]) not in self.gone]
 
     def marks(self, places: Tensor) -> tuple[Words, np.uint64]:

@@ -84,7 +84,6 @@ class Tracer(fx.Tracer):
                     self.graph.erase_node(node)
         return super().call_module(m, forward, args, kwargs)
 
-
     def without_zero_state(
         self, m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -106,9 +106,7 @@ def _kept_before(whole: Tensor, items: list[object], at: int) -> int:
     return axis - ints + sum(item is None for item in items[:at])
 
 
-def index_put(
-    ctx: RuleContext, input: Operand, indices: Operand, values: Operand, accumulate: bool = False
-) -> Answer:
+def index_put(ctx: RuleContext, input: Operand, indices: Operand, values: Operand, accumulate: bool = False) -> Answer:
     """x[indices] = values, where an index None takes all of its axis."""
     if not isinstance(indices, (tuple, list)):
         return Unknown("is called without a list of indices")
