@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from fxmerge.capture.frames import Frame
 from fxmerge.capture.frozen import checks
-from fxmerge.capture.hooks import hooked, overridden
+from fxmerge.capture.hooks import hooked, overridden, replaced_forwards
 from fxmerge.capture.symbolic import symbolic, user_line, without_rule
 from fxmerge.graph.nested import leaves, tree
 from fxmerge.graph.odd_names import writable
@@ -60,13 +60,6 @@ class _Recording(TorchFunctionMode):
         self.constants = 0  # how many tensors were stored as constants
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recorded:
-        wrapped: list[tuple[nn.Module, Any]] = []  # (module, its instance's own forward, or None)
-        for path, module in self.model.named_modules():
-            if isinstance(module, torch.jit.ScriptModule):
-                raise TypeError(f"{path} is a ScriptModule")
-            if path:
-                wrapped.append((module, vars(module).get("forward")))
-                module.forward = self._wrap(module, path)
         inputs: list[Any] = []
         for value in leaves([args, kwargs]):
             if isinstance(value, Tensor) and id(value) not in self.nodes:
@@ -74,14 +67,8 @@ class _Recording(TorchFunctionMode):
                 inputs.append(value)
         root = Frame("", {self.nodes[id(v)] for v in inputs})
         self.frames.append(root)
-        try:
-            with self:
-                out = self.model(*args, **kwargs)
-        finally:
-            for module, forward in wrapped:
-                vars(module)["forward"] = forward
-                if forward is None:
-                    del module.forward
+        with replaced_forwards(self.model, self._wrap), self:
+            out = self.model(*args, **kwargs)
         self._close()
         self.graph.output(tree(lambda v: self._node(v) if isinstance(v, Tensor) else v, out))
         self._unvisited()
