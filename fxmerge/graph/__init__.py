@@ -10,5 +10,5 @@ cost          parameters and FLOPs, for a model and for each module
 latency       the time of one model relative to another
 distributed   rank, world size, and sums over the processes of torch.distributed
 flop_counter  torch's FLOP counter, extended by the fused kernels of recurrent layers, which it would count as 0
-odd_names     lets torch.fx write code for graphs whose modules or parameters are named like keywords of Python, such 
+odd_names     graphs whose modules or parameters have names that are not Python names
 """

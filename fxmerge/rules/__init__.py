@@ -16,11 +16,11 @@ contractions  sums of products of activations: matmul, attention
 einsum        einsum, as contractions one after another
 movement      ops that only move entries, which are run on the labels
 resize        calls with literal sizes, rewritten for a narrower width
-indexed       rules of ops that write to places given by an index, or read from them: setitem, scatter, index_copy, ta
-over_axes     rules of ops that reorder, accumulate or transform the entries along an axis: sort, cumsum, fft, 
-pointwise     rules of further ops on two or three operands that meet position by position: atan2, lerp, logical_and, 
+indexed       ops that write to places given by an index, or read from them: setitem, scatter
+over_axes     ops that reorder, accumulate or transform along an axis: sort, cumsum, fft
+pointwise     further ops on operands that meet position by position: atan2, lerp, logical_and
 recurrent     rules of recurrent layers: LSTM, GRU, RNN and their cells
-unary         rows of functions of one number: round, log1p, isnan, ... They map each entry of an activation by itself
+unary         functions of one number: round, log1p, isnan
 """
 
 from fxmerge.rules.context import RuleContext
