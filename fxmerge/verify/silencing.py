@@ -166,6 +166,8 @@ class _Check:
             expected = _run(dead, given)
             if isinstance(expected, Exception):
                 problems.append(f"the model does not run on other inputs: {first_line(expected)}")
+            elif given.batch is not None and not self._follows(expected, *given.batch):
+                problems.append("the model's outputs do not follow the batch size")
             elif not all(bool(torch.isfinite(t).all()) for t in expected):
                 problems.append("the model's outputs are not finite without its dropped channels")
             elif not any(bool(t.any()) for t in expected):
@@ -175,6 +177,11 @@ class _Check:
         if not found:
             left_out |= {g.name: problems[0] if problems else "the graph takes no other inputs" for g, _ in chosen}
         return left_out, max(found, default=None)
+
+    def _follows(self, expected: list[Tensor], before: int, after: int) -> bool:
+        """Do the outputs have as many samples? With a literal batch size, channels would be spread over samples."""
+        pairs = zip(expected, self.captured.outputs, strict=False)
+        return all(one.shape[:1] == (after,) for one, example in pairs if example.shape[:1] == (before,))
 
     def _compare(self, merged: nn.Module, expected: list[Tensor], given: Unseen) -> list[float]:
         """The error on one input, in a list that is empty where the captured graph does not take the input."""

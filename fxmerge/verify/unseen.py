@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,11 +19,15 @@ from fxmerge.graph.nested import leaves, tree
 
 @dataclass(frozen=True)
 class Unseen:
-    """The arguments of a call, and how they differ from the example inputs: "values", "batch 3", "axes 2, 3: 4"."""
+    """The arguments of a call, and how they differ from the example inputs: "values", "batch 3", "axes 2, 3: 4".
+
+    batch: (the example's number of samples, the number here), where they differ
+    """
 
     name: str
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+    batch: tuple[int, int] | None = None
 
 
 def unseen(args: tuple[Any, ...], kwargs: Mapping[str, Any], seed: int = 0) -> tuple[Unseen, ...]:
@@ -34,11 +39,11 @@ def unseen(args: tuple[Any, ...], kwargs: Mapping[str, Any], seed: int = 0) -> t
     """
     generator = torch.Generator().manual_seed(seed)
 
-    def proposal(name: str, resized: Callable[[Tensor], Tensor]) -> Unseen:
+    def proposal(name: str, resized: Callable[[Tensor], Tensor], batch: tuple[int, int] | None = None) -> Unseen:
         def one(leaf: Any) -> Any:
             return _redrawn(resized(leaf), generator) if isinstance(leaf, Tensor) else leaf
 
-        return Unseen(name, tree(one, tuple(args)), tree(one, dict(kwargs)))
+        return Unseen(name, tree(one, tuple(args)), tree(one, dict(kwargs)), batch)
 
     found = [proposal("values", lambda t: t)]
     tensors = [leaf for leaf in leaves([args, kwargs]) if isinstance(leaf, Tensor) and leaf.dim()]
@@ -48,7 +53,8 @@ def unseen(args: tuple[Any, ...], kwargs: Mapping[str, Any], seed: int = 0) -> t
     for axes, size in _sizes(main):
         place = f"batch {size}" if axes == (0,) else f"{'axis' if len(axes) == 1 else 'axes'} {_listed(axes)}: {size}"
         of_axes = {axis: main.size(axis) for axis in axes}
-        found.append(proposal(place, lambda t, o=of_axes, s=size: _resized(t, o, s)))  # type: ignore[misc]
+        resized = partial(_resized, sizes=of_axes, size=size)
+        found.append(proposal(place, resized, (main.size(0), size) if axes == (0,) else None))
     return tuple(found)
 
 

@@ -22,7 +22,7 @@ def _attention(d: Draft, scales: tuple[str, ...], layout: str, product: str) -> 
     q, k, v = (f"{name}{at}" for name in "qkv")
     maps = [d.part(f"nn.Linear({c}, {width}, bias={d.one(True, False)})") for _ in "qkv"]
     outer = layout == "outer"
-    cut = f"view({n}, {t}, {heads}, {size})" if outer else f"view({n}, {t}, {size}, {heads})"
+    cut = f"view({d.n}, {t}, {heads}, {size})" if outer else f"view({d.n}, {t}, {size}, {heads})"
     back = ".transpose(1, 2)" if outer else ".permute(0, 2, 3, 1)"
     moved = "" if product == "einsum" else ".transpose(1, 2)" if outer else ".permute(0, 3, 1, 2)"
     d.lines.append(f"{q}, {k}, {v} = " + ", ".join(f"{m}({x.name}).{cut}{moved}" for m in maps))
@@ -37,7 +37,7 @@ def _attention(d: Draft, scales: tuple[str, ...], layout: str, product: str) -> 
     else:
         d.lines.append(f"w{at} = ({q} @ {k}.transpose(-2, -1) {scale}).softmax(-1)")
         mixed = f"torch.matmul(w{at}, {v}){back}"
-    code = f"{d.part(f'nn.Linear({width}, {c})')}({mixed}.reshape({n}, {t}, -1))"
+    code = f"{d.part(f'nn.Linear({width}, {c})')}({mixed}.reshape({d.n}, {t}, -1))"
     d.put(f"{d.one(f'{x.name} + ', '')}{code}", "tokens", n, t, c)
 
 
@@ -80,8 +80,8 @@ def attention_einsum_inner(d: Draft) -> None:
 def _over_pixels(d: Draft, inner: bool) -> None:
     """Attention over the pixels of an image, with the channels in front, as SuperGlue has it."""
     x, heads, size, at = d.x, d.one(1, 2), d.one(2, 3, 4), len(d.lines)
-    n, c, side = x.shape[0], x.c, x.side
-    cut = f"view({n}, {size}, {heads}, -1)" if inner else f"view({n}, {heads}, {size}, -1)"
+    c, side = x.c, x.side
+    cut = f"view({d.n}, {size}, {heads}, -1)" if inner else f"view({d.n}, {heads}, {size}, -1)"
     maps = [d.part(f"nn.Conv2d({c}, {heads * size}, 1)") for _ in "qkv"]
     q, k, v = (f"{name}{at}" for name in "qkv")
     d.lines.append(f"{q}, {k}, {v} = " + ", ".join(f"{m}({x.name}).{cut}" for m in maps))
@@ -89,7 +89,7 @@ def _over_pixels(d: Draft, inner: bool) -> None:
     d.lines.append(f"w{at} = (torch.einsum('b{axes}n,b{axes}m->bhnm', {q}, {k}) / {size**0.5:.4f}).softmax(-1)")
     mixed = f"torch.einsum('bhnm,b{axes}m->b{axes}n', w{at}, {v})"
     out = d.part(f"nn.Conv2d({heads * size}, {c}, 1)")
-    code = f"{out}({mixed}.contiguous().view({n}, {heads * size}, {side}, {side}))"
+    code = f"{out}({mixed}.contiguous().view({d.n}, {heads * size}, {side}, {side}))"
     d.put(f"{d.one(f'{x.name} + ', '')}{code}", "image", *x.shape)
 
 

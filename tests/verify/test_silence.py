@@ -236,6 +236,24 @@ def test_a_graph_for_one_batch_size_says_so() -> None:
     assert "shape '[2, 12]' is invalid" in found.refused["batch 3"]
 
 
+class Spread(Branch):
+    """Three samples are reshaped to two, with channels of different samples in a row."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.a(x)).view(2, 12, -1)
+        out: Tensor = self.o(x.mean(2))
+        return out
+
+
+def test_a_batch_that_the_outputs_do_not_follow_is_passed_over() -> None:
+    torch.manual_seed(0)
+    model = Spread().eval()
+    x = torch.randn(4, 6)
+    assert model(x).shape == (2, 3)
+    found = agrees(pruned(model, x[:2]))
+    assert not [name for name in found.inputs if name.startswith("batch")]
+
+
 def test_a_scale_that_follows_the_width_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the explicit scale, scaled_dot_product_attention divides by the root of the narrower width."""
     result = pruned(*NETS["encoder"]())
