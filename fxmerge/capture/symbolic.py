@@ -38,7 +38,12 @@ class Tracer(fx.Tracer):
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         if isinstance(root, nn.Module):
             self.names = {id(v): n for n, v in reversed([*root.named_buffers(), *root.named_parameters()])}
-        return super().trace(root, concrete_args)
+        graph = super().trace(root, concrete_args)
+        for node in graph.nodes:
+            if node.target in PACKING:
+                # or the code of the graph would call torch.fx.wrap with a dotted name, which breaks every later trace
+                node.meta.pop("is_wrapped", None)
+        return graph
 
     def create_arg(self, a: Any) -> Any:
         name = self.names.get(id(a)) if isinstance(a, Tensor) else None

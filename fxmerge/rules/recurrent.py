@@ -263,5 +263,5 @@ ROWS: tuple[Rule, ...] = (
     Rule("lstm_cell", "producer", lstm_cell, (Module(nn.LSTMCell, params=True), torch.lstm_cell)),
     Rule("gru_cell", "producer", gru_cell, (Module(nn.GRUCell, params=True), torch.gru_cell)),
     Rule("rnn_cell", "producer", rnn_cell, (Module(nn.RNNCell, params=True), torch.rnn_tanh_cell, torch.rnn_relu_cell)),
-    Rule("packed", "movement", packed, PACKING),
+    Rule("packed", "movement", packed, PACKING, True),
 )

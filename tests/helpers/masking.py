@@ -63,9 +63,11 @@ class Watched(fx.Interpreter):
         return n.target in ("addmm", torch.addmm)
 
     def channels(self, n: fx.Node, entries: Tensor) -> Tensor:
-        """The channels that contain one of the entries: on the last axis for linear layers, on axis 1 otherwise."""
+        """The channels that contain one of the entries: on the last axis for linear and recurrent layers, or axis 1."""
         target = self.module.get_submodule(str(n.target)) if n.op == "call_module" else n.target
-        linear = isinstance(target, nn.Linear) or target is F.linear or self.matrix(n)
+        modules, names = (nn.Linear, nn.RNNBase, nn.RNNCellBase), ("lstm", "gru", "rnn")
+        recurrent = any(name in str(target).lower() for name in names)
+        linear = isinstance(target, modules) or target is F.linear or self.matrix(n) or recurrent
         axis = entries.dim() - 1 if linear else 1
         others = [a for a in range(entries.dim()) if a != axis]
         return entries.amax(others, keepdim=True) if others else entries

@@ -33,6 +33,7 @@ from tests.helpers.layer_samples import (
     scores,
 )
 from tests.helpers.query_samples import query
+from tests.helpers.recurrent_samples import RECURRENT
 from tests.helpers.sandwich import SIDE, WIDTH, Sample, call, digit, spelled
 
 
@@ -245,6 +246,7 @@ softshrink hardshrink tanhshrink"""  # called with x alone
 SAMPLES: dict[str, Callable[[Any], Sample]] = {
     **dict.fromkeys(SIMPLE.split(), spelled),
     **op_samples.SAMPLES,
+    **RECURRENT,
     **dict.fromkeys(["add", "sub", "rsub", "mul", "div", "maximum", "minimum"], two),
     **dict.fromkeys(["mean", "sum", "amax", "amin", "var", "std", "logsumexp"], flat((2, 3), into=WIDTH)),
     **dict.fromkeys(["zeros_like", "ones_like"], like),
