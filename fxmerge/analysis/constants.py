@@ -11,7 +11,6 @@ from collections.abc import Collection, Mapping
 from math import prod
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from fxmerge.ir.labels import simplify
@@ -19,11 +18,13 @@ from fxmerge.ir.provenance import Lab, Param, View
 from fxmerge.rules.facts import FactsBuilder
 from fxmerge.rules.lookup import rule_of
 
-_MAKERS = ("new", "random", "expand", "expand_as", "repeat")  # rules of the calls that can make a constant of another width
+_MAKERS = ("new", "random", "expand", "expand_as", "repeat")  # rules of the calls that may make a constant of any width
 _PASSING = ("per_channel", "tie", "query", "movement")  # kinds of calls whose first operand may be such a constant
 
 
-def makers(wanted: Mapping[str, Collection[int]], module: fx.GraphModule, values: Mapping[fx.Node, Any]) -> dict[str, tuple[int, ...]]:  # fmt: skip
+def makers(
+    wanted: Mapping[str, Collection[int]], module: fx.GraphModule, values: Mapping[fx.Node, Any]
+) -> dict[str, tuple[int, ...]]:
     """The calls that make constants whose axes meet channels, with these axes.
 
     wanted: node whose value meets channels -> its axes that do. The node may be a function of the constant.
@@ -33,6 +34,9 @@ def makers(wanted: Mapping[str, Collection[int]], module: fx.GraphModule, values
         node: fx.Node | None = nodes[name]
         shape = _shape(values.get(nodes[name]))
         while node is not None and not _makes(node, module):
+            if not _passes(node, module):
+                node = None
+                break
             node = next((n for n in node.all_input_nodes if _shape(values.get(n)) == shape), None)
         if node is not None and axes and _can_follow(node, module, values, axes):
             found[node.name] = tuple(sorted(axes))
@@ -52,6 +56,11 @@ def labelled(facts: FactsBuilder, node: fx.Node, value: Any, axes: tuple[int, ..
 def is_zero(value: Any) -> bool:
     """Is it a constant that a factor passes?"""
     return isinstance(value, Tensor) and not bool(value.any())
+
+
+def _passes(node: fx.Node, module: fx.GraphModule) -> bool:
+    rule = rule_of(node, module)
+    return rule is not None and rule.kind in _PASSING
 
 
 def _makes(node: fx.Node, module: fx.GraphModule) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxmerge.analysis.kept_values import ANY, equal, same, unchanged
 from fxmerge.graph import nested
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.labels import compact, numbers, simplify, thin
@@ -54,7 +55,7 @@ class _Check:
             if node.op != "output":
                 before, after = self.before(node.name), self.step(node)
                 self.values[node.name] = after
-                if _is(before, after) and not self.narrows(before):
+                if unchanged(before, after) and not self.narrows(before):
                     self.untouched.add(node.name)
         return self.edits, self.failures
 
@@ -155,7 +156,9 @@ class _Check:
 
     def written(self, node: fx.Node) -> None:
         """x[index] = value: a literal index is corrected as in x[index], and proved by what it then selects."""
-        whole, index = self.before(self.latest[node.args[0].name]), node.args[1]  # type: ignore[union-attr]
+        target, index = node.args[:2]
+        assert isinstance(target, fx.Node)
+        whole = self.before(self.latest[target.name])
         literal = index if isinstance(index, tuple) else (index,)
         if not isinstance(whole, Lab) or not all(i is None or i is ... or isinstance(i, (int, slice)) for i in literal):
             return
@@ -163,9 +166,9 @@ class _Check:
         found = Call(node.target, tuple(node.args), dict(node.kwargs))
         about = Resize(tuple(whole.t[index].shape), (), lambda at: self.survivors(node, at), found, found)  # type: ignore[index]
         for call in (found, resized("getitem", Call(node.target, found.args[:2], {}), about)):
-            if call is not None and kept and any(_equal(kept[0].t[call.args[1]], want.t) for want in wanted):
+            if call is not None and kept and any(equal(kept[0].t[call.args[1]], want.t) for want in wanted):
                 if call is not found:
-                    self.edit(node, Call(node.target, (node.args[0], call.args[1], node.args[2]), found.kwargs))
+                    self.edit(node, Call(node.target, (target, call.args[1], node.args[2]), found.kwargs))
                 return
         self.fail(node)
 
@@ -184,14 +187,14 @@ class _Check:
         return _name(rule_of(node, self.captured.module))
 
     def movement(self, node: fx.Node, before: Any, expected: list[Any]) -> Any:
-        if len(expected) == 1 and _is(before, expected[0]) and self.untouched.issuperset(self.latest.values()):
+        if len(expected) == 1 and unchanged(before, expected[0]) and self.untouched.issuperset(self.latest.values()):
             return before
         args, kwargs = self.arguments(node)
         # sizes inside a module cannot be changed by its call, nor can the user's own code
         fixed = node.op == "call_module" or node.name in self.rigid
         target = self.captured.module.get_submodule(str(node.target)) if node.op == "call_module" else node.target
         for want in expected:
-            if _same(self.attempt(node, target, args, kwargs), want):
+            if same(self.attempt(node, target, args, kwargs), want):
                 return want
         if fixed and node.name in self.facts.made and len(expected) == 1:  # the user's code may follow the width
             return expected[0]
@@ -205,7 +208,7 @@ class _Check:
             proposal = resized(name, call, about)
             if proposal is not None:
                 found = self.attempt(node, proposal.target, *self.arguments(proposal))
-                if _same(found, want):
+                if same(found, want):
                     self.edits[node.name] = proposal
                     return want
         self.fail(node)
@@ -214,14 +217,14 @@ class _Check:
     def attempt(self, node: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = "" if isinstance(target, nn.Module) else _name(rule_of_target(target))
         if name == "pad":
-            kwargs = {**kwargs, "value": _ANY}
+            kwargs = {**kwargs, "value": ANY}
             args = args[:3]
         try:
             out = movement.run(target, *_plain(args, kwargs, self.facts, self.alive, name in movement.INDEXING))
         except (TypeError, RuntimeError, ValueError, IndexError):
             return None
         if node.name in self.facts.made and isinstance(out, Tensor):  # a constant, which is equal along its channels
-            return Lab(torch.tensor(_ANY).expand(out.shape))
+            return Lab(torch.tensor(ANY).expand(out.shape))
         return nested.tree(
             lambda v: Lab(simplify(v)) if isinstance(v, Tensor) else v, tuple(out) if isinstance(out, list) else out
         )
@@ -242,9 +245,6 @@ class _Check:
             held += [v.t for v in nested.leaves(self.before(source)) if isinstance(v, Lab)]
         labels = torch.unique(torch.cat([numbers(t) for t in held]))
         self.failures.append(Failure(node.name, labels[~self.alive[labels]]))
-
-
-_ANY = -1  # padded zeros, which are all alike
 
 
 def _name(rule: Rule | None) -> str:
@@ -279,36 +279,3 @@ def _plain(
         return value
 
     return nested.tree(plain, args), nested.tree(plain, kwargs)
-
-
-def _equal(found: Tensor, want: Tensor) -> bool:
-    if found.shape != want.shape:
-        return False
-    found, want = thin(found), thin(want)
-    return bool(((found == want) | (found == _ANY)).all())
-
-
-def _is(before: Any, after: Any) -> bool:
-    """Is a value the same object as before, or an equal plain value?"""
-    if before is after:
-        return True
-    one, other = nested.leaves(before), nested.leaves(after)
-    return len(one) == len(other) and all(
-        a.t is b.t
-        if isinstance(a, Lab) and isinstance(b, Lab)
-        else type(a) in _SIMPLE and type(b) in _SIMPLE and a == b
-        for a, b in zip(one, other, strict=True)
-    )
-
-
-_SIMPLE = (int, float, bool, str, type(None), torch.Size, torch.dtype, torch.device)
-
-
-def _same(found: Any, want: Any) -> bool:
-    if found is None:
-        return False
-    one, other = nested.leaves(found), nested.leaves(want)
-    return len(one) == len(other) and all(
-        _equal(a.t, b.t) if isinstance(a, Lab) and isinstance(b, Lab) else a == b
-        for a, b in zip(one, other, strict=True)
-    )

@@ -1,8 +1,9 @@
 """Replaces weights that torch.nn.utils computes at each use by plain parameters.
 
 Such weights come from torch.nn.utils.parametrize, from the older hooks of torch.nn.utils.weight_norm and
-spectral_norm, and from the masks of torch.nn.utils.prune. A layer can be merged only if its weight is a parameter. The parameter gets the value that the weight has
-in evaluation mode; the tensors that it was computed from, such as a direction and a length, are dropped from the copy.
+spectral_norm, and from the masks of torch.nn.utils.prune. A layer can be merged only if its weight is a parameter. The
+parameter gets the value that the weight has in evaluation mode; the tensors that it was computed from, such as a
+direction and a length, are dropped from the copy.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def _unmask(module: nn.Module, hook: BasePruningMethod) -> None:
     name = hook._tensor_name
     original = getattr(module, f"{name}_orig")
     with torch.no_grad():
-        value = beside(original, hook.apply_mask(module).detach().clone())
+        value = beside(original, hook.apply_mask(module).detach().clone())  # type: ignore[no-untyped-call]
     delattr(module, name)  # the last masked value, a plain attribute
     delattr(module, f"{name}_orig")
     delattr(module, f"{name}_mask")

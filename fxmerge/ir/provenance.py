@@ -86,6 +86,11 @@ class Layer:
         """The name of its op, "linear" or "scale"."""
         return self.operation.name
 
+    @property
+    def is_stacked(self) -> bool:
+        """Is its weight a stack of matrices: (experts, in, out) if transposed, else (experts, out, in)?"""
+        return self.op == "experts"
+
 
 @dataclass(frozen=True)
 class Tie:
@@ -188,4 +193,4 @@ def batch_norms(facts: Provenance) -> dict[str, Layer]:
 
 def can_shift(layer: Layer) -> bool:
     """May the layer have a bias? A matrix product has no place for one."""
-    return layer.op != "matrix" or "bias" in layer.params
+    return layer.op not in ("matrix", "experts") or "bias" in layer.params

@@ -23,6 +23,7 @@ from fxmerge.methods.evidence import Candidates, Evidence, PublishedForm, Readin
 from fxmerge.methods.least_squares import second_moments
 from fxmerge.options import Options
 from fxmerge.planning.channel_ops import Step, bias_of, gamma_of, in_order, laid_out, slot, step_of
+from fxmerge.weights.layout import out_first
 
 SAMPLES = 4096  # smallest number of samples of the Gaussian that models a group's pre-activations
 
@@ -53,8 +54,7 @@ def producer_rows(member: Member, weight: Tensor, n: int) -> Tensor:
 
     A transposed weight has its output axis second. Channels that the producer does not write have rows of zeros.
     """
-    out_first = weight.movedim(1, 0) if member.layer.transposed else weight
-    rows = out_first.flatten(1)
+    rows = out_first(weight, member.layer).flatten(1)
     if len(rows) == n and in_order(member, n):
         return rows  # a view
     return laid_out(rows[member.where].flatten(1), member, n, 0.0)
@@ -73,9 +73,8 @@ def candidates(
             rows.append(laid_out(bias_of(producer.layer, tensors)[producer.where], producer, n, 0.0).to(raw))
     first = group.producers[0]
     weight = tensors[first.layer.params["weight"]]
-    out_first = weight.movedim(1, 0) if first.layer.transposed else weight
-    whole = in_order(first, len(out_first))
-    kernels = out_first if whole else out_first[first.where[:, 0]]
+    filters = out_first(weight, first.layer)
+    kernels = filters if in_order(first, len(filters)) else filters[first.where[:, 0]]
     kernels = kernels.flatten(2) if weight.dim() > 2 else kernels[:, :, None]
     return Candidates(tuple(rows), laid_out(kernels, first, n, 0.0), seed, readings)
 

@@ -106,8 +106,7 @@ class RuleContext:
 
     def _tied(self, left: Tensor, right: Tensor) -> tuple[list[Tie], list[Pin]]:
         """The ties, and the pins of labels that meet FIXED."""
-        ties: list[Tie] = []
-        pins: list[Pin] = []
+        ties, pins = list[Tie](), list[Pin]()
         left, right = thin(left), thin(right)
         if left.shape != right.shape:
             left, right, ties, pins = self._broadcast(left, right)
@@ -130,8 +129,7 @@ class RuleContext:
         Where each has an axis that the other lacks, the labels along that axis are first tied to each other, so that
         not every label of one meets every label of the other. Returns those ties and pins too.
         """
-        ties: list[Tie] = []
-        pins: list[Pin] = []
+        ties, pins = list[Tie](), list[Pin]()
         sizes = list(zip(left.shape, right.shape, strict=False)) if left.dim() == right.dim() else []
         alone = [(left, [b == 1 for _, b in sizes]), (right, [a == 1 for a, _ in sizes])]
         firsts = [t[tuple(slice(0, 1) if own else slice(None) for own in axes)] for t, axes in alone]
@@ -153,16 +151,8 @@ class RuleContext:
             self._facts.freeze(self._node, param, reason)
 
     def want(self, constant: Operand, labels: Tensor) -> None:
-        """A constant meets these labels: where it is equal along their axes, it should be made as wide as they are.
-
-        The node that makes the constant is noted; `analysis.constants` gives its axes labels in another run.
-        """
-        node = self._facts.node_of.get(id(constant))
-        shape = _shape_of(constant)
-        if node is not None and shape is not None:
-            offset = len(shape) - labels.dim()
-            axes = {a + offset for a in varying(labels) if a + offset >= 0 and shape[a + offset] > 1}
-            self._facts.wanted.setdefault(node.name, set()).update(axes)
+        """A constant meets these labels; if it can be made as wide as they are, `analysis.constants` will do so."""
+        self._facts.want(constant, labels)
 
     def block(self, rows: Tensor) -> None:
         """Each of these rows, (blocks, size), loses equally many channels."""
@@ -281,11 +271,6 @@ class RuleContext:
         source = self._node.args[0]
         known = self._capture.dtypes if attribute == "dtype" else self._capture.devices
         return known.get(source.name) if isinstance(source, fx.Node) else None
-
-
-def _shape_of(operand: Operand) -> torch.Size | None:
-    value = operand.t if isinstance(operand, Lab) else operand
-    return value.shape if isinstance(value, Tensor) else None
 
 
 def resized(x: Lab, shape: Sequence[int]) -> Lab | Unknown:

@@ -8,8 +8,8 @@ over them) must follow their number.
 from __future__ import annotations
 
 import operator
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from fxmerge.ir.labels import fixed, holds, simplify, varying
@@ -25,7 +25,7 @@ _OVER_CHANNELS = "runs over the axis of the channels"
 
 def _labels(ctx: RuleContext, operand: Operand) -> Tensor | None:
     """The labels of a tensor that is written or read; a raw parameter has one for each element. None for a number."""
-    if isinstance(operand, Param) or isinstance(operand, View):
+    if isinstance(operand, (Param, View)):
         raw = operand.param if isinstance(operand, View) else operand
         ctx.layer("joined", {"weight": raw}, carries=ctx.elements(raw))
         return operand.t if isinstance(operand, View) else ctx.elements(raw)
@@ -69,7 +69,7 @@ def setitem(ctx: RuleContext, x: Operand, index: Operand, value: Operand) -> Ans
         return combined(ctx, x, first, "masked_fill", tuple(whole.shape))
     if len(given) > 1 or (isinstance(first, Lab) and holds(first.t)) or len(operand_shape(first) or ()) > 1:
         return Unknown("writes to places that hold channels, or that several indices give")
-    plain = [slice(0, 1) if at in given else item for at, item in enumerate(items)]
+    plain: list[Any] = [slice(0, 1) if at in given else item for at, item in enumerate(items)]
     if given and not operand_shape(first):
         plain[given[0]] = 0
     if not all(item is None or item is ... or isinstance(item, (int, slice)) for item in plain):
@@ -83,9 +83,8 @@ def setitem(ctx: RuleContext, x: Operand, index: Operand, value: Operand) -> Ans
         return answer if isinstance(x, Lab) else Unknown("writes to a constant tensor")
     place = whole[tuple(plain)]
     if given and operand_shape(first):  # along the axis of the index, one entry stands for all
-        axis = place.dim() - whole[(*plain[: given[0]], 0, *plain[given[0] + 1 :])].dim()
-        axis = labels.dim() - (place.dim() - _kept_before(whole, plain, given[0])) if axis else 0
-        if 0 <= axis < labels.dim():
+        axis = labels.dim() - place.dim() + _kept_before(whole, plain, given[0])
+        if axis >= 0:
             if axis in varying(labels) or not labels.size(axis):
                 return Unknown(_OVER_CHANNELS)
             labels = labels.narrow(axis, 0, 1)
@@ -93,23 +92,21 @@ def setitem(ctx: RuleContext, x: Operand, index: Operand, value: Operand) -> Ans
     return answer if wrong is None else wrong
 
 
-def _axis_of(whole: Tensor, items: list[object], at: int) -> int:
+def _axis_of(whole: Tensor, items: list[Any], at: int) -> int:
     """The axis of the whole tensor that one item of an index runs over."""
     if ... in items[:at]:
         return whole.dim() - sum(item is not None for item in items[at:])
     return sum(item is not None for item in items[:at])
 
 
-def _kept_before(whole: Tensor, items: list[object], at: int) -> int:
+def _kept_before(whole: Tensor, items: list[Any], at: int) -> int:
     """How many axes of x[items] come before that of one item."""
     axis = _axis_of(whole, items, at)
     ints = sum(isinstance(item, int) for item in items[:at])
     return axis - ints + sum(item is None for item in items[:at])
 
 
-def index_put(
-    ctx: RuleContext, input: Operand, indices: Operand, values: Operand, accumulate: bool = False
-) -> Answer:
+def index_put(ctx: RuleContext, input: Operand, indices: Operand, values: Operand, accumulate: bool = False) -> Answer:
     """x[indices] = values, where an index None takes all of its axis."""
     if not isinstance(indices, (tuple, list)):
         return Unknown("is called without a list of indices")

@@ -27,8 +27,21 @@ SPELLINGS: dict[str, tuple[Any, ...]] = {
     "squeeze": (torch.squeeze, "squeeze"),
     "unsqueeze": (torch.unsqueeze, "unsqueeze"),
     "permute": (torch.permute, "permute"),
-    "transpose": (torch.transpose, "transpose", torch.swapaxes, torch.swapdims, "swapaxes", "swapdims", "t", torch.t,
-                  torch.adjoint, "adjoint", Aten("numpy_T"), Aten("matrix_H"), Aten("mT")),
+    "transpose": (
+        torch.transpose,
+        "transpose",
+        torch.swapaxes,
+        torch.swapdims,
+        "swapaxes",
+        "swapdims",
+        "t",
+        torch.t,
+        torch.adjoint,
+        "adjoint",
+        Aten("numpy_T"),
+        Aten("matrix_H"),
+        Aten("mT"),
+    ),
     "movedim": (torch.movedim, torch.moveaxis, "movedim", "moveaxis"),
     "cat": (torch.cat, torch.concat, torch.concatenate),
     "hstack": (torch.hstack,),
@@ -218,7 +231,7 @@ _JOINING = ("cat", "stack", "hstack", "column_stack", "vstack", "dstack")
 
 
 def _want_constants(ctx: RuleContext, given: Sequence[Operand], args: list[Any], kwargs: dict[str, Any]) -> None:
-    """Constants among joined operands should follow the channels of the others, or have channels along the joined axis."""
+    """Constants among joined operands follow the channels of the others, or have their own along the joined axis."""
     tensors = [t for t in args[0] if isinstance(t, Tensor)]
     axis = _joined_axis(ctx.rule_name, tensors[0].dim(), args, kwargs) % max(tensors[0].dim(), 1)
     across = next((t for t in tensors if any(a != axis for a in varying(t))), None)
@@ -247,7 +260,7 @@ def _tie_across(ctx: RuleContext, args: list[Any], kwargs: dict[str, Any]) -> No
     if ctx.rule_name == "column_stack" and tensors[0].dim() == 1:
         tensors = [t.unsqueeze(1) for t in tensors]
     if ctx.rule_name == "dstack":
-        tensors = list(torch.atleast_3d(tensors))
+        tensors = list(torch.atleast_3d(tensors))  # type: ignore[no-untyped-call]
     if ctx.rule_name == "stack":
         tensors, axis = [t.unsqueeze(axis) for t in tensors], axis
     axis %= max(tensors[0].dim(), 1)

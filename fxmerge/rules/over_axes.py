@@ -16,7 +16,7 @@ from torch import Tensor
 from fxmerge.ir.labels import along, varying, without
 from fxmerge.ir.provenance import Lab
 from fxmerge.rules.context import RuleContext, resized
-from fxmerge.rules.elementwise import reduction_rule, reduced
+from fxmerge.rules.elementwise import reduced, reduction_rule
 from fxmerge.rules.movement import execute
 from fxmerge.rules.rule import Answer, Operand, Rule, Unknown
 
@@ -36,6 +36,11 @@ def along_axis(ctx: RuleContext, input: Operand, dim: Dims = -1, *rest: Operand,
     if not isinstance(dim, int) or not _apart(input, dim):
         return Unknown("runs along the channels")
     return resized(input, ctx.shape)
+
+
+def difference(ctx: RuleContext, input: Operand, n: int = 1, dim: int = -1) -> Lab | Unknown:
+    """Differences of neighbours along an axis."""
+    return along_axis(ctx, input, dim)
 
 
 def ordered(ctx: RuleContext, input: Operand, dim: Operand = -1, *rest: Operand, **kwargs: Operand) -> Answer:
@@ -111,7 +116,11 @@ def quantile(
     return reduction_rule(ctx, input, dim, keepdim)
 
 
-_PAIRS = {"var_mean": ("var", "mean"), "std_mean": ("std", "mean"), "aminmax": ("min", "max")}
+_PAIRS: dict[str, Callable[[Lab, Lab], tuple[Lab, Lab]]] = {
+    "var_mean": namedtuple("VarMean", ["var", "mean"]),
+    "std_mean": namedtuple("StdMean", ["std", "mean"]),
+    "aminmax": namedtuple("MinMax", ["min", "max"]),
+}
 
 
 def pair(ctx: RuleContext, input: Operand, dim: Operand = None, *given: Any, **kwargs: Any) -> Answer:
@@ -123,7 +132,7 @@ def pair(ctx: RuleContext, input: Operand, dim: Operand = None, *given: Any, **k
         return Unknown("reduces something that is not an activation")
     shape = tuple(without(input.t, along(axes, input.t), bool(keepdim)).shape)
     found = reduced(ctx, input, axes, bool(keepdim), shape)
-    return found if isinstance(found, Unknown) else namedtuple("Pair", _PAIRS[ctx.rule_name])(found, found)
+    return found if isinstance(found, Unknown) else _PAIRS[ctx.rule_name](found, found)
 
 
 def transform(last: int | None) -> Callable[..., Answer]:
@@ -167,7 +176,7 @@ ROWS: tuple[Rule, ...] = (
     Rule("cumsum", "per_channel", along_axis, _named("cumsum", "cumsum_"), True),
     Rule("cumprod", "per_channel", along_axis, _named("cumprod", "cumprod_")),
     Rule("logcumsumexp", "per_channel", along_axis, _named("logcumsumexp")),
-    Rule("diff", "per_channel", lambda ctx, input, n=1, dim=-1: along_axis(ctx, input, dim), _named("diff"), True),
+    Rule("diff", "per_channel", difference, _named("diff"), True),
     Rule("sort", "per_channel", sort, _named("sort"), _values_alone),
     Rule("msort", "per_channel", msort, _named("msort"), True),
     Rule("cummax", "per_channel", ordered, _named("cummax"), _values_alone),

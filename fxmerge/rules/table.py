@@ -18,7 +18,19 @@ import torch.nn.functional as F
 from torch import nn
 
 from fxmerge.graph.ops import Aten
-from fxmerge.rules import binary, contractions, einsum, indexed, layers, movement, norms, over_axes, pointwise, products, unary
+from fxmerge.rules import (
+    binary,
+    contractions,
+    einsum,
+    indexed,
+    layers,
+    movement,
+    norms,
+    over_axes,
+    pointwise,
+    products,
+    unary,
+)
 from fxmerge.rules.elementwise import (
     adds_nothing,
     extreme,

@@ -40,12 +40,21 @@ def clamp(ctx: RuleContext, input: Operand, min: Operand = None, max: Operand = 
         return per_channel_rule(ctx, input)
     if ctx.shape is None:
         return Unknown("gives something other than one tensor")
-    found: Lab | Unknown | Operand = input
+    found: Operand = input
     for bound, name in bounds:
-        found = combined(ctx, found, bound, name, ctx.shape)
-        if isinstance(found, Unknown):
-            return found
+        if not isinstance(found, Unknown):
+            found = combined(ctx, found, bound, name, ctx.shape)
     return AsKind("tie", found)
+
+
+def clamp_min(ctx: RuleContext, input: Operand, min: Operand) -> Answer:
+    """max(input, min)."""
+    return clamp(ctx, input, min)
+
+
+def clamp_max(ctx: RuleContext, input: Operand, max: Operand) -> Answer:
+    """min(input, max)."""
+    return clamp(ctx, input, None, max)
 
 
 def quantize_by_tensor(ctx: RuleContext, input: Operand, scale: Operand, zero_point: Operand, *rest: int) -> Answer:
@@ -62,6 +71,16 @@ def keeps_zero(ctx: RuleContext, input: Operand, nan: float | None = 0.0, *rest:
     return not nan
 
 
+# functions without f(s x) = s f(x), in torch and torch.special
+_OTHERS = [
+    "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sqrt", "rsqrt", "reciprocal", "square", "sin", "cos",
+    "tan", "sinh", "cosh", "sinc", "erf", "erfc", "erfinv", "lgamma", "digamma", "i0", "logit", "round", "floor",
+    "ceil", "frac", "sign", "sgn", "signbit", "isnan", "isinf", "isfinite", "isposinf", "isneginf", "angle", "logical_not",
+]  # fmt: skip
+_ALIASES = {
+    "asin": "arcsin", "acos": "arccos", "atan": "arctan", "asinh": "arcsinh", "acosh": "arccosh", "atanh": "arctanh",
+    "trunc": "fix",
+}  # fmt: skip
 ROWS: tuple[Rule, ...] = (
     # f(s x) = s f(x) for s > 0
     unary("abs", "absolute", operator.abs, commutes=True),
@@ -77,17 +96,14 @@ ROWS: tuple[Rule, ...] = (
     # functions for which this does not hold
     unary("sigmoid", nn.Sigmoid, F.sigmoid),
     unary("tanh", nn.Tanh, F.tanh),
-    *(unary(*names.split("=")) for names in
-      """exp exp2 expm1 log log2 log10 log1p sqrt rsqrt reciprocal square sin cos tan asin=arcsin acos=arccos
-      atan=arctan sinh cosh asinh=arcsinh acosh=arccosh atanh=arctanh sinc erf erfc erfinv lgamma digamma i0 logit
-      round floor ceil trunc=fix frac sign sgn signbit isnan isinf isfinite isposinf isneginf angle
-      logical_not""".split()),
+    *(unary(name) for name in _OTHERS),
+    *(unary(name, other) for name, other in _ALIASES.items()),
     unary("bitwise_not", operator.invert),
     Rule("clamp", "per_channel", clamp,
          (torch.clamp, torch.clamp_, torch.clip, torch.clip_, "clamp", "clamp_", "clip", "clip_")),
-    Rule("clamp_min", "per_channel", lambda ctx, input, min: clamp(ctx, input, min),
+    Rule("clamp_min", "per_channel", clamp_min,
          (torch.clamp_min, torch.clamp_min_, "clamp_min", "clamp_min_")),
-    Rule("clamp_max", "per_channel", lambda ctx, input, max: clamp(ctx, input, None, max),
+    Rule("clamp_max", "per_channel", clamp_max,
          (torch.clamp_max, torch.clamp_max_, "clamp_max", "clamp_max_")),
     Rule("fake_quantize_per_tensor", "per_channel", quantize_by_tensor, (torch.fake_quantize_per_tensor_affine,)),
 )  # fmt: skip

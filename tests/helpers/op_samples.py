@@ -49,7 +49,8 @@ def clamp(key: Any) -> Sample:
         return spelled(key, 0.1)
     if name.startswith("clip"):
         return spelled(key, -0.5, 0.5)
-    return Sample(lambda m, x: invoke(key, x, m.low - 1, m.high + 1), parts={"low": raw(WIDTH, 1, 1), "high": raw(WIDTH, 1, 1)})
+    parts = {"low": raw(WIDTH, 1, 1), "high": raw(WIDTH, 1, 1)}
+    return Sample(lambda m, x: invoke(key, x, m.low - 1, m.high + 1), parts=parts)
 
 
 def quantised(key: Any) -> Sample:

@@ -179,7 +179,10 @@ def _renorm(m: Any, x: Any) -> Any:
     return torch.renorm(x, 2, 1, 1.0)
 
 
-UNKNOWN: dict[str, tuple[Callable[[Any, Any], Any], str]] = {"bessel": (_bessel, "bessel"), "renorm": (_renorm, "renorm")}
+UNKNOWN: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
+    "bessel": (_bessel, "bessel"),
+    "renorm": (_renorm, "renorm"),
+}
 
 
 @pytest.mark.parametrize("op", UNKNOWN)
