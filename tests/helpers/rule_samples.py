@@ -123,10 +123,10 @@ def bilinear(key: Any) -> Sample:
 
 
 def grouped_mm(key: Any) -> Sample:
-    """Runs in bfloat16 only."""
-    parts = {"w": raw(2, 8, 8), "ends": torch.tensor([1, 2], dtype=torch.int32)}
-    op = lambda m, x: call(key)(x.relu().bfloat16(), m.w.bfloat16(), m.ends).to(x.dtype)  # noqa: E731
-    return Sample(op, dims=0, parts=parts)
+    """Takes widths that are multiples of 16 bytes."""
+    parts = {"w": raw(2, 16, 16), "ends": torch.tensor([1, 2], dtype=torch.int32)}
+    op = lambda m, x: call(key)(x.relu(), m.w, offs=m.ends)  # noqa: E731
+    return Sample(op, dims=0, width=16, reads=16, double=False, parts=parts)
 
 
 def stacked(key: Any) -> Sample:
