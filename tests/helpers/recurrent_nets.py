@@ -87,7 +87,10 @@ UNITS: dict[str, str] = {"captioner": "h", "translator": "encoder"}  # the group
 def recurrent_net(
     example: list[tuple[int, ...]], other: list[tuple[int, ...]], words: int = 0, **parts: Callable[[], nn.Module]
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Registers a wiring under its function's name; its inputs are integers below `words`, if given. A head shares its weight with the embedding."""
+    """Registers a wiring under its function's name; its inputs are integers below `words`, if given.
+
+    A head shares its weight with the embedding.
+    """
 
     def register(wiring: Callable[..., Any]) -> Callable[..., Any]:
         def make() -> Made:
