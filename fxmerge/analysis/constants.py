@@ -40,6 +40,9 @@ def makers(
         node: fx.Node | None = nodes[name]
         shape = _shape(values.get(nodes[name]))
         while node is not None and not _makes(node, module):
+            if not _passes(node, module):
+                node = None
+                break
             node = next((n for n in node.all_input_nodes if _shape(values.get(n)) == shape), None)
         if node is not None and axes and _can_follow(node, module, values, axes):
             found[node.name] = tuple(sorted(axes))
@@ -59,6 +62,11 @@ def labelled(facts: FactsBuilder, node: fx.Node, value: Any, axes: tuple[int, ..
 def is_zero(value: Any) -> bool:
     """Is it a constant that a factor passes?"""
     return isinstance(value, Tensor) and not bool(value.any())
+
+
+def _passes(node: fx.Node, module: fx.GraphModule) -> bool:
+    rule = rule_of(node, module)
+    return rule is not None and rule.kind in _PASSING
 
 
 def _makes(node: fx.Node, module: fx.GraphModule) -> bool:

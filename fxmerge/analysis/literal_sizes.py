@@ -191,7 +191,9 @@ class _Check:
 
     def written(self, node: fx.Node) -> None:
         """x[index] = value: a literal index is corrected as in x[index], and proved by what it then selects."""
-        whole, index = self.before(self.latest[node.args[0].name]), node.args[1]  # type: ignore[union-attr, index]
+        target, index = node.args[:2]
+        assert isinstance(target, fx.Node)
+        whole = self.before(self.latest[target.name])
         literal = index if isinstance(index, tuple) else (index,)
         if not isinstance(whole, Lab) or not all(i is None or i is ... or isinstance(i, (int, slice)) for i in literal):
             return
@@ -201,7 +203,7 @@ class _Check:
         for call in (found, resized("getitem", Call(node.target, found.args[:2], {}), about)):
             if call is not None and kept and any(equal(kept[0].t[call.args[1]], want.t) for want in wanted):
                 if call is not found:
-                    self.edit(node, Call(node.target, (node.args[0], call.args[1], node.args[2]), found.kwargs))
+                    self.edit(node, Call(node.target, (target, call.args[1], node.args[2]), found.kwargs))
                 return
         self.fail(node)
 

@@ -90,6 +90,11 @@ class Layer:
         return self.operation.name
 
     @property
+    def is_stacked(self) -> bool:
+        """Is its weight a stack of matrices: (experts, in, out) if transposed, else (experts, out, in)?"""
+        return self.op == "experts"
+
+    @property
     def has_running_statistics(self) -> bool:
         """Does a norm subtract a stored mean and divide by a stored deviation, rather than those of its input?"""
         return not self.batch_statistics and "running_mean" in self.params and "running_var" in self.params
@@ -224,4 +229,4 @@ def batch_norms(facts: Provenance) -> dict[str, Layer]:
 
 def can_shift(layer: Layer) -> bool:
     """May the layer have a bias? A matrix product has no place for one."""
-    return layer.op != "matrix" or "bias" in layer.params
+    return layer.op not in ("matrix", "experts") or "bias" in layer.params

@@ -18,6 +18,7 @@ from fxmerge.methods.evidence import Candidates, Reading, Term
 from fxmerge.methods.linalg import as_real
 from fxmerge.planning.channel_ops import Level, in_order, laid_out, steps_at
 from fxmerge.planning.statistics import is_norm, producer_constants, producer_rows
+from fxmerge.weights.layout import out_first
 
 
 def candidates(
@@ -34,9 +35,8 @@ def candidates(
         parts.append(tuple(own))
     first = group.producers[0]
     weight = tensors[first.layer.params["weight"]]
-    out_first = weight.movedim(1, 0) if first.layer.transposed else weight
-    whole = in_order(first, len(out_first))
-    kernels = as_real(out_first if whole else out_first[first.where[:, 0]])
+    rows = out_first(weight, first.layer)
+    kernels = as_real(rows if in_order(first, len(rows)) else rows[first.where[:, 0]])
     kernels = kernels.flatten(2) if kernels.dim() > 2 else kernels[:, :, None]
     filters = laid_out(kernels, first, n, 0.0)
     if not any(meeting.op in ("mul", "halves") for meeting in group.meetings):

@@ -89,7 +89,8 @@ def _expected(
         weight = columns(tensors[consumer.layer.params["weight"]], consumer.layer).double()
         read = weight[consumer.where]  # (m, copies, out/groups * kernel)
         norm = epilogue_of(captured.module, nodes[consumer.layer.node], norms, set()).norm
-        if norm is not None and norm.has_running_statistics and consumer.layer.groups == 1:
+        single = consumer.layer.groups == 1 and not consumer.layer.is_stacked
+        if norm is not None and norm.has_running_statistics and single:
             variance = tensors[norm.params["running_var"]].double()
             gain = line(captured.module, norm, variance, (variance + norm.eps).sqrt())[0]
             read = (read.view(*read.shape[:2], len(gain), -1) * gain[:, None]).flatten(2)

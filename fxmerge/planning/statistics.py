@@ -24,6 +24,7 @@ from fxmerge.methods.least_squares import second_moments
 from fxmerge.methods.linalg import as_real
 from fxmerge.options import Options
 from fxmerge.planning.channel_ops import Level, Step, bias_of, in_order, laid_out, slot, steps_at
+from fxmerge.weights.layout import out_first
 
 SAMPLES = 4096  # smallest number of samples of the Gaussian that models a group's pre-activations
 
@@ -57,8 +58,7 @@ def producer_rows(member: Member, weight: Tensor, n: int) -> Tensor:
     complex weight has rows of real and imaginary parts, so that their inner products are the real parts of those of
     the complex rows.
     """
-    out_first = as_real(weight.movedim(1, 0) if member.layer.transposed else weight)
-    rows = out_first.flatten(1)
+    rows = as_real(out_first(weight, member.layer)).flatten(1)
     if len(rows) == n and in_order(member, n):
         return rows  # a view
     return laid_out(rows[member.where].flatten(1), member, n, 0.0)

@@ -25,9 +25,9 @@ from fxmerge.rewrite.slicing import gather, places
 from fxmerge.rules.resize import Call
 from fxmerge.weights.by_path import fetch_bias
 from fxmerge.weights.copy import sharing_copy
-from fxmerge.weights.layout import columns, from_columns, resize
+from fxmerge.weights.layout import columns, from_columns, from_out_first, out_first, resize
 
-_WITHOUT_BIAS = ("matrix", "embedding")  # ops that take no bias (except addmm): a node after them adds it
+_WITHOUT_BIAS = ("matrix", "embedding", "experts")  # ops that take no bias (except addmm): a node after them adds it
 
 
 class Rewriter:
@@ -121,16 +121,15 @@ class Rewriter:
                 continue
             done.add(_held(producer))
             weight = self.weights.own(producer.layer.params["weight"])
-            out_first = weight.movedim(1, 0) if producer.layer.transposed else weight
-            rows = precise(out_first.flatten(1)).clone()
+            first = out_first(weight, producer.layer)
+            rows = precise(first.flatten(1)).clone()
             here, local = producer.local(merge.kept)
             down = mixing[here][:, producer.channels]  # (k', m)
             own_gain, own_constant = gain[producer.channels], constant[producer.channels]
             inverse = torch.where(own_gain[local] == 0, 0.0, 1 / own_gain[local])
             mix = inverse[:, None] * down * own_gain[None, :]
             rows[producer.where[local]] = torch.einsum("km,mcx->kcx", mix.to(rows), rows[producer.where])
-            whole = rows.reshape(out_first.shape)
-            weight.copy_(whole.movedim(0, 1) if producer.layer.transposed else whole)
+            weight.copy_(from_out_first(rows.reshape(first.shape), weight, producer.layer))
             of_constants = constant_gain[producer.channels]
 
             def mean_bias(bias: Tensor) -> Tensor:
@@ -150,12 +149,12 @@ class Rewriter:
         if layer.operation.is_recurrent:
             return  # its module has biases everywhere or nowhere
         path, node = layer.params["weight"], self.nodes[layer.node]
-        weight, out_axis = self.weights[path], 1 if layer.transposed else 0
+        weight, out_axis = self.weights[path], int(layer.transposed) + layer.is_stacked
         owner, _, name = path.rpartition(".")
         takes_one = layer.op not in _WITHOUT_BIAS
         added = f"{owner}.{'bias' if node.op == 'call_module' and takes_one else name + '_bias'}".lstrip(".")
         known = added in self.held
-        old = self.weights[added] if known else weight.new_zeros(weight.size(out_axis))
+        old = self.weights[added] if known else weight.new_zeros(len(out_first(weight, layer)))
         new = change(precise(old)).to(weight)
         if not takes_one and not known and not bool(new.any()):
             return
@@ -243,7 +242,13 @@ def _partners(consumer: Member, up: Tensor, local: Tensor) -> Partners | None:
     row, into = up.nonzero().unbind(1)  # rows ascending
     own = up[local, torch.arange(len(local))]
     layer = consumer.layer
-    if layer.groups > 1 or layer.transposed or bool((row[1:] == row[:-1]).any()) or bool((own != 1).any()):
+    if (
+        layer.groups > 1
+        or layer.transposed
+        or layer.is_stacked
+        or bool((row[1:] == row[:-1]).any())
+        or bool((own != 1).any())
+    ):
         return None
     moves = torch.ones(len(up), dtype=torch.bool).index_fill_(0, local, False)[row]
     row, into = row[moves], into[moves]

@@ -123,16 +123,8 @@ class RuleContext:
             self._facts.freeze(self._node, param, reason)
 
     def want(self, constant: Operand, labels: Tensor) -> None:
-        """A constant meets these labels: where it is equal along their axes, it should be made as wide as they are.
-
-        The node that makes the constant is noted; `analysis.constants` gives its axes labels in another run.
-        """
-        node = self._facts.node_of.get(id(constant))
-        shape = _shape_of(constant)
-        if node is not None and shape is not None:
-            offset = len(shape) - labels.dim()
-            axes = {a + offset for a in varying(labels) if a + offset >= 0 and shape[a + offset] > 1}
-            self._facts.wanted.setdefault(node.name, set()).update(axes)
+        """A constant meets these labels; if it can be made as wide as they are, `analysis.constants` will do so."""
+        self._facts.want(constant, labels)
 
     def block(self, rows: Tensor, outer: tuple[int, ...] = (), *, leaves_whole: bool = True) -> None:
         """Each of these rows, (blocks, size), loses equally many channels. outer, leaves_whole: see `ir.Block`."""
@@ -282,11 +274,6 @@ class RuleContext:
         source = self._node.args[0]
         known = self._capture.dtypes if attribute == "dtype" else self._capture.devices
         return known.get(source.name) if isinstance(source, fx.Node) else None
-
-
-def _shape_of(operand: Operand) -> torch.Size | None:
-    value = operand.t if isinstance(operand, Lab) else operand
-    return value.shape if isinstance(value, Tensor) else None
 
 
 def resized(x: Lab, shape: Sequence[int]) -> Lab | Unknown:

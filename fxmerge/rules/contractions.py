@@ -18,8 +18,8 @@ from fxmerge.ir.labels import fixed, holds, rows, simplify, varying
 from fxmerge.ir.provenance import Lab, Param, View
 from fxmerge.rules.binary import as_table, meets, operand_shape
 from fxmerge.rules.context import RuleContext
-from fxmerge.rules.layers import matrix
-from fxmerge.rules.rule import Operand, Unknown
+from fxmerge.rules.layers import experts, matrix
+from fxmerge.rules.rule import Answer, Operand, Unknown
 
 Shape = tuple[int, ...]
 
@@ -127,10 +127,17 @@ def _numbered(ctx: RuleContext, numbers: Named, channels: Named) -> None:
         ctx.pin(numbers.t, why)
 
 
-def matmul(ctx: RuleContext, a: Operand, b: Operand) -> Lab | Unknown:
+def matmul(ctx: RuleContext, a: Operand, b: Operand) -> Answer:
     """a (..., m, k) @ b (..., k, n)."""
     if isinstance(a, Lab) and isinstance(b, Param) and b.value.dim() == 2:
         return matrix(ctx, a, b)
+    if isinstance(a, Lab) and isinstance(b, Param) and b.value.dim() == 3:
+        return experts(ctx, a, b, ctx.shape)
+    return _product(ctx, a, b)
+
+
+def _product(ctx: RuleContext, a: Operand, b: Operand) -> Lab | Unknown:
+    """A product of two activations."""
     a, b = tables(ctx, a, b)
     if not isinstance(a, Lab) or not isinstance(b, Lab) or a.t.dim() < 2 or b.t.dim() < 2 or ctx.shape is None:
         return Unknown("has an operand that is not an activation")
@@ -174,7 +181,7 @@ def baddbmm(
     """beta input + alpha batch1 @ batch2, where input holds no channels (a bias of attention scores)."""
     if isinstance(input, Param) or (isinstance(input, Lab) and holds(input.t)):
         return Unknown("adds something that holds channels")
-    product = matmul(ctx, batch1, batch2)
+    product = _product(ctx, batch1, batch2)
     if isinstance(product, Lab):
         _joined(ctx, product.t, input)
     return product

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, fx
 
 from fxmerge.errors import source_line
-from fxmerge.ir.labels import numbers
-from fxmerge.ir.provenance import Block, Bond, Contraction, Grid, Layer, Param, Pin, Tie
+from fxmerge.ir.labels import numbers, varying
+from fxmerge.ir.provenance import Block, Bond, Contraction, Grid, Lab, Layer, Param, Pin, Tie
 
 
 class FactsBuilder:
@@ -59,6 +59,14 @@ class FactsBuilder:
         """New labels, (count,)."""
         self.label_count += count
         return torch.arange(self.label_count - count, self.label_count)
+
+    def want(self, constant: object, labels: Tensor) -> None:
+        """Note the axes of a constant, whose value some node gave, along which it meets labels that vary."""
+        node, value = self.node_of.get(id(constant)), constant.t if isinstance(constant, Lab) else constant
+        if node is not None and isinstance(value, Tensor):
+            offset = value.dim() - labels.dim()
+            axes = {a + offset for a in varying(labels) if a + offset >= 0 and value.size(a + offset) > 1}
+            self.wanted.setdefault(node.name, set()).update(axes)
 
     def pin(self, node: fx.Node, labels: Tensor, reason: str) -> None:
         self.pins += pins_of(node, labels, reason)

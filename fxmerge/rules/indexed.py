@@ -8,6 +8,7 @@ over them) must follow their number.
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 from torch import Tensor
 
@@ -68,7 +69,7 @@ def setitem(ctx: RuleContext, x: Operand, index: Operand, value: Operand) -> Ans
         return combined(ctx, x, first, "masked_fill", tuple(whole.shape))
     if len(given) > 1 or (isinstance(first, Lab) and holds(first.t)) or len(operand_shape(first) or ()) > 1:
         return Unknown("writes to places that hold channels, or that several indices give")
-    plain = [slice(0, 1) if at in given else item for at, item in enumerate(items)]
+    plain: list[Any] = [slice(0, 1) if at in given else item for at, item in enumerate(items)]
     if given and not operand_shape(first):
         plain[given[0]] = 0
     if not all(item is None or item is ... or isinstance(item, (int, slice)) for item in plain):
@@ -80,11 +81,10 @@ def setitem(ctx: RuleContext, x: Operand, index: Operand, value: Operand) -> Ans
     labels = None if number else _labels(ctx, value)
     if labels is None:
         return answer if isinstance(x, Lab) else Unknown("writes to a constant tensor")
-    place = whole[tuple(plain)]  # type: ignore[index]
+    place = whole[tuple(plain)]
     if given and operand_shape(first):  # along the axis of the index, one entry stands for all
-        axis = place.dim() - whole[(*plain[: given[0]], 0, *plain[given[0] + 1 :])].dim()  # type: ignore[index]
-        axis = labels.dim() - (place.dim() - _kept_before(whole, plain, given[0])) if axis else 0
-        if 0 <= axis < labels.dim():
+        axis = labels.dim() - place.dim() + _kept_before(whole, plain, given[0])
+        if axis >= 0:
             if axis in varying(labels) or not labels.size(axis):
                 return Unknown(_OVER_CHANNELS)
             labels = labels.narrow(axis, 0, 1)
@@ -92,14 +92,14 @@ def setitem(ctx: RuleContext, x: Operand, index: Operand, value: Operand) -> Ans
     return answer if wrong is None else wrong
 
 
-def _axis_of(whole: Tensor, items: list[object], at: int) -> int:
+def _axis_of(whole: Tensor, items: list[Any], at: int) -> int:
     """The axis of the whole tensor that one item of an index runs over."""
     if ... in items[:at]:
         return whole.dim() - sum(item is not None for item in items[at:])
     return sum(item is not None for item in items[:at])
 
 
-def _kept_before(whole: Tensor, items: list[object], at: int) -> int:
+def _kept_before(whole: Tensor, items: list[Any], at: int) -> int:
     """How many axes of x[items] come before that of one item."""
     axis = _axis_of(whole, items, at)
     ints = sum(isinstance(item, int) for item in items[:at])

@@ -88,6 +88,22 @@ def _transposed(ctx: RuleContext, op: str, operands: tuple[Lab, Param, Param | N
     return Lab(spread(writes, shape, axis))
 
 
+def experts(ctx: RuleContext, input: Operand, weight: Param, shape: Shape | None, transposed: bool = True) -> Answer:
+    """A product with a matrix for each expert: W (experts, in, out), or (experts, out, in) if not `transposed`.
+
+    Channels are on the last axis. All experts lose the same ones.
+    """
+    if not isinstance(input, Lab) or shape is None:
+        return Unknown("has an input that does not depend on the model's input")
+    if _maps_positions(input):
+        return Unknown("maps positions, not channels")
+    into, out = (1, 2) if transposed else (2, 1)
+    reads, writes = ctx.along(input, input.t.dim() - 1), ctx.axis(weight, out)
+    ctx.tie(reads, ctx.axis(weight, into))
+    ctx.layer("experts", {"weight": weight}, reads=reads[None], writes=writes, transposed=transposed)
+    return Lab(spread(writes, shape, len(shape) - 1))
+
+
 def embedding(
     ctx: RuleContext,
     input: Operand = None,
@@ -138,13 +154,28 @@ def conv_transpose(
     found = _operands(ctx, input, weight, bias)
     if isinstance(found, Unknown):
         return found
-    x, w, _, _ = found
-    if groups > 1 and tuple(w.value.shape[:2]) != (groups, 1):
-        return Unknown("is grouped")
+    x, w, b, shape = found
     axis = _channel_axis(x, w)
     if groups == 1:
         return _transposed(ctx, "conv_transpose", found, axis)
-    return _depthwise(ctx, "depthwise_transpose", found, ctx.along(x, axis), groups)
+    reads = ctx.along(x, axis)
+    if tuple(w.value.shape[:2]) == (groups, 1):
+        return _depthwise(ctx, "depthwise_transpose", found, reads, groups)
+    ctx.tie(reads, ctx.axis(w, 0))
+    writes = ctx.axis(w, 1, groups)
+    if b is not None:
+        ctx.tie(writes, ctx.axis(b, 0))
+    _by_group(ctx, reads.view(groups, -1), writes.view(groups, -1))
+    layer = {"weight": w, "bias": b}
+    ctx.layer("conv_transpose", layer, reads=reads.view(groups, -1), writes=writes, groups=groups, transposed=True)
+    return Lab(spread(writes, shape, axis))
+
+
+def _by_group(ctx: RuleContext, reads: Tensor, writes: Tensor) -> None:
+    """All groups lose equally many inputs and outputs, (groups, size); or whole groups leave."""
+    ctx.block(reads)
+    ctx.block(writes)
+    ctx.bond(torch.cat([reads, writes], 1))
 
 
 def _channel_axis(x: Lab, weight: Param) -> int:
@@ -190,9 +221,7 @@ def conv(
     if b is not None:
         ctx.tie(writes, ctx.axis(b, 0))
     if groups > 1:
-        ctx.block(reads.view(groups, -1))
-        ctx.block(writes.view(groups, -1))
-        ctx.bond(torch.cat([reads.view(groups, -1), writes.view(groups, -1)], 1))
+        _by_group(ctx, reads.view(groups, -1), writes.view(groups, -1))
     ctx.tie(reads, ctx.axis(w, 1, groups))
     ctx.layer("conv", {"weight": w, "bias": b}, reads=reads.view(groups, -1), writes=writes, groups=groups)
     return Lab(spread(writes, shape, axis))

@@ -14,7 +14,7 @@ from fxmerge.rules.binary import combined, operand_shape
 from fxmerge.rules.context import RuleContext
 from fxmerge.rules.contractions import Named, contract
 from fxmerge.rules.elementwise import reduced
-from fxmerge.rules.layers import matrix
+from fxmerge.rules.layers import experts, matrix
 from fxmerge.rules.rule import Answer, Module, Operand, Rule, Unknown
 
 
@@ -49,12 +49,8 @@ def tensordot(ctx: RuleContext, a: Operand, b: Operand, dims: Operand = 2, out: 
     if pairs is None or len(pairs) != 2:
         return Unknown("does not say its axes")
     of_a, of_b = ([axis % len(size) for axis in given] for given, size in zip(pairs, sizes, strict=True))  # type: ignore[arg-type]
-    if (
-        isinstance(a, Lab)
-        and isinstance(b, Param)
-        and len(sizes[1]) == 2
-        and (of_a, of_b) == ([len(sizes[0]) - 1], [0])
-    ):
+    weighs = isinstance(a, Lab) and of_a == [a.t.dim() - 1] and (of_a[0] in varying(a.t) or not varying(a.t))
+    if weighs and isinstance(b, Param) and b.value.dim() == 2 and of_b == [0]:
         return matrix(ctx, a, b)
     letters_a = ascii_letters[: len(sizes[0])]
     letters_b = list(ascii_letters[26 : 26 + len(sizes[1])])
@@ -96,7 +92,19 @@ def bilinear(ctx: RuleContext, input1: Operand, input2: Operand, weight: Operand
     return Lab(spread(writes, ctx.shape, len(ctx.shape) - 1))
 
 
+def grouped_mm(
+    ctx: RuleContext, input: Operand, mat2: Operand, offs: Operand = None, bias: Operand = None, *rest: Operand,
+    **kwargs: Operand,
+) -> Answer:  # fmt: skip
+    """Rows of the input times the matrix of their expert. W: (experts, in, out)."""
+    if not isinstance(mat2, Param) or mat2.value.dim() != 3 or bias is not None:
+        return Unknown("has a weight that is not a parameter of three axes, or adds a bias")
+    return experts(ctx, input, mat2, ctx.shape)
+
+
+_GROUPED = [f for f in (getattr(torch, "_grouped_mm", None), getattr(F, "grouped_mm", None)) if f is not None]
 ROWS: tuple[Rule, ...] = (
+    *([Rule("grouped_mm", "producer", grouped_mm, tuple(_GROUPED))] if _GROUPED else []),
     Rule("cosine_similarity", "mixer", cosine_similarity,
          (Module(nn.CosineSimilarity, ("dim", "eps")), F.cosine_similarity)),
     Rule("pairwise_distance", "mixer", pairwise_distance,

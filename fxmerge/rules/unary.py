@@ -72,6 +72,17 @@ def keeps_zero(ctx: RuleContext, input: Operand, nan: float | None = 0.0, *rest:
     return not nan
 
 
+# functions without f(s x) = s f(x), in torch and torch.special
+_OTHERS = [
+    "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sqrt", "rsqrt", "reciprocal", "square", "sin", "cos",
+    "tan", "sinh", "cosh", "sinc", "erf", "erfc", "erfinv", "lgamma", "digamma", "i0", "logit", "round", "floor",
+    "ceil", "frac", "sign", "sgn", "signbit", "isnan", "isinf", "isfinite", "isposinf", "isneginf", "angle",
+    "logical_not",
+]  # fmt: skip
+_ALIASES = {
+    "asin": "arcsin", "acos": "arccos", "atan": "arctan", "asinh": "arcsinh", "acosh": "arccosh", "atanh": "arctanh",
+    "trunc": "fix",
+}  # fmt: skip
 ROWS: tuple[Rule, ...] = (
     # f(s x) = s f(x) for s > 0
     unary("abs", "absolute", operator.abs, commutes=True),
@@ -87,12 +98,8 @@ ROWS: tuple[Rule, ...] = (
     # functions for which this does not hold
     unary("sigmoid", nn.Sigmoid, F.sigmoid),
     unary("tanh", nn.Tanh, F.tanh),
-    *(unary(*names.split("=")) for names in
-      ["exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sqrt", "rsqrt", "reciprocal", "square", "sin",
-       "cos", "tan", "asin=arcsin", "acos=arccos", "atan=arctan", "sinh", "cosh", "asinh=arcsinh", "acosh=arccosh",
-       "atanh=arctanh", "sinc", "erf", "erfc", "erfinv", "lgamma", "digamma", "i0", "logit", "round", "floor",
-       "ceil", "trunc=fix", "frac", "sign", "sgn", "signbit", "isnan", "isinf", "isfinite", "isposinf", "isneginf",
-       "angle", "logical_not"]),
+    *(unary(name) for name in _OTHERS),
+    *(unary(name, other) for name, other in _ALIASES.items()),
     unary("bitwise_not", operator.invert),
     Rule("clamp", "per_channel", clamp,
          (torch.clamp, torch.clamp_, torch.clip, torch.clip_, "clamp", "clamp_", "clip", "clip_")),

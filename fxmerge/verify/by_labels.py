@@ -15,6 +15,7 @@ from fxmerge.rewrite.slicing import gather, places
 from fxmerge.verify.in_double import in_float64, whole
 from fxmerge.weights.by_path import at
 from fxmerge.weights.copy import sharing_copy
+from fxmerge.weights.layout import from_out_first, out_first
 
 
 def permutation(captured: Capture, facts: Provenance, grouping: Grouping, seed: int = 0) -> dict[str, float]:
@@ -45,7 +46,7 @@ def overcoupling(
         for member in (*group.producers, *group.per_channel_params, *group.consumers):
             reads = member.role == "read"
             left_out = {
-                (path, int(reads != member.layer.transposed) if slot == "weight" else 0)
+                (path, int(reads != member.layer.transposed) + member.layer.is_stacked if slot == "weight" else 0)
                 for slot, path in member.layer.params.items()
                 if slot == "weight" or not reads
             }
@@ -181,7 +182,7 @@ def _overwrite(module: fx.GraphModule, group: Group, pairs: Tensor, generator: t
 def _norms(module: nn.Module, producer: Member, n: int) -> Tensor:
     """The norm of a producer's row for each channel, (n,); infinite for channels that it does not write."""
     weight = at(module, producer.layer.params["weight"])
-    rows = (weight.movedim(1, 0) if producer.layer.transposed else weight).flatten(1)
+    rows = out_first(weight, producer.layer).flatten(1)
     own = torch.linalg.vector_norm(rows[producer.where].flatten(1), dim=1)
     return torch.full((n,), torch.inf, dtype=own.dtype).index_copy_(0, producer.channels, own)
 
@@ -192,11 +193,14 @@ def _copy(module: nn.Module, member: Member, slot: str, pairs: Tensor, scale: Te
     if path is not None:
         value = at(module, path)
         flat = value.view(-1) if member.layer.operation.is_elementwise else value
-        if slot == "weight" and member.layer.transposed:
-            flat = value.movedim(1, 0)
+        by_rows = slot == "weight" and member.role == "write"
+        if by_rows:
+            flat = out_first(value, member.layer)
         here, local = member.local(pairs[0])
         to, source, scale = member.where[local], member.where[member.local(pairs[1])[1]], scale[here]
         flat[to] = flat[source] * scale.reshape(-1, *[1] * (flat[source].dim() - 1)).to(value)
+        if by_rows:  # which may be a copy
+            value.copy_(from_out_first(flat, value, member.layer))
 
 
 def _carry(module: nn.Module, per_channel_param: Member, pairs: Tensor, before: Tensor, after: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ from fxmerge.verify.in_double import double_precision, doubled, in_float64, whol
 from fxmerge.verify.unseen import Unseen, unseen
 from fxmerge.weights.by_path import at
 from fxmerge.weights.copy import deep_copy
-from fxmerge.weights.layout import columns, from_columns
+from fxmerge.weights.layout import columns, from_columns, from_out_first, out_first
 
 _FOLDED_IN_FLOAT32 = 1e-4  # the error that folded values may cause
 _UNCHANGED = ("scale", "table", "prelu")  # per-channel parameters that leave a zero as it is, or are not values
@@ -271,4 +271,6 @@ def _silence(find: Callable[[str], Tensor], group: Group, kept: Tensor) -> None:
             if op.is_elementwise:
                 value.copy_(value.flatten().index_fill_(0, places, 0).view(value.shape))
             else:
-                value.index_fill_(int(slot == "weight" and layer.transposed), places, 0)
+                by_rows = slot == "weight" and member.role == "write"
+                rows = (out_first(value, layer) if by_rows else value).clone().index_fill_(0, places, 0)
+                value.copy_(from_out_first(rows, value, layer) if by_rows else rows)

@@ -10,8 +10,34 @@ from torch import Tensor, nn
 from fxmerge.ir.provenance import Layer
 
 
+def out_first(weight: Tensor, layer: Layer) -> Tensor:
+    """A producer's weight with its output axis first: (out, ...)."""
+    if layer.is_stacked:
+        return weight.movedim(2 if layer.transposed else 1, 0)
+    if not layer.transposed:
+        return weight
+    if layer.groups == 1:
+        return weight.movedim(1, 0)
+    split = weight.reshape(layer.groups, -1, *weight.shape[1:])  # (groups, in/groups, out/groups, *kernel)
+    return split.movedim(2, 1).flatten(0, 1)
+
+
+def from_out_first(rows: Tensor, like: Tensor, layer: Layer) -> Tensor:
+    """The inverse of `out_first`; `like` has the shape of the weight."""
+    if layer.is_stacked:
+        return rows.movedim(0, 2 if layer.transposed else 1)
+    if not layer.transposed:
+        return rows.reshape(like.shape)
+    if layer.groups == 1:
+        return rows.movedim(0, 1)
+    split = rows.reshape(layer.groups, like.size(1), -1, *like.shape[2:])
+    return split.movedim(1, 2).reshape(like.shape)
+
+
 def columns(weight: Tensor, layer: Layer) -> Tensor:
     """A consumer's weight with one row per input place: (groups * in/groups, out/groups * kernel)."""
+    if layer.is_stacked:
+        return weight.movedim(1 if layer.transposed else 2, 0).flatten(1)
     if layer.transposed:
         return weight.flatten(1)
     split = weight.reshape(layer.groups, -1, *weight.shape[1:])  # (groups, out/groups, in/groups, *kernel)
@@ -20,6 +46,9 @@ def columns(weight: Tensor, layer: Layer) -> Tensor:
 
 def from_columns(rows: Tensor, like: Tensor, layer: Layer) -> Tensor:
     """The inverse of `columns`; `like` has the shape of the weight."""
+    if layer.is_stacked:
+        into = 1 if layer.transposed else 2
+        return rows.reshape(like.size(into), like.size(0), like.size(3 - into)).movedim(0, into)
     if layer.transposed:
         return rows.reshape(like.shape)
     split = rows.reshape(layer.groups, like.size(1), like.size(0) // layer.groups, *like.shape[2:])

@@ -29,9 +29,9 @@ def masked_by_hand(result: fxmerge.Result, x: Tensor) -> Tensor:
             assert here.all()
             for path in producer.layer.params.values():
                 value = shaken.get_parameter(path)
-                rows = value.data.movedim(1, 0) if producer.layer.transposed and value.dim() > 1 else value.data
                 places = producer.where[local].flatten()
-                rows[places] += torch.rand(rows[places].shape, generator=torch.Generator().manual_seed(0)).to(rows)
+                rows = value.data.movedim(_out_axis(producer.layer), 0) if value.dim() > 1 else value.data
+                rows[places] += _noise(rows[places])
         consumers = {consumer.layer.node for consumer in group.consumers}
         before, after = (Watched(m, consumers, {}) for m in (module, shaken))
         before.run(x)
@@ -40,6 +40,15 @@ def masked_by_hand(result: fxmerge.Result, x: Tensor) -> Tensor:
             zeroed[node] = (after.seen[node] != before.seen[node]) | zeroed.get(node, torch.tensor(False))
     out: Tensor = Watched(module, set(zeroed), zeroed).run(x)
     return out.detach()
+
+
+def _out_axis(layer: Any) -> int:
+    """The axis of a weight that its layer writes: the last of a matrix product's, or of a stack of these."""
+    return (2 if layer.op == "experts" else 1) if layer.transposed else (1 if layer.op == "experts" else 0)
+
+
+def _noise(like: Tensor) -> Tensor:
+    return torch.rand(like.shape, generator=torch.Generator().manual_seed(0)).to(like)
 
 
 class Watched(fx.Interpreter):

@@ -6,6 +6,7 @@ SAMPLES maps a rule's name to a function from a spelling's key (a module class, 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +33,7 @@ from tests.helpers.layer_samples import (
     sampled,
     scores,
 )
+from tests.helpers.netmaking import raw
 from tests.helpers.query_samples import query
 from tests.helpers.recurrent_samples import RECURRENT
 from tests.helpers.sandwich import SIDE, WIDTH, Sample, call, digit, spelled
@@ -97,6 +99,35 @@ def extreme(key: Any) -> Sample:
 
 def joined(key: Any) -> Sample:
     return Sample(lambda m, x: call(key)([x, x.relu()], 1), reads=2 * WIDTH)
+
+
+def alongside(key: Any, *args: Any) -> Sample:
+    """An op on two activations over a spatial axis."""
+    op = key(*args) if inspect.isclass(key) else key
+    given = () if inspect.isclass(key) else args
+
+    def compare(m: Any, x: Any) -> Any:
+        other = m.second(m.input)
+        return m.part(x, other) if inspect.isclass(key) else call(key)(x, other, *given)
+
+    return Sample(compare, consumer_dims=1, parts={"second": None, **({"part": op} if inspect.isclass(key) else {})})
+
+
+def bilinear(key: Any) -> Sample:
+    """Its inputs must stay; that its outputs may go is tested apart."""
+    if inspect.isclass(key):
+        part = {"part": key(8, 3, 6)}
+        return Sample(lambda m, x: m.part(x, m.input), dims=0, reads=6, parts=part, merged=False, reason="bilinear")
+    parts = {"w": raw(6, 8, 3)}
+    op = lambda m, x: call(key)(x, m.input, m.w)  # noqa: E731
+    return Sample(op, dims=0, reads=6, parts=parts, merged=False, reason="bilinear")
+
+
+def grouped_mm(key: Any) -> Sample:
+    """Takes widths that are multiples of 16 bytes."""
+    parts = {"w": raw(2, 16, 16), "ends": torch.tensor([1, 2], dtype=torch.int32)}
+    op = lambda m, x: call(key)(x.relu(), m.w, offs=m.ends)  # noqa: E731
+    return Sample(op, dims=0, width=16, reads=16, double=False, parts=parts)
 
 
 def stacked(key: Any) -> Sample:
@@ -303,6 +334,13 @@ SAMPLES: dict[str, Callable[[Any], Sample]] = {
     "transpose": transpose,
     "movedim": flat(1, -1, into=WIDTH),
     "cat": joined,
+    "cosine_similarity": lambda key: alongside(key, 3),
+    "pairwise_distance": alongside,
+    "tensordot": lambda key: Sample(
+        lambda m, x: call(key)(x, m.mapping, ([3], [0])), parts={"mapping": torch.randn(4, 5)}
+    ),
+    "bilinear": bilinear,
+    "grouped_mm": grouped_mm,
     "hstack": stacked,
     "column_stack": stacked,
     "vstack": lambda key: Sample(lambda m, x: call(key)([x, x.relu()])[1:3]),

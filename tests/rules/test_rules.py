@@ -69,9 +69,11 @@ def test_spelling(key: Any, rule: fxmerge.Rule) -> None:
         assert sample.reason in reasons["producer"]
         return
     assert "producer" in merged, reasons
-    assert max(verify.permutation(found.captured, found.facts, found.grouping).values()) < 1e-10
+    if sample.double:
+        assert max(verify.permutation(found.captured, found.facts, found.grouping).values()) < 1e-10
     if sample.exact:
-        assert compare.difference([masked_by_hand(result, x)], compare.outputs(result.module, (x,))) < 1e-10
+        error = compare.difference([masked_by_hand(result, x)], compare.outputs(result.module, (x,)))
+        assert error < (1e-10 if sample.double else 1e-5)
     else:
         assert all(g.mixers for g in found.groups if g.name == "producer")
 
