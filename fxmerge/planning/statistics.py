@@ -141,11 +141,11 @@ def statistics(
             linear &= step.function is None
         functions = tuple(s for s in steps if s.function is not None)
         maps.append((gain, constant_gain, moved))
-        inner.append(raw_pairs if form is not None else own * gram(gain[:, None]))
+        weight = share.abs().sqrt()
+        inner.append(raw_pairs if form is not None else own * gram((weight * gain)[:, None]))
         bias, mean, constants = bias + share * constant, mean + share * level, constants + share * now.constant
         square = square + share.abs() * now.length.square()
         if covariance is not None:
-            weight = share.abs().sqrt()
             covariance = covariance + weight[:, None] * spread * weight
     evidence = Evidence(
         inner=reduce(operator.add, inner),

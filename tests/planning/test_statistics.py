@@ -94,6 +94,35 @@ def test_copies_in_a_branch_of_three_calls_are_merged_exactly(join: str, norm: b
     assert off(model, replayed(model, x, {"f.c1": (8, (0, 1, 2, 3))}, decomposition="prune"), *unseen) > 0.1
 
 
+@pytest.mark.parametrize("method", ["mostsim", "fold", "lstsq"])
+@pytest.mark.parametrize("norm", [False, True])
+def test_a_branch_is_merged_as_if_it_were_called_once(norm: bool, method: str) -> None:
+    """Without copies too: the same steps, partners and weights."""
+
+    class Once(nn.Module):
+        def __init__(self, branch: Branch) -> None:
+            super().__init__()
+            self.f = branch
+
+        def forward(self, a: Tensor) -> Tensor:
+            out: Tensor = self.f(a)
+            return out
+
+    branch = randomised(Branch(norm, False), 7).double().eval()
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    models = (Once(branch), Siamese(branch, JOINS["concatenated"]))  # type: ignore[arg-type]
+    found = [
+        replayed(model, inputs, {"f.c1": (8, (0, 2, 3, 6))}, decomposition=method)
+        for model, inputs in zip(models, ((x,), (x, x + 1, x.flip(3))), strict=True)
+    ]
+    steps = [r.analysis.groups[0].producers[0].steps for r in found]
+    assert steps[0] == steps[1] == ("f_bn", "relu")
+    partners = [[(p.channel, p.into) for p in r.plan.groups[0].partners] for r in found]
+    assert partners[0] == partners[1]
+    for one, other in zip(found[0].module.parameters(), found[1].module.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
 class Recurrent(nn.Module):
     """A norm of its own at each of two calls of one layer."""
 
