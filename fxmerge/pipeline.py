@@ -281,6 +281,7 @@ class Prepared:
             grouping=grouping,
             refusals=choice.refusals,
             module=module,
+            graph=rewritten,
             plan=plan,
             verdict=verdict,
             refitted=refitted,

@@ -73,7 +73,7 @@ def _panel(group: Group, plan: GroupPlan | None, source: _Source) -> dict[str, A
     layers = [m.layer for m in (*group.producers, *group.per_channel_params, *group.consumers)]
     unique = {layer.node: layer for layer in layers}
     names = dict.fromkeys(layer.module for layer in unique.values())
-    costs = [_cost(list(unique.values()), c) for c in source.costs]
+    costs = [c.of(unique) for c in source.costs]
     return {
         "parameters": [p for p, _ in costs],
         "flops": [f for _, f in costs],
@@ -94,16 +94,6 @@ def _panel(group: Group, plan: GroupPlan | None, source: _Source) -> dict[str, A
 
 def _names(layers: Iterable[Layer]) -> list[str]:
     return list(dict.fromkeys(layer.module for layer in layers))
-
-
-def _cost(layers: Sequence[Layer], cost: Cost) -> tuple[int, int]:
-    """(parameters, FLOPs) of some layers; each module and each node is counted once."""
-    keys: dict[str, None] = {}
-    for layer in layers:
-        own = layer.module if layer.module in cost.by_module else layer.module.rpartition(".")[0]
-        keys |= dict.fromkeys(k for k in (own, layer.node) if k in cost.by_module)
-    found = [cost.by_module[key] for key in keys]
-    return sum(p for p, _ in found), sum(f for _, f in found)
 
 
 def _partners(plan: GroupPlan) -> list[list[float]]:

@@ -1,77 +1,20 @@
-"""Checks that an analysis and a merge are correct: three oracles for tests and users, and a check after every merge.
-
-permutation     permutes the channels of each group in all of its members; the output must not change. Detects missing
-                ties and wrong indices.
-overcoupling    leaves one member of a group out of that permutation; the output must change. Detects superfluous
-                members.
-duplicate       overwrites some channels with scaled copies of others, in all members; merging by `mostsim` must then
-                return the same function with fewer channels. Detects wrong absorption.
-compare         runs at the end of every merge: the merged model must run and return outputs of the original's shapes.
-"""
+"""Oracles that change the channels of a group in all of its members: permutation, over-coupling, duplicates."""
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from fxmerge.errors import FxMergeError
-from fxmerge.graph.compare import Verdict, difference, has_generators, judged, outputs
-from fxmerge.graph.nested import tree
+from fxmerge.graph.compare import difference, outputs
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.groups import Group, Grouping, Member
 from fxmerge.ir.provenance import ParamLabels, Provenance
-from fxmerge.rewrite.reassemble import assembled
 from fxmerge.rewrite.slicing import gather, places
+from fxmerge.verify.in_double import in_float64, whole
 from fxmerge.weights.by_path import at
 from fxmerge.weights.copy import sharing_copy
-
-
-def compare(captured: Capture, merged: nn.Module) -> Verdict:
-    """Runs the merged model on the example inputs and compares its outputs with the original's.
-
-    The original is run once more where outputs are integers, or may be random. Raises FxMergeError where the merged
-    model does not run, or where its outputs have other shapes.
-    """
-    recorded = captured.recorded
-    return judged(
-        captured.module if recorded is None else recorded.host,
-        merged,
-        (captured.args, captured.kwargs),
-        expected=captured.outputs,
-        unsure=recorded is not None or has_generators(captured.module),
-        lengths_vary=recorded is not None,
-    )
-
-
-def in_float64(captured: Capture) -> tuple[fx.GraphModule, tuple[Any, ...], dict[str, Any]]:
-    """A float64 copy of a captured graph module, and of its example (args, kwargs).
-
-    Raises FxMergeError for a model on the meta device.
-    """
-    if captured.blank:
-        raise FxMergeError("a model on the meta device has no values to verify; give a model with weights")
-
-    def double(value: Any) -> Any:
-        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-    positional: tuple[Any, ...] = tree(double, captured.args)
-    module = copy.deepcopy(captured.module).double()
-    for node in module.graph.nodes:  # casts to float32 in the graph would lose the precision of float64
-
-        def cast(leaf: Any) -> Any:
-            return torch.float64 if leaf is torch.float32 else leaf
-
-        node.args, node.kwargs = tree(cast, tuple(node.args)), tree(cast, dict(node.kwargs))
-    module.recompile()
-    return module, positional, tree(double, dict(captured.kwargs))
-
-
-def whole(captured: Capture, module: fx.GraphModule) -> nn.Module:
-    """The float64 model that users would get for a copy of the captured graph module."""
-    return assembled(captured, module).double()
 
 
 def permutation(captured: Capture, facts: Provenance, grouping: Grouping, seed: int = 0) -> dict[str, float]:
