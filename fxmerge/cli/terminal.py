@@ -10,7 +10,8 @@ from contextlib import contextmanager
 
 _HANDLER = "fxmerge.plain"
 _SIGNS = {  # a word in the name of a character -> a similar one
-    "DASH": "-", "MINUS": "-", "BULLET": "*", "DOT": ".", "MULTIPLICATION": "x", "RIGHTWARDS ARROW": ">", "QUOTATION": "'",
+    "DASH": "-", "MINUS": "-", "BULLET": "*", "DOT": ".", "MULTIPLICATION": "x", "RIGHTWARDS ARROW": ">",
+    "QUOTATION": "'",
 }  # fmt: skip
 
 
