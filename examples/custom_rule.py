@@ -1,9 +1,11 @@
-"""Teach fxmerge an op that it does not know: until then the channels around it stay as they are."""
+"""Teach fxmerge ops that it does not know: until then the channels around them stay as they are."""
 
 import torch
 from torch import Tensor, nn
 
 import fxmerge
+from fxmerge.ir import Lab
+from fxmerge.rules import Operand, RuleContext, Unknown
 
 
 def snake(x: Tensor) -> Tensor:
@@ -15,10 +17,10 @@ def model() -> nn.Module:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.a, self.b = nn.Conv1d(2, 16, 5), nn.Conv1d(16, 4, 5)
+            self.a, self.b, self.c = nn.Conv1d(2, 16, 5), nn.Conv1d(2, 16, 5), nn.Conv1d(16, 4, 5)
 
         def forward(self, x: Tensor) -> Tensor:
-            out: Tensor = self.b(snake(self.a(x)))
+            out: Tensor = self.c(torch.hypot(snake(self.a(x)), self.b(x)))
             return out
 
     torch.manual_seed(0)
@@ -28,14 +30,26 @@ def model() -> nn.Module:
 x = torch.randn(1, 2, 32)
 
 before = fxmerge.analyze(model(), x)
-print("without a rule:", [g.name for g in before.groups], "|", before.refusals[0].reason, "|", before.refusals[0].where)
+print("without rules:", [g.name for g in before.groups], "|", before.refusals[0].reason, "|", before.refusals[0].where)
 
 # sinc maps every channel by itself, and sinc(s x) is not s sinc(x): one row says so, with all its spellings.
 fxmerge.RULES["sinc"] = fxmerge.per_channel("sinc", torch.sinc, "sinc", commutes=False)
 
-result = fxmerge.merge(model(), x, ratio=0.5)
-print("with it:", [f"{g.name}: {g.channels} -> {len(g.kept)} channels" for g in result.plan.groups])
 
-# Is the rule right? Permuting the group's channels everywhere they live must not change the output.
+def hypot(ctx: RuleContext, input: Operand, other: Operand) -> Lab | Unknown:
+    """sqrt(input^2 + other^2): channel i of one operand meets channel i of the other, so they are dropped together."""
+    if not isinstance(input, Lab) or not isinstance(other, Lab) or input.t.shape != other.t.shape:
+        return Unknown("takes something other than two activations of one shape")
+    ctx.tie(input.t, other.t)
+    return input
+
+
+# hypot(s x, s y) = s hypot(x, y) for s > 0
+fxmerge.RULES["hypot"] = fxmerge.Rule("hypot", "tie", hypot, (torch.hypot, "hypot"), commutes=True)
+
+result = fxmerge.merge(model(), x, ratio=0.5)
+print("with them:", [f"{g.name}: {g.channels} -> {len(g.kept)} channels" for g in result.plan.groups])
+
+# Are the rules right? Permuting the group's channels everywhere they live must not change the output.
 found = result.analysis
 print("permutation oracle:", fxmerge.verify.permutation(found.captured, found.facts, found.grouping))

@@ -44,6 +44,10 @@ class Analysis:
         """The analysis as text, JSON or a drawing."""
         return AnalysisReport(captured=self.captured, facts=self.facts, grouping=self.grouping, refusals=self.refusals)
 
+    def __repr__(self) -> str:
+        name = self.captured.name
+        return f"<Analysis of {name}: {len(self.groups)} groups, {len(self.refusals)} refusals; .report shows them>"
+
     def _repr_html_(self) -> str:
         """The report as a page in a notebook."""
         return self.report._repr_html_()
@@ -57,6 +61,10 @@ class Result:
     plan: Plan
     report: Report
     analysis: Analysis
+
+    def __repr__(self) -> str:
+        name, groups = self.analysis.captured.name, f"{len(self.plan.groups)} of {len(self.analysis.groups)} groups"
+        return f"<Result of {name}: {groups} merged; .module is the model, .report what was done>"
 
     def _repr_html_(self) -> str:
         """The report as a page in a notebook."""

@@ -1,4 +1,4 @@
-"""Every example runs and says what it promises."""
+"""Every example runs and prints the expected lines."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-SAYS = {
+EXPECTED = {
     "merge_your_own.py": ["features.3.squeeze", "16 -> 8", "parameters 1,235,496 ->", "merged model: (1, 1000)"],
-    "custom_rule.py": ["without a rule: []", "sinc", "custom_rule.py:", "with it: ['a: 16 -> 8 channels']", "{'a':"],
+    "custom_rule.py": ["without rules: []", "sinc", "custom_rule.py:", "with them: ['a: 16 -> 8 channels']", "{'a':"],
     "look_at_groups.py": ["stem: 16 channels", "conv1: 32 channels", "stem -> layer:conv1: read", "bn2: carry"],
     "aot_package.py": ["a batch of 5 gives (5, 10)", "has the output of the merged model: True"],
     "finetune.py": ["trained: ", "merged to a tenth of the channels: ", "fine-tuned: "],
     "quantise.py": ["(512, 512) torch.float32 -> (256, 256) Int8Tensor", "output by quantising: 0.0"],
 }
 NEEDS = {"merge_your_own.py": "torchvision", "quantise.py": "torchao"}
-CHATTY = ("aot_package.py", "quantise.py")  # torch and torchao may log warnings about the machine
+CHATTY = ("aot_package.py", "quantise.py")  # torch and torchao may log warnings
 
 
-def test_every_example_is_tried() -> None:
-    assert {p.name for p in EXAMPLES.glob("*.py")} == set(SAYS)
+def test_every_example_is_tested() -> None:
+    assert {p.name for p in EXAMPLES.glob("*.py")} == set(EXPECTED)
 
 
-@pytest.mark.parametrize("name", SAYS)
+@pytest.mark.parametrize("name", EXPECTED)
 def test_example(name: str, tmp_path: Path) -> None:
     if name in NEEDS:
         pytest.importorskip(NEEDS[name])
@@ -39,12 +39,12 @@ def test_example(name: str, tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stderr == "" or name in CHATTY
-    for line in SAYS[name]:
+    for line in EXPECTED[name]:
         assert line in done.stdout, done.stdout
     assert not list(tmp_path.iterdir())
 
 
-def test_finetuning_brings_accuracy_back(tmp_path: Path) -> None:
+def test_finetuning_restores_accuracy(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, str(EXAMPLES / "finetune.py")], capture_output=True, text=True, timeout=300)
     trained, merged, tuned = map(float, re.findall(r"([\d.]+) %", done.stdout))
     assert merged < trained - 5

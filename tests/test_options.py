@@ -169,7 +169,10 @@ def a_group(name: str, sizes: list[int], blocks: Blocks = ()) -> Group:
     """A group of cells of these sizes, interleaved; each row of a block is a tuple of cells."""
     owner = torch.cat([torch.full((s,), c) for c, s in enumerate(sizes)])
     owner = owner[torch.randperm(len(owner), generator=torch.Generator().manual_seed(0))]
-    return Group(name, torch.arange(len(owner)), owner, (), (), (), (), (), True, (), blocks=blocks)
+    return Group(
+        name=name, atoms=torch.arange(len(owner)), cells=owner, producers=(), per_channel_params=(), consumers=(),
+        mixers=(), ties=(), internal=True, scale_blocks=(), blocks=blocks,
+    )  # fmt: skip
 
 
 FOUR = (((0,), (1,), (2,), (3,)),)

@@ -1,4 +1,4 @@
-"""Writes docs/coverage.md from the rows of benchmarks.coverage: summary, one table for each suite, failures."""
+"""Write docs/coverage.md from the rows of benchmarks.coverage: summary, one table for each suite, failures."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence

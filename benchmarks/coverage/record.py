@@ -1,4 +1,4 @@
-"""Records what fxmerge computes for many models, to prove that a refactoring does not change it.
+"""Record what fxmerge computes for many models, to prove that a refactoring does not change it.
 
     python -m benchmarks.coverage.record --out before          # on the old code
     python -m benchmarks.coverage.record --out after           # on the new code

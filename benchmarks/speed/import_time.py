@@ -1,4 +1,4 @@
-"""How long `import fxmerge` and `fxmerge --help` take, compared to `import torch`: `python -m benchmarks.speed.import_time`.
+"""How long `import fxmerge` and `fxmerge --help` take, as multiples of `import torch`.
 
 Each command runs in a new process, in turns with the others, and the least CPU time of all rounds counts. Bytecode is
 compiled in a round before, as it is after an installation.

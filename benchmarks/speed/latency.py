@@ -2,7 +2,7 @@
 
 Each model is merged to half its FLOPs (`--flops`), with the number of kept channels a multiple of 1, 8, 16 or 32. It is
 timed alternately with the original model, eager and compiled. The ideal speedup is the ratio of FLOPs; the profiler
-finds the kinds of ops that get less faster than that. Weights are random and refit is off, since neither changes the
+finds the kinds of ops with a smaller speedup. Weights are random and refit is off, since neither changes the
 speed. Writes latency.md.
 """
 

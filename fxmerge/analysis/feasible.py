@@ -1,4 +1,4 @@
-"""The numbers of channels that a group's blocks allow it to keep."""
+"""How many channels a group's blocks allow it to keep."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from fxmerge.ir.groups import Group
 
 
 def rounded(keep: float, size: int, cells: int, round_to: int) -> int:
-    """Channels that one of a group's equal cells keeps: at least 1, and such that the group's width is a multiple.
+    """Channels to keep in one of a group's equal cells, so that the group's width is a multiple of round_to.
 
-    Where the cell is too small for a multiple it stays as it is.
+    A cell keeps at least the fewest channels that make a multiple, or all of its channels if it has fewer.
     """
     step = round_to // math.gcd(round_to, cells)
     if step == 1:
@@ -23,11 +23,12 @@ def rounded(keep: float, size: int, cells: int, round_to: int) -> int:
 
 
 def spread(group: Group, share: float, round_to: int, total: int | None = None) -> tuple[int, ...] | None:
-    """Channels that each cell of a group keeps, so that the rows of each block keep equally many.
+    """Channels to keep in each cell of a group, so that all rows of a block keep equally many; None if there are none.
 
-    share: of each cell, as nearly as the blocks allow; total: or exactly so many in all. None: no such numbers exist.
-    Equal cells keep equally many. Unequal ones (channels that were shuffled again and again) are an integer programme:
-    minimise sum |k_c - share n_c| subject to the blocks' equations.
+    share:  of each cell, as closely as the blocks allow
+    total:  or exactly this many in all cells together
+    Equal cells keep equally many. For unequal cells (channels that were shuffled several times) an integer programme
+    is solved: minimise sum_c |k_c - share n_c| subject to the equations of the blocks.
     """
     sizes = torch.bincount(group.cells)
     cells = len(sizes)
@@ -64,9 +65,9 @@ def spread(group: Group, share: float, round_to: int, total: int | None = None) 
 
 
 def shaken(group: Group, block: int) -> torch.Tensor:
-    """Half of a group's channels, ascending: the first ones of each even row of a block, the last ones of odd rows.
+    """Half of a group's channels, ascending: the first ones in each even row of a block, the last ones in odd rows.
 
-    What a trial narrows the group to: a graph that deals blocks out like cards cannot follow such a choice.
+    A trial keeps these: a graph that shuffles channels between blocks cannot follow such a choice.
     """
     counts = spread(group, 0.5, 1) or tuple(torch.bincount(group.cells).tolist())
     odd = {cell for row in group.blocks[block][1::2] for cell in row}
@@ -78,4 +79,5 @@ def shaken(group: Group, block: int) -> torch.Tensor:
 
 
 def all_of(group: Group) -> tuple[int, ...]:
+    """The size of each cell of a group."""
     return tuple(torch.bincount(group.cells).tolist())

@@ -1,27 +1,27 @@
-"""Groups: labels that must live or die together become atoms, atoms that are alike become merge groups.
+"""Groups: labels that are dropped together are one atom, and atoms that can be merged into each other are one group.
 
-1. Ties make labels equal: connected components are atoms. A pin in an atom pins all of it.
-2. Two atoms are alike when they stand in the same nodes equally often: then every layer that holds one holds the other
-   too, and one can be merged into the other. Alike atoms make a part.
-3. Parts that share a block (rows that must lose equally many) are decided together: a networkx graph of parts and
-   blocks, whose connected components are the groups. Within a group, channels merge within their cell (part and block
-   rows) only.
+1. Ties join labels; connected components are atoms. A pin of one label pins its whole atom.
+2. Two atoms are alike if they occur in the same nodes equally often: then every layer that holds one also holds the
+   other, and one can be merged into the other. Alike atoms are one part.
+3. Parts that share a block (rows that must lose equally many) are decided together: the connected components of a
+   networkx graph of parts and blocks are the groups. Channels are merged only within their cell, which is the part and
+   the row of each block.
 
-`Grouping.graph` says what came of it, for users: its nodes and edges are told at `_graph`.
+`Grouping.graph` shows users the result; `group_graph` lists its nodes and edges.
 """
 
 from __future__ import annotations
 
-import io
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fxmerge.analysis.group_graph import group_graph
 from fxmerge.analysis.members import Builder
 from fxmerge.analysis.whole_blocks import atoms
 from fxmerge.graph.nested import leaves
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 def group(facts: Provenance) -> Grouping:
-    """Find the merge groups of a provenance. Deterministic: the same graph gives the same groups, in order."""
+    """Find the merge groups. The same graph always gives the same groups, in the same order."""
     atom = atoms(facts)
     facts = replace(facts, blocks=tuple(b for b in facts.blocks if not _solid(b, atom)))
     written = _producer_order(facts, atom)
@@ -43,15 +43,16 @@ def group(facts: Provenance) -> Grouping:
     of_group, components = _components(facts, atom, part, pinned, written)
     builder = Builder(facts, atom, of_group, present)
     named = _named([builder.build(number, *inside) for number, inside in components.items()])
-    refusals = _refusals(facts, atom, pinned, named)
-    graph = _graph(named, refusals, facts.layers)
+    named, stuck = _without_choice(facts, atom, named)
+    refusals = (*_refusals(facts, atom, pinned, named, {r.name for r in stuck}), *stuck)
+    graph = group_graph(named, refusals, facts.layers)
     return Grouping(tuple(named), refusals, torch.from_numpy(atom), graph)
 
 
 def _solid(block: Block, atom: Ints) -> bool:
-    """Is each row one channel, and each channel several rows? Then rows leave together, and a rectangle stays.
+    """Is each row one channel, and each channel several rows? Then they are dropped together, and a rectangle stays.
 
-    A vector that is folded into an image (channels, height, width), whose places a convolution ties to each other.
+    This is so for a vector reshaped into an image (channels, height, width), whose places a convolution ties.
     """
     rows = atom[block.labels.numpy()]
     alike = rows.shape[1] > 1 and bool((rows == rows[:, :1]).all())
@@ -59,19 +60,19 @@ def _solid(block: Block, atom: Ints) -> bool:
 
 
 def joined(widths: Grouping, facts: Provenance, wholes: Grouping) -> Grouping:
-    """Groups whose blocks lose width, and besides them, as NAME#whole, the groups of those blocks that leave whole."""
+    """The groups whose blocks lose width, together with the groups of blocks that leave whole, named NAME#whole."""
     import networkx as nx
 
     leaving = np.zeros(int(wholes.atom.max()) + 1, dtype=bool)
     if facts.whole is not None:
         leaving[wholes.atom[facts.whole].numpy()] = True
     named = [replace(g, name=f"{g.name}#whole") for g in wholes.groups if leaving[g.atoms.numpy()].all()]
-    graph = nx.compose(widths.graph, _graph(named, (), facts.layers))
+    graph = nx.compose(widths.graph, group_graph(named, (), facts.layers))
     return replace(widths, graph=graph, wholes=replace(wholes, groups=tuple(named), refusals=(), graph=graph))
 
 
 def overlaps(grouping: Grouping) -> dict[str, dict[str, float]]:
-    """{group that loses width: {group of blocks that leave whole: the share of its channels that lie in them}}."""
+    """{group that loses width: {group of blocks that leave whole: the share of the former's channels in them}}."""
     if grouping.wholes is None:
         return {}
     narrower, leaving = (group_of_label(part) for part in grouping.parts)
@@ -86,7 +87,7 @@ def overlaps(grouping: Grouping) -> dict[str, dict[str, float]]:
 
 
 def aligned(facts: Provenance, grouping: Grouping, groups: Sequence[Group]) -> Provenance:
-    """The same facts, with the channels that stand at one place of these groups' blocks tied to each other."""
+    """The same facts, with the channels at one place of these groups' blocks tied to each other."""
     inside = torch.zeros(int(grouping.atom.max()) + 1, dtype=torch.bool)
     inside[torch.cat([g.atoms for g in groups])] = True
     touched, kept, ties = inside[grouping.atom], [], list(facts.ties)
@@ -100,14 +101,14 @@ def aligned(facts: Provenance, grouping: Grouping, groups: Sequence[Group]) -> P
 
 
 def _pinned(facts: Provenance, atom: Ints, written: set[int]) -> dict[int, Pin]:
-    """The first pin of each pinned atom; a block with a pinned atom, or one that no layer writes, is pinned whole."""
+    """The first pin of each pinned atom. A block is pinned if one of its atoms is, or is written by no layer."""
     pinned: dict[int, Pin] = {int(atom[0]): Pin(torch.zeros(0), "fixed", "", "")}
     for pin in facts.pins:
         for a in np.unique(atom[pin.labels.numpy()]):
             pinned.setdefault(int(a), pin)
     for block in facts.blocks:
         for a in set(np.unique(atom[block.labels.numpy()]).tolist()) - written:
-            pinned.setdefault(a, Pin(block.labels, "stands beside zeros or a raw parameter", block.node, ""))
+            pinned.setdefault(a, Pin(block.labels, "is in one block with zeros or a raw parameter", block.node, ""))
     changed = True
     while changed:
         changed = False
@@ -122,9 +123,9 @@ def _pinned(facts: Provenance, atom: Ints, written: set[int]) -> dict[int, Pin]:
 
 
 def _parts(facts: Provenance, atom: Ints, pinned: dict[int, Pin]) -> tuple[Ints, dict[str, Ints]]:
-    """A number for each atom, equal for atoms whose copies stand in the same nodes; and who stands where."""
+    """(a number for each atom, equal for atoms whose copies are in the same nodes; node -> the atoms in it)."""
     copy = _copies(facts, atom)
-    random = np.random.default_rng(0)  # a random 64-bit word a node; sums of words tell sets of nodes apart
+    random = np.random.default_rng(0)  # a random 64-bit word for each node; different sets of nodes have different sums
     words = np.zeros(int(atom.max()) + 1, dtype=np.uint64)
     present: dict[str, Ints] = {}
     inside: Ints
@@ -136,7 +137,7 @@ def _parts(facts: Provenance, atom: Ints, pinned: dict[int, Pin]) -> tuple[Ints,
         held = labels.numpy().reshape(-1)
         number, atoms_held = copy[held], atom[held]
         copies = int(number.max(initial=0)) + 1
-        word = random.integers(1, 2**63, copies, dtype=np.uint64)  # a slice may take one copy of a channel only
+        word = random.integers(1, 2**63, copies, dtype=np.uint64)  # a slice may take only one copy of a channel
         if copies == 1:
             times = np.bincount(atoms_held)
             inside = np.flatnonzero(times)
@@ -150,7 +151,7 @@ def _parts(facts: Provenance, atom: Ints, pinned: dict[int, Pin]) -> tuple[Ints,
 
 
 def _copies(facts: Provenance, atom: Ints) -> Ints:
-    """Which copy of its atom each label is, (label_count,): 0, 1, ... along the axis of the parameter that it is of."""
+    """Which copy of its atom each label is, (label_count,): 0, 1, ... along the axis of its parameter."""
     copy = np.zeros(len(atom), dtype=np.int64)
     for labels in facts.params.values():
         for along in labels.axes.values():
@@ -176,7 +177,7 @@ def _producer_order(facts: Provenance, atom: Ints) -> Ints:
 def _components(
     facts: Provenance, atom: Ints, part: Ints, pinned: dict[int, Pin], order: Ints
 ) -> tuple[Ints, dict[int, tuple[Ints, Ints]]]:
-    """Join parts that share blocks: (the group of each atom or -1, group -> (its atoms in order, the cell of each))."""
+    """Join parts that share blocks: (the group of each atom or -1, group -> (its atoms in order, their cells))."""
     import networkx as nx
 
     free = order[~np.isin(order, list(pinned))]
@@ -212,7 +213,7 @@ def _components(
 
 
 def _named(found: list[Group]) -> list[Group]:
-    """Names are unique: the second group that a layer writes is `layer#2`."""
+    """The groups with unique names: the second group that is named after a layer becomes `layer#2`."""
     seen: dict[str, int] = defaultdict(int)
     named = []
     for g in found:
@@ -221,8 +222,26 @@ def _named(found: list[Group]) -> list[Group]:
     return named
 
 
-def _refusals(facts: Provenance, atom: Ints, pinned: dict[int, Pin], groups: list[Group]) -> tuple[Refusal, ...]:
-    """One refusal for each producer and reason, and for each other layer that is in no group: none is left unsaid."""
+def _without_choice(facts: Provenance, atom: Ints, groups: list[Group]) -> tuple[list[Group], list[Refusal]]:
+    """(the groups that can lose channels, refusals of the others, whose blocks hold one channel of each kind)."""
+    able, refused = [], []
+    for g in groups:
+        if not g.blocks or len(torch.unique(g.cells)) < g.channels:
+            able.append(g)
+            continue
+        inside = np.zeros(int(atom.max()) + 1, dtype=bool)
+        inside[g.atoms.numpy()] = True
+        block = next(b for b in facts.blocks if inside[atom[b.labels.numpy()]].all())
+        why = f"the blocks at {block.node} must lose equally many channels, and none has two to choose from"
+        modules = {m.layer.module: len(m.channels) for m in g.producers}
+        refused += [Refusal(name, channels, why, block.where) for name, channels in modules.items()]
+    return able, refused
+
+
+def _refusals(
+    facts: Provenance, atom: Ints, pinned: dict[int, Pin], groups: list[Group], refused_for_blocks: set[str]
+) -> tuple[Refusal, ...]:
+    """One refusal for each producer and reason, and for each other layer that is in no group."""
     found: dict[tuple[str, str, str], int] = defaultdict(int)
 
     def add(layer: Layer, labels: Tensor) -> None:
@@ -233,51 +252,13 @@ def _refusals(facts: Provenance, atom: Ints, pinned: dict[int, Pin], groups: lis
     for layer in facts.layers:
         if layer.writes is not None:
             add(layer, layer.writes)
-    told = {name for name, *_ in found}
-    told |= {m.layer.module for g in groups for m in (*g.producers, *g.per_channel_params, *g.consumers)}
+    named = {name for name, *_ in found} | refused_for_blocks
+    named |= {m.layer.module for g in groups for m in (*g.producers, *g.per_channel_params, *g.consumers)}
     for layer in facts.layers:
         labels = layer.reads if layer.carries is None else layer.carries
-        if layer.module not in told and labels is not None:
+        if layer.module not in named and labels is not None:
             add(layer, labels)
-    told |= {name for name, *_ in found}
+    named |= {name for name, *_ in found}
     refused = [Refusal(name, channels, reason, where) for (name, reason, where), channels in found.items()]
-    left = [u for u in facts.untouched if u.module not in told]
+    left = [u for u in facts.untouched if u.module not in named]
     return (*refused, *(Refusal(u.module, u.channels, u.reason, u.where) for u in left))
-
-
-def graphml(graph: Any) -> str:
-    """A `Grouping.graph` as GraphML text, every attribute with its type."""
-    import networkx as nx
-
-    held = io.BytesIO()
-    nx.write_graphml(graph, held, infer_numeric_types=False)
-    return held.getvalue().decode("utf-8")
-
-
-def _graph(groups: list[Group], refusals: Sequence[Refusal], layers: Sequence[Layer]) -> nx.DiGraph[str]:
-    """A DiGraph whose attributes are text, whole numbers and truth values only.
-
-    group       NAME             kind="group", channels, internal, mixers (how many)
-    layer       layer:NODE       kind=op, module=path
-    refusal     refused:NUMBER   kind="refused", module=path, channels, reason, where
-    edges       layer -> group role="write", group -> layer role="read" or "carry", layer -> refusal role="write";
-                channels: how many of the group's (refusal's) channels stand there
-    """
-    import networkx as nx
-
-    graph: nx.DiGraph[str] = nx.DiGraph()
-    for g in groups:
-        graph.add_node(g.name, kind="group", channels=g.channels, internal=g.internal, mixers=len(g.mixers))
-        for role, members in (("write", g.producers), ("carry", g.per_channel_params), ("read", g.consumers)):
-            for m in members:
-                graph.add_node(f"layer:{m.layer.node}", kind=str(m.layer.operation), module=m.layer.module)
-                ends = (f"layer:{m.layer.node}", g.name) if role == "write" else (g.name, f"layer:{m.layer.node}")
-                graph.add_edge(*ends, role=role, channels=len(m.channels))
-    for number, r in enumerate(refusals):
-        told = {"module": r.name, "channels": r.channels, "reason": r.reason, "where": r.where}
-        graph.add_node(f"refused:{number}", kind="refused", **told)
-        for layer in layers:
-            if layer.module == r.name and layer.writes is not None:
-                graph.add_node(f"layer:{layer.node}", kind=str(layer.operation), module=layer.module)
-                graph.add_edge(f"layer:{layer.node}", f"refused:{number}", role="write", channels=r.channels)
-    return graph

@@ -1,26 +1,28 @@
-"""Members: which layers hold a group's channels, where, and what stands between them."""
+"""Members: which layers hold a group's channels, at which places, and the nodes between them."""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fxmerge.analysis.meetings import meetings
 from fxmerge.ir.groups import Group, Ints, Member
 from fxmerge.ir.provenance import Layer, Provenance
 
 
 class Builder:
-    """Fills in a group's members from the layers that hold its labels."""
+    """Builds each group with its members, from the layers that hold its labels."""
 
     def __init__(self, facts: Provenance, atom: Ints, of_group: Ints, present: dict[str, Ints]) -> None:
         self.facts, self.atom, self.of_group = facts, atom, of_group
         self.order = {name: number for number, name in enumerate(facts.kinds)}
-        self.lookup = np.full(len(of_group), -1, dtype=np.int64)  # atom -> its place in the group that is being built
-        self.nodes: dict[int, set[str]] = defaultdict(set)  # group -> nodes whose labels hold it
+        self.lookup = np.full(len(of_group), -1, dtype=np.int64)  # atom -> its index in the group that is being built
+        self.nodes: dict[int, set[str]] = defaultdict(set)  # group -> nodes that hold its labels
         for name, inside in present.items():
             for number in np.unique(of_group[inside]).tolist():
                 self.nodes[number].add(name)
@@ -53,10 +55,10 @@ class Builder:
                 where = here.reshape(len(stands), count)
                 partners &= _aligned(where, cell[stands])
                 members[role].append(Member(layer, role, torch.from_numpy(stands), torch.from_numpy(where)))  # type: ignore[arg-type]
-        # a weight that writes and reads along one axis (an embedding that is the head too) cannot absorb anything
+        # a weight that writes and reads along one axis (an embedding that is also the head) cannot absorb anything
         partners &= not {_side(m) for m in members["write"]} & {_side(m) for m in members["read"]}
-        partners &= self.facts.whole is None or not self._holds(number, self.facts.whole)  # a block takes nobody's part
-        partners &= all(m.layer.op != "table" for m in members["carry"])  # nor does one angle that of another
+        partners &= self.facts.whole is None or not self._holds(number, self.facts.whole)  # a block absorbs no other
+        partners &= all(m.layer.op != "table" for m in members["carry"])  # nor does a row of a table
         first = members["write"][0].layer.module if members["write"] else ""
         producers, consumers, junctions, rigid = self._paths(number, members["write"], members["read"])
         nodes = self.nodes[number]
@@ -68,18 +70,31 @@ class Builder:
             if self.facts.kinds[n] in ("per_channel", "tie", "mixer", "per_channel_param")
             and not self.facts.commutes.get(n, False)
         ]
-        blocked += [m.layer.node for m in members["carry"] if m.layer.op == "joined"]  # a class token does not scale
+        blocked += [n for n in ordered if self.facts.made.get(n, False)]
+        blocked += [m.layer.node for m in members["carry"] if m.layer.op == "joined"]  # a class token has a fixed scale
+        blocked += [m.layer.node for m in members["write"] if m.layer.operation.is_recurrent]
         blocks = self._blocks(number, lookup, cell)
         lookup[inside] = -1
+        met = meetings(self.facts, ordered, producers)
         single = len(producers) == 1 and len(consumers) == 1 and not junctions and not mixed
         return Group(
-            first, torch.from_numpy(inside), torch.from_numpy(cell), tuple(producers), tuple(members["carry"]),
-            tuple(consumers), tuple(dict.fromkeys(mixed)), tuple(junctions), single,
-            tuple(dict.fromkeys([*blocked, *rigid])), blocks, partners,
-        )  # fmt: skip
+            name=first,
+            atoms=torch.from_numpy(inside),
+            cells=torch.from_numpy(cell),
+            producers=tuple(producers),
+            per_channel_params=tuple(members["carry"]),
+            consumers=tuple(consumers),
+            mixers=tuple(dict.fromkeys(mixed)),
+            ties=tuple(junctions),
+            internal=single,
+            scale_blocks=tuple(dict.fromkeys([*blocked, *rigid])),
+            blocks=blocks,
+            partners=partners,
+            meetings=met,
+        )
 
     def _blocks(self, number: int, lookup: Ints, cell: Ints) -> tuple[tuple[tuple[int, ...], ...], ...]:
-        """The group's blocks, each a row of cells for each row of labels; a cell stands in one row of each block."""
+        """The group's blocks: for each row of labels its cells. A cell is in one row of each block."""
         found = []
         for block in self.facts.blocks:
             rows = lookup[self.atom[block.labels.numpy()]]
@@ -91,7 +106,7 @@ class Builder:
         return bool((self.of_group[self.atom[labels.numpy()]] == number).any())
 
     def _back(self, number: int, node: str) -> tuple[str, list[str]]:
-        """(where the group's common coordinates begin, what was passed since), walking up from a node."""
+        """(the node where the group's common coordinates begin, the nodes from there to a given node)."""
         steps: list[str] = []
         while (number, node) not in self.written_at:
             sources = [s for s in dict.fromkeys(self.facts.sources[node]) if s in self.nodes[number]]
@@ -105,10 +120,12 @@ class Builder:
     def _paths(
         self, number: int, producers: list[Member], consumers: list[Member]
     ) -> tuple[list[Member], list[Member], list[str], list[str]]:
-        """Members with their steps, the nodes where producers' outputs join, and the
-        per-channel parameters between such nodes."""
-        ends: list[tuple[Member, str, list[str]]] = []  # (consumer, the node its walk ended at, steps from there)
+        """(producers and consumers with their steps, nodes where outputs of producers join, layers between those)."""
+        ends: list[tuple[Member, str, list[str]]] = []  # (consumer, the node where its walk ended, steps from there)
         for consumer in consumers:
+            if consumer.layer.inner:
+                ends.append((consumer, consumer.layer.node, []))
+                continue
             for source in dict.fromkeys(self.facts.sources[consumer.layer.node]):
                 if source in self.nodes[number]:
                     ends.append((consumer, *self._back(number, source)))
@@ -118,10 +135,12 @@ class Builder:
             if (number, n) not in self.written_at
             and len([s for s in dict.fromkeys(self.facts.sources[n]) if s in self.nodes[number]]) > 1
         }  # fmt: skip
-        if not junctions and len(producers) == 1:
-            shared = _common_prefix([steps for _, _, steps in ends])
-            placed = [replace(r, steps=tuple(steps[len(shared) :])) for r, _, steps in ends]
-            return [replace(producers[0], steps=tuple(shared))], placed, [], []
+        if not junctions and len(set(self._calls([w.layer.node for w in producers]))) == 1:
+            # all calls of one weight: what follows it on all ways, with the same parameters, leads to the coordinates
+            count = _common_prefix([self._calls(steps) for _, _, steps in ends])
+            ways = {origin: tuple(steps[:count]) for _, origin, steps in reversed(ends)}
+            placed = [replace(r, steps=tuple(steps[count:])) for r, _, steps in ends]
+            return [replace(w, steps=ways.get(w.layer.node, ())) for w in producers], placed, [], []
         onto: dict[str, list[str]] = {}
         carrying = {layer.node for layer in self.facts.layers if layer.carries is not None}
         rigid: list[str] = []
@@ -131,35 +150,41 @@ class Builder:
                     origin, steps = self._back(number, source)
                     if (number, origin) not in self.written_at:
                         rigid += [s for s in steps if s in carrying]
-                    elif onto.setdefault(origin, steps) != steps:  # one producer, joined with itself by two ways
+                    elif self._calls(onto.setdefault(origin, steps)) != self._calls(steps):
+                        # one producer, joined with itself along two paths
                         rigid += [s for s in (*onto[origin], *steps) if s in carrying]
         placed_producers = [replace(w, steps=tuple(onto.get(w.layer.node, ()))) for w in producers]
         placed = []
         for consumer, origin, steps in ends:
             ahead = onto.get(origin, []) if (number, origin) in self.written_at else []
-            if steps[: len(ahead)] != ahead:  # it branches off before the common coordinates begin
+            if self._calls(steps[: len(ahead)]) != self._calls(ahead):  # it branches off before the common coordinates
                 rigid += ahead
                 steps, ahead = [], []
             placed.append(replace(consumer, steps=tuple(steps[len(ahead) :])))
         return placed_producers, placed, [n for n in self.facts.kinds if n in junctions], rigid
 
+    def _calls(self, steps: Sequence[str]) -> list[str]:
+        """Steps by what they call, so that two calls of one module are the same step."""
+        return [self.facts.same_call[step] for step in steps]
+
 
 def _side(member: Member) -> tuple[str, bool]:
-    """(a layer's weight, does the member's role stand on its first axis?)"""
+    """(a layer's weight, does the member's role concern its first axis?)"""
     return member.layer.params.get("weight", ""), (member.role == "write") != member.layer.transposed
 
 
-def _common_prefix(paths: list[list[str]]) -> list[str]:
-    shared = []
+def _common_prefix(paths: Sequence[Sequence[str]]) -> int:
+    """The number of steps that all paths begin with."""
+    count = 0
     for step in zip(*paths, strict=False):
         if len(set(step)) > 1:
             break
-        shared.append(step[0])
-    return shared
+        count += 1
+    return count
 
 
 def _aligned(where: Ints, cell: Ints) -> bool:
-    """Do the copies of all channels of a cell stand at the same distances, so that copy q of one is copy q of all?"""
+    """Are the copies of all channels of a cell at the same distances, so that copy q of each matches?"""
     if where.shape[1] == 1:
         return True
     distance = where - where[:, :1]

@@ -1,8 +1,8 @@
-"""Wholes: where whole blocks of channels leave (heads of attention, groups of a convolution), not a part of each.
+"""Whole blocks of channels that may leave (heads of attention, groups of a convolution), rather than a part of each.
 
-A block that leaves whole is one channel of as many copies: the labels of each of its rows are tied to each other, and
-whatever else lives and dies with it (a head's queries, keys, values and scores) by bonds. Blocks keep losing width
-where fewer than two could be told from each other (a channel shuffle deals each block to all others), or one must stay.
+A block that leaves whole is one channel with many copies: the labels of each of its rows are tied to each other, and
+bonds tie whatever else is dropped with it (the queries, keys, values and scores of a head). Blocks lose width instead
+if fewer than two of them are distinct (a channel shuffle spreads each block over all others), or if one must stay.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Bools = NDArray[np.bool_]
 
 
 def atoms(facts: Provenance) -> Ints:
-    """The atom of each label, (label_count,): connected components of the ties."""
+    """The atom of each label, (label_count,): the connected components of the ties."""
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
 
@@ -34,14 +34,14 @@ def atoms(facts: Provenance) -> Ints:
 
 
 def width(facts: Provenance) -> Provenance:
-    """The same facts, with what holds where no block leaves whole."""
+    """The same facts, with the ties and pins that hold if no block leaves whole."""
     ties = [tie for bond in facts.bonds for tie in bond.ties]
     pins = [pin for bond in facts.bonds for pin in bond.pins]
     return replace(facts, ties=(*facts.ties, *ties), pins=(*facts.pins, *pins)) if facts.bonds else facts
 
 
 def whole(facts: Provenance) -> Provenance:
-    """The same facts, with each block that can leave whole as one channel; of the others, what holds instead."""
+    """The same facts, with each block that can leave whole as one channel, and the ties and pins of the other bonds."""
     rows = [(b.node, b.labels) for b in facts.blocks] + [(b.node, b.rows) for b in facts.bonds]
     goes = _leaving(facts, rows)
     of_blocks, of_bonds = goes[: len(facts.blocks)], goes[len(facts.blocks) :]
@@ -58,12 +58,12 @@ def whole(facts: Provenance) -> Provenance:
 
 
 def _leaving(facts: Provenance, rows: list[tuple[str, Tensor]]) -> list[bool]:
-    """Do these rows leave whole? Those that hang together do or do not together, but for blocks of whole blocks.
+    """Does each of these blocks and bonds leave whole? Connected ones leave whole together or not at all.
 
-    Where too few could be told from each other the largest blocks are tried as what they are: blocks that keep
-    equally many of the smaller ones inside (queries, keys and values of all heads, one behind the other).
+    If too few of their rows are distinct, the largest blocks are left out and the rest is tried again: they may be
+    blocks of blocks, which keep equally many smaller ones inside (queries, keys and values of all heads in a row).
     """
-    able = np.ones(len(rows), dtype=bool)
+    able = np.array([b.leaves_whole for b in facts.blocks] + [True] * (len(rows) - len(facts.blocks)), dtype=bool)
     size = np.array([r.size(1) if at < len(facts.blocks) else 0 for at, (_, r) in enumerate(rows)])
     while rows:
         goes, few = _together(facts, rows, able)
@@ -75,7 +75,7 @@ def _leaving(facts: Provenance, rows: list[tuple[str, Tensor]]) -> list[bool]:
 
 
 def _together(facts: Provenance, rows: list[tuple[str, Tensor]], able: Bools) -> tuple[Bools, Bools]:
-    """(which of the able rows leave whole, which of them hold less than two things to choose from)."""
+    """(which of the able rows leave whole, which of them have fewer than two distinct rows to choose from)."""
     solid = [not bool((r == FIXED).any()) for _, r in rows]
     tied = [_row_tie(*row) for row, a, s in zip(rows, able, solid, strict=True) if a and s]
     atom = atoms(replace(facts, ties=(*facts.ties, *tied)))

@@ -172,13 +172,19 @@ def channel_axis(out: Tensor, form: Form) -> int:
 
 def at_positions(out: Tensor, form: Form, index: Tensor) -> Tensor:
     """A layer's output at the positions with these indices: (rows, out)."""
-    moved = out.movedim(channel_axis(out, form), -1)
+    moved = _lined_up(out.movedim(channel_axis(out, form), -1))
     return moved[torch.unravel_index(index, moved.shape[:-1])]
+
+
+def _lined_up(x: Tensor) -> Tensor:
+    """A vector as a row; other tensors, whose last axis is the channels, unchanged."""
+    return x[None] if x.dim() == 1 else x
 
 
 def patches(x: Tensor, form: Form, index: Tensor) -> Tensor:
     """The patches of a layer's input for the output positions with these indices: (rows, g, p)."""
     if not form.spatial:
+        x = _lined_up(x)
         return x[torch.unravel_index(index, x.shape[:-1])][:, None]
     lead = x.shape[: x.dim() - form.spatial - 1]
     x = x.reshape(-1, *x.shape[len(lead) :])

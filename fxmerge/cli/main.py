@@ -161,7 +161,7 @@ def _check_out(out: Path, files: Sequence[str] = ()) -> None:
 def _run(command: Demo | Analyze | Merge | Sweep | Draw) -> str:
     if isinstance(command, Demo):
         rows = demonstration.run()
-        return demonstration.as_json(rows) if command.json else demonstration.as_text(rows)
+        return demonstration.as_json(rows) if command.json else demonstration.as_text(rows, *demonstration.terminal())
     if isinstance(command, (Merge, Sweep)):
         _check_out(command.out, (".pt2", ".onnx") if isinstance(command, Merge) else ())
     drawing = command.out if isinstance(command, Draw) else getattr(command, "report", None)
@@ -171,7 +171,7 @@ def _run(command: Demo | Analyze | Merge | Sweep | Draw) -> str:
     model, inputs = load(command.input.spec, command.input.weights, command.input.shape, command.input.on_disk)
     if isinstance(command, Analyze):
         report = analyze(model, inputs).report
-        return report.json() if command.json else report.text(demonstration.width()).rstrip()
+        return report.json() if command.json else report.text(*demonstration.terminal()).rstrip()
     if isinstance(command, Draw):
         analyze(model, inputs).report.draw(command.out)
         return f"written: {command.out}"
@@ -179,7 +179,7 @@ def _run(command: Demo | Analyze | Merge | Sweep | Draw) -> str:
         curve = sweep(
             model, inputs, command.budgets, measure, kind=command.kind, options=command.options, out=command.out
         )
-        return curve.json() if command.json else curve.text(demonstration.width()) + f"written: {command.out}"
+        return curve.json() if command.json else curve.text(*demonstration.terminal()) + f"written: {command.out}"
     result = merge(model, inputs, command.options)
     _written(command.out, result)
     if command.report is not None:
@@ -189,4 +189,4 @@ def _run(command: Demo | Analyze | Merge | Sweep | Draw) -> str:
     files = sorted(command.out.iterdir()) if command.out.is_dir() else [command.out]
     files += [command.report] if command.report is not None else []
     written = f"written: {', '.join(map(str, files))}"
-    return result.report.text(demonstration.width()) + written
+    return result.report.text(*demonstration.terminal()) + written

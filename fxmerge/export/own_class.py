@@ -26,7 +26,8 @@ from fxmerge.export.folded import computed, plain_copy, recomputed
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.provenance import Provenance
 from fxmerge.weights.disk_tensor import DiskTensor, beside
-from fxmerge.weights.layout import MEMORY_FORMATS, resize
+from fxmerge.weights.layout import resize, resize_recurrent
+from fxmerge.weights.memory_format import MEMORY_FORMATS
 
 _TRIALS = 64  # choices of attributes that are tried, at most
 _CONSTANT = (
@@ -127,6 +128,8 @@ def narrowed(model: nn.Module, tensors: Mapping[str, Tensor], fit: Fit) -> nn.Mo
         if isinstance(module, nn.MultiheadAttention):
             module.embed_dim = module.out_proj.in_features
             module.head_dim = module.embed_dim // module.num_heads
+        elif isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+            resize_recurrent(module)
     return copied
 
 
@@ -144,7 +147,7 @@ def _follow(owner: nn.Module, sized: Tensor) -> None:
     if groups > 1 and groups == owner.in_channels:  # depthwise
         groups = sized.size(0) // (1 if transposed else int(owner.out_channels) // groups)  # type: ignore[arg-type]
         transposed = False  # sized by its channels
-    resize(owner, sized, groups, transposed)
+    resize(owner, sized.shape, groups, transposed)
 
 
 def fitted(

@@ -34,7 +34,7 @@ from fxmerge.report.reports import Report
 from fxmerge.weights.by_path import at
 from fxmerge.weights.disk_tensor import has_disk_tensors, open_tensors, raw, regions
 from fxmerge.weights.files import write_folder, write_tensors, write_text
-from fxmerge.weights.layout import memory_formats
+from fxmerge.weights.memory_format import memory_formats
 
 VERSION = 1
 MODEL, WEIGHTS, PLAN = "model.py", "weights.safetensors", "plan.json"

@@ -1,10 +1,10 @@
-"""The frozen records that stages hand to each other, and nothing else.
+"""The frozen records that stages pass to each other, and nothing else.
 
-labels      arithmetic of label tensors: the channel that stands at each place of an activation
+labels      arithmetic of label tensors: which channel is at each place of an activation
 capture     a traced model and what its example run showed
 layer_ops   what a layer computes with its parameters
 provenance  which channel of which parameter went where: layers, ties, pins, blocks
-groups      merge groups, their members, what was refused, what a rewrite is told
+groups      merge groups, their members, what was refused, what a rewrite does
 """
 
 from fxmerge.ir.capture import FOLDED, Capture, Part, Recorded

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 FOLDED = "folded_from"  # in a node's meta: the paths of the tensors that its parameter was computed from
+SIZE_CHECK = "size_check"  # in a node's meta: an assertion on the size of an input, which is kept although unused
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,16 +24,28 @@ class Capture:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     inputs: tuple[Any, ...]  # the values of the graph's placeholders
-    outputs: tuple[Tensor, ...]  # what the model itself gave, floating-point tensors only
-    shapes: Mapping[str, tuple[int, ...]]  # node -> shape of the tensor that it gave
+    outputs: tuple[Tensor, ...]  # of the model itself, floating-point tensors only
+    shapes: Mapping[str, tuple[int, ...]]  # node -> shape of the tensor that it returned
     dtypes: Mapping[str, torch.dtype]
     devices: Mapping[str, torch.device]
-    recorded: Recorded | None = None  # for a model that could not be traced whole
+    recorded: Recorded | None = None  # for a model that could not be traced as a whole
     left_out: tuple[str, ...] = ()  # types of objects in the model's output that no graph can return
-    model: nn.Module | None = None  # the user's own, whose class a saved result may be loaded into
-    program: ExportedProgram | None = None  # what the model came as, where it came so
-    blank: bool = False  # has it shapes, but no values of its weights (a model on the meta device)?
-    exported: bool = False  # did torch.export make the graph?
+    model: nn.Module | None = None  # the user's own model, into whose class a saved result can be loaded
+    program: ExportedProgram | None = None  # the exported program that the model was given as
+    blank: bool = False  # is the model on the meta device, so that its weights have no values?
+    exported: bool = False  # was the graph made by torch.export?
+    random: bool = False  # do two runs of the model on the same inputs differ, in evaluation mode?
+
+    @property
+    def name(self) -> str:
+        """The class of the user's model. The graph of an exported program has no class; its nodes name the model's."""
+        found = type(self.model or self.module).__name__
+        if found == "GraphModule":
+            stacks = (n.meta.get("nn_module_stack") or {} for n in self.module.graph.nodes)
+            whole = [kind for stack in stacks for path, kind in stack.values() if path == ""]
+            kind = whole[0] if whole else found
+            found = (kind if isinstance(kind, str) else kind.__name__).rpartition(".")[2]
+        return found
 
     @property
     def route(self) -> str:
@@ -44,12 +57,12 @@ class Capture:
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A submodule whose graph stands in a recorded graph, as its first call put it there.
+    """A submodule whose graph is part of a recorded graph, from its first call.
 
-    entered:  for each placeholder: (the recorded graph's node, the placeholder's name, its default as a tuple)
-    nodes:    the nodes of this call, in order
+    entered:  for each placeholder, (the recorded graph's node, the placeholder's name, its default as a tuple)
+    nodes:    the nodes of the first call, in order
     result:   what the part returns, a tree of nodes of the recorded graph
-    again:    the nodes of further calls, in the same order
+    again:    the nodes of each further call, in the same order
     """
 
     path: str
@@ -62,10 +75,10 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Recorded:
-    """The graph of one run of a model that cannot be traced whole (see `capture/record.py`).
+    """The graph of one run of a model that cannot be traced as a whole (see `capture/record.py`).
 
     host:   a copy of the model, in the user's own class, that shares the model's tensors
-    glue:   the nodes outside of parts, the user's own code: they cannot be edited
+    glue:   nodes outside the parts, which are the user's own code and cannot be edited
     held:   nodes whose channels must stay, and why
     """
 

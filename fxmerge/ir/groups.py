@@ -1,4 +1,4 @@
-"""The records of grouping: merge groups, their members, and what was refused."""
+"""The records of grouping: merge groups, their members, and refusals."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from fxmerge.ir.provenance import Layer
 
 @dataclass(frozen=True)
 class Member:
-    """A layer's part in a group: which of its channels are the group's.
+    """One layer of a group, and which of the layer's channels are the group's.
 
-    channels:  (m,) which of the group's n channels stand in this layer, ascending
-    where:  (m, copies) their places along the layer's axis; several where one channel stands several times, as after
-            a flatten. For a grouped consumer a place counts through all of its groups.
-    steps:  producer: what its output passes on the way to the group's common coordinates;
-            consumer: what the group passes from there to this consumer
+    role:      "write" for a producer, "read" for a consumer, "carry" for a layer with per-channel parameters
+    channels:  (m,) which of the group's n channels are in this layer, ascending
+    where:     (m, copies) their places along the layer's axis; several copies if the layer has a channel several times,
+               as after a flatten. For a grouped consumer, places are counted through all of its groups.
+    steps:     for a producer, the nodes from its output to the group's common coordinates, where the consumers' inputs
+               are still the same; for a consumer, the nodes from there to its input
     """
 
     layer: Layer
@@ -32,19 +33,59 @@ class Member:
     steps: tuple[str, ...] = ()
 
     def local(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """(which entries of `index` stand in this layer, bool; the rows of `where` that those are)."""
+        """(which channels of `index` are in this layer, bool; their rows of `where`)."""
         at = torch.searchsorted(self.channels, index.contiguous()).clamp(max=len(self.channels) - 1)
         here = self.channels[at] == index
         return here, at[here]
 
 
 @dataclass(frozen=True)
+class Meeting:
+    """How the outputs of some producers make up a channel, where they meet.
+
+    op:        "add", "sub" or "mul", "either" (concatenated, or never in one tensor), or "halves": two copies of a
+               channel in one producer are multiplied, as in a gated linear unit
+    operands:  the numbers of producers (0 to p - 1 of a group's p producers) and of earlier meetings (p, p + 1, ...)
+    """
+
+    op: Literal["add", "sub", "mul", "either", "halves"]
+    operands: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Group:
-    """Channels that are compared with, and merged into, each other: n of them."""
+    """A merge group: n channels that are compared with each other and merged into each other.
+
+    A group lists every layer that has to change when some of its channels are dropped. For example, in
+
+        conv1 = nn.Conv2d(3, 16, 3)    # weight (16, 3, 3, 3)
+        bn    = nn.BatchNorm2d(16)     # weight, bias, running_mean, running_var (16,)
+        relu  = nn.ReLU()
+        conv2 = nn.Conv2d(16, 8, 3)    # weight (8, 16, 3, 3)
+
+        y = conv2(relu(bn(conv1(x))))
+
+    conv1 creates 16 channels, labelled 1 to 16. They pass bn and relu, and conv2 sums over them, so that the labels of
+    conv1's axis 0, of bn's axis 0 and of conv2's axis 1 are tied. Each label with the labels that it is tied to is one
+    atom, and the 16 atoms are one group, named after its first producer:
+
+        name                conv1
+        atoms, cells        (16,), (16,)    one cell: any two of the channels may be merged
+        producers           conv1           writes them along axis 0 of its weight and bias; its steps are bn, relu
+        per_channel_params  bn              carries one value for each
+        consumers           conv2           reads them along axis 1 of its weight
+        internal            True
+
+    Keeping 12 channels leaves conv1.weight (12, 3, 3, 3), bn (12,) and conv2.weight (8, 12, 3, 3). What the dropped
+    channels contributed is added, as far as possible, to the columns of conv2.weight that stay.
+
+    In `y = conv2(z + relu(bn(conv1(x))))`, where z is the output of another layer, the add ties the channels of conv1
+    to those of that layer: both layers are producers of one group, `ties` names the add, and `internal` is False.
+    """
 
     name: str
-    atoms: Tensor  # (n,) the atom that each channel is
-    cells: Tensor  # (n,) channels merge within their cell only
+    atoms: Tensor  # (n,) the atom of each channel
+    cells: Tensor  # (n,) the cell of each channel; channels merge only within their cell
     producers: tuple[Member, ...]
     per_channel_params: tuple[Member, ...]
     consumers: tuple[Member, ...]
@@ -54,17 +95,26 @@ class Group:
     scale_blocks: tuple[str, ...]  # nodes that a scale other than 1 does not commute with
     blocks: tuple[tuple[tuple[int, ...], ...], ...] = ()  # blocks of rows of cells; a block's rows keep equally many
     partners: bool = True  # False: copies do not line up, so channels can be dropped but not merged
+    meetings: tuple[Meeting, ...] = ()  # how several producers meet; the last one is the group's channels
 
     @property
     def channels(self) -> int:
         return len(self.atoms)
 
+    @property
+    def params_at(self) -> dict[str, list[Member]]:
+        """The per-channel parameters by node. A node has several members where channels stand in it different times."""
+        found: dict[str, list[Member]] = {}
+        for member in self.per_channel_params:
+            found.setdefault(member.layer.node, []).append(member)
+        return found
+
 
 @dataclass(frozen=True)
 class Refusal:
-    """Channels that stay as they are: a value with a reason, not an exception."""
+    """Channels that stay as they are, and why: a value, not an exception."""
 
-    name: str  # the layer that writes them
+    name: str  # the layer that produces them
     channels: int
     reason: str
     where: str
@@ -72,7 +122,7 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Decomposition:
-    """x ~ up @ x_kept + shift for one consumer of a group: up (n, k), shift (n,), float64."""
+    """x ~ up @ x_kept + shift, as one consumer of a group absorbs it: up (n, k), shift (n,), float64."""
 
     up: Tensor
     shift: Tensor
@@ -80,11 +130,12 @@ class Decomposition:
 
 @dataclass(frozen=True)
 class Merge:
-    """One group's part of a rewrite; without `down` and `consumers` the channels that are not kept just go.
+    """One group's part of a rewrite. Without `down` and `consumers`, channels that are not kept are only removed.
 
-    down:     (k, n) how its producers are mixed, None where they are only selected
+    kept:       (k,) the channels that stay
+    down:       (k, n) how the producers' rows are mixed; None if rows are only selected
     consumers:  what each consumer absorbs
-    gains:    for each producer, (n,) gain on rows, (n,) gain on constants, (n,) constant in the common coordinates
+    gains:      for each producer, (n,) gain on rows, (n,) gain on constants, (n,) constant in the common coordinates
     """
 
     group: Group
@@ -96,17 +147,17 @@ class Merge:
 
 @dataclass(frozen=True)
 class Grouping:
-    """What may be merged with what, what may not, and the networkx graph that says so (see `groups`)."""
+    """The merge groups of a model, its refusals, and both as a networkx graph (see `analysis.groups`)."""
 
     groups: tuple[Group, ...]
     refusals: tuple[Refusal, ...]
     atom: Tensor  # (label_count,) the atom of each label
     graph: Any  # networkx.DiGraph
-    wholes: Grouping | None = None  # heads="both": the blocks that may leave whole besides; its atoms are its own
+    wholes: Grouping | None = None  # heads="both": the blocks that may leave whole, with atoms of their own
 
     @property
     def parts(self) -> tuple[Grouping, ...]:
-        """This grouping and the one of the blocks that may leave whole, each with its own atoms."""
+        """This grouping and that of the blocks that may leave whole, each with its own atoms."""
         return (self,) if self.wholes is None else (self, self.wholes)
 
     @property
@@ -119,7 +170,7 @@ Ints = NDArray[np.int64]
 
 
 def survivors(grouping: Grouping, kept: Sequence[tuple[Group, Tensor]]) -> Tensor:
-    """alive (label_count,): does the label's channel stay, and so the block that it is in?"""
+    """alive (label_count,): does the label's channel stay, and any block that it is in?"""
     alive = torch.ones(len(grouping.atom), dtype=torch.bool)
     for part in grouping.parts:
         mine = {g.name for g in part.groups}
@@ -133,7 +184,7 @@ def survivors(grouping: Grouping, kept: Sequence[tuple[Group, Tensor]]) -> Tenso
 
 
 def group_of_label(part: Grouping) -> Ints:
-    """(label_count,) the number of the group that each label is in, by the order of `part.groups`; -1 for none."""
+    """(label_count,) the index in `part.groups` of the group of each label; -1 for none."""
     of_atom = np.full(int(part.atom.max()) + 1, -1, dtype=np.int64)
     for number, group in enumerate(part.groups):
         of_atom[group.atoms.numpy()] = number

@@ -1,8 +1,8 @@
-"""Arithmetic of label tensors: which axis do labels vary along, and what is left when some of them go.
+"""Arithmetic of label tensors: which axes labels vary along, and what is left when some labels are dropped.
 
-A label tensor is an int64 tensor of an activation's shape. Its entry names the channel that stands there; 0 names
-nothing that could ever be dropped. The invariant that keeps the analysis cheap: an axis has stride 0 exactly when the
-labels do not vary along it, so a (32, 256, 56, 56) activation costs 256 integers.
+A label tensor is an int64 tensor of an activation's shape. Each entry is the number of the channel at that place; 0
+marks a place that holds no channel that could be dropped. One invariant keeps the analysis cheap: an axis has stride 0
+if and only if the labels do not vary along it, so a (32, 256, 56, 56) activation costs 256 integers.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-FIXED = 0  # the label of everything that can never be dropped
+FIXED = 0  # the label of places that can never be dropped
 
 
 def thin(labels: Tensor) -> Tensor:
@@ -45,19 +45,19 @@ def varying(labels: Tensor) -> tuple[int, ...]:
 
 
 def fixed(shape: Sequence[int]) -> Tensor:
-    """Labels of a tensor that holds no channel: FIXED everywhere."""
+    """The labels of a tensor that holds no channels: FIXED everywhere."""
     return torch.zeros((), dtype=torch.int64).expand(tuple(shape))
 
 
 def spread(channels: Tensor, shape: Sequence[int], axis: int) -> Tensor:
-    """Labels (C,) laid along `axis` of a tensor of that shape."""
+    """Labels (C,) along `axis` of a tensor of that shape."""
     view = [1] * len(shape)
     view[axis] = -1
     return simplify(channels.reshape(view).expand(tuple(shape)))
 
 
 def holds(labels: Tensor) -> bool:
-    """Does any channel stand there?"""
+    """Are there any channels?"""
     return bool((thin(labels) != FIXED).any())
 
 
@@ -68,7 +68,7 @@ def along(dim: int | list[int] | tuple[int, ...] | None, labels: Tensor) -> set[
 
 
 def without(labels: Tensor, axes: set[int], keepdim: bool) -> Tensor:
-    """The labels behind a reduction over axes that they do not vary along."""
+    """The labels after a reduction over axes that they do not vary along."""
     for axis in sorted(axes, reverse=True):
         labels = labels.narrow(axis, 0, 1) if keepdim else labels.select(axis, 0)
     return labels
@@ -81,17 +81,17 @@ def rows(labels: Tensor, axes: Sequence[int]) -> Tensor:
 
 
 def numbers(labels: Tensor) -> Tensor:
-    """The distinct labels, FIXED left out, ascending."""
+    """The distinct labels without FIXED, in ascending order."""
     found: Tensor = torch.unique(thin(labels))
     return found.masked_select(found != FIXED)
 
 
 def compact(labels: Tensor, alive: Tensor) -> list[Tensor]:
-    """What is left of a label tensor when every label with `alive[label]` False has gone.
+    """What is left of a label tensor when every label with `alive[label]` False is dropped.
 
-    Returns the label tensors of the rectangles that the survivors can fill: one as a rule, none when they fill none,
-    several when blocks lost different channels but equally many along more than one axis (then the caller knows which
-    it is). Whole slices leave first; what is left ragged is closed up along one axis.
+    Returns the label tensors of the rectangles that the remaining labels can fill: usually one; none if they fill no
+    rectangle; several if blocks lost different channels but equally many along more than one axis (the caller knows
+    which one is meant). Whole slices are dropped first; then ragged rows are packed along one axis.
     """
     small = thin(labels)
     mask = alive[small]

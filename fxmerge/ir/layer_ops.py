@@ -7,6 +7,7 @@ from typing import Literal
 
 DEPTHWISE = ("depthwise", "depthwise_transpose")  # convolutions with a filter for each channel
 NORMS = ("batch_norm", "layer_norm", "rms_norm", "group_norm", "instance_norm")
+RECURRENT = ("lstm", "gru", "rnn")
 _ELEMENTWISE = ("scale", "offset", "table", "joined")
 _SIGNS = {"offset": {"parameter": "-", "activation": "-r"}, "scale": {"parameter": "/", "activation": "/r"}}
 
@@ -59,6 +60,11 @@ class LayerOp:
         return self.name in NORMS
 
     @property
+    def is_channel_norm(self) -> bool:
+        """Does it normalise each channel alone, whatever the other channels are?"""
+        return self.name in ("batch_norm", "instance_norm")
+
+    @property
     def is_offset(self) -> bool:
         return self.name == "offset"
 
@@ -73,6 +79,11 @@ class LayerOp:
         return self.name in _ELEMENTWISE
 
     @property
+    def is_recurrent(self) -> bool:
+        """Is it a layer of a recurrent network, whose output is an input of its next step?"""
+        return self.name in RECURRENT
+
+    @property
     def rescales(self) -> bool:
         """Can its weight give a channel any scale, whatever the scale of the channel that comes in?"""
-        return self.is_scale or self.is_depthwise or self.name == "batch_norm"
+        return self.is_scale or self.is_depthwise or self.is_channel_norm

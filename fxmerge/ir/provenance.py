@@ -1,4 +1,4 @@
-"""The records of provenance: which channel of which parameter went where."""
+"""The records of provenance: which channel of which parameter goes where."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ class View(Lab):
 
 @dataclass(frozen=True)
 class ParamLabels:
-    """Which label stands where in one parameter; the only index map that `rewrite` slices by.
+    """The labels of one parameter: the only index map that `rewrite` slices by.
 
-    axes:      axis -> labels along it; with groups > 1 axis 1 holds (groups, in/groups) labels, one row a group
+    axes:      axis -> labels along it; with groups > 1, axis 1 has (groups * in/groups,) labels, one row for each group
     elements:  or, for a raw parameter, a label for each element
     """
 
@@ -65,13 +65,14 @@ class ParamLabels:
 class Layer:
     """One use of an op that owns parameters.
 
-    reads:    labels of the input channels, (groups, in/groups), or None
-    writes:   labels of the output channels, (out,), or None
-    carries:  labels of the per-channel parameters of a per-channel parameter, shaped like the parameter, or None
+    reads:    labels of the input channels of a consumer, (groups, in/groups), or None
+    writes:   labels of the output channels of a producer, (out,), or None
+    carries:  labels of per-channel parameters, (C,) or shaped like a raw parameter, or None
+    inner:    does it read what its own node computes, as W_hh of a recurrent layer does?
     """
 
     node: str
-    module: str  # what users call it: the module's path, or the parameter's for functional spellings
+    module: str  # its name for users: the module's path, or the parameter's for a functional call
     operation: LayerOp
     params: Mapping[str, str]  # slot ("weight", "bias", "running_var", ...) -> parameter path
     reads: Tensor | None = None
@@ -80,16 +81,23 @@ class Layer:
     groups: int = 1
     transposed: bool = False
     eps: float = 0.0
+    batch_statistics: bool = False  # does a norm use its input's own mean and variance, whatever it has stored?
+    inner: bool = False
 
     @property
     def op(self) -> str:
         """The name of its op, "linear" or "scale"."""
         return self.operation.name
 
+    @property
+    def has_running_statistics(self) -> bool:
+        """Does a norm subtract a stored mean and divide by a stored deviation, rather than those of its input?"""
+        return not self.batch_statistics and "running_mean" in self.params and "running_var" in self.params
+
 
 @dataclass(frozen=True)
 class Tie:
-    """Labels that one node makes equal, position by position: (m,) and (m,)."""
+    """Labels that one node ties, position by position, (m,) and (m,): dropped together or not at all."""
 
     node: str
     left: Tensor
@@ -98,7 +106,7 @@ class Tie:
 
 @dataclass(frozen=True)
 class Pin:
-    """Labels that may not be dropped, and why."""
+    """Labels that must stay, and why."""
 
     labels: Tensor
     reason: str
@@ -108,18 +116,43 @@ class Pin:
 
 @dataclass(frozen=True)
 class Block:
-    """Rows of labels, (blocks, size), each of which must lose equally many."""
+    """Rows of labels, (blocks, size). All rows must lose equally many.
+
+    outer:  the sizes of the axes that number the rows, where the op laid its channels out along several axes; what is
+            left of each row is then packed along the last axis of these channels
+    leaves_whole: may a row leave as a whole (a head of attention), where whole blocks may leave?
+    """
 
     labels: Tensor
     node: str
+    where: str = ""  # the user's source line
+    outer: tuple[int, ...] = ()
+    leaves_whole: bool = True
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Labels along several axes, at an op for which the places along some of them matter.
+
+    labels:  with the axes only that they vary along
+    held:    the axes along which no channel may come to another place, as the heads of attention; if none, channels
+             may move along one axis only, since two operands that are laid out in the same way meet
+    single:  is there one value of something else for each place along `held`? Then all places lose equally many.
+    """
+
+    labels: Tensor
+    node: str
+    where: str
+    held: tuple[int, ...] = ()
+    single: bool = False
 
 
 @dataclass(frozen=True)
 class Bond:
-    """Rows of labels, (blocks, size), each of which leaves whole or stays whole, where whole blocks may leave.
+    """Rows of labels, (blocks, size), each of which is dropped as a whole or stays, where whole blocks may leave.
 
-    held:  what must stay where rows leave whole
-    ties, pins:  what holds instead where they do not leave whole, and may leave narrower
+    held:        labels that must stay if rows leave whole
+    ties, pins:  what holds instead if rows do not leave whole but may lose width
     """
 
     rows: Tensor
@@ -131,7 +164,7 @@ class Bond:
 
 @dataclass(frozen=True)
 class Untouched:
-    """A module's parameters that no layer of the graph reads or writes channels with, and why."""
+    """Parameters of a module by which no layer of the graph reads, writes or carries channels, and why."""
 
     module: str
     channels: int  # along the first axis
@@ -141,7 +174,7 @@ class Untouched:
 
 @dataclass(frozen=True)
 class Contraction:
-    """One sum of products of two activations, their axes named as in einsum: label tensors and letters."""
+    """One sum of products of two activations: their label tensors, and a letter for each axis as in einsum."""
 
     node: str
     left: Tensor
@@ -149,31 +182,35 @@ class Contraction:
     letters: tuple[str, str]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """Which channel went where: what one run of the graph on labels found."""
+    """Which channel goes where: the facts found by one run of the graph on labels."""
 
     labels: Mapping[str, Tensor]  # node -> label tensor
-    values: Mapping[str, Any]  # node -> what it evaluated to, where it is no tensor that depends on the input
-    kinds: Mapping[str, Kind]  # node -> what its rule is
-    sources: Mapping[str, tuple[str, ...]]  # node -> the nodes whose values it reads, in-place updates seen
+    values: Mapping[str, Any]  # node -> its value, where that is not a tensor that depends on the input
+    kinds: Mapping[str, Kind]  # node -> the kind of its rule
+    sources: Mapping[str, tuple[str, ...]]  # node -> the nodes whose values it reads, after updates in place
     commutes: Mapping[str, bool]  # node -> does a positive factor pass through it unchanged?
+    rules: Mapping[str, str]  # node -> the name of its rule, for calls that have one
+    same_call: Mapping[str, str]  # node -> the first node that calls the same op with the same parameters and constants
     layers: tuple[Layer, ...]
     params: Mapping[str, ParamLabels]
     ties: tuple[Tie, ...]
     pins: tuple[Pin, ...]
     blocks: tuple[Block, ...]
-    mixers: tuple[tuple[str, Tensor], ...]  # (node, labels it couples inexactly)
+    mixers: tuple[tuple[str, Tensor], ...]  # (node, labels that it couples, as a LayerNorm does)
     label_count: int
+    made: Mapping[str, bool] = field(default_factory=dict)  # node that makes a constant as wide as others -> not zero?
     views: frozenset[str] = frozenset()  # nodes that are views of raw parameters, not activations
     contractions: tuple[Contraction, ...] = ()
-    bonds: tuple[Bond, ...] = ()  # found only where it was asked for whole blocks
+    grids: tuple[Grid, ...] = ()
+    bonds: tuple[Bond, ...] = ()  # empty unless whole blocks may leave
     whole: Tensor | None = None  # labels of the blocks that leave whole
     untouched: tuple[Untouched, ...] = ()
 
 
 def blocks_left(layer: Layer, alive: Tensor) -> int:
-    """How many of a layer's groups hold a label with `alive[label]` True."""
+    """The number of a layer's groups that hold a label with `alive[label]` True."""
     labels = layer.carries if layer.reads is None else layer.reads
     if layer.groups == 1 or labels is None:
         return layer.groups

@@ -62,6 +62,9 @@ def contract(ctx: RuleContext, a: Named, b: Named, out: str, shape: Shape) -> La
     if set(alone) & (varying_a | varying_b):
         return Unknown("sums over the channels of one operand alone")
     shared = [c for c in a.letters if c in b.letters]
+    for operand in (a, b):  # the other operand, or the result, has one value for each place along these axes
+        batch = set(operand.varying - set(summed) if operand.varying & set(summed) else operand.varying & set(shared))
+        ctx.hold_places(operand.t, operand.axes(sorted(batch - set(summed))), single=True)
     if (varying_a | varying_b) & set(summed):
         # q k': tie what meets along the contracted axis, at each place along the other axes that labels vary along
         axes = shared + [c for c in a.letters + b.letters if c in (varying_a | varying_b) and c not in shared]
@@ -69,8 +72,8 @@ def contract(ctx: RuleContext, a: Named, b: Named, out: str, shape: Shape) -> La
         if any(one.size(axis) == 1 for axis in varying(other)):
             one, other = other, one
         ctx.meet(one, other)
-        batch = [c for c in shared if c not in summed and c in (varying_a | varying_b)]
-        return _scores(ctx, (a, b), batch, out, shape)
+        numbered = [c for c in shared if c not in summed and c in (varying_a | varying_b)]
+        return _scores(ctx, (a, b), numbered, out, shape)
     if not varying_a and not varying_b:
         return Lab(fixed(shape))
     if varying_a == varying_b and varying_a <= set(shared):  # channel by channel
@@ -84,12 +87,13 @@ def contract(ctx: RuleContext, a: Named, b: Named, out: str, shape: Shape) -> La
         _numbered(ctx, b, a)
         varying_b = set()
     if varying_a and varying_b and holds(a.t) and holds(b.t):
-        why, batch = "spreads two kinds of channels over each other", [c for c in shared if c in varying_a & varying_b]
-        if not ctx.whole or not batch:
+        why = "spreads two kinds of channels over each other"
+        numbered = [c for c in shared if c in varying_a & varying_b]
+        if not ctx.whole or not numbered:
             return Unknown(why)
         for operand in (a, b):
-            ctx.bond(rows(operand.t, operand.axes(batch)), pins=(operand.t, f"{ctx.called} {why}"))
-        return _scores(ctx, (a, b), batch, out, shape)
+            ctx.bond(rows(operand.t, operand.axes(numbered)), pins=(operand.t, f"{ctx.called} {why}"))
+        return _scores(ctx, (a, b), numbered, out, shape)
     if (varying_a | varying_b) <= set(shared):
         return Unknown("has channels on a batch axis only")
     labels = (b if varying_b else a).laid_out(out)

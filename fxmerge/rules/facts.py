@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from fxmerge.errors import source_line
 from fxmerge.ir.labels import numbers
-from fxmerge.ir.provenance import Block, Bond, Contraction, Layer, Param, Pin, Tie
+from fxmerge.ir.provenance import Block, Bond, Contraction, Grid, Layer, Param, Pin, Tie
 
 
 class FactsBuilder:
@@ -21,10 +21,13 @@ class FactsBuilder:
 
     def __init__(self, whole: bool) -> None:
         self.whole = whole
+        self.node_of: dict[int, fx.Node] = {}  # identity of a value -> the first node that gave it
+        self.wanted: dict[str, set[int]] = {}  # node that makes a constant -> its axes that channels meet
         self.label_count = 1  # label 0 is FIXED
         self.ties: list[Tie] = []
         self.pins: list[Pin] = []
         self.blocks: list[Block] = []
+        self.grids: list[Grid] = []
         self.bonds: list[Bond] = []
         self.contractions: list[Contraction] = []
         self.mixers: list[tuple[str, Tensor]] = []
@@ -35,7 +38,7 @@ class FactsBuilder:
         self.groups: dict[str, int] = {}  # parameter of a grouped convolution -> groups
         self.frozen: dict[str, tuple[str, fx.Node]] = {}  # parameter -> (why it keeps its shape, the node)
         self._collections: tuple[list[Any] | dict[Any, Any], ...] = (
-            self.ties, self.pins, self.blocks, self.bonds, self.contractions, self.mixers, self.layers,
+            self.ties, self.pins, self.blocks, self.grids, self.bonds, self.contractions, self.mixers, self.layers,
             self.block_numbers, self.axes, self.elements, self.groups, self.frozen,
         )  # fmt: skip
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fxmerge.ir.labels import spread, varying
+from fxmerge.ir.labels import holds, spread, varying
 from fxmerge.ir.provenance import Lab, Param
 from fxmerge.rules.context import RuleContext, resized
 from fxmerge.rules.rule import Answer, AsKind, Operand, Unknown
@@ -24,6 +24,8 @@ def _operands(
     ctx: RuleContext, x: Operand, weight: Operand, bias: Operand
 ) -> tuple[Lab, Param, Param | None, Shape] | Unknown:
     """A producer's input, weight, bias and output shape; Unknown where one of them is not what a producer takes."""
+    if isinstance(weight, Param) and (not isinstance(x, Lab) or not holds(x.t)):
+        ctx.want(x, torch.arange(2).view(-1, *[1] * (weight.value.dim() - 2)))  # a constant that a loop begins with
     if not isinstance(x, Lab):
         return Unknown("has an input that does not depend on the model's input")
     if not isinstance(weight, Param):
@@ -129,8 +131,10 @@ def conv_transpose(
     output_padding: Operand = 0,
     groups: int = 1,
     dilation: Operand = 1,
-) -> Lab | Unknown:
-    """Transposed convolution. W: (in, out/groups, *kernel). With groups, only one channel for each group is known."""
+) -> Answer:
+    """Transposed convolution. W: (in, out/groups, *kernel)."""
+    if isinstance(input, Lab) and isinstance(weight, (Lab, Tensor)):
+        return filtered(ctx, input, weight, bias, groups)
     found = _operands(ctx, input, weight, bias)
     if isinstance(found, Unknown):
         return found
@@ -169,8 +173,10 @@ def conv(
     padding: Operand = 0,
     dilation: Operand = 1,
     groups: int = 1,
-) -> Lab | Unknown:
+) -> Answer:
     """Convolution in 1, 2 or 3 dimensions. W: (out, in/groups, *kernel)."""
+    if isinstance(input, Lab) and isinstance(weight, (Lab, Tensor)):
+        return filtered(ctx, input, weight, bias, groups)
     found = _operands(ctx, input, weight, bias)
     if isinstance(found, Unknown):
         return found
@@ -192,6 +198,25 @@ def conv(
     return Lab(spread(writes, shape, axis))
 
 
+def filtered(ctx: RuleContext, x: Lab, weight: Lab | Tensor, bias: Operand, groups: int) -> Answer:
+    """A computed filter that is the same for every channel, as a blur: made as often as there are channels."""
+    shape = weight.t.shape if isinstance(weight, Lab) else weight.shape
+    axis = x.t.dim() - (len(shape) - 2) - 1
+    if bias is not None or tuple(shape[:2]) != (groups, 1) or x.t.size(axis) != groups or ctx.shape is None:
+        return Unknown("has a weight that is computed, not a parameter")
+    passed = ctx.along(x, axis)
+    if not isinstance(weight, Lab) or varying(weight.t) != (0,):
+        ctx.want(weight, passed.view(-1, *[1] * (len(shape) - 1)))
+        return Unknown("has a weight that is computed, not a parameter")
+    ctx.tie(passed, ctx.along(weight, 0))
+    return AsKind("per_channel", Lab(spread(passed, ctx.shape, axis)))
+
+
+def same_filter(ctx: RuleContext, input: Operand, weight: Operand, *rest: Operand, **kwargs: Operand) -> bool:
+    """A factor passes a convolution with a computed filter, which has no bias; other convolutions make channels."""
+    return isinstance(weight, Lab)
+
+
 def carry(
     ctx: RuleContext,
     op: str,
@@ -201,6 +226,7 @@ def carry(
     axis: int,
     eps: float = 0.0,
     groups: int = 1,
+    batch_statistics: bool = False,
 ) -> Lab | Unknown:
     """Tie per-channel parameters (C,) to the labels along an axis of x."""
     if any(p is not None and not isinstance(p, Param) for p in params.values()):
@@ -209,7 +235,7 @@ def carry(
     along = [ctx.axis(param, 0) for param in params.values() if isinstance(param, Param)]
     if along:
         ctx.tie(labels.expand(len(along), -1), torch.stack(along))
-    ctx.layer(op, params, carries=labels, eps=eps, groups=groups)
+    ctx.layer(op, params, carries=labels, eps=eps, groups=groups, batch_statistics=batch_statistics)
     return x
 
 
@@ -226,11 +252,17 @@ def batch_norm(
 ) -> Lab | Unknown:
     """y = gamma (x - mean) / sqrt(var + eps) + beta over axis 1."""
     params = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
-    return carry_norm(ctx, "batch_norm", input, params, eps)
+    return carry_norm(ctx, "batch_norm", input, params, eps, bool(training))
 
 
-def carry_norm(ctx: RuleContext, op: str, input: Operand, params: Mapping[str, Operand], eps: float) -> Lab | Unknown:
-    """A norm with parameters for each channel, on axis 1."""
+def carry_norm(
+    ctx: RuleContext, op: str, input: Operand, params: Mapping[str, Operand], eps: float, own_statistics: bool
+) -> Lab | Unknown:
+    """A norm with parameters for each channel, on axis 1.
+
+    own_statistics: whether it uses its input's mean and variance although it may have stored others
+    """
     if not isinstance(input, Lab) or input.t.dim() < 2:
         return Unknown("does not normalise an activation with channels on axis 1")
-    return carry(ctx, op, input, params, axis=1, eps=eps)
+    own = own_statistics or not isinstance(params["running_mean"], Param)
+    return carry(ctx, op, input, params, axis=1, eps=eps, batch_statistics=own)

@@ -1,6 +1,6 @@
-"""Ops that only move entries about: executed on the labels, so that no index map is ever written by hand.
+"""Rules of ops that only move entries: they are executed on the labels, so that no index map has to be written.
 
-After a merge their literal sizes may be wrong (`view(b, 4, 16)` of 32 surviving channels): see `resizing.py`.
+After a merge their literal sizes may be wrong (`view(b, 4, 16)` with 32 channels left): see `resize.py`.
 """
 
 from __future__ import annotations
@@ -27,9 +27,27 @@ SPELLINGS: dict[str, tuple[Any, ...]] = {
     "squeeze": (torch.squeeze, "squeeze"),
     "unsqueeze": (torch.unsqueeze, "unsqueeze"),
     "permute": (torch.permute, "permute"),
-    "transpose": (torch.transpose, "transpose", torch.swapaxes, torch.swapdims, "swapaxes", "swapdims", "t", torch.t),
+    "transpose": (
+        torch.transpose,
+        "transpose",
+        torch.swapaxes,
+        torch.swapdims,
+        "swapaxes",
+        "swapdims",
+        "t",
+        torch.t,
+        torch.adjoint,
+        "adjoint",
+        Aten("numpy_T"),
+        Aten("matrix_H"),
+        Aten("mT"),
+    ),
     "movedim": (torch.movedim, torch.moveaxis, "movedim", "moveaxis"),
     "cat": (torch.cat, torch.concat, torch.concatenate),
+    "hstack": (torch.hstack,),
+    "column_stack": (torch.column_stack,),
+    "vstack": (torch.vstack, torch.row_stack),
+    "dstack": (torch.dstack,),
     "stack": (torch.stack,),
     "chunk": (torch.chunk, "chunk"),
     "split": (torch.split, torch.functional.split, "split", torch.tensor_split, "tensor_split", "split_with_sizes"),
@@ -37,7 +55,6 @@ SPELLINGS: dict[str, tuple[Any, ...]] = {
     "getitem": (operator.getitem,),
     "slice": (Aten("slice"),),
     "index": (Aten("index"),),
-    "gather": (torch.gather, "gather"),
     "index_select": (torch.index_select, "index_select"),
     "narrow": (torch.narrow, "narrow"),
     "select": (torch.select, "select"),
@@ -48,13 +65,9 @@ SPELLINGS: dict[str, tuple[Any, ...]] = {
     "pixel_shuffle": (nn.PixelShuffle, torch.pixel_shuffle, nn.PixelUnshuffle, torch.pixel_unshuffle),
     "unfold": (nn.Unfold, F.unfold, "unfold", Aten("im2col")),
 }
-INDEXING = (
-    "getitem",
-    "index",
-    "index_select",
-    "gather",
-)  # their tensor operands behind the first are places, not labels
-# label tensors are seldom contiguous
+INDEXING = ("getitem", "index", "index_select", "gather")  # tensor operands after the first are indices, not labels
+CHOOSING = ("getitem", "select", "unbind", "chunk", "split")  # may take one place along an axis
+# label tensors are seldom contiguous, as a view requires
 _COPYING: dict[Any, Any] = {
     "view": "reshape",
     "view_as": "reshape_as",
@@ -73,7 +86,7 @@ def run(target: Any, args: Any, kwargs: Any) -> Any:
 
 
 def execute(ctx: RuleContext, *args: Operand, **kwargs: Operand) -> Answer:
-    """Run the op on labels. A constant tensor joined to labels holds no channel; as an index it stays itself."""
+    """Run the op on labels. A constant tensor is labels without channels, but as an index it keeps its values."""
     indexing = ctx.rule_name in INDEXING
 
     def as_labels(value: Any) -> Any:
@@ -87,12 +100,13 @@ def execute(ctx: RuleContext, *args: Operand, **kwargs: Operand) -> Answer:
 
     if indexing and not isinstance(args[0], (Lab, Param)):
         if any(isinstance(leaf, Lab) for leaf in leaves(args[1])):
-            return Unknown("is indexed by something that depends on the input")
+            return Unknown("is indexed by values that depend on the input")
         return run(ctx.target, args, kwargs)
     if indexing and any(isinstance(leaf, Lab) for leaf in leaves([*args[1:], kwargs])):
         return _indexed_by_values(ctx, tree(as_labels, list(args)), tree(as_labels, kwargs), args)
     plain_args, plain_kwargs = tree(as_labels, list(args)), tree(as_labels, kwargs)
-    if ctx.rule_name in ("cat", "stack") and isinstance(args[0], (list, tuple)):
+    if ctx.rule_name in _JOINING and isinstance(args[0], (list, tuple)):
+        _want_constants(ctx, args[0], plain_args, plain_kwargs)
         _tie_across(ctx, plain_args, plain_kwargs)
         for raw in (v.param if isinstance(v, View) else v for v in args[0] if isinstance(v, (View, Param))):
             ctx.layer("joined", {"weight": raw}, carries=ctx.elements(raw))
@@ -107,19 +121,20 @@ def execute(ctx: RuleContext, *args: Operand, **kwargs: Operand) -> Answer:
 
     result = tree(as_value, tuple(out) if isinstance(out, (list, tuple)) else out)
     before = max((len(varying(t)) for t in leaves(plain_args) if isinstance(t, Tensor)), default=0)
+    if ctx.rule_name in CHOOSING and isinstance(args[0], Lab) and len(varying(args[0].t)) > 1:
+        _hold_chosen(ctx, args[0].t, plain_args, plain_kwargs)
     for value in leaves(result):
         if isinstance(value, Lab) and len(varying(value.t)) > max(before, 1) and ctx.rule_name != "stack":
-            # a channel axis became (blocks, size): what is kept must stay a rectangle
-            _block(ctx, value.t)
+            _block(ctx, value.t)  # a channel axis became (blocks, size): what is kept must stay a rectangle
     return result
 
 
 def _indexed_by_values(
     ctx: RuleContext, labels: list[Any], kwargs: dict[str, Any], args: tuple[Operand, ...]
 ) -> Lab | Unknown:
-    """x[:, i] for places i that depend on the input: known where labels do not vary along the axes that i chooses on.
+    """x[:, i] for indices i that depend on the input: known if labels do not vary along the axes that i indexes.
 
-    Whether they do is found by trying the first place and the last; a mask gives another shape and is refused.
+    This is found by trying the first and the last index. A mask gives another shape and is refused.
     """
     if any(isinstance(leaf, Lab) and holds(leaf.t) for leaf in leaves(list(args[1:]))):
         return Unknown("is indexed by channels")
@@ -127,22 +142,22 @@ def _indexed_by_values(
     shifted = [tree(lambda v: v - 1 if isinstance(v, Tensor) and not holds(v) else v, a) for a in labels[1:]]
     last = run(ctx.target, [labels[0], *shifted], kwargs) if ctx.rule_name != "gather" else first
     if ctx.rule_name == "gather" and labels[1] % labels[0].dim() in varying(labels[0]):
-        return Unknown("is indexed by something that depends on the input")
+        return Unknown("is indexed by values that depend on the input")
     if tuple(first.shape) != tuple(ctx.shape or ()) or not bool((first == last).all()):
-        return Unknown("is indexed by something that depends on the input")
+        return Unknown("is indexed by values that depend on the input")
     return Lab(simplify(first))
 
 
 def pad(ctx: RuleContext, input: Operand, pad: Sequence[int], mode: str = "constant", value: Operand = None) -> Answer:
-    """Padding. Along an axis of channels, zeros get labels of their own, which live as long as what they meet."""
+    """Padding. Along an axis of channels the zeros get labels of their own, dropped with the labels that they meet."""
     if not isinstance(input, Lab) or ctx.shape is None:
-        return Unknown("pads something that is no activation")
+        return Unknown("pads something that is not an activation")
     dims, labels, moved = input.t.dim(), input.t, False
     for at in range(0, len(pad), 2):
         axis = dims - 1 - at // 2
         if (pad[at] or pad[at + 1]) and axis in varying(labels):
             if mode != "constant" or pad[at] < 0 or pad[at + 1] < 0:
-                return Unknown("pads the channels in a way that adds no zeros")
+                return Unknown("pads the channels with something other than zeros")
             shape = list(labels.shape)
             sides = []
             for count in (pad[at], pad[at + 1]):
@@ -154,82 +169,65 @@ def pad(ctx: RuleContext, input: Operand, pad: Sequence[int], mode: str = "const
 
 
 def enter(value: Any) -> Any:
-    """What a part of a recorded model is called with, as its own code sees it: the value itself."""
+    """The identity. A recorded graph calls it on each value that enters a part, and so names the value inside it."""
     return value
 
 
 def entered(ctx: RuleContext, value: Operand) -> Answer:
+    """The rule of `enter`."""
     return value
 
 
-def setitem(ctx: RuleContext, x: Operand, index: Operand, value: Operand) -> Lab | Unknown:
-    """x[places] = value, for places along the first axis: x then holds the channels of the value, and its own."""
-    whole = x.t if isinstance(x, Lab) else fixed(x.shape) if isinstance(x, Tensor) else None
-    index = index[0] if isinstance(index, tuple) and len(index) == 1 else index
-    along_first = isinstance(index, (int, slice, Tensor)) or (isinstance(index, Lab) and not holds(index.t))
-    one_axis = not isinstance(index, (Tensor, Lab)) or (index.t if isinstance(index, Lab) else index).dim() <= 1
-    if whole is None or not isinstance(value, Lab) or not along_first or not one_axis:
-        return Unknown("does not write whole entries of the first axis")
-    given = value.t.unsqueeze(0) if isinstance(index, int) else value.t
-    if given.dim() != whole.dim() or 0 in varying(given) or 0 in varying(whole):
-        return Unknown("writes over the axis of the channels")
-    written = Lab(simplify(given.narrow(0, 0, 1).expand(whole.shape))) if given.size(0) else Lab(whole)
-    if holds(whole):
-        ctx.tie(whole, written.t)
-    return written
-
-
-def index_add(
-    ctx: RuleContext, input: Operand, dim: int, index: Operand, source: Operand, **kwargs: Operand
-) -> Lab | Unknown:
-    """Entries of the source are added at places along an axis that no channels stand on: messages along edges."""
-    if not isinstance(input, Lab) or not isinstance(source, Lab) or (isinstance(index, Lab) and holds(index.t)):
-        return Unknown("takes something else than activations, and places that hold no channels")
-    axis = dim % input.t.dim()
-    if axis in varying(input.t) or axis in varying(source.t) or not source.t.size(axis):
-        return Unknown("adds over the axis of the channels")
-    ctx.tie(input.t, simplify(source.t.narrow(axis, 0, 1).expand(input.t.shape)))
-    return input
-
-
 def channel_shuffle(ctx: RuleContext, input: Operand, groups: int) -> Answer:
-    """Blocks of channels dealt out like cards; every block must lose equally many."""
+    """Channel i of each of `groups` blocks goes next to channel i of the others; all blocks must lose equally many."""
     if isinstance(input, Lab) and 1 in varying(input.t):
         ctx.block(ctx.along(input, 1).view(groups, -1))
     return execute(ctx, input) if isinstance(ctx.target, nn.Module) else execute(ctx, input, groups)
 
 
 def fold(ctx: RuleContext, input: Operand, *sizes: Operand, **kwargs: Operand) -> Lab | Unknown:
-    """Patches (n, channels * places, patches) laid over each other: the places of one channel become one."""
+    """Patches (n, channels * places, patches) are summed into an image: the places of one channel become one."""
     if not isinstance(input, Lab) or input.t.dim() != 3 or ctx.shape is None or set(varying(input.t)) - {1}:
-        return Unknown("does not lay patches of channels over each other")
+        return Unknown("does not sum patches of channels")
     labels = ctx.along(input, 1).view(ctx.shape[1], -1)
     ctx.tie(labels[:, :1].expand_as(labels), labels)
     return Lab(spread(labels[:, 0], ctx.shape, 1))
 
 
 def expand_as(ctx: RuleContext, input: Operand, other: Operand) -> Answer:
-    """A tensor without channels, spread over those of another, has a place for each of them."""
+    """A tensor without channels that is expanded over the channels of another has an entry for each of them."""
     if isinstance(input, Lab) and isinstance(other, Lab) and not holds(input.t):
         return AsKind("per_channel", Lab(other.t))
     return execute(ctx, input, other)
 
 
 def _block(ctx: RuleContext, labels: Tensor) -> None:
+    """Record the rows of labels that vary along several axes, if each row is made of channels of its own."""
     axes = varying(labels)
     rows = labels[tuple(slice(None) if a in axes else 0 for a in range(labels.dim()))]
+    outer = tuple(rows.shape[:-1])
     rows = rows.reshape(-1, rows.size(-1))
-    if bool((rows[1:] == rows[0]).all(1).any()):  # blocks that stand several times, as in a batch laid beside heads
+    if bool((rows[1:] == rows[0]).all(1).any()):  # the same block several times, once for each sample
         rows = torch.unique(rows, dim=0)
+        outer = (len(rows),)
     if torch.unique(rows).numel() == rows.numel() and not bool((rows == FIXED).any()):
-        ctx.block(rows)
+        ctx.block(rows, outer)
+
+
+def _hold_chosen(ctx: RuleContext, x: Tensor, args: list[Any], kwargs: dict[str, Any]) -> None:
+    """x[..., 0] takes one place along an axis of channels: they may not move along it."""
+    for axis in varying(x):
+        place = spread(torch.arange(x.size(axis)), x.shape, axis)
+        taken = [t for t in leaves(run(ctx.target, [place, *args[1:]], kwargs)) if isinstance(t, Tensor)]
+        if taken and all(t.numel() and not varying(simplify(t)) for t in taken):
+            ctx.hold_places(x, {axis}, single=True)
 
 
 def _beside(ctx: RuleContext, tensors: list[Tensor], axis: int) -> bool:
-    """Are parts of blocks joined, as the halves of each head that a rotation turns? Then each part stays a rectangle.
+    """Are parts of blocks joined, as the rotated halves of each attention head? Then each part stays a rectangle.
 
-    The axis joined along is what is inside of a block, so the rows of each operand lose equally many; where blocks
-    leave whole, those at one place of all operands leave together.
+    The joined axis lies inside the blocks, so the rows of each operand lose equally many. Where blocks leave whole,
+    the blocks at one place of all operands leave together.
     """
     blocks = [a for a in varying(tensors[0]) if a != axis]
     if not blocks or max(blocks) > axis or any(varying(t) != (*blocks, axis) for t in tensors):
@@ -238,15 +236,45 @@ def _beside(ctx: RuleContext, tensors: list[Tensor], axis: int) -> bool:
     if any(bool((r == FIXED).any()) or torch.unique(r).numel() < r.numel() for r in inside):
         return False
     for part in inside:
-        ctx.block(part)
+        ctx.block(part, tuple(tensors[0].size(a) for a in blocks))
     ctx.bond(torch.cat(inside, 1))
     return True
+
+
+_JOINING = ("cat", "stack", "hstack", "column_stack", "vstack", "dstack")
+
+
+def _want_constants(ctx: RuleContext, given: Sequence[Operand], args: list[Any], kwargs: dict[str, Any]) -> None:
+    """Constants among joined operands follow the channels of the others, or have channels along the joined axis."""
+    tensors = [t for t in args[0] if isinstance(t, Tensor)]
+    axis = _joined_axis(ctx.rule_name, tensors[0].dim(), args, kwargs) % max(tensors[0].dim(), 1)
+    across = next((t for t in tensors if any(a != axis for a in varying(t))), None)
+    for operand, own in zip(given, args[0], strict=True):
+        if ctx.rule_name != "stack" and isinstance(own, Tensor) and own.numel() and not holds(own):
+            if across is not None and across.dim() == own.dim():
+                ctx.want(operand, across.narrow(axis, 0, 1))
+            elif across is None and axis < own.dim():
+                ctx.want(operand, spread(torch.arange(own.size(axis)), own.shape, axis))
+
+
+def _joined_axis(rule_name: str, dims: int, args: list[Any], kwargs: dict[str, Any]) -> int:
+    """The axis along which tensors with so many axes are joined."""
+    if rule_name in ("hstack", "column_stack", "vstack", "dstack"):
+        return {"hstack": min(1, dims - 1), "column_stack": 1, "vstack": 0, "dstack": 2}[rule_name]
+    axis: int = kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else 0))
+    return axis
 
 
 def _tie_across(ctx: RuleContext, args: list[Any], kwargs: dict[str, Any]) -> None:
     """Joined operands must lose the same places along every axis but the joined one."""
     tensors = [t for t in args[0] if isinstance(t, Tensor) and t.numel()]
-    axis = kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else 0))
+    axis = _joined_axis(ctx.rule_name, tensors[0].dim() if tensors else 1, args, kwargs)
+    if ctx.rule_name == "vstack" and tensors[0].dim() == 1:
+        tensors = [t.unsqueeze(0) for t in tensors]
+    if ctx.rule_name == "column_stack" and tensors[0].dim() == 1:
+        tensors = [t.unsqueeze(1) for t in tensors]
+    if ctx.rule_name == "dstack":
+        tensors = list(torch.atleast_3d(tensors))  # type: ignore[no-untyped-call]
     if ctx.rule_name == "stack":
         tensors, axis = [t.unsqueeze(axis) for t in tensors], axis
     axis %= max(tensors[0].dim(), 1)

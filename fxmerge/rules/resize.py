@@ -1,8 +1,8 @@
-"""Resizing: calls whose literal sizes follow a width, and what they become when the width narrows.
+"""New literal sizes for calls whose operands have lost channels.
 
-PROPOSALS are for movement ops; a proposal is a guess that `constants.py` proves by running it on the labels that
-survive. IMPLICIT are for ops whose meaning depends on a width that the call may not even name: the scale of
-scaled_dot_product_attention, the shape that layer_norm is told.
+PROPOSALS are for movement ops. A proposal is a guess, which `analysis/literal_sizes.py` proves by running it on the
+labels that are kept. IMPLICIT is for ops whose result depends on a width that the call may not even name: the scale of
+scaled_dot_product_attention, the `normalized_shape` of layer_norm.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ class Call:
     kwargs: dict[str, Any]
 
 
-Survivors = Callable[[int], Tensor]  # axis of the first operand -> bool (size,), which places along it survive
+Survivors = Callable[[int], Tensor]  # axis of the first operand -> bool (size,), which places along it are kept
 
 
 @dataclass(frozen=True)
 class Resize:
-    """What a proposal may know: the shapes that the op gave and shall give, and the call's arguments as values.
+    """What a proposal may use: shapes of the output before and after the merge, and the call's arguments as values.
 
-    was, now:  the call with the values that its nodes had before the merge, and have behind it
+    survivors:  which places along an axis of the first operand are kept
+    was, now:   the call with the values that its nodes have before and after the merge
     """
 
     before: Any
@@ -44,17 +45,16 @@ class Resize:
 
 
 def resized(name: str, call: Call, about: Resize) -> Call | None:
-    """The call with new literal sizes, for an op whose output narrows.
+    """The call with new literal sizes, for an op whose output narrows; None if no proposal is known.
 
-    Sizes that the graph computes rightly are left to it. None: no proposal is known. A proposal is a guess that the
-    caller proves by running it on the labels that survive.
+    Sizes that the graph computes correctly are left to it. The caller must prove a proposal by running it.
     """
     proposal = PROPOSALS.get(name)
     return proposal(call, about) if proposal else None
 
 
 def _sizes(call: Call, about: Resize) -> Call | None:
-    """view, reshape, expand: sizes that are wrong become the new shape's."""
+    """view, reshape, expand: sizes that are wrong become those of the new shape."""
     args, values, after = list(call.args), list(about.now.args), about.after
     packed = len(args) > 1 and isinstance(args[1], (list, tuple))
     sizes, values = (list(args[1]), list(values[1])) if packed else (args[1:], values[1:])
@@ -63,11 +63,43 @@ def _sizes(call: Call, about: Resize) -> Call | None:
     new = [s if v in (-1, a) else a for s, v, a in zip(sizes, values, after, strict=True)]
     computed = [at for at, s in enumerate(sizes) if isinstance(s, fx.Node) and new[at] is not s]
     if len(computed) == 1 and -1 not in values:
-        new[computed[0]] = -1  # a product of the number of samples, say: a literal would hold for the example only
+        new[computed[0]] = -1  # computed from the batch size, say: a literal would hold for the example only
+    return Call(call.target, (args[0], tuple(new)) if packed else (args[0], *new), call.kwargs)
+
+
+def _made(call: Call, about: Resize) -> Call | None:
+    """zeros, new_full, ...: the size is the first list, or all arguments after the tensor of a method."""
+    args, values, after = list(call.args), list(about.now.args), about.after
+    method = isinstance(call.target, str) or "new_" in str(call.target)
+    first = next((at for at, arg in enumerate(args) if isinstance(arg, (list, tuple))), 1 if method else 0)
+    packed = len(args) > first and isinstance(args[first], (list, tuple))
+    if "size" in call.kwargs and len(args) <= first:
+        kwargs = {**call.kwargs, "size": _corrected(call.kwargs["size"], about.now.kwargs["size"], after)}
+        return Call(call.target, call.args, kwargs)
+    if packed:
+        args[first] = _corrected(args[first], values[first], after)
+    else:
+        args[first:] = _corrected(args[first:], values[first:], after)
+    return Call(call.target, tuple(args), call.kwargs)
+
+
+def _corrected(sizes: Any, values: Any, after: Shape) -> tuple[Any, ...]:
+    return tuple(s if v == a else a for s, v, a in zip(sizes, values, after, strict=True))
+
+
+def _repeats(call: Call, about: Resize) -> Call | None:
+    """repeat(x, 32): a number of copies becomes that of the kept ones."""
+    args, before, after = list(call.args), about.before, about.after
+    packed = len(args) == 2 and isinstance(args[1], (list, tuple))
+    counts = list(args[1]) if packed else args[1:]
+    if len(counts) != len(after) or not all(isinstance(c, (int, fx.Node)) for c in counts):
+        return None
+    new = [c if b == a or isinstance(c, fx.Node) else c * a // b for c, b, a in zip(counts, before, after, strict=True)]
     return Call(call.target, (args[0], tuple(new)) if packed else (args[0], *new), call.kwargs)
 
 
 def _unflatten(call: Call, about: Resize) -> Call | None:
+    """unflatten: literal sizes become those of the new shape."""
     if len(call.args) != 3 or not isinstance(call.args[2], (list, tuple)):
         return None
     (x, dim, sizes), after = call.args, about.after
@@ -84,14 +116,14 @@ def _pieces(call: Call, about: Resize) -> Call | None:
 
 
 def _index(call: Call, about: Resize) -> Call | None:
-    """x[:, 8:24]: a bound becomes the number of survivors before it. Any other index along a narrowed axis: None."""
+    """x[:, 8:24]: a bound becomes the number of kept places before it. None for other indices along a narrowed axis."""
     index, values = (c.args[1] if isinstance(c.args[1], tuple) else (c.args[1],) for c in (call, about.was))
     new: list[Any] = []
     axis, given = 0, len(about.before) + sum(isinstance(v, int) for v in values) - values.count(None)
     for at, (item, value) in enumerate(zip(index, values, strict=True)):
         if item is None or item is Ellipsis:
             new.append(item)
-            if item is Ellipsis:  # all axes but those that the rest names
+            if item is Ellipsis:  # all axes but those that the remaining indices take
                 axis = given - sum(v is not None for v in values[at + 1 :])
             continue
         stays = about.survivors(axis)
@@ -109,6 +141,7 @@ def _index(call: Call, about: Resize) -> Call | None:
 
 
 def _narrow(call: Call, about: Resize) -> Call | None:
+    """narrow(x, dim, start, length): start and length become numbers of kept places."""
     if len(call.args) != 4:
         return None
     x, dim, start, length = call.args[0], *about.was.args[1:]
@@ -118,7 +151,7 @@ def _narrow(call: Call, about: Resize) -> Call | None:
 
 
 def _slice(call: Call, about: Resize) -> Call | None:
-    """aten.slice(x, dim, start, end): a bound becomes the number of survivors before it."""
+    """aten.slice(x, dim, start, end): a bound becomes the number of kept places before it."""
     given: list[Any] = [call.args[0], *about.was.args[1:], *(0, None, None, 1)[len(call.args) - 1 :]]
     x, dim, start, end, step = given
     stays = about.survivors(dim)
@@ -129,7 +162,7 @@ def _slice(call: Call, about: Resize) -> Call | None:
 
 
 def _pad(call: Call, about: Resize) -> Call | None:
-    """Zeros beside channels: every split of the missing ones into left and right is a guess worth trying."""
+    """Zeros next to channels: those that are kept are split into left and right in the old proportion."""
     if len(call.args) < 2 or not all(isinstance(p, int) for p in call.args[1]):
         return None
     before, after, survivors = about.before, about.after, about.survivors
@@ -146,6 +179,9 @@ def _pad(call: Call, about: Resize) -> Call | None:
 
 PROPOSALS: dict[str, Callable[[Call, Resize], Call | None]] = {
     "view": _sizes,
+    "new": _made,
+    "random": _made,
+    "repeat": _repeats,
     "expand": _sizes,
     "unflatten": _unflatten,
     "chunk": _pieces,
@@ -157,19 +193,19 @@ PROPOSALS: dict[str, Callable[[Call, Resize], Call | None]] = {
 }
 
 
-Blocks = tuple[int, int]  # groups of the layer that a call is, before and behind the merge
+Blocks = tuple[int, int]  # groups of the layer that a call is, before and after the merge
 Implicit = Callable[[Call, list[Shape | None], list[Shape | None], Blocks], Call | None]
 
 
 def _with(call: Call, position: int, name: str, value: Any) -> Call:
-    """The call with one argument replaced, wherever it was given, or added by name."""
+    """The call with one argument replaced where it was given, or added by name."""
     if len(call.args) > position:
         return Call(call.target, (*call.args[:position], value, *call.args[position + 1 :]), call.kwargs)
     return Call(call.target, call.args, {**call.kwargs, name: value})
 
 
 def _attention(call: Call, before: list[Shape | None], after: list[Shape | None], blocks: Blocks) -> Call | None:
-    """The scale 1 / sqrt(d) stays that of the original head width."""
+    """The scale stays 1 / sqrt(d) for the original head width d."""
     given = call.kwargs.get("scale", call.args[6] if len(call.args) > 6 else None)
     if given is not None or before[0] is None or after[0] is None or before[0][-1] == after[0][-1]:
         return None
@@ -177,18 +213,17 @@ def _attention(call: Call, before: list[Shape | None], after: list[Shape | None]
 
 
 def _normalized(call: Call, before: list[Shape | None], after: list[Shape | None], blocks: Blocks) -> Call | None:
-    """layer_norm and rms_norm are told the shape of the last axes."""
-    told = call.kwargs.get("normalized_shape", call.args[1] if len(call.args) > 1 else None)
-    if before[0] is None or after[0] is None or not isinstance(told, (list, tuple)) or before[0] == after[0]:
+    """layer_norm and rms_norm take the shape of the last axes."""
+    given = call.kwargs.get("normalized_shape", call.args[1] if len(call.args) > 1 else None)
+    if before[0] is None or after[0] is None or not isinstance(given, (list, tuple)) or before[0] == after[0]:
         return None
-    new = tuple(
-        a if isinstance(t, int) else t for t, a in zip(told, after[0][len(after[0]) - len(told) :], strict=True)
-    )
+    last = after[0][len(after[0]) - len(given) :]
+    new = tuple(now if isinstance(was, int) else was for was, now in zip(given, last, strict=True))
     return _with(call, 1, "normalized_shape", new)
 
 
 def _counted(position: int, name: str) -> Implicit:
-    """Groups of a convolution, of a group norm: as many as are left."""
+    """The groups of a convolution or a group norm: as many as are left."""
 
     def follow(call: Call, before: list[Shape | None], after: list[Shape | None], blocks: Blocks) -> Call | None:
         return _with(call, position, name, blocks[1]) if blocks[0] != blocks[1] else None
@@ -196,7 +231,7 @@ def _counted(position: int, name: str) -> Implicit:
     return follow
 
 
-# rule -> the call for operands that narrow from shapes `before` to `after`, or None where it may stay
+# rule -> the call for operands that narrow from shapes `before` to `after`, or None if it need not change
 IMPLICIT: dict[str, Implicit] = {
     "attention": _attention,
     "layer_norm": _normalized,

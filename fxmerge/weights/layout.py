@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fxmerge.ir.provenance import Layer
@@ -38,36 +38,34 @@ _SIZES: dict[str, int] = {
 }
 
 
-def resize(owner: nn.Module, sized: Tensor, groups: int, transposed: bool) -> None:
+def resize(owner: nn.Module, shape: Sequence[int], groups: int, transposed: bool) -> None:
     """Updates the sizes that a module keeps of its weight: in_channels, num_features, normalized_shape, ...
 
-    sized: the weight; for a norm without one, another of its tensors of the same length
+    shape: of the weight; for a norm without one, of what it has one value for each of: its channels
     """
+    if isinstance(owner, (nn.RNNBase, nn.RNNCellBase)):
+        resize_recurrent(owner)
+        return
     held: dict[str, Any] = owner.__dict__
     for attribute, axis in _SIZES.items():
-        if isinstance(getattr(owner, attribute, None), int) and axis < sized.dim():
-            held[attribute] = sized.size(axis)
+        if isinstance(getattr(owner, attribute, None), int) and axis < len(shape):
+            held[attribute] = shape[axis]
     into, out = (0, 1) if transposed else (1, 0)
     if hasattr(owner, "in_channels") and hasattr(owner, "out_channels"):
         held["groups"] = groups
-        held["in_channels"] = sized.size(into) * (1 if transposed else groups)
-        held["out_channels"] = sized.size(out) * (groups if transposed else 1)
+        held["in_channels"] = shape[into] * (1 if transposed else groups)
+        held["out_channels"] = shape[out] * (groups if transposed else 1)
     if hasattr(owner, "normalized_shape"):
-        held["normalized_shape"] = tuple(sized.shape)
+        held["normalized_shape"] = tuple(shape)
 
 
-MEMORY_FORMATS = {"channels_last": torch.channels_last, "channels_last_3d": torch.channels_last_3d}
-_OF_DIMS = {4: "channels_last", 5: "channels_last_3d"}
-
-
-def memory_format(value: Tensor) -> str:
-    """The entry of MEMORY_FORMATS that a tensor is stored in; "" if it is contiguous as well, or is neither."""
-    name = _OF_DIMS.get(value.dim(), "")
-    strided = value.layout == torch.strided and not value.is_contiguous()
-    return name if name and strided and value.is_contiguous(memory_format=MEMORY_FORMATS[name]) else ""
-
-
-def memory_formats(module: nn.Module) -> dict[str, str]:
-    """{tensor of the state_dict: its `memory_format`}, without those that have none."""
-    found = {name: memory_format(value) for name, value in module.state_dict().items()}
-    return {name: form for name, form in found.items() if form}
+def resize_recurrent(owner: nn.RNNBase | nn.RNNCellBase) -> None:
+    """Updates the sizes that a recurrent layer keeps, and its list of weights, to its parameters."""
+    if isinstance(owner, nn.RNNCellBase):
+        owner.hidden_size, owner.input_size = owner.weight_hh.size(1), owner.weight_ih.size(1)
+        return
+    first = owner.get_parameter("weight_ih_l0")
+    owner.hidden_size, owner.input_size = first.size(0) // {"LSTM": 4, "GRU": 3}.get(owner.mode, 1), first.size(1)
+    if owner.proj_size:
+        owner.proj_size = owner.get_parameter("weight_hr_l0").size(0)
+    owner._init_flat_weights()

@@ -46,10 +46,12 @@ def test_the_plot_is_the_same_for_the_same_numbers(tmp_path: Path) -> None:
 
 
 def curve(values: list[float]) -> fxmerge.Sweep:
-    original = Point("flops", 1.0, 1.0, None, 1000, 10**6, 0.0, 94.65)
-    shares = ([0.5, 0.35], values)
-    points = [Point("flops", s, s, None, round(1000 * s), round(1e6 * s), 0.1, v) for s, v in zip(*shares, strict=True)]
-    return fxmerge.Sweep(original, tuple(points), "top1")
+    def point(share: float, error: float, value: float) -> Point:
+        size = {"parameters": round(1000 * share), "flops": round(1e6 * share)}
+        return Point(kind="flops", asked=share, left=share, error=error, value=value, **size)
+
+    points = [point(share, 0.1, value) for share, value in zip((0.5, 0.35), values, strict=True)]
+    return fxmerge.Sweep(point(1.0, 0.0, 94.65), tuple(points), "top1")
 
 
 def test_budgets_come_after_the_other_sections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -192,7 +192,7 @@ ERRORS: dict[str, tuple[list[str], str]] = {
     "no colon": (["analyze", "resnet18"], r"'resnet18' does not name a model; give torchvision:resnet18"),
     "no such module": (["analyze", "no_such_package_here:net"], r"cannot be imported"),
     "no such model": (["analyze", "torchvision:resnet19"], r"resnet19"),
-    "a factory that raises": (["analyze", "{dir}/small_net.py:broken"], r"cannot be created: RuntimeError: no weights"),
+    "a factory that raises": (["analyze", "{dir}/small_net.py:broken"], r"created: RuntimeError: no weights here"),
     "a factory of text": (["analyze", "{dir}/small_net.py:text"], r"returns a str, not a torch.nn.Module"),
     "no weights": (["analyze", "{dir}/small_net.py:small", "--weights", "{dir}/w.safetensors"], r"cannot read weights"),
     "bad weights": (["analyze", "{dir}/small_net.py:small", "--weights", "{dir}/small_net.py"], r"cannot read weights"),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fxmerge
-from fxmerge.weights.layout import memory_formats
+from fxmerge.weights.memory_format import memory_formats
 from tests.helpers.netmaking import one_thread, plain_merge  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("one_thread")

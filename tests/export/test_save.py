@@ -146,7 +146,7 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "gpt2": gpt2,
 }
 # literal sizes in the code of forward, that no attribute holds
-RIGID = ("reshape", "sliced", "scores")
+RIGID = ("reshape", "sliced", "scores", "one_norm_for_all")
 
 
 def made(name: str) -> tuple[nn.Module, Any]:

@@ -37,7 +37,7 @@ def masked_by_hand(result: fxmerge.Result, x: Tensor) -> Tensor:
         before.run(x)
         after.run(x)
         for node in consumers:
-            zeroed[node] = after.seen[node] != before.seen[node]
+            zeroed[node] = (after.seen[node] != before.seen[node]) | zeroed.get(node, torch.tensor(False))
     out: Tensor = Watched(module, set(zeroed), zeroed).run(x)
     return out.detach()
 

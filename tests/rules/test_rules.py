@@ -119,7 +119,6 @@ MUST_STAY: dict[str, tuple[Sample, str]] = {
     "one channel": (spelled("select", 1, 3, reads=4, flat=True), "sizes at select cannot follow"),
     "an index list": (Sample(lambda m, x: x[:, [0, 2, 5]], reads=3), "sizes at getitem cannot follow"),
     "a size in a module": (spelled(nn.Unflatten, 1, (2, 4), then=lambda x: x.flatten(1, 2)), "sizes at part cannot"),
-    "two activations": (Sample(lambda m, x: torch.clamp(x, x.mean((2, 3), keepdim=True), None)), "more than one"),
     "a computed weight": (
         Sample(lambda m, x: F.conv2d(x, m.w * x.mean()), parts={"w": raw(8, 8, 1, 1)}),
         "conv2d has a weight that is computed",
@@ -158,6 +157,13 @@ def test_a_constant_per_channel_follows(where: str) -> None:
     assert list(sizes.values()) == [(4, 1, 1)]
 
 
+def test_a_rule_for_one_activation_takes_no_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(fxmerge.RULES, "zeta", fxmerge.per_channel("zeta", torch.special.zeta))
+    model, x = Sample(lambda m, x: torch.special.zeta(x.exp() + 1, x.exp())).make()
+    refused = {r.name: r.reason for r in fxmerge.analyze(model, x).refusals}
+    assert "zeta takes more than one activation" in refused["producer"]
+
+
 class Gate(nn.Module):
     """A leaf that fxmerge has never heard of."""
 
@@ -165,15 +171,16 @@ class Gate(nn.Module):
         return x * torch.sigmoid(x)
 
 
-def _fft(m: Any, x: Any) -> Any:
-    return torch.fft.fft(x).real
+def _bessel(m: Any, x: Any) -> Any:
+    return torch.special.bessel_j1(x)
 
 
-def _cumsum(m: Any, x: Any) -> Any:
-    return torch.cumsum(x, 1)
+def _renorm(m: Any, x: Any) -> Any:
+    return torch.renorm(x, 2, 1, 1.0)
 
 
-UNKNOWN: dict[str, tuple[Callable[[Any, Any], Any], str]] = {"fft_fft": (_fft, "fft"), "cumsum": (_cumsum, "cumsum")}
+UNKNOWN: dict[str, tuple[Callable[[Any, Any], Any], str]]
+UNKNOWN = {"bessel": (_bessel, "bessel"), "renorm": (_renorm, "renorm")}
 
 
 @pytest.mark.parametrize("op", UNKNOWN)

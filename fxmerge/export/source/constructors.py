@@ -63,6 +63,8 @@ def _call(layer: nn.Module) -> tuple[Any, list[tuple[str, Any]]]:
             continue
         keyword = "" if parameter.default is parameter.empty else f"{parameter.name}="
         given.append((keyword, value))
+    if isinstance(layer, nn.RNN) and layer.nonlinearity != "tanh":  # RNN(*args, **kwargs) does not list it
+        given.append(("nonlinearity=", layer.nonlinearity))
     complex_ = {t.dtype for t in layer.parameters() if t.is_complex()}
     if len(complex_) == 1 and "dtype" in signature.parameters:
         given.append(("dtype=", complex_.pop()))

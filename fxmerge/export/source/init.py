@@ -19,7 +19,7 @@ from fxmerge.export.source.containers import (
 )
 from fxmerge.export.source.names import literal
 from fxmerge.weights.disk_tensor import DiskTensor
-from fxmerge.weights.layout import MEMORY_FORMATS, memory_format
+from fxmerge.weights.memory_format import MEMORY_FORMATS, memory_format
 
 
 class Init:

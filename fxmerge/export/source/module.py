@@ -7,6 +7,7 @@ torchvision and timm, or a layer that does not hold its constructor's arguments 
 from __future__ import annotations
 
 import re
+from textwrap import wrap
 
 from torch import fx
 
@@ -14,6 +15,7 @@ from fxmerge.export.source.containers import children, in_order
 from fxmerge.export.source.expressions import Body
 from fxmerge.export.source.init import Init
 from fxmerge.export.source.names import broken
+from fxmerge.graph.eval_mode import NO_TRAINING, EvaluationModule
 
 _HEAD = '''"""{name}, merged by fxmerge: {count:,} parameters.
 
@@ -30,6 +32,15 @@ class MergedModel({base}):
     def __init__(self):
         super().__init__()
 '''
+
+_TRAIN = """
+    def train(self, mode=True):
+        if mode:
+            raise RuntimeError(
+                {message}
+            )
+        return super().train(mode)
+"""
 
 _LOAD = '''
 
@@ -58,6 +69,9 @@ def source(module: fx.GraphModule, name: str, plain: bool = True) -> str:
     signature = broken(f"def forward({', '.join(['self', *body.signature])})", 4)
     signature[-1] += ":"
     code = "\n".join([*init, "", *signature, *forward])
+    if isinstance(module, EvaluationModule):
+        lines = [f'"{line} "' for line in wrap(NO_TRAINING, 90)]
+        code += "\n" + _TRAIN.format(message="\n                ".join(lines)).rstrip()
     functional = ["import torch.nn.functional as F"] if re.search(r"\bF\.", code) else []
     others = [*functional, "from torch import nn"]
     count = sum(p.numel() for p in module.parameters())

@@ -1,81 +1,20 @@
-"""Checks that an analysis and a merge are correct: three oracles for tests and users, and a check after every merge.
-
-permutation     permutes the channels of each group in all of its members; the output must not change. Detects missing
-                ties and wrong indices.
-overcoupling    leaves one member of a group out of that permutation; the output must change. Detects superfluous
-                members.
-duplicate       overwrites some channels with scaled copies of others, in all members; merging by `mostsim` must then
-                return the same function with fewer channels. Detects wrong absorption.
-compare         runs at the end of every merge: the merged model must run and return outputs of the original's shapes.
-"""
+"""Oracles that change the channels of a group in all of its members: permutation, over-coupling, duplicates."""
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from fxmerge.errors import FxMergeError
-from fxmerge.graph.compare import Verdict, difference, outputs
-from fxmerge.graph.nested import tree
+from fxmerge.graph.compare import difference, outputs
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.groups import Group, Grouping, Member
 from fxmerge.ir.provenance import ParamLabels, Provenance
-from fxmerge.rewrite.reassemble import assembled
 from fxmerge.rewrite.slicing import gather, places
+from fxmerge.verify.in_double import in_float64, whole
 from fxmerge.weights.by_path import at
 from fxmerge.weights.copy import sharing_copy
-
-_REMEDY = "please report this model; until then, exclude the layer with ignore="
-
-
-def compare(captured: Capture, merged: nn.Module) -> Verdict:
-    """Runs the merged model on the example inputs and compares its outputs with the original's.
-
-    Raises FxMergeError where the merged model does not run, or where its outputs have other shapes.
-    """
-    before = list(captured.outputs)
-    try:
-        after = outputs(merged, captured.args, captured.kwargs)
-    except Exception as error:
-        raise FxMergeError(f"the merged model does not run ({error}); {_REMEDY}") from error
-    if captured.recorded is not None and [t.shape[1:] for t in before] == [t.shape[1:] for t in after]:
-        # the number of boxes that a detector returns depends on values: only outputs of equal length are compared
-        pairs = [(b, a) for b, a in zip(before, after, strict=True) if b.shape == a.shape]
-        before, after = [b for b, _ in pairs], [a for _, a in pairs]
-    if [t.shape for t in before] != [t.shape for t in after]:
-        raise FxMergeError(f"the merged model's outputs have other shapes than the original's; {_REMEDY}")
-    return Verdict(difference(before, after))
-
-
-def in_float64(captured: Capture) -> tuple[fx.GraphModule, tuple[Any, ...], dict[str, Any]]:
-    """A float64 copy of a captured graph module, and of its example (args, kwargs).
-
-    Raises FxMergeError for a model on the meta device.
-    """
-    if captured.blank:
-        raise FxMergeError("a model on the meta device has no values to verify; give a model with weights")
-
-    def double(value: Any) -> Any:
-        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-    positional: tuple[Any, ...] = tree(double, captured.args)
-    module = copy.deepcopy(captured.module).double()
-    for node in module.graph.nodes:  # casts to float32 in the graph would lose the precision of float64
-
-        def cast(leaf: Any) -> Any:
-            return torch.float64 if leaf is torch.float32 else leaf
-
-        node.args, node.kwargs = tree(cast, tuple(node.args)), tree(cast, dict(node.kwargs))
-    module.recompile()
-    return module, positional, tree(double, dict(captured.kwargs))
-
-
-def whole(captured: Capture, module: fx.GraphModule) -> nn.Module:
-    """The float64 model that users would get for a copy of the captured graph module."""
-    return assembled(captured, module).double()
 
 
 def permutation(captured: Capture, facts: Provenance, grouping: Grouping, seed: int = 0) -> dict[str, float]:
@@ -194,41 +133,49 @@ def _overwrite(module: fx.GraphModule, group: Group, pairs: Tensor, generator: t
     norms = torch.stack([_norms(module, w, group.channels) for w in group.producers])  # (producers, n)
     smallest = norms.amin(1, keepdim=True)  # a copy must be smaller than any other channel
     below = (smallest / norms.where(norms.isfinite(), 0)).amin(0)[pairs[1]]
+    params = group.params_at
+    # a norm without a weight gives a copy the scale of its original, whatever the scale that comes in
+    fixed = any(m.layer.operation.is_channel_norm and "weight" not in m.layer.params for m in group.per_channel_params)
 
     def factor() -> Tensor:
         if group.scale_blocks:
             return torch.ones(pairs.size(1), dtype=torch.float64)
         return below * (0.3 + 0.4 * torch.rand(pairs.size(1), generator=generator, dtype=torch.float64))
 
-    per_channel_params = {m.layer.node: m for m in group.per_channel_params}
-    common = factor()
-    written: set[tuple[str, tuple[int, ...]]] = set()
-    after: dict[str, Tensor] = {}  # node of a per-channel parameter -> the scale of a copy after it
+    common = torch.ones(pairs.size(1), dtype=torch.float64) if fixed else factor()
+    written: dict[tuple[str, bytes], Tensor] = {}  # a producer's weight and places -> the scale of its copies
+    after: dict[tuple[str, ...], Tensor] = {}  # the parameters of a node -> the scale of a copy after it
+
+    def through(step: str, before: Tensor, target: Tensor) -> Tensor:
+        """The scale of a copy after a step; a parameter that serves several nodes is written once."""
+        members = params[step]
+        held = tuple(path for m in members for path in m.layer.params.values()) or (step,)
+        if held not in after:
+            scale = before
+            for member in members:
+                here = member.local(pairs[0])[0]
+                scale = torch.where(here, _carry(module, member, pairs, scale, target), scale)
+            after[held] = scale
+        return after[held]
+
     with torch.no_grad():
         for producer in group.producers:
-            steps = [s for s in producer.steps if s in per_channel_params]
-            able = [s for s in steps if per_channel_params[s].layer.operation.rescales]
-            scale = factor() if able else common
-            held = (producer.layer.params["weight"], tuple(producer.where.flatten().tolist()))
+            steps = [s for s in producer.steps if s in params]
+            able = [s for s in steps if any(m.layer.operation.rescales for m in params[s])]
+            held = (producer.layer.params["weight"], producer.where.numpy().tobytes())
             if held not in written:
-                written.add(held)
+                written[held] = factor() if able else common
                 for slot in ("weight", "bias"):
-                    _copy(module, producer, slot, pairs, scale)
+                    _copy(module, producer, slot, pairs, written[held])
+            scale = written[held]
             for step in steps:
-                target = factor() if step in able[:-1] else common
-                if step not in after:
-                    after[step] = _carry(module, per_channel_params[step], pairs, scale, target)
-                scale = after[step]
+                scale = through(step, scale, factor() if step in able[:-1] else common)
         for consumer in group.consumers:
             scale = common
-            for step in consumer.steps:
-                if step in per_channel_params:
-                    if step not in after:
-                        after[step] = _carry(module, per_channel_params[step], pairs, scale, factor())
-                    scale = after[step]
-        for node, per_channel_param in per_channel_params.items():
-            if node not in after:
-                _carry(module, per_channel_param, pairs, torch.ones_like(common), torch.ones_like(common))
+            for step in (s for s in consumer.steps if s in params):
+                scale = through(step, scale, factor())
+        for node in params:
+            through(node, torch.ones_like(common), torch.ones_like(common))
 
 
 def _norms(module: nn.Module, producer: Member, n: int) -> Tensor:
@@ -258,13 +205,15 @@ def _carry(module: nn.Module, per_channel_param: Member, pairs: Tensor, before: 
     Returns the scale of the copy after it, which is `before` where the parameter cannot change a scale.
     """
     layer, op = per_channel_param.layer, per_channel_param.layer.operation
-    if op.name == "batch_norm":
+    if op.is_channel_norm:
         here, local = per_channel_param.local(pairs[0])
         i, j = per_channel_param.where[local], per_channel_param.where[per_channel_param.local(pairs[1])[1]]
         _copy(module, per_channel_param, "running_mean", pairs, before)
         if "running_var" in layer.params:
             var = at(module, layer.params["running_var"])
             var[i] = before[here].square()[:, None].to(var) * (var[j] + layer.eps) - layer.eps
+        if "weight" not in layer.params:
+            after = torch.ones_like(after)
         _copy(module, per_channel_param, "weight", pairs, after)
         _copy(module, per_channel_param, "bias", pairs, after)
     elif op.is_depthwise:
