@@ -48,7 +48,9 @@ def sources(captured: Capture, tensors: Mapping[str, Tensor], labels: Labels, al
     folds = computed(captured)
     if captured.model is None or not folds:
         return found
-    own = plain_copy(captured.model).state_dict()
+    copied = plain_copy(captured.model)
+    # also the buffers that are not in its state_dict, such as the angles of rotary embeddings
+    own = dict(copied.named_buffers(remove_duplicate=False)) | copied.state_dict()
     for path, names in folds.items():
         before = at(captured.module, path)
         cut = path in labels and path in tensors and tensors[path].shape != before.shape

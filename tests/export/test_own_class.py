@@ -176,3 +176,29 @@ def test_a_trained_result_is_not_taken_wrongly(tmp_path: Path) -> None:
         fxmerge.load(tmp_path / "o", model=model)
     x = torch.randn(5, 6)
     torch.testing.assert_close(fxmerge.load(tmp_path / "o")(x), result.module(x))
+
+
+def llama() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48,
+        vocab_size=50, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    made: nn.Module = transformers.LlamaForCausalLM(config).eval()
+    return made
+
+
+def test_rotary_angles_that_are_in_no_state_dict(tmp_path: Path) -> None:
+    """The class computes its tables from a buffer that loses entries; the class generates, token by token."""
+    torch.manual_seed(0)
+    model = llama()
+    result = plain_merge(model, {"input_ids": torch.randint(1, 50, (2, 8))}, ratio=0.3)
+    result.save(tmp_path / "o")
+    own = fxmerge.load(tmp_path / "o", model=other(llama))
+    assert own.model.rotary_emb.inv_freq.numel() < model.model.rotary_emb.inv_freq.numel()  # type: ignore[union-attr]
+    unseen = torch.randint(1, 50, (2, 8))
+    with torch.no_grad():
+        expected = result.module(input_ids=unseen)
+        expected = expected["logits"] if isinstance(expected, dict) else expected.logits
+        torch.testing.assert_close(own(unseen).logits, expected, rtol=1e-4, atol=1e-5)
+    own.generate(unseen, max_new_tokens=3, do_sample=False)  # type: ignore[operator]
