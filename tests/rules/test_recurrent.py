@@ -103,7 +103,7 @@ def test_prices_are_what_the_merged_net_costs(name: str) -> None:
 @every_net
 def test_saved_nets_load_and_their_code_runs(name: str, tmp_path: Path) -> None:
     model, example, other = NETS[name]()
-    result = fxmerge.merge(model, example, ratio=0.5)
+    result = plain_merge(model, example, ratio=0.5)
     result.save(tmp_path)
     scope: dict[str, Any] = {"__file__": str(tmp_path / "model.py")}
     exec(compile((tmp_path / "model.py").read_text(), "model.py", "exec"), scope)
