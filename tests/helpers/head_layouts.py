@@ -92,6 +92,16 @@ class Matmul(Last):
         return (p @ v).permute(0, 2, 3, 1).reshape(q.shape[0], q.shape[2], -1)
 
 
+class Folded(Last):
+    """Samples and heads are one axis, for `bmm`."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        b, n = q.shape[0], q.shape[1]
+        q, k, v = (t.permute(0, 3, 1, 2).reshape(b * HEADS, n, -1) for t in (q, k, v))
+        p = torch.bmm(q * SIZE**-0.5, k.transpose(1, 2)).softmax(-1)
+        return torch.bmm(p, v).view(b, HEADS, n, -1).permute(0, 2, 3, 1).reshape(b, n, -1)
+
+
 class Mixed(Last):
     """The heads of queries are the last factor of their channels, those of keys and values the first."""
 
@@ -144,7 +154,7 @@ class LightGlue(Fused):
         return y.select(-1, 0), y.select(-1, 1), y.select(-1, 2)
 
 
-EXACT = (Last, GroupedQueries, NativeGroupedQueries, Rotary, Einsum, ScoresLast, Matmul, Mixed, AllHeads, Fused,
+EXACT = (Last, GroupedQueries, NativeGroupedQueries, Rotary, Einsum, ScoresLast, Matmul, Folded, Mixed, AllHeads, Fused,
          FusedBetween, FusedInnermost, LightGlue)  # fmt: skip
 
 

@@ -248,8 +248,6 @@ def test_a_module_with_hooks_is_pinned() -> None:
     assert "has forward hooks" in refused["producer"]
 
 
-
-
 class Unfollowable(nn.Module):
     """Several pairs of layers between which sizes cannot follow, one apart from the other."""
 
@@ -279,3 +277,28 @@ def test_sizes_that_cannot_follow_are_found_in_one_run(monkeypatch: pytest.Monke
     assert [refused[f"into.{i}"].split()[3] for i in range(6)] == ["getitem", *(f"getitem_{i}" for i in range(1, 6))]
     assert [p.name for p in result.plan.groups] == [f"out.{i}" for i in range(5)]
     assert runs == 2
+
+
+@pytest.mark.parametrize("guilty", [{"2.0"}, {"0.0", "3.0"}])
+def test_sizes_of_unknown_origin_refuse_the_groups_that_make_them_wrong(
+    guilty: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failure that names no labels is traced by trial, and the other groups are merged."""
+    grouping = importlib.import_module("fxmerge.analysis.grouping")
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(5, 5), nn.ReLU()) for _ in range(5))).eval()
+    found = fxmerge.analyze(model, torch.randn(2, 5))
+    atoms = {g.name: g.atoms for g in found.groups}
+
+    def fails(captured: Any, facts: Any, alive: Tensor) -> Any:
+        atom = found.grouping.atom
+        dead = {name for name, inside in atoms.items() if not bool(alive[torch.isin(atom, inside)].all())}
+        wrong = dead & guilty
+        return {}, [
+            literal_sizes.Failure("output", torch.zeros(0, dtype=torch.int64), "cannot follow")
+        ] if wrong else []
+
+    monkeypatch.setattr(grouping, "recompute", fails)
+    chosen = [(g, torch.arange(1)) for g in found.groups]
+    left, _, reasons = grouping.provable(found.captured, found.facts, found.grouping, chosen)
+    assert {r.name for r in reasons} == guilty
+    assert {g.name for g, _ in left} == set(atoms) - guilty
