@@ -27,11 +27,11 @@ def progress() -> Iterator[Callable[[str], None]]:
     columns = (
         SpinnerColumn("line"),  # of ASCII characters
         TimeElapsedColumn(),
-        TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="crop")),
+        TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="crop", ratio=1)),
     )
     console = Console(stderr=True, force_jupyter=False, force_terminal=True)
-    # what the user's model prints to a pipe or a file stays on stdout
-    with Progress(*columns, console=console, transient=True, redirect_stdout=_is_terminal(sys.stdout)) as bar:
+    piped = not _is_terminal(sys.stdout)  # what the user's model prints into a pipe or a file stays there
+    with Progress(*columns, console=console, transient=True, expand=True, redirect_stdout=not piped) as bar:
         task = bar.add_task("")
         yield lambda stage: bar.update(task, description=stage)
 

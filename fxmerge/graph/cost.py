@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from fxmerge.graph.eval_mode import evaluating
 from fxmerge.graph.flop_counter import flop_counter
@@ -18,7 +18,7 @@ from fxmerge.graph.nested import fresh
 class NodeCost:
     """The parameters that one node of a graph uses, and the FLOPs of one run of it on the example inputs.
 
-    parameters:  {parameter, or the part of it that the node uses: elements}
+    parameters:  {the parameter's path: elements}
     flops:       None if they could not be counted
     """
 
@@ -50,8 +50,8 @@ def cost(module: fx.GraphModule, inputs: Sequence[Any]) -> Cost:
 
     Elementwise ops count as 0 FLOPs, as in torch.utils.flop_counter.
     """
-    run = _counted(module, inputs)
-    return Cost(parameters(module), sum(run.flops.values()), _by_node(module, run.flops, run.sizes))
+    flops = flops_by_node(module, inputs)
+    return Cost(parameters(module), sum(flops.values()), _by_node(module, flops))
 
 
 def call_cost(
@@ -70,43 +70,30 @@ def call_cost(
     with evaluating(module), torch.no_grad(), counter:
         module(*fresh(list(args)), **fresh(dict(kwargs)))
     try:
-        run = _counted(graph, inputs)
-        by_node = _by_node(graph, run.flops, run.sizes)
+        flops = flops_by_node(graph, inputs)
     except Exception:  # the graph holds values of another run, such as the number of boxes, that no longer fit
         counts = {name.partition(".")[2]: sum(found.values()) for name, found in counter.get_flop_counts().items()}
-        by_node = _by_node(graph, _of_calls(graph, counts), {})
-    return Cost(parameters(module), counter.get_total_flops(), by_node)
+        flops = _of_calls(graph, counts)
+    return Cost(parameters(module), counter.get_total_flops(), _by_node(graph, flops))
 
 
 def flops_by_node(module: fx.GraphModule, inputs: Sequence[Any]) -> dict[str, int]:
     """The FLOPs of each node, by its name, given the values of the graph's placeholders."""
-    return _counted(module, inputs).flops
+    counter = flop_counter()
+    flops: dict[str, int] = {}
 
+    class Counting(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            before = counter.get_total_flops()
+            value = super().run_node(n)
+            flops[n.name] = counter.get_total_flops() - before
+            return value
 
-class _Counting(fx.Interpreter):
-    """Runs a graph and counts the FLOPs of each node, and the elements of its value."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
-        self.extra_traceback = False
-        self.counter = flop_counter()
-        self.flops: dict[str, int] = {}
-        self.sizes: dict[str, int] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        before = self.counter.get_total_flops()
-        value = super().run_node(n)
-        self.flops[n.name] = self.counter.get_total_flops() - before
-        if isinstance(value, Tensor):
-            self.sizes[n.name] = value.numel()
-        return value
-
-
-def _counted(module: fx.GraphModule, inputs: Sequence[Any]) -> _Counting:
-    run = _Counting(module)
-    with evaluating(module), torch.no_grad(), run.counter:
-        run.run(*fresh(list(inputs)), enable_io_processing=False)
-    return run
+    interpreter = Counting(module)
+    interpreter.extra_traceback = False
+    with evaluating(module), torch.no_grad(), counter:
+        interpreter.run(*fresh(list(inputs)), enable_io_processing=False)
+    return flops
 
 
 def _of_calls(graph: fx.GraphModule, counts: Mapping[str, int]) -> dict[str, int]:
@@ -118,17 +105,16 @@ def _of_calls(graph: fx.GraphModule, counts: Mapping[str, int]) -> dict[str, int
     return {name: counts.get(path, 0) // len(names) for path, names in calls.items() for name in names}
 
 
-def _by_node(module: fx.GraphModule, flops: Mapping[str, int], sizes: Mapping[str, int]) -> dict[str, NodeCost]:
+def _by_node(module: fx.GraphModule, flops: Mapping[str, int]) -> dict[str, NodeCost]:
     """The cost of each node. A node uses the parameters of the module that it calls, or those among its operands.
 
-    An operand may be made of parameters by further nodes (`x @ w.T`, or the part of a weight that is cut out for the
-    queries of an attention). If it has fewer elements than they have, it counts as a part of its own.
+    An operand may be made of parameters by other nodes, such as `w.T`.
     """
     first: dict[int, str] = {}  # id of a parameter -> its first path
     elements: dict[str, tuple[str, int]] = {}
     for path, p in module.named_parameters(remove_duplicate=False):
         elements[path] = first.setdefault(id(p), path), p.numel()
-    made: dict[fx.Node, dict[str, int]] = {}  # nodes that depend on parameters alone -> what they are made of
+    made: dict[fx.Node, dict[str, int]] = {}  # nodes that depend on parameters alone -> those parameters
     found: dict[str, NodeCost] = {}
     for node in module.graph.nodes:
         target, inputs = str(node.target), node.all_input_nodes
@@ -136,12 +122,10 @@ def _by_node(module: fx.GraphModule, flops: Mapping[str, int], sizes: Mapping[st
         if node.op == "get_attr":
             used = dict([elements[target]]) if target in elements else {}
         elif node.op == "call_module":
-            inside = [elements[f"{target}.{name}"] for name, _ in module.get_submodule(target).named_parameters()]
-            used.update(inside)
+            used |= dict(elements[f"{target}.{name}"] for name, _ in module.get_submodule(target).named_parameters())
         computed = node.op in ("call_function", "call_method") and all(n in made for n in inputs)
         if node.op == "get_attr" or computed:
-            whole = sum(used.values())
-            made[node] = {node.name: sizes[node.name]} if sizes.get(node.name, whole) < whole else used
+            made[node] = used
         found[node.name] = NodeCost(used, flops.get(node.name))
     return found
 

@@ -52,7 +52,7 @@ class Drawable:
         """The cost of the original and, after a merge, of the merged model."""
         raise NotImplementedError
 
-    def _outcome(self) -> tuple[Sequence[Refitted], dict[str, float]]:
+    def _outcome(self) -> tuple[Sequence[Refitted], dict[str, float | str]]:
         """The refitted layers and the figures of the merge that the page's header shows."""
         return (), {}
 

@@ -28,6 +28,7 @@ from fxmerge.report.layout import WIDTH, Footnotes, Style, lists, names, numbers
 from fxmerge.report.operations import operation
 from fxmerge.report.tables import (
     change,
+    decimals,
     first_names,
     left_out_line,
     percent,
@@ -141,8 +142,8 @@ class Report(Drawable):
     def _costs(self) -> tuple[Cost, ...]:
         return (self.before, self.after)
 
-    def _outcome(self) -> tuple[Sequence[Refitted], dict[str, float]]:
-        return self.refitted, {"error": self.verdict.error, "seconds": self.seconds}
+    def _outcome(self) -> tuple[Sequence[Refitted], dict[str, float | str]]:
+        return self.refitted, {"error": self.verdict.error, "reason": self.verdict.reason, "seconds": self.seconds}
 
     def text(self, width: int = 120, ascii: bool = False) -> str:
         """The merged groups, refit, what was not merged and why, and the totals, as plain text.
@@ -172,7 +173,7 @@ class Report(Drawable):
         for header, at in (("parameters", 0), ("FLOPs", 1)):
             exact, compact = ([change(one[at], two[at], few) for one, two in costs] for few in (False, True))
             columns.append(numbers(header, exact, compact))
-        columns.append(numbers("similarity", [f"{plans[g.name].similarity:.2f}" for g in groups]))
+        columns.append(numbers("similarity", [decimals(plans[g.name].similarity, 2) for g in groups]))
         if self.plan.options.decomposition == "mostsim":
             merged = {g.name for g in groups if not unmerged(g, self._tensors, self.plan.options)}
             alone = [sum(p.into < 0 for p in plans[g.name].partners) if g.name in merged else 0 for g in groups]

@@ -71,10 +71,13 @@ def refit_lines(refitted: Sequence[Refitted], width: int, style: Style) -> list[
 
 
 def error(value: float) -> str:
-    """A relative error with four decimals; `-` if it was not measurable."""
-    if not math.isfinite(value):
-        return "-"
-    return f"{value:.4f}" if value >= 5e-5 or value == 0 else f"{value:.0e}"
+    """A relative error with four decimals, or with one digit if it is smaller."""
+    return f"{value:.0e}" if 0 < value < 5e-5 else decimals(value, 4)
+
+
+def decimals(value: float, count: int) -> str:
+    """A number with `count` decimals; `-` if it was not measurable."""
+    return f"{value:.{count}f}" if math.isfinite(value) else "-"
 
 
 def change(before: int | None, after: int | None, compact: bool = False) -> str:
@@ -95,7 +98,7 @@ def short(number: int) -> str:
         value, unit = value / 1000, larger
         if value < 999.5:
             break
-    return f"{value:.{max(0, 2 - int(math.log10(value)))}f}{unit}"
+    return f"{value:#.3g}".rstrip(".") + unit
 
 
 def percent(part: float, whole: float) -> str:

@@ -173,7 +173,7 @@ fx.panel = (() => {
   }
 
   function summary() {
-    const {parameters, flops, error, seconds} = fx.data.summary, list = d3.select("#summary");
+    const {parameters, flops, error, reason, seconds} = fx.data.summary, list = d3.select("#summary");
     d3.select("#title").text(fx.data.title);
     const left = (v) => v.length > 1 && v[0] ? ` ${d3.format(".1%")(v[1] / v[0])} left` : "";
     const rows = [["parameters", pair(parameters, short), left(parameters)], ["FLOPs", pair(flops, short), left(flops)]];
@@ -181,10 +181,10 @@ fx.panel = (() => {
     if (seconds) rows.push(["merge time", `${d3.format(".2r")(seconds)} s`, ""]);
     rows.push(["groups", `${merged ? groups.filter((g) => g.kept < g.channels).length : groups.length}`, merged ? ` of ${groups.length} merged` : ""],
       ["not merged", `${refusals.length}`, ""]);
-    for (const [name, value, more] of rows) {
+    for (const [name, value, more, why] of rows) {
       const row = list.append("div");
       row.append("dt").text(name);
-      row.append("dd").text(value).append("span").text(more);
+      row.append("dd").attr("title", why || null).text(value).append("span").text(more);
     }
   }
 
