@@ -43,11 +43,12 @@ from fxmerge.methods.selection import select
 from fxmerge.options import Options
 from fxmerge.plan import GroupPlan, Plan
 from fxmerge.planning.budget import Allotted, Room, allot, original_of
+from fxmerge.planning.candidates import candidates
 from fxmerge.planning.counts import by_ratio, rungs
 from fxmerge.planning.decompose import decompose, group_plan
 from fxmerge.planning.error_curves import curves
 from fxmerge.planning.scope import check_patterns, in_scope, replayed
-from fxmerge.planning.statistics import candidates, state
+from fxmerge.planning.statistics import state
 from fxmerge.refit.contradiction import contradiction
 from fxmerge.refit.refit_layers import Refitted, refit
 from fxmerge.report.reports import Report

@@ -51,8 +51,9 @@ def test_the_merged_module_is_sound(name: str) -> None:
             assert module.weight.shape[:2] == (first, second // module.groups)
             assert module.out_channels % module.groups == 0
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            assert module.running_mean is not None
-            assert module.running_mean.shape == (module.num_features,)
+            held = module.running_mean if module.track_running_stats else module.weight
+            assert held is not None
+            assert held.shape == (module.num_features,)
         if isinstance(module, nn.PReLU):
             assert module.weight.shape == (module.num_parameters,)
         if isinstance(module, nn.Embedding):
@@ -312,5 +313,5 @@ def test_large_weights_lose_rows_and_columns_at_once() -> None:
     model = nn.Sequential(nn.Linear(8, 1500), nn.ReLU(), nn.Linear(1500, 1100), nn.ReLU(), nn.Linear(1100, 4)).double()
     result = plain_merge(model, torch.randn(2, 8).double(), ratio=0.5, decomposition="prune")
     first, second = (result.plan.groups[i].kept for i in (0, 1))
-    assert model[2].weight.numel() > slicing.MUCH
+    assert model[2].weight.numel() > slicing._SMALL
     assert torch.equal(result.module.get_parameter("2.weight"), model[2].weight[list(second)][:, list(first)])

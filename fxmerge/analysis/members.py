@@ -70,7 +70,9 @@ class Builder:
             if self.facts.kinds[n] in ("per_channel", "tie", "mixer", "per_channel_param")
             and not self.facts.commutes.get(n, False)
         ]
+        blocked += [n for n in ordered if self.facts.made.get(n, False)]
         blocked += [m.layer.node for m in members["carry"] if m.layer.op == "joined"]  # a class token has a fixed scale
+        blocked += [m.layer.node for m in members["write"] if m.layer.operation.is_recurrent]
         blocks = self._blocks(number, lookup, cell)
         lookup[inside] = -1
         met = meetings(self.facts, ordered, producers)
@@ -121,6 +123,9 @@ class Builder:
         """(producers and consumers with their steps, nodes where outputs of producers join, layers between those)."""
         ends: list[tuple[Member, str, list[str]]] = []  # (consumer, the node where its walk ended, steps from there)
         for consumer in consumers:
+            if consumer.layer.inner:
+                ends.append((consumer, consumer.layer.node, []))
+                continue
             for source in dict.fromkeys(self.facts.sources[consumer.layer.node]):
                 if source in self.nodes[number]:
                     ends.append((consumer, *self._back(number, source)))

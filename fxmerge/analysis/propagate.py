@@ -1,19 +1,21 @@
 """Provenance: one run of the graph on labels shows which channel goes where.
 
 Every channel that a parameter creates gets a label. The graph is interpreted on label tensors, which have the shapes
-of the activations, with one rule for each op (`rules.table.RULES`). The rules record facts: ties (labels that are dropped
-together), pins (labels that must stay, with the reason and the user's source line), blocks (rows that must lose
+of the activations, with one rule for each op (`rules.table.RULES`). The rules record facts: ties (labels that are
+dropped together), pins (labels that must stay, with the reason and the user's source line), blocks (rows that must lose
 equally many).
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from fxmerge.analysis.constants import is_zero, labelled, makers
 from fxmerge.analysis.untouched import untouched
 from fxmerge.errors import source_line
 from fxmerge.graph import nested
@@ -22,9 +24,10 @@ from fxmerge.ir.capture import Capture
 from fxmerge.ir.labels import fixed, numbers
 from fxmerge.ir.provenance import Kind, Lab, Param, ParamLabels, Pin, Provenance, Tie, View
 from fxmerge.rules import movement
-from fxmerge.rules.context import RuleContext, call_name
+from fxmerge.rules.call_names import call_name
+from fxmerge.rules.context import RuleContext
 from fxmerge.rules.facts import FactsBuilder
-from fxmerge.rules.lookup import attributes_of, rule_of
+from fxmerge.rules.lookup import attributes_of, rule_of, takes_params
 from fxmerge.rules.rule import Answer, AsKind, Rule, Unknown
 from fxmerge.weights.by_path import at
 
@@ -36,7 +39,14 @@ def provenance(capture: Capture, whole: bool = False) -> Provenance:
     Cost: one pass of integer arithmetic on label tensors, whose spatial axes have stride 0. Raises nothing: channels
     that meet an op without a rule are pinned, and the pin names the reason.
     """
-    return _Interpreter(capture, whole).run()
+    made: dict[str, tuple[int, ...]] = {}
+    while True:
+        interpreter = _Interpreter(capture, whole, made)
+        facts = interpreter.run()
+        wanted = makers(interpreter.facts.wanted, capture.module, interpreter.values)
+        if not set(wanted) - set(made):
+            return facts
+        made |= {name: axes for name, axes in wanted.items() if name not in made}
 
 
 class Opaque:
@@ -46,8 +56,9 @@ class Opaque:
 class _Interpreter:
     """Walks the graph once, with one rule for each node."""
 
-    def __init__(self, capture: Capture, whole: bool) -> None:
-        self.capture, self.facts = capture, FactsBuilder(whole)
+    def __init__(self, capture: Capture, whole: bool, made: Mapping[str, tuple[int, ...]]) -> None:
+        self.capture, self.facts, self.made = capture, FactsBuilder(whole), made
+        self.factors: set[str] = set()  # nodes that make constants other than zeros, which no factor passes
         self.inputs = iter(capture.inputs)
         self.kinds: dict[str, Kind] = {}
         self.commutes: dict[str, bool] = {}
@@ -64,8 +75,13 @@ class _Interpreter:
         for node in self.capture.module.graph.nodes:
             self.sources[node.name] = tuple(self.latest(n).name for n in node.all_input_nodes)
             value, self.kinds[node.name] = self.step(node)
+            if node.name in self.made:
+                if not is_zero(value):
+                    self.factors.add(node.name)
+                value, self.kinds[node.name] = labelled(self.facts, node, value, self.made[node.name]), "movement"
             self.values[node] = value
             self.same_call[node.name] = self.calls.setdefault(self.signature(node), node.name)
+            self.facts.node_of.setdefault(id(value), node)
             if node.name in held:
                 self.hold([leaf for leaf in nested.leaves(value) if isinstance(leaf, Lab)], node, held[node.name])
         return self.found()
@@ -126,6 +142,7 @@ class _Interpreter:
         elif is_module and rule is None:
             why = f"is a {type(target).__name__}, which has no rule"
         elif any(isinstance(leaf, Opaque) for leaf in operands):
+            why = why if rule is None else "takes the result of a call that cannot be followed"
             rule = None
         sizes, kind = self.facts.sizes(), rule.kind if rule is not None else "unknown"
         answer = self.apply(rule, node, target, args, kwargs) if rule is not None else Unknown(why)
@@ -151,6 +168,9 @@ class _Interpreter:
             value = getattr(target, attribute)
             is_tensor = isinstance(value, Tensor)
             kwargs[attribute] = self.param(f"{node.target}.{attribute}", value) if is_tensor else value
+        if node.op == "call_module" and takes_params(target):
+            own = target.named_parameters(recurse=False, remove_duplicate=False)
+            kwargs["params"] = {name: self.param(f"{node.target}.{name}", value) for name, value in own}
         if getattr(target, "padding_mode", "zeros") != "zeros":
             kwargs.pop("padding", None)
         ctx = RuleContext(self.facts, self.capture, node, rule.name, target)
@@ -237,8 +257,10 @@ class _Interpreter:
             blocks=tuple(facts.blocks),
             mixers=tuple(facts.mixers),
             label_count=facts.label_count,
+            made={name: name in self.factors for name in self.made},
             views=frozenset(n.name for n, v in self.values.items() if isinstance(v, View)),
             contractions=tuple(facts.contractions),
+            grids=tuple(facts.grids),
             bonds=tuple(facts.bonds),
             untouched=untouched(self.capture, facts, self.owners),
         )

@@ -54,17 +54,18 @@ def sensitivity(
     found: dict[str, Tensor] = {}
     try:
         with evaluating(captured.module), torch.enable_grad():
-            outputs: dict[str, list[Tensor]] = {}
+            outputs: dict[tuple[str, int], list[Tensor]] = {}  # a recurrent layer returns several tensors
             last: list[Any] = []
             for visit in PairedRun(pair(captured.module, facts), some, alone):
                 if visit.node.name in layers:
-                    outputs[visit.node.name] = visit.outputs
+                    several = zip(*map(returned, visit.outputs), strict=True)
+                    outputs |= {(visit.node.name, at): list(values) for at, values in enumerate(several)}
                 last = visit.outputs
             tensors = [t for values in outputs.values() for t in values]
             for draw in range(DRAWS):
                 total = torch.stack([_drawn(t, generator) for out in last for t in returned(out)]).sum()
                 slopes = iter(torch.autograd.grad(total, tensors, retain_graph=draw + 1 < DRAWS, allow_unused=True))
-                for node, values in outputs.items():
+                for (node, _), values in outputs.items():
                     layer = layers[node]
                     axis = axis_of_outputs(values[0], at(captured.module, layer.params["weight"]))
                     axes = [a for a in range(values[0].dim()) if a != axis]

@@ -31,7 +31,7 @@ _NAME = re.compile(r"\bs\d+\b")
 class Sizes:
     """What torch.export found about the sizes of a program's inputs.
 
-    shapes:     for each input: its sizes as ints, or as code in symbols (`s0`, `2*s0`); None for other inputs
+    shapes:     for each input: its sizes as ints, or as code in symbols, such as s0 or 2*s0; None for others
     limits:     {symbol: (smallest, largest or None)}
     guards:     further conditions, as code in symbols
     """

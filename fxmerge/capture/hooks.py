@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from fxmerge.errors import of_user
@@ -37,6 +39,27 @@ def overridden(module: nn.Module) -> bool:
     """Whether an instance has a forward that replaces that of its class."""
     forward = vars(module).get("forward")
     return forward is not None and not isinstance(module, fx.GraphModule) and getattr(forward, "overrides", True)
+
+
+@contextmanager
+def replaced_forwards(model: nn.Module, wrap: Callable[[nn.Module, str], Callable[..., Any]]) -> Iterator[None]:
+    """Gives each submodule the forward `wrap(module, path)`; restores those that instances override on exit.
+
+    Raises TypeError for models with ScriptModules.
+    """
+    modules = {module: path for path, module in model.named_modules() if path}
+    for module, path in modules.items():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TypeError(f"{path} is a ScriptModule")
+    own = {module: vars(module).get("forward") for module in modules}
+    for module, path in modules.items():
+        module.forward = wrap(module, path)
+    try:
+        yield
+    finally:
+        for module, forward in own.items():
+            vars(module).pop("forward")
+            vars(module).update({"forward": forward} if forward is not None else {})
 
 
 def traced_call(

@@ -16,7 +16,9 @@ from fxmerge.capture.frozen import Check, restored
 from fxmerge.capture.hooks import hooked, overridden, traced_call, without_hooks
 from fxmerge.capture.torch_export import export
 from fxmerge.errors import FxMergeError, first_line, of_user
+from fxmerge.graph.odd_names import writable
 from fxmerge.rules.lookup import rule_of
+from fxmerge.rules.recurrent import PACKING
 
 
 class Tracer(fx.Tracer):
@@ -27,7 +29,8 @@ class Tracer(fx.Tracer):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(autowrap_functions=PACKING)
+        self._autowrap_search.append(torch.nn.utils.rnn)
         self.expanded: set[nn.Module] = set()
         self.unhooked: set[nn.Module] = set()  # leaves whose hooks were traced
         self.names: dict[int, str] = {}  # id of a parameter or buffer -> its first path
@@ -35,7 +38,12 @@ class Tracer(fx.Tracer):
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         if isinstance(root, nn.Module):
             self.names = {id(v): n for n, v in reversed([*root.named_buffers(), *root.named_parameters()])}
-        return super().trace(root, concrete_args)
+        graph = super().trace(root, concrete_args)
+        for node in graph.nodes:
+            if node.target in PACKING:
+                # or the code of the graph would call torch.fx.wrap with a dotted name, which breaks every later trace
+                node.meta.pop("is_wrapped", None)
+        return graph
 
     def create_arg(self, a: Any) -> Any:
         name = self.names.get(id(a)) if isinstance(a, Tensor) else None
@@ -61,6 +69,7 @@ class Tracer(fx.Tracer):
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        args, kwargs = self.without_zero_state(m, args, kwargs)
         if hooked(m) and self.is_leaf_module(m, self.path_of_module(m)):
             call = super().call_module
             result, traced = traced_call(m, lambda a, k: call(m, forward, a, k), args, kwargs, self.graph)
@@ -79,6 +88,21 @@ class Tracer(fx.Tracer):
                 for node in list(reversed(self.graph.nodes))[: len(self.graph.nodes) - last]:
                     self.graph.erase_node(node)
         return super().call_module(m, forward, args, kwargs)
+
+    def without_zero_state(
+        self, m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a recurrent layer without an initial state of zeros, which the layer makes itself.
+
+        Such a tensor would be a constant of the graph, of the size of the example's batch.
+        """
+        given = kwargs.get("hx", args[1] if len(args) > 1 else None)
+        states = given if isinstance(given, (tuple, list)) else [given]
+        if isinstance(m, (nn.RNNBase, nn.RNNCellBase)) and all(
+            type(t) is Tensor and id(t) not in self.names and not bool(t.any()) for t in states
+        ):
+            return args[:1], {k: v for k, v in kwargs.items() if k != "hx"}
+        return args, kwargs
 
 
 def user_line() -> str:
@@ -140,7 +164,7 @@ def symbolic(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
     left_out = {k: p.default for k, p in parameters.items() if k not in given and p.default is not p.empty}
     tracer, before = Tracer(), [(m, dict(vars(m))) for m in model.modules()]
-    graph = tracer.trace(model, concrete_args=left_out or None)
+    graph = writable(tracer.trace(model, concrete_args=left_out or None))
     for module, fields in before:  # what forward assigned while it was traced is no value that the graph can fetch
         for name, value in list(vars(module).items()):
             if isinstance(value, fx.Proxy):

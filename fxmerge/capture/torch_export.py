@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
+import keyword
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -22,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fxmerge.capture.guards import insert, only_samples, sizes_of
+from fxmerge.errors import FxMergeError, first_line
 from fxmerge.graph.nested import fresh
 from fxmerge.graph.ops import overload_name
 
@@ -58,7 +60,14 @@ def _graph_module_of(program: torch.export.ExportedProgram) -> fx.GraphModule:
     """An exported program as a graph module with its call signature, without guards and assertions."""
     # newer versions of torch add guards to the graph by default, which can take as long as the export
     plain: Any = {"check_guards": False} if "check_guards" in inspect.signature(program.module).parameters else {}
-    module = program.module(**plain)
+    try:
+        module = program.module(**plain)
+    except SyntaxError as error:  # torch writes self.lambda
+        names = {part for name in program.state_dict for part in name.split(".") if keyword.iskeyword(part)}
+        raise FxMergeError(
+            f"torch.export cannot make a module of this program ({first_line(error)}), since names of its modules or "
+            f"parameters are keywords of Python: {', '.join(sorted(names))}; give the model itself, or rename them"
+        ) from error
     assert isinstance(module, fx.GraphModule)
     module._forward_pre_hooks.clear()  # these hooks check the shapes of inputs as well
     module._forward_pre_hooks_with_kwargs.clear()

@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 
 from fxmerge.graph.eval_mode import evaluating
+from fxmerge.graph.flop_counter import flop_counter
 from fxmerge.graph.nested import fresh
 
 
@@ -31,10 +32,10 @@ class Cost:
 
     parameters: int  # elements; shared parameters count once
     flops: int  # a multiply-add counts as two, as in torch.utils.flop_counter
-    by_node: Mapping[str, NodeCost]  # of the nodes of its graph
+    by_node: Mapping[str, NodeCost]  # of the nodes of its graph that cost something
 
     def of(self, nodes: Iterable[str]) -> tuple[int, int | None]:
-        """(parameters, FLOPs) of some nodes. What they share counts once, and a node that is gone counts as 0.
+        """(parameters, FLOPs) of some nodes. What they share counts once, and a node without an entry counts as 0.
 
         FLOPs are None if they could not be counted for one of the nodes.
         """
@@ -65,9 +66,7 @@ def call_cost(
     graph, inputs:  its graph, and the values of the graph's placeholders. The nodes' FLOPs are counted in a run of the
                     graph. If it does not run by itself, only those of its modules are known, from the call.
     """
-    from torch.utils.flop_counter import FlopCounterMode
-
-    counter = FlopCounterMode(display=False)
+    counter = flop_counter()
     with evaluating(module), torch.no_grad(), counter:
         module(*fresh(list(args)), **fresh(dict(kwargs)))
     try:
@@ -80,9 +79,7 @@ def call_cost(
 
 def flops_by_node(module: fx.GraphModule, inputs: Sequence[Any]) -> dict[str, int]:
     """The FLOPs of each node, by its name, given the values of the graph's placeholders."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    counter = FlopCounterMode(display=False)
+    counter = flop_counter()
     flops: dict[str, int] = {}
 
     class Counting(fx.Interpreter):
@@ -129,7 +126,9 @@ def _by_node(module: fx.GraphModule, flops: Mapping[str, int]) -> dict[str, Node
         computed = node.op in ("call_function", "call_method") and all(n in made for n in inputs)
         if node.op == "get_attr" or computed:
             made[node] = used
-        found[node.name] = NodeCost(used, flops.get(node.name))
+        spent = flops.get(node.name)
+        if used or spent != 0:
+            found[node.name] = NodeCost(used, spent)
     return found
 
 

@@ -7,6 +7,7 @@ from typing import Literal
 
 DEPTHWISE = ("depthwise", "depthwise_transpose")  # convolutions with a filter for each channel
 NORMS = ("batch_norm", "layer_norm", "rms_norm", "group_norm", "instance_norm")
+RECURRENT = ("lstm", "gru", "rnn")
 _ELEMENTWISE = ("scale", "offset", "table", "joined")
 _SIGNS = {"offset": {"parameter": "-", "activation": "-r"}, "scale": {"parameter": "/", "activation": "/r"}}
 
@@ -76,6 +77,11 @@ class LayerOp:
     def is_elementwise(self) -> bool:
         """Does its weight hold one label for each element, rather than labels along an axis?"""
         return self.name in _ELEMENTWISE
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Is it a layer of a recurrent network, whose output is an input of its next step?"""
+        return self.name in RECURRENT
 
     @property
     def rescales(self) -> bool:

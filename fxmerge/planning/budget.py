@@ -27,8 +27,8 @@ from fxmerge.ir.provenance import Layer, Provenance, can_shift
 from fxmerge.methods.allocation import ALLOCATORS, Counts, Floats, Ints, Ladder, Price, Problem
 from fxmerge.methods.selection import select
 from fxmerge.options import NAMES, TOLERANCE, Options
+from fxmerge.planning.candidates import candidates
 from fxmerge.planning.price import flops_price, parameters_price
-from fxmerge.planning.statistics import candidates
 from fxmerge.rewrite.reassemble import assembled
 from fxmerge.rewrite.rewriter import Rewriter
 

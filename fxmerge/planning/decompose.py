@@ -31,19 +31,23 @@ def decompose(
     carried = mapping.up.any(1)
     carried[kept] = False
     consumers = []
-    for number, steps in enumerate(found.consumers):
+    for number, (consumer, steps) in enumerate(zip(group.consumers, found.consumers, strict=True)):
         if method == "lstsq":
-            up, shift = cellwise_least_squares(*moments(found, number, options.seed), kept, group.cells)
+            mean, covariance = moments(found, number, options.seed)
+            if consumer.layer.is_stacked:  # which has no place for a constant: solved about zero
+                mean, covariance = torch.zeros_like(mean), covariance + torch.outer(mean, mean)
+            up, shift = cellwise_least_squares(mean, covariance, kept, group.cells)
         else:
             up, shift = mapping.up, torch.zeros(n, dtype=torch.float64)
-            if found.linear and method == "mostsim" and found.evidence.centred and not found.evidence.published:
+            if found.linear and method == "mostsim" and found.apart and not found.evidence.published:
                 bias = found.evidence.bias
                 shift = bias - up @ bias[kept]
             for step in steps:
                 if step.function is not None:
                     shift = torch.zeros_like(shift)  # a constant cannot be moved past a nonlinear function
                 up, shift = push(up, shift, kept, step.gain, step.constant_gain, step.constant)
-            shift = torch.where(carried, shift, 0) if method == "mostsim" else torch.zeros_like(shift)
+            moves = method == "mostsim" and not consumer.layer.is_stacked
+            shift = torch.where(carried, shift, 0) if moves else torch.zeros_like(shift)
         consumers.append(Decomposition(up, shift))
     return mapping, Merge(group, kept, mapping.down, tuple(consumers), found.producer_maps)
 

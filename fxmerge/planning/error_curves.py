@@ -24,7 +24,8 @@ from fxmerge.methods.allocation import Floats
 from fxmerge.methods.elimination import curve
 from fxmerge.methods.evidence import Reading
 from fxmerge.options import Options
-from fxmerge.planning.statistics import Statistics, candidates, moments, statistics
+from fxmerge.planning.candidates import candidates
+from fxmerge.planning.statistics import Statistics, moments, statistics
 from fxmerge.weights.layout import columns
 
 # The error of a group is weighted by its consumers' sensitivity to this power. 0 would weight all groups equally. 1
@@ -88,7 +89,8 @@ def _expected(
         weight = columns(tensors[consumer.layer.params["weight"]], consumer.layer).double()
         read = weight[consumer.where]  # (m, copies, out/groups * kernel)
         norm = epilogue_of(captured.module, nodes[consumer.layer.node], norms, set()).norm
-        if norm is not None and norm.has_running_statistics and consumer.layer.groups == 1:
+        single = consumer.layer.groups == 1 and not consumer.layer.is_stacked
+        if norm is not None and norm.has_running_statistics and single:
             variance = tensors[norm.params["running_var"]].double()
             gain = line(captured.module, norm, variance, (variance + norm.eps).sqrt())[0]
             read = (read.view(*read.shape[:2], len(gain), -1) * gain[:, None]).flatten(2)

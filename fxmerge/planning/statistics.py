@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.groups import Group, Member
 from fxmerge.methods import linalg
-from fxmerge.methods.evidence import Candidates, Evidence, PublishedForm, Reading, Term
+from fxmerge.methods.evidence import Evidence, PublishedForm
 from fxmerge.methods.least_squares import second_moments
 from fxmerge.methods.linalg import as_real
 from fxmerge.options import Options
 from fxmerge.planning.channel_ops import Level, Step, bias_of, in_order, laid_out, slot, steps_at
+from fxmerge.weights.layout import out_first
 
 SAMPLES = 4096  # smallest number of samples of the Gaussian that models a group's pre-activations
 
@@ -34,6 +35,7 @@ class Statistics:
 
     evidence: Evidence
     linear: bool  # whether there is no nonlinear step before the common coordinates
+    apart: bool  # whether `evidence.bias` holds all constants, and the rows none
     mean: Tensor  # (n,) of the common coordinates before their nonlinear steps, for white input
     covariance: Tensor | None  # (n, n) of the same; None if `statistics` was called with `kept`
     functions: tuple[Step, ...]  # the nonlinear steps before the common coordinates
@@ -56,8 +58,7 @@ def producer_rows(member: Member, weight: Tensor, n: int) -> Tensor:
     complex weight has rows of real and imaginary parts, so that their inner products are the real parts of those of
     the complex rows.
     """
-    out_first = as_real(weight.movedim(1, 0) if member.layer.transposed else weight)
-    rows = out_first.flatten(1)
+    rows = as_real(out_first(weight, member.layer)).flatten(1)
     if len(rows) == n and in_order(member, n):
         return rows  # a view
     return laid_out(rows[member.where].flatten(1), member, n, 0.0)
@@ -66,76 +67,6 @@ def producer_rows(member: Member, weight: Tensor, n: int) -> Tensor:
 def producer_constants(member: Member, tensors: Mapping[str, Tensor], n: int) -> Tensor:
     """A producer's bias for each channel and copy, (n, copies), or of twice as many columns if it is complex."""
     return laid_out(as_real(bias_of(member.layer, tensors)[member.where]).flatten(1), member, n, 0.0)
-
-
-def candidates(
-    group: Group, captured: Capture, tensors: Mapping[str, Tensor], seed: int, readings: tuple[Reading, ...] = ()
-) -> Candidates:
-    """The input of a selector: the rows of a group's producers, and the kernels of the first producer."""
-    per_channel_params, n = group.params_at, group.channels
-    parts: list[tuple[Tensor, ...]] = []
-    for producer in group.producers:
-        raw = producer_rows(producer, tensors[producer.layer.params["weight"]], n)
-        own = [raw]
-        if "bias" in producer.layer.params and not any(_is_norm(name, per_channel_params) for name in producer.steps):
-            own.append(producer_constants(producer, tensors, n).to(raw))
-        parts.append(tuple(own))
-    first = group.producers[0]
-    weight = tensors[first.layer.params["weight"]]
-    out_first = weight.movedim(1, 0) if first.layer.transposed else weight
-    whole = in_order(first, len(out_first))
-    kernels = as_real(out_first if whole else out_first[first.where[:, 0]])
-    kernels = kernels.flatten(2) if kernels.dim() > 2 else kernels[:, :, None]
-    filters = laid_out(kernels, first, n, 0.0)
-    if not any(meeting.op in ("mul", "halves") for meeting in group.meetings):
-        return Candidates(tuple(part for own in parts for part in own), filters, seed, readings)
-    factors, terms = _factors(group, parts, captured, tensors)
-    return Candidates(factors, filters, seed, readings, terms=terms)
-
-
-def _factors(
-    group: Group, parts: Sequence[tuple[Tensor, ...]], captured: Capture, tensors: Mapping[str, Tensor]
-) -> tuple[tuple[Tensor, ...], tuple[Term, ...]]:
-    """The rows of producers whose outputs meet in products, and the sums and products that they make.
-
-    parts: the rows and constants of each producer
-    """
-    n = group.channels
-    halved = {meeting.operands[0] for meeting in group.meetings if meeting.op == "halves"}
-    factors: list[Tensor] = []
-    of_producer: list[tuple[int, ...]] = []  # the factors of each producer: one, or its two halves
-    for number, (producer, own) in enumerate(zip(group.producers, parts, strict=True)):
-        first = len(factors)
-        if number in halved:
-            factors += [torch.cat([part.view(n, 2, -1)[:, half] for part in own], 1) for half in (0, 1)]
-        else:
-            rest = _at_rest(producer, group, captured, tensors)
-            factors.append(torch.cat([*own, *([rest[:, None].to(own[0])] if bool(rest.any()) else [])], 1))
-        of_producer.append(tuple(range(first, len(factors))))
-    terms: list[Term] = []
-    place: list[int] = []  # where each producer, and then each meeting, is among the factors and terms
-
-    def add(term: Term) -> int:
-        terms.append(term)
-        return len(factors) + len(terms) - 1
-
-    for own_factors in of_producer:
-        place.append(own_factors[0] if len(own_factors) == 1 else add(Term(True, own_factors)))
-    for meeting in group.meetings:
-        operands = tuple(place[operand] for operand in meeting.operands)
-        place.append(operands[0] if meeting.op == "halves" else add(Term(meeting.op == "mul", operands)))
-    return tuple(factors), tuple(terms)
-
-
-def _at_rest(producer: Member, group: Group, captured: Capture, tensors: Mapping[str, Tensor]) -> Tensor:
-    """What nonlinear steps make of a producer's output of 0, (n,): 1/2 for a sigmoid, as a gate of 0 is not closed."""
-    n, members = group.channels, group.params_at
-    nodes = {node.name: node for node in captured.module.graph.nodes}
-    value, level = torch.zeros(1, n, dtype=torch.float64), Level(torch.ones(n).double(), torch.zeros(n).double())
-    for name in producer.steps:
-        for step in steps_at(nodes[name], members.get(name, ()), captured, tensors, level):
-            value = value * step.gain if step.function is None else step.function(value)
-    return value[0]
 
 
 def statistics(
@@ -175,7 +106,8 @@ def statistics(
     covariance = torch.zeros(n, n, dtype=torch.float64) if whole else None
     maps, linear = [], not any(meeting.op in ("mul", "halves") for meeting in group.meetings)
     functions: tuple[Step, ...] = ()
-    normed = any(_is_norm(name, members) for w in group.producers for name in w.steps)
+    normed = any(is_norm(name, members) for w in group.producers for name in w.steps)
+    apart = normed or _constants_cancel(group)
     norms = [m.layer for m in group.per_channel_params if m.layer.operation.is_channel_norm]
     measured = not all(layer.has_running_statistics for layer in norms)  # is the length of rows needed?
     form = None
@@ -184,13 +116,13 @@ def statistics(
         spread = raw_pairs = gram(raw)
         columns = producer_constants(producer, tensors, n)
         # without a BatchNorm the constants are one more column of the rows, as in the paper; else they are kept apart
-        own = spread if normed else spread + gram(columns)
+        own = spread if apart else spread + gram(columns)
         length = torch.linalg.vector_norm(raw.double(), dim=1) if measured else torch.ones_like(zeros)
         start = Level(length, columns.mean(1))
-        constant = start.constant if normed else zeros
+        constant = start.constant if apart else zeros
         level, moved, gain, constant_gain = start.constant, zeros, torch.ones_like(zeros), torch.ones_like(zeros)
         steps, now = tuple(steps_of(producer.steps, start)), start
-        if published and len(group.producers) == 1 and steps and _is_norm(producer.steps[0], members):
+        if published and len(group.producers) == 1 and steps and is_norm(producer.steps[0], members):
             form = _published(members[producer.steps[0]], tensors, n)
         for step in steps:
             if step.features is not None:
@@ -209,11 +141,11 @@ def statistics(
             linear &= step.function is None
         functions = tuple(s for s in steps if s.function is not None)
         maps.append((gain, constant_gain, moved))
-        inner.append(raw_pairs if form is not None else own * gram(gain[:, None]))
+        weight = share.abs().sqrt()
+        inner.append(raw_pairs if form is not None else own * gram((weight * gain)[:, None]))
         bias, mean, constants = bias + share * constant, mean + share * level, constants + share * now.constant
         square = square + share.abs() * now.length.square()
         if covariance is not None:
-            weight = share.abs().sqrt()
             covariance = covariance + weight[:, None] * spread * weight
     evidence = Evidence(
         inner=reduce(operator.add, inner),
@@ -229,6 +161,7 @@ def statistics(
     return Statistics(
         evidence=evidence,
         linear=linear,
+        apart=apart,
         mean=mean,
         covariance=covariance,
         functions=functions,
@@ -279,8 +212,18 @@ def moments(found: Statistics, consumer: int, seed: int) -> tuple[Tensor, Tensor
     return mean[0], second[0]
 
 
-def _is_norm(node: str, members: Mapping[str, Sequence[Member]]) -> bool:
+def is_norm(node: str, members: Mapping[str, Sequence[Member]]) -> bool:
     return any(member.layer.operation.is_channel_norm for member in members.get(node, ()))
+
+
+def _constants_cancel(group: Group) -> bool:
+    """Whether every consumer's path begins with a norm that subtracts the mean of its input."""
+    own = {
+        m.layer.node
+        for m in group.per_channel_params
+        if m.layer.operation.is_channel_norm and not m.layer.has_running_statistics
+    }
+    return bool(group.consumers) and all(c.steps and c.steps[0] in own for c in group.consumers)
 
 
 def _unit(inner: Tensor, deviation: Tensor) -> Tensor:

@@ -7,8 +7,8 @@ from math import inf
 
 from fxmerge.refit.refit_layers import Refitted
 
-LARGE = 0.3  # an error of the outputs that is worth a note
-FARTHER = 4.0  # how many times the last layers' error it is, at least
+LARGE = 0.5  # an error of the outputs that is worth a note
+FARTHER = 8.0  # how many times the last layers' error it is, at least
 
 
 def contradiction(refitted: Sequence[Refitted], error: float, outputs: int) -> tuple[str, ...]:

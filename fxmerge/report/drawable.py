@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
-from fxmerge.analysis.groups import graphml
+from fxmerge.analysis.group_graph import graphml
 from fxmerge.errors import FxMergeError
 from fxmerge.graph.cost import Cost
 from fxmerge.ir.capture import Capture

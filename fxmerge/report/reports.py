@@ -188,20 +188,19 @@ class Report(Drawable):
             notes.append(f"kept channels in blocks that remain: {staying}")
         if decomposition == "mostsim" and group.scale_blocks:
             notes.append(f"merged without rescaling, because scaling does not pass through {self._ops(group)}")
-        why = unmerged(group, self._tensors, self.plan.options)
-        if why:
+        if why := unmerged(group, self._tensors, self.plan.options):
             notes.append(f"dropped without merging: {why}")
         return notes
+
+    @cached_property
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        return state(self.captured.module)
 
     def _ops(self, group: Group) -> str:
         """The operations that scaling does not pass through."""
         nodes = {n.name: n for n in self.captured.module.graph.nodes}
         found = (operation(nodes[name], self.captured.module) for name in group.scale_blocks)
         return first_names(list(dict.fromkeys(found)))
-
-    @cached_property
-    def _tensors(self) -> dict[str, torch.Tensor]:
-        return state(self.captured.module)
 
     def _in_kept_blocks(self, group: Group, plan: GroupPlan) -> int:
         """How many of a group's kept channels are in blocks that are not removed as a whole (heads="both")."""

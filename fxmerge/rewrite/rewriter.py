@@ -10,21 +10,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from fxmerge.graph.nested import tree
 from fxmerge.ir.capture import SIZE_CHECK
 from fxmerge.ir.groups import Member, Merge
+from fxmerge.ir.labels import compact
 from fxmerge.ir.provenance import Layer, ParamLabels, Provenance, blocks_left
 from fxmerge.methods.linalg import BITE, precise
 from fxmerge.rewrite.slicing import gather, places
 from fxmerge.rules.resize import Call
 from fxmerge.weights.by_path import fetch_bias
 from fxmerge.weights.copy import sharing_copy
-from fxmerge.weights.layout import columns, from_columns, resize
+from fxmerge.weights.layout import columns, from_columns, from_out_first, out_first, resize
 
-_WITHOUT_BIAS = ("matrix", "embedding")  # ops that take no bias (except addmm): a node after them adds it
+_WITHOUT_BIAS = ("matrix", "embedding", "experts")  # ops that take no bias (except addmm): a node after them adds it
 
 
 class Rewriter:
@@ -58,7 +61,7 @@ class Rewriter:
                     gather(self.weights, labels, lambda flat: alive[flat].nonzero().flatten())
             self.weights.own_all()
         for layer in self.facts.layers:
-            self._resize(layer, blocks_left(layer, alive))
+            self._resize(layer, alive)
         self._edit(edits)
         self.module.graph.lint()
         self.module.recompile()
@@ -118,16 +121,15 @@ class Rewriter:
                 continue
             done.add(_held(producer))
             weight = self.weights.own(producer.layer.params["weight"])
-            out_first = weight.movedim(1, 0) if producer.layer.transposed else weight
-            rows = precise(out_first.flatten(1)).clone()
+            first = out_first(weight, producer.layer)
+            rows = precise(first.flatten(1)).clone()
             here, local = producer.local(merge.kept)
             down = mixing[here][:, producer.channels]  # (k', m)
             own_gain, own_constant = gain[producer.channels], constant[producer.channels]
             inverse = torch.where(own_gain[local] == 0, 0.0, 1 / own_gain[local])
             mix = inverse[:, None] * down * own_gain[None, :]
             rows[producer.where[local]] = torch.einsum("km,mcx->kcx", mix.to(rows), rows[producer.where])
-            whole = rows.reshape(out_first.shape)
-            weight.copy_(whole.movedim(0, 1) if producer.layer.transposed else whole)
+            weight.copy_(from_out_first(rows.reshape(first.shape), weight, producer.layer))
             of_constants = constant_gain[producer.channels]
 
             def mean_bias(bias: Tensor) -> Tensor:
@@ -144,13 +146,15 @@ class Rewriter:
             bias = self.weights.own(layer.params["bias"])
             bias.copy_(change(precise(bias)))
             return
+        if layer.operation.is_recurrent:
+            return  # its module has biases everywhere or nowhere
         path, node = layer.params["weight"], self.nodes[layer.node]
-        weight, out_axis = self.weights[path], 1 if layer.transposed else 0
+        weight, out_axis = self.weights[path], int(layer.transposed) + layer.is_stacked
         owner, _, name = path.rpartition(".")
         takes_one = layer.op not in _WITHOUT_BIAS
         added = f"{owner}.{'bias' if node.op == 'call_module' and takes_one else name + '_bias'}".lstrip(".")
         known = added in self.held
-        old = self.weights[added] if known else weight.new_zeros(weight.size(out_axis))
+        old = self.weights[added] if known else weight.new_zeros(len(out_first(weight, layer)))
         new = change(precise(old)).to(weight)
         if not takes_one and not known and not bool(new.any()):
             return
@@ -175,33 +179,43 @@ class Rewriter:
         node.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
         self.nodes[layer.node] = total
 
-    def _resize(self, layer: Layer, groups: int) -> None:
+    def _resize(self, layer: Layer, alive: Tensor) -> None:
         """Updates the sizes that a layer's module keeps: groups, and those of its weight (see `layout.resize`)."""
-        node = self.nodes[layer.node]
-        weight = self.weights[layer.params["weight"]] if "weight" in layer.params else None
+        node, groups = self.nodes[layer.node], blocks_left(layer, alive)
         if node.op != "call_module":
             return
         owner = self.module.get_submodule(str(node.target))
         for attribute in ("groups", "num_groups"):
             if hasattr(owner, attribute):
                 setattr(owner, attribute, groups)
+        weight = self.weights[layer.params["weight"]] if "weight" in layer.params else None
         sized = weight if weight is not None else getattr(owner, "running_mean", None)
         if isinstance(sized, Tensor):
-            resize(owner, sized, groups, layer.transposed)
+            resize(owner, sized.shape, groups, layer.transposed)
+        elif layer.operation.is_norm:  # without parameters: its sizes are those of what it normalises
+            left = compact(self.facts.labels[layer.node], alive)
+            last = len(getattr(owner, "normalized_shape", ()))
+            if left:
+                resize(owner, left[0].shape[-last:] if last else left[0].shape[1:2], groups, layer.transposed)
 
     def _edit(self, edits: Mapping[str, Call]) -> None:
         """Replaces the calls of nodes, and erases size queries that are no longer used."""
 
-        def here(node: fx.Node) -> fx.Node:
-            found: fx.Node = self.nodes[node.name]
-            return found
+        def here(leaf: Any) -> Any:
+            if isinstance(leaf, fx.Node):
+                return self.nodes[leaf.name]
+            if isinstance(leaf, Call):  # a value that is computed for this call alone
+                kind = "call_method" if isinstance(leaf.target, str) else "call_function"
+                return self.module.graph.create_node(kind, leaf.target, tree(here, leaf.args), tree(here, leaf.kwargs))
+            return leaf
 
         for name, call in edits.items():
             node = self.nodes[name]
             if node.op == "call_function" and isinstance(call.target, str):
                 node.op = "call_method"
             node.target = call.target
-            node.args, node.kwargs = fx.map_arg(call.args, here), fx.map_arg(call.kwargs, here)
+            with self.module.graph.inserting_before(node):
+                node.args, node.kwargs = tree(here, tuple(call.args)), tree(here, dict(call.kwargs))
         for node in [
             n for n in reversed(self.module.graph.nodes) if n.op in ("call_function", "call_method") and not n.users
         ]:
@@ -228,7 +242,13 @@ def _partners(consumer: Member, up: Tensor, local: Tensor) -> Partners | None:
     row, into = up.nonzero().unbind(1)  # rows ascending
     own = up[local, torch.arange(len(local))]
     layer = consumer.layer
-    if layer.groups > 1 or layer.transposed or bool((row[1:] == row[:-1]).any()) or bool((own != 1).any()):
+    if (
+        layer.groups > 1
+        or layer.transposed
+        or layer.is_stacked
+        or bool((row[1:] == row[:-1]).any())
+        or bool((own != 1).any())
+    ):
         return None
     moves = torch.ones(len(up), dtype=torch.bool).index_fill_(0, local, False)[row]
     row, into = row[moves], into[moves]

@@ -32,13 +32,15 @@ def layer_norm(
         for param in (weight, bias):
             ctx.freeze(param, "normalises positions, not channels")
         return input
-    ctx.mix(input.t)
+    ctx.mix(input.t, axes)
     if count == 1:
-        return carry(ctx, "layer_norm", input, {"weight": weight, "bias": bias}, axis=input.t.dim() - 1)
+        return carry(ctx, ctx.rule_name, input, {"weight": weight, "bias": bias}, axis=input.t.dim() - 1)
     for op, param in (("scale", weight), ("offset", bias)):  # over several axes: a label for each element
         if isinstance(param, Param):
             ctx.tie(input.t, ctx.elements(param))
             ctx.layer(op, {"weight": param}, carries=ctx.elements(param))
+    if weight is None and bias is None:
+        ctx.layer(ctx.rule_name, {})  # its module keeps the sizes of these axes
     return input
 
 
@@ -99,6 +101,7 @@ def norm(
     axes = along(dim, x.t)
     if axes & set(varying(x.t)):
         ctx.mix(x.t)
+        ctx.hold_places(x.t, set(varying(x.t)) - axes, single=True)
         return Lab(fixed(ctx.shape))
     return Lab(without(x.t, axes, keepdim))
 
@@ -110,5 +113,5 @@ def normalize(
     if not isinstance(input, Lab):
         return Unknown("normalises something that is not an activation")
     if dim % input.t.dim() in varying(input.t):
-        ctx.mix(input.t)
+        ctx.mix(input.t, {dim % input.t.dim()})
     return input

@@ -67,6 +67,37 @@ def _sizes(call: Call, about: Resize) -> Call | None:
     return Call(call.target, (args[0], tuple(new)) if packed else (args[0], *new), call.kwargs)
 
 
+def _made(call: Call, about: Resize) -> Call | None:
+    """zeros, new_full, ...: the size is the first list, or all arguments after the tensor of a method."""
+    args, values, after = list(call.args), list(about.now.args), about.after
+    method = isinstance(call.target, str) or "new_" in str(call.target)
+    first = next((at for at, arg in enumerate(args) if isinstance(arg, (list, tuple))), 1 if method else 0)
+    packed = len(args) > first and isinstance(args[first], (list, tuple))
+    if "size" in call.kwargs and len(args) <= first:
+        kwargs = {**call.kwargs, "size": _corrected(call.kwargs["size"], about.now.kwargs["size"], after)}
+        return Call(call.target, call.args, kwargs)
+    if packed:
+        args[first] = _corrected(args[first], values[first], after)
+    else:
+        args[first:] = _corrected(args[first:], values[first:], after)
+    return Call(call.target, tuple(args), call.kwargs)
+
+
+def _corrected(sizes: Any, values: Any, after: Shape) -> tuple[Any, ...]:
+    return tuple(s if v == a else a for s, v, a in zip(sizes, values, after, strict=True))
+
+
+def _repeats(call: Call, about: Resize) -> Call | None:
+    """repeat(x, 32): a number of copies becomes that of the kept ones."""
+    args, before, after = list(call.args), about.before, about.after
+    packed = len(args) == 2 and isinstance(args[1], (list, tuple))
+    counts = list(args[1]) if packed else args[1:]
+    if len(counts) != len(after) or not all(isinstance(c, (int, fx.Node)) for c in counts):
+        return None
+    new = [c if b == a or isinstance(c, fx.Node) else c * a // b for c, b, a in zip(counts, before, after, strict=True)]
+    return Call(call.target, (args[0], tuple(new)) if packed else (args[0], *new), call.kwargs)
+
+
 def _unflatten(call: Call, about: Resize) -> Call | None:
     """unflatten: literal sizes become those of the new shape."""
     if len(call.args) != 3 or not isinstance(call.args[2], (list, tuple)):
@@ -148,6 +179,9 @@ def _pad(call: Call, about: Resize) -> Call | None:
 
 PROPOSALS: dict[str, Callable[[Call, Resize], Call | None]] = {
     "view": _sizes,
+    "new": _made,
+    "random": _made,
+    "repeat": _repeats,
     "expand": _sizes,
     "unflatten": _unflatten,
     "chunk": _pieces,

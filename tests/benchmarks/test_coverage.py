@@ -21,6 +21,7 @@ ROW = {
     "suite": "timm", "name": "a", "tool": "fxmerge", "status": "ok", "parameters": 2_000_000, "route": "export",
     "groups": 3, "channels": 100, "refused": [["is the model's output", 10], ["topk has no rule", 50]],
     "analysis_s": 1.0, "merge_s": 2.0, "left": 0.4, "shapes_kept": True, "oracle": 1e-15, "oracle_tried": 3,
+    "silence": 2e-16, "silence_groups": 2, "silence_tried": 2, "silence_left_out": 1, "silence_on_graph": 0,
 }  # fmt: skip
 
 
@@ -38,6 +39,7 @@ def test_squeezenet_is_measured() -> None:
     assert found["status"] == "ok" and found["stage"] == "done" and found["shapes_kept"]
     assert found["route"] == "symbolic" and found["groups"] == 25
     assert 0.3 < found["left"] < 0.4 and found["oracle"] < 1e-10
+    assert found["silence"] < 1e-10 and found["silence_groups"] == 25 and found["silence_inputs"] == ["values"]
 
 
 def test_an_unknown_model_is_a_failure_with_its_message() -> None:
@@ -171,7 +173,20 @@ def test_page() -> None:
     both = f"median {ROW['merge_s']:.2f} s with fxmerge, 7.50 s with the peer"
     assert f"the 2 models that both tools handle: {both}" in text
     assert "| **1e-03 (0)** |" in text and "31 % of channels: topk has no rule" in text
+    assert "oracle 6 <= 1e-10: 2 models; above: none" in text and "| 2e-16 -1 |" in text
     assert "| 2 | cannot be traced: a \\| b | bad, worse |" in text
+
+
+def test_page_shows_a_red_silence() -> None:
+    wrong = row(silence=1e-3, silence_tried=1, silence_on_graph=1)
+    text = table(wrong, row(name="b", silence=None, silence_note="why"))
+    assert "oracle 6 <= 1e-10: 0 models; above: 1: a (1e-03)" in text
+    assert "| **1e-03 (1) -1 g** |" in text and "| why |" in text
+
+
+def test_an_error_in_the_last_oracle_is_its_note() -> None:
+    found = coverage.with_error({"status": "ok", "stage": "silence", "error": "no memory"})
+    assert found == {"status": "ok", "stage": "silence", "silence_note": "no memory"}
 
 
 def test_page_without_rows() -> None:

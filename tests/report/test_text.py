@@ -21,9 +21,9 @@ import fxmerge
 from fxmerge.ir.groups import Refusal
 from fxmerge.refit.refit_layers import Refitted
 from fxmerge.report.tables import REFITTED, REFUSED
+from tests.helpers.drawings import data_of
 from tests.helpers.netmaking import one_thread, plain_merge  # noqa: F401
 from tests.helpers.nets import NETS
-from tests.report.test_group_panel import data_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WIDTHS = (20, 40, 60, 80, 100, 120, 200)

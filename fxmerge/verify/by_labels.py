@@ -1,77 +1,21 @@
-"""Checks that an analysis and a merge are correct: three oracles for tests and users, and a check after every merge.
-
-permutation     permutes the channels of each group in all of its members; the output must not change. Detects missing
-                ties and wrong indices.
-overcoupling    leaves one member of a group out of that permutation; the output must change. Detects superfluous
-                members.
-duplicate       overwrites some channels with scaled copies of others, in all members; merging by `mostsim` must then
-                return the same function with fewer channels. Detects wrong absorption.
-compare         runs at the end of every merge: the merged model must run and return outputs of the original's shapes.
-"""
+"""Oracles that change the channels of a group in all of its members: permutation, over-coupling, duplicates."""
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from fxmerge.errors import FxMergeError
-from fxmerge.graph.compare import Verdict, difference, has_generators, judged, outputs
-from fxmerge.graph.nested import tree
+from fxmerge.graph.compare import difference, outputs
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.groups import Group, Grouping, Member
 from fxmerge.ir.provenance import ParamLabels, Provenance
-from fxmerge.rewrite.reassemble import assembled
 from fxmerge.rewrite.slicing import gather, places
+from fxmerge.verify.in_double import in_float64, whole
 from fxmerge.weights.by_path import at
 from fxmerge.weights.copy import sharing_copy
-
-
-def compare(captured: Capture, merged: nn.Module) -> Verdict:
-    """Runs the merged model on the example inputs and compares its outputs with the original's.
-
-    The original is run once more where outputs are integers, or may be random. Raises FxMergeError where the merged
-    model does not run, or where its outputs have other shapes.
-    """
-    recorded = captured.recorded
-    return judged(
-        captured.module if recorded is None else recorded.host,
-        merged,
-        (captured.args, captured.kwargs),
-        expected=captured.outputs,
-        unsure=recorded is not None or has_generators(captured.module),
-        lengths_vary=recorded is not None,
-    )
-
-
-def in_float64(captured: Capture) -> tuple[fx.GraphModule, tuple[Any, ...], dict[str, Any]]:
-    """A float64 copy of a captured graph module, and of its example (args, kwargs).
-
-    Raises FxMergeError for a model on the meta device.
-    """
-    if captured.blank:
-        raise FxMergeError("a model on the meta device has no values to verify; give a model with weights")
-
-    def double(value: Any) -> Any:
-        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-    positional: tuple[Any, ...] = tree(double, captured.args)
-    module = copy.deepcopy(captured.module).double()
-    for node in module.graph.nodes:  # casts to float32 in the graph would lose the precision of float64
-
-        def cast(leaf: Any) -> Any:
-            return torch.float64 if leaf is torch.float32 else leaf
-
-        node.args, node.kwargs = tree(cast, tuple(node.args)), tree(cast, dict(node.kwargs))
-    module.recompile()
-    return module, positional, tree(double, dict(captured.kwargs))
-
-
-def whole(captured: Capture, module: fx.GraphModule) -> nn.Module:
-    """The float64 model that users would get for a copy of the captured graph module."""
-    return assembled(captured, module).double()
+from fxmerge.weights.layout import from_out_first, out_first
 
 
 def permutation(captured: Capture, facts: Provenance, grouping: Grouping, seed: int = 0) -> dict[str, float]:
@@ -102,7 +46,7 @@ def overcoupling(
         for member in (*group.producers, *group.per_channel_params, *group.consumers):
             reads = member.role == "read"
             left_out = {
-                (path, int(reads != member.layer.transposed) if slot == "weight" else 0)
+                (path, int(reads != member.layer.transposed) + member.layer.is_stacked if slot == "weight" else 0)
                 for slot, path in member.layer.params.items()
                 if slot == "weight" or not reads
             }
@@ -238,7 +182,7 @@ def _overwrite(module: fx.GraphModule, group: Group, pairs: Tensor, generator: t
 def _norms(module: nn.Module, producer: Member, n: int) -> Tensor:
     """The norm of a producer's row for each channel, (n,); infinite for channels that it does not write."""
     weight = at(module, producer.layer.params["weight"])
-    rows = (weight.movedim(1, 0) if producer.layer.transposed else weight).flatten(1)
+    rows = out_first(weight, producer.layer).flatten(1)
     own = torch.linalg.vector_norm(rows[producer.where].flatten(1), dim=1)
     return torch.full((n,), torch.inf, dtype=own.dtype).index_copy_(0, producer.channels, own)
 
@@ -249,11 +193,14 @@ def _copy(module: nn.Module, member: Member, slot: str, pairs: Tensor, scale: Te
     if path is not None:
         value = at(module, path)
         flat = value.view(-1) if member.layer.operation.is_elementwise else value
-        if slot == "weight" and member.layer.transposed:
-            flat = value.movedim(1, 0)
+        by_rows = slot == "weight" and member.role == "write"
+        if by_rows:
+            flat = out_first(value, member.layer)
         here, local = member.local(pairs[0])
         to, source, scale = member.where[local], member.where[member.local(pairs[1])[1]], scale[here]
         flat[to] = flat[source] * scale.reshape(-1, *[1] * (flat[source].dim() - 1)).to(value)
+        if by_rows:  # which may be a copy
+            value.copy_(from_out_first(flat, value, member.layer))
 
 
 def _carry(module: nn.Module, per_channel_param: Member, pairs: Tensor, before: Tensor, after: Tensor) -> Tensor:
