@@ -7,8 +7,10 @@ scaled_dot_product_attention, the `normalized_shape` of layer_norm.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import gcd
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Call:
-    """One call: the target and its arguments, nodes or values alike."""
+    """One call: the target and its arguments, which are nodes, values, or calls that are made for this one."""
 
     target: Any
     args: tuple[Any, ...]
@@ -61,9 +63,15 @@ def _sizes(call: Call, about: Resize) -> Call | None:
     if len(sizes) != len(after):
         return None
     new = [s if v in (-1, a) else a for s, v, a in zip(sizes, values, after, strict=True)]
+    # computed from the batch size, say: a literal would hold for the example only
     computed = [at for at, s in enumerate(sizes) if isinstance(s, fx.Node) and new[at] is not s]
     if len(computed) == 1 and -1 not in values:
-        new[computed[0]] = -1  # computed from the batch size, say: a literal would hold for the example only
+        new[computed[0]] = -1
+        computed = []
+    for at in computed:  # samples * heads becomes samples * heads * heads left // heads
+        common = gcd(after[at], values[at])
+        more = Call(operator.mul, (sizes[at], after[at] // common), {})
+        new[at] = Call(operator.floordiv, (more, values[at] // common), {})
     return Call(call.target, (args[0], tuple(new)) if packed else (args[0], *new), call.kwargs)
 
 
