@@ -18,6 +18,7 @@ class LayerOp:
 
     name:      "linear", "conv", "batch_norm", ...; for a raw parameter "offset" (a sum), "scale" (a product), "joined"
                (concatenated to an activation), "table" (the source of computed values), or the name of the binary op
+    raw:       is it another op of an activation and a raw parameter, as `x ** p`?
     inverted:  the operand that enters negated (offset) or as its reciprocal (scale)
 
     | call    | name   | inverted   | text     |
@@ -32,6 +33,7 @@ class LayerOp:
 
     name: str
     inverted: Literal["parameter", "activation"] | None = None
+    raw: bool = False
 
     @classmethod
     def of_binary(cls, rule_name: str, *, parameter_first: bool) -> LayerOp:
@@ -46,7 +48,7 @@ class LayerOp:
                 return cls("scale")
             case "div":
                 return cls("scale", inverted)
-        return cls(rule_name)
+        return cls(rule_name, raw=True)
 
     def __str__(self) -> str:
         return self.name + (_SIGNS[self.name][self.inverted] if self.inverted else "")
@@ -76,7 +78,7 @@ class LayerOp:
     @property
     def is_elementwise(self) -> bool:
         """Does its weight hold one label for each element, rather than labels along an axis?"""
-        return self.name in _ELEMENTWISE
+        return self.raw or self.name in _ELEMENTWISE
 
     @property
     def is_recurrent(self) -> bool:

@@ -152,7 +152,8 @@ def _step_of(members: Sequence[Member], tensors: Mapping[str, Tensor], level: Le
         sign = -1.0 if op.inverted == "activation" else 1.0
         return Step(node, one * sign, one * sign, -mean if op.inverted == "parameter" else mean)
     if op.name != "prelu":  # some other function of a channel and its parameter, which channels must have in common
-        return Step(node, one, one, zero, _split(values)[1])
+        features = _split(torch.cat([torch.ones_like(values), values], 1))[1]
+        return Step(node, one, one, zero, features, function=_with_parameter(node, mean))
     slopes = torch.cat([torch.ones_like(values), values], 1)  # channels must have the slope in common
     return Step(node, one, one, zero, _split(slopes)[1], function=lambda x: torch.where(x > 0, x, x * mean))
 
@@ -201,6 +202,22 @@ def _signed(values: Tensor) -> tuple[Tensor, Tensor]:
 def _standard(x: Tensor) -> Tensor:
     """Each channel of samples, (samples, n), with mean 0 and deviation 1."""
     return (x - x.mean(0)) / x.std(0).clamp(min=1e-12)
+
+
+def _with_parameter(node: fx.Node, values: Tensor) -> Callable[[Tensor], Tensor]:
+    """A function of a channel and its parameter, x ** p, as a function of (samples, n)."""
+
+    def apply(x: Tensor) -> Tensor:
+        one, other = (values if isinstance(a, fx.Node) and a.op == "get_attr" else x for a in node.args[:2])
+        method = isinstance(node.target, str)
+        found: Tensor = getattr(one, str(node.target))(other) if method else node.target(one, other)  # type: ignore[operator]
+        return found.to(x)
+
+    try:
+        fits = apply(torch.ones(2, len(values), dtype=torch.float64)).shape == (2, len(values))
+    except (IndexError, RuntimeError, TypeError, ValueError):
+        fits = False
+    return apply if fits else lambda x: x  # a layer of several operands, whose function is not known here
 
 
 def _normalised(x: Tensor, op: LayerOp) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fxmerge.graph.ops import Aten
 from fxmerge.ir.labels import fixed, holds, simplify, varying
 from fxmerge.ir.provenance import Lab, Param, View
 from fxmerge.rules import movement
@@ -60,7 +61,11 @@ def setitem(ctx: RuleContext, x: Operand, index: Operand, value: Operand) -> Ans
     if whole is None:
         return Unknown("writes to a parameter")
     items = list(index) if isinstance(index, (tuple, list)) else [index]
-    number = operand_shape(value) is None
+    number = not operand_shape(value) and not (
+        isinstance(value, Lab) and not isinstance(value, View) and holds(value.t)
+    )
+    if number:
+        ctx.freeze(value.param if isinstance(value, View) else value, "is one number for all channels")
     given = [at for at, item in enumerate(items) if operand_shape(item) is not None]
     first = items[given[0]] if given else None
     if number and len(items) == 1 and isinstance(first, Lab) and first.t.dim() == whole.dim() > 1:
@@ -266,7 +271,7 @@ def fill(ctx: RuleContext, input: Operand, value: Operand = 0) -> Answer:
 ROWS: tuple[Rule, ...] = (
     Rule("setitem", "tie", setitem, (operator.setitem, "__setitem__")),
     Rule("index_put", "tie", index_put, spellings("index_put")),
-    Rule("copy", "tie", copy, ("copy_",)),
+    Rule("copy", "tie", copy, ("copy_", Aten("copy"))),
     Rule("slice_scatter", "tie", slice_scatter, spellings("slice_scatter")),
     Rule("select_scatter", "tie", select_scatter, spellings("select_scatter")),
     Rule("scatter", "tie", scatter, spellings("scatter", "scatter_add", "scatter_reduce")),

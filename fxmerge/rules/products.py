@@ -23,7 +23,7 @@ def cosine_similarity(ctx: RuleContext, x1: Operand, x2: Operand, dim: int = 1, 
     sizes = operand_shape(x1), operand_shape(x2)
     if ctx.shape is None or sizes[0] is None or sizes[1] is None:
         return Unknown("gives something other than one tensor")
-    met = combined(ctx, x1, x2, "mul", tuple(torch.broadcast_shapes(*sizes)))  # type: ignore[no-untyped-call]
+    met = combined(ctx, x1, x2, ctx.rule_name, tuple(torch.broadcast_shapes(*sizes)))  # type: ignore[no-untyped-call]
     return met if isinstance(met, Unknown) else reduced(ctx, met, dim, False, ctx.shape)
 
 
@@ -34,7 +34,7 @@ def pairwise_distance(
     sizes = operand_shape(x1), operand_shape(x2)
     if ctx.shape is None or sizes[0] is None or sizes[1] is None:
         return Unknown("gives something other than one tensor")
-    met = combined(ctx, x1, x2, "sub", tuple(torch.broadcast_shapes(*sizes)))  # type: ignore[no-untyped-call]
+    met = combined(ctx, x1, x2, ctx.rule_name, tuple(torch.broadcast_shapes(*sizes)))  # type: ignore[no-untyped-call]
     return met if isinstance(met, Unknown) else reduced(ctx, met, -1, keepdim, ctx.shape)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -186,6 +185,9 @@ def setitem(key: Any) -> Sample:
 
 
 def copy(key: Any) -> Sample:
+    if isinstance(key, Aten):
+        written = call(torch.ops.aten.copy_.default)
+        return Sample(lambda m, x: written(x.clone(), m.second(m.input)), parts={"second": None})
     return Sample(lambda m, x: getattr(x.clone(), key)(m.second(m.input)), parts={"second": None})
 
 
@@ -297,4 +299,3 @@ SAMPLES: dict[str, Callable[[Any], Sample]] = {
     "take_along_dim": take,
     **dict.fromkeys(["fill", "zero"], fill),
 }  # fmt: skip
-_ = operator, Aten
