@@ -59,9 +59,11 @@ def labelled(facts: FactsBuilder, node: fx.Node, value: Any, axes: tuple[int, ..
     return Lab(simplify(facts.fresh(prod(sizes)).view(sizes).expand(shape)))
 
 
-def is_zero(value: Any) -> bool:
-    """Is it a constant that a factor passes?"""
-    return isinstance(value, Tensor) and not bool(value.any())
+def passes_factor(node: fx.Node, value: Any, module: fx.GraphModule) -> bool:
+    """Does a factor of the channels pass what this constant does to them: zeros, and filters of convolutions?"""
+    rules = [(rule_of(user, module), user) for user in node.users]
+    filters = all(r is not None and r.name in ("conv", "conv_transpose") and u.args[1:2] == (node,) for r, u in rules)
+    return filters or (isinstance(value, Tensor) and not bool(value.any()))
 
 
 def _passes(node: fx.Node, module: fx.GraphModule) -> bool:
@@ -91,8 +93,10 @@ def _can_follow(node: fx.Node, module: fx.GraphModule, values: Mapping[fx.Node, 
         if source is None or made is None:
             return False
         return all((1, *source)[max(0, a - len(made) + len(source) + 1)] == 1 for a in axes)
-    filled = [*node.args[2 if isinstance(node.target, str) else 1 :], *node.kwargs.values()]
-    if "full" in str(getattr(node.target, "__name__", node.target)) and any(isinstance(f, fx.Node) for f in filled):
+    name = str(getattr(node.target, "__name__", node.target))
+    at = 2 if "new_full" in name else 1
+    number = node.args[at] if len(node.args) > at else node.kwargs.get("fill_value")
+    if "full" in name and isinstance(number, fx.Node):  # it may be computed from a width, and keeps its value
         return False
     if not isinstance(value, Tensor):
         return False

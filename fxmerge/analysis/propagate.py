@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxmerge.analysis.constants import is_zero, labelled, makers
+from fxmerge.analysis.constants import labelled, makers, passes_factor
 from fxmerge.analysis.untouched import untouched
 from fxmerge.errors import source_line
 from fxmerge.graph import nested
@@ -76,7 +76,7 @@ class _Interpreter:
             self.sources[node.name] = tuple(self.latest(n).name for n in node.all_input_nodes)
             value, self.kinds[node.name] = self.step(node)
             if node.name in self.made:
-                if not is_zero(value):
+                if not passes_factor(node, value, self.capture.module):
                     self.factors.add(node.name)
                 value, self.kinds[node.name] = labelled(self.facts, node, value, self.made[node.name]), "movement"
             self.values[node] = value
