@@ -124,15 +124,27 @@ class _Reweighted(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-        copies = {id(t): t.detach().clone() for _, t in named}
+        # each tensor of each module once: functional_call does not restore a module that is given under two names
+        held = [
+            (f"{path}.{name}".lstrip("."), (module, name), tensor)
+            for path, module in model.named_modules()
+            for name, tensor in (*module._parameters.items(), *module._buffers.items())
+            if tensor is not None
+        ]
+        copies = {id(t): t.detach().clone() for _, _, t in held}  # tied tensors stay tied
         for tensor in copies.values():
             if tensor.is_floating_point():
                 tensor.data = tensor.double()
-        self.tensors = {name: copies[id(t)] for name, t in named}
+        self.given = {path: copies[id(t)] for path, _, t in held}
+        self.tensors: dict[tuple[nn.Module, str], Tensor] = {place: copies[id(t)] for _, place, t in held}
+
+    def find(self, path: str) -> Tensor:
+        """The float64 tensor in place of the model's at a path, of which a shared module has several."""
+        owner, _, name = path.rpartition(".")
+        return self.tensors[self.model.get_submodule(owner), name]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return torch.func.functional_call(self.model, self.tensors, args, kwargs)
+        return torch.func.functional_call(self.model, self.given, args, kwargs, tie_weights=False)
 
 
 class _Check:
@@ -240,7 +252,7 @@ def _has(model: nn.Module, group: Group) -> bool:
 
 
 def _tensor(model: nn.Module, path: str) -> Tensor:
-    return model.tensors[path] if isinstance(model, _Reweighted) else at(model, path)
+    return model.find(path) if isinstance(model, _Reweighted) else at(model, path)
 
 
 def _members(group: Group) -> tuple[Member, ...]:

@@ -399,6 +399,40 @@ def test_casts_do_not_lose_precision() -> None:
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
+class Shared(nn.Module):
+    """A module and a weight under several names each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Sequential(nn.Linear(6, 12), nn.BatchNorm1d(12), nn.ReLU())
+        self.again, self.b, self.c = self.a, nn.Linear(12, 6), nn.Linear(12, 6)
+        self.c.weight = self.b.weight
+        self.more = nn.ModuleList([self.a, self.b])
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.b(self.a(x))
+        out: Tensor = self.c(self.again(y)) + self.more[1](self.more[0](x))
+        return out
+
+
+def test_the_users_model_is_left_as_it_was() -> None:
+    """The same tensors with the same values at every name, also where a module has several."""
+    model = randomised(Shared()).eval()
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    before = [(name, value, value.clone()) for name, value in named]
+    training = {name: m.training for name, m in model.named_modules()}
+    result = pruned(model, torch.randn(4, 6))
+    assert result.plan.groups
+    for _ in range(2):
+        agrees(result)
+    after = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    assert [name for name, _ in after] == [name for name, _, _ in before]
+    for (_, now), (_, then, value) in zip(after, before, strict=True):
+        assert now is then
+        assert torch.equal(now, value)
+    assert {name: m.training for name, m in model.named_modules()} == training
+
+
 class Hooked(nn.Module):
     """Features are taken by a hook that holds the module itself, so that a copy would not share them."""
 
