@@ -50,7 +50,10 @@ def three(module: nn.Module) -> None:
 
 
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], Callable[[nn.Module], None], set[str], str]] = {
-    "whole": (Images, (2, 3, 6, 7), whole, {"a.weight", "c.weight"}, "self.to(memory_format=torch.channels_last)"),
+    "whole": (
+        Images, (2, 3, 6, 7), whole, {"a.weight", "b.weight", "c.weight", "scale"},
+        "self.to(memory_format=torch.channels_last)",
+    ),
     "one layer": (Images, (2, 3, 6, 7), one, {"c.weight"}, "self.c.weight.data.to(memory_format=torch.channels_last)"),
     "volumes": (
         volumes, (2, 2, 5, 5, 5), three, {"0.weight", "2.weight"}, "self.to(memory_format=torch.channels_last_3d)"

@@ -249,7 +249,8 @@ def test_batches_in_the_shapes_of_an_exported_model_are_taken_as_they_are() -> N
         fxmerge.merge(source, batches[0], calibration=batches, ratio=0.5).report.verdict.error
         for source in (model, torch.export.export(model, batches[0]))
     ]
-    assert errors[0] == pytest.approx(errors[1], rel=0.1) and errors[0] < 0.3
+    plain = plain_merge(model, batches[0], ratio=0.5, selection="l2").report.verdict.error
+    assert max(errors) < 0.3 * plain
     wrong = [(torch.randn(7, 4, 6), torch.randn(5, 4, 6))] * 3
     with pytest.raises(FxMergeError, match=r"calibration"):
         fxmerge.merge(torch.export.export(model, batches[0]), batches[0], calibration=wrong)
