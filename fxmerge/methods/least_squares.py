@@ -33,6 +33,20 @@ class System:
     gram: Tensor  # (g, p, p)
     cross: Tensor  # (g, p, o)
 
+    def __add__(self, other: System) -> System:
+        """The system of the rows of both (Chan et al., 1983, "Algorithms for computing the sample variance")."""
+        count = self.count + other.count
+        share = other.count / count
+        far_p, far_t = other.mean_p - self.mean_p, other.mean_t - self.mean_t
+        between = share * (1 - share)
+        return System(
+            count,
+            self.mean_p + share * far_p,
+            self.mean_t + share * far_t,
+            torch.lerp(self.gram, other.gram, share) + between * far_p[:, :, None] * far_p[:, None, :],
+            torch.lerp(self.cross, other.cross, share) + between * far_p[:, :, None] * far_t[:, None, :],
+        )
+
     def with_targets(self, rows: list[Tensor], targets: list[Tensor], reduce: Reduce) -> System:
         """The system of the same patches (rows, g, p) with other targets (rows, g, o), by batch."""
         mean = _mean(targets, self.count, reduce)

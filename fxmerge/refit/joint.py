@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from fxmerge.calibration.paired_run import PairedRun
-from fxmerge.calibration.patches import at_positions, matrices_of, patches, positions, weight_of
+from fxmerge.calibration.patches import HELD, at_positions, matrices_of, patches, positions, weight_of
 from fxmerge.methods.least_squares import Reduce, second_moments
 from fxmerge.refit import solve
 from fxmerge.refit.chains import Chain
@@ -80,7 +80,10 @@ class _Joint:
         self, run: PairedRun, chain: Chain, weights: Sequence[LayerWeights], targets: Iterable[Target], seed: int
     ) -> None:
         self.paired, self.chain, self.weights, self.seed, self.reduce = run, chain, weights, seed, run.reduce
-        self.residuals = [target.residual() for target in targets]
+        residuals = [target.residual() for target in targets]
+        used = len(residuals) - len(residuals) // HELD  # the other batches only judge
+        self.residuals, self.judging = residuals[:used], residuals[used:]
+        self.judges = float(self.reduce(weights[0].weight.new_tensor(float(len(self.judging))))) > 0  # on any process
         self.leaves = [t for held in weights for t in (held.weight, held.bias) if t is not None]
 
     def run(self) -> bool:
@@ -111,9 +114,10 @@ class _Joint:
             total, slopes = self._slopes()
             for variable in variables:
                 total = total + variable.slope(slopes)
-            first = float(total) if first == torch.inf else first
-            if float(total) < least:
-                least, best = float(total), [at.detach().clone() for at in moving]
+            judged = self._judged() if self.judges else float(total)
+            first = judged if first == torch.inf else first
+            if judged < least:
+                least, best = judged, [at.detach().clone() for at in moving]
             return total
 
         torch.optim.LBFGS(
@@ -123,6 +127,16 @@ class _Joint:
             variable.at.data.copy_(value)
             variable.write()
         return least < first
+
+    def _judged(self) -> float:
+        """|r|^2 over the batches that are held out of the steps."""
+        total = torch.zeros((), dtype=torch.float64, device=self.leaves[0].device)
+        with torch.no_grad():
+            for number, missed in enumerate(self.judging, len(self.residuals)):
+                last = along(self.paired, self.chain, number)
+                gap = missed(self.paired.again(self.chain.nodes[-1], last, number))
+                total = total + gap.double().square().sum()
+        return float(self.reduce(total))
 
     def _slopes(self) -> tuple[Tensor, dict[int, Tensor]]:
         """|r|^2 / 2N and its gradients, by the identities of the leaves, float64."""

@@ -31,6 +31,7 @@ from fxmerge.calibration.patches import (
     at_positions,
     channel_axis,
     enough,
+    held_out,
     input_of,
     matrices_of,
     patches,
@@ -43,7 +44,7 @@ from fxmerge.ir.provenance import Layer, batch_norms, can_shift
 from fxmerge.refit import joint
 from fxmerge.refit.chains import Chain, chains
 from fxmerge.refit.layer_weights import GraphWeights, LayerWeights
-from fxmerge.refit.solve import ROUNDS, Rows, error, solution
+from fxmerge.refit.solve import ROUNDS, Problem, Rows, error
 from fxmerge.refit.targets import Target
 from fxmerge.weights.by_path import at
 
@@ -52,8 +53,8 @@ EXACT = 1e-10  # the relative square error below which a layer needs no refit
 
 @dataclass(frozen=True)
 class Refitted:
-    """What refit did to one layer: the relative square error of its outputs before and after, and why it was left
-    unchanged, or "".
+    """What refit did to one layer: the relative square error of its outputs before and after, on samples that were held
+    out of the solve, and why it was left unchanged, or "".
     """
 
     name: str
@@ -104,7 +105,9 @@ class _Refit:
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.chains = chains(self.layers, list(self.merged.graph.nodes), self._lost, self.shared)
         self.used = self._affordable(batches) if self.chains else 0  # batches that joint steps are run on
-        self.within = {layer.node: chain for chain in self.chains.values() for layer in chain.layers if self.used}
+        self.chains = self.chains if self.used else {}
+        self.starts = {chain.nodes[0].name: chain for chain in self.chains.values()}
+        self.within = {layer.node for chain in self.chains.values() for layer in chain.layers}
 
     def _lost(self, layer: Layer) -> bool:
         return layer.reads is not None and len(self.kept(layer.reads.flatten())) < layer.reads.numel()
@@ -126,28 +129,27 @@ class _Refit:
             comes = any(moved.get(source.name, False) for source in node.all_input_nodes)
             own = layer is not None and any(self._changed(path) for path in layer.params.values())
             moved[node.name] = comes or own
-            if layer is not None and node.name in self.within:
-                self._begin(visit, layer, self.within[node.name])
             if layer is not None and comes and layer.op in SOLVED:
                 stage(f"refit {layer.module}")
                 records.append(self._solve(visit, layer))
             if layer is not None and node.name in self.chains:
                 self.chains[node.name].end()
+            if layer is not None and node.name in self.starts:  # after a chain that ends here has been fitted
+                self._begin(visit, layer, self.starts[node.name])
         self.merged.graph.lint()
         self.merged.recompile()  # where a call was given a bias, the graph's code does not have it yet
         return tuple(records)
 
     def _begin(self, visit: Visit, layer: Layer, chain: Chain) -> None:
-        """At a chain's first layer its inputs are kept, unless there are too few positions."""
-        if chain.nodes[0].name != visit.node.name:
-            return
+        """Keep the inputs of a chain's first layer, unless there are too few positions."""
         form, weight = self.weights.form(visit.node, layer), self._weight(layer)
         count = 0.0 if form is None else float(sum(positions(y, form) for y in visit.outputs[: self.used]))
         unknowns = 0 if form is None else matrices_of(weight, form).size(2)
         if float(self.settings.reduce(weight.new_tensor(count, dtype=torch.float64))) >= joint.POSITIONS * unknowns > 0:
             chain.begin(self.paired.merged.values[input_of(visit.node, layer.op).name])
         else:
-            self.within = {name: other for name, other in self.within.items() if other is not chain}
+            del self.chains[chain.nodes[-1].name]
+            self.within = {layer.node for other in self.chains.values() for layer in other.layers}
 
     def _changed(self, path: str) -> bool:
         before, now = at(self.original, path), at(self.merged, path)
@@ -168,31 +170,41 @@ class _Refit:
             count = min(count, FEWEST)  # enough for the weights that joint steps start from
         index_of = sample(visit.outputs, held.form, count, self.generator, reduce)
         rows = self._rows(site, index_of)
-        scale = float(reduce(torch.stack([t.corrected.double().square().sum() for t in rows.targets]).sum()))
-        before = error(rows, start, bias, reduce)
-        if not isfinite(before) or not isfinite(scale):
+        whole, energy = error(rows, start, bias, reduce), rows.energy(reduce)
+        if not isfinite(whole) or not isfinite(energy):
             return Refitted(layer.module, 0.0, 0.0, "unchanged: its inputs or outputs are not finite")
-        if before <= EXACT * scale:
-            return Refitted(layer.module, before / max(scale, 1e-300), before / max(scale, 1e-300), "unchanged: exact")
-        wanted = self._output_moments(site) if site.epilogue.norm is not None else None
-        rounds = 0 if visit.node.name in self.within else ROUNDS  # layers that are fitted jointly need none
-        weight, offset = solution(rows, start, wanted=wanted, centred=can_shift(layer), reduce=reduce, rounds=rounds)
-        after = error(rows, weight, offset, reduce)
-        note = ""
-        if not after <= before:
-            after, note = before, "unchanged: no solution is better"
+        if whole <= EXACT * energy:
+            return Refitted(layer.module, whole / max(energy, 1e-300), whole / max(energy, 1e-300), "unchanged: exact")
+        judges = held_out(visit.outputs, held.form, index_of, reduce)
+        if float(reduce(start.new_tensor(float(sum(int(j.sum()) for j in judges))))) == 0:
+            return Refitted(layer.module, whole / energy, whole / energy, "unchanged: too few output positions")
+        judging = rows.only(judges)
+        before, scale = error(judging, start, bias, reduce), max(judging.energy(reduce), 1e-300)
+        found = Problem(
+            rows=rows,
+            solved=rows.only([~j for j in judges]),
+            judging=judging,
+            start=start,
+            wanted=self._output_moments(site) if site.epilogue.norm is not None else None,
+            centred=can_shift(layer),
+            reduce=reduce,
+            rounds=0 if visit.node.name in self.within else ROUNDS,  # layers that are fitted jointly need none
+        ).best()
+        after, note = found.error, ""
+        if not after < before:
+            after, note = before, "unchanged: no solution is better on samples held out of it"
         else:
-            self.weights.write(visit.node, layer, weight, offset)
+            self.weights.write(visit.node, layer, found.weight, found.bias)
         if self._jointly(site):
-            rows, now = self._rows(site, index_of), self.weights.of(visit.node, layer)
+            now = self.weights.of(visit.node, layer)
             assert now is not None
-            after, note = error(rows, now.matrices, now.offsets, reduce), ""
+            after, note = error(self._rows(site, index_of).only(judges), now.matrices, now.offsets, reduce), ""
         return Refitted(layer.module, before / scale, after / scale, note)
 
     def _jointly(self, site: _Site) -> bool:
         """Fit the layer together with its producer, if it ends a chain; the merged graph then continues with both."""
-        chain = self.within.get(site.visit.node.name)
-        if chain is None or chain.nodes[-1] is not site.visit.node or not chain.intact:
+        chain = self.chains.get(site.visit.node.name)
+        if chain is None or not chain.intact:
             return False
         weights = []
         for layer in chain.layers:
@@ -260,7 +272,7 @@ class _Refit:
             outputs=chosen(outputs).index_select(axis, site.stays),
             axis=axis,
             affine=site.affine,
-            rectified=site.epilogue.rectified,
+            bounds=site.epilogue.bounds,
             streams=streams,
         )
 
