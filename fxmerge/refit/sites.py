@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fxmerge.calibration.epilogue import Affine, Epilogue, affine, epilogue_of
 from fxmerge.calibration.paired_run import PairedRun, Visit, line, moments
-from fxmerge.calibration.patches import at_positions, channel_axis, input_of, patches
+from fxmerge.calibration.patches import at_positions, channel_axis, held_out, input_of, patches, positions
 from fxmerge.ir.provenance import Layer
 from fxmerge.refit.layer_weights import LayerWeights
 from fxmerge.refit.solve import Rows
@@ -62,7 +62,15 @@ class Sites:
         source = input_of(site.visit.node, site.layer.op)
         inputs = self.paired.merged.values[source.name]
         sampled = [patches(x, site.held.form, index) for x, index in zip(inputs, index_of, strict=True)]
-        return Rows(sampled, [self.target(site, number, index) for number, index in enumerate(index_of)])
+        targets = [self.target(site, number, index) for number, index in enumerate(index_of)]
+        return Rows(sampled, targets, self.held(site, index_of))
+
+    def held(self, site: Site, index_of: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """Which of these output positions, or of all, are held out of the solves: (positions,) bool by batch."""
+        outputs, form = site.visit.outputs, site.held.form
+        if index_of is None:
+            index_of = [torch.arange(positions(y, form), device=y.device) for y in outputs]
+        return held_out(outputs, form, index_of, self.paired.reduce)
 
     def target(self, site: Site, number: int, index: Tensor | None = None) -> Target:
         """The target of the layer's outputs for one batch, at these positions or everywhere."""
@@ -81,7 +89,7 @@ class Sites:
             outputs=chosen(outputs).index_select(axis, site.stays),
             axis=axis,
             affine=site.affine,
-            rectified=site.epilogue.rectified,
+            bounds=site.epilogue.bounds,
             streams=streams,
         )
 

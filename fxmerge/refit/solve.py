@@ -1,9 +1,11 @@
-"""The weights of one layer, solved by least squares from a sample of its output positions.
+"""The weights of one layer, solved by least squares from a sample of its output positions, and judged on others.
 
     W' = argmin |P W' - T|^2 + ridge |W' - W0|^2,   W0 the current weights      (see `least_squares`)
 
-Before a rectifier, the targets T and the weights are computed in turn (see `targets`). Before a BatchNorm, the mean and
-the standard deviation of the outputs are then matched to the original's, channel by channel.
+A solve is judged on samples that are held out of it (see `patches.held_out`): they choose the ridge from RIDGES, and
+whether W' replaces W0 at all. Before a rectifier, the targets T and the weights are computed in turn (see `targets`).
+Before a BatchNorm, the mean and the standard deviation of the outputs are then matched to the original's, channel by
+channel.
 """
 
 from __future__ import annotations
@@ -13,11 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fxmerge.methods.least_squares import Reduce, system
+from fxmerge.methods.least_squares import Reduce, System, system
 from fxmerge.refit.targets import Target
 
 MATCH = 2.0  # the factor that matches the standard deviations stays between 1 / MATCH and MATCH
-RIDGE = 3e-2  # the pull towards the current weights, as a share of the Gram's mean diagonal; `joint` uses it too
+RIDGE = 3e-2  # the pull towards the current weights, as a share of the Gram's mean diagonal: the first that is tried
+RIDGES = (3e-4, 3e-3, RIDGE, 0.3, 3.0, 30.0, float("inf"))  # inf: the current weights with another bias
 ROUNDS = 6  # of the alternation before a rectifier
 
 
@@ -27,51 +30,119 @@ class Rows:
 
     patches: list[Tensor]  # (rows, g, p), of the merged graph
     targets: list[Target]  # (rows, o)
+    held: list[Tensor]  # (rows,) bool: whether a position is held out of the solve
+
+    @property
+    def solved(self) -> Rows:
+        """The positions that are solved on."""
+        return self._only([~held for held in self.held])
+
+    @property
+    def judging(self) -> Rows:
+        """The positions that are held out."""
+        return self._only(self.held)
+
+    def _only(self, inside: list[Tensor]) -> Rows:
+        return Rows(
+            [p[i] for p, i in zip(self.patches, inside, strict=True)],
+            [t.rows(i) for t, i in zip(self.targets, inside, strict=True)],
+            [h[i] for h, i in zip(self.held, inside, strict=True)],
+        )
+
+    def count(self, reduce: Reduce) -> int:
+        """The number of positions."""
+        return int(reduce(torch.tensor(float(sum(map(len, self.patches))), dtype=torch.float64, device=self._device)))
+
+    def energy(self, reduce: Reduce) -> float:
+        """The sum of the squares of the targets."""
+        return float(reduce(torch.stack([t.corrected.double().square().sum() for t in self.targets]).sum()))
+
+    @property
+    def _device(self) -> torch.device:
+        return self.patches[0].device
 
 
-def solution(
-    rows: Rows,
-    start: Tensor,
-    *,
-    wanted: tuple[Tensor, Tensor] | None,
-    centred: bool,
-    reduce: Reduce,
-    rounds: int = ROUNDS,
-) -> tuple[Tensor, Tensor]:
-    """(W', b'), (g, o, p) and (g, o), for the current weights W0 `start`.
+@dataclass(frozen=True)
+class Solution:
+    """New weights (g, o, p) and biases (g, o), the ridge, and their square error on the positions held out."""
 
+    weight: Tensor
+    bias: Tensor
+    ridge: float
+    error: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """What a layer is solved for.
+
+    solved, judging: the positions that are solved on, and those held out
+    start:    W0, (g, o, p)
     wanted:   the mean and the variance of the outputs to match, (o,) and (o,); None before anything but a BatchNorm
     centred:  whether the layer may have a bias
     rounds:   of the alternation, where a rectifier follows
     """
-    blocks = start.shape[:2]
 
-    def shaped(targets: list[Tensor]) -> list[Tensor]:
-        return [t.reshape(len(t), *blocks) for t in targets]
+    solved: Rows
+    judging: Rows
+    start: Tensor
+    wanted: tuple[Tensor, Tensor] | None
+    centred: bool
+    reduce: Reduce
+    rounds: int = ROUNDS
 
-    normal = system(rows.patches, shaped([t.corrected for t in rows.targets]), reduce, centred)
-    weight = normal.solve(start, RIDGE)
-    bias = normal.intercept(weight, normal.mean_t)
-    last, pace = (weight, bias), 1.0
-    for _ in range(rounds if any(t.rectified for t in rows.targets) else 0):
-        # each round is a gradient step of a convex loss, in the Gram's metric: with FISTA's momentum fewer are needed
-        # (Beck & Teboulle, 2009, equations 4.1 to 4.3)
-        here, faster = (weight, bias), (1 + (1 + 4 * pace**2) ** 0.5) / 2
-        ahead, pace = (pace - 1) / faster, faster
-        weight, bias = (now + ahead * (now - then) for now, then in zip(here, last, strict=True))
-        last = here
-        predicted = [_predict(p, weight, bias) for p in rows.patches]
-        moved = [target.given(y) for target, y in zip(rows.targets, predicted, strict=True)]
-        normal = normal.with_targets(rows.patches, shaped(moved), reduce)
-        weight = normal.solve(weight, RIDGE)
-        bias = normal.intercept(weight, normal.mean_t)
-    if wanted is not None and centred:
-        mean, variance = (t.view(blocks) for t in wanted)
-        own = normal.variance(weight)
-        factor = (variance / own.clamp(min=1e-300)).sqrt().clamp(1 / MATCH, MATCH)
-        weight = weight * torch.where(own > 0, factor, 1)[:, :, None]
-        bias = normal.intercept(weight, mean)
-    return weight, bias
+    def best(self) -> Solution:
+        """The solution with the ridge that is best on the positions held out."""
+        normal = self._system(self.solved)
+        tried: dict[int, float] = {}
+
+        def at(number: int) -> float:
+            if number not in tried:
+                tried[number] = error(self.judging, *self._plain(normal, RIDGES[number]), self.reduce)
+            return tried[number]
+
+        here = RIDGES.index(RIDGE)
+        step = 1 if at(here + 1) < at(here) else -1  # the error has one minimum along the ladder, or nearly so
+        while 0 <= here + step < len(RIDGES) and at(here + step) < at(here):
+            here += step
+        ridge, rounds = RIDGES[here], self.rounds if any(t.bounds is not None for t in self.solved.targets) else 0
+        weight, bias = self._solution(normal, ridge, rounds)
+        return Solution(weight, bias, ridge, error(self.judging, weight, bias, self.reduce))
+
+    def _system(self, rows: Rows) -> System:
+        return system(rows.patches, self._shaped([t.corrected for t in rows.targets]), self.reduce, self.centred)
+
+    def _shaped(self, targets: list[Tensor]) -> list[Tensor]:
+        return [t.reshape(len(t), *self.start.shape[:2]) for t in targets]
+
+    def _plain(self, normal: System, ridge: float) -> tuple[Tensor, Tensor]:
+        weight = self.start if ridge == float("inf") else normal.solve(self.start, ridge)
+        return weight, normal.intercept(weight, normal.mean_t)
+
+    def _solution(self, normal: System, ridge: float, rounds: int) -> tuple[Tensor, Tensor]:
+        """(W', b'), (g, o, p) and (g, o), from the system of the positions that are solved on."""
+        rows = self.solved
+        weight, bias = self._plain(normal, ridge)
+        last, pace = (weight, bias), 1.0
+        for _ in range(rounds):
+            # each round is a gradient step of a convex loss, in the Gram's metric: with FISTA's momentum fewer are
+            # needed (Beck & Teboulle, 2009, equations 4.1 to 4.3)
+            here, faster = (weight, bias), (1 + (1 + 4 * pace**2) ** 0.5) / 2
+            ahead, pace = (pace - 1) / faster, faster
+            weight, bias = (now + ahead * (now - then) for now, then in zip(here, last, strict=True))
+            last = here
+            predicted = [_predict(p, weight, bias) for p in rows.patches]
+            moved = [target.given(y) for target, y in zip(rows.targets, predicted, strict=True)]
+            normal = normal.with_targets(rows.patches, self._shaped(moved), self.reduce)
+            weight = weight if ridge == float("inf") else normal.solve(weight, ridge)
+            bias = normal.intercept(weight, normal.mean_t)
+        if self.wanted is not None and self.centred:
+            mean, variance = (t.view(self.start.shape[:2]) for t in self.wanted)
+            own = normal.variance(weight)
+            factor = (variance / own.clamp(min=1e-300)).sqrt().clamp(1 / MATCH, MATCH)
+            weight = weight * torch.where(own > 0, factor, 1)[:, :, None]
+            bias = normal.intercept(weight, mean)
+        return weight, bias
 
 
 def error(rows: Rows, weight: Tensor, bias: Tensor, reduce: Reduce) -> float:
