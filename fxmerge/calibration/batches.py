@@ -7,6 +7,7 @@ generator, which is read once.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -22,7 +23,9 @@ from fxmerge.graph.nested import fresh
 from fxmerge.graph.outputs import returned
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.provenance import Provenance, batch_norms
-from fxmerge.methods.probes import PROBES, probes
+from fxmerge.methods.probe_statistics import is_image, looks_real
+from fxmerge.methods.probe_variants import augmented
+from fxmerge.methods.probes import EXAMPLE, PROBES, probed, probes
 from fxmerge.options import Options
 from fxmerge.weights.by_path import at
 
@@ -30,6 +33,7 @@ Batches = list[list[Any]]  # by batch, the values of the graph's placeholders
 ELEMENTS = 2**27  # of the largest activation over all batches, at most: half a GiB in float32
 FEWEST, USUAL, MOST = 128, 512, 4096  # numbers of probes, unless `Options.samples` is given
 SMALL, FORWARD = 2**22, 5e11  # for all probes: elements of the largest activation, FLOPs of a forward pass
+ROWS = 64  # the first layers see at least so many rows of an example that probes are made of
 
 
 def with_data(options: Options, given: Any) -> Options:
@@ -41,10 +45,24 @@ def with_data(options: Options, given: Any) -> Options:
     return options if given is None else options.replace(refit="calibration")
 
 
-def fed(
-    captured: Capture, facts: Provenance, options: Options, batches: Any, mismatch: Callable[[Batches], float]
-) -> Batches:
-    """This process's share of the user's batches, or of probes of the family with the smallest mismatch.
+@dataclass(frozen=True, kw_only=True)
+class Fed:
+    """This process's share of the batches, and what they hold.
+
+    made:    the number of leading batches that hold the user's own samples; the others hold variants of these, or
+             probes
+    real:    whether the batches hold data or variants of data, and no synthetic numbers alone
+    source:  what refit ran on, for the report
+    """
+
+    batches: Batches
+    made: int
+    real: bool
+    source: str
+
+
+def fed(captured: Capture, facts: Provenance, options: Options, batches: Any, mismatch: Callable[[Batches], float]) -> Fed:
+    """The user's batches and variants of their samples, or probes of the family with the smallest mismatch.
 
     Raises FxMergeError where the batches do not fit the model, UnprobedError where the model does not run on probes.
     """
@@ -53,22 +71,95 @@ def fed(
         found = given(captured, batches, limit)
         if fault := refused(captured, found[0]):
             raise FxMergeError(f"the model {fault} on a calibration batch; give inputs as its forward takes them")
-        return share(found)
+        more = variants(captured, found, min(limit, options.samples or enough(captured)), options.seed)
+        mine, others = share(found), more[rank_and_size()[0] :: rank_and_size()[1]]
+        text = f"{sum(map(samples, found)):,} calibration samples"
+        if more:
+            text += f" and {sum(map(samples, more)):,} variants of them"
+        return Fed(batches=mine + others, made=len(mine), real=True, source=text)
     size = batch_size(captured) if is_exported(captured.module) else options.batch
-    words, normed = vocabularies(captured, facts), bool(batch_norms(facts))
+    tables, normed = vocabularies(captured, facts), bool(batch_norms(facts))
 
     def made(family: str, count: int) -> Batches:
         whole = max(1, min(count, limit) // size) * size  # the last batch is as large as the others
         inputs = list(captured.inputs)
-        return probes(family, inputs, vocabularies=words, count=whole, batch=size, seed=options.seed)
+        return probes(family, inputs, tables=tables, count=whole, batch=size, seed=options.seed)
 
     if fault := refused(captured, made(next(iter(PROBES)), size)[0]):
         raise UnprobedError(f"refit is left out, as the model {fault} on probes; give merge(..., calibration=batches)")
-    family = options.probes
+    real = example_counts(captured, facts)
+    family, count = options.probes, options.samples or enough(captured)
     if family == "auto":
-        off = {name: mismatch(made(name, size)) if normed else 0.0 for name in PROBES}
+        families = [name for name in PROBES if real or name != EXAMPLE]
+        off = {name: mismatch(made(name, size)) if normed else float(name != EXAMPLE) for name in families}
         family = min(off, key=lambda name: off[name])
-    return share(made(family, options.samples or enough(captured)))
+    if family == EXAMPLE and not options.samples:
+        count = max(count, batch_size(captured))  # all samples of the example are used
+    found = share(made(family, count))
+    real = real and family == EXAMPLE
+    text = _described(captured, family if probed(captured.inputs) else "", sum(map(samples, found)), real, bool(tables))
+    return Fed(batches=found, made=0, real=real, source=text)
+
+
+def example_counts(captured: Capture, facts: Provenance) -> bool:
+    """Whether probes can be made of the example inputs: their floating-point inputs are data and not noise, and the
+    first layers that read them see at least ROWS rows of them.
+    """
+    inputs, names = captured.inputs, [n for n in captured.module.graph.nodes if n.op == "placeholder"]
+    places = [at for at in probed(inputs) if inputs[at].dim() > 1]
+    readers = {layer.node: layer for layer in facts.layers if layer.reads is not None}
+
+    def rows(start: fx.Node) -> int:
+        """The most rows that one of the first layers after a placeholder sees."""
+        most, waiting, seen = 0, [start], {start}
+        while waiting:
+            for node in waiting.pop().users:
+                layer, shape = readers.get(node.name), captured.shapes.get(node.name)
+                if layer is not None and shape is not None and layer.writes is not None:
+                    most = max(most, torch.Size(shape).numel() // max(1, len(layer.writes)))
+                elif node not in seen:
+                    seen.add(node)
+                    waiting.append(node)
+        return most
+
+    return bool(places) and all(looks_real(inputs[at].detach()) and rows(names[at]) >= ROWS for at in places)
+
+
+def variants(captured: Capture, batches: Batches, wanted: int, seed: int) -> Batches:
+    """Batches of variants of the user's samples, one of each batch in turn, until there are `wanted` samples in all.
+
+    None where the user's samples are nearly as many, or where the inputs have no variants.
+    """
+    found: Batches = []
+    missing = wanted - sum(map(samples, batches))
+    while missing >= samples(batch := batches[len(found) % len(batches)]):
+        made = {}
+        for place in probed(batch):
+            generator = torch.Generator().manual_seed(seed + len(found))  # the same for all inputs of a sample
+            if (values := augmented(batch[place], len(batch[place]), generator)) is not None:
+                made[place] = values.to(batch[place])
+        if not made:
+            break
+        found.append([made.get(place, value) for place, value in enumerate(batch)])
+        missing -= samples(batch)
+    return found
+
+
+def samples(batch: Sequence[Any]) -> int:
+    """The number of samples in a batch."""
+    return next((v.size(0) for v in batch if isinstance(v, Tensor) and v.dim()), 1)
+
+
+def _described(captured: Capture, family: str, count: int, real: bool, words: bool) -> str:
+    """What probes are made of, for the report."""
+    n, text = batch_size(captured), f"{count:,} probes"
+    floats = [captured.inputs[at] for at in probed(captured.inputs)]
+    if real:
+        of = "crops, flips, colours; half dead leaves" if any(map(is_image, floats)) else "half noise like them"
+        return f"{text} made from the {n} example inputs ({of})"
+    if words:
+        return f"{text} made from the tokens of the {n} example inputs and of the vocabulary"
+    return f"{text} ({family})" if family else text
 
 
 class UnprobedError(FxMergeError):
@@ -203,21 +294,21 @@ def _shapes(values: Sequence[Any]) -> list[tuple[int, ...] | None]:
     return [tuple(v.shape) if isinstance(v, Tensor) else None for v in values]
 
 
-def vocabularies(captured: Capture, facts: Provenance) -> dict[int, int]:
-    """Placeholder number -> vocabulary size, for the placeholders that hold token ids."""
+def vocabularies(captured: Capture, facts: Provenance) -> dict[int, Tensor]:
+    """Placeholder number -> the smallest embedding that it indexes, (vocabulary, features), for those with token ids."""
     placeholders = [n.name for n in captured.module.graph.nodes if n.op == "placeholder"]
-    found: dict[int, int] = {}
+    found: dict[int, Tensor] = {}
     for layer in facts.layers:
         if layer.op != "embedding":
             continue
         node = next(n for n in captured.module.graph.nodes if n.name == layer.node)
-        size = at(captured.module, layer.params["weight"]).size(0)
+        table = at(captured.module, layer.params["weight"])
         sources = [s.name for s in node.all_input_nodes]
         while sources:
             source = sources.pop()
             if source in placeholders:
                 number = placeholders.index(source)
-                found[number] = min(size, found.get(number, size))
+                found[number] = min(table, found.get(number, table), key=len)
             elif facts.kinds.get(source) in ("movement", "query", "per_channel"):
                 sources += facts.sources.get(source, ())
     return found

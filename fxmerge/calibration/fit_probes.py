@@ -45,11 +45,15 @@ class RefitData:
 
     batches:  by batch, the values of the graph's placeholders; empty where refit is left out
     held:     whether both streams are held where training left them (see `paired_run`)
-    notes:    what the report says about the data
+    made:     the number of leading batches that hold the user's own samples; 0 for probes
+    source:   what the batches hold, for the report; "" where refit is left out
+    notes:    what else the report says about the data
     """
 
     batches: Batches
     held: bool
+    made: int = 0
+    source: str = ""
     notes: tuple[str, ...] = ()
 
 
@@ -68,14 +72,20 @@ def refit_data(
         return RefitData(batches=[], held=held, notes=(_IN_PARTS,))
     stage("probes" if given is None else "calibration")
     try:
-        batches = fed(captured, facts, options, given, lambda b: mismatch(captured, facts, b, settings))
+        found = fed(captured, facts, options, given, lambda b: mismatch(captured, facts, b, settings))
     except UnprobedError as error:
         return RefitData(batches=[], held=held, notes=(str(error),))
+    batches, source = found.batches, found.source
     if given is not None:
-        return RefitData(batches=batches, held=held)
-    if not holds(captured, facts, batches, settings):
-        return RefitData(batches=batches, held=False, notes=(_STRAYED,))
-    return RefitData(batches=fitted(captured, facts, batches, settings, stage), held=held)
+        return RefitData(batches=batches, held=held, made=found.made, source=source)
+    import os
+    H, Fi = os.environ.get("HELD", "auto"), os.environ.get("FIT", "1") == "1"
+    if H == "auto": H = not found.real
+    else: H = H == "1"
+    print("   ", source, "held", H, "mismatch", mismatch(captured, facts, batches[:1], settings), mismatch(captured, facts, batches[:1], replace(settings, held=True)))
+    if Fi: batches = fitted(captured, facts, batches, settings, stage)
+    print("   fitted", Fi, mismatch(captured, facts, batches[:1], settings), mismatch(captured, facts, batches[:1], replace(settings, held=True)))
+    return RefitData(batches=batches, held=H, source=source)
 
 
 def normed(facts: Provenance) -> dict[str, Layer]:
@@ -130,8 +140,10 @@ def _moved(
         for number, batch in enumerate(batches):
             stage(f"probes {number + 1} of {len(batches)}")
             moving = {place: batch[place].clone().requires_grad_() for place in places}
+            ranges = {place: (float(batch[place].min()), float(batch[place].max())) for place in places}
             values = [moving.get(place, value) for place, value in enumerate(batch)]
-            adam = torch.optim.Adam(list(moving.values()), lr=RATE, betas=BETAS)
+            rates = [{"params": [x], "lr": RATE * float(x.detach().std())} for x in moving.values()]
+            adam = torch.optim.Adam(rates, betas=BETAS)
             falling = torch.optim.lr_scheduler.LinearLR(adam, 1.0, FALL, total_iters=steps)
             for _ in range(steps):
                 loss = _divergence(captured, facts, [values], alone, _own_moments)
@@ -140,6 +152,9 @@ def _moved(
                     value.grad = slope
                 adam.step()
                 falling.step()
+                with torch.no_grad():  # a model may be undefined outside of this range, as a root is
+                    for place, value in moving.items():
+                        value.clamp_(*ranges[place])
             found.append([moving[place].detach() if place in moving else value for place, value in enumerate(batch)])
     return found
 
