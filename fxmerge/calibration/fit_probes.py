@@ -78,14 +78,11 @@ def refit_data(
     batches, source = found.batches, found.source
     if given is not None:
         return RefitData(batches=batches, held=held, made=found.made, source=source)
-    import os
-    H, Fi = os.environ.get("HELD", "auto"), os.environ.get("FIT", "1") == "1"
-    if H == "auto": H = not found.real
-    else: H = H == "1"
-    print("   ", source, "held", H, "mismatch", mismatch(captured, facts, batches[:1], settings), mismatch(captured, facts, batches[:1], replace(settings, held=True)))
-    if Fi: batches = fitted(captured, facts, batches, settings, stage)
-    print("   fitted", Fi, mismatch(captured, facts, batches[:1], settings), mismatch(captured, facts, batches[:1], replace(settings, held=True)))
-    return RefitData(batches=batches, held=H, source=source)
+    if found.real:  # the streams are where real data leave them; holding them loses (docs/experiments.md)
+        return RefitData(batches=batches, held=False, source=source)
+    if not holds(captured, facts, batches, settings):
+        return RefitData(batches=batches, held=False, source=source, notes=(_STRAYED,))
+    return RefitData(batches=fitted(captured, facts, batches, settings, stage), held=held, source=source)
 
 
 def normed(facts: Provenance) -> dict[str, Layer]:

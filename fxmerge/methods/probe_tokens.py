@@ -12,9 +12,7 @@ NEAR = 8  # neighbours of a token in the embedding, among which its replacement 
 REPLACED = 0.5  # the largest share of an example's tokens that are replaced
 
 
-def tokens(
-    example: Tensor, table: Tensor, count: int, generator: Generator, stays: Tensor | None = None
-) -> Tensor:
+def tokens(example: Tensor, table: Tensor, count: int, generator: Generator, stays: Tensor | None = None) -> Tensor:
     """Token ids made from the example (n, ..., length) of ids: (count, ..., length).
 
     table:  the embedding's weight, (vocabulary, features)
@@ -82,5 +80,7 @@ def _similar(ids: Tensor, table: Tensor, generator: Generator) -> Tensor:
     known, number = torch.unique(ids, return_inverse=True)
     known = known.clamp(0, len(table) - 1)  # ids that the model maps to others before the embedding
     unit = F.normalize(table.detach().float().cpu(), dim=1)
-    near = torch.cat([(unit[part] @ unit.T).topk(min(NEAR, len(table)), dim=1).indices for part in torch.split(known, 256)])
+    near = torch.cat(
+        [(unit[part] @ unit.T).topk(min(NEAR, len(table)), dim=1).indices for part in torch.split(known, 256)]
+    )
     return near[number, torch.randint(near.size(1), ids.shape, generator=generator)]

@@ -56,7 +56,7 @@ NOISE = {
     "randn": torch.randn(2, 3, 32, 32, generator=seeded()),
     "rand": torch.rand(2, 3, 8, 8, generator=seeded()),
     "small": torch.randn(1, 3, 4, 4, generator=seeded()),
-    "noise with a level for each channel": torch.randn(2, 3, 16, 16, generator=seeded()) + 9 * torch.eye(3)[0, :, None, None],
+    "channels of other levels": torch.randn(2, 3, 16, 16, generator=seeded()) + 9 * torch.eye(3)[0, :, None, None],
     "sequence": torch.randn(2, 16, 100, generator=seeded()),
     "zeros": torch.zeros(2, 3, 8, 8),
     "ones": torch.ones(2, 40),
@@ -156,7 +156,9 @@ def test_the_user_s_samples_get_close_variants() -> None:
     assert augmented(NOISE["randn"], 10, seeded()) is None
     assert augmented(torch.randint(9, (4, 12)), 10, seeded()) is None
     sequence = augmented(smooth(2, 5, 60, axes=1), 6, seeded())
-    assert sequence is not None and torch.allclose(sequence.sum(2), smooth(2, 5, 60, axes=1).sum(2).repeat(3, 1), atol=1e-4)
+    assert sequence is not None and torch.allclose(
+        sequence.sum(2), smooth(2, 5, 60, axes=1).sum(2).repeat(3, 1), atol=1e-4
+    )
 
 
 TABLE = torch.randn(300, 8, generator=seeded(3))
