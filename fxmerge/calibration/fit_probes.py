@@ -78,11 +78,12 @@ def refit_data(
     batches, source = found.batches, found.source
     if given is not None:
         return RefitData(batches=batches, held=held, made=found.made, source=source)
-    if found.real:  # the streams are where real data leave them; holding them loses (docs/experiments.md)
-        return RefitData(batches=batches, held=False, source=source)
-    if not holds(captured, facts, batches, settings):
+    if found.real:  # real data leave the streams where training did
+        held = False
+    elif not holds(captured, facts, batches, settings):
         return RefitData(batches=batches, held=False, source=source, notes=(_STRAYED,))
-    return RefitData(batches=fitted(captured, facts, batches, settings, stage), held=held, source=source)
+    batches = fitted(captured, facts, batches, settings, stage)
+    return RefitData(batches=batches, held=held, source=source)
 
 
 def normed(facts: Provenance) -> dict[str, Layer]:
