@@ -285,6 +285,7 @@ class Prepared:
             plan=plan,
             verdict=verdict,
             refitted=refitted,
+            source=self.data.source if refitted else "",
             notes=(*choice.notes, *contradiction(refitted, verdict.error, len(captured.outputs))),
             seconds=time.perf_counter() - started,
             timing=timing,

@@ -6,6 +6,7 @@ evidence       the records that selections and decompositions are computed from
 elimination    which channels can be removed at the least loss after consumers are re-solved
 selection      SELECTORS: which channels are kept
 decomposition  DECOMPOSITIONS: how the kept channels represent the dropped ones
-probes         PROBES: synthetic inputs for refit
+probes         PROBES: the inputs that refit runs on without calibration data, with
+               probe_families, probe_statistics, probe_tokens and probe_variants
 least_squares  the least-squares problem that refit solves for a layer
 """

@@ -114,6 +114,7 @@ class Report(Drawable):
     plan: Plan
     verdict: Verdict
     refitted: tuple[Refitted, ...] = ()
+    source: str = ""  # what refit ran on
     notes: tuple[str, ...] = ()  # requests that were not, or not fully, carried out
     seconds: float  # duration of the merge
     timing: Timing | None = None  # of the merged model, if a latency budget was given
@@ -226,6 +227,7 @@ class Report(Drawable):
             f"FLOPs      {before.flops:,} -> {after.flops:,} ({percent(after.flops, before.flops)} left)",
             f"relative error of the outputs on the example inputs: {self.verdict.text()}",
             *([self.spent.line()] if self.spent else []),
+            *([f"refit ran on {self.source}"] if self.source else []),
             *self.notes,
             *left_out_line(self.captured),
         ]

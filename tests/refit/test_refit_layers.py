@@ -25,7 +25,6 @@ from fxmerge.ir.provenance import Layer
 from fxmerge.methods.elimination import eliminate
 from fxmerge.methods.evidence import Reading
 from fxmerge.methods.least_squares import system
-from fxmerge.methods.probes import PROBES, tokens
 from fxmerge.refit import solve
 from fxmerge.refit.targets import Target
 from tests.helpers.netmaking import one_thread  # noqa: F401
@@ -265,23 +264,6 @@ def test_elimination_follows_re_solving() -> None:
     reading = Reading(rows.T @ rows / 400, weight, torch.arange(4), columns)
     left = eliminate([reading], torch.arange(4), 3).tolist()
     assert set(range(4)) - set(left) == {losses.index(min(losses))}
-
-
-@pytest.mark.parametrize("name", PROBES)
-@pytest.mark.parametrize("shape", [(2, 7), (2, 3, 16), (2, 3, 16, 12), (2, 1, 4, 4, 4), (2,)])
-def test_probes(name: str, shape: tuple[int, ...]) -> None:
-    example = torch.zeros(shape)
-    one, two = (PROBES[name](example, 40, torch.Generator().manual_seed(0)) for _ in range(2))
-    assert one.shape == (40, *shape[1:])
-    assert torch.equal(one, two)
-    assert abs(float(one.mean())) < 0.5
-    assert 0.5 < float(one.std()) < 1.5
-
-
-def test_tokens_are_in_the_vocabulary() -> None:
-    drawn = tokens(torch.zeros(2, 6, dtype=torch.int64), 9, 500, torch.Generator().manual_seed(0))
-    assert drawn.shape == (500, 6)
-    assert set(drawn.flatten().tolist()) == set(range(9))
 
 
 def test_a_shared_weight_is_left_and_the_report_says_so() -> None:
