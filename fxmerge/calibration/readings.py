@@ -35,10 +35,10 @@ def readings(
     stage: Callable[[str], None] = lambda name: None,
 ) -> dict[str, tuple[Reading, ...]]:
     """Group name -> how its consumers read it. Consumers that are not layers, as attention scores, are left out."""
-    consumers: dict[str, list[tuple[Group, Any]]] = {}
+    consumers: dict[str, list[tuple[Group, int, Any]]] = {}
     for group in groups:
-        for member in group.consumers:
-            consumers.setdefault(member.layer.node, []).append((group, member))
+        for number, member in enumerate(group.consumers):
+            consumers.setdefault(member.layer.node, []).append((group, number, member))
     found: dict[str, list[Reading]] = {g.name: [] for g in groups}
     module = captured.module
     norms = batch_norms(facts)
@@ -49,23 +49,23 @@ def readings(
             members = consumers.get(visit.node.name, ())
             if not members:
                 continue
-            layer = members[0][1].layer
+            layer = members[0][2].layer
             stage(f"survey {layer.module}")
             made = _consumer(run, visit, layer, norms=norms, settings=settings, generator=generator)
             if made is None:
                 continue
-            gram, weight, width = made
-            for group, member in members:
-                columns = member.where[:, :, None] * width + torch.arange(width)
-                found[group.name].append(Reading(gram, weight, member.channels, columns.flatten(1)))
+            gram, mean, weight, width = made
+            for group, number, member in members:
+                columns = (member.where[:, :, None] * width + torch.arange(width)).flatten(1)
+                found[group.name].append(Reading(gram, weight, member.channels, columns, mean, number))
     return {name: tuple(parts) for name, parts in found.items()}
 
 
 def _consumer(
     run: PairedRun, visit: Visit, layer: Layer, *, norms: dict[str, Layer], settings: Settings,
     generator: torch.Generator,
-) -> tuple[Tensor, Tensor, int] | None:  # fmt: skip
-    """(gram (g p, g p), weight (o, g p) times the gain of the norm after it, columns for each input channel).
+) -> tuple[Tensor, Tensor, Tensor, int] | None:  # fmt: skip
+    """(gram (g p, g p), mean (g p,), weight (o, g p) times the gain of the norm after it, columns for each input channel).
 
     None where the geometry of the call is unknown, patches are wider than WIDEST, or inputs are not finite.
     """
@@ -82,7 +82,8 @@ def _consumer(
     index_of = sample(outputs, form, enough(settings.rows, blocks * width), generator, settings.reduce)
     inputs = run.original.values[input_of(node, layer.op).name]
     parts = [patches(x, form, index) for x, index in zip(inputs, index_of, strict=True)]
-    gram = _diagonal(second_moments(parts, settings.reduce)[1])
+    mean, second = second_moments(parts, settings.reduce)
+    gram = _diagonal(second)
     if not bool(torch.isfinite(gram).all()):
         return None
     whole = _diagonal(rows)
@@ -90,7 +91,8 @@ def _consumer(
     if norm is not None:
         whole = whole * line(module, norm, *run.statistics(norm, outputs))[0][:, None]
     assert layer.reads is not None
-    return beside(weight, gram.cpu()), beside(weight, whole.cpu()), blocks * width // layer.reads.numel()
+    held = (beside(weight, found.cpu()) for found in (gram, mean.flatten(), whole))
+    return *held, blocks * width // layer.reads.numel()
 
 
 def _diagonal(blocks: Tensor) -> Tensor:

@@ -20,6 +20,8 @@ class Reading:
     weight: Tensor  # (o, p)
     channels: Tensor  # (m,) the group's channels that it reads
     columns: Tensor  # (m, q) the columns of each of them in a patch
+    mean: Tensor | None = None  # (p,) of the patches; None if it is not known
+    consumer: int = 0  # its number among the group's consumers
 
 
 @dataclass(frozen=True)
