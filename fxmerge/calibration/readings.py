@@ -6,6 +6,7 @@ The `repair` selection chooses channels by them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from fxmerge.ir.capture import Capture
 from fxmerge.ir.groups import Group
 from fxmerge.ir.provenance import Layer, Provenance, batch_norms
 from fxmerge.methods.evidence import Reading
+from fxmerge.methods.generalisation import independent_rows
 from fxmerge.methods.least_squares import second_moments
 from fxmerge.weights.by_path import at
 from fxmerge.weights.disk_tensor import beside
@@ -54,19 +56,21 @@ def readings(
             made = _consumer(run, visit, layer, norms=norms, settings=settings, generator=generator)
             if made is None:
                 continue
-            gram, mean, weight, width = made
+            reading, width = made
             for group, number, member in members:
                 columns = (member.where[:, :, None] * width + torch.arange(width)).flatten(1)
-                found[group.name].append(Reading(gram, weight, member.channels, columns, mean, number))
+                own = replace(reading, channels=member.channels, columns=columns, consumer=number)
+                found[group.name].append(own)
     return {name: tuple(parts) for name, parts in found.items()}
 
 
 def _consumer(
     run: PairedRun, visit: Visit, layer: Layer, *, norms: dict[str, Layer], settings: Settings,
     generator: torch.Generator,
-) -> tuple[Tensor, Tensor, Tensor, int] | None:  # fmt: skip
-    """(gram (g p, g p), mean (g p,), weight (o, g p) times the gain of the norm after it, columns for each input channel).
+) -> tuple[Reading, int] | None:  # fmt: skip
+    """The reading of all channels together, and the number of columns for each input channel.
 
+    The weight is that times the gain of the norm after it.
     None where the geometry of the call is unknown, patches are wider than WIDEST, or inputs are not finite.
     """
     module, node, outputs = run.original.module, visit.node, visit.outputs
@@ -91,8 +95,16 @@ def _consumer(
     if norm is not None:
         whole = whole * line(module, norm, *run.statistics(norm, outputs))[0][:, None]
     assert layer.reads is not None
-    held = (beside(weight, found.cpu()) for found in (gram, mean.flatten(), whole))
-    return *held, blocks * width // layer.reads.numel()
+    each = blocks * width // layer.reads.numel()
+    reading = Reading(
+        gram=beside(weight, gram.cpu()),
+        weight=beside(weight, whole.cpu()),
+        channels=torch.arange(0),
+        columns=torch.zeros(0, each, dtype=torch.int64),
+        mean=mean.flatten().cpu(),
+        independent=independent_rows(parts, mean, second, settings.reduce),
+    )
+    return reading, each
 
 
 def _diagonal(blocks: Tensor) -> Tensor:

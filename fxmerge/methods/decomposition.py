@@ -25,9 +25,8 @@ import torch
 from torch import Tensor
 
 from fxmerge.methods.evidence import Evidence, PublishedForm
-from fxmerge.methods.linalg import coordinates, others, pairs, solve_ridge
+from fxmerge.methods.linalg import coordinates, others, pairs
 
-EXACT = 1e-9  # the share of a channel's power below which its loss is rounding
 MIN_COSINE = 1e-9  # the rows of a channel and its partner must have a positive inner product
 
 
@@ -174,13 +173,6 @@ def fold(evidence: Evidence, kept: Tensor) -> DownUp:
     return DownUp(down, up, cosine.clamp(-1, 1))
 
 
-def least_squares(mean: Tensor, covariance: Tensor, kept: Tensor, ridge: float = 1e-4) -> tuple[Tensor, Tensor]:
-    """up (n, k) = C[:,K] C[K,K]^-1 and shift (n,) = mean - up mean_K, for the mean (n,) and covariance C (n, n)."""
-    up = solve_ridge(covariance[kept][:, kept], covariance[kept], ridge).T.contiguous()
-    up[kept] = torch.eye(len(kept), dtype=up.dtype)
-    return up, mean - up @ mean[kept]
-
-
 def push(
     up: Tensor, shift: Tensor, kept: Tensor, gain: Tensor, constant_gain: Tensor, constant: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -197,66 +189,6 @@ def push(
     pushed = gain[:, None] * up * inverse[None, :]
     pushed[kept, own] = torch.where(solid, pushed[kept, own], up[kept, own])
     return pushed, constant_gain * shift + constant - pushed @ constant[kept]
-
-
-def cellwise_least_squares(mean: Tensor, covariance: Tensor, kept: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
-    """`least_squares` within each cell: a channel is expressed by the kept channels of its own cell only."""
-    up, shift = torch.zeros(len(mean), len(kept), dtype=mean.dtype), torch.zeros_like(mean)
-    for cell in torch.unique(cells).tolist():
-        inside, columns = (cells == cell).nonzero().flatten(), (cells[kept] == cell).nonzero().flatten()
-        local = torch.searchsorted(inside, kept[columns])
-        own, moved = least_squares(mean[inside], covariance[inside][:, inside], local)
-        up[inside[:, None], columns[None, :]], shift[inside] = own, moved
-    return up, shift
-
-
-def nearest(mean: Tensor, covariance: Tensor, kept: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
-    """Each dropped channel as a multiple of the one kept channel that determines it best, and a constant: (up, shift).
-
-    The scale of channel j is C_ij / C_jj, the cosine times the ratio of the deviations; it removes C_ij^2 / C_jj from
-    the variance of channel i.
-    """
-    across, power = covariance[:, kept], covariance.diagonal()[kept]
-    solid = power > power.max().clamp(min=0) * 1e-12
-    scale = torch.where(solid, across / torch.where(solid, power, 1), 0)
-    removed = (scale * across).masked_fill(cells[:, None] != cells[kept][None, :], -1)
-    best = removed.argmax(1, keepdim=True)
-    up = torch.zeros_like(scale).scatter_(1, best, scale.gather(1, best))
-    up = torch.where(removed.gather(1, best) > 0, up, 0)
-    up[kept] = torch.eye(len(kept), dtype=up.dtype)
-    return up, mean - up @ mean[kept]
-
-
-def residual(up: Tensor, shift: Tensor, mean: Tensor, covariance: Tensor, kept: Tensor) -> Tensor:
-    """E (x_i - up_i x_K - shift_i)^2 of each channel, (n,)."""
-    spread = covariance.diagonal() - 2 * (up * covariance[:, kept]).sum(1)
-    spread = spread + ((up @ covariance[kept][:, kept]) * up).sum(1)
-    return spread.clamp(min=0) + (mean - up @ mean[kept] - shift).square()
-
-
-def least_loss(
-    exact: tuple[Tensor, Tensor], mean: Tensor, covariance: Tensor, kept: Tensor, cells: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(up, shift) with, for each channel, the decomposition that loses least by these moments, and its loss (n,).
-
-    The candidates are `exact`, a multiple of one kept channel and a constant (`nearest`), least squares by all kept
-    channels of the cell and a constant, and a constant alone. `exact` is (up, shift) by weights alone: moments that
-    are estimated do not make a channel better that it represents exactly.
-    """
-    alone = torch.zeros_like(exact[0])
-    alone[kept] = torch.eye(len(kept), dtype=alone.dtype)
-    found = [
-        exact,
-        cellwise_least_squares(mean, covariance, kept, cells),
-        nearest(mean, covariance, kept, cells),
-        (alone, torch.where(alone.any(1), 0, mean)),
-    ]
-    losses = torch.stack([residual(up, shift, mean, covariance, kept) for up, shift in found])
-    losses[0] = torch.where(losses[0] <= EXACT * (covariance.diagonal() + mean.square()), -1, losses[0])
-    best = losses.argmin(0)
-    ups, shifts = (torch.stack(parts) for parts in zip(*found, strict=True))
-    at = torch.arange(len(mean))
-    return ups[best, at], shifts[best, at], losses[best, at].clamp(min=0)
 
 
 # `lstsq` is `prune` in the common coordinates; its `up` is computed at each consumer by `cellwise_least_squares`.

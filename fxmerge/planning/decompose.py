@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -9,7 +10,8 @@ from torch import Tensor
 
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.groups import Decomposition, Group, Member, Merge
-from fxmerge.methods.decomposition import DECOMPOSITIONS, DownUp, cellwise_least_squares, least_loss, push
+from fxmerge.methods.by_moments import cellwise_least_squares, least_loss
+from fxmerge.methods.decomposition import DECOMPOSITIONS, DownUp, push
 from fxmerge.methods.evidence import Reading
 from fxmerge.options import Options
 from fxmerge.plan import GroupPlan, Partner
@@ -41,11 +43,12 @@ def decompose(
             if not constants:  # solved about zero
                 mean, covariance = torch.zeros_like(mean), covariance + torch.outer(mean, mean)
         if method == "lstsq":
-            up, shift = cellwise_least_squares(mean, covariance, kept, group.cells)
+            up, shift, _ = cellwise_least_squares(mean, covariance, kept, group.cells)
         else:
             up, shift = _pushed(mapping, kept, found, steps, constants and method in ("mostsim", "auto"))
         if method == "auto":
-            up, shift, loss = least_loss((up, shift), mean, covariance, kept, group.cells)
+            rows = seen[number].independent if number in seen else math.inf
+            up, shift, loss = least_loss((up, shift), mean, covariance, kept, group.cells, rows)
             losses.append((up, loss / (covariance.diagonal() + mean.square()).clamp(min=1e-300)))
         consumers.append(Decomposition(up, shift if constants else torch.zeros_like(shift)))
     if losses:
