@@ -76,7 +76,7 @@ class Options:
     scope: Annotated[str, _one_of("scope", _SCOPE)] = "all"
     heads: Annotated[str, _one_of("heads", _HEADS)] = "width"
     selection: Annotated[str, _one_of("selection", _SELECTION)] = "repair"
-    decomposition: Annotated[str, _one_of("decomposition", _DECOMPOSITION)] = "mostsim"
+    decomposition: Annotated[str, _one_of("decomposition", _DECOMPOSITION)] = "auto"
     threshold: float = 0.1
     """mostsim: a channel is dropped without a partner if its largest cosine is below this"""
     lam: float = 0.85

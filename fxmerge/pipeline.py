@@ -294,7 +294,11 @@ class Prepared:
 
     def decomposition(self, choice: Choice) -> Iterator[tuple[GroupPlan, Merge]]:
         """Each group's plan and what its layers absorb. One at a time, as those of wide groups take much memory."""
+        seen: Mapping[str, tuple[Reading, ...]] = {}
+        if choice.batches and choice.options.decomposition == "auto":
+            seen = self.readings([g for g, _ in choice.chosen])
         for g, kept in choice.chosen:
             self.stage(f"decomposition {g.name}")
-            mapping, merge = decompose(g, kept, self.captured, self.tensors, choice.options)
+            own = seen.get(g.name, ())
+            mapping, merge = decompose(g, kept, self.captured, self.tensors, choice.options, own)
             yield group_plan(g, kept, mapping), merge

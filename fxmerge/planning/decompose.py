@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -9,47 +10,79 @@ from torch import Tensor
 
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.groups import Decomposition, Group, Member, Merge
-from fxmerge.methods.decomposition import DECOMPOSITIONS, DownUp, cellwise_least_squares, push
+from fxmerge.methods.by_moments import cellwise_least_squares, least_loss
+from fxmerge.methods.decomposition import DECOMPOSITIONS, DownUp, push
+from fxmerge.methods.evidence import Reading
 from fxmerge.options import Options
 from fxmerge.plan import GroupPlan, Partner
-from fxmerge.planning.statistics import moments, statistics
+from fxmerge.planning.channel_ops import Step
+from fxmerge.planning.statistics import Statistics, moments, moments_seen, statistics
 
 
 def decompose(
-    group: Group, kept: Tensor, captured: Capture, tensors: Mapping[str, Tensor], options: Options
-) -> tuple[DownUp | None, Merge]:
+    group: Group, kept: Tensor, captured: Capture, tensors: Mapping[str, Tensor], options: Options,
+    readings: Sequence[Reading] = (),
+) -> tuple[DownUp | None, Merge]:  # fmt: skip
     """The group's (down, up) in its common coordinates, and what its producers and consumers absorb.
 
     The mapping is None if the dropped channels are not merged into kept ones.
+
+    readings: of the group's consumers on refit's data, where there is data; else moments come from weights and norms
     """
     method = options.decomposition
     if method == "prune" or not group.consumers or unmerged(group, tensors, options):
         return None, Merge(group, kept)
     found = statistics(group, captured, tensors, options, kept=kept if method == "mostsim" else None)
     mapping = DECOMPOSITIONS[method](found.evidence, kept)
-    n = group.channels
+    seen = {reading.consumer: reading for reading in readings}
+    consumers, losses = [], []
+    for number, (consumer, steps) in enumerate(zip(group.consumers, found.consumers, strict=True)):
+        constants = not consumer.layer.is_stacked  # which has no place for a constant
+        if method in ("lstsq", "auto"):
+            mean, covariance = _moments(found, number, seen.get(number), options)
+            if not constants:  # solved about zero
+                mean, covariance = torch.zeros_like(mean), covariance + torch.outer(mean, mean)
+        if method == "lstsq":
+            up, shift, _ = cellwise_least_squares(mean, covariance, kept, group.cells)
+        else:
+            up, shift = _pushed(mapping, kept, found, steps, constants and method in ("mostsim", "auto"))
+        if method == "auto":
+            rows = seen[number].independent if number in seen else math.inf
+            up, shift, loss = least_loss((up, shift), mean, covariance, kept, group.cells, rows)
+            losses.append((up, loss / (covariance.diagonal() + mean.square()).clamp(min=1e-300)))
+        consumers.append(Decomposition(up, shift if constants else torch.zeros_like(shift)))
+    if losses:
+        mapping = _reported(mapping, *losses[0])
+    return mapping, Merge(group, kept, mapping.down, tuple(consumers), found.producer_maps)
+
+
+def _moments(found: Statistics, consumer: int, seen: Reading | None, options: Options) -> tuple[Tensor, Tensor]:
+    if seen is None or seen.mean is None:
+        return moments(found, consumer, options.seed)
+    return moments_seen(seen, len(found.mean))
+
+
+def _pushed(
+    mapping: DownUp, kept: Tensor, found: Statistics, steps: Sequence[Step], constants: bool
+) -> tuple[Tensor, Tensor]:
+    """(up, shift) of a mapping at one consumer, after its steps. constants: whether `shift` is not zero."""
+    n = len(mapping.up)
     carried = mapping.up.any(1)
     carried[kept] = False
-    consumers = []
-    for number, (consumer, steps) in enumerate(zip(group.consumers, found.consumers, strict=True)):
-        if method == "lstsq":
-            mean, covariance = moments(found, number, options.seed)
-            if consumer.layer.is_stacked:  # which has no place for a constant: solved about zero
-                mean, covariance = torch.zeros_like(mean), covariance + torch.outer(mean, mean)
-            up, shift = cellwise_least_squares(mean, covariance, kept, group.cells)
-        else:
-            up, shift = mapping.up, torch.zeros(n, dtype=torch.float64)
-            if found.linear and method == "mostsim" and found.apart and not found.evidence.published:
-                bias = found.evidence.bias
-                shift = bias - up @ bias[kept]
-            for step in steps:
-                if step.function is not None:
-                    shift = torch.zeros_like(shift)  # a constant cannot be moved past a nonlinear function
-                up, shift = push(up, shift, kept, step.gain, step.constant_gain, step.constant)
-            moves = method == "mostsim" and not consumer.layer.is_stacked
-            shift = torch.where(carried, shift, 0) if moves else torch.zeros_like(shift)
-        consumers.append(Decomposition(up, shift))
-    return mapping, Merge(group, kept, mapping.down, tuple(consumers), found.producer_maps)
+    up, shift = mapping.up, torch.zeros(n, dtype=torch.float64)
+    if found.linear and constants and found.apart and not found.evidence.published:
+        bias = found.evidence.bias
+        shift = bias - up @ bias[kept]
+    for step in steps:
+        if step.function is not None:
+            shift = torch.zeros_like(shift)  # a constant cannot be moved past a nonlinear function
+        up, shift = push(up, shift, kept, step.gain, step.constant_gain, step.constant)
+    return up, torch.where(carried, shift, 0) if constants else torch.zeros_like(shift)
+
+
+def _reported(mapping: DownUp, up: Tensor, loss: Tensor) -> DownUp:
+    """The mapping with the rows of the first consumer's `up`, and each channel's correlation with what replaces it."""
+    return DownUp(mapping.down, up, (1 - loss).clamp(min=0).sqrt())
 
 
 def unmerged(group: Group, tensors: Mapping[str, Tensor], options: Options) -> str:
@@ -62,7 +95,7 @@ def unmerged(group: Group, tensors: Mapping[str, Tensor], options: Options) -> s
         return "one weight is applied after different per-channel steps"
     if _complex(group.per_channel_params, tensors):
         return "per-channel parameters are complex"
-    if options.decomposition == "lstsq" and _complex((*group.producers, *group.consumers), tensors):
+    if options.decomposition in ("lstsq", "auto") and _complex((*group.producers, *group.consumers), tensors):
         return "lstsq has no statistics of complex channels"
     return ""
 

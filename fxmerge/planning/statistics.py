@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.groups import Group, Member
 from fxmerge.methods import linalg
-from fxmerge.methods.evidence import Evidence, PublishedForm
+from fxmerge.methods.evidence import Evidence, PublishedForm, Reading
 from fxmerge.methods.least_squares import second_moments
 from fxmerge.methods.linalg import as_real
 from fxmerge.options import Options
@@ -83,7 +83,7 @@ def statistics(
     kept:    restricts the inner products to pairs of a dropped and a kept channel, which is enough to find partners
     sample:  restricts them to pairs of these channels, (m,)
     """
-    published = options.decomposition == "mostsim" and options.mostsim_scale == "reference"
+    published = options.decomposition in ("mostsim", "auto") and options.mostsim_scale == "reference"
     n = group.channels
     members = group.params_at
     nodes = {node.name: node for node in captured.module.graph.nodes}
@@ -210,6 +210,24 @@ def moments(found: Statistics, consumer: int, seed: int) -> tuple[Tensor, Tensor
         values = step.of_samples(values)
     mean, second = second_moments([values[:, None]], lambda total: total)
     return mean[0], second[0]
+
+
+def moments_seen(reading: Reading, n: int) -> tuple[Tensor, Tensor]:
+    """Mean (n,) and covariance (n, n) of a group's channels in the patches of a consumer, over all places of a patch.
+
+    Channels that the consumer does not read are 0.
+    """
+    assert reading.mean is not None
+    gram, mean = reading.gram.double(), reading.mean.double()
+    level = mean[reading.columns].mean(1)  # (m,)
+    total = torch.zeros(len(level), len(level), dtype=torch.float64)
+    for at in reading.columns.T:
+        off = mean[at] - level
+        total += gram[at][:, at] + torch.outer(off, off)
+    whole, second = torch.zeros(n, dtype=torch.float64), torch.zeros(n, n, dtype=torch.float64)
+    whole[reading.channels] = level
+    second[reading.channels[:, None], reading.channels[None, :]] = total / reading.columns.size(1)
+    return whole, second
 
 
 def is_norm(node: str, members: Mapping[str, Sequence[Member]]) -> bool:
