@@ -67,7 +67,7 @@ def test_later_findings_replace_earlier_ones_and_output_is_caught(
 
 
 def test_a_process_out_of_time_keeps_its_findings(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert measure(slow, monkeypatch, seconds=1) == {"stage": "merge", "ended": "stopped after 1 s"}
+    assert measure(slow, monkeypatch, seconds=2) == {"stage": "merge", "ended": "stopped after 2 s"}
 
 
 def test_a_process_that_dies(monkeypatch: pytest.MonkeyPatch) -> None:
