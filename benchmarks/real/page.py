@@ -92,7 +92,7 @@ def section(network: str, of: Rows) -> list[str]:
         if row is None:
             continue
         left = [f"{row[field]:.1%}" if field in row else "" for field in ("parameters", "flops")]
-        seconds = f"{row['seconds']:.1f}" if "seconds" in row and method != ORIGINAL else ""
+        seconds = f"{row['seconds']:.2f}" if "seconds" in row and method != ORIGINAL else ""
         lines.append("| " + " | ".join([title, method, metric(row), *left, seconds]) + " |")
         if "error" in row:
             failed.setdefault(row["error"], []).append(f"{title} {method}".strip())
