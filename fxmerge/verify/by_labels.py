@@ -135,8 +135,10 @@ def _overwrite(module: fx.GraphModule, group: Group, pairs: Tensor, generator: t
     smallest = norms.amin(1, keepdim=True)  # a copy must be smaller than any other channel
     below = (smallest / norms.where(norms.isfinite(), 0)).amin(0)[pairs[1]]
     params = group.params_at
-    # a norm without a weight gives a copy the scale of its original, whatever the scale that comes in
-    fixed = any(m.layer.operation.is_channel_norm and "weight" not in m.layer.params for m in group.per_channel_params)
+    # a norm without a weight gives a copy the scale of its original, whatever the scale that comes in; with statistics
+    # of its input, eps is added to the variance of a copy and of its original alike
+    norms_alone = [m.layer for m in group.per_channel_params if m.layer.operation.is_channel_norm]
+    fixed = any("weight" not in layer.params or not layer.has_running_statistics for layer in norms_alone)
 
     def factor() -> Tensor:
         if group.scale_blocks:
