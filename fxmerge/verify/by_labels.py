@@ -17,6 +17,8 @@ from fxmerge.weights.by_path import at
 from fxmerge.weights.copy import sharing_copy
 from fxmerge.weights.layout import from_out_first, out_first
 
+NO_EPS = 1e-11  # an eps up to here changes nothing that the oracle could see
+
 
 def permutation(captured: Capture, facts: Provenance, grouping: Grouping, seed: int = 0) -> dict[str, float]:
     """The relative change of the float64 output when a group is permuted, by group; about 1e-15 if all is correct."""
@@ -139,7 +141,7 @@ def _overwrite(module: fx.GraphModule, group: Group, pairs: Tensor, generator: t
     # a norm without a weight gives a copy the scale of its original, whatever the scale that comes in
     fixed = any("weight" not in layer.params for layer in norms_alone)
     # one with statistics of its input adds eps to the variance of a copy and of its original alike
-    equal = bool(group.scale_blocks) or any(not layer.has_running_statistics for layer in norms_alone)
+    equal = bool(group.scale_blocks) or any(n.eps > NO_EPS and not n.has_running_statistics for n in norms_alone)
 
     def factor() -> Tensor:
         if equal:
