@@ -19,9 +19,7 @@ from fxmerge.rewrite.reassemble import assembled
 M = TypeVar("M", bound=nn.Module)
 _WIDE = {torch.float32: torch.float64, torch.complex64: torch.complex128}
 _WIDEST = _WIDE | {torch.float16: torch.float64, torch.bfloat16: torch.float64}
-_CASTS: dict[Any, Callable[..., Any]] = {
-    **dict.fromkeys((Tensor.float, Tensor.half, Tensor.bfloat16), Tensor.double), Tensor.cfloat: Tensor.cdouble,
-}  # fmt: skip
+_CASTS: dict[Any, Any] = dict.fromkeys((Tensor.float, Tensor.half, Tensor.bfloat16), Tensor.double)
 
 
 def in_float64(captured: Capture) -> tuple[fx.GraphModule, tuple[Any, ...], dict[str, Any]]:
@@ -57,7 +55,8 @@ def wide(tensor: Tensor) -> Tensor:
 
 def widened(module: M) -> M:
     """The module with its tensors in float64 and complex128, in place. `module.double()` leaves complex ones."""
-    return module._apply(wide)
+    module._apply(wide)  # type: ignore[no-untyped-call]
+    return module
 
 
 def whole(captured: Capture, module: fx.GraphModule) -> nn.Module:

@@ -418,7 +418,6 @@ PRODUCTS: dict[str, tuple[Product, Product]] = {
     "addmm by name": (lambda x, w, b: torch.addmm(mat1=x, mat2=w, input=b), nn.functional.linear),
     "addmm of the bias": (lambda x, w, b: b.addmm(x, w), nn.functional.linear),
     "aten addmm": (lambda x, w, b: torch.ops.aten.addmm.default(b, x, w), nn.functional.linear),
-    "matmul by name": (lambda x, w, b: torch.matmul(x, other=w) + b, lambda x, w, b: x @ w + b),
     "tensordot by name": (lambda x, w, b: torch.tensordot(a=x, b=w, dims=1) + b, lambda x, w, b: x @ w + b),
 }
 

@@ -409,7 +409,7 @@ class Spectrum(nn.Module):
         self.register_buffer("turn", torch.polar(torch.ones(1), torch.ones(1)))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.b(self.a(x.to(torch.complex64)) * self.turn).cfloat()
+        y = self.b(self.a(x.to(torch.complex64)) * self.turn).to(torch.cfloat)
         out: Tensor = self.c(y.abs())
         return out
 
