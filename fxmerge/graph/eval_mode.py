@@ -15,8 +15,8 @@ NO_TRAINING = (
     "fxmerge.load(folder, model=MyNet())"
 )
 READS_FLAG = (
-    "the forward of this model reads self.training (for F.dropout, say), and its graph is that of evaluation mode, so it "
-    "cannot be put in training mode; to train it, load the saved weights into your own class: "
+    "the forward of this model reads self.training (for F.dropout, say), and its graph is that of evaluation mode, so "
+    "it cannot be put in training mode; to train it, load the saved weights into your own class: "
     "fxmerge.load(folder, model=MyNet())"
 )
 S = TypeVar("S", bound="EvaluationModule")
