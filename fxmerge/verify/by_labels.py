@@ -104,8 +104,8 @@ def duplicate(
     """A float64 copy of the model in which some channels of each group are scaled copies of others, in all members.
 
     Merging this model with `mostsim` must return the same function if the copies are dropped. At the producers, a copy
-    is smaller than every other channel, so that selection by norm drops it. In groups with scale_blocks, mixers or norms
-    on batch statistics, a copy equals its original, so that the kept channels must be given.
+    is smaller than every other channel, so that selection by norm drops it. In groups with scale_blocks, mixers or
+    norms on batch statistics, a copy equals its original, so that the kept channels must be given.
 
     Returns the model, its example inputs, and the channels to keep, by group.
     """
