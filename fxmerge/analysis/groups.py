@@ -191,8 +191,8 @@ def _components(
             continue
         graph.add_edges_from((("part", p), ("block", number)) for p in np.unique(part[inside]).tolist())
         for at, row in enumerate(inside):
-            here = np.unique(row)
-            rows[here] = rows[here] * (len(inside) + 1) + at + 1
+            here, times = np.unique(row, return_counts=True)
+            rows[here] = (rows[here] * (len(inside) + 1) + at + 1) * (inside.shape[1] + 1) + times
         touched = np.unique(inside)
         found, which = np.unique(rows[touched], return_inverse=True)
         rows[touched] = combinations + which

@@ -146,10 +146,13 @@ class _Check:
         if node.target is getattr and node.args[1] in ("dtype", "device"):
             return before
         call = self.valued(node, self.originals.of_query)
-        args, kwargs = self.arguments(call)
+        args, kwargs = nested.tree(lambda v: narrowed(v, self.facts, self.alive), self.arguments(call))
+        if args and type(args[0]) is tuple and isinstance(node.target, str):  # a method of a shape
+            args = (torch.Size(args[0]), *args[1:])
         try:
-            return computed(node.target, *nested.tree(lambda v: narrowed(v, self.facts, self.alive), (args, kwargs)))
+            return computed(node.target, args, kwargs)
         except (TypeError, RuntimeError, ValueError, IndexError, AttributeError):
+            self.fail(node, f"{node.name} is computed from a width, and cannot be computed from another")
             return before
 
     def valued(self, node: fx.Node, original: Callable[[fx.Node], Call]) -> fx.Node | Call:

@@ -94,12 +94,21 @@ class Builder:
         )
 
     def _blocks(self, number: int, lookup: Ints, cell: Ints) -> tuple[tuple[tuple[int, ...], ...], ...]:
-        """The group's blocks: for each row of labels its cells. A cell is in one row of each block."""
+        """The group's blocks: for each row of labels its cells, each as often as one of its channels is in the row.
+
+        A cell is in one row of each block.
+        """
+
+        def cells(row: Ints) -> tuple[int, ...]:
+            channels, times = np.unique(row, return_counts=True)
+            one = dict(zip(cell[channels].tolist(), times.tolist(), strict=True))
+            return tuple(c for c in sorted(one) for _ in range(one[c]))
+
         found = []
         for block in self.facts.blocks:
-            rows = lookup[self.atom[block.labels.numpy()]]
-            if (self.of_group[self.atom[block.labels.numpy()]] == number).all():
-                found.append(tuple(tuple(np.unique(cell[row]).tolist()) for row in rows))
+            inside = self.atom[block.labels.numpy()]
+            if (self.of_group[inside] == number).all():
+                found.append(tuple(cells(row) for row in lookup[inside]))
         return tuple(dict.fromkeys(found))
 
     def _holds(self, number: int, labels: Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 An op that lays channels out along several axes, as `view(b, 4, 8)`, makes each of its rows lose equally many channels.
 What is left of each row is packed along the last of these axes, so a channel may come to another place along it, but
-not along the others. Ops that follow may need more (`ir.Grid`):
+not along the others. Ops that follow may need more (`Grid`):
 
 - The scores of attention are computed head by head. If heads are the last axis (`view(b, 8, 4)`), a row holds one
   channel of each head, and packing would move a channel into another head. The channels that stay must then fill a

@@ -59,11 +59,20 @@ class Form:
 def operands(node: fx.Node, op: str) -> dict[str, Any]:
     """The arguments of a call, nodes and plain values, by the parameter names of torch's functions."""
     names = _ARGUMENTS[op]
-    if overload_name(node.target) is not None:
-        names = tuple(a.name for a in node.target._schema.arguments)  # type: ignore[union-attr]
-    if overload_name(node.target) in ("matmul", "mm", "bmm"):
+    target = node.target
+    overload = overload_name(target)
+    name = overload or (target if isinstance(target, str) else getattr(target, "__name__", ""))
+    if overload is not None:
+        names = tuple(a.name for a in target._schema.arguments)  # type: ignore[union-attr]
+    if name in ("matmul", "mm", "bmm", "tensordot"):
         names = ("input", "weight")
-    return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    if name == "addmm":
+        names = ("bias", "input", "weight")
+        as_here = {"input": "bias", "self": "bias", "mat1": "input", "mat2": "weight"}
+    else:
+        as_here = {"a": "input", "self": "input"}
+    kwargs = {as_here.get(key, key): value for key, value in node.kwargs.items()}
+    return dict(zip(names, node.args, strict=False)) | kwargs
 
 
 def input_of(node: fx.Node, op: str) -> fx.Node:

@@ -16,5 +16,6 @@ frames            one frame of a recorded run
 frozen            finds what tracing froze: a value of one run that became a constant of the graph
 guards            the sizes of inputs for which an exported graph holds, as assertions at the start of the graph
 hooks             traces the hooks of leaf modules
+training          finds models whose graph is another one in training mode
 quantized         recognizes quantized models, whose packed weights cannot be merged
 """

@@ -22,8 +22,9 @@ from fxmerge.capture.quantized import check_not_quantized
 from fxmerge.capture.record import record
 from fxmerge.capture.symbolic import trace
 from fxmerge.capture.torch_export import graph_module_of
+from fxmerge.capture.training import differs_in_training
 from fxmerge.errors import FxMergeError, first_line, source_line
-from fxmerge.graph.eval_mode import State, moved, only_evaluating, put_back, reproducible, reseed, state_of
+from fxmerge.graph.eval_mode import FlagModule, State, moved, only_evaluating, put_back, reproducible, reseed, state_of
 from fxmerge.graph.inputs import bind, is_exported
 from fxmerge.graph.nested import fresh, leaves
 from fxmerge.graph.outputs import agree, foreign, plain, returned, returning_plain
@@ -109,6 +110,7 @@ def capture(model: Any, example_inputs: Any) -> Capture:
             expected, traced_model = plain(expected), returning_plain(traced_model)
         check = unchecked if blank else checks(model, traced_model, args, kwargs, moved(state))
         module, recorded = _graph(traced_model, args, kwargs, check, state)
+        differs = recorded is None and not is_exported(module) and differs_in_training(traced_model, args, kwargs)
         values = list(recorded.inputs) if recorded else bind(module, args, kwargs)
         reseed()
         recorder = _Recorder(module, cache)
@@ -121,6 +123,8 @@ def capture(model: Any, example_inputs: Any) -> Capture:
             traced.training = training.get(name, training[""])
     if is_exported(module):
         only_evaluating(module)
+    elif differs:
+        only_evaluating(module, FlagModule)
     return Capture(
         module=module,
         args=args,

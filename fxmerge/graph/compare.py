@@ -184,4 +184,4 @@ def _exact(values: Tensor) -> Tensor:
 
 
 def _square(values: Tensor) -> float:
-    return float(values.abs().square().sum())
+    return float(values.detach().abs().square().sum())

@@ -14,27 +14,38 @@ NO_TRAINING = (
     "dropout is gone, so it cannot be put in training mode; to train it, load the saved weights into your own class: "
     "fxmerge.load(folder, model=MyNet())"
 )
+READS_FLAG = (
+    "the forward of this model reads self.training (for F.dropout, say), and its graph is that of evaluation mode, so "
+    "it cannot be put in training mode; to train it, load the saved weights into your own class: "
+    "fxmerge.load(folder, model=MyNet())"
+)
 S = TypeVar("S", bound="EvaluationModule")
 
 
 class EvaluationModule(fx.GraphModule):
     """A graph module whose graph is that of evaluation mode, whatever its training flags are."""
 
+    no_training = NO_TRAINING  # what `train` raises
+
     def train(self: S, mode: bool = True) -> S:
         """Raises RuntimeError for training mode, which would change nothing."""
         if mode:
-            raise RuntimeError(NO_TRAINING)
+            raise RuntimeError(self.no_training)
         return super().train(mode)
 
 
-def only_evaluating(module: fx.GraphModule) -> None:
+class FlagModule(EvaluationModule):
+    """An `EvaluationModule` that torch.fx traced from a forward that reads its training flag."""
+
+    no_training = READS_FLAG
+
+
+def only_evaluating(module: fx.GraphModule, kind: type[EvaluationModule] = EvaluationModule) -> None:
     """Makes a graph module an `EvaluationModule`, in place, and clears its training flags."""
     for inner in module.modules():
         inner.training = False
     if not isinstance(module, EvaluationModule):
-        own = type(
-            "GraphModuleImpl", (EvaluationModule,), {}
-        )  # torch.fx knows its classes of one instance by that name
+        own = type("GraphModuleImpl", (kind,), {})  # torch.fx knows its classes of one instance by that name
         own.__name__ = type(module).__name__
         module.__class__ = own
         module.recompile()

@@ -17,6 +17,8 @@ from fxmerge.weights.by_path import at
 from fxmerge.weights.copy import sharing_copy
 from fxmerge.weights.layout import from_out_first, out_first
 
+NO_EPS = 1e-11  # an eps up to here changes nothing that the oracle could see
+
 
 def permutation(captured: Capture, facts: Provenance, grouping: Grouping, seed: int = 0) -> dict[str, float]:
     """The relative change of the float64 output when a group is permuted, by group; about 1e-15 if all is correct."""
@@ -102,8 +104,8 @@ def duplicate(
     """A float64 copy of the model in which some channels of each group are scaled copies of others, in all members.
 
     Merging this model with `mostsim` must return the same function if the copies are dropped. At the producers, a copy
-    is smaller than every other channel, so that selection by norm drops it. In groups with scale_blocks or mixers, a
-    copy equals its original, so that the kept channels must be given.
+    is smaller than every other channel, so that selection by norm drops it. In groups with scale_blocks, mixers or
+    norms on batch statistics, a copy equals its original, so that the kept channels must be given.
 
     Returns the model, its example inputs, and the channels to keep, by group.
     """
@@ -135,11 +137,14 @@ def _overwrite(module: fx.GraphModule, group: Group, pairs: Tensor, generator: t
     smallest = norms.amin(1, keepdim=True)  # a copy must be smaller than any other channel
     below = (smallest / norms.where(norms.isfinite(), 0)).amin(0)[pairs[1]]
     params = group.params_at
+    norms_alone = [m.layer for m in group.per_channel_params if m.layer.operation.is_channel_norm]
     # a norm without a weight gives a copy the scale of its original, whatever the scale that comes in
-    fixed = any(m.layer.operation.is_channel_norm and "weight" not in m.layer.params for m in group.per_channel_params)
+    fixed = any("weight" not in layer.params for layer in norms_alone)
+    # one with statistics of its input adds eps to the variance of a copy and of its original alike
+    equal = bool(group.scale_blocks) or any(n.eps > NO_EPS and not n.has_running_statistics for n in norms_alone)
 
     def factor() -> Tensor:
-        if group.scale_blocks:
+        if equal:
             return torch.ones(pairs.size(1), dtype=torch.float64)
         return below * (0.3 + 0.4 * torch.rand(pairs.size(1), generator=generator, dtype=torch.float64))
 

@@ -29,7 +29,7 @@ from fxmerge.ir.provenance import Provenance
 from fxmerge.plan import Plan, planned
 from fxmerge.rewrite.rewriter import Rewriter
 from fxmerge.verify.at_zero import AtZero
-from fxmerge.verify.in_double import double_precision, doubled, in_float64, whole
+from fxmerge.verify.in_double import double_precision, doubled, in_float64, whole, wide, widened
 from fxmerge.verify.unseen import Unseen, unseen
 from fxmerge.weights.by_path import at
 from fxmerge.weights.copy import deep_copy
@@ -132,9 +132,8 @@ class _Reweighted(nn.Module):
             if tensor is not None
         ]
         copies = {id(t): t.detach().clone() for _, _, t in held}  # tied tensors stay tied
-        for tensor in copies.values():
-            if tensor.is_floating_point():
-                tensor.data = tensor.double()
+        for key, tensor in copies.items():
+            copies[key] = wide(tensor)
         self.given = {path: copies[id(t)] for path, _, t in held}
         self.tensors: dict[tuple[nn.Module, str], Tensor] = {place: copies[id(t)] for _, place, t in held}
 
@@ -241,7 +240,7 @@ def _original(captured: Capture, chosen: Chosen, example: Unseen) -> Callable[[]
 def _copied(model: nn.Module) -> nn.Module:
     copied = deep_copy(model, computed_weights(model))
     unparametrize(copied)
-    return copied.double()
+    return widened(copied)
 
 
 def _has(model: nn.Module, group: Group) -> bool:

@@ -118,6 +118,23 @@ def test_a_value_that_cannot_be_kept_refuses_its_group_only() -> None:
     assert difference(model, result.module, torch.randn(3, 7, IN).double()) < 1e-12
 
 
+@pytest.mark.parametrize(
+    "scale",
+    [
+        lambda m, q, v, w: w / q.shape[-1:].numel() ** 0.5,
+        lambda m, q, v, w: w / (q.shape.numel() / q.shape[:-1].numel()) ** 0.5,
+        lambda m, q, v, w: w / q.size()[2:].numel() * w.size(-1),
+    ],
+)
+def test_the_number_of_elements_of_a_shape(scale: Scale) -> None:
+    """A slice of a shape is not a tuple, which has no `numel`: the scale stays, or its group does."""
+    model, x = halved(scale), torch.randn(2, 5, IN).double()
+    result = plain_merge(model, x, ratio=0.5, decomposition="prune", selection="l2")
+    assert [p.name for p in result.plan.groups] == ["v"]
+    assert "q" in {r.name for r in result.report.refusals}
+    assert difference(model, result.module, torch.randn(3, 7, IN).double()) < 1e-12
+
+
 def test_states_of_a_new_size_still_follow() -> None:
     """zeros of a width become narrower with it."""
 

@@ -251,7 +251,7 @@ def words(m: Any, x: Tensor) -> Tensor:
 
 
 @net(IMAGE, a=conv(3, 12), b=conv(12, 16, stride=2), n=nn.GroupNorm(4, 16), up=nn.ConvTranspose2d(16, 10, 2, 2),
-     c=conv(22, 8), o=nn.InstanceNorm2d(8, affine=True), fc=nn.Conv2d(8, 2, 1))  # fmt: skip
+     c=conv(22, 8), o=nn.InstanceNorm2d(8, affine=True, eps=1e-12), fc=nn.Conv2d(8, 2, 1))  # fmt: skip
 def unet(m: Any, x: Tensor) -> Tensor:
     x = F.relu(m.a(x))
     y = F.relu(m.up(F.relu(m.n(m.b(x)))))

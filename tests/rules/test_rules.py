@@ -242,9 +242,11 @@ def test_a_subclass_is_known_by_the_forward_it_inherits() -> None:
 
 
 def test_a_module_with_hooks_is_pinned() -> None:
+    """In a graph that the user has traced; where fxmerge traces, hooks are followed (see tests/capture)."""
     model, x = Sample(lambda m, x: m.part(x), parts={"part": nn.Conv2d(8, 8, 1)}).make()
-    model.get_submodule("part").register_forward_hook(lambda module, args, out: out.flip(1))
-    refused = {r.name: r.reason for r in fxmerge.analyze(model, x).refusals}
+    traced = fx.symbolic_trace(model)
+    traced.get_submodule("part").register_forward_hook(lambda module, args, out: out.flip(1))
+    refused = {r.name: r.reason for r in fxmerge.analyze(traced, x).refusals}
     assert "has forward hooks" in refused["producer"]
 
 

@@ -399,6 +399,29 @@ def test_casts_do_not_lose_precision() -> None:
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
+class Spectrum(nn.Module):
+    """Complex weights and a complex constant; a cast to complex64 in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 16, dtype=torch.cfloat), nn.Linear(16, 12, dtype=torch.cfloat)
+        self.c = nn.Linear(12, 3)
+        self.register_buffer("turn", torch.polar(torch.ones(1), torch.ones(1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.b(self.a(x.to(torch.complex64)) * self.turn).to(torch.cfloat)
+        out: Tensor = self.c(y.abs())
+        return out
+
+
+def test_complex_weights_are_checked_in_double_precision() -> None:
+    torch.manual_seed(0)
+    result = pruned(Spectrum().eval(), torch.randn(4, 6))
+    agrees(result)
+    found = result.analysis
+    assert all(e < EXACT for e in verify.permutation(found.captured, found.facts, found.grouping).values())
+
+
 class Shared(nn.Module):
     """A module and a weight under several names each."""
 

@@ -15,7 +15,7 @@ from fxmerge.export.source.containers import children, in_order
 from fxmerge.export.source.expressions import Body
 from fxmerge.export.source.init import Init
 from fxmerge.export.source.names import broken
-from fxmerge.graph.eval_mode import NO_TRAINING, EvaluationModule
+from fxmerge.graph.eval_mode import EvaluationModule
 
 _HEAD = '''"""{name}, merged by fxmerge: {count:,} parameters.
 
@@ -70,7 +70,7 @@ def source(module: fx.GraphModule, name: str, plain: bool = True) -> str:
     signature[-1] += ":"
     code = "\n".join([*init, "", *signature, *forward])
     if isinstance(module, EvaluationModule):
-        lines = [f'"{line} "' for line in wrap(NO_TRAINING, 90)]
+        lines = [f'"{line} "' for line in wrap(module.no_training, 90)]
         code += "\n" + _TRAIN.format(message="\n                ".join(lines)).rstrip()
     functional = ["import torch.nn.functional as F"] if re.search(r"\bF\.", code) else []
     others = [*functional, "from torch import nn"]
