@@ -10,32 +10,33 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import fx, nn
 
 from fxmerge import verify
 from fxmerge.analysis.grouping import Chosen, grouped, provable
 from fxmerge.analysis.groups import overlaps
 from fxmerge.analysis.propagate import provenance
-from fxmerge.calibration.batches import Batches, with_data
+from fxmerge.calibration.batches import with_data
 from fxmerge.calibration.epilogue import pair
 from fxmerge.calibration.fit_probes import RefitData, refit_data
 from fxmerge.calibration.paired_run import Settings
 from fxmerge.calibration.readings import readings
 from fxmerge.calibration.sensitivity import sensitivity
 from fxmerge.capture.capture_model import capture, confined
+from fxmerge.choice import Choice
 from fxmerge.errors import FxMergeError
 from fxmerge.graph.cost import flops_by_node
 from fxmerge.graph.distributed import summed
 from fxmerge.graph.eval_mode import with_versions
 from fxmerge.graph.latency import compared
 from fxmerge.ir.capture import Capture
-from fxmerge.ir.groups import Group, Grouping, Merge, Refusal, survivors
+from fxmerge.ir.groups import Group, Grouping, Merge, survivors
 from fxmerge.ir.provenance import Provenance
 from fxmerge.methods.allocation import Counts
 from fxmerge.methods.evidence import Reading
@@ -50,12 +51,12 @@ from fxmerge.planning.error_curves import curves
 from fxmerge.planning.scope import check_patterns, in_scope, replayed
 from fxmerge.planning.statistics import state
 from fxmerge.refit.contradiction import contradiction
-from fxmerge.refit.refit_layers import Refitted, refit
+from fxmerge.refit.handed_out import MERGED, PRUNED, HandedOut, closest
+from fxmerge.refit.refit_layers import Refitted
 from fxmerge.report.reports import Report
 from fxmerge.result import Analysis, Result
 from fxmerge.rewrite.reassemble import assembled
 from fxmerge.rewrite.rewriter import Rewriter
-from fxmerge.rules.resize import Call
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -78,25 +79,6 @@ def prepared(
             "load the weights, or give fxmerge.on_disk(model, 'weights.safetensors'), which reads them when needed"
         )
     return Prepared(captured, options, given, stage)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Choice:
-    """The decisions of a merge that are made before anything is rewritten.
-
-    chosen:    the groups that narrow, with the channels that they keep
-    edits:     {node: its call with new literal sizes}, for sizes that follow the widths of groups
-    refusals:  the channels that are not merged, with reasons
-    batches:   the data that refit runs on; empty if there is no refit
-    notes:     requests that were not, or not fully, carried out
-    """
-
-    options: Options
-    chosen: Chosen
-    edits: Mapping[str, Call]
-    refusals: tuple[Refusal, ...]
-    batches: Batches
-    notes: tuple[str, ...]
 
 
 class Prepared:
@@ -135,7 +117,7 @@ class Prepared:
     @property
     def settings(self) -> Settings:
         """How the batches are run."""
-        return replace(self.probing, held=self.data.held)
+        return replace(self.probing, held=self.data.held, made=self.data.made)
 
     def readings(self, groups: Sequence[Group]) -> Mapping[str, tuple[Reading, ...]]:
         """{group: the second moments at its consumers on refit's data}, for these groups at least."""
@@ -255,18 +237,20 @@ class Prepared:
         started: when the merge began, by time.perf_counter
         """
         captured, (facts, grouping) = self.captured, self.found
-        rewriter, plans = Rewriter(captured.module, facts), []
-        for plan_of_group, merge in self.decomposition(choice):
-            rewriter.absorb(merge)
-            plans.append(plan_of_group)
-        self.stage("rewrite")
-        alive = survivors(grouping, choice.chosen)
-        rewritten = rewriter.finish(alive, choice.edits)
         refitted: tuple[Refitted, ...] = ()
+        best: HandedOut | None = None
         if choice.batches and choice.chosen:
-            self.stage("refit")
-            streams = pair(captured.module, facts, rewritten, alive)
-            refitted = refit(streams, choice.batches, self.settings, self.stage)
+            alive = survivors(grouping, choice.chosen)
+            pruned = replace(choice, options=choice.options.replace(decomposition="prune"))
+            rewritten, plans, refitted, best = closest(
+                {MERGED: lambda: self.rewritten(choice), PRUNED: lambda: self.rewritten(pruned)},
+                lambda graph: pair(captured.module, facts, graph, alive),
+                choice.batches,
+                self.settings,
+                self.stage,
+            )
+        else:
+            rewritten, plans = self.rewritten(choice)
         module = assembled(captured, rewritten)
         self.stage("verify")
         verdict = verify.compare(captured, module)
@@ -274,7 +258,7 @@ class Prepared:
         if "latency" in choice.options.budget and choice.chosen:
             self.stage("latency")
             timing = compared(self.original, module, captured.args, captured.kwargs)
-        plan = Plan(choice.options, tuple(plans))
+        plan = Plan(choice.options, plans)
         report = Report(
             captured=captured,
             facts=facts,
@@ -286,11 +270,22 @@ class Prepared:
             verdict=verdict,
             refitted=refitted,
             source=self.data.source if refitted else "",
+            handed_out=best,
             notes=(*choice.notes, *contradiction(refitted, verdict.error, len(captured.outputs))),
             seconds=time.perf_counter() - started,
             timing=timing,
         )
         return Result(module, plan, report, Analysis(captured, facts, grouping, choice.refusals))
+
+    def rewritten(self, choice: Choice) -> tuple[fx.GraphModule, tuple[GroupPlan, ...]]:
+        """The merged graph before refit, and the plan of each group."""
+        facts, grouping = self.found
+        rewriter, plans = Rewriter(self.captured.module, facts), []
+        for plan_of_group, merge in self.decomposition(choice):
+            rewriter.absorb(merge)
+            plans.append(plan_of_group)
+        self.stage("rewrite")
+        return rewriter.finish(survivors(grouping, choice.chosen), choice.edits), tuple(plans)
 
     def decomposition(self, choice: Choice) -> Iterator[tuple[GroupPlan, Merge]]:
         """Each group's plan and what its layers absorb. One at a time, as those of wide groups take much memory."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxmerge.calibration.held_out import held_samples, samples
 from fxmerge.calibration.user_data import given
 from fxmerge.errors import FxMergeError, first_line
 from fxmerge.graph.cost import cost
@@ -69,12 +70,12 @@ def fed(
         found = given(captured, batches, limit, batch_size(captured))
         if fault := refused(captured, found[0]):
             raise FxMergeError(f"the model {fault} on a calibration batch; give inputs as its forward takes them")
-        more = variants(captured, found, min(limit, options.samples or enough(captured)), options.seed)
-        mine, others = share(found), more[rank_and_size()[0] :: rank_and_size()[1]]
+        mine, (rank, size) = share(found), rank_and_size()
+        more = variants(captured, mine, min(limit, options.samples or enough(captured)) // size, options.seed + rank)
         text = f"{sum(map(samples, found)):,} calibration samples"
         if more:
-            text += f" and {sum(map(samples, more)):,} variants of them"
-        return Fed(batches=mine + others, made=len(mine), real=True, source=text)
+            text += f" and {sum(map(samples, more)) * size:,} variants of them"
+        return Fed(batches=mine + more, made=len(mine), real=True, source=text)
     size = batch_size(captured) if is_exported(captured.module) else options.batch
     tables, normed = vocabularies(captured, facts), bool(batch_norms(facts))
 
@@ -126,11 +127,17 @@ def example_counts(captured: Capture, facts: Provenance) -> bool:
 def variants(captured: Capture, batches: Batches, wanted: int, seed: int) -> Batches:
     """Batches of variants of the user's samples, one of each batch in turn, until there are `wanted` samples in all.
 
-    None where the user's samples are nearly as many, or where the inputs have no variants.
+    None where the user's samples are nearly as many, or where the inputs have no variants. Samples that are held out
+    have none.
     """
     found: Batches = []
     missing = wanted - sum(map(samples, batches))
-    while missing >= samples(batch := batches[len(found) % len(batches)]):
+    sources = [
+        _rows(batch, (~held).nonzero().flatten())
+        for batch, held in zip(batches, held_samples([samples(batch) for batch in batches]), strict=True)
+        if not held.all()
+    ]
+    while missing >= samples(batch := sources[len(found) % len(sources)]):
         made = {}
         for place in probed(batch):
             generator = torch.Generator().manual_seed(seed + len(found))  # the same for all inputs of a sample
@@ -143,9 +150,11 @@ def variants(captured: Capture, batches: Batches, wanted: int, seed: int) -> Bat
     return found
 
 
-def samples(batch: Sequence[Any]) -> int:
-    """The number of samples in a batch."""
-    return next((v.size(0) for v in batch if isinstance(v, Tensor) and v.dim()), 1)
+def _rows(batch: Sequence[Any], index: Tensor) -> list[Any]:
+    """As many samples as the batch has, from those with these indices in turn."""
+    count = samples(batch)
+    chosen = index[torch.arange(count) % len(index)]
+    return [v[chosen.to(v.device)] if isinstance(v, Tensor) and v.dim() and v.size(0) == count else v for v in batch]
 
 
 def _described(captured: Capture, family: str, count: int, real: bool, words: bool) -> str:

@@ -30,7 +30,6 @@ _ARGUMENTS = {
     "conv_transpose": ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation"),
 }
 _DEFAULTS: dict[str, Any] = {"stride": 1, "padding": 0, "output_padding": 0, "dilation": 1, "groups": 1}
-HELD, JUDGES = 8, 32  # one of HELD samples is held out of a solve, to judge it, but not many more than JUDGES in all
 FEWEST = 16384  # positions that a wide layer is solved on, unless `Settings.rows` is smaller
 ENTRIES = 2**24  # entries of the patches that a narrow layer is solved on, at most
 
@@ -172,25 +171,6 @@ def sample(
         if share < 1:
             index = torch.randperm(count, generator=generator)[: max(1, round(count * share))].sort().values
         found.append(index.to(y.device))
-    return found
-
-
-def held_out(outputs: Sequence[Tensor], form: Form, index_of: Sequence[Tensor], reduce: Reduce) -> list[Tensor]:
-    """Which of the sampled positions are only for judging: (rows,) bool by batch.
-
-    Positions of one sample resemble each other, so that whole samples are held out, at regular distances. With fewer
-    than 2 HELD samples in all, the last positions of each sample are held out instead.
-    """
-    samples = [y.size(0) if y.dim() > form.spatial + 1 else 1 for y in outputs]
-    total = float(reduce(torch.tensor(float(sum(samples)), dtype=torch.float64, device=outputs[0].device)))
-    found, first, every = [], 0, max(HELD, int(total) // JUDGES)
-    for y, index, count in zip(outputs, index_of, samples, strict=True):
-        each = max(1, positions(y, form) // max(count, 1))
-        if total >= 2 * HELD:
-            found.append((index // each + first) % every == every - 1)
-        else:
-            found.append(index % each >= each - each // HELD)
-        first += count
     return found
 
 

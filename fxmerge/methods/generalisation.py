@@ -28,7 +28,8 @@ WORST = 0.05  # the smallest value of 1 - df / N
 
 def elsewhere(df: float, rows: float) -> float:
     """The factor by which the error on other rows exceeds that on the `rows` independent ones of a fit."""
-    return 1 / max(WORST, 1 - df / rows) ** 2
+    free = max(WORST, 1 - df / rows)
+    return 1 / (free * free)
 
 
 def independent_rows(rows: list[Tensor], mean: Tensor, second: Tensor, reduce: Reduce) -> float:

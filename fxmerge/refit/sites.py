@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from fxmerge.calibration.epilogue import Affine, Epilogue, affine, epilogue_of
+from fxmerge.calibration.held_out import held_positions
 from fxmerge.calibration.paired_run import PairedRun, Visit, line, moments
-from fxmerge.calibration.patches import at_positions, channel_axis, held_out, input_of, patches, positions
+from fxmerge.calibration.patches import at_positions, channel_axis, input_of, patches, positions
 from fxmerge.ir.provenance import Layer
 from fxmerge.refit.layer_weights import LayerWeights
 from fxmerge.refit.solve import Rows
@@ -70,7 +71,7 @@ class Sites:
         outputs, form = site.visit.outputs, site.held.form
         if index_of is None:
             index_of = [torch.arange(positions(y, form), device=y.device) for y in outputs]
-        return held_out(outputs, form, index_of, self.paired.reduce)
+        return held_positions(outputs, form, index_of, self.paired.held_out)
 
     def target(self, site: Site, number: int, index: Tensor | None = None) -> Target:
         """The target of the layer's outputs for one batch, at these positions or everywhere."""
