@@ -49,7 +49,8 @@ def independent_rows(rows: list[Tensor], mean: Tensor, second: Tensor, reduce: R
         own = (z.mT @ z).double() / len(block)
         own.diagonal(dim1=1, dim2=2).zero_()
         varied, blocks = varied + (len(block) / total) ** 2 * (own - whole).square().sum(), blocks + 1
-    spread, count = reduce(torch.stack([varied, second.new_tensor(float(blocks))])).tolist()
+    sums = reduce(torch.stack([varied, second.new_tensor(float(blocks))]))
+    spread, count = float(sums[0]), float(sums[1])
     pairs = float((solid.sum(1) * (solid.sum(1) - 1)).sum() + whole.square().sum())
     if count < 2 or pairs <= 0:
         return max(1.0, total)
