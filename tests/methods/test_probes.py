@@ -185,11 +185,13 @@ def test_tokens_are_those_of_the_example_and_of_the_vocabulary() -> None:
     assert len(rows_of(made)) > 280
 
 
-def test_tokens_at_padding_are_kept_and_the_last_before_it() -> None:
+@pytest.mark.parametrize("embedded", [False, True])
+def test_tokens_at_padding_are_kept_and_the_last_before_it(embedded: bool) -> None:
     x = torch.randint(5, 300, (2, 12), generator=seeded(4))
     x[0, 7], x[0, 8:], x[1, 11] = 2, 0, 2
     mask = (x != 0).long()
-    found = probes("leaves", [x, mask], tables={0: TABLE}, count=40, batch=16, seed=0)
+    tables = {0: TABLE, 1: TABLE[:2]} if embedded else {0: TABLE}
+    found = probes("leaves", [x, mask], tables=tables, count=40, batch=16, seed=0)
     ids, masks = (torch.cat([batch[i] for batch in found]) for i in (0, 1))  # type: ignore[misc]
     assert torch.equal(masks, mask.repeat(20, 1))
     assert torch.equal(ids[masks == 0], torch.zeros(int((masks == 0).sum()), dtype=torch.int64))
