@@ -160,12 +160,13 @@ def _rows(batch: Sequence[Any], index: Tensor) -> list[Any]:
 def _described(captured: Capture, family: str, count: int, real: bool, words: bool) -> str:
     """What probes are made of, for the report."""
     n, text = batch_size(captured), f"{count:,} probes"
+    inputs = f"the {n:,} example inputs" if n > 1 else "the one example input"
     floats = [captured.inputs[at] for at in probed(captured.inputs)]
     if real:
         of = "crops, flips, colours; half dead leaves" if any(map(is_image, floats)) else "half noise like them"
-        return f"{text} made from the {n} example inputs ({of})"
+        return f"{text} made from {inputs} ({of})"
     if words:
-        return f"{text} made from the tokens of the {n} example inputs and of the vocabulary"
+        return f"{text} made from the tokens of {inputs} and of the vocabulary"
     return f"{text} ({family})" if family else text
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 FEW = 16  # with fewer numbers in each channel, the statistics are those of the whole tensor
 LIKE = 0.25  # the correlation of neighbours above which numbers are no noise; images have 0.8 and more
+LONG = 64  # the least length of a sequence without features
 EQUAL = 0.3  # the share of equal numbers above which they are no noise (one-hot codes, spikes)
 
 
@@ -30,14 +31,18 @@ def neighbours(x: Tensor, axis: int) -> float:
 
 
 def axis_of_steps(x: Tensor) -> int | None:
-    """The axis along which the numbers are a sequence, the one whose neighbours are most alike; None for features."""
+    """The axis along which the numbers are a sequence, the one whose neighbours are most alike; None for features.
+
+    Of (n, numbers), only a few samples of many numbers are sequences, as of audio: more samples tell more as features.
+    """
     if x.dim() < 2:
         return None
     if x.dim() > 3:
         return max(range(2, x.dim()), key=lambda axis: x.size(axis))
     likeness = {axis: neighbours(x, axis) for axis in range(1, x.dim())}
     best = max(likeness, key=lambda axis: likeness[axis])
-    return best if x.dim() == 3 or likeness[best] > 2 * LIKE else None
+    long = x.dim() == 3 or (len(x) < FEW and x.size(1) >= LONG and likeness[best] > 2 * LIKE)
+    return best if long else None
 
 
 def looks_real(example: Tensor) -> bool:

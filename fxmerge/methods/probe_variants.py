@@ -45,10 +45,11 @@ def example(example: Tensor, count: int, generator: Generator) -> Tensor:
 def augmented(values: Tensor, count: int, generator: Generator) -> Tensor | None:
     """`count` further variants of the user's samples (n, ...), which stay close to them; None if none can be made.
 
-    Images are cropped and flipped, sequences are moved along their steps. Features and noise have no variants.
+    Images are cropped and flipped, sequences are moved along their steps. Features, (n, numbers) of any kind, and noise
+    have no variants.
     """
     x = values.detach()
-    if not x.is_floating_point() or not looks_real(x) or x.dim() < 2:
+    if not x.is_floating_point() or x.dim() < 3 or not looks_real(x):
         return None
     x, chosen = x.float().cpu(), torch.arange(count) % len(x)
     if is_image(x):
@@ -62,12 +63,19 @@ def _unlike(x: Tensor, count: int, generator: Generator) -> Tensor:
     have the covariance of the samples, and some independent noise where samples are few.
     """
     if x.dim() > 2 or axis_of_steps(x) is not None:
-        return leaves(x, count, generator) if is_image(x) else pink(x, count, generator)
+        return leaves(x, count, generator) if is_image(x) else _noise(x, count, generator)
     apart = (x - x.mean(0)) / x.std(0).clamp(min=1e-12)
     mixed = torch.randn(count, len(x), generator=generator) @ apart / len(x) ** 0.5
     alone = x.size(1) / (x.size(1) + len(x))  # the share of independent noise
     drawn: Tensor = (1 - alone) ** 0.5 * mixed + alone**0.5 * white(x, count, generator)
     return drawn
+
+
+def _noise(x: Tensor, count: int, generator: Generator) -> Tensor:
+    """`pink` along the axis of steps, which may be before that of the features."""
+    if x.dim() == 3 and axis_of_steps(x) == 1:
+        return pink(x.transpose(1, 2), count, generator).transpose(1, 2)
+    return pink(x, count, generator)
 
 
 def _varied(x: Tensor, count: int, generator: Generator) -> Tensor:
@@ -85,7 +93,7 @@ def _varied(x: Tensor, count: int, generator: Generator) -> Tensor:
     draw = _along(torch.rand(count, generator=generator), x)
     gain = 2 ** (0.5 * _along(torch.randn(count, generator=generator), x))
     share = NOISE * draw * (_along(torch.rand(count, generator=generator), x) < 0.5)
-    out = (1 - share) * gain * out + share * placed(x, pink(x, count, generator))
+    out = (1 - share) * gain * out + share * placed(x, _noise(x, count, generator))
     return out.clamp(x.min(), x.max())
 
 

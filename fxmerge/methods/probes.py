@@ -105,9 +105,10 @@ def padding(inputs: Sequence[object], tables: Mapping[int, Tensor]) -> dict[tupl
     """Shape -> where an attention mask of this shape is 0, so that the tokens there are kept: bool, (n, ...)."""
     found: dict[tuple[int, ...], Tensor] = {}
     for number, value in enumerate(inputs):
-        if not isinstance(value, Tensor) or number in tables or value.dim() < 2 or number not in batched(inputs):
+        if not isinstance(value, Tensor) or value.dim() < 2 or number not in batched(inputs):
             continue
-        if bool(((value == 0) | (value == 1)).all()):
+        drawn = number in tables and not _is_given(value, number, tables, inputs)
+        if not drawn and bool(((value == 0) | (value == 1)).all()):
             shape, away = tuple(value.shape), (value == 0).cpu()
             found[shape] = found[shape] | away if shape in found else away
     return found

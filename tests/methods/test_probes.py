@@ -7,7 +7,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-from fxmerge.methods.probe_statistics import looks_real, placed
+from fxmerge.methods.probe_statistics import looks_real, neighbours, placed
 from fxmerge.methods.probe_tokens import tokens
 from fxmerge.methods.probe_variants import augmented, cropped, moved
 from fxmerge.methods.probes import PROBES, probed, probes
@@ -148,12 +148,20 @@ def test_sequences_are_moved_in_a_circle() -> None:
         assert any(torch.equal(one.roll(-k, 0), other) for k in range(40))
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+def test_noise_beside_a_sequence_is_smooth_along_its_steps(steps: int) -> None:
+    x = smooth(2, 5, 60, axes=1).movedim(2, steps)
+    noise = PROBES["example"](x, 200, seeded())[torch.arange(200) // 2 % 2 == 0][2:]
+    assert neighbours(noise, steps) > 0.3 > neighbours(noise, 3 - steps)
+
+
 def test_the_user_s_samples_get_close_variants() -> None:
     x = smooth(4, 3, 16, 16, axes=2)
     made = augmented(x, 12, seeded())
     assert made is not None and made.shape == (12, 3, 16, 16) and not rows_of(made) & rows_of(x)
     assert augmented(torch.randn(40, 6), 10, seeded()) is None
     assert augmented(NOISE["randn"], 10, seeded()) is None
+    assert augmented(smooth(4, 1, 16, 16, axes=2).flatten(1), 10, seeded()) is None  # a shift would wrap the rows
     assert augmented(torch.randint(9, (4, 12)), 10, seeded()) is None
     sequence = augmented(smooth(2, 5, 60, axes=1), 6, seeded())
     assert sequence is not None and torch.allclose(
@@ -177,11 +185,13 @@ def test_tokens_are_those_of_the_example_and_of_the_vocabulary() -> None:
     assert len(rows_of(made)) > 280
 
 
-def test_tokens_at_padding_are_kept_and_the_last_before_it() -> None:
+@pytest.mark.parametrize("embedded", [False, True])
+def test_tokens_at_padding_are_kept_and_the_last_before_it(embedded: bool) -> None:
     x = torch.randint(5, 300, (2, 12), generator=seeded(4))
     x[0, 7], x[0, 8:], x[1, 11] = 2, 0, 2
     mask = (x != 0).long()
-    found = probes("leaves", [x, mask], tables={0: TABLE}, count=40, batch=16, seed=0)
+    tables = {0: TABLE, 1: TABLE[:2]} if embedded else {0: TABLE}
+    found = probes("leaves", [x, mask], tables=tables, count=40, batch=16, seed=0)
     ids, masks = (torch.cat([batch[i] for batch in found]) for i in (0, 1))  # type: ignore[misc]
     assert torch.equal(masks, mask.repeat(20, 1))
     assert torch.equal(ids[masks == 0], torch.zeros(int((masks == 0).sum()), dtype=torch.int64))
