@@ -2,7 +2,7 @@
 
     W' = argmin |P W' - T|^2 + ridge |W' - W0|^2,   W0 the current weights      (see `least_squares`)
 
-A solve is judged on samples that are held out of it (see `patches.held_out`): they choose the ridge from RIDGES, and
+A solve is judged on samples that are held out of it (see `patches.held_out`): they choose the ridge from LADDER, and
 whether W' replaces W0 at all. Before a rectifier, the targets T and the weights are computed in turn (see `targets`).
 Before a BatchNorm, the mean and the standard deviation of the outputs are then matched to the original's, channel by
 channel.
@@ -11,6 +11,7 @@ channel.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from fxmerge.refit.targets import Target
 
 MATCH = 2.0  # the factor that matches the standard deviations stays between 1 / MATCH and MATCH
 RIDGE = 3e-2  # the pull towards the current weights, as a share of the Gram's mean diagonal: the first that is tried
-RIDGES = (3e-4, 3e-3, RIDGE, 0.3, 3.0, 30.0, float("inf"))  # inf: the current weights with another bias
+LADDER = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0, inf)  # times RIDGE; inf: the current weights with another bias
 ROUNDS = 6  # of the alternation before a rectifier
 
 
@@ -98,14 +99,14 @@ class Problem:
 
         def at(number: int) -> float:
             if number not in tried:
-                tried[number] = error(self.judging, *self._plain(normal, RIDGES[number]), self.reduce)
+                tried[number] = error(self.judging, *self._plain(normal, LADDER[number] * RIDGE), self.reduce)
             return tried[number]
 
-        here = RIDGES.index(RIDGE)
+        here = LADDER.index(1.0)
         step = 1 if at(here + 1) < at(here) else -1  # the error has one minimum along the ladder, or nearly so
-        while 0 <= here + step < len(RIDGES) and at(here + step) < at(here):
+        while 0 <= here + step < len(LADDER) and at(here + step) < at(here):
             here += step
-        ridge, rounds = RIDGES[here], self.rounds if any(t.bounds is not None for t in self.solved.targets) else 0
+        ridge, rounds = LADDER[here] * RIDGE, self.rounds if any(t.bounds is not None for t in self.solved.targets) else 0
         weight, bias = self._solution(normal, ridge, rounds)
         return Solution(weight, bias, ridge, error(self.judging, weight, bias, self.reduce))
 
@@ -116,7 +117,7 @@ class Problem:
         return [t.reshape(len(t), *self.start.shape[:2]) for t in targets]
 
     def _plain(self, normal: System, ridge: float) -> tuple[Tensor, Tensor]:
-        weight = self.start if ridge == float("inf") else normal.solve(self.start, ridge)
+        weight = self.start if ridge == inf else normal.solve(self.start, ridge)
         return weight, normal.intercept(weight, normal.mean_t)
 
     def _solution(self, normal: System, ridge: float, rounds: int) -> tuple[Tensor, Tensor]:
@@ -134,7 +135,7 @@ class Problem:
             predicted = [_predict(p, weight, bias) for p in rows.patches]
             moved = [target.given(y) for target, y in zip(rows.targets, predicted, strict=True)]
             normal = normal.with_targets(rows.patches, self._shaped(moved), self.reduce)
-            weight = weight if ridge == float("inf") else normal.solve(weight, ridge)
+            weight = weight if ridge == inf else normal.solve(weight, ridge)
             bias = normal.intercept(weight, normal.mean_t)
         if self.wanted is not None and self.centred:
             mean, variance = (t.view(self.start.shape[:2]) for t in self.wanted)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 import fxmerge
 from fxmerge.analysis.propagate import provenance
 from fxmerge.calibration.batches import example_counts, variants, vocabularies
-from fxmerge.calibration.held_out import samples
 from fxmerge.calibration.fit_probes import RefitData, refit_data
+from fxmerge.calibration.held_out import samples
 from fxmerge.calibration.paired_run import Settings
 from fxmerge.capture.capture_model import capture
 from fxmerge.options import Options

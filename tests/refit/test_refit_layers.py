@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterator
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -328,7 +329,8 @@ def test_before_a_rectifier_the_solution_is_close_to_the_best() -> None:
     step = epilogue.affine(2 * ones, 0.3 * ones)
 
     def rows(rectified: bool) -> solve.Rows:
-        return solve.Rows([p], [Target(outputs=t, axis=1, affine=step, rectified=rectified)])
+        target = Target(outputs=t, axis=1, affine=step, bounds=(0.0, inf) if rectified else None)
+        return solve.Rows([p], [target], [torch.zeros(len(p), dtype=torch.bool)])
 
     def loss(flat: np.ndarray[Any, Any]) -> tuple[float, np.ndarray[Any, Any]]:
         leaf = torch.from_numpy(flat).requires_grad_()
@@ -342,8 +344,9 @@ def test_before_a_rectifier_the_solution_is_close_to_the_best() -> None:
 
     def reached(rectified: bool) -> float:
         start = torch.zeros(1, 5, 12, dtype=torch.float64)
-        weight, bias = solve.solution(rows(rectified), start, wanted=None, centred=True, reduce=alone)
-        return solve.error(rows(True), weight, bias, alone) / best
+        given = rows(rectified)
+        found = solve.Problem(solved=given, judging=given, start=start, wanted=None, centred=True, reduce=alone).best()
+        return solve.error(rows(True), found.weight, found.bias, alone) / best
 
     assert 1 <= reached(True) < 1.01 and reached(False) > 1.1
 
