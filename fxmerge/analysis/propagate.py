@@ -1,8 +1,8 @@
 """Provenance: one run of the graph on labels shows which channel goes where.
 
 Every channel that a parameter creates gets a label. The graph is interpreted on label tensors, which have the shapes
-of the activations, with one rule for each op (`rules.table.RULES`). The rules record facts: ties (labels that are dropped
-together), pins (labels that must stay, with the reason and the user's source line), blocks (rows that must lose
+of the activations, with one rule for each op (`rules.table.RULES`). The rules record facts: ties (labels that are
+dropped together), pins (labels that must stay, with the reason and the user's source line), blocks (rows that must lose
 equally many).
 """
 
