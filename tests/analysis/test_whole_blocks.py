@@ -420,7 +420,7 @@ def test_keep_and_ignore_name_blocks_and_widths_apart() -> None:
 
 
 def test_both_takes_no_budget() -> None:
-    with pytest.raises(fxmerge.FxMergeError, match=r"heads='both' takes a ratio.*'width' or 'whole'"):
+    with pytest.raises(fxmerge.FxMergeError, match=r"heads='both' needs a ratio.*heads='width' or heads='whole'"):
         Options(heads="both", budget={"flops": 0.5})
 
 
