@@ -142,7 +142,7 @@ class Prepared:
         if self.data.batches and missing:
             self.stage("survey")
             facts = self.found[0]
-            self.seen |= readings(self.captured, facts, missing, self.data.batches, self.settings, self.stage)
+            self.seen |= readings(self.captured, facts, missing, self.data.batches, self.settings, stage=self.stage)
         return self.seen
 
     @cached_property
@@ -150,7 +150,7 @@ class Prepared:
         """{layer: how much the model's outputs change with an error in its outputs}, for the consumers of groups."""
         facts, grouping = self.found
         groups = in_scope(grouping, self.options)[0]
-        return sensitivity(self.captured, facts, groups, self.data.batches, self.settings, self.stage)
+        return sensitivity(self.captured, facts, groups, self.data.batches, self.settings, stage=self.stage)
 
     def merged(self, options: Options, decided: Mapping[str, GroupPlan] | None = None) -> Result:
         """The model merged with these options, which may differ from those it was prepared with in their budget only.

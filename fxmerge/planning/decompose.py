@@ -42,7 +42,7 @@ def decompose(
             for step in steps:
                 if step.function is not None:
                     shift = torch.zeros_like(shift)  # a constant cannot be moved past a nonlinear function
-                up, shift = push(up, shift, kept, step.gain, step.constant_gain, step.constant)
+                up, shift = push(up, shift, kept, step.gain, step.constant_gain, constant=step.constant)
             shift = torch.where(carried, shift, 0) if method == "mostsim" else torch.zeros_like(shift)
         consumers.append(Decomposition(up, shift))
     return mapping, Merge(group, kept, mapping.down, tuple(consumers), found.producer_maps)

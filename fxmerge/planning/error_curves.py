@@ -59,7 +59,7 @@ def curves(
         kept = ladders[group.name]
         total = np.zeros(len(kept))
         if len(kept) > 1:
-            seen = readings.get(group.name) or _expected(captured, group, tensors, norms, options, refitted)
+            seen = readings.get(group.name) or _expected(captured, group, tensors, norms, options, centred=refitted)
             ranked = None if refitted else _ranked(group, seen, tensors, options)
             for cell in range(kept.shape[1]):
                 inside = (group.cells == cell).nonzero().flatten()
