@@ -6,6 +6,7 @@ import ctypes
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -94,6 +95,8 @@ def write_folder(folder: Path, known: Collection[str], fill: Callable[[Path], ob
 
 def _exchange(one: Path, other: Path) -> bool:
     """Exchanges the names of two folders atomically. Returns False where the system cannot do that."""
+    if sys.platform != "linux":  # on Windows a process has no library of its own symbols to open
+        return False
     call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     return call is not None and call(here, os.fsencode(one), here, os.fsencode(other), swap) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import ctypes
 import json
 import os
 import subprocess
@@ -22,6 +23,7 @@ import fxmerge
 from fxmerge import FxMergeError
 from fxmerge.graph.compare import difference, outputs
 from fxmerge.graph.outputs import returned
+from fxmerge.weights.files import _exchange
 from tests.helpers.netmaking import one_thread, plain_merge, randomised  # noqa: F401
 from tests.helpers.nets import NETS
 
@@ -465,6 +467,19 @@ def test_a_save_that_raises_leaves_the_old_folder(tmp_path: Path, monkeypatch: p
     result.save(tmp_path / "o")
     assert difference(given(result, result.module), given(result, fxmerge.load(tmp_path / "o"))) == 0
     assert [p.name for p in tmp_path.iterdir()] == ["o"]
+
+
+def test_folders_are_not_exchanged_on_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There CDLL(None) raises a TypeError, which must not reach a second save."""
+
+    def windows(name: Any, **kwargs: Any) -> None:
+        raise TypeError("argument of type 'NoneType' is not iterable")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "platform", "win32")
+        patch.setattr(ctypes, "CDLL", windows)
+        exchanged = _exchange(tmp_path / "one", tmp_path / "two")
+    assert not exchanged
 
 
 def test_a_killed_save_leaves_the_old_folder_or_the_new_one(tmp_path: Path) -> None:
