@@ -6,6 +6,7 @@ Seconds are CPU seconds on one thread, which depend less on the load of the mach
 
 import gc
 import json
+import math
 import os
 import resource
 import time
@@ -211,13 +212,20 @@ def one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text[:600]}{place}"
 
 
-def work(tool: str, suite: str, name: str, out: str, noise: str, memory: float, oracle_seconds: float) -> None:
-    """The target of the process: findings go to the file `out`, and all output of libraries to the file `noise`."""
+def work(
+    tool: str, suite: str, name: str, out: str, noise: str, *, seconds: float, memory: float, oracle_seconds: float
+) -> None:
+    """The target of the process: findings go to the file `out`, and all output of libraries to the file `noise`.
+
+    seconds, memory: the CPU time and the address space (GiB) after which the process is stopped
+    """
     sink = os.open(noise, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(sink, 1)
     os.dup2(sink, 2)
     limit = int(memory * 2**30)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    used = math.ceil(time.process_time() + seconds)
+    resource.setrlimit(resource.RLIMIT_CPU, (used, used + 5))
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     with open(out, "a", encoding="utf-8") as file:

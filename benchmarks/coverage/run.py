@@ -12,6 +12,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import signal
 import tempfile
 import threading
 import time
@@ -29,6 +30,7 @@ from benchmarks.coverage.zoo import SUITES, names
 
 # the server imports the libraries once and does nothing else; each process is forked from it
 PROCESSES = multiprocessing.get_context("forkserver")
+PATIENCE = 20  # wall-clock seconds of a process for each CPU second that it may use
 LIBRARIES = ("torch", "torchvision", "timm", "transformers", "torch_pruning", "benchmarks.coverage.one_model")
 
 
@@ -63,20 +65,23 @@ def measure(
 ) -> tuple[Row, float]:
     """Measure one row in its own process; returns it and the wall-clock seconds.
 
-    If the process is stopped, the row has the findings that it wrote until then.
+    If the process is stopped, the row has the findings that it wrote until then. timeout: CPU seconds, so that other
+    processes on the machine do not change the outcome; a process that waits is stopped after PATIENCE times as long
     """
     suite, name, tool = key
     row: Row = {"suite": suite, "name": name, "tool": tool}
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         findings, noise = Path(folder, "findings.jsonl"), Path(folder, "noise.txt")
-        arguments = (tool, suite, name, str(findings), str(noise), memory, oracle_seconds)
-        process = PROCESSES.Process(target=work, args=arguments)
+        limits = {"seconds": timeout, "memory": memory, "oracle_seconds": oracle_seconds}
+        process = PROCESSES.Process(target=work, args=(tool, suite, name, str(findings), str(noise)), kwargs=limits)
         process.start()
-        process.join(timeout)
-        if process.is_alive():
+        process.join(PATIENCE * timeout)
+        waited = process.is_alive()
+        if waited:
             process.kill()
             process.join()
+        if waited or process.exitcode == -signal.SIGXCPU:
             row["ended"] = f"stopped after {timeout:.0f} s"
         row |= combined(findings.read_text(encoding="utf-8").splitlines() if findings.exists() else [])
         if "ended" not in row and process.exitcode:
@@ -158,7 +163,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--only", default="*", metavar="PATTERN", help="only models with a matching name (fnmatch)")
     parser.add_argument("--suite", choices=SUITES, nargs="+", default=list(SUITES), help="default: all of them")
-    parser.add_argument("--timeout", type=float, default=300, metavar="S", help="seconds for each model (default: 300)")
+    parser.add_argument(
+        "--timeout", type=float, default=300, metavar="S", help="CPU seconds for each model (default: 300)"
+    )
     parser.add_argument(
         "--peer-timeout", type=float, default=200, metavar="S", help="the same for the peer (default: 200)"
     )

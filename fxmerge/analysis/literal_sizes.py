@@ -7,7 +7,7 @@ channels that meet at the op must stay.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -278,15 +278,25 @@ class _Check:
         return (mask.amax(others) if others else mask).expand(labels.size(axis))
 
     def fail(self, node: fx.Node, reason: str = "") -> None:
-        held = [v.t for v in nested.leaves(self.before(node.name)) if isinstance(v, Lab)]
+        """Holds the channels that meet at a node; where none of them leave, those from whose sizes it computes."""
+        values = [self.before(name) for name in (node.name, *self.latest.values())]
+        held = [v.t for value in values for v in nested.leaves(value) if isinstance(v, Lab)]
         around = [n for source in node.all_input_nodes for n in sources(source, self.before)]
-        for source in (*self.latest.values(), *(n.name for n in around)):
-            held += [v.t for v in nested.leaves(self.before(source)) if isinstance(v, Lab)]
-        for name in {str(n.target) for n in around if n.op == "get_attr"} & set(self.facts.params):
-            held += labels_of(self.facts.params[name])
+        labels = self.leaving([*held, *self.of_params(node.all_input_nodes)])
+        if not labels.numel():
+            sized = [v.t for n in around for v in nested.leaves(self.before(n.name)) if isinstance(v, Lab)]
+            labels = self.leaving([*sized, *self.of_params(around)])
+        self.failures.append(Failure(node.name, labels, reason or f"the sizes at {node.name} cannot follow"))
+
+    def leaving(self, held: list[Tensor]) -> Tensor:
+        """Those of some labels that are dropped, without repetition."""
         labels = torch.unique(torch.cat([numbers(t) for t in (*held, torch.zeros(1, dtype=torch.int64))]))
-        reason = reason or f"the sizes at {node.name} cannot follow"
-        self.failures.append(Failure(node.name, labels[~self.alive[labels]], reason))
+        return labels[~self.alive[labels]]
+
+    def of_params(self, nodes: Iterable[fx.Node]) -> list[Tensor]:
+        """The labels of the parameters among some nodes."""
+        paths = {str(n.target) for n in nodes if n.op == "get_attr"} & set(self.facts.params)
+        return [t for path in sorted(paths) for t in labels_of(self.facts.params[path])]
 
 
 def _name(rule: Rule | None) -> str:

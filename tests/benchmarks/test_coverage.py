@@ -123,7 +123,7 @@ def test_a_run_continues_where_the_last_one_stopped(tmp_path: Path, monkeypatch:
     assert measured[3:] == [("timm", "a", "fxmerge"), ("timm", "b", "fxmerge")]
 
 
-def slow(tool: str, suite: str, name: str, out: str, *_: Any) -> None:
+def slow(tool: str, suite: str, name: str, out: str, *_: Any, **limits: Any) -> None:
     """Does not return; before that it has merged the model if the name says so."""
     Path(out).write_text(
         '{"status": "failed", "stage": "analysis"}\n' + ('{"status": "ok"}\n{"le' * (name == "merged"))
@@ -131,7 +131,7 @@ def slow(tool: str, suite: str, name: str, out: str, *_: Any) -> None:
     time.sleep(600)
 
 
-def dying(tool: str, suite: str, name: str, out: str, noise: str, *_: Any) -> None:
+def dying(tool: str, suite: str, name: str, out: str, noise: str, **limits: Any) -> None:
     Path(out).write_text('{"status": "failed", "stage": "merge"}\n')
     Path(noise).write_text("some noise\nlast words\n")
     os._exit(3)
@@ -139,10 +139,24 @@ def dying(tool: str, suite: str, name: str, out: str, noise: str, *_: Any) -> No
 
 def fake_row(name: str, work: Any, monkeypatch: pytest.MonkeyPatch, timeout: float) -> dict[str, Any]:
     monkeypatch.setattr(coverage, "PROCESSES", multiprocessing.get_context("fork"))
-    return coverage.measure(("timm", name, "fxmerge"), timeout, 1, 1, work)[0]
+    return coverage.measure(("timm", name, "fxmerge"), timeout, 64, 1, work)[0]
 
 
-def test_a_process_out_of_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def busy(*_: Any) -> Any:
+    """Findings that use CPU time without end."""
+    yield {"status": "failed", "stage": "merge"}
+    while True:
+        pass
+
+
+def test_the_limit_is_in_cpu_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(one_model, "findings", busy)
+    found = fake_row("busy", one_model.work, monkeypatch, 1)
+    assert found["status"] == "failed" and found["error"] == "stopped after 1 s, in merge"
+
+
+def test_a_process_that_waits_is_stopped_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coverage, "PATIENCE", 1)
     found = fake_row("stuck", slow, monkeypatch, 1)
     assert found["status"] == "failed" and found["error"] == "stopped after 1 s, in analysis"
     found = fake_row("merged", slow, monkeypatch, 1)  # it ran out of time in the oracle, not in the merge
