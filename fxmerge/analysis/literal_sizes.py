@@ -32,10 +32,9 @@ from fxmerge.ir.capture import Capture
 from fxmerge.ir.labels import compact, numbers, simplify, thin
 from fxmerge.ir.provenance import Lab, Param, Provenance, blocks_left
 from fxmerge.rules import movement
-from fxmerge.rules.lookup import rule_of, rule_of_target
+from fxmerge.rules.lookup import name_of, rule_of, rule_of_target
 from fxmerge.rules.recurrent import too_narrow
 from fxmerge.rules.resize import IMPLICIT, Call, Resize, resized
-from fxmerge.rules.rule import Rule
 
 
 @dataclass(frozen=True)
@@ -222,7 +221,7 @@ class _Check:
         return (before[0], after[0]) if before is not None and after is not None else (1, 1)
 
     def rule_name(self, node: fx.Node) -> str:
-        return _name(rule_of(node, self.captured.module))
+        return name_of(rule_of(node, self.captured.module))
 
     def movement(self, node: fx.Node, before: Any, expected: list[Any]) -> Any:
         if len(expected) == 1 and unchanged(before, expected[0]) and self.untouched.issuperset(self.latest.values()):
@@ -253,7 +252,7 @@ class _Check:
         return expected[0] if expected else before
 
     def attempt(self, node: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        name = "" if isinstance(target, nn.Module) else _name(rule_of_target(target))
+        name = "" if isinstance(target, nn.Module) else name_of(rule_of_target(target))
         if name == "pad":
             kwargs = {**kwargs, "value": ANY}
             args = args[:3]
@@ -291,13 +290,10 @@ class _Check:
     def leaving(self, held: list[Tensor]) -> Tensor:
         """Those of some labels that are dropped, without repetition."""
         labels = torch.unique(torch.cat([numbers(t) for t in (*held, torch.zeros(1, dtype=torch.int64))]))
-        return labels[~self.alive[labels]]
+        found: Tensor = labels[~self.alive[labels]]
+        return found
 
     def of_params(self, nodes: Iterable[fx.Node]) -> list[Tensor]:
         """The labels of the parameters among some nodes."""
         paths = {str(n.target) for n in nodes if n.op == "get_attr"} & set(self.facts.params)
         return [t for path in sorted(paths) for t in labels_of(self.facts.params[path])]
-
-
-def _name(rule: Rule | None) -> str:
-    return "" if rule is None else rule.name

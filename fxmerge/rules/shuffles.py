@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from fxmerge.ir.labels import simplify, spread, thin, varying
@@ -24,7 +25,7 @@ def pixel_shuffle(ctx: RuleContext, input: Operand, upscale_factor: int) -> Answ
         return Unknown("does not rearrange the channels of an image")
     if input.t.dim() - 3 not in varying(input.t):
         return execute(ctx, input) if isinstance(ctx.target, nn.Module) else execute(ctx, input, upscale_factor)
-    phases = thin(input.t).unflatten(-3, (-1, upscale_factor**2))
+    phases = torch.unflatten(thin(input.t), -3, (-1, upscale_factor**2))
     first = phases.select(-3, 0)
     ctx.tie(first.unsqueeze(-3).expand_as(phases), phases)
     for axis in (-2, -1):

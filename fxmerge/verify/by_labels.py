@@ -125,7 +125,7 @@ def duplicate(
         for consumer in group.consumers:
             unread[consumer.channels] = False
         if bool(unread.any()) and AtZero(captured, facts, grouping).reason(group):
-            for cell in group.cells[unread].unique().tolist():
+            for cell in torch.unique(group.cells[unread]).tolist():
                 counts[cell] = 0
         if any(len({sum(counts[cell] for cell in row) for row in block}) > 1 for block in group.blocks):
             continue  # its blocks would lose different numbers of channels
