@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 from typing import Any
 
 import torch
@@ -53,15 +55,29 @@ class MergePass(PassBase):
         return PassResult(module, True)
 
 
-def compile(model: nn.Module, example_inputs: Any, options: Options | None = None, **compile_kwargs: Any) -> Any:
-    """Merges a model, then compiles it with torch.compile and these arguments.
+def compile(
+    model: nn.Module, example_inputs: Any, options: Options | None = None, calibration: Any = None, **arguments: Any
+) -> Any:
+    """Merges a model, then compiles it with torch.compile.
 
-    `fullgraph` is True by default if the whole model could be traced. Raises FxMergeError as `fxmerge.merge` does.
+    arguments: fields of `Options`, as `fxmerge.merge` takes them, and arguments of torch.compile. `fullgraph` is True
+        by default if the whole model could be traced.
+    Raises FxMergeError as `fxmerge.merge` does, and for an argument of neither of the two.
     """
-    module = merge(model, example_inputs, options).module
+    fields = [f.name for f in dataclasses.fields(Options)]
+    own = [name for name in inspect.signature(torch.compile).parameters if name not in ("model", "options")]
+    for name in arguments:
+        if name not in fields and name not in own:
+            raise FxMergeError(
+                f"unknown argument {name!r}; the options of a merge are {', '.join(fields)}, and the arguments of "
+                f"torch.compile are {', '.join(own)}"
+            )
+    changes = {name: value for name, value in arguments.items() if name in fields}
+    module = merge(model, example_inputs, options, calibration, **changes).module
+    given = {name: value for name, value in arguments.items() if name not in fields}
     if isinstance(module, fx.GraphModule):
-        compile_kwargs.setdefault("fullgraph", True)
-    return torch.compile(module, **compile_kwargs)
+        given.setdefault("fullgraph", True)
+    return torch.compile(module, **given)
 
 
 def _inputs(module: fx.GraphModule) -> Any:

@@ -22,7 +22,7 @@ from fxmerge import verify
 from fxmerge.analysis.grouping import Chosen, grouped, provable
 from fxmerge.analysis.groups import overlaps
 from fxmerge.analysis.propagate import provenance
-from fxmerge.calibration.batches import Batches
+from fxmerge.calibration.batches import Batches, with_data
 from fxmerge.calibration.epilogue import pair
 from fxmerge.calibration.fit_probes import RefitData, refit_data
 from fxmerge.calibration.paired_run import Settings
@@ -32,6 +32,7 @@ from fxmerge.capture.capture_model import capture, confined
 from fxmerge.errors import FxMergeError
 from fxmerge.graph.cost import flops_by_node
 from fxmerge.graph.distributed import summed
+from fxmerge.graph.eval_mode import with_versions
 from fxmerge.graph.latency import compared
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.groups import Group, Grouping, Merge, Refusal, survivors
@@ -42,11 +43,13 @@ from fxmerge.methods.selection import select
 from fxmerge.options import Options
 from fxmerge.plan import GroupPlan, Plan
 from fxmerge.planning.budget import Allotted, Room, allot, original_of
+from fxmerge.planning.candidates import candidates
 from fxmerge.planning.counts import by_ratio, rungs
 from fxmerge.planning.decompose import decompose, group_plan
 from fxmerge.planning.error_curves import curves
 from fxmerge.planning.scope import check_patterns, in_scope, replayed
-from fxmerge.planning.statistics import candidates, state
+from fxmerge.planning.statistics import state
+from fxmerge.refit.contradiction import contradiction
 from fxmerge.refit.refit_layers import Refitted, refit
 from fxmerge.report.reports import Report
 from fxmerge.result import Analysis, Result
@@ -58,6 +61,7 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 
+@with_versions()
 def prepared(
     model: nn.Module | ExportedProgram, example_inputs: Any, options: Options, given: Any, stage: Callable[[str], None]
 ) -> Prepared:
@@ -65,10 +69,7 @@ def prepared(
 
     given: the user's calibration data, or None
     """
-    if given is not None:
-        options = options.replace(refit="calibration")
-    if given is None and options.refit == "calibration":
-        raise FxMergeError("refit='calibration' needs batches of inputs; give merge(..., calibration=batches)")
+    options = with_data(options, given)
     stage("capture")
     captured = capture(model, example_inputs)
     if captured.blank:
@@ -142,7 +143,7 @@ class Prepared:
         if self.data.batches and missing:
             self.stage("survey")
             facts = self.found[0]
-            self.seen |= readings(self.captured, facts, missing, self.data.batches, self.settings, stage=self.stage)
+            self.seen |= readings(self.captured, facts, missing, self.data.batches, self.settings, self.stage)
         return self.seen
 
     @cached_property
@@ -150,8 +151,9 @@ class Prepared:
         """{layer: how much the model's outputs change with an error in its outputs}, for the consumers of groups."""
         facts, grouping = self.found
         groups = in_scope(grouping, self.options)[0]
-        return sensitivity(self.captured, facts, groups, self.data.batches, self.settings, stage=self.stage)
+        return sensitivity(self.captured, facts, groups, self.data.batches, self.settings, self.stage)
 
+    @with_versions()
     def merged(self, options: Options, decided: Mapping[str, GroupPlan] | None = None) -> Result:
         """The model merged with these options, which may differ from those it was prepared with in their budget only.
 
@@ -241,7 +243,7 @@ class Prepared:
         chosen: Chosen = []
         for g in groups:
             self.stage(f"selection {g.name}")
-            seen = candidates(g, self.tensors, options.seed, surveyed.get(g.name, ()))
+            seen = candidates(g, self.captured, self.tensors, options.seed, surveyed.get(g.name, ()))
             chosen.append((g, select(options.selection, seen, g.cells, counts[g.name])))
         return chosen
 
@@ -279,10 +281,11 @@ class Prepared:
             grouping=grouping,
             refusals=choice.refusals,
             module=module,
+            graph=rewritten,
             plan=plan,
             verdict=verdict,
             refitted=refitted,
-            notes=choice.notes,
+            notes=(*choice.notes, *contradiction(refitted, verdict.error, len(captured.outputs))),
             seconds=time.perf_counter() - started,
             timing=timing,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,10 +80,10 @@ def fields(record: Any) -> dict[str, Any]:
     return {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
 
 
-def json_text(data: Any, sort_keys: bool = False) -> str:
+def json_text(data: Any, sort_keys: bool = False, convert: Callable[[Any], Any] = fields) -> str:
     """JSON text of plain data and dataclasses. Dataclasses are converted one at a time, as a large plan has many."""
     text = io.StringIO()
-    json.dump(data, text, indent=1, sort_keys=sort_keys, default=fields)
+    json.dump(data, text, indent=1, sort_keys=sort_keys, default=convert)
     return text.getvalue()
 
 

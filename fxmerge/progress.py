@@ -3,27 +3,49 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TextIO
 
 
 @contextmanager
 def progress() -> Iterator[Callable[[str], None]]:
-    """Yields a function that shows the current stage, given as `stage` or `stage group`.
+    """Yields a function that shows the current stage, given as `stage` or `stage group`, on one line of the terminal.
 
-    Nothing is shown where stderr is not a terminal.
+    The line is erased at the end, also after an error or Ctrl-C. Nothing is shown where stderr is not a terminal that
+    can erase a line: in a pipe, a file, a notebook, or with TERM=dumb.
     """
-    if not sys.stderr.isatty():
+    if not _on_terminal():
         yield lambda stage: None
         return
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.table import Column
 
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    columns = (
+        SpinnerColumn("line"),  # of ASCII characters
+        TimeElapsedColumn(),
+        TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="crop", ratio=1)),
+    )
+    console = Console(stderr=True, force_jupyter=False, force_terminal=True)
+    piped = not _is_terminal(sys.stdout)  # what the user's model prints into a pipe or a file stays there
+    with Progress(*columns, console=console, transient=True, expand=True, redirect_stdout=not piped) as bar:
         task = bar.add_task("")
         yield lambda stage: bar.update(task, description=stage)
+
+
+def _on_terminal() -> bool:
+    """Whether stderr is a terminal that can erase a line. A notebook's stderr may be called one, but is a cell."""
+    notebook = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    if hasattr(notebook, "kernel") or os.environ.get("TERM", "") in ("dumb", "unknown"):
+        return False
+    return _is_terminal(sys.stderr)
+
+
+def _is_terminal(stream: TextIO | None) -> bool:
+    return stream is not None and stream.isatty()
 
 
 @contextmanager

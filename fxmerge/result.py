@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from fxmerge.export import program, save
+from fxmerge.export.check import Expected
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.groups import Group, Grouping, Refusal
 from fxmerge.ir.provenance import Provenance
@@ -43,6 +44,10 @@ class Analysis:
         """The analysis as text, JSON or a drawing."""
         return AnalysisReport(captured=self.captured, facts=self.facts, grouping=self.grouping, refusals=self.refusals)
 
+    def __repr__(self) -> str:
+        name = self.captured.name
+        return f"<Analysis of {name}: {len(self.groups)} groups, {len(self.refusals)} refusals; .report shows them>"
+
     def _repr_html_(self) -> str:
         """The report as a page in a notebook."""
         return self.report._repr_html_()
@@ -56,6 +61,10 @@ class Result:
     plan: Plan
     report: Report
     analysis: Analysis
+
+    def __repr__(self) -> str:
+        name, groups = self.analysis.captured.name, f"{len(self.plan.groups)} of {len(self.analysis.groups)} groups"
+        return f"<Result of {name}: {groups} merged; .module is the model, .report what was done>"
 
     def _repr_html_(self) -> str:
         """The report as a page in a notebook."""
@@ -72,20 +81,31 @@ class Result:
         """The merged model as an ExportedProgram.
 
         dynamic_shapes: as for torch.export.export; by default those of the original, if it was an ExportedProgram.
-        Raises FxMergeError if torch.export cannot export the model.
+        Raises FxMergeError if torch.export cannot export the model, or if the program returns other values.
         """
-        captured = self.analysis.captured
-        return program.exported(
-            self.module, captured.args, captured.kwargs, dynamic_shapes or program.dynamic(captured.program)
-        )
+        return self._exported(self._expected(), dynamic_shapes)
 
     def save_program(self, path: str | Path) -> None:
-        """Writes `exported()` to a .pt2 file, which torch.export.load reads. No partial file is left after an error."""
-        program.save(self.exported(), Path(path))
+        """Writes `exported()` to a .pt2 file, which torch.export.load reads. No partial file is left after an error.
+
+        Raises FxMergeError as `exported` does, also for the program in the file.
+        """
+        expected = self._expected()
+        program.save(self._exported(expected), Path(path), expected)
 
     def to_onnx(self, path: str | Path, dynamic_shapes: Any = None) -> None:
         """Writes `exported(dynamic_shapes)` to an ONNX file. Needs the extra fxmerge[onnx].
 
-        Raises FxMergeError if torch.export or torch.onnx cannot convert the model.
+        Raises FxMergeError if torch.export or torch.onnx cannot convert the model, or if onnxruntime returns other
+        values for the file.
         """
-        program.to_onnx(self.exported(dynamic_shapes), Path(path))
+        expected = self._expected()
+        made = self._exported(expected, dynamic_shapes)
+        program.to_onnx(made, Path(path), expected, random=expected.is_random(self.module))
+
+    def _expected(self) -> Expected:
+        return Expected(self.analysis.captured, self.module)
+
+    def _exported(self, expected: Expected, dynamic_shapes: Any = None) -> ExportedProgram:
+        shapes = dynamic_shapes or program.dynamic(self.analysis.captured.program)
+        return program.exported(self.module, expected, shapes)

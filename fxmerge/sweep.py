@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import json
 import math
 import time
@@ -28,8 +27,10 @@ from fxmerge.graph.nested import finite
 from fxmerge.options import NAMES, Options
 from fxmerge.pipeline import Prepared, prepared
 from fxmerge.progress import older_left_alone, progress
+from fxmerge.report.layout import WIDTH, Style, names, numbers, table, wrap
 from fxmerge.report.picture.curve import curve
 from fxmerge.report.reports import original_cost
+from fxmerge.report.tables import short
 from fxmerge.weights.files import write_text
 
 if TYPE_CHECKING:
@@ -79,53 +80,53 @@ class Sweep:
     points: tuple[Point, ...]
     measure: str = ""
 
-    def text(self, width: int = 120) -> str:
-        """A table with a row for each budget, and below it the notes about them."""
-        from rich.console import Console
-        from rich.table import Table
+    def text(self, width: int = 120, ascii: bool = False) -> str:
+        """A table with a row for each budget, and below it the notes about them, as plain text.
 
-        table = Table(
-            title=f"Models merged to a share of the original's {NAMES[self.original.kind]}", title_justify="left"
-        )
-        names = ("budget", "left", "parameters", "FLOPs", "output error", self.measure, "seconds")
-        for name in filter(None, names):
-            table.add_column(name, justify="right", no_wrap=True)
-        for p in (self.original, *self.points):
-            if p.failed:
-                table.add_row(f"{p.asked:.1%}", "not met", *[""] * (len(table.columns) - 2))
-                continue
-            asked = "original" if p is self.original else f"{p.asked:.1%}"
-            value = [] if p.value is None else [f"{p.value:.4g}"]
-            size = (f"{p.left:.1%}", f"{p.parameters:,}", f"{p.flops:,}", f"{p.error:.3g}")
-            table.add_row(asked, *size, *value, f"{p.seconds:.0f}")
-        console = Console(file=io.StringIO(), width=width)
-        console.print(table)
-        for p in self.points:
-            for note in filter(None, (p.failed, *p.notes)):
-                console.print(f"{p.asked:.1%}: {note}", highlight=False, markup=False)
-        return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
+        width: of the longest line, at least 20; columns that do not fit are left out
+        ascii: use ASCII characters only
+        """
+        style, width, points = Style(ascii), max(width, WIDTH), (self.original, *self.points)
+
+        def figures(cell: Callable[[Point], str]) -> list[str]:
+            return ["" if p.failed else cell(p) for p in points]
+
+        columns = [
+            names("budget", ["original", *(f"{p.asked:.1%}" for p in self.points)]),
+            numbers("left", ["not met" if p.failed else f"{p.left:.1%}" for p in points]),
+            numbers("parameters", figures(lambda p: f"{p.parameters:,}"), figures(lambda p: short(p.parameters))),
+            numbers("FLOPs", figures(lambda p: f"{p.flops:,}"), figures(lambda p: short(p.flops))),
+            numbers("output error", figures(lambda p: f"{p.error:.3g}" if p.error == p.error else "not measurable")),
+            numbers("seconds", figures(lambda p: f"{p.seconds:.0f}")),
+        ]
+        if self.measure:
+            columns.insert(-1, numbers(self.measure, ["" if p.value is None else f"{p.value:.4g}" for p in points]))
+        lines = table(f"Models merged to a share of the original's {NAMES[self.original.kind]}", columns, width, style)
+        notes = [f"{p.asked:.1%}: {note}" for p in self.points for note in (p.failed, *p.notes) if note]
+        return "\n".join([*lines, *(line for note in notes for line in wrap(note, width, style, 4)), ""])
+
+    def __repr__(self) -> str:
+        return f"<Sweep: {len(self.points)} budgets of {NAMES[self.original.kind]}>"
 
     def json(self) -> str:
         """JSON text: {"fxmerge_sweep", "original", "measure", "points"}, the fields of `Point`, and null for NaN."""
-        points = [finite(dataclasses.asdict(p)) for p in self.points]
-        data: dict[str, Any] = {
-            "fxmerge_sweep": VERSION,
-            "original": finite(dataclasses.asdict(self.original)),
-            "measure": self.measure,
-            "points": points,
-        }
+        original, *points = [finite(dataclasses.asdict(p)) for p in (self.original, *self.points)]
+        data = {"fxmerge_sweep": VERSION, "original": original, "measure": self.measure, "points": points}
         return json.dumps(data, indent=1)
 
     def svg(self, path: str | Path | None = None) -> str:
         """A plot of the value, or without `evaluate` of the output error, against the share left in %, as SVG text.
 
         path: a file to write the text to, with the extension .svg
-        Raises FxMergeError if no budget was met, or for another extension.
+        Raises FxMergeError if nothing was met or measurable, or for another extension.
         """
         met = [p for p in self.points if not p.failed]
         if not met:
             raise FxMergeError("no budget of this sweep was met, so there is nothing to plot")
         points = [(100 * p.left, p.value if p.value is not None else p.error) for p in met]
+        points = [point for point in points if math.isfinite(point[1])]
+        if not points:
+            raise FxMergeError("the output error of no budget was measurable, so there is nothing to plot")
         kind, up = NAMES[self.original.kind], self.measure or "relative error of the outputs"
         level = (self.original.value, "original") if self.original.value is not None else None
         drawn = curve(points, f"{len(met)} budgets of {kind}", f"{kind} left, %", up, level)
@@ -213,7 +214,7 @@ def _point(ready: Prepared, options: Options, evaluate: Evaluate | None, folder:
             error=report.verdict.error,
             value=_value(evaluate, result.module),
             widths={g.name: len(g.kept) for g in result.plan.groups},
-            notes=report.notes,
+            notes=(*report.notes, *([report.verdict.reason] if report.verdict.reason else [])),
             seconds=time.perf_counter() - started,
         )
         return point, json.loads(result.plan.json())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -203,7 +204,9 @@ def test_a_model_with_randomness_says_so() -> None:
 
 def test_a_model_without_a_tensor_for_output() -> None:
     result = plain_merge(NoTensor(), ROWS)
-    assert result.report.verdict.error == 0
+    assert math.isnan(result.report.verdict.error)
+    assert result.report.verdict.reason == "the model returns no tensors of numbers"
+    assert "not measurable" in result.report.text()
 
 
 @pytest.mark.parametrize(
@@ -212,7 +215,7 @@ def test_a_model_without_a_tensor_for_output() -> None:
     ids=lambda m: type(m).__name__,
 )
 def test_nothing_to_merge_is_no_error(model: nn.Module) -> None:
-    result = plain_merge(model.eval(), X)
+    result = plain_merge(model.eval(), torch.randn(X.shape))
     assert result.plan.groups == ()
     assert result.report.verdict.error == 0
     assert result.report.text()

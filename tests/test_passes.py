@@ -154,3 +154,28 @@ def test_compile_by_inductor() -> None:
     except torch._inductor.exc.InductorError as error:
         pytest.skip(f"no C++ compiler: {error}")
     assert difference(outputs(plain_merge(model, x).module, (x,)), given) <= 1e-5
+
+
+def test_compile_takes_the_options_of_a_merge() -> None:
+    model, x = NETS["mlp"]()
+    seen: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        seen.append(graph)
+        return graph.forward
+
+    compiled = fxmerge.compile(model, x, ratio=0.75, refit="none", backend=backend, dynamic=False)
+    expected = fxmerge.merge(model, x, ratio=0.75, refit="none").module
+    torch.testing.assert_close(compiled(x), expected(x))
+    assert len(seen) == 1
+    changed = fxmerge.compile(model, x, fxmerge.Options(refit="none"), ratio=0.75, backend=backend)
+    torch.testing.assert_close(changed(x), expected(x))
+    batches = [torch.randn_like(x) for _ in range(2)]
+    calibrated = fxmerge.compile(model, x, calibration=batches, backend=backend)
+    torch.testing.assert_close(calibrated(x), fxmerge.merge(model, x, calibration=batches).module(x))
+    with pytest.raises(FxMergeError, match=r"ratio is 2; it is the share"):
+        fxmerge.compile(model, x, ratio=2)
+    with pytest.raises(
+        FxMergeError, match=r"unknown argument 'refti'; the options .* refit,.* torch.compile are .*mode"
+    ):
+        fxmerge.compile(model, x, refti="none")

@@ -8,16 +8,10 @@ from __future__ import annotations
 import math
 
 import pytest
-import torch
 from hypothesis import HealthCheck, given, note, settings
-from torch import Tensor, nn
 
-import fxmerge
-from fxmerge import Options, Plan, verify
-from fxmerge.graph import compare
-from fxmerge.plan import GroupPlan
 from tests.helpers.netmaking import one_thread, plain_merge  # noqa: F401
-from tests.helpers.outputs import leaves
+from tests.helpers.random_checks import check
 from tests.helpers.random_nets import HEAD, made, sources
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -30,44 +24,6 @@ stable = settings(
     print_blob=False,
     suppress_health_check=list(HealthCheck),
 )
-
-
-def check(source: str) -> None:
-    """Runs all oracles on one net."""
-    model, x = made(source)
-    same = plain_merge(model, x, ratio=0.0)
-    if "MultiheadAttention" in source:  # expanded: the same sums in another order
-        assert same.report.verdict.error < 1e-12
-    else:
-        assert same_bits(model, same.module, x)
-    found = same.analysis
-    moved = verify.permutation(found.captured, found.facts, found.grouping)
-    lined_up = [g.name for g in found.groups if g.partners]  # other channels can be dropped, but not permuted
-    assert all(moved[name] < 1e-10 for name in lined_up), moved
-    shapes = [t.shape for t in compare.outputs(model, (x,))]
-    for decomposition in ("prune", "mostsim"):
-        result = plain_merge(model, x, ratio=0.5, decomposition=decomposition)
-        after = compare.outputs(result.module, (x,))
-        assert [t.shape for t in after] == shapes
-        assert all(bool(torch.isfinite(t).all()) for t in after)
-        refused = {r.name for r in result.report.refusals}
-        assert {p.name for p in result.plan.groups} | refused >= {g.name for g in found.groups if min_cell(g) > 1}
-    if not any(g.mixers for g in found.groups):
-        copied, args, kept = verify.duplicate(found.captured, found.facts, found.grouping)
-        sizes = {g.name: g.channels for g in found.groups}
-        plans = tuple(GroupPlan(name, sizes[name], tuple(index.tolist())) for name, index in kept.items())
-        merged = fxmerge.apply(Plan(Options(threshold=0.0, refit="none"), plans), copied, args)
-        assert merged.report.verdict.error < 1e-8
-
-
-def min_cell(group: fxmerge.Group) -> int:
-    return int(torch.bincount(group.cells).min())
-
-
-def same_bits(model: nn.Module, other: nn.Module, x: Tensor) -> bool:
-    with torch.no_grad():
-        one, two = leaves(model(x.clone())), leaves(other(x.clone()))
-    return len(one) == len(two) and all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
 @stable
@@ -147,8 +103,8 @@ FOUND = {
 def test_what_random_nets_have_found(what: str, decomposition: str) -> None:
     source = HEAD.rstrip(" ") + FOUND[what].removeprefix("\n")
     check(source)
-    model, x = made(source)
-    result = plain_merge(model, x, ratio=0.5, decomposition=decomposition)
+    model, inputs = made(source)
+    result = plain_merge(model, inputs, ratio=0.5, decomposition=decomposition)
     assert math.isfinite(result.report.verdict.error)
     assert result.plan.groups
 

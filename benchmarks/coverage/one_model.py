@@ -6,13 +6,14 @@ Seconds are CPU seconds on one thread, which depend less on the load of the mach
 
 import gc
 import json
+import math
 import os
 import resource
 import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def shapes(value: Any) -> list[list[int]]:
 
 
 def fxmerge_findings(specimen: Specimen, oracle_seconds: float) -> Iterator[Finding]:
-    """Analyse and merge one model, then run oracle 1."""
+    """Analyse and merge one model, then run oracles 1 and 6."""
     before = shapes(specimen.run())
     yield {"stage": "analysis"}
     start = time.process_time()
@@ -82,9 +83,13 @@ def fxmerge_findings(specimen: Specimen, oracle_seconds: float) -> Iterator[Find
         "status": "ok",
         "stage": "oracle",
     }
+    plan = result.plan
     del result, after
     gc.collect()
     yield from oracle_findings(analysis, whole, oracle_seconds)
+    gc.collect()
+    yield {"stage": "silence"}
+    yield from silence_findings(analysis, plan, whole, oracle_seconds)
 
 
 def oracle_findings(analysis: fxmerge.Analysis, parameters: int, seconds: float) -> Iterator[Finding]:
@@ -114,6 +119,55 @@ def oracle_findings(analysis: fxmerge.Analysis, parameters: int, seconds: float)
         found = verify.permutation(captured, facts, replace(grouping, groups=some))
         worst = max(found, key=lambda name: found[name])
         yield {"oracle": max(together, found[worst]), "oracle_worst": worst, "oracle_tried": tried}
+
+
+def silence_findings(
+    analysis: fxmerge.Analysis, plan: fxmerge.Plan, parameters: int, seconds: float
+) -> Iterator[Finding]:
+    """Oracle 6: all groups together on other values, then on other sizes, then single groups, as `seconds` allow."""
+    if parameters > ORACLE_PARAMETERS:
+        yield {"silence_note": "too large"}
+        return
+    captured, facts, grouping = analysis.captured, analysis.facts, analysis.grouping
+    values, *sizes = verify.unseen(captured.args, captured.kwargs)
+    start = time.process_time()
+
+    def errors(inputs: Sequence[verify.Unseen], groups: tuple[Any, ...] = plan.groups) -> verify.Silence:
+        some = replace(plan, groups=groups)
+        return verify.silence(captured, facts, grouping, some, each=False, inputs=inputs)
+
+    def left() -> float:
+        return seconds - (time.process_time() - start)
+
+    found = errors([values])
+    once = seconds - left()
+    worst = found.errors.get("all")
+    checked = len(plan.groups) - len(found.left_out)
+    yield {
+        "silence": worst, "silence_groups": checked, "silence_left_out": len(found.left_out),
+        "silence_on_graph": len(found.on_graph), "silence_inputs": list(found.inputs),
+        "silence_note": "" if worst is not None else "; ".join(dict.fromkeys(found.left_out.values()))[:200],
+    }  # fmt: skip
+    inputs, refused = list(found.inputs), dict(found.refused)
+    for other in sizes:
+        if left() < 2 * once:
+            break
+        on_size = errors([other])
+        refused |= on_size.refused
+        if "all" in on_size.errors:
+            worst = max(worst or 0.0, on_size.errors["all"])
+            inputs += on_size.inputs or [f"{other.name}, which the merged model does not take"]
+            yield {"silence": worst, "silence_inputs": inputs}
+    yield {"silence_refused": {name: why[:120] for name, why in refused.items()}, "silence_tried": 0}
+    single = [p for p in plan.groups if p.name not in found.left_out]
+    tried = min(len(single), int(left() / max(once, 1e-3)))
+    for number in range(max(tried, 0)):
+        group = single[number * len(single) // tried]
+        alone = errors([values], (group,)).errors.get("all", 0.0)
+        if alone > (worst or 0.0):
+            worst = alone
+            yield {"silence": worst, "silence_worst": group.name}
+        yield {"silence_tried": number + 1}
 
 
 def peer_findings(specimen: Specimen, suite: str) -> Iterator[Finding]:
@@ -158,13 +212,20 @@ def one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text[:600]}{place}"
 
 
-def work(tool: str, suite: str, name: str, out: str, noise: str, memory: float, oracle_seconds: float) -> None:
-    """The target of the process: findings go to the file `out`, and all output of libraries to the file `noise`."""
+def work(
+    tool: str, suite: str, name: str, out: str, noise: str, *, seconds: float, memory: float, oracle_seconds: float
+) -> None:
+    """The target of the process: findings go to the file `out`, and all output of libraries to the file `noise`.
+
+    seconds, memory: the CPU time and the address space (GiB) after which the process is stopped
+    """
     sink = os.open(noise, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(sink, 1)
     os.dup2(sink, 2)
     limit = int(memory * 2**30)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    used = math.ceil(time.process_time() + seconds)
+    resource.setrlimit(resource.RLIMIT_CPU, (used, used + 5))
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     with open(out, "a", encoding="utf-8") as file:

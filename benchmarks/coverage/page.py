@@ -9,7 +9,7 @@ Key = tuple[str, str, str]  # suite, name, tool
 Row = dict[str, Any]
 
 TOOLS = ("fxmerge", "peer")
-EXACT = 1e-10  # bound of oracle 1 in float64: above it the analysis is wrong
+EXACT = 1e-10  # bound of oracles 1 and 6 in float64: above it the analysis or the capture is wrong
 MARGIN = 0.05  # models where the peer leaves less by more than this are listed
 OUTPUT = "is the model's output"
 
@@ -23,12 +23,19 @@ INTRODUCTION = """\
 - *captured*: where the graph comes from: `symbolic` (torch.fx), `export` (torch.export), or `recorded` part by part.
 - *oracle 1*: relative change of the float64 output when the channels of a group are permuted in every place that the
   analysis found; first all groups together, then one by one. *(n)*: the time was sufficient for n groups one by one.
+- *oracle 6*: relative difference, in float64 and on inputs that were not seen before, between the merged model and the
+  original with the dropped channels set to zero; all groups together, then one by one, as above. *-n*: n groups are
+  left out, most of them because a norm couples their channels. *g*: the zeros were set in the captured graph instead,
+  because a weight is not a parameter of the model, or because the model does not run in float64.
 - *peer*: Torch-Pruning 1.6.1, `MagnitudePruner` with `GroupMagnitudeImportance`, ratio 0.5, as in its own examples;
   the pruned model must run on the same inputs. *s*: seconds to build the pruner and to prune.
 - *note*: why the model failed, or else why channels were not merged (other than being the model's output).
 """
-HEADER = "| model | parameters | captured | groups | left | analysis, s | merge, s | oracle 1 | peer: left | s | note |"
-RULE = "|---|--:|---|--:|--:|--:|--:|--:|--:|--:|---|"
+HEADER = (
+    "| model | parameters | captured | groups | left | analysis, s | merge, s | oracle 1 | oracle 6 | peer: left | s "
+    "| note |"
+)
+RULE = "|---|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|---|"
 
 
 def page(rows: Mapping[Key, Row], remark: str = "") -> str:
@@ -56,6 +63,10 @@ def summary(title: str, rows: Mapping[Key, Row]) -> list[str]:
         seconds = f"analysis {median(r['analysis_s'] for r in merged):.1f} s, merge {_median(merged, 'merge_s')} s"
         out.append(f"- medians: {100 * median(r['left'] for r in merged):.1f} % of the parameters left, {seconds}")
     out.append(f"- oracle 1 > {EXACT:.0e}: {_listed(wrong)}")
+    if any("silence" in row for row in merged):
+        agree = [row for row in merged if (row.get("silence") if row.get("silence") is not None else 1.0) <= EXACT]
+        loud = [f"{row['name']} ({row['silence']:.0e})" for row in merged if (row.get("silence") or 0.0) > EXACT]
+        out.append(f"- oracle 6 <= {EXACT:.0e}: {len(agree)} models; above: {_listed(loud)}")
     if idle:
         out.append(f"- ran, but have no merge groups: {_listed(idle)}")
     other = [row["name"] for row in merged if not row.get("shapes_kept", True)]
@@ -106,6 +117,7 @@ def line(ours: Row | None, theirs: Row | None, name: str) -> str:
         _number(own, "analysis_s"),
         _number(own, "merge_s"),
         oracle(own),
+        silence(own),
         _peer(peer),
         _number(peer, "merge_s"),
         note(own),
@@ -126,6 +138,16 @@ def oracle(row: Row) -> str:
     some = f" ({tried})" if tried < row.get("groups", 0) else ""
     value = f"{row['oracle']:.0e}{some}"
     return f"**{value}**" if row["oracle"] > EXACT else value
+
+
+def silence(row: Row) -> str:
+    """The error of oracle 6, how many groups it left out, or why there is none."""
+    if row.get("silence") is None:
+        return short(row.get("silence_note", ""), 40)
+    some = f" ({row['silence_tried']})" if row.get("silence_tried", 0) < row.get("silence_groups", 0) else ""
+    left_out = f" -{row['silence_left_out']}" if row.get("silence_left_out") else ""
+    value = f"{row['silence']:.0e}{some}{left_out}{' g' if row.get('silence_on_graph') else ''}"
+    return f"**{value}**" if row["silence"] > EXACT else value
 
 
 def note(row: Row) -> str:

@@ -1,10 +1,10 @@
 """Which of the models that people use fxmerge can merge: `python -m benchmarks.coverage`.
 
 Every float torchvision model, one model of each timm family and small transformers, all with random weights, are
-analysed, merged at ratio 0.5 and checked by oracle 1. Torch-Pruning 1.6.1 prunes the same models for comparison. Each
-model runs in its own process, so that running out of time or memory does not affect the others. Each row is appended
-to a file of JSON lines as soon as it is measured; a later run only measures missing rows. docs/coverage.md is written
-from that file.
+analysed, merged at ratio 0.5 and checked by oracles 1 and 6. Torch-Pruning 1.6.1 prunes the same models for comparison.
+Each model runs in its own process, so that running out of time or memory does not affect the others. Each row is
+appended to a file of JSON lines as soon as it is measured; a later run only measures missing rows. docs/coverage.md is
+written from that file.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import signal
 import tempfile
 import threading
 import time
@@ -29,6 +30,7 @@ from benchmarks.coverage.zoo import SUITES, names
 
 # the server imports the libraries once and does nothing else; each process is forked from it
 PROCESSES = multiprocessing.get_context("forkserver")
+PATIENCE = 20  # wall-clock seconds of a process for each CPU second that it may use
 LIBRARIES = ("torch", "torchvision", "timm", "transformers", "torch_pruning", "benchmarks.coverage.one_model")
 
 
@@ -63,20 +65,23 @@ def measure(
 ) -> tuple[Row, float]:
     """Measure one row in its own process; returns it and the wall-clock seconds.
 
-    If the process is stopped, the row has the findings that it wrote until then.
+    If the process is stopped, the row has the findings that it wrote until then. timeout: CPU seconds, so that other
+    processes on the machine do not change the outcome; a process that waits is stopped after PATIENCE times as long
     """
     suite, name, tool = key
     row: Row = {"suite": suite, "name": name, "tool": tool}
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         findings, noise = Path(folder, "findings.jsonl"), Path(folder, "noise.txt")
-        arguments = (tool, suite, name, str(findings), str(noise), memory, oracle_seconds)
-        process = PROCESSES.Process(target=work, args=arguments)
+        limits = {"seconds": timeout, "memory": memory, "oracle_seconds": oracle_seconds}
+        process = PROCESSES.Process(target=work, args=(tool, suite, name, str(findings), str(noise)), kwargs=limits)
         process.start()
-        process.join(timeout)
-        if process.is_alive():
+        process.join(PATIENCE * timeout)
+        waited = process.is_alive()
+        if waited:
             process.kill()
             process.join()
+        if waited or process.exitcode == -signal.SIGXCPU:
             row["ended"] = f"stopped after {timeout:.0f} s"
         row |= combined(findings.read_text(encoding="utf-8").splitlines() if findings.exists() else [])
         if "ended" not in row and process.exitcode:
@@ -103,7 +108,7 @@ def with_error(row: Row) -> Row:
     if row.get("status") == "ok":
         problem = row.pop("error", "") or ended
         if problem:
-            row["oracle_note"] = problem
+            row["silence_note" if row.get("stage") == "silence" else "oracle_note"] = problem
     else:
         row["status"] = "failed"
         if ended:
@@ -126,8 +131,10 @@ def progress_line(row: Row, seconds: float) -> str:
     """One line about a row, for the terminal."""
     outcome = f"{row['left']:.1%} left" if row["status"] == "ok" else row.get("error", "failed")
     oracle = f", oracle 1 {row['oracle']:.0e}" if "oracle" in row else ""
-    note = f" ({row['oracle_note']})" if row.get("oracle_note") else ""
-    return f"{row['suite']}:{row['name']} {row['tool']}: {outcome[:160]}{oracle}{note[:80]}, {seconds:.0f} s"
+    oracle += f", oracle 6 {row['silence']:.0e}" if row.get("silence") is not None else ""
+    problem = row.get("oracle_note") or row.get("silence_note")
+    note = f" ({problem})" if problem else ""
+    return f"{row['suite']}:{row['name']} {row['tool']}: {outcome[:160]}{oracle}{note[:120]}, {seconds:.0f} s"
 
 
 def run(todo: Sequence[Key], path: Path, options: Mapping[str, Any], jobs: int, console: Console) -> None:
@@ -156,11 +163,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--only", default="*", metavar="PATTERN", help="only models with a matching name (fnmatch)")
     parser.add_argument("--suite", choices=SUITES, nargs="+", default=list(SUITES), help="default: all of them")
-    parser.add_argument("--timeout", type=float, default=300, metavar="S", help="seconds for each model (default: 300)")
+    parser.add_argument(
+        "--timeout", type=float, default=300, metavar="S", help="CPU seconds for each model (default: 300)"
+    )
     parser.add_argument(
         "--peer-timeout", type=float, default=200, metavar="S", help="the same for the peer (default: 200)"
     )
-    parser.add_argument("--oracle-seconds", type=float, default=60, metavar="S", help="CPU seconds for oracle 1")
+    parser.add_argument("--oracle-seconds", type=float, default=60, metavar="S", help="CPU seconds for each oracle")
     parser.add_argument("--memory", type=float, default=14, metavar="GIB", help="of each process (its address space)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="the rows; default: --out with suffix .jsonl")
     parser.add_argument("--out", type=Path, default=Path("docs/coverage.md"), metavar="FILE")

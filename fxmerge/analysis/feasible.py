@@ -39,7 +39,7 @@ def spread(group: Group, share: float, round_to: int, total: int | None = None) 
 
     rows = []
     for block in group.blocks:
-        first, *others = (torch.zeros(cells).index_fill_(0, torch.tensor(row), 1.0) for row in block)
+        first, *others = (torch.bincount(torch.tensor(row), minlength=cells).float() for row in block)
         rows += [other - first for other in others]
     everything = torch.ones(cells)
     # variables: k (cells), the excess |k - target| (cells), the multiple z of round_to

@@ -10,6 +10,7 @@ from torch import Tensor
 from fxmerge.analysis.feasible import shaken
 from fxmerge.analysis.groups import aligned, group, joined
 from fxmerge.analysis.literal_sizes import Failure, recompute
+from fxmerge.analysis.places import upright
 from fxmerge.analysis.whole_blocks import whole, width
 from fxmerge.errors import source_line
 from fxmerge.ir.capture import Capture
@@ -23,10 +24,10 @@ Chosen = list[tuple[Group, Tensor]]  # groups that lose channels, and the channe
 def grouped(captured: Capture, facts: Provenance, heads: str) -> tuple[Provenance, Grouping]:
     """The groups, for blocks that lose width, leave whole, or both (`Options.heads`)."""
     if heads == "whole":
-        return _unshuffled(captured, whole(facts))
-    narrower, grouping = _unshuffled(captured, width(facts))
+        return _unshuffled(captured, upright(whole(facts)))
+    narrower, grouping = _unshuffled(captured, upright(width(facts)))
     if heads == "both":
-        grouping = joined(grouping, *_unshuffled(captured, whole(facts)))
+        grouping = joined(grouping, *_unshuffled(captured, upright(whole(facts))))
     return narrower, grouping
 
 
@@ -77,9 +78,23 @@ def provable(
         gone: set[str] = set()
         for failure in failures:
             guilty = _hit([g for g, _ in chosen], grouping, [failure])
-            guilty = guilty or [g for g, _ in chosen]  # the size depends on no label that is known: refuse all
+            # a size that depends on no label that is known: the groups that make it wrong are found by trial
+            guilty = guilty or _culprits(captured, facts, grouping, chosen, failure.node)
             if gone.isdisjoint(g.name for g in guilty):  # else it may be a consequence of an earlier failure
-                why = f"the sizes at {failure.node} cannot follow"
-                refused += [Refusal(g.name, g.channels, why, source_line(nodes[failure.node])) for g in guilty]
+                where = source_line(nodes[failure.node])
+                refused += [Refusal(g.name, g.channels, failure.reason, where) for g in guilty]
                 gone |= {g.name for g in guilty}
         chosen = [(g, kept) for g, kept in chosen if g.name not in gone]
+
+
+def _culprits(captured: Capture, facts: Provenance, grouping: Grouping, chosen: Chosen, node: str) -> list[Group]:
+    """The groups by which the sizes at a node cannot follow: halves of them are tried, down to single groups."""
+    if len(chosen) > 1:
+        half = len(chosen) // 2
+        guilty = []
+        for part in (chosen[:half], chosen[half:]):
+            if any(f.node == node for f in recompute(captured, facts, survivors(grouping, part))[1]):
+                guilty += _culprits(captured, facts, grouping, part, node)
+        if guilty:
+            return guilty
+    return [g for g, _ in chosen]  # one group, or groups that are wrong together only

@@ -7,21 +7,21 @@
    networkx graph of parts and blocks are the groups. Channels are merged only within their cell, which is the part and
    the row of each block.
 
-`Grouping.graph` shows users the result; `_graph` lists its nodes and edges.
+`Grouping.graph` shows users the result; `group_graph` lists its nodes and edges.
 """
 
 from __future__ import annotations
 
-import io
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fxmerge.analysis.group_graph import group_graph
 from fxmerge.analysis.members import Builder
 from fxmerge.analysis.whole_blocks import atoms
 from fxmerge.graph.nested import leaves
@@ -43,8 +43,9 @@ def group(facts: Provenance) -> Grouping:
     of_group, components = _components(facts, atom, part, pinned, written)
     builder = Builder(facts, atom, of_group, present)
     named = _named([builder.build(number, *inside) for number, inside in components.items()])
-    refusals = _refusals(facts, atom, pinned, named)
-    graph = _graph(named, refusals, facts.layers)
+    named, stuck = _without_choice(facts, atom, named)
+    refusals = (*_refusals(facts, atom, pinned, named, {r.name for r in stuck}), *stuck)
+    graph = group_graph(named, refusals, facts.layers)
     return Grouping(tuple(named), refusals, torch.from_numpy(atom), graph)
 
 
@@ -66,7 +67,7 @@ def joined(widths: Grouping, facts: Provenance, wholes: Grouping) -> Grouping:
     if facts.whole is not None:
         leaving[wholes.atom[facts.whole].numpy()] = True
     named = [replace(g, name=f"{g.name}#whole") for g in wholes.groups if leaving[g.atoms.numpy()].all()]
-    graph = nx.compose(widths.graph, _graph(named, (), facts.layers))
+    graph = nx.compose(widths.graph, group_graph(named, (), facts.layers))
     return replace(widths, graph=graph, wholes=replace(wholes, groups=tuple(named), refusals=(), graph=graph))
 
 
@@ -190,8 +191,8 @@ def _components(
             continue
         graph.add_edges_from((("part", p), ("block", number)) for p in np.unique(part[inside]).tolist())
         for at, row in enumerate(inside):
-            here = np.unique(row)
-            rows[here] = rows[here] * (len(inside) + 1) + at + 1
+            here, times = np.unique(row, return_counts=True)
+            rows[here] = (rows[here] * (len(inside) + 1) + at + 1) * (inside.shape[1] + 1) + times
         touched = np.unique(inside)
         found, which = np.unique(rows[touched], return_inverse=True)
         rows[touched] = combinations + which
@@ -221,7 +222,25 @@ def _named(found: list[Group]) -> list[Group]:
     return named
 
 
-def _refusals(facts: Provenance, atom: Ints, pinned: dict[int, Pin], groups: list[Group]) -> tuple[Refusal, ...]:
+def _without_choice(facts: Provenance, atom: Ints, groups: list[Group]) -> tuple[list[Group], list[Refusal]]:
+    """(the groups that can lose channels, refusals of the others, whose blocks hold one channel of each kind)."""
+    able, refused = [], []
+    for g in groups:
+        if not g.blocks or len(torch.unique(g.cells)) < g.channels:
+            able.append(g)
+            continue
+        inside = np.zeros(int(atom.max()) + 1, dtype=bool)
+        inside[g.atoms.numpy()] = True
+        block = next(b for b in facts.blocks if inside[atom[b.labels.numpy()]].all())
+        why = f"the blocks at {block.node} must lose equally many channels, and none has two to choose from"
+        modules = {m.layer.module: len(m.channels) for m in g.producers}
+        refused += [Refusal(name, channels, why, block.where) for name, channels in modules.items()]
+    return able, refused
+
+
+def _refusals(
+    facts: Provenance, atom: Ints, pinned: dict[int, Pin], groups: list[Group], refused_for_blocks: set[str]
+) -> tuple[Refusal, ...]:
     """One refusal for each producer and reason, and for each other layer that is in no group."""
     found: dict[tuple[str, str, str], int] = defaultdict(int)
 
@@ -233,7 +252,7 @@ def _refusals(facts: Provenance, atom: Ints, pinned: dict[int, Pin], groups: lis
     for layer in facts.layers:
         if layer.writes is not None:
             add(layer, layer.writes)
-    named = {name for name, *_ in found}
+    named = {name for name, *_ in found} | refused_for_blocks
     named |= {m.layer.module for g in groups for m in (*g.producers, *g.per_channel_params, *g.consumers)}
     for layer in facts.layers:
         labels = layer.reads if layer.carries is None else layer.carries
@@ -243,41 +262,3 @@ def _refusals(facts: Provenance, atom: Ints, pinned: dict[int, Pin], groups: lis
     refused = [Refusal(name, channels, reason, where) for (name, reason, where), channels in found.items()]
     left = [u for u in facts.untouched if u.module not in named]
     return (*refused, *(Refusal(u.module, u.channels, u.reason, u.where) for u in left))
-
-
-def graphml(graph: Any) -> str:
-    """A `Grouping.graph` as GraphML text, with the type of every attribute."""
-    import networkx as nx
-
-    held = io.BytesIO()
-    nx.write_graphml(graph, held, infer_numeric_types=False)
-    return held.getvalue().decode("utf-8")
-
-
-def _graph(groups: list[Group], refusals: Sequence[Refusal], layers: Sequence[Layer]) -> nx.DiGraph[str]:
-    """A DiGraph whose attributes are strings, integers and booleans.
-
-    group       NAME             kind="group", channels, internal, mixers (how many)
-    layer       layer:NODE       kind=op, module=path
-    refusal     refused:NUMBER   kind="refused", module=path, channels, reason, where
-    edges       layer -> group role="write", group -> layer role="read" or "carry", layer -> refusal role="write";
-                channels: how many of the group's (refusal's) channels the layer holds
-    """
-    import networkx as nx
-
-    graph: nx.DiGraph[str] = nx.DiGraph()
-    for g in groups:
-        graph.add_node(g.name, kind="group", channels=g.channels, internal=g.internal, mixers=len(g.mixers))
-        for role, members in (("write", g.producers), ("carry", g.per_channel_params), ("read", g.consumers)):
-            for m in members:
-                graph.add_node(f"layer:{m.layer.node}", kind=str(m.layer.operation), module=m.layer.module)
-                ends = (f"layer:{m.layer.node}", g.name) if role == "write" else (g.name, f"layer:{m.layer.node}")
-                graph.add_edge(*ends, role=role, channels=len(m.channels))
-    for number, r in enumerate(refusals):
-        about = {"module": r.name, "channels": r.channels, "reason": r.reason, "where": r.where}
-        graph.add_node(f"refused:{number}", kind="refused", **about)
-        for layer in layers:
-            if layer.module == r.name and layer.writes is not None:
-                graph.add_node(f"layer:{layer.node}", kind=str(layer.operation), module=layer.module)
-                graph.add_edge(f"layer:{layer.node}", f"refused:{number}", role="write", channels=r.channels)
-    return graph

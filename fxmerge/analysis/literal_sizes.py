@@ -7,28 +7,46 @@ channels that meet at the op must stay.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from fxmerge.analysis.kept_values import (
+    ANY,
+    equal,
+    labelled,
+    labels_of,
+    narrowed,
+    narrows,
+    plain,
+    same,
+    shape_of,
+    unchanged,
+)
+from fxmerge.analysis.original_values import Originals, StuckError, computed, sources
 from fxmerge.graph import nested
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.labels import compact, numbers, simplify, thin
 from fxmerge.ir.provenance import Lab, Param, Provenance, blocks_left
 from fxmerge.rules import movement
-from fxmerge.rules.lookup import rule_of, rule_of_target
+from fxmerge.rules.lookup import name_of, rule_of, rule_of_target
+from fxmerge.rules.recurrent import too_narrow
 from fxmerge.rules.resize import IMPLICIT, Call, Resize, resized
-from fxmerge.rules.rule import Rule
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A node whose sizes cannot be corrected, and the labels that must therefore stay."""
+    """A node whose sizes cannot be corrected, and the labels that must therefore stay.
+
+    reason: a clause for reports
+    """
 
     node: str
     labels: Tensor
+    reason: str
 
 
 def recompute(captured: Capture, facts: Provenance, alive: Tensor) -> tuple[dict[str, Call], list[Failure]]:
@@ -47,6 +65,7 @@ class _Check:
         self.untouched: set[str] = set()  # nodes whose value has not changed
         self.failures: list[Failure] = []
         self.latest: dict[str, str] = {}
+        self.originals = Originals(self.before, self.values.__getitem__, self.is_changed)
         self.rigid = captured.recorded.glue if captured.recorded else frozenset()
 
     def run(self) -> tuple[dict[str, Call], list[Failure]]:
@@ -54,17 +73,15 @@ class _Check:
             if node.op != "output":
                 before, after = self.before(node.name), self.step(node)
                 self.values[node.name] = after
-                if _is(before, after) and not self.narrows(before):
+                if unchanged(before, after) and not narrows(before, self.facts, self.alive):
                     self.untouched.add(node.name)
         return self.edits, self.failures
 
     def before(self, name: str) -> Any:
         return Lab(self.facts.labels[name]) if name in self.facts.labels else self.facts.values.get(name)
 
-    def narrows(self, value: Any) -> bool:
-        """Is this a raw parameter that loses elements?"""
-        known = self.facts.params.get(value.path) if isinstance(value, Param) else None
-        return known is not None and known.elements is not None and not bool(self.alive[known.elements].all())
+    def is_changed(self, name: str) -> bool:
+        return name not in self.untouched
 
     def shrunk(self, value: Any) -> list[Any]:
         """What is kept of a node's value: every rectangle that the kept labels can fill."""
@@ -90,47 +107,64 @@ class _Check:
         kind = self.facts.kinds[node.name]
         if kind == "query" and node.op not in ("get_attr", "placeholder"):
             return self.query(node, before)
-        if isinstance(before, Param) or not _labelled(before):
+        if isinstance(before, Param) or not labelled(before):
             return before
         expected = self.shrunk(before)
         if kind == "movement":
             return self.movement(node, before, expected)
-        self.freeze_scalars(node)
+        self.valued(node, self.originals.of_operands)
         self.implicit(node)
+        self.constructible(node)
+        if self.rule_name(node) == "setitem":
+            self.written(node)
         if not expected:
             self.fail(node)
             return before
+        return self.packed(before, expected) if len(expected) > 1 else expected[0]
+
+    def packed(self, before: Any, expected: list[Any]) -> Any:
+        """What is left of an activation, of several rectangles: the one of an operand that holds the same channels."""
+        for source in self.latest.values():
+            operand, now = self.before(source), self.values[source]
+            if isinstance(operand, Lab) and isinstance(before, Lab) and same(operand, before):
+                return next((e for e in expected if same(e, now)), expected[0])
         return expected[0]
 
     def arguments(self, call: fx.Node | Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
         def value(leaf: Any) -> Any:
-            return self.values[self.latest.get(leaf.name, leaf.name)] if isinstance(leaf, fx.Node) else leaf
+            if isinstance(leaf, fx.Node):
+                return self.values[self.latest.get(leaf.name, leaf.name)]
+            return self.originals.evaluated(leaf)
 
         return nested.tree(value, tuple(call.args)), nested.tree(value, dict(call.kwargs))
 
     def query(self, node: fx.Node, before: Any) -> Any:
         """Plain values that the graph computes from sizes are computed again."""
-        args, kwargs = self.arguments(node)
-        if node.target is getattr and args[1] in ("dtype", "device"):
+        if self.untouched.issuperset(self.latest.values()):
             return before
+        if node.target is getattr and node.args[1] in ("dtype", "device"):
+            return before
+        call = self.valued(node, self.originals.of_query)
+        args, kwargs = nested.tree(lambda v: narrowed(v, self.facts, self.alive), self.arguments(call))
+        if args and type(args[0]) is tuple and isinstance(node.target, str):  # a method of a shape
+            args = (torch.Size(args[0]), *args[1:])
         try:
-            return movement.run(node.target, *_plain(args, kwargs))
+            return computed(node.target, args, kwargs)
         except (TypeError, RuntimeError, ValueError, IndexError, AttributeError):
+            self.fail(node, f"{node.name} is computed from a width, and cannot be computed from another")
             return before
 
-    def freeze_scalars(self, node: fx.Node) -> None:
-        """A number computed from a width that narrows (an attention scale) keeps its value."""
-
-        def original(leaf: Any) -> Any:
-            if isinstance(leaf, fx.Node) and leaf.name not in self.facts.labels:
-                old, new = self.facts.values.get(leaf.name), self.values.get(leaf.name)
-                if isinstance(old, (int, float)) and old != new:
-                    return old
-            return leaf
-
-        args, kwargs = nested.tree(original, tuple(node.args)), nested.tree(original, dict(node.kwargs))
-        if (args, kwargs) != (tuple(node.args), dict(node.kwargs)):
-            self.edit(node, Call(node.target, args, kwargs))
+    def valued(self, node: fx.Node, original: Callable[[fx.Node], Call]) -> fx.Node | Call:
+        """The call of a node with values that are as before the merge (an attention scale)."""
+        try:
+            call = original(node)
+        except StuckError:
+            self.fail(node, f"{node.name} takes a value computed from its width, which would change with it")
+            return node
+        if (call.args, call.kwargs) == (tuple(node.args), dict(node.kwargs)):
+            return node
+        self.edit(node, call)
+        return call
 
     def edit(self, node: fx.Node, call: Call) -> None:
         if node.name in self.rigid:
@@ -146,29 +180,61 @@ class _Check:
         if follow is not None:
             call = self.edits.get(node.name, Call(node.target, tuple(node.args), dict(node.kwargs)))
             operands = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, fx.Node)]
-            before = [_shape(self.before(o.name)) for o in operands]
-            found = follow(call, before, [_shape(self.values[o.name]) for o in operands], self.blocks(node))
+            before = [shape_of(self.before(o.name)) for o in operands]
+            found = follow(call, before, [shape_of(self.values[o.name]) for o in operands], self.blocks(node))
             if found is not None:
                 self.edit(node, found)
+
+    def constructible(self, node: fx.Node) -> None:
+        """Fails for sizes that torch refuses."""
+        for layer in self.facts.layers:
+            if layer.node == node.name and (held := too_narrow(layer, self.alive)).numel():
+                self.failures.append(Failure(node.name, held, "torch does not construct a layer of this size"))
+
+    def written(self, node: fx.Node) -> None:
+        """x[index] = value: a literal index is corrected as in x[index], and proved by what it then selects."""
+        target, index = node.args[:2]
+        assert isinstance(target, fx.Node)
+        whole = self.before(self.latest[target.name])
+        literal = index if isinstance(index, tuple) else (index,)
+        if not isinstance(whole, Lab) or not all(i is None or i is ... or isinstance(i, (int, slice)) for i in literal):
+            return
+        kept, wanted = self.shrunk(whole), self.shrunk(Lab(whole.t[index]))  # type: ignore[index]
+        found = Call(node.target, tuple(node.args), dict(node.kwargs))
+        about = Resize(tuple(whole.t[index].shape), (), lambda at: self.survivors(node, at), found, found)  # type: ignore[index]
+        for call in (found, resized("getitem", Call(node.target, found.args[:2], {}), about)):
+            if call is not None and kept and any(equal(kept[0].t[call.args[1]], want.t) for want in wanted):
+                if call is not found:
+                    self.edit(node, Call(node.target, (target, call.args[1], node.args[2]), found.kwargs))
+                return
+        self.fail(node)
 
     def blocks(self, node: fx.Node) -> tuple[int, int]:
         """(groups of the layer at a node, how many of them are left)."""
         layers = [layer for layer in self.facts.layers if layer.node == node.name and layer.groups > 1]
-        return (layers[0].groups, blocks_left(layers[0], self.alive)) if layers else (1, 1)
+        if layers:
+            return layers[0].groups, blocks_left(layers[0], self.alive)
+        filters = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")  # computed, one for each channel
+        if self.rule_name(node) not in ("conv", "conv_transpose") or not isinstance(filters, fx.Node):
+            return 1, 1
+        before, after = shape_of(self.before(filters.name)), shape_of(self.values[filters.name])
+        return (before[0], after[0]) if before is not None and after is not None else (1, 1)
 
     def rule_name(self, node: fx.Node) -> str:
-        return _name(rule_of(node, self.captured.module))
+        return name_of(rule_of(node, self.captured.module))
 
     def movement(self, node: fx.Node, before: Any, expected: list[Any]) -> Any:
-        if len(expected) == 1 and _is(before, expected[0]) and self.untouched.issuperset(self.latest.values()):
+        if len(expected) == 1 and unchanged(before, expected[0]) and self.untouched.issuperset(self.latest.values()):
             return before
         args, kwargs = self.arguments(node)
         # sizes inside a module cannot be changed by its call, nor can the user's own code
         fixed = node.op == "call_module" or node.name in self.rigid
         target = self.captured.module.get_submodule(str(node.target)) if node.op == "call_module" else node.target
         for want in expected:
-            if _same(self.attempt(node, target, args, kwargs), want):
+            if same(self.attempt(node, target, args, kwargs), want):
                 return want
+        if fixed and node.name in self.facts.made and len(expected) == 1:  # the user's code may follow the width
+            return expected[0]
         for want in [] if fixed else expected:
             name = self.rule_name(node)
             shapes = [nested.tree(lambda v: tuple(v.t.shape) if isinstance(v, Lab) else v, v) for v in (before, want)]
@@ -179,21 +245,23 @@ class _Check:
             proposal = resized(name, call, about)
             if proposal is not None:
                 found = self.attempt(node, proposal.target, *self.arguments(proposal))
-                if _same(found, want):
+                if same(found, want):
                     self.edits[node.name] = proposal
                     return want
         self.fail(node)
         return expected[0] if expected else before
 
     def attempt(self, node: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        name = "" if isinstance(target, nn.Module) else _name(rule_of_target(target))
+        name = "" if isinstance(target, nn.Module) else name_of(rule_of_target(target))
         if name == "pad":
-            kwargs = {**kwargs, "value": _ANY}
+            kwargs = {**kwargs, "value": ANY}
             args = args[:3]
         try:
-            out = movement.run(target, *_plain(args, kwargs, self.facts, self.alive, name in movement.INDEXING))
+            out = movement.run(target, *plain(args, kwargs, self.facts, self.alive, name in movement.INDEXING))
         except (TypeError, RuntimeError, ValueError, IndexError):
             return None
+        if node.name in self.facts.made and isinstance(out, Tensor):  # a constant, which is equal along its channels
+            return Lab(torch.tensor(ANY).expand(out.shape))
         return nested.tree(
             lambda v: Lab(simplify(v)) if isinstance(v, Tensor) else v, tuple(out) if isinstance(out, list) else out
         )
@@ -208,79 +276,24 @@ class _Check:
         mask = self.alive[thin(labels)]
         return (mask.amax(others) if others else mask).expand(labels.size(axis))
 
-    def fail(self, node: fx.Node) -> None:
-        held = [v.t for v in nested.leaves(self.before(node.name)) if isinstance(v, Lab)]
-        for source in self.latest.values():
-            held += [v.t for v in nested.leaves(self.before(source)) if isinstance(v, Lab)]
-        labels = torch.unique(torch.cat([numbers(t) for t in held]))
-        self.failures.append(Failure(node.name, labels[~self.alive[labels]]))
+    def fail(self, node: fx.Node, reason: str = "") -> None:
+        """Holds the channels that meet at a node; where none of them leave, those from whose sizes it computes."""
+        values = [self.before(name) for name in (node.name, *self.latest.values())]
+        held = [v.t for value in values for v in nested.leaves(value) if isinstance(v, Lab)]
+        around = [n for source in node.all_input_nodes for n in sources(source, self.before)]
+        labels = self.leaving([*held, *self.of_params(node.all_input_nodes)])
+        if not labels.numel():
+            sized = [v.t for n in around for v in nested.leaves(self.before(n.name)) if isinstance(v, Lab)]
+            labels = self.leaving([*sized, *self.of_params(around)])
+        self.failures.append(Failure(node.name, labels, reason or f"the sizes at {node.name} cannot follow"))
 
+    def leaving(self, held: list[Tensor]) -> Tensor:
+        """Those of some labels that are dropped, without repetition."""
+        labels = torch.unique(torch.cat([numbers(t) for t in (*held, torch.zeros(1, dtype=torch.int64))]))
+        found: Tensor = labels[~self.alive[labels]]
+        return found
 
-_ANY = -1  # padded zeros, which are all alike
-
-
-def _name(rule: Rule | None) -> str:
-    return "" if rule is None else rule.name
-
-
-def _shape(value: Any) -> tuple[int, ...] | None:
-    if isinstance(value, Lab):
-        return tuple(value.t.shape)
-    return tuple(value.value.shape) if isinstance(value, Param) else None
-
-
-def _labelled(value: Any) -> bool:
-    return any(isinstance(leaf, Lab) for leaf in nested.leaves(value))
-
-
-def _plain(
-    args: tuple[Any, ...], kwargs: dict[str, Any], facts: Provenance | None = None, alive: Tensor | None = None,
-    indexing: bool = False,
-) -> tuple[tuple[Any, ...], dict[str, Any]]:  # fmt: skip
-    def plain(value: Any) -> Any:
-        if isinstance(value, Lab):
-            return value.t
-        if isinstance(value, Param) and facts is not None and alive is not None:
-            known = facts.params.get(value.path)
-            if known is not None and known.elements is not None:
-                return (compact(known.elements, alive) or [known.elements])[0]
-        if isinstance(value, Param):
-            return value.value
-        if isinstance(value, Tensor) and facts is not None and not indexing:
-            return torch.zeros(value.shape, dtype=torch.int64)
-        return value
-
-    return nested.tree(plain, args), nested.tree(plain, kwargs)
-
-
-def _equal(found: Tensor, want: Tensor) -> bool:
-    if found.shape != want.shape:
-        return False
-    found, want = thin(found), thin(want)
-    return bool(((found == want) | (found == _ANY)).all())
-
-
-def _is(before: Any, after: Any) -> bool:
-    """Is a value the same object as before, or an equal plain value?"""
-    if before is after:
-        return True
-    one, other = nested.leaves(before), nested.leaves(after)
-    return len(one) == len(other) and all(
-        a.t is b.t
-        if isinstance(a, Lab) and isinstance(b, Lab)
-        else type(a) in _SIMPLE and type(b) in _SIMPLE and a == b
-        for a, b in zip(one, other, strict=True)
-    )
-
-
-_SIMPLE = (int, float, bool, str, type(None), torch.Size, torch.dtype, torch.device)
-
-
-def _same(found: Any, want: Any) -> bool:
-    if found is None:
-        return False
-    one, other = nested.leaves(found), nested.leaves(want)
-    return len(one) == len(other) and all(
-        _equal(a.t, b.t) if isinstance(a, Lab) and isinstance(b, Lab) else a == b
-        for a, b in zip(one, other, strict=True)
-    )
+    def of_params(self, nodes: Iterable[fx.Node]) -> list[Tensor]:
+        """The labels of the parameters among some nodes."""
+        paths = {str(n.target) for n in nodes if n.op == "get_attr"} & set(self.facts.params)
+        return [t for path in sorted(paths) for t in labels_of(self.facts.params[path])]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fxmerge.analysis.meetings import meetings
 from fxmerge.ir.groups import Group, Ints, Member
 from fxmerge.ir.provenance import Layer, Provenance
 
@@ -68,9 +70,12 @@ class Builder:
             if self.facts.kinds[n] in ("per_channel", "tie", "mixer", "per_channel_param")
             and not self.facts.commutes.get(n, False)
         ]
+        blocked += [n for n in ordered if self.facts.made.get(n, False)]
         blocked += [m.layer.node for m in members["carry"] if m.layer.op == "joined"]  # a class token has a fixed scale
+        blocked += [m.layer.node for m in members["write"] if m.layer.operation.is_recurrent]
         blocks = self._blocks(number, lookup, cell)
         lookup[inside] = -1
+        met = meetings(self.facts, ordered, producers)
         single = len(producers) == 1 and len(consumers) == 1 and not junctions and not mixed
         return Group(
             name=first,
@@ -85,15 +90,25 @@ class Builder:
             scale_blocks=tuple(dict.fromkeys([*blocked, *rigid])),
             blocks=blocks,
             partners=partners,
+            meetings=met,
         )
 
     def _blocks(self, number: int, lookup: Ints, cell: Ints) -> tuple[tuple[tuple[int, ...], ...], ...]:
-        """The group's blocks: for each row of labels its cells. A cell is in one row of each block."""
+        """The group's blocks: for each row of labels its cells, each as often as one of its channels is in the row.
+
+        A cell is in one row of each block.
+        """
+
+        def cells(row: Ints) -> tuple[int, ...]:
+            channels, times = np.unique(row, return_counts=True)
+            one = dict(zip(cell[channels].tolist(), times.tolist(), strict=True))
+            return tuple(c for c in sorted(one) for _ in range(one[c]))
+
         found = []
         for block in self.facts.blocks:
-            rows = lookup[self.atom[block.labels.numpy()]]
-            if (self.of_group[self.atom[block.labels.numpy()]] == number).all():
-                found.append(tuple(tuple(np.unique(cell[row]).tolist()) for row in rows))
+            inside = self.atom[block.labels.numpy()]
+            if (self.of_group[inside] == number).all():
+                found.append(tuple(cells(row) for row in lookup[inside]))
         return tuple(dict.fromkeys(found))
 
     def _holds(self, number: int, labels: Tensor) -> bool:
@@ -117,6 +132,9 @@ class Builder:
         """(producers and consumers with their steps, nodes where outputs of producers join, layers between those)."""
         ends: list[tuple[Member, str, list[str]]] = []  # (consumer, the node where its walk ended, steps from there)
         for consumer in consumers:
+            if consumer.layer.inner:
+                ends.append((consumer, consumer.layer.node, []))
+                continue
             for source in dict.fromkeys(self.facts.sources[consumer.layer.node]):
                 if source in self.nodes[number]:
                     ends.append((consumer, *self._back(number, source)))
@@ -126,10 +144,12 @@ class Builder:
             if (number, n) not in self.written_at
             and len([s for s in dict.fromkeys(self.facts.sources[n]) if s in self.nodes[number]]) > 1
         }  # fmt: skip
-        if not junctions and len(producers) == 1:
-            shared = _common_prefix([steps for _, _, steps in ends])
-            placed = [replace(r, steps=tuple(steps[len(shared) :])) for r, _, steps in ends]
-            return [replace(producers[0], steps=tuple(shared))], placed, [], []
+        if not junctions and len(set(self._calls([w.layer.node for w in producers]))) == 1:
+            # all calls of one weight: what follows it on all ways, with the same parameters, leads to the coordinates
+            count = _common_prefix([self._calls(steps) for _, _, steps in ends])
+            ways = {origin: tuple(steps[:count]) for _, origin, steps in reversed(ends)}
+            placed = [replace(r, steps=tuple(steps[count:])) for r, _, steps in ends]
+            return [replace(w, steps=ways.get(w.layer.node, ())) for w in producers], placed, [], []
         onto: dict[str, list[str]] = {}
         carrying = {layer.node for layer in self.facts.layers if layer.carries is not None}
         rigid: list[str] = []
@@ -139,17 +159,22 @@ class Builder:
                     origin, steps = self._back(number, source)
                     if (number, origin) not in self.written_at:
                         rigid += [s for s in steps if s in carrying]
-                    elif onto.setdefault(origin, steps) != steps:  # one producer, joined with itself along two paths
+                    elif self._calls(onto.setdefault(origin, steps)) != self._calls(steps):
+                        # one producer, joined with itself along two paths
                         rigid += [s for s in (*onto[origin], *steps) if s in carrying]
         placed_producers = [replace(w, steps=tuple(onto.get(w.layer.node, ()))) for w in producers]
         placed = []
         for consumer, origin, steps in ends:
             ahead = onto.get(origin, []) if (number, origin) in self.written_at else []
-            if steps[: len(ahead)] != ahead:  # it branches off before the common coordinates
+            if self._calls(steps[: len(ahead)]) != self._calls(ahead):  # it branches off before the common coordinates
                 rigid += ahead
                 steps, ahead = [], []
             placed.append(replace(consumer, steps=tuple(steps[len(ahead) :])))
         return placed_producers, placed, [n for n in self.facts.kinds if n in junctions], rigid
+
+    def _calls(self, steps: Sequence[str]) -> list[str]:
+        """Steps by what they call, so that two calls of one module are the same step."""
+        return [self.facts.same_call[step] for step in steps]
 
 
 def _side(member: Member) -> tuple[str, bool]:
@@ -157,13 +182,14 @@ def _side(member: Member) -> tuple[str, bool]:
     return member.layer.params.get("weight", ""), (member.role == "write") != member.layer.transposed
 
 
-def _common_prefix(paths: list[list[str]]) -> list[str]:
-    shared = []
+def _common_prefix(paths: Sequence[Sequence[str]]) -> int:
+    """The number of steps that all paths begin with."""
+    count = 0
     for step in zip(*paths, strict=False):
         if len(set(step)) > 1:
             break
-        shared.append(step[0])
-    return shared
+        count += 1
+    return count
 
 
 def _aligned(where: Ints, cell: Ints) -> bool:

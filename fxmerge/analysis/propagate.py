@@ -9,11 +9,13 @@ equally many).
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from fxmerge.analysis.constants import labelled, makers, passes_factor
 from fxmerge.analysis.untouched import untouched
 from fxmerge.errors import source_line
 from fxmerge.graph import nested
@@ -22,9 +24,10 @@ from fxmerge.ir.capture import Capture
 from fxmerge.ir.labels import fixed, numbers
 from fxmerge.ir.provenance import Kind, Lab, Param, ParamLabels, Pin, Provenance, Tie, View
 from fxmerge.rules import movement
-from fxmerge.rules.context import RuleContext, call_name
+from fxmerge.rules.call_names import call_name
+from fxmerge.rules.context import RuleContext
 from fxmerge.rules.facts import FactsBuilder
-from fxmerge.rules.lookup import attributes_of, rule_of
+from fxmerge.rules.lookup import attributes_of, rule_of, takes_params
 from fxmerge.rules.rule import Answer, AsKind, Rule, Unknown
 from fxmerge.weights.by_path import at
 
@@ -36,7 +39,14 @@ def provenance(capture: Capture, whole: bool = False) -> Provenance:
     Cost: one pass of integer arithmetic on label tensors, whose spatial axes have stride 0. Raises nothing: channels
     that meet an op without a rule are pinned, and the pin names the reason.
     """
-    return _Interpreter(capture, whole).run()
+    made: dict[str, tuple[int, ...]] = {}
+    while True:
+        interpreter = _Interpreter(capture, whole, made)
+        facts = interpreter.run()
+        wanted = makers(interpreter.facts.wanted, capture.module, interpreter.values)
+        if not set(wanted) - set(made):
+            return facts
+        made |= {name: axes for name, axes in wanted.items() if name not in made}
 
 
 class Opaque:
@@ -46,11 +56,15 @@ class Opaque:
 class _Interpreter:
     """Walks the graph once, with one rule for each node."""
 
-    def __init__(self, capture: Capture, whole: bool) -> None:
-        self.capture, self.facts = capture, FactsBuilder(whole)
+    def __init__(self, capture: Capture, whole: bool, made: Mapping[str, tuple[int, ...]]) -> None:
+        self.capture, self.facts, self.made = capture, FactsBuilder(whole), made
+        self.factors: set[str] = set()  # nodes that make constants other than zeros, which no factor passes
         self.inputs = iter(capture.inputs)
         self.kinds: dict[str, Kind] = {}
         self.commutes: dict[str, bool] = {}
+        self.rules: dict[str, str] = {}
+        self.calls: dict[tuple[Any, ...], str] = {}  # a call without its activations -> the first node that makes it
+        self.same_call: dict[str, str] = {}
         self.sources: dict[str, tuple[str, ...]] = {}
         self.owners: dict[int, str] = {}  # identity of a parameter -> the one path that it is known by
         self.values: dict[fx.Node, Any] = {}
@@ -61,7 +75,13 @@ class _Interpreter:
         for node in self.capture.module.graph.nodes:
             self.sources[node.name] = tuple(self.latest(n).name for n in node.all_input_nodes)
             value, self.kinds[node.name] = self.step(node)
+            if node.name in self.made:
+                if not passes_factor(node, value, self.capture.module):
+                    self.factors.add(node.name)
+                value, self.kinds[node.name] = labelled(self.facts, node, value, self.made[node.name]), "movement"
             self.values[node] = value
+            self.same_call[node.name] = self.calls.setdefault(self.signature(node), node.name)
+            self.facts.node_of.setdefault(id(value), node)
             if node.name in held:
                 self.hold([leaf for leaf in nested.leaves(value) if isinstance(leaf, Lab)], node, held[node.name])
         return self.found()
@@ -70,6 +90,19 @@ class _Interpreter:
         while node in self.renewed:
             node = self.renewed[node]
         return node
+
+    def signature(self, node: fx.Node) -> tuple[Any, ...]:
+        """What a node calls, with its parameters and constants, but whatever activations."""
+        if node.op not in ("call_module", "call_function", "call_method"):
+            return (node.name,)
+
+        def known(leaf: Any) -> Any:
+            if not isinstance(leaf, fx.Node):
+                return leaf
+            value = self.values[leaf]
+            return f"%{value.path}" if isinstance(value, Param) else "%" if leaf.op != "get_attr" else f"%{leaf.target}"
+
+        return node.op, node.target, *(repr(nested.tree(known, v)) for v in (tuple(node.args), dict(node.kwargs)))
 
     def param(self, path: str, value: Tensor) -> Param:
         """A tensor that several paths share is one parameter, known by the path that came first."""
@@ -109,6 +142,7 @@ class _Interpreter:
         elif is_module and rule is None:
             why = f"is a {type(target).__name__}, which has no rule"
         elif any(isinstance(leaf, Opaque) for leaf in operands):
+            why = why if rule is None else "takes the result of a call that cannot be followed"
             rule = None
         sizes, kind = self.facts.sizes(), rule.kind if rule is not None else "unknown"
         answer = self.apply(rule, node, target, args, kwargs) if rule is not None else Unknown(why)
@@ -134,6 +168,9 @@ class _Interpreter:
             value = getattr(target, attribute)
             is_tensor = isinstance(value, Tensor)
             kwargs[attribute] = self.param(f"{node.target}.{attribute}", value) if is_tensor else value
+        if node.op == "call_module" and takes_params(target):
+            own = target.named_parameters(recurse=False, remove_duplicate=False)
+            kwargs["params"] = {name: self.param(f"{node.target}.{name}", value) for name, value in own}
         if getattr(target, "padding_mode", "zeros") != "zeros":
             kwargs.pop("padding", None)
         ctx = RuleContext(self.facts, self.capture, node, rule.name, target)
@@ -143,6 +180,7 @@ class _Interpreter:
             return Unknown(f"is called in a way that its rule does not know ({error})")
         if not isinstance(answer, Unknown):
             commutes = rule.commutes
+            self.rules[node.name] = rule.name
             self.commutes[node.name] = bool(commutes(ctx, *args, **kwargs) if callable(commutes) else commutes)
         return answer
 
@@ -210,6 +248,8 @@ class _Interpreter:
             kinds=self.kinds,
             sources=self.sources,
             commutes=self.commutes,
+            rules=self.rules,
+            same_call=self.same_call,
             layers=tuple(facts.layers),
             params=params,
             ties=tuple(facts.ties),
@@ -217,8 +257,10 @@ class _Interpreter:
             blocks=tuple(facts.blocks),
             mixers=tuple(facts.mixers),
             label_count=facts.label_count,
+            made={name: name in self.factors for name in self.made},
             views=frozenset(n.name for n, v in self.values.items() if isinstance(v, View)),
             contractions=tuple(facts.contractions),
+            grids=tuple(facts.grids),
             bonds=tuple(facts.bonds),
             untouched=untouched(self.capture, facts, self.owners),
         )

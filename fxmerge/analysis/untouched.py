@@ -9,7 +9,7 @@ import torch
 from fxmerge.errors import source_line
 from fxmerge.ir.capture import FOLDED, Capture
 from fxmerge.ir.provenance import Untouched
-from fxmerge.rules.context import layer_name
+from fxmerge.rules.call_names import layer_name
 from fxmerge.rules.facts import FactsBuilder
 from fxmerge.weights.by_path import at
 

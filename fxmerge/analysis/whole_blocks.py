@@ -63,7 +63,7 @@ def _leaving(facts: Provenance, rows: list[tuple[str, Tensor]]) -> list[bool]:
     If too few of their rows are distinct, the largest blocks are left out and the rest is tried again: they may be
     blocks of blocks, which keep equally many smaller ones inside (queries, keys and values of all heads in a row).
     """
-    able = np.ones(len(rows), dtype=bool)
+    able = np.array([b.leaves_whole for b in facts.blocks] + [True] * (len(rows) - len(facts.blocks)), dtype=bool)
     size = np.array([r.size(1) if at < len(facts.blocks) else 0 for at, (_, r) in enumerate(rows)])
     while rows:
         goes, few = _together(facts, rows, able)

@@ -32,6 +32,15 @@ FEWEST, USUAL, MOST = 128, 512, 4096  # numbers of probes, unless `Options.sampl
 SMALL, FORWARD = 2**22, 5e11  # for all probes: elements of the largest activation, FLOPs of a forward pass
 
 
+def with_data(options: Options, given: Any) -> Options:
+    """The options with refit on calibration data, if there is any. Raises FxMergeError where they contradict it."""
+    if given is None and options.refit == "calibration":
+        raise FxMergeError("refit='calibration' needs batches of inputs; give merge(..., calibration=batches)")
+    if given is not None and options.refit == "none":
+        raise FxMergeError("refit='none' and calibration= contradict each other; give one of them")
+    return options if given is None else options.replace(refit="calibration")
+
+
 def fed(
     captured: Capture, facts: Provenance, options: Options, batches: Any, mismatch: Callable[[Batches], float]
 ) -> Batches:
@@ -126,7 +135,7 @@ def given(captured: Capture, batches: Any, limit: int) -> list[list[Any]]:
     if not found:
         raise FxMergeError("calibration holds no batches; a generator can be read only once")
     if is_exported(captured.module):
-        found = _regrouped(found, batch_size(captured))
+        found = _regrouped(captured, found, batch_size(captured))
     return found
 
 
@@ -157,19 +166,41 @@ def _placed(captured: Capture, batch: Any) -> list[Any]:
     return [v.to(e) if isinstance(e, Tensor) else v for v, e in zip(values, captured.inputs, strict=True)]
 
 
-def _regrouped(batches: Sequence[list[Any]], size: int) -> list[list[Any]]:
-    """The same samples in batches of `size`; a smaller last batch is dropped."""
+def _regrouped(captured: Capture, batches: Sequence[list[Any]], size: int) -> list[list[Any]]:
+    """The batches in the shapes of the example inputs: as they are, or the same samples in batches of `size`.
+
+    A smaller last batch is dropped. Inputs whose first axis is not that of the samples are taken from the first batch.
+    Raises FxMergeError where samples cannot be told apart, as where the first axis is a sequence.
+    """
+    if all(_shapes(batch) == _shapes(captured.inputs) for batch in batches):
+        return list(batches)
     columns = []
-    for parts in zip(*batches, strict=True):
-        if isinstance(parts[0], Tensor) and parts[0].dim():
+    for parts, example in zip(zip(*batches, strict=True), captured.inputs, strict=True):
+        if not isinstance(example, Tensor) or not example.dim():
+            columns.append([parts[0]])
+        elif example.size(0) == size and len({part.shape[1:] for part in parts}) == 1:
             whole = torch.cat(parts)
             if len(whole) < size:
                 raise FxMergeError(f"calibration holds {len(whole)} samples; the exported model takes {size} at a time")
             columns.append(list(torch.split(whole[: len(whole) // size * size], size)))
-        else:
+        elif all(part.shape == example.shape for part in parts):
             columns.append([parts[0]])
+        else:
+            other = next(tuple(part.shape) for part in parts if part.shape != example.shape)
+            raise FxMergeError(
+                f"a calibration batch has an input of shape {other} where the exported model takes "
+                f"{tuple(example.shape)}; give batches in the shapes of the example inputs"
+            )
     length = max(map(len, columns))
+    if any(len(column) not in (1, length) for column in columns):
+        raise FxMergeError(
+            "calibration batches have other numbers of samples in different inputs of the exported model"
+        )
     return [list(row) for row in zip(*(c * length if len(c) == 1 else c for c in columns), strict=True)]
+
+
+def _shapes(values: Sequence[Any]) -> list[tuple[int, ...] | None]:
+    return [tuple(v.shape) if isinstance(v, Tensor) else None for v in values]
 
 
 def vocabularies(captured: Capture, facts: Provenance) -> dict[int, int]:

@@ -80,7 +80,7 @@ def refit_data(
 
 def normed(facts: Provenance) -> dict[str, Layer]:
     """The BatchNorms that have running statistics, by node."""
-    return {n: norm for n, norm in batch_norms(facts).items() if {"running_mean", "running_var"} <= {*norm.params}}
+    return {n: norm for n, norm in batch_norms(facts).items() if norm.has_running_statistics}
 
 
 def mismatch(captured: Capture, facts: Provenance, batches: Sequence[Sequence[Any]], settings: Settings) -> float:

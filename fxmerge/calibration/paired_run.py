@@ -153,7 +153,7 @@ class PairedRun:
 
     def statistics(self, layer: Layer, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """What the original's BatchNorm subtracts and divides by for these inputs: (c,), (c,), float64."""
-        if layer.node not in self.norms and "running_mean" in layer.params:
+        if layer.node not in self.norms and layer.has_running_statistics:
             module = self.original.module
             mean, variance = (at(module, layer.params[s]).double() for s in ("running_mean", "running_var"))
         else:
@@ -214,6 +214,8 @@ def line(module: fx.GraphModule, norm: Layer, mean: Tensor, deviation: Tensor) -
 
 def moments(values: Sequence[Tensor], axis: int, reduce: Reduce) -> tuple[Tensor, Tensor]:
     """Mean and variance along all axes except `axis`, over all batches and processes: (c,), (c,), float64."""
+    if values[0].dim() == 1:  # a vector is one row: without axes to sum over, torch sums over all of them
+        values, axis = [x[None] for x in values], 1
     axes = [a for a in range(values[0].dim()) if a != axis]
     view = channel_shape(axis, values[0].dim())
     total = sum(x.numel() // x.size(axis) for x in values)

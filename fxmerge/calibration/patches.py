@@ -58,11 +58,20 @@ class Form:
 def operands(node: fx.Node, op: str) -> dict[str, Any]:
     """The arguments of a call, nodes and plain values, by the parameter names of torch's functions."""
     names = _ARGUMENTS[op]
-    if overload_name(node.target) is not None:
-        names = tuple(a.name for a in node.target._schema.arguments)  # type: ignore[union-attr]
-    if overload_name(node.target) in ("matmul", "mm", "bmm"):
+    target = node.target
+    overload = overload_name(target)
+    name = overload or (target if isinstance(target, str) else getattr(target, "__name__", ""))
+    if overload is not None:
+        names = tuple(a.name for a in target._schema.arguments)  # type: ignore[union-attr]
+    if name in ("matmul", "mm", "bmm", "tensordot"):
         names = ("input", "weight")
-    return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    if name == "addmm":
+        names = ("bias", "input", "weight")
+        as_here = {"input": "bias", "self": "bias", "mat1": "input", "mat2": "weight"}
+    else:
+        as_here = {"a": "input", "self": "input"}
+    kwargs = {as_here.get(key, key): value for key, value in node.kwargs.items()}
+    return dict(zip(names, node.args, strict=False)) | kwargs
 
 
 def input_of(node: fx.Node, op: str) -> fx.Node:
@@ -172,13 +181,19 @@ def channel_axis(out: Tensor, form: Form) -> int:
 
 def at_positions(out: Tensor, form: Form, index: Tensor) -> Tensor:
     """A layer's output at the positions with these indices: (rows, out)."""
-    moved = out.movedim(channel_axis(out, form), -1)
+    moved = _lined_up(out.movedim(channel_axis(out, form), -1))
     return moved[torch.unravel_index(index, moved.shape[:-1])]
+
+
+def _lined_up(x: Tensor) -> Tensor:
+    """A vector as a row; other tensors, whose last axis is the channels, unchanged."""
+    return x[None] if x.dim() == 1 else x
 
 
 def patches(x: Tensor, form: Form, index: Tensor) -> Tensor:
     """The patches of a layer's input for the output positions with these indices: (rows, g, p)."""
     if not form.spatial:
+        x = _lined_up(x)
         return x[torch.unravel_index(index, x.shape[:-1])][:, None]
     lead = x.shape[: x.dim() - form.spatial - 1]
     x = x.reshape(-1, *x.shape[len(lead) :])

@@ -54,26 +54,27 @@ def sensitivity(
     found: dict[str, Tensor] = {}
     try:
         with evaluating(captured.module), torch.enable_grad():
-            outputs: dict[str, list[Tensor]] = {}
+            outputs: dict[tuple[str, int], list[Tensor]] = {}  # a recurrent layer returns several tensors
             last: list[Any] = []
             for visit in PairedRun(pair(captured.module, facts), some, alone):
                 if visit.node.name in layers:
-                    outputs[visit.node.name] = visit.outputs
+                    several = zip(*map(returned, visit.outputs), strict=True)
+                    outputs |= {(visit.node.name, at): list(values) for at, values in enumerate(several)}
                 last = visit.outputs
             tensors = [t for values in outputs.values() for t in values]
             for draw in range(DRAWS):
                 total = torch.stack([_drawn(t, generator) for out in last for t in returned(out)]).sum()
                 slopes = iter(torch.autograd.grad(total, tensors, retain_graph=draw + 1 < DRAWS, allow_unused=True))
-                for node, values in outputs.items():
+                for (node, _), values in outputs.items():
                     layer = layers[node]
                     axis = axis_of_outputs(values[0], at(captured.module, layer.params["weight"]))
                     axes = [a for a in range(values[0].dim()) if a != axis]
                     variance = moments([v.detach() for v in values], axis, alone.reduce)[1]
+                    found.setdefault(node, variance.new_zeros(()))
                     for slope in [next(slopes) for _ in values]:
-                        moved = (
-                            variance.new_zeros(()) if slope is None else slope.double().square().sum(axes) @ variance
-                        )
-                        found[node] = found.get(node, variance.new_zeros(())) + moved
+                        if slope is not None:
+                            squares = slope.double().square()
+                            found[node] = found[node] + (squares.sum(axes) if axes else squares) @ variance
     except RuntimeError:  # an op without a gradient
         return {}
     sums = settings.reduce(torch.stack([*found.values()])) if found else torch.zeros(0)
@@ -104,5 +105,6 @@ def _leaf(value: Tensor) -> Tensor:
 
 def _drawn(output: Tensor, generator: torch.Generator) -> Tensor:
     """v . z for random signs v, with z in units of its own standard deviation."""
+    output = torch.view_as_real(output) if output.is_complex() else output
     signs = torch.randint(0, 2, output.shape, generator=generator).to(output) * 2 - 1
     return (output * signs).sum() / output.detach().std().clamp(min=1e-30) if output.numel() > 1 else output.sum()

@@ -15,18 +15,21 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxmerge.capture.constant_fold import fold
+from fxmerge.capture.frozen import Check, checks, draws, unchecked
 from fxmerge.capture.output_cache import OutputCache
 from fxmerge.capture.parametrizations import computed_weights, unparametrize
+from fxmerge.capture.quantized import check_not_quantized
 from fxmerge.capture.record import record
 from fxmerge.capture.symbolic import trace
 from fxmerge.capture.torch_export import graph_module_of
+from fxmerge.capture.training import differs_in_training
 from fxmerge.errors import FxMergeError, first_line, source_line
-from fxmerge.graph.eval_mode import reproducible, reseed
+from fxmerge.graph.eval_mode import FlagModule, State, moved, only_evaluating, put_back, reproducible, reseed, state_of
 from fxmerge.graph.inputs import bind, is_exported
 from fxmerge.graph.nested import fresh, leaves
-from fxmerge.graph.outputs import foreign, plain, returned, returning_plain
+from fxmerge.graph.outputs import agree, foreign, plain, returned, returning_plain
 from fxmerge.ir.capture import Capture, Recorded
-from fxmerge.weights.copy import deep_copy
+from fxmerge.weights.copy import deep_copy, inside
 from fxmerge.weights.meta import make_fake
 
 
@@ -45,10 +48,11 @@ def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def check_model(model: Any) -> None:
-    """Raises FxMergeError for an object that is not a module, for lazy modules, and for weights that are not finite."""
+    """Raises FxMergeError for an object that is not a module, for lazy and quantized ones, and for infinite weights."""
     if not isinstance(model, nn.Module):
         hint = "; call it to make an instance first" if isinstance(model, type) else ""
         raise FxMergeError(f"model is a {type(model).__name__}, not a torch.nn.Module{hint}")
+    check_not_quantized(model)
     for name, value in [*model.named_parameters(), *model.named_buffers()]:
         if torch.nn.parameter.is_lazy(value):
             raise FxMergeError(f"{name} has no shape yet (a lazy module); run the model once on an example first")
@@ -74,20 +78,22 @@ def capture(model: Any, example_inputs: Any) -> Capture:
     program = model if isinstance(model, torch.export.ExportedProgram) else None
     if program is not None:
         model = graph_module_of(program)
+    model = inside(model) if isinstance(model, nn.Module) else model
     check_model(model)
     own = program.example_inputs if program is not None and example_inputs is None else None
     args, kwargs = own if own is not None else arguments(example_inputs)
     if any(isinstance(v, Tensor) and not v.numel() for v in leaves([args, kwargs])):
         raise FxMergeError("example_inputs contain a tensor without elements; give at least one sample")
-    training = {name: m.training for name, m in model.named_modules()}
     # the copy shares the parameters, which no one writes, but not the buffers, which a forward may update
     traced_model = deep_copy(model, [*model.parameters(), *computed_weights(model)])
+    training = {name: m.training for name, m in traced_model.named_modules()}
     for inner in traced_model.modules():  # not by .eval(), which raises on an exported graph module
         if inner.training:
             inner.training = False
     blank = make_fake(traced_model)
     cache = OutputCache()
     with torch.no_grad(), reproducible():
+        drawn, state = draws(), state_of(traced_model)
         try:
             with nullcontext() if blank else cache.watching(traced_model):
                 expected = traced_model(*fresh(args), **fresh(kwargs))
@@ -96,21 +102,29 @@ def capture(model: Any, example_inputs: Any) -> Capture:
                 f"{type(model).__name__} does not run on these example inputs ({_shapes(args, kwargs)}): "
                 f"{type(error).__name__}: {first_line(error)}; {_HINTS[blank]}"
             ) from error
+        drew = draws() != drawn
+        is_random = drew and not agree(returned(expected), returned(traced_model(*fresh(args), **fresh(kwargs))), 1e-6)
         unparametrize(traced_model)
         left_out = foreign(expected)
         if left_out:
             expected, traced_model = plain(expected), returning_plain(traced_model)
-        module, recorded = _graph(traced_model, args, kwargs)
+        check = unchecked if blank else checks(model, traced_model, args, kwargs, moved(state))
+        module, recorded = _graph(traced_model, args, kwargs, check, state)
+        differs = recorded is None and not is_exported(module) and differs_in_training(traced_model, args, kwargs)
         values = list(recorded.inputs) if recorded else bind(module, args, kwargs)
         reseed()
         recorder = _Recorder(module, cache)
         actual = recorder.run(*fresh(values), enable_io_processing=False)
-    if not blank:
-        _compare(type(model).__name__, expected, actual)
+        if not blank:
+            _compare(traced_model, (args, kwargs), expected, actual)
     whole = [*module.named_modules(), *(recorded.host.named_modules() if recorded else ())]
     for name, traced in whole:
-        if traced.training != training.get(name, model.training):
-            traced.training = training.get(name, model.training)
+        if traced.training != training.get(name, training[""]):
+            traced.training = training.get(name, training[""])
+    if is_exported(module):
+        only_evaluating(module)
+    elif differs:
+        only_evaluating(module, FlagModule)
     return Capture(
         module=module,
         args=args,
@@ -126,6 +140,7 @@ def capture(model: Any, example_inputs: Any) -> Capture:
         program=program,
         blank=blank,
         exported=is_exported(module),
+        random=is_random,
     )
 
 
@@ -135,16 +150,23 @@ _HINTS = {  # whether the model is blank -> what to do when it does not run
 }
 
 
-def _graph(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[fx.GraphModule, Recorded | None]:
-    """The graph of the model: traced, or recorded from one run where the model as a whole cannot be traced."""
+def _graph(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], check: Check, state: State
+) -> tuple[fx.GraphModule, Recorded | None]:
+    """The graph of the model: traced, or recorded from one run where the model as a whole cannot be traced.
+
+    state: what forward had kept before the model ran; a recorded model, which stays the user's code, starts from there
+    """
     try:
-        return fold(trace(model, fresh(args), fresh(kwargs))), None
+        return fold(trace(model, fresh(args), fresh(kwargs), check)), None
     except FxMergeError as refused:
         reseed()
+        put_back(state)
         try:
             recorded = record(model, fresh(args), fresh(kwargs))
         except Exception as error:
             raise FxMergeError(f"{refused} (recording a run failed too: {first_line(error)})") from error
+        put_back(state)
         return recorded.module, recorded
 
 
@@ -181,20 +203,28 @@ class _Recorder(fx.Interpreter):
         return value
 
 
-def _compare(name: str, expected: Any, actual: Any) -> None:
+def _compare(model: nn.Module, given: tuple[Any, Any], expected: Any, actual: Any) -> None:
     """Raises FxMergeError where the outputs of the model and of its graph differ."""
     before, after = returned(expected), returned(actual)
-    close = len(before) == len(after) and all(
-        one.shape == other.shape
-        and torch.allclose(one, other, 1e-3, 1e-3 * float(one.nan_to_num(0, 0, 0).abs().max()) + 1e-12, equal_nan=True)
-        for one, other in zip(before, after, strict=True)
-        if one.numel() or other.numel()
-    )
-    if not close:
+    if agree(before, after, 1e-3):
+        return
+    name = type(model).__name__
+    one, other = (returned(model(*fresh(given[0]), **fresh(given[1]))) for _ in range(2))
+    if not agree(one, other, 1e-6):
         raise FxMergeError(
-            f"the traced graph of {name} does not return what the model returns on the example inputs; its forward "
-            "depends on something that torch.fx cannot see (a global variable, a value, randomness)"
+            f"two runs of {name} on the same inputs differ in evaluation mode: it draws random numbers, or keeps state "
+            "from call to call; give the noise or the state as an input"
         )
+    if [t.dtype for t in before] != [t.dtype for t in after]:
+        raise FxMergeError(
+            f"{name} returns {before[0].dtype if before else 'nothing'}, but its graph does not: forward changes the "
+            "dtype, as torch.autocast does; take torch.autocast out of forward, and use it around the merged model"
+        )
+    raise FxMergeError(
+        f"the traced graph of {name} does not return what the model returns on the example inputs; its forward "
+        "depends on something that torch.fx cannot see (a global variable, a value, a seed, torch.autocast); give it "
+        "as an input or register it as a buffer"
+    )
 
 
 def _shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:

@@ -59,7 +59,7 @@ class OutputCache:
 
 def _version(layer: nn.Module) -> int:
     """A number that increases whenever a parameter of the layer is written in place."""
-    return sum(p._version for p in layer._parameters.values() if p is not None)
+    return sum(p._version for p in layer._parameters.values() if p is not None and not p.is_inference())
 
 
 def _same(one: Tensor, other: Any) -> bool:

@@ -1,12 +1,11 @@
 """Records the graph of one run, for models that neither symbolic tracing nor torch.export can follow.
 
-The model runs on the example inputs. Submodules that can be traced symbolically are *parts*: the graph of a part is
-inserted once for each of its calls. The code between parts, the *glue*, is recorded call by call as it runs. The result
-is a single graph, which is analysed like any other, so that channels are followed from part to part. Only parts are
-rewritten. Glue remains the user's own code, so nothing in it may depend on a literal width.
+The model runs on the example inputs. Submodules that can be traced symbolically are *parts*, whose graphs are inserted
+once for each call. The code between parts, the *glue*, is recorded call by call as it runs. The result is one graph,
+analysed like any other. Only parts are rewritten. Glue remains the user's code: no literal width may be wrong in it.
 
-One run shows only one path. Another run may take another path if the code of a module reads the value of a tensor
-(`if x.sum() > 0`), or if a submodule did not run. All tensors that the code of such a module sees keep their channels.
+One run shows one path. Another run may take another one where code reads the value of a tensor (`if x.sum() > 0`), or
+where a submodule did not run. All tensors that the code of such a module sees keep their channels.
 """
 
 from __future__ import annotations
@@ -14,27 +13,22 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
+from fxmerge.capture.frames import Frame
+from fxmerge.capture.frozen import checks
+from fxmerge.capture.hooks import hooked, overridden, replaced_forwards
 from fxmerge.capture.symbolic import symbolic, user_line, without_rule
 from fxmerge.graph.nested import leaves, tree
+from fxmerge.graph.odd_names import writable
 from fxmerge.graph.ops import HARMLESS, PLAIN, held_tensors, node_call, tensors
 from fxmerge.ir.capture import Part, Recorded
 from fxmerge.rules.lookup import rule_of_module
 from fxmerge.rules.movement import enter
-
-
-@dataclass
-class _Frame:
-    """The running forward of one module, and the nodes of the tensors that its own code sees."""
-
-    path: str
-    seen: set[fx.Node] = field(default_factory=set)
 
 
 def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recorded:
@@ -57,7 +51,7 @@ class _Recording(TorchFunctionMode):
         self.templates: dict[str, fx.GraphModule | None] = {}  # path -> the module's own graph, None if not a part
         self.parts: dict[str, Part] = {}
         self.rewritable: set[str] = set()  # nodes inserted by parts
-        self.frames: list[_Frame] = []
+        self.frames: list[Frame] = []
         self.doubtful: dict[str, str] = {}  # path of a module -> why another run may take another path
         self.ran: set[str] = set()
         self.seen: dict[str, set[fx.Node]] = {}  # path of a module -> the nodes that its own code sees
@@ -65,32 +59,21 @@ class _Recording(TorchFunctionMode):
         self.constants = 0  # how many tensors were stored as constants
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recorded:
-        wrapped = []
-        for path, module in self.model.named_modules():
-            if isinstance(module, torch.jit.ScriptModule):
-                raise TypeError(f"{path} is a ScriptModule")
-            if path:
-                wrapped.append(module)
-                module.forward = self._wrap(module, path)
         inputs: list[Any] = []
         for value in leaves([args, kwargs]):
             if isinstance(value, Tensor) and id(value) not in self.nodes:
                 self._remember(value, self.graph.placeholder(f"input_{len(inputs)}"))
                 inputs.append(value)
-        root = _Frame("", {self.nodes[id(v)] for v in inputs})
+        root = Frame("", {self.nodes[id(v)] for v in inputs})
         self.frames.append(root)
-        try:
-            with self:
-                out = self.model(*args, **kwargs)
-        finally:
-            for module in wrapped:
-                del module.forward
+        with replaced_forwards(self.model, self._wrap), self:
+            out = self.model(*args, **kwargs)
         self._close()
         self.graph.output(tree(lambda v: self._node(v) if isinstance(v, Tensor) else v, out))
         self._unvisited()
         held = {n.name: f"is used by {path or 'the model'}, which {self.doubtful[path]}"
                 for path, nodes in self.seen.items() if path in self.doubtful for n in nodes}  # fmt: skip
-        module = fx.GraphModule(self.model, self.graph, type(self.model).__name__)
+        module = fx.GraphModule(self.model, writable(self.graph), type(self.model).__name__)
         for number in range(self.constants):
             delattr(self.model, f"_recorded_{number}")
         self.graph.lint()
@@ -206,7 +189,7 @@ class _Recording(TorchFunctionMode):
 
     def _wrap(self, module: nn.Module, path: str) -> Callable[..., Any]:
         """A forward that records the call: as a leaf, as a part, or (for any other module) as the calls inside it."""
-        forward = module.forward
+        forward, overrides = module.forward, overridden(module)
 
         @functools.wraps(forward)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -217,12 +200,12 @@ class _Recording(TorchFunctionMode):
             plain = all(isinstance(v, (*PLAIN, Tensor)) for v in leaves([args, kwargs]))
             if not hooked and plain:
                 own = type(module).__module__.startswith("torch.nn") and not isinstance(module, nn.Sequential)
-                if own or rule_of_module(module) is not None:
+                if not overrides and (own or rule_of_module(module) is not None):
                     return self._leaf(path, forward, args, kwargs)
                 template = self._template(module, path, args, kwargs)
                 if template is not None:
                     return self._inline(template, path, forward, args, kwargs)
-            frame = _Frame(path, {self._node(t) for t in tensors([args, kwargs])})
+            frame = Frame(path, {self._node(t) for t in tensors([args, kwargs])})
             self.frames.append(frame)
             out = forward(*args, **kwargs)
             frame.seen.update(self._node(t) for t in tensors(out))
@@ -230,6 +213,7 @@ class _Recording(TorchFunctionMode):
             self.frames[-1].seen.update({self._node(t) for t in tensors([args, kwargs, out])})
             return out
 
+        wrapped.overrides = overrides  # type: ignore[attr-defined]
         return wrapped
 
     def _unrecorded(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -253,9 +237,12 @@ class _Recording(TorchFunctionMode):
         if not all(tensors(v) for v in [*args, *kwargs.values()]):
             return None  # a flag or None may differ in another call
         if path not in self.templates:
+            if any(hooked(inner) for inner in module.modules()):  # their hooks run with the part's own leaves
+                return None
             self.off += 1
             try:
                 traced = symbolic(module, args, kwargs)
+                checks(module, module, args, kwargs)(traced)
                 self.templates[path] = traced if without_rule(traced) == 0 else None
             except Exception:  # tracing raises many types; the module is then not a part
                 self.templates[path] = None
@@ -286,8 +273,7 @@ class _Recording(TorchFunctionMode):
         self._assign(result, out)
         inside = tuple(n.name for n in made.values())
         if path in self.parts:
-            first = self.parts[path]
-            self.parts[path] = replace(first, again=(*first.again, inside))
+            self.parts[path] = replace(self.parts[path], again=(*self.parts[path].again, inside))
         else:
             self.parts[path] = Part(
                 path=path,

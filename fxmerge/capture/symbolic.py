@@ -12,9 +12,13 @@ from torch import Tensor, fx, nn
 from torch.fx._symbolic_trace import _assert_is_none
 
 from fxmerge.capture.expand_modules import expansion_of
+from fxmerge.capture.frozen import Check, restored
+from fxmerge.capture.hooks import hooked, overridden, traced_call, without_hooks
 from fxmerge.capture.torch_export import export
 from fxmerge.errors import FxMergeError, first_line, of_user
+from fxmerge.graph.odd_names import writable
 from fxmerge.rules.lookup import rule_of
+from fxmerge.rules.recurrent import PACKING
 
 
 class Tracer(fx.Tracer):
@@ -25,14 +29,21 @@ class Tracer(fx.Tracer):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(autowrap_functions=PACKING)
+        self._autowrap_search.append(torch.nn.utils.rnn)
         self.expanded: set[nn.Module] = set()
+        self.unhooked: set[nn.Module] = set()  # leaves whose hooks were traced
         self.names: dict[int, str] = {}  # id of a parameter or buffer -> its first path
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         if isinstance(root, nn.Module):
             self.names = {id(v): n for n, v in reversed([*root.named_buffers(), *root.named_parameters()])}
-        return super().trace(root, concrete_args)
+        graph = super().trace(root, concrete_args)
+        for node in graph.nodes:
+            if node.target in PACKING:
+                # or the code of the graph would call torch.fx.wrap with a dotted name, which breaks every later trace
+                node.meta.pop("is_wrapped", None)
+        return graph
 
     def create_arg(self, a: Any) -> Any:
         name = self.names.get(id(a)) if isinstance(a, Tensor) else None
@@ -53,11 +64,17 @@ class Tracer(fx.Tracer):
         return node
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return m not in self.expanded and super().is_leaf_module(m, module_qualified_name)
+        return m not in self.expanded and not overridden(m) and super().is_leaf_module(m, module_qualified_name)
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        args, kwargs = self.without_zero_state(m, args, kwargs)
+        if hooked(m) and self.is_leaf_module(m, self.path_of_module(m)):
+            call = super().call_module
+            result, traced = traced_call(m, lambda a, k: call(m, forward, a, k), args, kwargs, self.graph)
+            self.unhooked |= {m} if traced else set()
+            return result
         expansion = expansion_of(m)
         if expansion is not None:
             stack, last = dict(self.module_stack), len(self.graph.nodes)
@@ -71,6 +88,21 @@ class Tracer(fx.Tracer):
                 for node in list(reversed(self.graph.nodes))[: len(self.graph.nodes) - last]:
                     self.graph.erase_node(node)
         return super().call_module(m, forward, args, kwargs)
+
+    def without_zero_state(
+        self, m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a recurrent layer without an initial state of zeros, which the layer makes itself.
+
+        Such a tensor would be a constant of the graph, of the size of the example's batch.
+        """
+        given = kwargs.get("hx", args[1] if len(args) > 1 else None)
+        states = given if isinstance(given, (tuple, list)) else [given]
+        if isinstance(m, (nn.RNNBase, nn.RNNCellBase)) and all(
+            type(t) is Tensor and id(t) not in self.names and not bool(t.any()) for t in states
+        ):
+            return args[:1], {k: v for k, v in kwargs.items() if k != "hx"}
+        return args, kwargs
 
 
 def user_line() -> str:
@@ -91,21 +123,27 @@ def user_line() -> str:
     return ""
 
 
-def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
+def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], check: Check) -> fx.GraphModule:
     """A graph module of the model: traced symbolically, or exported where that leaves fewer calls without a rule.
+
+    check: raises for a graph that is not faithful to the model; the other tracer is then tried
 
     Raises FxMergeError where both fail. The message names the user's source line.
     """
     if isinstance(model, fx.GraphModule):
         return model
     try:
-        traced = symbolic(model, args, kwargs)
+        with restored(model):  # tracing leaves proxies in the model, and torch.export fake tensors
+            traced = symbolic(model, args, kwargs)
+        check(traced)
     except Exception as error:
         traced, why = None, error
     if traced is not None and not without_rule(traced):
         return traced
     try:
-        exported = export(model, args, kwargs)
+        with restored(model):
+            exported = export(model, args, kwargs)
+        check(exported)
     except Exception as error:
         if traced is not None:
             return traced
@@ -125,7 +163,16 @@ def symbolic(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     parameters = inspect.signature(model.forward).parameters
     given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
     left_out = {k: p.default for k, p in parameters.items() if k not in given and p.default is not p.empty}
-    return fx.GraphModule(model, Tracer().trace(model, concrete_args=left_out or None), type(model).__name__)
+    tracer, before = Tracer(), [(m, dict(vars(m))) for m in model.modules()]
+    graph = writable(tracer.trace(model, concrete_args=left_out or None))
+    for module, fields in before:  # what forward assigned while it was traced is no value that the graph can fetch
+        for name, value in list(vars(module).items()):
+            if isinstance(value, fx.Proxy):
+                vars(module)[name] = fields.get(name)
+    traced = fx.GraphModule(model, graph, type(model).__name__)
+    if tracer.unhooked:
+        without_hooks(traced, tracer.unhooked)
+    return traced
 
 
 _ARGUMENT_CHECKS = (_assert_is_none, torch._assert)  # torch.fx's checks that arguments left out stay left out

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
+import sys
 from dataclasses import asdict, dataclass
 from importlib.resources import as_file, files
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fxmerge.api import merge
 from fxmerge.options import Options
+from fxmerge.report.layout import Style, names, numbers, table
 
 RATIOS = (0.5, 0.6, 0.7, 0.8)
 METHODS = {
@@ -77,26 +78,25 @@ def as_json(rows: list[Row]) -> str:
     return json.dumps([asdict(r) for r in rows], indent=1)
 
 
-def as_text(rows: list[Row]) -> str:
+def as_text(rows: list[Row], width: int = 120, ascii: bool = False) -> str:
     """A table with a row for each ratio and a column for each method."""
-    from rich.console import Console
-    from rich.table import Table
-
     original, *others = rows
-    table = Table(title="LeNet-300-100 on 2,000 Fashion-MNIST test images, no fine-tuning", title_justify="left")
-    for name in ("channels dropped", "parameters", *(f"{m}, accuracy" for m in METHODS)):
-        table.add_column(name, justify="right")
-    table.add_row("0 %", f"{original.parameters:,}", *[f"{original.accuracy:.2f} %"] * len(METHODS))
-    for ratio in RATIOS:
-        found = {r.method: r for r in others if r.ratio == ratio}
-        size = f"{found['prune'].parameters:,}"
-        table.add_row(f"{100 * ratio:.0f} %", size, *(f"{found[m].accuracy:.2f} %" for m in METHODS))
-    console = Console(file=io.StringIO(), width=width())
-    console.print(table)
-    text: str = console.file.getvalue()  # type: ignore[attr-defined]
-    return text.rstrip()
+    of = {(r.ratio, r.method): r for r in others}
+    columns = [
+        names("channels dropped", ["0 %", *(f"{100 * ratio:.0f} %" for ratio in RATIOS)]),
+        numbers("parameters", [f"{r.parameters:,}" for r in (original, *(of[ratio, "prune"] for ratio in RATIOS))]),
+    ]
+    for m in METHODS:
+        accuracies = [original.accuracy, *(of[ratio, m].accuracy for ratio in RATIOS)]
+        columns.append(numbers(f"{m}, accuracy", [f"{accuracy:.2f} %" for accuracy in accuracies]))
+    title = "LeNet-300-100 on 2,000 Fashion-MNIST test images, no fine-tuning"
+    return "\n".join(table(title, columns, width, Style(ascii)))
 
 
-def width() -> int:
-    """The width of the terminal in columns, at least 80; 120 if there is no terminal."""
-    return max(80, shutil.get_terminal_size((120, 24)).columns)
+def terminal() -> tuple[int, bool]:
+    """(the width of the terminal in columns, 120 if there is none; whether stdout takes ASCII characters only)."""
+    try:
+        "…─".encode(sys.stdout.encoding or "ascii")
+    except (LookupError, UnicodeEncodeError):
+        return shutil.get_terminal_size((120, 24)).columns, True
+    return shutil.get_terminal_size((120, 24)).columns, False

@@ -6,6 +6,7 @@ The flags of `merge` and `sweep` include the fields of `Options`.
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,12 +14,15 @@ from typing import Annotated, Any
 
 import tyro
 
+import fxmerge
 from fxmerge.api import analyze, merge
 from fxmerge.cli import demo as demonstration
 from fxmerge.cli.specs import function, load
+from fxmerge.cli.terminal import plain_where_needed
 from fxmerge.errors import FxMergeError
 from fxmerge.options import BUDGETS, Options
 from fxmerge.report.drawable import drawn_as
+from fxmerge.result import Result
 from fxmerge.sweep import sweep
 
 
@@ -105,28 +109,61 @@ Command = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line. Returns the exit status: 0, or 1 after an error, which is printed to stderr.
+    """Runs the command line. Returns the exit status: 0, 130 after Ctrl-C, or 1 after an error, printed to stderr.
 
     Exits with status 2 for wrong usage.
     """
-    try:
-        command: Any = tyro.cli(
-            Command,
-            args=arguments,
-            prog="fxmerge",
-            description="Make trained PyTorch models structurally smaller, without training and without data.",
-        )
-        print(_run(command))
-    except (FxMergeError, OSError) as error:
-        print(f"fxmerge: {error}", file=sys.stderr)
-        return 1
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    with plain_where_needed():
+        try:
+            if arguments == ["--version"]:
+                print(f"fxmerge {fxmerge.__version__}")
+                return 0
+            command: Any = tyro.cli(
+                Command,
+                args=arguments,
+                prog="fxmerge",
+                description="Make trained PyTorch models structurally smaller, without training and without data. "
+                "`fxmerge --version` prints the version.",
+            )
+            print(_run(command))
+            sys.stdout.flush()
+        except KeyboardInterrupt:
+            print("fxmerge: interrupted", file=sys.stderr)
+            return 130
+        except (FxMergeError, OSError) as error:
+            print(f"fxmerge: {error}", file=sys.stderr)
+            return 1
     return 0
+
+
+def _written(out: Path, result: Result) -> None:
+    """Writes a merged model in the form that the name of `out` asks for."""
+    write = {".pt2": result.save_program, ".onnx": result.to_onnx}.get(out.suffix.lower(), result.save)
+    write(out)
+
+
+def _check_out(out: Path, files: Sequence[str] = ()) -> None:
+    """Raises FxMergeError for a path that looks like a file of another format, of which a folder would be made.
+
+    files: the extensions of files that can be written
+    """
+    suffix = out.suffix.lower()
+    if suffix in files or out.is_dir() or not re.fullmatch(r"\.[a-z]{2}\w*", suffix):
+        return
+    others = f", or end it with {' or '.join(files)}" if files else ""
+    raise FxMergeError(
+        f"--out {out} looks like a file, but {suffix} files cannot be written; give a folder, whose name has no "
+        f"extension{others}"
+    )
 
 
 def _run(command: Demo | Analyze | Merge | Sweep | Draw) -> str:
     if isinstance(command, Demo):
         rows = demonstration.run()
-        return demonstration.as_json(rows) if command.json else demonstration.as_text(rows)
+        return demonstration.as_json(rows) if command.json else demonstration.as_text(rows, *demonstration.terminal())
+    if isinstance(command, (Merge, Sweep)):
+        _check_out(command.out, (".pt2", ".onnx") if isinstance(command, Merge) else ())
     drawing = command.out if isinstance(command, Draw) else getattr(command, "report", None)
     if drawing is not None:
         drawn_as(drawing)  # raises for an unknown format before the computation, not after it
@@ -134,7 +171,7 @@ def _run(command: Demo | Analyze | Merge | Sweep | Draw) -> str:
     model, inputs = load(command.input.spec, command.input.weights, command.input.shape, command.input.on_disk)
     if isinstance(command, Analyze):
         report = analyze(model, inputs).report
-        return report.json() if command.json else report.text(demonstration.width()).rstrip()
+        return report.json() if command.json else report.text(*demonstration.terminal()).rstrip()
     if isinstance(command, Draw):
         analyze(model, inputs).report.draw(command.out)
         return f"written: {command.out}"
@@ -142,10 +179,9 @@ def _run(command: Demo | Analyze | Merge | Sweep | Draw) -> str:
         curve = sweep(
             model, inputs, command.budgets, measure, kind=command.kind, options=command.options, out=command.out
         )
-        return curve.json() if command.json else curve.text(demonstration.width()) + f"written: {command.out}"
+        return curve.json() if command.json else curve.text(*demonstration.terminal()) + f"written: {command.out}"
     result = merge(model, inputs, command.options)
-    write = {".pt2": result.save_program, ".onnx": result.to_onnx}.get(command.out.suffix, result.save)
-    write(command.out)
+    _written(command.out, result)
     if command.report is not None:
         result.report.draw(command.report)
     if command.json:
@@ -153,4 +189,4 @@ def _run(command: Demo | Analyze | Merge | Sweep | Draw) -> str:
     files = sorted(command.out.iterdir()) if command.out.is_dir() else [command.out]
     files += [command.report] if command.report is not None else []
     written = f"written: {', '.join(map(str, files))}"
-    return result.report.text(demonstration.width()) + written
+    return result.report.text(*demonstration.terminal()) + written

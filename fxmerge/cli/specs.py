@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fxmerge.errors import FxMergeError
 from fxmerge.export import program, save
 from fxmerge.weights import on_disk as stored_models
+from fxmerge.weights.unreadable import unreadable
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -97,7 +98,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     try:
         tensors: dict[str, Tensor] = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise FxMergeError(f"cannot read weights from {path}: {error}") from error
+        raise unreadable(path, error) from error
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:

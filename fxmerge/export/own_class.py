@@ -1,8 +1,10 @@
 """Load merged weights into a model of the user's own class: narrower tensors, and the attributes that hold their sizes.
 
-The code of the class does not change, so an attribute that holds a width (`head_dim`, `hidden_dim`) has to follow. The
-merged graph shows which literals changed in which submodule. Attributes of that submodule with the old value are set to
-the new one, and a choice of them is accepted if the outputs on the example inputs are those of the merged model.
+A weight that the class computes by `torch.nn.utils.parametrize` becomes a plain parameter in the copy (`folded.py` says
+how other computed tensors are treated). The code of the class does not change, so an attribute that holds a width
+(`head_dim`, `hidden_dim`) has to follow. The merged graph shows which literals changed in which submodule. Attributes
+of that submodule with the old value are set to the new one, and a choice of them is accepted if the outputs on the
+example inputs are those of the merged model.
 
 If the code leaves the scale of an attention to torch, the narrower heads change that scale from 1/sqrt(d) to
 1/sqrt(d_new). The rows that produce the queries are multiplied by sqrt(d_new / d) to compensate.
@@ -19,19 +21,19 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxmerge.errors import FxMergeError
-from fxmerge.graph.compare import difference, outputs
+from fxmerge.export.check import Expected
+from fxmerge.export.folded import computed, plain_copy, recomputed
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.provenance import Provenance
-from fxmerge.weights.copy import deep_copy
-from fxmerge.weights.disk_tensor import beside
-from fxmerge.weights.layout import resize
+from fxmerge.weights.disk_tensor import DiskTensor, beside
+from fxmerge.weights.layout import resize, resize_recurrent
+from fxmerge.weights.memory_format import MEMORY_FORMATS
 
 _TRIALS = 64  # choices of attributes that are tried, at most
 _CONSTANT = (
     "lifted_tensor",
     "_tensor_constant",
 )  # prefixes of the names that torch.export and torch.fx give to constants
-_CLOSE = {torch.float16: 1e-2, torch.bfloat16: 3e-2}  # accepted relative error of the outputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,12 +44,18 @@ class Fit:
     attributes: {path of an attribute: the integer to set it to}
     rows:       {parameter: [(first row, end of the rows, factor to multiply them by)]}
     unused:     tensors of the class that the merged model does not have, because the example run did not use them
+    sources:    tensors that only the class has, from which it computes tensors of the merged model
+    computed:   the tensors of the merged model that the class computes from its own
+    formats:    {parameter: "channels_last" or "channels_last_3d"} of those that are not contiguous
     """
 
     refused: str = ""
     attributes: Mapping[str, int] = field(default_factory=dict)
     rows: Mapping[str, Sequence[tuple[int, int, float]]] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
+    sources: tuple[str, ...] = ()
+    computed: tuple[str, ...] = ()
+    formats: Mapping[str, str] = field(default_factory=dict)
 
     def json(self) -> dict[str, Any]:
         return asdict(self)
@@ -58,8 +66,11 @@ class Fit:
         try:
             attributes = {str(k): int(v) for k, v in data["attributes"].items()}
             rows = {str(k): [(int(a), int(b), float(f)) for a, b, f in v] for k, v in data["rows"].items()}
-            unused = tuple(map(str, data["unused"]))
-            return Fit(refused=str(data["refused"]), attributes=attributes, rows=rows, unused=unused)
+            names = {k: tuple(map(str, data.get(k, ()))) for k in ("unused", "sources", "computed")}
+            formats = {str(k): str(v) for k, v in data.get("formats", {}).items()}
+            if not set(formats.values()) <= set(MEMORY_FORMATS):
+                raise ValueError(f"unknown memory formats {formats}")
+            return Fit(refused=str(data["refused"]), attributes=attributes, rows=rows, formats=formats, **names)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise FxMergeError(f"the record about the user's own class is damaged: {error!r}") from error
 
@@ -69,7 +80,7 @@ def narrowed(model: nn.Module, tensors: Mapping[str, Tensor], fit: Fit) -> nn.Mo
 
     Raises FxMergeError if the names are not those of the model, or if a tensor is larger than the model's own.
     """
-    copied, kind = deep_copy(model, []), type(model).__name__
+    copied, kind = plain_copy(model), type(model).__name__
     modules = dict(copied.named_modules(remove_duplicate=False))
     own = copied.state_dict(keep_vars=True)
     first_name = {id(value): name for name, value in reversed(own.items())}
@@ -91,7 +102,7 @@ def narrowed(model: nn.Module, tensors: Mapping[str, Tensor], fit: Fit) -> nn.Mo
         path, _, last = name.rpartition(".")
         owner = modules.get(path)
         if owner is None or last not in {**owner._parameters, **owner._buffers}:
-            if last.startswith(_CONSTANT) or (owner is not None and last in vars(owner)):
+            if name in fit.computed or last.startswith(_CONSTANT) or (owner is not None and last in vars(owner)):
                 continue  # a constant of the graph, which the class creates itself
             raise FxMergeError(f"{kind} has no {name}, which the merged model has; pass the model that was merged")
         old: Tensor | None = getattr(owner, last)
@@ -106,6 +117,8 @@ def narrowed(model: nn.Module, tensors: Mapping[str, Tensor], fit: Fit) -> nn.Mo
             for first, end, factor in scaled:
                 fresh[first:end] *= factor
             fresh = beside(value, fresh)
+            if name in fit.formats and not isinstance(fresh, DiskTensor):
+                fresh = fresh.to(memory_format=MEMORY_FORMATS[fit.formats[name]])
             trained = value.is_floating_point() if old is None else old.requires_grad
             made[tie] = nn.Parameter(fresh, trained) if last in owner._parameters else fresh
         setattr(owner, last, made[tie])
@@ -115,6 +128,8 @@ def narrowed(model: nn.Module, tensors: Mapping[str, Tensor], fit: Fit) -> nn.Mo
         if isinstance(module, nn.MultiheadAttention):
             module.embed_dim = module.out_proj.in_features
             module.head_dim = module.embed_dim // module.num_heads
+        elif isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+            resize_recurrent(module)
     return copied
 
 
@@ -132,39 +147,48 @@ def _follow(owner: nn.Module, sized: Tensor) -> None:
     if groups > 1 and groups == owner.in_channels:  # depthwise
         groups = sized.size(0) // (1 if transposed else int(owner.out_channels) // groups)  # type: ignore[arg-type]
         transposed = False  # sized by its channels
-    resize(owner, sized, groups, transposed)
+    resize(owner, sized.shape, groups, transposed)
 
 
 def fitted(
-    captured: Capture, merged: nn.Module, facts: Provenance, alive: Tensor, tensors: Mapping[str, Tensor]
-) -> Fit:
-    """What the user's class needs to take the merged tensors, found by trial; `refused` is set if it cannot."""
+    captured: Capture, merged: nn.Module, facts: Provenance, alive: Tensor, tensors: Mapping[str, Tensor],
+    *, expected: Expected, sources: Mapping[str, Tensor], formats: Mapping[str, str],
+) -> Fit:  # fmt: skip
+    """What the user's class needs to take the merged tensors, found by trial; `refused` is set if it cannot.
+
+    tensors: the merged model's
+    sources: those that the class needs besides (see `folded.sources`)
+    """
     model = captured.model
     if model is None or isinstance(model, fx.GraphModule):
         return Fit(refused="the model that was merged was a graph, which has no class of its own")
-    expected = outputs(merged, captured.args, captured.kwargs)
-    bound = max((_CLOSE.get(t.dtype, 1e-5) for t in expected), default=1e-5)
     rows = _queries(captured, merged, facts, alive) if isinstance(merged, fx.GraphModule) else {}
     changed = dict(_changed(captured, merged, model)) if isinstance(merged, fx.GraphModule) else {}
     counted = dict(_counted(merged, model))
     kinds = {path: _kind(model, path) for path in changed}  # layers of one class use an attribute alike
     known = list(dict.fromkeys(kinds.values()))
-    unused = tuple(sorted(set(model.state_dict()) - set(tensors)))
+    given = {**tensors, **sources}
+    unused = tuple(sorted(set(plain_copy(model).state_dict()) - set(given)))
+    common: Any = {
+        "unused": unused, "sources": tuple(sources), "computed": tuple(computed(captured)), "formats": formats
+    }  # fmt: skip
     why = "its outputs on the example inputs differ"
     sets = (set(c) for size in range(len(known), -1, -1) for c in itertools.combinations(known, size))
     for chosen in itertools.islice(sets, _TRIALS):
         attributes = counted | {path: number for path, number in changed.items() if kinds[path] in chosen}
         for factors in [rows, {}] if rows else [rows]:
-            fit = Fit(attributes=attributes, rows=factors, unused=unused)
+            fit = Fit(attributes=attributes, rows=factors, **common)
             try:
-                given = outputs(narrowed(model, tensors, fit), captured.args, captured.kwargs)
+                own = narrowed(model, given, fit)
+                if expected.error(own, calls=1) <= 1 and expected.error(own) <= 1:
+                    return fit
             except FxMergeError as error:
                 return Fit(refused=str(error))
             except Exception as error:  # the user's code may raise anything on sizes that it was not written for
                 why = f"its code does not run on the narrower tensors ({type(error).__name__})"
-                continue
-            if difference(expected, given) <= bound:
-                return fit
+    from_own = recomputed(captured, tensors)
+    if from_own:
+        return Fit(refused=f"the code of {type(model).__name__} cannot take them: {from_own}")
     return Fit(refused=f"the code of {type(model).__name__} has sizes that cannot be changed from outside: {why}")
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from fxmerge.capture.torch_export import silence
 from fxmerge.errors import FxMergeError, first_line
+from fxmerge.export.check import Expected
 from fxmerge.weights.files import write
 
 if TYPE_CHECKING:
@@ -55,23 +58,45 @@ def dynamic(program: ExportedProgram | None) -> Any:
     return found if known else None
 
 
-def exported(module: nn.Module, args: tuple[Any, ...], kwargs: Any, dynamic_shapes: Any) -> ExportedProgram:
-    """The module as an ExportedProgram. Raises FxMergeError with the reason if torch.export fails."""
+def exported(module: nn.Module, expected: Expected, dynamic_shapes: Any) -> ExportedProgram:
+    """The module as an ExportedProgram.
+
+    Raises FxMergeError with the reason if torch.export fails or if the program does not return what the module does.
+    """
+    (args, kwargs), _ = expected.calls[0]
     try:
         with silence(), torch.no_grad():
-            return torch.export.export(module, args, dict(kwargs), dynamic_shapes=dynamic_shapes, strict=False)
+            made = torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
     except Exception as error:
         raise FxMergeError(
             f"torch.export cannot export the merged model: {first_line(error)}; pass other dynamic_shapes"
         ) from error
+    expected.confirm(_runnable(made), "the exported program")
+    return made
 
 
-def save(program: ExportedProgram, path: Path) -> None:
-    """Write a .pt2 file. The write is atomic: if it fails, an existing file is unchanged."""
+def _runnable(program: ExportedProgram) -> Callable[..., Any]:
+    """The module of a program. It is made at the first call, which raises what torch raises."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with silence():
+            return program.module()(*args, **kwargs)
+
+    return call
+
+
+def save(program: ExportedProgram, path: Path, expected: Expected) -> None:
+    """Write a .pt2 file. The write is atomic: if it fails, an existing file is unchanged.
+
+    Raises FxMergeError if the program in the file does not return what the merged model does.
+    """
 
     def fill(there: Path) -> None:
         with there.open("wb") as file:
             torch.export.save(program, file)
+        with silence(), there.open("rb") as file:
+            read = torch.export.load(file)
+        expected.confirm(_runnable(read), f"the program in {path}")
 
     write(path, fill)
 
@@ -87,10 +112,12 @@ def load(path: Path) -> ExportedProgram:
         raise FxMergeError(f"{path} cannot be read by torch.export.load: {first_line(error)}") from error
 
 
-def to_onnx(program: ExportedProgram, path: Path) -> None:
+def to_onnx(program: ExportedProgram, path: Path, expected: Expected, random: bool) -> None:
     """Write an ONNX file. The write is atomic: if it fails, an existing file is unchanged.
 
-    Raises FxMergeError if torch.onnx cannot convert the program or the package onnxscript is missing.
+    random: whether the model's outputs depend on a seed; they are then not compared
+    Raises FxMergeError if torch.onnx cannot convert the program, if the package onnxscript is missing, or if the file
+    does not return what the merged model does. Warns if it cannot be run, because onnxruntime is missing.
     """
     if importlib.util.find_spec("onnxscript") is None:
         raise FxMergeError("torch.onnx needs the package onnxscript; install it with pip install 'fxmerge[onnx]'")
@@ -100,4 +127,21 @@ def to_onnx(program: ExportedProgram, path: Path) -> None:
     except Exception as error:
         raise FxMergeError(f"torch.onnx cannot convert the merged model: {first_line(error)}") from error
     assert made is not None
-    write(path, lambda there: made.save(str(there)))
+    runs = importlib.util.find_spec("onnxruntime") is not None
+    if not runs:
+        warnings.warn(
+            f"{path} was not compared with the merged model, since onnxruntime is not installed", stacklevel=3
+        )
+
+    def fill(there: Path) -> None:
+        made.save(str(there))
+        if runs and not random:
+            from onnxscript import ir
+
+            read = torch.onnx.ONNXProgram(ir.load(there), program)
+            expected.confirm(read, f"the ONNX file {path}", slack=_ONNX)
+
+    write(path, fill)
+
+
+_ONNX = 1e-3  # relative error of outputs that is accepted of another library's kernels

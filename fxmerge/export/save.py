@@ -22,10 +22,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, fx, nn
 
 from fxmerge.errors import FxMergeError
+from fxmerge.export.check import Expected
+from fxmerge.export.folded import sources
 from fxmerge.export.own_class import Fit, fitted, narrowed
 from fxmerge.export.source.layers import layered
 from fxmerge.export.source.module import source
-from fxmerge.graph.compare import difference, outputs
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.groups import survivors
 from fxmerge.plan import Plan, planned
@@ -33,28 +34,42 @@ from fxmerge.report.reports import Report
 from fxmerge.weights.by_path import at
 from fxmerge.weights.disk_tensor import has_disk_tensors, open_tensors, raw, regions
 from fxmerge.weights.files import write_folder, write_tensors, write_text
+from fxmerge.weights.memory_format import memory_formats
 
 VERSION = 1
 MODEL, WEIGHTS, PLAN = "model.py", "weights.safetensors", "plan.json"
 REPORTS = {"report.txt": Report.text, "report.json": Report.json, "report.html": Report.html}
+_FILES = (".onnx", ".pt2", ".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 _KEY = "fxmerge_folder"
 
 
 def save(folder: Path, report: Report) -> None:
     """Write the folder of a merge. The write is atomic: if it fails, an existing folder is unchanged.
 
-    Raises FxMergeError if the folder holds other files or if its path is that of a file.
+    Raises FxMergeError if the folder holds other files, if its path is that of a file or looks like one, and if the
+    loaded model does not return what the merged model does.
     """
+    if folder.suffix.lower() in _FILES and not folder.is_dir():
+        raise FxMergeError(
+            f"{folder} looks like a file, and result.save writes a folder; give a folder's name, or write a file with "
+            "result.to_onnx or result.save_program"
+        )
     captured, module, plan, grouping = report.captured, report.module, report.plan, report.grouping
     alive = survivors(grouping, planned(grouping.everything, plan))
-    text, tensors, why = model_source(captured, module)
-    fit = fitted(captured, module, report.facts, alive, tensors)
+    expected = Expected(captured, module)
+    text, tensors, why = model_source(captured, module, expected)
+    more = sources(captured, tensors, report.facts.params, alive)
+    fit = fitted(
+        captured, module, report.facts, alive, tensors,
+        expected=expected, sources=more, formats=memory_formats(module),
+    )  # fmt: skip
+    tensors = tensors if fit.refused else {**tensors, **more}
     texts = {PLAN: plan.json()} | ({MODEL: text} if text else {})
     metadata = {
         _KEY: str(VERSION),
         "no_model": why,
         "own_class": json.dumps(fit.json()),
-        "tensors": _digest(tensors),
+        "tensors": digest(tensors),
         **{name: _checksum(content) for name, content in texts.items()},
     }
 
@@ -64,48 +79,66 @@ def save(folder: Path, report: Report) -> None:
         for name, method in REPORTS.items():
             write_text(there / name, method(report))
         write_tensors(there / WEIGHTS, tensors, metadata)
+        if text:
+            confirmed(there, expected, on_disk=has_disk_tensors(module))
 
     write_folder(folder, {MODEL, WEIGHTS, PLAN, *REPORTS}, fill)
 
 
-def model_source(captured: Capture, module: nn.Module) -> tuple[str, dict[str, Tensor], str]:
+def confirmed(folder: Path, expected: Expected, on_disk: bool) -> None:
+    """Loads a folder in both ways, and raises FxMergeError if a loaded model is not the merged one."""
+    module = load(folder, on_disk=on_disk)
+    expected.confirm(module, "the saved and loaded model")
+    if on_disk:
+        return  # model.py's own load() reads all weights into memory
+    space: dict[str, Any] = {"__file__": str(folder / MODEL), "__name__": "model"}
+    exec(compile((folder / MODEL).read_text(encoding="utf-8"), str(folder / MODEL), "exec"), space)
+    alone, held = space["load"]().state_dict(), module.state_dict()
+    if alone.keys() != held.keys() or any(digest({"": alone[k]}) != digest({"": held[k]}) for k in held):
+        raise FxMergeError(f"load() of {MODEL} reads other weights than were saved; please report this model")
+
+
+def model_source(captured: Capture, module: nn.Module, expected: Expected) -> tuple[str, dict[str, Tensor], str]:
     """(text of model.py, its tensors, ""), or ("", the module's tensors, why there is no model.py).
 
-    The code is run on the example inputs and must reproduce the module's outputs.
+    The code is run and must reproduce the module's outputs.
     """
     tensors: dict[str, Tensor] = module.state_dict()
     if not isinstance(module, fx.GraphModule):
         return "", tensors, "only parts of the model could be traced; the rest is the user's own code"
-    expected, why = outputs(module, captured.args, captured.kwargs), ""
-    graph = layered(module)
+    graph, why = layered(module), ""
     for plain in (True, False):
         try:
             text = source(graph, type(captured.model).__name__, plain)
             made = _made(text, Path(MODEL), has_disk_tensors(graph))
+            held = {name: at(graph, name).detach() for name in made.state_dict()}
+            _load_into(made, held, has_disk_tensors(graph))
+            made.to(next((v.device for v in held.values()), None))
+            if expected.error(made) <= 1:
+                return text, held, ""
         except FxMergeError as error:
             return "", tensors, str(error)
         except Exception as error:
             why = f"its code does not run ({error})"
-            continue
-        held = {name: at(graph, name).detach() for name in made.state_dict()}
-        try:
-            made.load_state_dict(held, assign=has_disk_tensors(graph))
-            made.to(next((v.device for v in held.values()), None))
-            given = outputs(made, captured.args, captured.kwargs)
-        except Exception as error:
-            why = f"its code does not run ({error})"
-            continue
-        if difference(expected, given) <= 1e-6:
-            return text, held, ""
-        why = "its code does not reproduce the merged model's outputs"
+        else:
+            why = "its code does not reproduce the merged model's outputs"
     return "", tensors, f"{why}; please report this model"
+
+
+def _load_into(module: nn.Module, tensors: Mapping[str, Tensor], assign: bool) -> None:
+    """`load_state_dict`, which also raises if a tensor would be converted to another dtype."""
+    for name, value in module.state_dict().items():
+        if name in tensors and tensors[name].dtype != value.dtype:
+            raise TypeError(f"{name} is {tensors[name].dtype}, and {value.dtype} in the code")
+    module.load_state_dict(dict(tensors), assign=assign)
 
 
 def load(folder: str | Path, model: nn.Module | None = None, on_disk: bool = False) -> nn.Module:
     """Load a model saved by `Result.save`, in evaluation mode. By default this executes the folder's model.py.
 
     model: an instance of the class that was merged. Returns a copy of it whose tensors are replaced by the merged
-        ones, so that its own methods keep working. Nothing in the folder is executed.
+        ones, so that its own methods keep working; parametrized weights are plain parameters in it. Nothing in the
+        folder is executed.
     on_disk: leave the weights in the folder and read them as they are needed, as `fxmerge.on_disk` does.
 
     Raises FxMergeError if the folder was not saved by fxmerge, is damaged or incomplete, or was saved by a newer
@@ -117,7 +150,7 @@ def load(folder: str | Path, model: nn.Module | None = None, on_disk: bool = Fal
     if model is not None:
         if not isinstance(model, nn.Module):
             raise FxMergeError(f"model is a {type(model).__name__}, not a torch.nn.Module; pass an instance")
-        fit = Fit.from_json(_parsed(metadata.get("own_class", ""), folder))
+        fit = _own_class(metadata, folder)
         if fit.refused:
             raise FxMergeError(
                 f"the weights in {folder} cannot be loaded into the user's own class: {fit.refused}; call load(folder) "
@@ -129,7 +162,8 @@ def load(folder: str | Path, model: nn.Module | None = None, on_disk: bool = Fal
         raise FxMergeError(f"{folder} has no {MODEL}: {why}; call load(folder, model=your_model)")
     try:
         module = _made(_checked(folder, MODEL, metadata), folder / MODEL, on_disk)
-        module.load_state_dict(tensors, assign=on_disk)
+        only_own = _own_class(metadata, folder).sources
+        _load_into(module, {k: v for k, v in tensors.items() if k not in only_own}, on_disk)
     except FxMergeError:
         raise
     except Exception as error:
@@ -171,7 +205,7 @@ def _read(folder: Path, on_disk: bool) -> tuple[dict[str, Tensor], Mapping[str, 
         raise FxMergeError(
             f"{folder} has format version {version}, but this fxmerge reads version {VERSION}; update fxmerge"
         )
-    if _digest(tensors) != metadata.get("tensors"):
+    if digest(tensors) != metadata.get("tensors"):
         raise FxMergeError(f"{path} is damaged: its tensors differ from the saved ones; save the model again")
     return tensors, metadata
 
@@ -190,9 +224,10 @@ def _checked(folder: Path, name: str, metadata: Mapping[str, str]) -> str:
     return text
 
 
-def _parsed(text: str, folder: Path) -> Any:
+def _own_class(metadata: Mapping[str, str], folder: Path) -> Fit:
+    """The record about the user's own class."""
     try:
-        return json.loads(text)
+        return Fit.from_json(json.loads(metadata.get("own_class", "")))
     except json.JSONDecodeError as error:
         raise FxMergeError(f"{folder / WEIGHTS} is damaged: {error}") from error
 
@@ -201,7 +236,7 @@ def _checksum(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
+def digest(tensors: Mapping[str, Tensor]) -> str:
     """A checksum of tensors with their names, dtypes and shapes."""
     digest = hashlib.sha256()
     for name in sorted(tensors):

@@ -3,35 +3,185 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import inf, nan
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from fxmerge.graph.eval_mode import evaluating, reproducible
-from fxmerge.graph.nested import fresh
-from fxmerge.graph.outputs import returned
+from fxmerge.errors import FxMergeError
+from fxmerge.graph.eval_mode import evaluating, random_states, reproducible
+from fxmerge.graph.nested import fresh, leaves
+from fxmerge.graph.outputs import counting, returned
+
+REPEATED = 1e-4  # the relative difference of two runs of one model by rounding, at most
+_REMEDY = "please report this model; until then, exclude the layer with ignore="
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The result of comparing a merged model with the original on the example inputs."""
+    """The result of comparing a merged model with the original on the example inputs.
 
-    error: float  # |merged - original| / |original|, over all outputs together
+    error:    |merged - original| / |original|, over all real and complex outputs together; for a model that returns
+              integers only, `differing`. NaN where it cannot be measured
+    reason:   why it cannot be measured or is not finite, or ""
+    differing:  the share of the entries of integer and boolean outputs that differ; None without such outputs
+    """
+
+    error: float
+    reason: str = ""
+    differing: float | None = None
+
+    def text(self) -> str:
+        """The error in words: `0.031`, or `not measurable (...)`."""
+        found = f"{self.error:.3g}" if self.error == self.error else "not measurable"
+        found += f" ({self.reason})" if self.reason else ""
+        if self.differing is None:
+            return found
+        return f"{found}; share of the integer outputs' entries that differ: {self.differing:.3g}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a model: the tensors that it returned, and the random number generators after it.
+
+    drawn: whether it took numbers from torch's generators
+    """
+
+    outputs: list[Tensor]  # real and complex
+    integers: list[Tensor]  # and booleans
+    states: list[Tensor]
+    drawn: bool
+
+
+def run(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> Run:
+    """Runs a model in evaluation mode from a fixed seed. Training flags are restored."""
+    with evaluating(module), torch.no_grad(), reproducible():
+        before = random_states()
+        value = module(*fresh(list(args)), **fresh(dict(kwargs or {})))
+        after = random_states()
+    drawn = len(before) != len(after) or any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    return Run(returned(value), counting(value), after, drawn)
 
 
 def outputs(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> list[Tensor]:
-    """The floating-point tensors that a model returns in evaluation mode, in order. Training flags are restored."""
-    with evaluating(module), torch.no_grad(), reproducible():
-        return returned(module(*fresh(list(args)), **fresh(dict(kwargs or {}))))
+    """The real and complex tensors that a model returns in evaluation mode, in order. Training flags are restored."""
+    return run(module, args, kwargs).outputs
 
 
-def difference(one: list[Tensor], other: list[Tensor]) -> float:
+def difference(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
     """|one - other| / |one| over all tensors together; infinite where shapes differ or values are not finite."""
     if [t.shape for t in one] != [t.shape for t in other]:
-        return float("inf")
-    apart = sum(float((a.double() - b.double()).square().sum()) for a, b in zip(one, other, strict=True))
-    whole = sum(float(a.double().square().sum()) for a in one)
-    found = (apart / max(whole, 1e-300)) ** 0.5
-    return found if found == found else float("inf")
+        return inf
+    apart = sum(_square(_exact(a) - _exact(b)) for a, b in zip(one, other, strict=True))
+    whole = sum(_square(_exact(a)) for a in one)
+    found: float = (apart / max(whole, 1e-300)) ** 0.5
+    return found if found == found else inf
+
+
+def measured(before: Sequence[Tensor], after: Sequence[Tensor]) -> Verdict:
+    """The relative error of some outputs, which have the shapes of the original's.
+
+    Entries that are not finite and the same in both, such as those of a mask, are left out.
+    """
+    if not before:
+        return Verdict(nan, "the model returns no tensors of numbers")
+    if not any(t.numel() for t in before):
+        return Verdict(nan, "the original's outputs have no elements on the example inputs")
+    kept = []
+    for one, other in zip(before, after, strict=True):
+        sound = torch.isfinite(one)
+        same = (one == other) | (torch.isnan(one) & torch.isnan(other))
+        if not bool((sound | same).all()):
+            return Verdict(nan, "the original's outputs are not finite on the example inputs")
+        kept.append((one[sound], other[sound]))
+    if not any(one.numel() for one, _ in kept):
+        return Verdict(nan, "the original's outputs are not finite on the example inputs")
+    if not any(bool(one.any()) for one, _ in kept):
+        return Verdict(nan, "the original's outputs are all zeros on the example inputs")
+    if not all(bool(torch.isfinite(other).all()) for _, other in kept):
+        return Verdict(inf, "the merged model's outputs are not finite")
+    return Verdict(difference([one for one, _ in kept], [other for _, other in kept]))
+
+
+def judged(
+    original: nn.Module,
+    merged: nn.Module,
+    inputs: tuple[Sequence[Any], Mapping[str, Any]],
+    *,
+    expected: Sequence[Tensor],
+    unsure: bool,
+    lengths_vary: bool,
+) -> Verdict:
+    """The merged model's outputs on (args, kwargs), compared with the original's.
+
+    expected:      the original's real and complex outputs, from a run with the same seed
+    unsure:        whether the original may take random numbers that torch's own generators do not show
+    lengths_vary:  whether the lengths of outputs depend on values, so that only those of equal length are compared
+
+    The original is run once more where outputs are integers, or may be random. Raises FxMergeError where the merged
+    model does not run, or where its outputs have other shapes.
+    """
+    try:
+        found = run(merged, *inputs)
+    except Exception as error:
+        raise FxMergeError(f"the merged model does not run ({error}); {_REMEDY}") from error
+    random = unsure or found.drawn
+    again = run(original, *inputs) if random or found.integers else None
+    before, after = list(expected), found.outputs
+    if lengths_vary and [t.shape[1:] for t in before] == [t.shape[1:] for t in after]:
+        pairs = [(b, a) for b, a in zip(before, after, strict=True) if b.shape == a.shape]
+        if before and not pairs:
+            return Verdict(nan, "the merged model's outputs have other lengths than the original's")
+        before, after = [b for b, _ in pairs], [a for _, a in pairs]
+    if [t.shape for t in before] != [t.shape for t in after]:
+        raise FxMergeError(f"the merged model's outputs have other shapes than the original's; {_REMEDY}")
+    if again is None:
+        return measured(before, after)
+    if random and (why := _random(expected, found, again)):
+        return Verdict(nan, why)
+    share = _differing(again.integers, found.integers)
+    if not before and share is not None:
+        return Verdict(share, differing=share)
+    return replace(measured(before, after), differing=share)
+
+
+def has_generators(module: fx.GraphModule) -> bool:
+    """Whether a call of the graph is given a random number generator of the model's own."""
+    nodes = module.graph.nodes
+    held = [getattr(module, str(n.target), None) for n in nodes if n.op == "get_attr"]
+    given = [leaf for n in nodes for leaf in leaves([n.args, n.kwargs])]
+    return any(isinstance(leaf, torch.Generator) for leaf in (*held, *given))
+
+
+def _random(expected: Sequence[Tensor], merged: Run, original: Run) -> str:
+    """Why two models cannot be compared if they depend on random numbers, or ""."""
+    pairs = list(zip(expected, original.outputs, strict=False))
+    if len(pairs) < len(expected) or not all(a.shape == b.shape and _repeated(a, b) for a, b in pairs):
+        return "the original's outputs are random: two runs on the same inputs differ"
+    if merged.drawn and not all(torch.equal(a, b) for a, b in zip(merged.states, original.states, strict=False)):
+        return "the outputs are random, and the merged model draws other numbers than the original"
+    return ""
+
+
+def _repeated(one: Tensor, other: Tensor) -> bool:
+    """Whether two runs of a model gave the same, but for rounding."""
+    sound = torch.isfinite(one) & torch.isfinite(other)
+    return bool((torch.isfinite(one) == sound).all()) and difference([one[sound]], [other[sound]]) <= REPEATED
+
+
+def _differing(one: Sequence[Tensor], other: Sequence[Tensor]) -> float | None:
+    """The share of entries that differ, of the tensors of equal shape; None if these have no entries."""
+    pairs = [(a, b) for a, b in zip(one, other, strict=False) if a.shape == b.shape and a.numel()]
+    if not pairs:
+        return None
+    return sum(int((a != b).sum()) for a, b in pairs) / sum(a.numel() for a, _ in pairs)
+
+
+def _exact(values: Tensor) -> Tensor:
+    return values.to(torch.complex128 if values.is_complex() else torch.float64)
+
+
+def _square(values: Tensor) -> float:
+    return float(values.detach().abs().square().sum())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,20 @@ import torch
 from torch import fx, nn
 
 from fxmerge.graph.eval_mode import evaluating
+from fxmerge.graph.flop_counter import flop_counter
 from fxmerge.graph.nested import fresh
+
+
+@dataclass(frozen=True)
+class NodeCost:
+    """The parameters that one node of a graph uses, and the FLOPs of one run of it on the example inputs.
+
+    parameters:  {the parameter's path: elements}
+    flops:       None if they could not be counted
+    """
+
+    parameters: Mapping[str, int]
+    flops: int | None
 
 
 @dataclass(frozen=True)
@@ -19,7 +32,17 @@ class Cost:
 
     parameters: int  # elements; shared parameters count once
     flops: int  # a multiply-add counts as two, as in torch.utils.flop_counter
-    by_module: dict[str, tuple[int, int]]  # module path -> (parameters, flops)
+    by_node: Mapping[str, NodeCost]  # of the nodes of its graph that cost something
+
+    def of(self, nodes: Iterable[str]) -> tuple[int, int | None]:
+        """(parameters, FLOPs) of some nodes. What they share counts once, and a node without an entry counts as 0.
+
+        FLOPs are None if they could not be counted for one of the nodes.
+        """
+        found = [self.by_node[name] for name in dict.fromkeys(nodes) if name in self.by_node]
+        used = {path: size for node in found for path, size in node.parameters.items()}
+        flops = [node.flops for node in found if node.flops is not None]
+        return sum(used.values()), sum(flops) if len(flops) == len(found) else None
 
 
 def cost(module: fx.GraphModule, inputs: Sequence[Any]) -> Cost:
@@ -27,19 +50,36 @@ def cost(module: fx.GraphModule, inputs: Sequence[Any]) -> Cost:
 
     Elementwise ops count as 0 FLOPs, as in torch.utils.flop_counter.
     """
-    by_node = flops_by_node(module, inputs)
-    flops: dict[str, int] = {}
-    for node in module.graph.nodes:
-        name = str(node.target) if node.op == "call_module" else node.name
-        flops[name] = flops.get(name, 0) + by_node[node.name]
-    return Cost(parameters(module), sum(by_node.values()), _by_module(module, flops))
+    flops = flops_by_node(module, inputs)
+    return Cost(parameters(module), sum(flops.values()), _by_node(module, flops))
+
+
+def call_cost(
+    module: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    graph: fx.GraphModule,
+    inputs: Sequence[Any],
+) -> Cost:
+    """The cost of one call of a module that runs more than its graph.
+
+    graph, inputs:  its graph, and the values of the graph's placeholders. The nodes' FLOPs are counted in a run of the
+                    graph. If it does not run by itself, only those of its modules are known, from the call.
+    """
+    counter = flop_counter()
+    with evaluating(module), torch.no_grad(), counter:
+        module(*fresh(list(args)), **fresh(dict(kwargs)))
+    try:
+        flops = flops_by_node(graph, inputs)
+    except Exception:  # the graph holds values of another run, such as the number of boxes, that no longer fit
+        counts = {name.partition(".")[2]: sum(found.values()) for name, found in counter.get_flop_counts().items()}
+        flops = _of_calls(graph, counts)
+    return Cost(parameters(module), counter.get_total_flops(), _by_node(graph, flops))
 
 
 def flops_by_node(module: fx.GraphModule, inputs: Sequence[Any]) -> dict[str, int]:
     """The FLOPs of each node, by its name, given the values of the graph's placeholders."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    counter = FlopCounterMode(display=False)
+    counter = flop_counter()
     flops: dict[str, int] = {}
 
     class Counting(fx.Interpreter):
@@ -56,25 +96,40 @@ def flops_by_node(module: fx.GraphModule, inputs: Sequence[Any]) -> dict[str, in
     return flops
 
 
-def call_cost(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Cost:
-    """The cost of one call of any module."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    counter = FlopCounterMode(display=False)
-    with evaluating(module), torch.no_grad(), counter:
-        module(*fresh(list(args)), **fresh(dict(kwargs)))
-    counts = {name.partition(".")[2]: sum(found.values()) for name, found in counter.get_flop_counts().items()}
-    return Cost(parameters(module), counter.get_total_flops(), _by_module(module, counts))
+def _of_calls(graph: fx.GraphModule, counts: Mapping[str, int]) -> dict[str, int]:
+    """The FLOPs of the nodes that call modules, by those of each module in all of its calls."""
+    calls: dict[str, list[str]] = {}
+    for node in graph.graph.nodes:
+        if node.op == "call_module":
+            calls.setdefault(str(node.target), []).append(node.name)
+    return {name: counts.get(path, 0) // len(names) for path, names in calls.items() for name in names}
 
 
-def _by_module(module: nn.Module, flops: Mapping[str, int]) -> dict[str, tuple[int, int]]:
-    """The (parameters, FLOPs) of each submodule that has any; the parameters of its submodules are not counted."""
-    owners: dict[str, tuple[int, int]] = {}
-    for name, sub in module.named_modules():
-        own = sum(p.numel() for p in sub.parameters(recurse=False))
-        if name and (own or flops.get(name)):
-            owners[name] = (own, flops.get(name, 0))
-    return owners
+def _by_node(module: fx.GraphModule, flops: Mapping[str, int]) -> dict[str, NodeCost]:
+    """The cost of each node. A node uses the parameters of the module that it calls, or those among its operands.
+
+    An operand may be made of parameters by other nodes, such as `w.T`.
+    """
+    first: dict[int, str] = {}  # id of a parameter -> its first path
+    elements: dict[str, tuple[str, int]] = {}
+    for path, p in module.named_parameters(remove_duplicate=False):
+        elements[path] = first.setdefault(id(p), path), p.numel()
+    made: dict[fx.Node, dict[str, int]] = {}  # nodes that depend on parameters alone -> those parameters
+    found: dict[str, NodeCost] = {}
+    for node in module.graph.nodes:
+        target, inputs = str(node.target), node.all_input_nodes
+        used = {path: size for n in inputs for path, size in made.get(n, {}).items()}
+        if node.op == "get_attr":
+            used = dict([elements[target]]) if target in elements else {}
+        elif node.op == "call_module":
+            used |= dict(elements[f"{target}.{name}"] for name, _ in module.get_submodule(target).named_parameters())
+        computed = node.op in ("call_function", "call_method") and all(n in made for n in inputs)
+        if node.op == "get_attr" or computed:
+            made[node] = used
+        spent = flops.get(node.name)
+        if used or spent != 0:
+            found[node.name] = NodeCost(used, spent)
+    return found
 
 
 def parameters(module: nn.Module) -> int:

@@ -17,7 +17,8 @@ def tree(function: Callable[[Any], Any], value: Any) -> Any:
     if type(value) in _LEAF_TYPES:  # the common case: the checks below take longer than most functions
         return function(value)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(tree(function, v) for v in value))
+        kind: Any = type(value)
+        return kind._make(tree(function, v) for v in value)  # a PackedSequence has a constructor of its own
     if isinstance(value, torch.Size):
         return tuple(tree(function, v) for v in value)
     if isinstance(value, (list, tuple)):

@@ -63,7 +63,10 @@ def held_tensors(model: nn.Module) -> list[Tensor]:
     ]
 
 
-_UPDATES = ("iadd", "isub", "imul", "itruediv", "setitem")
+_UPDATES = (
+    "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "setitem",
+    "__setitem__",
+)  # fmt: skip
 
 
 def in_place(node: fx.Node, target: Any) -> bool:

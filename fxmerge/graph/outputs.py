@@ -32,9 +32,35 @@ def foreign(value: Any) -> tuple[str, ...]:
 
 
 def returned(value: Any) -> list[Tensor]:
-    """The floating-point tensors of an output, in order; dataclasses are opened. Models are compared by these."""
+    """The real and complex tensors of an output, in order; dataclasses are opened. Models are compared by these."""
     foreign(value)
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and _has_fractions(leaf)]
+
+
+def counting(value: Any) -> list[Tensor]:
+    """The integer and boolean tensors of an output, in order: labels, places, masks."""
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and not _has_fractions(leaf)]
+
+
+def _has_fractions(value: Tensor) -> bool:
+    return value.is_floating_point() or value.is_complex()
+
+
+def agree(expected: list[Tensor], actual: list[Tensor], tolerance: float) -> bool:
+    """Whether outputs have the same number, shapes and dtypes, and values that differ by rounding only.
+
+    tolerance: the accepted difference of a tensor's entries, relative to the entry and to the largest entry; at least
+        four times the precision of the dtype
+    """
+
+    def close(one: Tensor, other: Tensor) -> bool:
+        accepted = max(tolerance, 4 * torch.finfo(one.dtype).eps)
+        largest = float(one.abs().nan_to_num(0, 0, 0).max())
+        return torch.allclose(one, other, accepted, accepted * largest + 1e-12, equal_nan=True)
+
+    if [(t.shape, t.dtype) for t in expected] != [(t.shape, t.dtype) for t in actual]:
+        return False
+    return all(close(one, other) for one, other in zip(expected, actual, strict=True) if one.numel())
 
 
 def plain(value: Any) -> Any:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 FOLDED = "folded_from"  # in a node's meta: the paths of the tensors that its parameter was computed from
+SIZE_CHECK = "size_check"  # in a node's meta: an assertion on the size of an input, which is kept although unused
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,18 @@ class Capture:
     program: ExportedProgram | None = None  # the exported program that the model was given as
     blank: bool = False  # is the model on the meta device, so that its weights have no values?
     exported: bool = False  # was the graph made by torch.export?
+    random: bool = False  # do two runs of the model on the same inputs differ, in evaluation mode?
+
+    @property
+    def name(self) -> str:
+        """The class of the user's model. The graph of an exported program has no class; its nodes name the model's."""
+        found = type(self.model or self.module).__name__
+        if found == "GraphModule":
+            stacks = (n.meta.get("nn_module_stack") or {} for n in self.module.graph.nodes)
+            whole = [kind for stack in stacks for path, kind in stack.values() if path == ""]
+            kind = whole[0] if whole else found
+            found = (kind if isinstance(kind, str) else kind.__name__).rpartition(".")[2]
+        return found
 
     @property
     def route(self) -> str:

@@ -39,6 +39,19 @@ class Member:
         return here, at[here]
 
 
+@dataclass(frozen=True)
+class Meeting:
+    """How the outputs of some producers make up a channel, where they meet.
+
+    op:        "add", "sub" or "mul", "either" (concatenated, or never in one tensor), or "halves": two copies of a
+               channel in one producer are multiplied, as in a gated linear unit
+    operands:  the numbers of producers (0 to p - 1 of a group's p producers) and of earlier meetings (p, p + 1, ...)
+    """
+
+    op: Literal["add", "sub", "mul", "either", "halves"]
+    operands: tuple[int, ...]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Group:
     """A merge group: n channels that are compared with each other and merged into each other.
@@ -76,16 +89,25 @@ class Group:
     producers: tuple[Member, ...]
     per_channel_params: tuple[Member, ...]
     consumers: tuple[Member, ...]
-    mixers: tuple[str, ...]  # nodes in which each channel changes with the others (LayerNorm, softmax)
-    ties: tuple[str, ...]  # nodes that tie several producers
-    internal: bool  # one producer, one consumer, no ties and no mixers
-    scale_blocks: tuple[str, ...]  # nodes with f(s x) != s f(x), so that a partner must have the same scale
-    blocks: tuple[tuple[tuple[int, ...], ...], ...] = ()  # block -> row -> cells; a block's rows keep equally many
-    partners: bool = True  # False: channels can be dropped but not merged into each other
+    mixers: tuple[str, ...]
+    ties: tuple[str, ...]  # the nodes that tie several producers
+    internal: bool  # one producer, its consumers on one path
+    scale_blocks: tuple[str, ...]  # nodes that a scale other than 1 does not commute with
+    blocks: tuple[tuple[tuple[int, ...], ...], ...] = ()  # blocks of rows of cells; a block's rows keep equally many
+    partners: bool = True  # False: copies do not line up, so channels can be dropped but not merged
+    meetings: tuple[Meeting, ...] = ()  # how several producers meet; the last one is the group's channels
 
     @property
     def channels(self) -> int:
         return len(self.atoms)
+
+    @property
+    def params_at(self) -> dict[str, list[Member]]:
+        """The per-channel parameters by node. A node has several members where channels stand in it different times."""
+        found: dict[str, list[Member]] = {}
+        for member in self.per_channel_params:
+            found.setdefault(member.layer.node, []).append(member)
+        return found
 
 
 @dataclass(frozen=True)

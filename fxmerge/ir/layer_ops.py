@@ -7,6 +7,7 @@ from typing import Literal
 
 DEPTHWISE = ("depthwise", "depthwise_transpose")  # convolutions with a filter for each channel
 NORMS = ("batch_norm", "layer_norm", "rms_norm", "group_norm", "instance_norm")
+RECURRENT = ("lstm", "gru", "rnn")
 _ELEMENTWISE = ("scale", "offset", "table", "joined")
 _SIGNS = {"offset": {"parameter": "-", "activation": "-r"}, "scale": {"parameter": "/", "activation": "/r"}}
 
@@ -17,6 +18,7 @@ class LayerOp:
 
     name:      "linear", "conv", "batch_norm", ...; for a raw parameter "offset" (a sum), "scale" (a product), "joined"
                (concatenated to an activation), "table" (the source of computed values), or the name of the binary op
+    raw:       is it another op of an activation and a raw parameter, as `x ** p`?
     inverted:  the operand that enters negated (offset) or as its reciprocal (scale)
 
     | call    | name   | inverted   | text     |
@@ -31,6 +33,7 @@ class LayerOp:
 
     name: str
     inverted: Literal["parameter", "activation"] | None = None
+    raw: bool = False
 
     @classmethod
     def of_binary(cls, rule_name: str, *, parameter_first: bool) -> LayerOp:
@@ -45,7 +48,7 @@ class LayerOp:
                 return cls("scale")
             case "div":
                 return cls("scale", inverted)
-        return cls(rule_name)
+        return cls(rule_name, raw=True)
 
     def __str__(self) -> str:
         return self.name + (_SIGNS[self.name][self.inverted] if self.inverted else "")
@@ -59,6 +62,11 @@ class LayerOp:
         return self.name in NORMS
 
     @property
+    def is_channel_norm(self) -> bool:
+        """Does it normalise each channel alone, whatever the other channels are?"""
+        return self.name in ("batch_norm", "instance_norm")
+
+    @property
     def is_offset(self) -> bool:
         return self.name == "offset"
 
@@ -70,9 +78,14 @@ class LayerOp:
     @property
     def is_elementwise(self) -> bool:
         """Does its weight hold one label for each element, rather than labels along an axis?"""
-        return self.name in _ELEMENTWISE
+        return self.raw or self.name in _ELEMENTWISE
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Is it a layer of a recurrent network, whose output is an input of its next step?"""
+        return self.name in RECURRENT
 
     @property
     def rescales(self) -> bool:
         """Can its weight give a channel any scale, whatever the scale of the channel that comes in?"""
-        return self.is_scale or self.is_depthwise or self.name == "batch_norm"
+        return self.is_scale or self.is_depthwise or self.is_channel_norm

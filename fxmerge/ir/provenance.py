@@ -68,6 +68,7 @@ class Layer:
     reads:    labels of the input channels of a consumer, (groups, in/groups), or None
     writes:   labels of the output channels of a producer, (out,), or None
     carries:  labels of per-channel parameters, (C,) or shaped like a raw parameter, or None
+    inner:    does it read what its own node computes, as W_hh of a recurrent layer does?
     """
 
     node: str
@@ -80,11 +81,23 @@ class Layer:
     groups: int = 1
     transposed: bool = False
     eps: float = 0.0
+    batch_statistics: bool = False  # does a norm use its input's own mean and variance, whatever it has stored?
+    inner: bool = False
 
     @property
     def op(self) -> str:
         """The name of its op, "linear" or "scale"."""
         return self.operation.name
+
+    @property
+    def is_stacked(self) -> bool:
+        """Is its weight a stack of matrices: (experts, in, out) if transposed, else (experts, out, in)?"""
+        return self.op == "experts"
+
+    @property
+    def has_running_statistics(self) -> bool:
+        """Does a norm subtract a stored mean and divide by a stored deviation, rather than those of its input?"""
+        return not self.batch_statistics and "running_mean" in self.params and "running_var" in self.params
 
 
 @dataclass(frozen=True)
@@ -108,10 +121,35 @@ class Pin:
 
 @dataclass(frozen=True)
 class Block:
-    """Rows of labels, (blocks, size). All rows must lose equally many."""
+    """Rows of labels, (blocks, size). All rows must lose equally many.
+
+    outer:  the sizes of the axes that number the rows, where the op laid its channels out along several axes; what is
+            left of each row is then packed along the last axis of these channels
+    leaves_whole: may a row leave as a whole (a head of attention), where whole blocks may leave?
+    """
 
     labels: Tensor
     node: str
+    where: str = ""  # the user's source line
+    outer: tuple[int, ...] = ()
+    leaves_whole: bool = True
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Labels along several axes, at an op for which the places along some of them matter.
+
+    labels:  with the axes only that they vary along
+    held:    the axes along which no channel may come to another place, as the heads of attention; if none, channels
+             may move along one axis only, since two operands that are laid out in the same way meet
+    single:  is there one value of something else for each place along `held`? Then all places lose equally many.
+    """
+
+    labels: Tensor
+    node: str
+    where: str
+    held: tuple[int, ...] = ()
+    single: bool = False
 
 
 @dataclass(frozen=True)
@@ -158,6 +196,8 @@ class Provenance:
     kinds: Mapping[str, Kind]  # node -> the kind of its rule
     sources: Mapping[str, tuple[str, ...]]  # node -> the nodes whose values it reads, after updates in place
     commutes: Mapping[str, bool]  # node -> does a positive factor pass through it unchanged?
+    rules: Mapping[str, str]  # node -> the name of its rule, for calls that have one
+    same_call: Mapping[str, str]  # node -> the first node that calls the same op with the same parameters and constants
     layers: tuple[Layer, ...]
     params: Mapping[str, ParamLabels]
     ties: tuple[Tie, ...]
@@ -165,8 +205,10 @@ class Provenance:
     blocks: tuple[Block, ...]
     mixers: tuple[tuple[str, Tensor], ...]  # (node, labels that it couples, as a LayerNorm does)
     label_count: int
+    made: Mapping[str, bool] = field(default_factory=dict)  # node that makes a constant as wide as others -> not zero?
     views: frozenset[str] = frozenset()  # nodes that are views of raw parameters, not activations
     contractions: tuple[Contraction, ...] = ()
+    grids: tuple[Grid, ...] = ()
     bonds: tuple[Bond, ...] = ()  # empty unless whole blocks may leave
     whole: Tensor | None = None  # labels of the blocks that leave whole
     untouched: tuple[Untouched, ...] = ()
@@ -187,4 +229,4 @@ def batch_norms(facts: Provenance) -> dict[str, Layer]:
 
 def can_shift(layer: Layer) -> bool:
     """May the layer have a bias? A matrix product has no place for one."""
-    return layer.op != "matrix" or "bias" in layer.params
+    return layer.op not in ("matrix", "experts") or "bias" in layer.params

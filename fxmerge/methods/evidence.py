@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 
 import torch
 from torch import Tensor
+
+from fxmerge.methods.linalg import Pairs, coordinates, gram
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,14 @@ class Reading:
 
 
 @dataclass(frozen=True)
+class Term:
+    """A sum or a product of some parts and earlier terms, which are numbered after the parts."""
+
+    product: bool
+    operands: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Candidates:
     """The channels that a selector chooses from: all n of a group, or those with the indices `index`.
 
@@ -27,6 +38,9 @@ class Candidates:
     filters:  (n, in, k) the first producer's kernels by input channel
     seed:     of random selections
     readings: how each consumer reads the whole group, where refit has data
+    terms:    how the parts make up a channel, where some are multiplied (gates): the last one is the channel. Without
+              terms, a channel is the sum of all parts. The row of a product is the outer product of the factors' rows,
+              so that its norm is the product of their norms
 
     `rows` and `kernels` are computed on first use, as the weights of a large classifier are slow to copy.
     """
@@ -36,14 +50,22 @@ class Candidates:
     seed: int = 0
     readings: tuple[Reading, ...] = ()
     index: Tensor | None = None
+    terms: tuple[Term, ...] = ()
 
     def __len__(self) -> int:
         return len(self.filters) if self.index is None else len(self.index)
 
+    @property
+    def taken(self) -> list[Tensor]:
+        """The parts of the candidates, (n, d_i) each."""
+        return [self._taken(part) for part in self.parts]
+
     @cached_property
     def rows(self) -> Tensor:
-        """(n, d) all parts, concatenated along the columns."""
-        parts = [self._taken(part) for part in self.parts]
+        """(n, d) all parts, concatenated along the columns; with terms, points that have the rows' inner products."""
+        parts = self.taken
+        if self.terms:
+            return coordinates(self.combined([gram(part) for part in parts], torch.add))
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     @cached_property
@@ -55,7 +77,16 @@ class Candidates:
     def norms(self) -> Tensor:
         """(n,) Euclidean norms of the rows."""
         norms: list[Tensor] = [torch.linalg.vector_norm(self._taken(part), 2, dim=1) for part in self.parts]
-        return reduce(torch.hypot, norms)
+        return self.combined(norms, torch.hypot)
+
+    def combined(self, values: list[Tensor], add: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """One value of the channels from those of the parts: `add` combines sums, and products are multiplied."""
+        if not self.terms:
+            return reduce(add, values)
+        values = [value.double() for value in values]
+        for term in self.terms:
+            values.append(reduce(torch.mul if term.product else add, [values[o] for o in term.operands]))
+        return values[-1]
 
     def only(self, index: Tensor) -> Candidates:
         """The channels with these indices, of candidates that are a whole group."""
@@ -63,20 +94,6 @@ class Candidates:
 
     def _taken(self, values: Tensor) -> Tensor:
         return values if self.index is None else values[self.index]
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """The inner products that are needed to find partners, a quarter of all or less."""
-
-    across: Tensor  # (m, k) of the dropped rows with the kept ones, both ascending
-    square: Tensor  # (n,) of each row with itself
-
-    def __add__(self, other: Pairs) -> Pairs:
-        return Pairs(self.across + other.across, self.square + other.square)
-
-    def __mul__(self, other: Pairs) -> Pairs:
-        return Pairs(self.across * other.across, self.square * other.square)
 
 
 @dataclass(frozen=True, kw_only=True)

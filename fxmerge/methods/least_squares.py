@@ -82,12 +82,22 @@ def _product(rows: list[Tensor], mean: Tensor, others: list[Tensor], other_mean:
     """The sum over rows of (row - mean)' (other - other_mean): (g, p, o), float64.
 
     Rows are multiplied in their own precision, CHUNK at a time, and the products are summed in float64. As the means
-    are subtracted first, nothing cancels, and rounding errors are far below the ridge.
+    are subtracted first, nothing cancels, and rounding errors are far below the ridge. Where products overflow, they
+    are computed in float64.
     """
+    found = _summed_products(rows, mean, others, other_mean, torch.float32)
+    if bool(found.isfinite().all()):
+        return found
+    return _summed_products(rows, mean, others, other_mean, torch.float64)
+
+
+def _summed_products(
+    rows: list[Tensor], mean: Tensor, others: list[Tensor], other_mean: Tensor, least: torch.dtype
+) -> Tensor:
     total: Tensor | None = None
     for row, other in zip(rows, others, strict=True):
         for a, b in zip(torch.split(row, CHUNK), torch.split(other, CHUNK), strict=True):
-            precise = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+            precise = torch.promote_types(torch.promote_types(a.dtype, b.dtype), least)
             one = (a.to(precise) - mean.to(precise)).transpose(0, 1)
             two = one if other is row else (b.to(precise) - other_mean.to(precise)).transpose(0, 1)
             part = (one.mT @ two).double()

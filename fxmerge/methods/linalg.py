@@ -2,12 +2,36 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from fxmerge.methods.evidence import Pairs
-
 BITE = 32  # rows of a weight that are processed at a time, so that intermediate results stay in the cache
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The inner products that are needed to find partners, a quarter of all or less."""
+
+    across: Tensor  # (m, k) of the dropped rows with the kept ones, both ascending
+    square: Tensor  # (n,) of each row with itself
+
+    def __add__(self, other: Pairs) -> Pairs:
+        return Pairs(self.across + other.across, self.square + other.square)
+
+    def __mul__(self, other: Pairs) -> Pairs:
+        return Pairs(self.across * other.across, self.square * other.square)
+
+
+def precise(values: Tensor) -> Tensor:
+    """The values in float64, or in complex128 if they are complex."""
+    return values.to(torch.complex128 if values.is_complex() else torch.float64)
+
+
+def as_real(values: Tensor) -> Tensor:
+    """Complex values (n, ..., d) as their real and imaginary parts, (n, ..., 2 d); real values unchanged."""
+    return torch.view_as_real(values.resolve_conj()).flatten(-2) if values.is_complex() else values
 
 
 def gram(rows: Tensor) -> Tensor:

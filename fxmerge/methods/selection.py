@@ -39,6 +39,8 @@ def l1(channels: Candidates, count: int) -> Tensor:
     last kept one, given the error of d roundings of positive terms; only these are summed term by term. A few rows are
     processed at a time, as |x| of all of them takes memory.
     """
+    if channels.terms:
+        return largest(channels.combined([part.abs().sum(1) for part in channels.taken], torch.add), count)
     rows = channels.rows
     sums = torch.cat([some.abs().sum(1) for some in torch.split(rows, BITE // 4)])
     last = sums.sort().values[len(sums) - max(count, 1)]

@@ -8,4 +8,5 @@ price         the cost of a model for given numbers of channels, without buildin
 error_curves  the error of a group as a function of the number of channels kept
 budget        the numbers of channels that meet a budget
 decompose     the decomposition of a group, and what each consumer absorbs
+candidates    the candidates of a group: what selectors choose the kept channels by
 """

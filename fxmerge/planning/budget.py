@@ -27,8 +27,8 @@ from fxmerge.ir.provenance import Layer, Provenance, can_shift
 from fxmerge.methods.allocation import ALLOCATORS, Counts, Floats, Ints, Ladder, Price, Problem
 from fxmerge.methods.selection import select
 from fxmerge.options import NAMES, TOLERANCE, Options
+from fxmerge.planning.candidates import candidates
 from fxmerge.planning.price import flops_price, parameters_price
-from fxmerge.planning.statistics import candidates
 from fxmerge.rewrite.reassemble import assembled
 from fxmerge.rewrite.rewriter import Rewriter
 
@@ -225,6 +225,6 @@ def remedies(options: Options, narrow: bool = True) -> str:
 def sliced(room: Room, counts: Counts, tensors: Mapping[str, Tensor]) -> fx.GraphModule:
     """The graph with these channel counts, for timing: dropped channels are not merged into the kept ones."""
     narrowed = [g for g in room.groups if sum(counts[g.name]) < g.channels]
-    chosen = [(g, select("l2", candidates(g, tensors, 0), g.cells, counts[g.name])) for g in narrowed]
+    chosen = [(g, select("l2", candidates(g, room.captured, tensors, 0), g.cells, counts[g.name])) for g in narrowed]
     chosen, edits, _ = provable(room.captured, room.facts, room.grouping, chosen)
     return Rewriter(room.captured.module, room.facts).finish(survivors(room.grouping, chosen), edits)

@@ -24,7 +24,8 @@ from fxmerge.methods.allocation import Floats
 from fxmerge.methods.elimination import curve
 from fxmerge.methods.evidence import Reading
 from fxmerge.options import Options
-from fxmerge.planning.statistics import Statistics, candidates, moments, statistics
+from fxmerge.planning.candidates import candidates
+from fxmerge.planning.statistics import Statistics, moments, statistics
 from fxmerge.weights.layout import columns
 
 # The error of a group is weighted by its consumers' sensitivity to this power. 0 would weight all groups equally. 1
@@ -59,8 +60,8 @@ def curves(
         kept = ladders[group.name]
         total = np.zeros(len(kept))
         if len(kept) > 1:
-            seen = readings.get(group.name) or _expected(captured, group, tensors, norms, options, centred=refitted)
-            ranked = None if refitted else _ranked(group, seen, tensors, options)
+            seen = readings.get(group.name) or _expected(captured, group, tensors, norms, options, refitted)
+            ranked = None if refitted else _ranked(captured, group, seen, tensors, options)
             for cell in range(kept.shape[1]):
                 inside = (group.cells == cell).nonzero().flatten()
                 least = int(kept[:, cell].min())
@@ -88,7 +89,8 @@ def _expected(
         weight = columns(tensors[consumer.layer.params["weight"]], consumer.layer).double()
         read = weight[consumer.where]  # (m, copies, out/groups * kernel)
         norm = epilogue_of(captured.module, nodes[consumer.layer.node], norms, set()).norm
-        if norm is not None and "running_var" in norm.params and consumer.layer.groups == 1:
+        single = consumer.layer.groups == 1 and not consumer.layer.is_stacked
+        if norm is not None and norm.has_running_statistics and single:
             variance = tensors[norm.params["running_var"]].double()
             gain = line(captured.module, norm, variance, (variance + norm.eps).sqrt())[0]
             read = (read.view(*read.shape[:2], len(gain), -1) * gain[:, None]).flatten(2)
@@ -107,14 +109,14 @@ def _seen_whole(found: Statistics) -> Reading:
 
 
 def _ranked(
-    group: Group, readings: Sequence[Reading], tensors: Mapping[str, Tensor], options: Options
+    captured: Capture, group: Group, readings: Sequence[Reading], tensors: Mapping[str, Tensor], options: Options
 ) -> Callable[[Tensor], Floats]:
     """The error curve of a cell's channels where layers are not re-solved.
 
     Channels are dropped in the order of their norms. A dropped channel i loses |w_i|^2 min_j (M_ii - M_ij^2 / M_jj),
     with j among the kept channels and M the second moments about 0.
     """
-    norm = candidates(group, tensors, options.seed).norms
+    norm = candidates(group, captured, tensors, options.seed).norms
     loss = torch.zeros(group.channels, group.channels, dtype=torch.float64)
     for reading in readings:
         moments, energy = reading.gram, reading.weight.square().sum(0)

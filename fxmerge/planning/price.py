@@ -104,13 +104,19 @@ def parameters_price(
 def flops_price(facts: Provenance, groups: Sequence[Group], atom: Tensor, counted: Mapping[str, int]) -> Price:
     """The FLOPs of one run on the example inputs. counted: those of the original, by node (`cost.flops_by_node`)."""
     pricer = _Pricer(groups, atom)
-    layers = {layer.node: layer for layer in facts.layers if layer.reads is not None or layer.operation.is_depthwise}
+    layers: dict[str, list[Layer]] = {}
+    for layer in facts.layers:
+        if layer.reads is not None or layer.operation.is_depthwise:
+            layers.setdefault(layer.node, []).append(layer)
     products: dict[str, list[Contraction]] = {}
     for contraction in facts.contractions:
         products.setdefault(contraction.node, []).append(contraction)
     for node, flops in counted.items():
         if node in layers:
-            pricer.add(flops, _along(pricer, facts.params[layers[node].params["weight"]]))
+            weights = [facts.params[layer.params["weight"]] for layer in layers[node]]
+            elements = [prod(t.numel() for t in w.axes.values()) for w in weights]  # several in a recurrent layer
+            for weight, size in zip(weights, elements, strict=True):
+                pricer.add(flops * size / sum(elements), _along(pricer, weight))
         elif node in products:
             sizes = [prod(_sizes(c).values()) for c in products[node]]
             for contraction, size in zip(products[node], sizes, strict=True):

@@ -8,7 +8,7 @@ filtered rows is the product of the inner products of rows and of filters), and 
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.groups import Group, Member
 from fxmerge.methods import linalg
-from fxmerge.methods.evidence import Candidates, Evidence, PublishedForm, Reading
+from fxmerge.methods.evidence import Evidence, PublishedForm
 from fxmerge.methods.least_squares import second_moments
+from fxmerge.methods.linalg import as_real
 from fxmerge.options import Options
-from fxmerge.planning.channel_ops import Step, bias_of, gamma_of, in_order, laid_out, slot, step_of
+from fxmerge.planning.channel_ops import Level, Step, bias_of, in_order, laid_out, slot, steps_at
+from fxmerge.weights.layout import out_first
 
 SAMPLES = 4096  # smallest number of samples of the Gaussian that models a group's pre-activations
 
@@ -33,6 +35,7 @@ class Statistics:
 
     evidence: Evidence
     linear: bool  # whether there is no nonlinear step before the common coordinates
+    apart: bool  # whether `evidence.bias` holds all constants, and the rows none
     mean: Tensor  # (n,) of the common coordinates before their nonlinear steps, for white input
     covariance: Tensor | None  # (n, n) of the same; None if `statistics` was called with `kept`
     functions: tuple[Step, ...]  # the nonlinear steps before the common coordinates
@@ -51,94 +54,99 @@ def state(module: nn.Module) -> dict[str, Tensor]:
 def producer_rows(member: Member, weight: Tensor, n: int) -> Tensor:
     """A producer's rows for each channel of its group, (n, copies * fan_in).
 
-    A transposed weight has its output axis second. Channels that the producer does not write have rows of zeros.
+    A transposed weight has its output axis second. Channels that the producer does not write have rows of zeros. A
+    complex weight has rows of real and imaginary parts, so that their inner products are the real parts of those of
+    the complex rows.
     """
-    out_first = weight.movedim(1, 0) if member.layer.transposed else weight
-    rows = out_first.flatten(1)
+    rows = as_real(out_first(weight, member.layer)).flatten(1)
     if len(rows) == n and in_order(member, n):
         return rows  # a view
     return laid_out(rows[member.where].flatten(1), member, n, 0.0)
 
 
-def candidates(
-    group: Group, tensors: Mapping[str, Tensor], seed: int, readings: tuple[Reading, ...] = ()
-) -> Candidates:
-    """The input of a selector: the rows of a group's producers, and the kernels of the first producer."""
-    per_channel_params, n = {m.layer.node: m for m in group.per_channel_params}, group.channels
-    rows = []
-    for producer in group.producers:
-        raw = producer_rows(producer, tensors[producer.layer.params["weight"]], n)
-        rows.append(raw)
-        if "bias" in producer.layer.params and not any(_is_norm(name, per_channel_params) for name in producer.steps):
-            rows.append(laid_out(bias_of(producer.layer, tensors)[producer.where], producer, n, 0.0).to(raw))
-    first = group.producers[0]
-    weight = tensors[first.layer.params["weight"]]
-    out_first = weight.movedim(1, 0) if first.layer.transposed else weight
-    whole = in_order(first, len(out_first))
-    kernels = out_first if whole else out_first[first.where[:, 0]]
-    kernels = kernels.flatten(2) if weight.dim() > 2 else kernels[:, :, None]
-    return Candidates(tuple(rows), laid_out(kernels, first, n, 0.0), seed, readings)
+def producer_constants(member: Member, tensors: Mapping[str, Tensor], n: int) -> Tensor:
+    """A producer's bias for each channel and copy, (n, copies), or of twice as many columns if it is complex."""
+    return laid_out(as_real(bias_of(member.layer, tensors)[member.where]).flatten(1), member, n, 0.0)
 
 
 def statistics(
-    group: Group, captured: Capture, tensors: Mapping[str, Tensor], options: Options, kept: Tensor | None = None
+    group: Group,
+    captured: Capture,
+    tensors: Mapping[str, Tensor],
+    options: Options,
+    *,
+    kept: Tensor | None = None,
+    sample: Tensor | None = None,
 ) -> Statistics:
     """The statistics of a group. `tensors` are the model's parameters and buffers by path.
 
-    kept: restricts the inner products to pairs of a dropped and a kept channel, which is enough to find partners.
+    kept:    restricts the inner products to pairs of a dropped and a kept channel, which is enough to find partners
+    sample:  restricts them to pairs of these channels, (m,)
     """
     published = options.decomposition == "mostsim" and options.mostsim_scale == "reference"
     n = group.channels
-    per_channel_params = {m.layer.node: m for m in group.per_channel_params}
+    members = group.params_at
     nodes = {node.name: node for node in captured.module.graph.nodes}
 
-    def steps_of(names: tuple[str, ...]) -> tuple[Step, ...]:
-        return tuple(step_of(nodes[name], per_channel_params.get(name), captured, tensors, n) for name in names)
+    def steps_of(names: Sequence[str], level: Level) -> Iterator[Step]:
+        for name in names:
+            for step in steps_at(nodes[name], members.get(name, ()), captured, tensors, level):
+                yield step
+                level = level.after(step)
 
     def gram(rows: Tensor) -> Any:  # (n, n), or `Pairs`: both can be added and multiplied
-        return linalg.gram(rows) if kept is None else linalg.across(rows, kept)
+        if kept is not None:
+            return linalg.across(rows, kept)
+        return linalg.gram(rows if sample is None else rows[sample])
 
     inner: list[Any] = []
-    covariance = torch.zeros(n, n, dtype=torch.float64) if kept is None else None
-    mean = torch.zeros(n, dtype=torch.float64)
-    bias, maps, linear = torch.zeros(n, dtype=torch.float64), [], True
+    whole = kept is None and sample is None
+    zeros = torch.zeros(n, dtype=torch.float64)
+    bias, mean, constants, square = zeros, zeros, zeros, zeros
+    covariance = torch.zeros(n, n, dtype=torch.float64) if whole else None
+    maps, linear = [], not any(meeting.op in ("mul", "halves") for meeting in group.meetings)
     functions: tuple[Step, ...] = ()
-    normed = any(_is_norm(name, per_channel_params) for w in group.producers for name in w.steps)
+    normed = any(is_norm(name, members) for w in group.producers for name in w.steps)
+    apart = normed or _constants_cancel(group)
+    norms = [m.layer for m in group.per_channel_params if m.layer.operation.is_channel_norm]
+    measured = not all(layer.has_running_statistics for layer in norms)  # is the length of rows needed?
     form = None
-    for producer in group.producers:
+    for producer, share in zip(group.producers, shares(group), strict=True):
         raw = producer_rows(producer, tensors[producer.layer.params["weight"]], n)
         spread = raw_pairs = gram(raw)
-        constants = laid_out(bias_of(producer.layer, tensors)[producer.where], producer, n, 0.0)  # (n, copies)
+        columns = producer_constants(producer, tensors, n)
         # without a BatchNorm the constants are one more column of the rows, as in the paper; else they are kept apart
-        own = spread if normed else spread + gram(constants)
-        constant = constants.mean(1) if normed else torch.zeros(n, dtype=torch.float64)
-        level = constants.mean(1)
-        steps = steps_of(producer.steps)
-        gain, constant_gain = torch.ones(n, dtype=torch.float64), torch.ones(n, dtype=torch.float64)
-        moved = torch.zeros(n, dtype=torch.float64)
-        if published and len(group.producers) == 1 and steps and _is_norm(producer.steps[0], per_channel_params):
-            form = _published(per_channel_params[producer.steps[0]], tensors, n)
+        own = spread if apart else spread + gram(columns)
+        length = torch.linalg.vector_norm(raw.double(), dim=1) if measured else torch.ones_like(zeros)
+        start = Level(length, columns.mean(1))
+        constant = start.constant if apart else zeros
+        level, moved, gain, constant_gain = start.constant, zeros, torch.ones_like(zeros), torch.ones_like(zeros)
+        steps, now = tuple(steps_of(producer.steps, start)), start
+        if published and len(group.producers) == 1 and steps and is_norm(producer.steps[0], members):
+            form = _published(members[producer.steps[0]], tensors, n)
         for step in steps:
             if step.features is not None:
                 agreement = gram(step.features)
                 own = own * agreement
                 spread = spread * agreement
-            constant = step.constant_gain * constant + step.constant
-            moved = step.constant_gain * moved + step.constant
-            level = step.constant_gain * level + step.constant
+            constant, moved, level = (step.constant_gain * c + step.constant for c in (constant, moved, level))
             gain, constant_gain = gain * step.gain, constant_gain * step.constant_gain
+            now = now.after(step)
             if covariance is not None:
                 spread = spread * gram(step.gain[:, None])
-            if _is_norm(step.node, per_channel_params):
+            if step.norm is not None:
+                gamma, level = step.norm
                 if covariance is not None:
-                    spread = _unit(spread, gamma_of(per_channel_params[step.node], tensors, n))
-                level = slot(per_channel_params[step.node], "bias", tensors, n, 0.0)
+                    spread = _unit(spread, gamma)
             linear &= step.function is None
         functions = tuple(s for s in steps if s.function is not None)
         maps.append((gain, constant_gain, moved))
-        inner.append(raw_pairs if form is not None else own * gram(gain[:, None]))
-        bias, mean = bias + constant, mean + level
-        covariance = covariance + spread if covariance is not None else None
+        weight = share.abs().sqrt()
+        inner.append(raw_pairs if form is not None else own * gram((weight * gain)[:, None]))
+        bias, mean, constants = bias + share * constant, mean + share * level, constants + share * now.constant
+        square = square + share.abs() * now.length.square()
+        if covariance is not None:
+            covariance = covariance + weight[:, None] * spread * weight
     evidence = Evidence(
         inner=reduce(operator.add, inner),
         bias=bias,
@@ -149,15 +157,40 @@ def statistics(
         lam=options.lam,
         published=form,
     )
+    level_after = Level(square.sqrt(), constants)
     return Statistics(
         evidence=evidence,
         linear=linear,
+        apart=apart,
         mean=mean,
         covariance=covariance,
         functions=functions,
-        consumers=tuple(steps_of(r.steps) for r in group.consumers),
+        consumers=tuple(tuple(steps_of(r.steps, level_after)) for r in group.consumers),
         producer_maps=tuple(maps),
     )
+
+
+def shares(group: Group) -> list[Tensor]:
+    """How much of each producer's output is in a group's channels, by producer: (n,).
+
+    1 where outputs are added, -1 where they are subtracted, and 1 / k where a channel is one of k outputs.
+    """
+    n, count = group.channels, len(group.producers)
+    if not group.meetings:
+        return [torch.ones(n, dtype=torch.float64)] * count
+    present = [torch.zeros(n, dtype=torch.bool).index_fill_(0, p.channels, True) for p in group.producers]
+    for meeting in group.meetings:
+        present.append(torch.stack([present[o] for o in meeting.operands]).any(0))
+    found = [torch.zeros(n, dtype=torch.float64) for _ in present]
+    found[-1] = torch.ones(n, dtype=torch.float64)
+    for number, meeting in reversed([*enumerate(group.meetings, count)]):
+        held = torch.stack([present[o] for o in meeting.operands]).double()
+        each = held / held.sum(0).clamp(min=1) if meeting.op == "either" else held
+        for place, operand in enumerate(meeting.operands):
+            sign = -1.0 if meeting.op == "sub" and place else 1.0
+            own = sign * found[number] * each[place]
+            found[operand] = torch.where(own.abs() > found[operand].abs(), own, found[operand])
+    return found[:count]
 
 
 def moments(found: Statistics, consumer: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -174,13 +207,23 @@ def moments(found: Statistics, consumer: int, seed: int) -> tuple[Tensor, Tensor
     noise = torch.randn(count // 2, points.size(1), generator=generator, dtype=torch.float64)
     values = torch.cat([noise, -noise]) @ points.T + found.mean
     for step in (*found.functions, *found.consumers[consumer]):
-        values = step.function(values) if step.function is not None else values * step.gain + step.constant
+        values = step.of_samples(values)
     mean, second = second_moments([values[:, None]], lambda total: total)
     return mean[0], second[0]
 
 
-def _is_norm(node: str, per_channel_params: Mapping[str, Member]) -> bool:
-    return node in per_channel_params and per_channel_params[node].layer.op == "batch_norm"
+def is_norm(node: str, members: Mapping[str, Sequence[Member]]) -> bool:
+    return any(member.layer.operation.is_channel_norm for member in members.get(node, ()))
+
+
+def _constants_cancel(group: Group) -> bool:
+    """Whether every consumer's path begins with a norm that subtracts the mean of its input."""
+    own = {
+        m.layer.node
+        for m in group.per_channel_params
+        if m.layer.operation.is_channel_norm and not m.layer.has_running_statistics
+    }
+    return bool(group.consumers) and all(c.steps and c.steps[0] in own for c in group.consumers)
 
 
 def _unit(inner: Tensor, deviation: Tensor) -> Tensor:
@@ -189,9 +232,11 @@ def _unit(inner: Tensor, deviation: Tensor) -> Tensor:
     return scale[:, None] * inner * scale[None, :]
 
 
-def _published(norm: Member, tensors: Mapping[str, Tensor], n: int) -> PublishedForm:
+def _published(norm: Sequence[Member], tensors: Mapping[str, Tensor], n: int) -> PublishedForm | None:
+    if not norm[0].layer.has_running_statistics:
+        return None
     return PublishedForm(
-        gamma=gamma_of(norm, tensors, n),
+        gamma=slot(norm, "weight", tensors, n, 1.0),
         beta=slot(norm, "bias", tensors, n, 0.0),
         mean=slot(norm, "running_mean", tensors, n, 0.0),
         var=slot(norm, "running_var", tensors, n, 1.0),

@@ -51,6 +51,8 @@ def chains(
         while len(node.users) == 1 and node.op in ("call_module", "call_function", "call_method"):
             way.append(node)
             own = layers.get(node.name)
+            if own is not None and own.operation.is_recurrent:
+                break  # it reads the channels of the layer before it, and its gradient is slow
             if own is not None and own.op in SOLVED:
                 fitted.append(own)
                 if own.op != "depthwise":

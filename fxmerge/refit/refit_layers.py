@@ -10,13 +10,12 @@ is no longer the original's, in execution order:
 The merged graph then continues with W'. Both consumers that lost channels and producers whose input has changed are
 solved. Before a BatchNorm, the mean and the standard deviation of its input are then matched to the original's, channel
 by channel. A consumer that lost channels is then fitted once more together with their producer, if no other layer reads
-them (see `joint`). A layer is left unchanged where its outputs are the original's already, where one weight serves
-several calls, and where no solution is better than the current weights.
+them (see `joint`). A weight that serves several calls is solved on the rows of all of them (see `shared`). A layer is
+left unchanged where its outputs are the original's already, and where no solution is better than the current weights.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import isfinite
@@ -24,29 +23,21 @@ from math import isfinite
 import torch
 from torch import Tensor
 
-from fxmerge.calibration.epilogue import SOLVED, Affine, Epilogue, affine, epilogue_of
-from fxmerge.calibration.paired_run import Pair, PairedRun, Settings, Visit, line, moments
-from fxmerge.calibration.patches import (
-    FEWEST,
-    at_positions,
-    channel_axis,
-    enough,
-    input_of,
-    matrices_of,
-    patches,
-    positions,
-    sample,
-)
+from fxmerge.calibration.epilogue import SOLVED
+from fxmerge.calibration.paired_run import Pair, PairedRun, Settings, Visit
+from fxmerge.calibration.patches import FEWEST, enough, input_of, matrices_of, positions, sample
 from fxmerge.graph.cost import flops_by_node
 from fxmerge.graph.eval_mode import evaluating
 from fxmerge.ir.provenance import Layer, batch_norms, can_shift
 from fxmerge.refit import joint
 from fxmerge.refit.chains import Chain, chains
 from fxmerge.refit.layer_weights import GraphWeights, LayerWeights
+from fxmerge.refit.shared import COSTLY, Gathered, Shared, shared_weights
+from fxmerge.refit.sites import Site, Sites
 from fxmerge.refit.solve import ROUNDS, Rows, error, solution
-from fxmerge.refit.targets import Target
 from fxmerge.weights.by_path import at
 
+EXACTLY, NO_BETTER = "unchanged: exact", "unchanged: no solution is better"
 EXACT = 1e-10  # the relative square error below which a layer needs no refit
 
 
@@ -60,6 +51,11 @@ class Refitted:
     before: float
     after: float
     note: str = ""
+
+    @property
+    def solved(self) -> bool:
+        """Whether the errors were measured."""
+        return not self.note or self.note in (EXACTLY, NO_BETTER)
 
 
 def refit(
@@ -80,30 +76,24 @@ def refit(
         return _Refit(pair, batches, settings).run(stage)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Site:
-    """A layer that is being solved, and its epilogue."""
-
-    visit: Visit
-    layer: Layer
-    held: LayerWeights
-    epilogue: Epilogue
-    affine: Affine
-    stays: Tensor  # the indices of the original's output channels that the merged graph still has
-
-
 class _Refit:
     def __init__(self, pair: Pair, batches: Sequence[Sequence[object]], settings: Settings) -> None:
         assert pair.merged is not None
-        self.paired, self.kept, self.settings = PairedRun(pair, batches, settings), pair.kept, settings
+        self.pair, self.batches, self.kept, self.settings = pair, batches, pair.kept, settings
         self.original, self.merged, self.weights = pair.original, pair.merged, GraphWeights(pair.merged)
         facts, self.layers = pair.facts, {layer.node: layer for layer in pair.facts.layers}
         self.norms = batch_norms(facts)
-        used = Counter(layer.params["weight"] for layer in facts.layers if "weight" in layer.params)
-        self.shared = {path for path, times in used.items() if times > 1}
+        self.shared = shared_weights(facts.layers, self.merged.graph)
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.chains = chains(self.layers, list(self.merged.graph.nodes), self._lost, self.shared)
         self.used = self._affordable(batches) if self.chains else 0  # batches that joint steps are run on
+        self.records: dict[str, Refitted] = {}  # by node
+        self._start()
+
+    def _start(self) -> None:
+        """Begins a run of both graphs, with the weights as they are now."""
+        self.paired = PairedRun(self.pair, self.batches, self.settings)
+        self.sites = Sites(self.paired, self.norms)
         self.within = {layer.node: chain for chain in self.chains.values() for layer in chain.layers if self.used}
 
     def _lost(self, layer: Layer) -> bool:
@@ -119,23 +109,67 @@ class _Refit:
         return self.weights.weights[layer.params["weight"]]
 
     def run(self, stage: Callable[[str], None]) -> tuple[Refitted, ...]:
-        moved: dict[str, bool] = {}  # node -> does its value in the merged graph differ from the original's?
-        records = []
-        for visit in self.paired:
-            node, layer = visit.node, self.layers.get(visit.node.name)
-            comes = any(moved.get(source.name, False) for source in node.all_input_nodes)
-            own = layer is not None and any(self._changed(path) for path in layer.params.values())
-            moved[node.name] = comes or own
-            if layer is not None and node.name in self.within:
-                self._begin(visit, layer, self.within[node.name])
-            if layer is not None and comes and layer.op in SOLVED:
-                stage(f"refit {layer.module}")
-                records.append(self._solve(visit, layer))
-            if layer is not None and node.name in self.chains:
-                self.chains[node.name].end()
+        self.moved = self._moved()
+        self.together = self._together()
+        while not self._through(stage):
+            self._start()
         self.merged.graph.lint()
         self.merged.recompile()  # where a call was given a bias, the graph's code does not have it yet
-        return tuple(records)
+        order = [node.name for node in self.merged.graph.nodes]
+        return tuple(self.records[name] for name in order if name in self.records)
+
+    def _moved(self) -> dict[str, bool]:
+        """By node: whether its input in the merged graph differs from the original's."""
+        comes: dict[str, bool] = {}
+        gives: dict[str, bool] = {}
+        for node in self.merged.graph.nodes:
+            layer = self.layers.get(node.name)
+            comes[node.name] = any(gives.get(source.name, False) for source in node.all_input_nodes)
+            own = layer is not None and any(self._changed(path) for path in layer.params.values())
+            gives[node.name] = comes[node.name] or own
+        return comes
+
+    def _together(self) -> dict[str, Shared]:
+        """The shared weights that are solved, by node: those with a moved input, as many as BUDGET allows runs for."""
+        found: dict[str, Shared] = {}
+        able = [s for s in self.shared.values() if not s.reason and any(self.moved[call] for call in s.calls)]
+        able = [s for s in able if self.layers[s.calls[0]].op in SOLVED]
+        if not able:
+            return found
+        flops = float(sum(flops_by_node(self.original, self.batches[0]).values())) * 2 * len(self.batches)
+        device = self._weight(self.layers[able[0].calls[0]]).device
+        total = float(self.settings.reduce(torch.tensor(flops, dtype=torch.float64, device=device)))
+        for shared in able[: int(joint.BUDGET / max(total, 1.0))]:
+            found |= dict.fromkeys(shared.calls, shared)
+        return found
+
+    def _through(self, stage: Callable[[str], None]) -> bool:
+        """One run of both graphs, until a shared weight is solved. Returns whether it has reached the end."""
+        gathered: Gathered | None = None
+        for visit in self.paired:
+            node, layer = visit.node, self.layers.get(visit.node.name)
+            if layer is None:
+                continue
+            if node.name in self.within:
+                self._begin(visit, layer, self.within[node.name])
+            shared = self.together.get(node.name)
+            if shared is not None and gathered is None and shared.calls[-1] not in self.records:
+                gathered = Gathered(shared)
+            if gathered is not None and shared is gathered.shared:
+                stage(f"refit {layer.module}")
+                if self._gathers(gathered, visit, layer):
+                    return False
+            elif shared is None and self._is_due(node.name, gathered):
+                stage(f"refit {layer.module}")
+                self.records[node.name] = self._solve(visit, layer)
+            if node.name in self.chains:
+                self.chains[node.name].end()
+        return True
+
+    def _is_due(self, node: str, gathered: Gathered | None) -> bool:
+        """Whether a layer is solved in this run: not before a shared weight that it depends on."""
+        waits = gathered is not None and node in gathered.shared.after
+        return self.moved[node] and self.layers[node].op in SOLVED and node not in self.records and not waits
 
     def _begin(self, visit: Visit, layer: Layer, chain: Chain) -> None:
         """At a chain's first layer its inputs are kept, unless there are too few positions."""
@@ -156,40 +190,83 @@ class _Refit:
     def _solve(self, visit: Visit, layer: Layer) -> Refitted:
         held = self.weights.of(visit.node, layer)
         if layer.params["weight"] in self.shared:
-            return Refitted(layer.module, 0.0, 0.0, "unchanged: one weight serves several calls")
+            return Refitted(layer.module, 0.0, 0.0, self.shared[layer.params["weight"]].reason or COSTLY)
+        if why := self._unsolvable(visit, held):
+            return Refitted(layer.module, 0.0, 0.0, why)
+        assert held is not None
+        site = self.sites.site(visit, layer, held)
+        index_of = self._sampled(site, 1)
+        rows = self.sites.rows(site, index_of)
+        wanted = self.sites.output_moments(site) if site.epilogue.norm is not None else None
+        found = self._improved([site], rows, wanted)
+        if not found.solved or found.note == EXACTLY:
+            return found
+        if self._jointly(site):
+            rows, now = self.sites.rows(site, index_of), self.weights.of(visit.node, layer)
+            assert now is not None
+            after = error(rows, now.matrices, now.offsets, self.settings.reduce)
+            found = Refitted(layer.module, found.before, after / self._scale(rows))
+        return found
+
+    def _unsolvable(self, visit: Visit, held: LayerWeights | None) -> str:
+        """Why a layer cannot be solved, or ""."""
         if held is None:
-            return Refitted(layer.module, 0.0, 0.0, "unchanged: the geometry of the call is unknown")
+            return "unchanged: the geometry of the call is unknown"
+        if held.weight.is_complex() or any(isinstance(y, Tensor) and y.is_complex() for y in visit.outputs):
+            return "unchanged: it is complex"
         if not all(isinstance(y, Tensor) and y.is_floating_point() for y in visit.outputs):
-            return Refitted(layer.module, 0.0, 0.0, "unchanged: its outputs are not floating-point tensors")
-        site, reduce = self._site(visit, layer, held), self.settings.reduce
-        start, bias = held.matrices, held.offsets
-        count = enough(self.settings.rows, start.size(0) * start.size(2))
-        if visit.node.name in self.within:
+            return "unchanged: its outputs are not floating-point tensors"
+        return ""
+
+    def _sampled(self, site: Site, calls: int) -> list[Tensor]:
+        """The output positions that a layer is solved on, by batch; a share of them if its weight has several calls."""
+        shape = site.held.matrices.shape
+        count = enough(self.settings.rows, shape[0] * shape[2])
+        if site.visit.node.name in self.within:
             count = min(count, FEWEST)  # enough for the weights that joint steps start from
-        index_of = sample(visit.outputs, held.form, count, self.generator, reduce)
-        rows = self._rows(site, index_of)
-        scale = float(reduce(torch.stack([t.corrected.double().square().sum() for t in rows.targets]).sum()))
-        before = error(rows, start, bias, reduce)
+        return sample(site.visit.outputs, site.held.form, -(-count // calls), self.generator, self.settings.reduce)
+
+    def _scale(self, rows: Rows) -> float:
+        """The sum of the squares of the targets, on all processes."""
+        return float(
+            self.settings.reduce(torch.stack([t.corrected.double().square().sum() for t in rows.targets]).sum())
+        )
+
+    def _improved(self, sites: Sequence[Site], rows: Rows, wanted: tuple[Tensor, Tensor] | None) -> Refitted:
+        """Solve the weight of these sites on rows of all of them, and write it where it is better."""
+        layer, held, reduce = sites[0].layer, sites[0].held, self.settings.reduce
+        start, bias = held.matrices, held.offsets
+        scale, before = self._scale(rows), error(rows, start, bias, reduce)
         if not isfinite(before) or not isfinite(scale):
             return Refitted(layer.module, 0.0, 0.0, "unchanged: its inputs or outputs are not finite")
         if before <= EXACT * scale:
-            return Refitted(layer.module, before / max(scale, 1e-300), before / max(scale, 1e-300), "unchanged: exact")
-        wanted = self._output_moments(site) if site.epilogue.norm is not None else None
-        rounds = 0 if visit.node.name in self.within else ROUNDS  # layers that are fitted jointly need none
+            return Refitted(layer.module, before / max(scale, 1e-300), before / max(scale, 1e-300), EXACTLY)
+        rounds = 0 if sites[0].visit.node.name in self.within else ROUNDS  # layers that are fitted jointly need none
         weight, offset = solution(rows, start, wanted=wanted, centred=can_shift(layer), reduce=reduce, rounds=rounds)
         after = error(rows, weight, offset, reduce)
-        note = ""
         if not after <= before:
-            after, note = before, "unchanged: no solution is better"
-        else:
-            self.weights.write(visit.node, layer, weight, offset)
-        if self._jointly(site):
-            rows, now = self._rows(site, index_of), self.weights.of(visit.node, layer)
-            assert now is not None
-            after, note = error(rows, now.matrices, now.offsets, reduce), ""
-        return Refitted(layer.module, before / scale, after / scale, note)
+            return Refitted(layer.module, before / scale, before / scale, NO_BETTER)
+        for site in sites:
+            self.weights.write(site.visit.node, site.layer, weight, offset)
+        return Refitted(layer.module, before / scale, after / scale)
 
-    def _jointly(self, site: _Site) -> bool:
+    def _gathers(self, gathered: Gathered, visit: Visit, layer: Layer) -> bool:
+        """Take the rows of one call of a shared weight, and solve it at the last call. Returns whether it was done."""
+        held, name = self.weights.of(visit.node, layer), gathered.shared.calls[-1]
+        if why := self._unsolvable(visit, held):
+            self.records[name] = Refitted(layer.module, 0.0, 0.0, why)
+            return True
+        assert held is not None
+        site = self.sites.site(visit, layer, held)
+        gathered.sites.append(site)
+        gathered.rows.append(self.sites.rows(site, self._sampled(site, len(gathered.shared.calls))))
+        gathered.moments.append(self.sites.output_moments(site))
+        if visit.node.name != name:
+            return False
+        self.records[name] = self._improved(gathered.sites, gathered.whole, gathered.output_moments)
+        return True
+
+    def _jointly(self, site: Site) -> bool:
         """Fit the layer together with its producer, if it ends a chain; the merged graph then continues with both."""
         chain = self.within.get(site.visit.node.name)
         if chain is None or chain.nodes[-1] is not site.visit.node or not chain.intact:
@@ -200,7 +277,7 @@ class _Refit:
             if held is None:
                 return False
             weights.append(held)
-        targets = (self._target(site, number) for number in range(self._plenty(site)))
+        targets = (self.sites.target(site, number) for number in range(self._plenty(site)))
         better = joint.fit(self.paired, chain, weights, targets, self.settings.seed)
         if better:
             source = input_of(site.visit.node, chain.layers[-1].op)
@@ -209,63 +286,8 @@ class _Refit:
             ]
         return better
 
-    def _plenty(self, site: _Site) -> int:
+    def _plenty(self, site: Site) -> int:
         """The number of batches that have ENOUGH positions, or of all that are used."""
         count = sum(positions(y, site.held.form) for y in site.visit.outputs[: self.used])
         every = float(self.settings.reduce(site.affine.gain.new_tensor(float(count))))
         return max(1, min(self.used, round(self.used * joint.ENOUGH / max(every, 1.0))))
-
-    def _site(self, visit: Visit, layer: Layer, held: LayerWeights) -> _Site:
-        found = epilogue_of(self.merged, visit.node, self.norms, self._present())
-        out_labels = layer.writes if layer.writes is not None else layer.carries
-        assert out_labels is not None
-        stays = self.kept(out_labels).to(visit.outputs[0].device)
-        step = self._affine(visit, found, stays)
-        return _Site(visit=visit, layer=layer, held=held, epilogue=found, affine=step, stays=stays)
-
-    def _present(self) -> set[str]:
-        return set(self.paired.merged.values) & set(self.paired.original.values)
-
-    def _affine(self, visit: Visit, found: Epilogue, stays: Tensor) -> Affine:
-        """The affine map of a layer's BatchNorm, or of the shift of its outputs, for the channels that stay."""
-        ones = torch.ones(len(stays), dtype=torch.float64, device=stays.device)
-        if found.norm is None:
-            shift = self.paired.shifts.get(visit.node.name)
-            return affine(ones, torch.zeros_like(ones) if shift is None else shift[stays])
-        mean, deviation = self.paired.statistics(found.norm, visit.outputs)
-        gain, constant = line(self.original, found.norm, mean, deviation)
-        return affine(gain[stays], constant[stays])
-
-    def _rows(self, site: _Site, index_of: Sequence[Tensor]) -> Rows:
-        """The patches and the targets at these output positions of each batch."""
-        source = input_of(site.visit.node, site.layer.op)
-        inputs = self.paired.merged.values[source.name]
-        sampled = [patches(x, site.held.form, index) for x, index in zip(inputs, index_of, strict=True)]
-        return Rows(sampled, [self._target(site, number, index) for number, index in enumerate(index_of)])
-
-    def _target(self, site: _Site, number: int, index: Tensor | None = None) -> Target:
-        """The target of the layer's outputs for one batch, at these positions or everywhere."""
-        outputs, form, other = site.visit.outputs[number], site.held.form, site.epilogue.other
-        axis = 1 if index is not None else channel_axis(outputs, form)
-
-        def chosen(values: Tensor) -> Tensor:
-            return values if index is None else at_positions(values, form, index)
-
-        streams = None
-        if other is not None:
-            before, now = (run.values[other.name][number] for run in (self.paired.original, self.paired.merged))
-            if before.shape == outputs.shape:
-                streams = chosen(before).index_select(axis, site.stays), chosen(now)
-        return Target(
-            outputs=chosen(outputs).index_select(axis, site.stays),
-            axis=axis,
-            affine=site.affine,
-            rectified=site.epilogue.rectified,
-            streams=streams,
-        )
-
-    def _output_moments(self, site: _Site) -> tuple[Tensor, Tensor]:
-        """The mean and the variance of the original's outputs, of the channels that stay: (o,), (o,)."""
-        outputs = site.visit.outputs
-        mean, variance = moments(outputs, channel_axis(outputs[0], site.held.form), self.settings.reduce)
-        return mean[site.stays], variance[site.stays]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
-from fxmerge.analysis.groups import graphml
+from fxmerge.analysis.group_graph import graphml
 from fxmerge.errors import FxMergeError
 from fxmerge.graph.cost import Cost
 from fxmerge.ir.capture import Capture
@@ -52,7 +52,7 @@ class Drawable:
         """The cost of the original and, after a merge, of the merged model."""
         raise NotImplementedError
 
-    def _outcome(self) -> tuple[Sequence[Refitted], dict[str, float]]:
+    def _outcome(self) -> tuple[Sequence[Refitted], dict[str, float | str]]:
         """The refitted layers and the figures of the merge that the page's header shows."""
         return (), {}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from torch import nn
 
 from fxmerge.ir.capture import Capture
@@ -17,10 +19,11 @@ def _submodule(module: nn.Module | None, path: str) -> nn.Module | None:
 
 def parameters_held(refusal: Refusal, captured: Capture) -> int:
     """The number of parameters, bias included, in the producer's rows for the refused channels."""
-    owner, _, name = refusal.name.rpartition(".")
+    path = re.sub(r"#(\d+|whole)(?=#|$)", "", refusal.name)  # a group's name is that of its producer and a number
+    owner, _, name = path.rpartition(".")
     layer, own = None, []
     for module in (captured.module, captured.model):  # layers that did not run are in the user's model only
-        layer = _submodule(module, refusal.name)
+        layer = _submodule(module, path)
         own = [p for _, p in layer.named_parameters(recurse=False)] if layer is not None else []
         if layer is None:  # the name is that of a parameter, which the graph passes to a function
             layer = _submodule(module, owner)

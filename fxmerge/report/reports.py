@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import fx, nn
@@ -18,21 +17,24 @@ from fxmerge.graph.nested import finite
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.groups import Group, Grouping, Refusal, survivors
 from fxmerge.ir.provenance import Provenance
-from fxmerge.plan import GroupPlan, Plan, json_text, planned
+from fxmerge.plan import GroupPlan, Plan, fields, json_text, planned
+from fxmerge.planning.decompose import unmerged
+from fxmerge.planning.statistics import state
 from fxmerge.refit.refit_layers import Refitted
 from fxmerge.report.budget_line import Spent, spent
 from fxmerge.report.drawable import Drawable
-from fxmerge.report.refusals import parameters_held
+from fxmerge.report.group_data import cost_json, group_json, members, producer_cost, refusals_json
+from fxmerge.report.layout import WIDTH, Footnotes, Style, lists, names, numbers, table, wrap
+from fxmerge.report.operations import operation
 from fxmerge.report.tables import (
-    add_number_columns,
-    add_text_columns,
+    change,
+    decimals,
     first_names,
     left_out_line,
-    new_table,
     percent,
-    refit_table,
-    refusal_table,
-    render,
+    refit_lines,
+    refusal_lines,
+    short,
 )
 
 VERSION = 2  # of the schema of the JSON
@@ -43,10 +45,13 @@ class AnalysisReport(Drawable):
     """The merge groups of a model, and the channels that cannot be merged."""
 
     captured: Capture
-    facts: Provenance = field(repr=False)
-    grouping: Grouping = field(repr=False)
+    facts: Provenance
+    grouping: Grouping
     refusals: tuple[Refusal, ...]
     plan: None = None
+
+    def __repr__(self) -> str:
+        return f"<AnalysisReport of {self.captured.name}: {len(self.groups)} groups; .text() shows them>"
 
     @cached_property
     def cost(self) -> Cost:
@@ -56,26 +61,41 @@ class AnalysisReport(Drawable):
     def _costs(self) -> tuple[Cost, ...]:
         return (self.cost,)
 
-    def text(self, width: int = 120) -> str:
-        """Two tables, the groups with their members and the refusals with their reasons, then the totals."""
-        table = new_table("Merge groups", "group")
-        add_number_columns(table, "channels")
-        add_text_columns(table, "producers", "per-channel parameters", "consumers")
-        for g in self.groups:
-            table.add_row(g.name, str(g.channels), *map(first_names, _members(g).values()))
-        refused = [refusal_table(self.refusals, self.captured)] if self.refusals else []
-        total = f"{len(self.groups)} groups, {self.cost.parameters:,} parameters, {self.cost.flops:,} FLOPs"
-        return render(table, *refused, total + left_out_line(self.captured), width=width)
+    def text(self, width: int = 120, ascii: bool = False) -> str:
+        """The groups with their members, the refusals with their reasons, and the totals, as plain text.
+
+        width: of the longest line, at least 20; columns that do not fit are left out
+        ascii: use ASCII characters only
+        """
+        style, groups, width = Style(ascii), self.groups, max(width, WIDTH)
+        costs = [producer_cost(g, self.cost) for g in groups]
+        columns = [
+            names("group", [g.name for g in groups]),
+            numbers("channels", [f"{g.channels:,}" for g in groups]),
+            numbers("parameters", [f"{p:,}" for p, _ in costs], [short(p) for p, _ in costs]),
+        ]
+        parts = [members(g) for g in groups]
+        columns += [
+            lists("consumers", [m["consumers"] for m in parts]),
+            lists("other producers", [m["producers"][1:] for m in parts]),  # a group has the name of its first
+            lists("per-channel parameters", [m["per_channel_params"] for m in parts]),
+        ]
+        found = table(f"Merge groups of {self.captured.name}", columns, width, style)
+        found = found if groups else wrap(f"{self.captured.name} has no merge groups", width, style)
+        refused = refusal_lines("Cannot be merged", self.refusals, self.captured, width, style)
+        total = f"{len(groups)} groups, {self.cost.parameters:,} parameters, {self.cost.flops:,} FLOPs"
+        return _text([found, refused], [total, *left_out_line(self.captured)], width, style)
 
     def json(self) -> str:
         """JSON text with the groups, refusals, parameters and FLOPs. Schema: fxmerge/assets/report.schema.json."""
         return json.dumps(
             {
                 "fxmerge_report": VERSION,
+                "model": self.captured.name,
                 "parameters": self.cost.parameters,
                 "flops": self.cost.flops,
-                "groups": [_group_json(g) for g in self.groups],
-                "refusals": _refusals_json(self.refusals, self.captured),
+                "groups": [group_json(g) | cost_json(g, self.cost) for g in self.groups],
+                "refusals": refusals_json(self.refusals, self.captured),
             },
             indent=1,
         )
@@ -86,16 +106,21 @@ class Report(Drawable):
     """The outcome of a merge: each group's channels before and after, the cost, the error, and what was not merged."""
 
     captured: Capture
-    facts: Provenance = field(repr=False)
-    grouping: Grouping = field(repr=False)
+    facts: Provenance
+    grouping: Grouping
     refusals: tuple[Refusal, ...]
     module: nn.Module  # the merged model
+    graph: fx.GraphModule  # its graph; the module itself, unless the model was recorded
     plan: Plan
     verdict: Verdict
     refitted: tuple[Refitted, ...] = ()
     notes: tuple[str, ...] = ()  # requests that were not, or not fully, carried out
     seconds: float  # duration of the merge
     timing: Timing | None = None  # of the merged model, if a latency budget was given
+
+    def __repr__(self) -> str:
+        merged = f"{len(self.plan.groups)} of {len(self.groups)} groups merged"
+        return f"<Report of {self.captured.name}: {merged}; .text() shows them>"
 
     @cached_property
     def before(self) -> Cost:
@@ -105,9 +130,9 @@ class Report(Drawable):
     @cached_property
     def after(self) -> Cost:
         """Parameters and FLOPs of the merged model, counted on first access."""
-        if isinstance(self.module, fx.GraphModule):
-            return cost(self.module, self.captured.inputs)
-        return call_cost(self.module, self.captured.args, self.captured.kwargs)
+        if self.captured.recorded is None:
+            return cost(self.graph, self.captured.inputs)
+        return call_cost(self.module, self.captured.args, self.captured.kwargs, self.graph, self.captured.inputs)
 
     @property
     def spent(self) -> Spent | None:
@@ -117,29 +142,44 @@ class Report(Drawable):
     def _costs(self) -> tuple[Cost, ...]:
         return (self.before, self.after)
 
-    def _outcome(self) -> tuple[Sequence[Refitted], dict[str, float]]:
-        return self.refitted, {"error": self.verdict.error, "seconds": self.seconds}
+    def _outcome(self) -> tuple[Sequence[Refitted], dict[str, float | str]]:
+        return self.refitted, {"error": self.verdict.error, "reason": self.verdict.reason, "seconds": self.seconds}
 
-    def text(self, width: int = 120) -> str:
-        """Tables of the merged groups, of refit, and of what was not merged and why; then the totals."""
+    def text(self, width: int = 120, ascii: bool = False) -> str:
+        """The merged groups, refit, what was not merged and why, and the totals, as plain text.
+
+        width: of the longest line, at least 20; columns that do not fit are left out
+        ascii: use ASCII characters only
+        """
+        style, width = Style(ascii), max(width, WIDTH)
+        refitted = refit_lines(self.refitted, width, style) if self.refitted else []
+        refused = refusal_lines("Not merged", self.refusals, self.captured, width, style)
+        return _text([self._merged(width, style), refitted, refused], self._totals(), width, style)
+
+    def _merged(self, width: int, style: Style) -> list[str]:
+        """The table of merged groups; parameters and FLOPs are those of their producers."""
         plans = {g.name: g for g in self.plan.groups}
-        table = new_table("Merged groups", "group")
-        add_number_columns(table, "channels", "parameters", "FLOPs", "similarity")
-        add_text_columns(table, "note")
-        for g in self.groups:
-            if g.name in plans:
-                table.add_row(*self._row(g, plans[g.name]))
-        refitted = [refit_table(self.refitted)] if self.refitted else []
-        refused = [refusal_table(self.refusals, self.captured)] if self.refusals else []
-        return render(table, *refitted, *refused, self._totals(), width=width)
-
-    def _row(self, group: Group, plan: GroupPlan) -> list[str]:
-        """The cells of a merged group; parameters and FLOPs are those of its producers."""
-        (p0, f0), (p1, f1) = _producer_cost(group, self.before), _producer_cost(group, self.after)
-        return [
-            group.name, f"{plan.channels} -> {len(plan.kept)}", f"{p0:,} -> {p1:,}", f"{f0:,} -> {f1:,}",
-            f"{plan.similarity:.2f}", "; ".join(self._notes(group, plan)),
-        ]  # fmt: skip
+        groups = [g for g in self.groups if g.name in plans]
+        if not groups:
+            return wrap(f"No group of {self.captured.name} was merged", width, style)
+        costs = [(producer_cost(g, self.before), producer_cost(g, self.after)) for g in groups]
+        notes = Footnotes()
+        for g in groups:
+            notes.add(self._notes(g, plans[g.name]))
+        columns = [
+            names("group", [g.name for g in groups]),
+            numbers("channels", [change(plans[g.name].channels, len(plans[g.name].kept)) for g in groups]),
+        ]
+        for header, at in (("parameters", 0), ("FLOPs", 1)):
+            exact, compact = ([change(one[at], two[at], few) for one, two in costs] for few in (False, True))
+            columns.append(numbers(header, exact, compact))
+        columns.append(numbers("similarity", [decimals(plans[g.name].similarity, 2) for g in groups]))
+        if self.plan.options.decomposition == "mostsim":
+            merged = {g.name for g in groups if not unmerged(g, self._tensors, self.plan.options)}
+            alone = [sum(p.into < 0 for p in plans[g.name].partners) if g.name in merged else 0 for g in groups]
+            columns.append(numbers("no partner", [f"{n:,}" for n in alone]))
+        found = table(f"Merged groups of {self.captured.name}", [*columns, *notes.columns], width, style)
+        return found + notes.lines(width, style)
 
     def _notes(self, group: Group, plan: GroupPlan) -> list[str]:
         decomposition, notes = self.plan.options.decomposition, []
@@ -147,15 +187,20 @@ class Report(Drawable):
         if staying < len(plan.kept):
             notes.append(f"kept channels in blocks that remain: {staying}")
         if decomposition == "mostsim" and group.scale_blocks:
-            notes.append(
-                f"merged without rescaling, because scaling does not pass through {first_names(group.scale_blocks)}"
-            )
-        if decomposition != "prune" and not group.partners:
-            notes.append("dropped without merging: whole blocks, or copies of channels that do not line up")
-        unpartnered = sum(p.into < 0 for p in plan.partners)
-        if decomposition == "mostsim" and unpartnered and group.partners:
-            notes.append(f"{unpartnered} dropped without a partner")
+            notes.append(f"merged without rescaling, because scaling does not pass through {self._ops(group)}")
+        if why := unmerged(group, self._tensors, self.plan.options):
+            notes.append(f"dropped without merging: {why}")
         return notes
+
+    @cached_property
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        return state(self.captured.module)
+
+    def _ops(self, group: Group) -> str:
+        """The operations that scaling does not pass through."""
+        nodes = {n.name: n for n in self.captured.module.graph.nodes}
+        found = (operation(nodes[name], self.captured.module) for name in group.scale_blocks)
+        return first_names(list(dict.fromkeys(found)))
 
     def _in_kept_blocks(self, group: Group, plan: GroupPlan) -> int:
         """How many of a group's kept channels are in blocks that are not removed as a whole (heads="both")."""
@@ -173,22 +218,23 @@ class Report(Drawable):
         kept[self.grouping.atom[alive]] = True
         return kept
 
-    def _totals(self) -> str:
+    def _totals(self) -> list[str]:
         before, after = self.before, self.after
         size = percent(after.parameters, before.parameters)
-        return (
-            f"parameters {before.parameters:,} -> {after.parameters:,} ({size} left)"
-            f"\nFLOPs      {before.flops:,} -> {after.flops:,} ({percent(after.flops, before.flops)} left)"
-            f"\nrelative error of the outputs on the example inputs: {self.verdict.error:.3g}"
-            + (f"\n{self.spent.line()}" if self.spent else "")
-            + "".join(f"\n{note}" for note in self.notes)
-            + left_out_line(self.captured)
-        )
+        return [
+            f"parameters {before.parameters:,} -> {after.parameters:,} ({size} left)",
+            f"FLOPs      {before.flops:,} -> {after.flops:,} ({percent(after.flops, before.flops)} left)",
+            f"relative error of the outputs on the example inputs: {self.verdict.text()}",
+            *([self.spent.line()] if self.spent else []),
+            *self.notes,
+            *left_out_line(self.captured),
+        ]
 
     def json(self) -> str:
         """JSON text: parameters_before, parameters_after, flops_before, flops_after, error, refit, groups, refusals.
 
-        Its schema is fxmerge/assets/report.schema.json. An error that is not finite is written as null.
+        Its schema is fxmerge/assets/report.schema.json. An error that was not measured, or is not finite, is written
+        as null, with "error_reason".
         """
         plans = {g.name: g for g in self.plan.groups}
         groups = []
@@ -197,26 +243,32 @@ class Report(Drawable):
             kept = list(plan.kept) if plan else list(range(g.channels))
             groups.append(
                 {
-                    **_group_json(g),
+                    **group_json(g),
+                    **cost_json(g, self.before, "_before"),
+                    **cost_json(g, self.after, "_after"),
                     "kept": kept,
-                    "similarity": plan.similarity if plan else 1.0,
+                    "similarity": finite(plan.similarity) if plan else 1.0,
                     "partners": list(plan.partners) if plan else [],
                 }
             )
         return json_text(
             {
                 "fxmerge_report": VERSION,
+                "model": self.captured.name,
                 "parameters_before": self.before.parameters,
                 "parameters_after": self.after.parameters,
                 "flops_before": self.before.flops,
                 "flops_after": self.after.flops,
                 "error": finite(self.verdict.error),
+                **({"error_reason": self.verdict.reason} if self.verdict.reason else {}),
+                **({"error_of_integers": self.verdict.differing} if self.verdict.differing is not None else {}),
                 "refit": [finite(vars(r)) for r in self.refitted],
-                **({"budget": vars(self.spent)} if self.spent else {}),
+                **({"budget": finite(vars(self.spent))} if self.spent else {}),
                 "notes": list(self.notes),
                 "groups": groups,
-                "refusals": _refusals_json(self.refusals, self.captured),
-            }
+                "refusals": refusals_json(self.refusals, self.captured),
+            },
+            convert=lambda record: finite(fields(record)),
         )
 
 
@@ -224,45 +276,12 @@ def original_cost(captured: Capture) -> Cost:
     """Parameters and FLOPs of the model that was captured."""
     if captured.recorded is None:
         return cost(captured.module, captured.inputs)
-    return call_cost(captured.recorded.host, captured.args, captured.kwargs)
+    host = captured.recorded.host
+    return call_cost(host, captured.args, captured.kwargs, captured.module, captured.inputs)
 
 
-def _producer_cost(group: Group, cost: Cost) -> tuple[int, int]:
-    """(parameters, FLOPs) of a group's producers."""
-    found = [cost.by_module.get(name, (0, 0)) for name in _members(group)["producers"]]
-    return sum(p for p, _ in found), sum(f for _, f in found)
-
-
-def _members(group: Group) -> dict[str, list[str]]:
-    """The names of a group's layers by their part in the group."""
-    parts = {
-        "producers": group.producers,
-        "per_channel_params": group.per_channel_params,
-        "consumers": group.consumers,
-    }
-    return {part: list(dict.fromkeys(m.layer.module for m in members)) for part, members in parts.items()}
-
-
-def _group_json(group: Group) -> dict[str, Any]:
-    return {
-        "name": group.name,
-        "channels": group.channels,
-        **_members(group),
-        "mixers": list(group.mixers),
-        "ties": list(group.ties),
-        "internal": group.internal,
-        "scale_blocks": list(group.scale_blocks),
-    }
-
-
-def _refusals_json(refusals: Sequence[Refusal], captured: Capture) -> list[dict[str, Any]]:
-    return [
-        {
-            "name": r.name,
-            "channels": r.channels,
-            "parameters": parameters_held(r, captured),
-            "reason": r.reason,
-            "where": r.where,
-        }
-        for r in refusals
-    ]
+def _text(tables: Sequence[Sequence[str]], totals: Sequence[str], width: int, style: Style) -> str:
+    """Tables with an empty line after each, and below them the totals."""
+    lines = [line for found in tables if found for line in (*found, "")]
+    lines += [line for total in totals for line in wrap(total, width, style, 4)]
+    return "\n".join(lines) + "\n"

@@ -1,70 +1,104 @@
-"""The tables of a report and the short texts in their cells."""
+"""The tables of the reports and the short texts in their cells."""
 
 from __future__ import annotations
 
-import io
+import math
+import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.groups import Refusal
 from fxmerge.refit.refit_layers import Refitted
+from fxmerge.report.layout import Footnotes, Style, names, numbers, table, wrap
 from fxmerge.report.refusals import parameters_held
 
-if TYPE_CHECKING:
-    from rich.table import Table
+REFUSED = 20  # reasons in the table of refusals, at most
+REFITTED = 40  # layers in the table of refit, at most
 
 
-def render(*parts: Table | str, width: int = 120) -> str:
-    """Tables and texts below each other, as plain text of at most `width` columns."""
-    from rich.console import Console
+def refusal_lines(title: str, refusals: Sequence[Refusal], captured: Capture, width: int, style: Style) -> list[str]:
+    """The channels that are not merged, with the reason below each row; those with the most parameters first.
 
-    console = Console(file=io.StringIO(), width=width)
-    for part in parts:
-        console.print(part, highlight=False, markup=False)
-    return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
-
-
-def new_table(title: str, first: str) -> Table:
-    """An empty table with a title and a first column for names."""
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    table.add_column(first, overflow="fold")
-    return table
-
-
-def add_text_columns(table: Table, *names: str) -> None:
-    """Add left-aligned columns whose texts may be folded."""
-    for name in names:
-        table.add_column(name, overflow="fold")
-
-
-def add_number_columns(table: Table, *names: str) -> None:
-    """Add right-aligned columns that are never wrapped."""
-    for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
-
-
-def refusal_table(refusals: Sequence[Refusal], captured: Capture) -> Table:
-    """The channels that were not merged and why, those with the most parameters first."""
-    table = new_table("Not merged", "layer")
-    add_number_columns(table, "channels", "parameters")
-    add_text_columns(table, "reason", "source line")
+    Layers that have the same reason share a row, and so do reasons that differ in numbers only.
+    """
+    if not refusals:
+        return []
     held = {r: parameters_held(r, captured) for r in refusals}
+    alike: dict[str, list[Refusal]] = {}
     for r in sorted(refusals, key=lambda r: -held[r]):
-        table.add_row(r.name, str(r.channels), f"{held[r]:,}", r.reason, r.where)
-    return table
+        alike.setdefault(re.sub(r"\d+", "#", r.reason), []).append(r)
+    rows = sorted(alike.values(), key=lambda same: -sum(held[r] for r in same))
+    shown, rest = rows[:REFUSED], [r for same in rows[REFUSED:] for r in same]
+    layers = [list(dict.fromkeys(r.name for r in same)) for same in shown]
+    columns = [
+        names("layer", [found[0] for found in layers], [len(found) - 1 for found in layers]),
+        numbers("channels", [f"{sum(r.channels for r in same):,}" for same in shown]),
+        numbers("parameters", [f"{sum(held[r] for r in same):,}" for same in shown]),
+    ]
+    lines = table(title, columns, width, style, [_reason(same) for same in shown])
+    if rest:
+        left = f"and {len(rest)} more for other reasons, with {sum(held[r] for r in rest):,} parameters"
+        lines += wrap(f"{left}; the JSON report has them all", width, style)
+    return lines
 
 
-def refit_table(refitted: Sequence[Refitted]) -> Table:
+def _reason(same: Sequence[Refusal]) -> str:
+    """The reason of some refusals with the source line of the first."""
+    places = list(dict.fromkeys(r.where for r in same if r.where))
+    more = f", and {len(places) - 1} more lines" if len(places) > 1 else ""
+    return same[0].reason + (f" [{places[0]}{more}]" if places else "")
+
+
+def refit_lines(refitted: Sequence[Refitted], width: int, style: Style) -> list[str]:
     """The layers that were considered for refit, with the relative square error of their outputs."""
-    table = new_table("Refit", "layer")
-    add_number_columns(table, "error before", "error after")
-    add_text_columns(table, "note")
-    for r in refitted:
-        table.add_row(r.name, f"{r.before:.4f}", f"{r.after:.4f}", r.note)
-    return table
+    worst = sorted(refitted, key=lambda r: -r.after if math.isfinite(r.after) else -math.inf)[:REFITTED]
+    shown = [r for r in refitted if r in worst] if len(refitted) > REFITTED else list(refitted)
+    notes = Footnotes()
+    for r in shown:
+        notes.add([r.note] if r.note else [])
+    columns = [
+        names("layer", [r.name for r in shown]),
+        numbers("error before", [error(r.before) for r in shown]),
+        numbers("error after", [error(r.after) for r in shown]),
+        *notes.columns,
+    ]
+    lines = table("Refit (relative square error of each layer's outputs)", columns, width, style)
+    lines += notes.lines(width, style)
+    if len(shown) < len(refitted):
+        left = f"and {len(refitted) - len(shown)} more with smaller errors; the JSON report has them all"
+        lines += wrap(left, width, style)
+    return lines
+
+
+def error(value: float) -> str:
+    """A relative error with four decimals, or with one digit if it is smaller."""
+    return f"{value:.0e}" if 0 < value < 5e-5 else decimals(value, 4)
+
+
+def decimals(value: float, count: int) -> str:
+    """A number with `count` decimals; `-` if it was not measurable."""
+    return f"{value:.{count}f}" if math.isfinite(value) else "-"
+
+
+def change(before: int | None, after: int | None, compact: bool = False) -> str:
+    """`1,024 -> 512`, with `-` for a number that is not known.
+
+    compact: three digits and a unit, as in `1.18M`
+    """
+    one, other = (("-" if n is None else short(n) if compact else f"{n:,}") for n in (before, after))
+    return f"{one} -> {other}"
+
+
+def short(number: int) -> str:
+    """A number with three digits and a unit, such as 1.18M; exact below 10,000."""
+    if number < 10_000:
+        return f"{number:,}"
+    value, unit = float(number), ""
+    for larger in "kMGTP":
+        value, unit = value / 1000, larger
+        if value < 999.5:
+            break
+    return f"{value:#.3g}".rstrip(".") + unit
 
 
 def percent(part: float, whole: float) -> str:
@@ -77,6 +111,6 @@ def first_names(names: Sequence[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def left_out_line(captured: Capture) -> str:
-    """A line with the outputs of the model that capture left out, or an empty text."""
-    return f"\nleft out of the output: {', '.join(captured.left_out)}" if captured.left_out else ""
+def left_out_line(captured: Capture) -> list[str]:
+    """A line with the outputs of the model that capture left out, if there are any."""
+    return [f"left out of the output: {', '.join(captured.left_out)}"] if captured.left_out else []

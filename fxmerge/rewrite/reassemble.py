@@ -12,6 +12,7 @@ from typing import Any
 from torch import fx, nn
 
 from fxmerge.errors import FxMergeError
+from fxmerge.graph.odd_names import writable
 from fxmerge.ir.capture import Capture, Part
 from fxmerge.weights.by_path import Weights
 from fxmerge.weights.copy import deep_copy
@@ -87,7 +88,7 @@ def _part(part: Part, merged: fx.GraphModule, nodes: dict[str, fx.Node], origina
         root = merged.get_submodule(part.path)
     except AttributeError:  # a part without parameters
         root = nn.Module()
-    new = fx.GraphModule(root, graph, part.class_name)
+    new = fx.GraphModule(root, writable(graph), part.class_name)
     new.training = original.training
     held = {**vars(nn.Module()), **vars(new)}
     for name, value in vars(original).items():  # attributes that other code may read, such as `backbone.out_channels`

@@ -10,20 +10,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from fxmerge.graph.nested import tree
+from fxmerge.ir.capture import SIZE_CHECK
 from fxmerge.ir.groups import Member, Merge
+from fxmerge.ir.labels import compact
 from fxmerge.ir.provenance import Layer, ParamLabels, Provenance, blocks_left
-from fxmerge.methods.linalg import BITE
+from fxmerge.methods.linalg import BITE, precise
 from fxmerge.rewrite.slicing import gather, places
 from fxmerge.rules.resize import Call
 from fxmerge.weights.by_path import fetch_bias
 from fxmerge.weights.copy import sharing_copy
-from fxmerge.weights.layout import columns, from_columns, resize
+from fxmerge.weights.layout import columns, from_columns, from_out_first, out_first, resize
 
-_WITHOUT_BIAS = ("matrix", "embedding")  # ops that take no bias (except addmm): a node after them adds it
+_WITHOUT_BIAS = ("matrix", "embedding", "experts")  # ops that take no bias (except addmm): a node after them adds it
 
 
 class Rewriter:
@@ -57,19 +61,19 @@ class Rewriter:
                     gather(self.weights, labels, lambda flat: alive[flat].nonzero().flatten())
             self.weights.own_all()
         for layer in self.facts.layers:
-            self._resize(layer, blocks_left(layer, alive))
+            self._resize(layer, alive)
         self._edit(edits)
         self.module.graph.lint()
         self.module.recompile()
         return self.module
 
     def _absorb_consumers(self, merge: Merge) -> None:
-        done: set[str] = set()
+        done: set[tuple[str, bytes]] = set()
         for consumer, part in zip(merge.group.consumers, merge.consumers, strict=True):
             path = consumer.layer.params["weight"]
-            if path in done:
+            if _held(consumer) in done:
                 continue  # a module that is called twice absorbs once
-            done.add(path)
+            done.add(_held(consumer))
             shift, (here, local) = part.shift[consumer.channels], consumer.local(merge.kept)
             up = part.up if len(consumer.channels) == merge.group.channels else part.up[consumer.channels][:, here]
             partners = _partners(consumer, up, local) if not bool(shift.any()) else None
@@ -77,7 +81,7 @@ class Rewriter:
                 self.partners.setdefault(path, []).append(partners)
                 continue
             weight = self.weights.own(path)
-            rows = columns(weight, consumer.layer).to(torch.float64, copy=True)
+            rows = precise(columns(weight, consumer.layer)).clone()
             own = rows[consumer.where]  # (m, copies, out/groups * kernel)
             if bool(shift.any()):
                 gained = _gained(consumer, own, shift, weight)
@@ -88,7 +92,7 @@ class Rewriter:
     def _slice_and_add(self, labels: ParamLabels, alive: Tensor) -> None:
         """W[:, kept] + the sum of scale * W[:, dropped], for the rows that stay, in chunks of `linalg.BITE` rows."""
         value = self.weights[labels.path].detach()
-        device, precise = value.device, torch.promote_types(value.dtype, torch.float32)
+        device, exact = value.device, torch.promote_types(value.dtype, torch.float32)
         rows = (alive[labels.axes[0]].nonzero().flatten() if 0 in labels.axes else torch.arange(len(value))).to(device)
         stays = alive[labels.axes[1]]
         place = torch.cumsum(stays, 0) - 1  # the new place of each column that stays
@@ -96,12 +100,12 @@ class Rewriter:
         parts = []
         for part in self.partners[labels.path]:
             here = stays[part.target]  # not for a target whose block is dropped
-            scale = part.scale[here].to(device, precise).view(shape)
+            scale = part.scale[here].to(device, exact).view(shape)
             parts.append((part.source[here].to(device), place[part.target[here]].to(device), scale))
         sliced = value.new_empty(len(rows), len(kept), *value.shape[2:])
         for some, target in zip(torch.split(rows, BITE), torch.split(sliced, BITE), strict=True):
-            whole = value.index_select(0, some).to(precise)
-            total = target if target.dtype == precise else whole.new_empty(target.shape)
+            whole = value.index_select(0, some).to(exact)
+            total = target if target.dtype == exact else whole.new_empty(target.shape)
             torch.index_select(whole, 1, kept, out=total)
             for source, into, scale in parts:
                 total.index_add_(1, into, whole.index_select(1, source).mul_(scale))
@@ -111,23 +115,26 @@ class Rewriter:
 
     def _absorb_producers(self, merge: Merge, mixing: Tensor) -> None:
         """rows_k = (1 / gain_k) sum_i down_ki gain_i rows_i; the bias likewise, in the group's common coordinates."""
+        done: set[tuple[str, bytes]] = set()
         for producer, (gain, constant_gain, constant) in zip(merge.group.producers, merge.gains, strict=True):
+            if _held(producer) in done:
+                continue
+            done.add(_held(producer))
             weight = self.weights.own(producer.layer.params["weight"])
-            out_first = weight.movedim(1, 0) if producer.layer.transposed else weight
-            rows = out_first.flatten(1).to(torch.float64, copy=True)
+            first = out_first(weight, producer.layer)
+            rows = precise(first.flatten(1)).clone()
             here, local = producer.local(merge.kept)
             down = mixing[here][:, producer.channels]  # (k', m)
             own_gain, own_constant = gain[producer.channels], constant[producer.channels]
             inverse = torch.where(own_gain[local] == 0, 0.0, 1 / own_gain[local])
             mix = inverse[:, None] * down * own_gain[None, :]
             rows[producer.where[local]] = torch.einsum("km,mcx->kcx", mix.to(rows), rows[producer.where])
-            whole = rows.reshape(out_first.shape)
-            weight.copy_(whole.movedim(0, 1) if producer.layer.transposed else whole)
+            weight.copy_(from_out_first(rows.reshape(first.shape), weight, producer.layer))
             of_constants = constant_gain[producer.channels]
 
             def mean_bias(bias: Tensor) -> Tensor:
                 whole = of_constants[:, None] * bias[producer.where] + own_constant[:, None]  # noqa: B023
-                target = down @ whole - own_constant[local][:, None]  # noqa: B023
+                target = down.to(whole) @ whole - own_constant[local][:, None]  # noqa: B023
                 divisor = of_constants[local][:, None]  # noqa: B023
                 return bias.index_put((producer.where[local],), torch.where(divisor == 0, 0.0, target / divisor))  # noqa: B023
 
@@ -137,16 +144,18 @@ class Rewriter:
         """Changes a layer's bias, in float64. A layer without a bias gets one, with the labels of its weight's rows."""
         if "bias" in layer.params:
             bias = self.weights.own(layer.params["bias"])
-            bias.copy_(change(bias.double()))
+            bias.copy_(change(precise(bias)))
             return
+        if layer.operation.is_recurrent:
+            return  # its module has biases everywhere or nowhere
         path, node = layer.params["weight"], self.nodes[layer.node]
-        weight, out_axis = self.weights[path], 1 if layer.transposed else 0
+        weight, out_axis = self.weights[path], int(layer.transposed) + layer.is_stacked
         owner, _, name = path.rpartition(".")
         takes_one = layer.op not in _WITHOUT_BIAS
         added = f"{owner}.{'bias' if node.op == 'call_module' and takes_one else name + '_bias'}".lstrip(".")
         known = added in self.held
-        old = self.weights[added] if known else weight.new_zeros(weight.size(out_axis))
-        new = change(old.double()).to(weight)
+        old = self.weights[added] if known else weight.new_zeros(len(out_first(weight, layer)))
+        new = change(precise(old)).to(weight)
         if not takes_one and not known and not bool(new.any()):
             return
         self.weights.add(added, new, weight.requires_grad)
@@ -170,37 +179,47 @@ class Rewriter:
         node.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
         self.nodes[layer.node] = total
 
-    def _resize(self, layer: Layer, groups: int) -> None:
+    def _resize(self, layer: Layer, alive: Tensor) -> None:
         """Updates the sizes that a layer's module keeps: groups, and those of its weight (see `layout.resize`)."""
-        node = self.nodes[layer.node]
-        weight = self.weights[layer.params["weight"]] if "weight" in layer.params else None
+        node, groups = self.nodes[layer.node], blocks_left(layer, alive)
         if node.op != "call_module":
             return
         owner = self.module.get_submodule(str(node.target))
         for attribute in ("groups", "num_groups"):
             if hasattr(owner, attribute):
                 setattr(owner, attribute, groups)
+        weight = self.weights[layer.params["weight"]] if "weight" in layer.params else None
         sized = weight if weight is not None else getattr(owner, "running_mean", None)
         if isinstance(sized, Tensor):
-            resize(owner, sized, groups, layer.transposed)
+            resize(owner, sized.shape, groups, layer.transposed)
+        elif layer.operation.is_norm:  # without parameters: its sizes are those of what it normalises
+            left = compact(self.facts.labels[layer.node], alive)
+            last = len(getattr(owner, "normalized_shape", ()))
+            if left:
+                resize(owner, left[0].shape[-last:] if last else left[0].shape[1:2], groups, layer.transposed)
 
     def _edit(self, edits: Mapping[str, Call]) -> None:
         """Replaces the calls of nodes, and erases size queries that are no longer used."""
 
-        def here(node: fx.Node) -> fx.Node:
-            found: fx.Node = self.nodes[node.name]
-            return found
+        def here(leaf: Any) -> Any:
+            if isinstance(leaf, fx.Node):
+                return self.nodes[leaf.name]
+            if isinstance(leaf, Call):  # a value that is computed for this call alone
+                kind = "call_method" if isinstance(leaf.target, str) else "call_function"
+                return self.module.graph.create_node(kind, leaf.target, tree(here, leaf.args), tree(here, leaf.kwargs))
+            return leaf
 
         for name, call in edits.items():
             node = self.nodes[name]
             if node.op == "call_function" and isinstance(call.target, str):
                 node.op = "call_method"
             node.target = call.target
-            node.args, node.kwargs = fx.map_arg(call.args, here), fx.map_arg(call.kwargs, here)
+            with self.module.graph.inserting_before(node):
+                node.args, node.kwargs = tree(here, tuple(call.args)), tree(here, dict(call.kwargs))
         for node in [
             n for n in reversed(self.module.graph.nodes) if n.op in ("call_function", "call_method") and not n.users
         ]:
-            if self.facts.kinds.get(node.name) == "query":
+            if self.facts.kinds.get(node.name) == "query" and not node.meta.get(SIZE_CHECK):
                 self.module.graph.erase_node(node)
 
 
@@ -213,12 +232,23 @@ class Partners:
     scale: Tensor
 
 
+def _held(member: Member) -> tuple[str, bytes]:
+    """A member's weight, and where the group's channels are in it."""
+    return member.layer.params["weight"], member.where.numpy().tobytes()
+
+
 def _partners(consumer: Member, up: Tensor, local: Tensor) -> Partners | None:
     """The columns to add for an `up` with at most one entry per row, 1 for kept channels; None for any other `up`."""
     row, into = up.nonzero().unbind(1)  # rows ascending
     own = up[local, torch.arange(len(local))]
     layer = consumer.layer
-    if layer.groups > 1 or layer.transposed or bool((row[1:] == row[:-1]).any()) or bool((own != 1).any()):
+    if (
+        layer.groups > 1
+        or layer.transposed
+        or layer.is_stacked
+        or bool((row[1:] == row[:-1]).any())
+        or bool((own != 1).any())
+    ):
         return None
     moves = torch.ones(len(up), dtype=torch.bool).index_fill_(0, local, False)[row]
     row, into = row[moves], into[moves]

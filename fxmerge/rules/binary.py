@@ -74,6 +74,7 @@ def _own_sizes(value: Tensor, constant: Tensor) -> bool:
 def _constant(ctx: RuleContext, x: Lab, value: Tensor, shape: Shape) -> Lab | Unknown:
     """A constant that is the same for all blocks of x lets whole blocks leave."""
     why = "meets a constant tensor"
+    ctx.want(value, x.t)
     sizes = [1] * (len(shape) - value.dim()) + list(value.shape)
     alone = [axis for axis in varying(x.t) if x.t.dim() == len(sizes) and sizes[axis] == 1]
     if not ctx.whole or not alone:

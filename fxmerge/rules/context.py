@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import inspect
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from fxmerge.errors import source_line
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.labels import FIXED, numbers, rows, simplify, spread, thin, varying
 from fxmerge.ir.layer_ops import LayerOp
-from fxmerge.ir.provenance import Block, Bond, Contraction, Lab, Layer, Param, Pin, Tie
+from fxmerge.ir.provenance import Block, Bond, Contraction, Grid, Lab, Layer, Param
+from fxmerge.rules.call_names import call_name, layer_name
 from fxmerge.rules.facts import FactsBuilder, pins_of
 from fxmerge.rules.rule import Operand, Unknown
+from fxmerge.rules.ties import tied
+from fxmerge.weights.by_path import at
 
 
 class RuleContext:
@@ -59,6 +62,11 @@ class RuleContext:
             known = self._facts.elements[param.path] = labels
         return known
 
+    def raw(self, labels: Tensor) -> list[Param]:
+        """The raw parameters that have elements among these labels."""
+        inside = [(path, own) for path, own in self._facts.elements.items() if bool(torch.isin(own, labels).any())]
+        return [Param(path, at(self._capture.module, path)) for path, _ in inside]
+
     def along(self, x: Lab, axis: int) -> Tensor:
         """The label at each place along an axis, (size,). All labels at one place are tied to each other."""
         size = x.t.size(axis)
@@ -100,48 +108,10 @@ class RuleContext:
 
     def tie(self, left: Tensor, right: Tensor) -> None:
         """These labels are dropped together or not at all, position by position. A label that meets FIXED is pinned."""
-        ties, pins = self._tied(left, right)
+        self._laid_out_alike(left, right)
+        ties, pins = tied(self._node, left, right)
         self._facts.ties += ties
         self._facts.pins += pins
-
-    def _tied(self, left: Tensor, right: Tensor) -> tuple[list[Tie], list[Pin]]:
-        """The ties, and the pins of labels that meet FIXED."""
-        ties: list[Tie] = []
-        pins: list[Pin] = []
-        left, right = thin(left), thin(right)
-        if left.shape != right.shape:
-            left, right, ties, pins = self._broadcast(left, right)
-        left, right = left.flatten(), right.flatten()
-        if not bool(torch.minimum(left, right).all()):  # FIXED is 0, and no label is less
-            for one, other in ((left, right), (right, left)):
-                pins += pins_of(self._node, other[one == FIXED], "meets values that are not channels of a layer")
-            here = (left != FIXED) & (right != FIXED)
-            left, right = left[here], right[here]
-        differ = left != right
-        if not bool(differ.all()):
-            left, right = left[differ], right[differ]
-        if left.numel():
-            ties.append(Tie(self._node.name, left, right))
-        return ties, pins
-
-    def _broadcast(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, list[Tie], list[Pin]]:
-        """Two label tensors broadcast to one shape.
-
-        Where each has an axis that the other lacks, the labels along that axis are first tied to each other, so that
-        not every label of one meets every label of the other. Returns those ties and pins too.
-        """
-        ties: list[Tie] = []
-        pins: list[Pin] = []
-        sizes = list(zip(left.shape, right.shape, strict=False)) if left.dim() == right.dim() else []
-        alone = [(left, [b == 1 for _, b in sizes]), (right, [a == 1 for a, _ in sizes])]
-        firsts = [t[tuple(slice(0, 1) if own else slice(None) for own in axes)] for t, axes in alone]
-        if sizes and all(f.numel() < t.numel() for f, (t, _) in zip(firsts, alone, strict=True)):
-            for first, (t, _) in zip(firsts, alone, strict=True):
-                more_ties, more_pins = self._tied(first, t)
-                ties, pins = ties + more_ties, pins + more_pins
-            left, right = firsts
-        left, right = torch.broadcast_tensors(left, right)  # type: ignore[no-untyped-call]
-        return left, right, ties, pins
 
     def pin(self, labels: Tensor, reason: str) -> None:
         """These channels stay."""
@@ -152,9 +122,34 @@ class RuleContext:
         if isinstance(param, Param):
             self._facts.freeze(self._node, param, reason)
 
-    def block(self, rows: Tensor) -> None:
-        """Each of these rows, (blocks, size), loses equally many channels."""
-        self._facts.blocks.append(Block(rows, self._node.name))
+    def want(self, constant: Operand, labels: Tensor) -> None:
+        """A constant meets these labels; if it can be made as wide as they are, `analysis.constants` will do so."""
+        self._facts.want(constant, labels)
+
+    def block(self, rows: Tensor, outer: tuple[int, ...] = (), *, leaves_whole: bool = True) -> None:
+        """Each of these rows, (blocks, size), loses equally many channels. outer, leaves_whole: see `ir.Block`."""
+        self._facts.blocks.append(Block(rows, self._node.name, source_line(self._node), outer, leaves_whole))
+
+    def hold_places(self, labels: Tensor, held: Collection[int], *, single: bool) -> None:
+        """No channel may come to another place along the `held` axes, whatever leaves along the others.
+
+        single: is there one value of something else for each place along `held`? Then all places lose equally many.
+        """
+        axes = varying(labels)
+        inside = tuple(at for at, axis in enumerate(axes) if axis in held)
+        if inside and len(inside) < len(axes):
+            self._grid(labels, inside, single)
+
+    def _laid_out_alike(self, *operands: Tensor) -> None:
+        """Operands that meet position by position are packed along the same axis when channels leave."""
+        if all(len(varying(t)) > 1 for t in operands) and operands[0] is not operands[-1]:
+            for t in operands:
+                self._grid(t, (), False)
+
+    def _grid(self, labels: Tensor, held: tuple[int, ...], single: bool) -> None:
+        axes = varying(labels)
+        small = labels[tuple(slice(None) if axis in axes else 0 for axis in range(labels.dim()))]
+        self._facts.grids.append(Grid(small, self._node.name, source_line(self._node), held, single))
 
     def bond(
         self,
@@ -168,7 +163,7 @@ class RuleContext:
 
         See `ir.Bond`.
         """
-        kept_ties, kept_pins = self._tied(*ties) if ties is not None else ([], [])
+        kept_ties, kept_pins = tied(self._node, *ties) if ties is not None else ([], [])
         if pins is not None:
             kept_pins += pins_of(self._node, *pins)
         if not self.whole:
@@ -185,6 +180,7 @@ class RuleContext:
         """
         alone = [axis for axis in varying(a) if b.size(axis) == 1]
         if self.whole and alone and varying(a)[-1] not in alone:
+            self._laid_out_alike(a, b)
             self.bond(rows(a, alone), held=b, ties=(a, b))
         else:
             self.tie(a, b)
@@ -210,8 +206,13 @@ class RuleContext:
         self.bond(torch.cat([number.reshape(-1, 1), inside], 1))
         return True
 
-    def mix(self, labels: Tensor) -> None:
-        """Each of these channels changes with the others, as in a LayerNorm: dropping one is not exact for the rest."""
+    def mix(self, labels: Tensor, axes: Collection[int] | None = None) -> None:
+        """Each of these channels changes with the others, as in a LayerNorm: dropping one is not exact for the rest.
+
+        axes: those that the op mixes along; the channels keep their places along the others
+        """
+        if axes is not None:
+            self.hold_places(labels, set(varying(labels)) - set(axes), single=False)
         self._facts.mixers.append((self._node.name, numbers(labels)))
 
     def layer(
@@ -225,6 +226,8 @@ class RuleContext:
         groups: int = 1,
         transposed: bool = False,
         eps: float = 0.0,
+        batch_statistics: bool = False,
+        inner: bool = False,
     ) -> None:
         """Record a layer. params: slot ("weight", "bias") -> parameter, or None; the rest as in `ir.Layer`."""
         node = self._node
@@ -242,6 +245,8 @@ class RuleContext:
                 groups=groups,
                 transposed=transposed,
                 eps=eps,
+                batch_statistics=batch_statistics,
+                inner=inner,
             )
         )
 
@@ -280,19 +285,3 @@ def resized(x: Lab, shape: Sequence[int]) -> Lab | Unknown:
                 return Unknown("changes the size of the channel axis")
             small = small.narrow(axis, 0, 1)
     return Lab(simplify(torch.broadcast_to(small, tuple(shape))))
-
-
-def layer_name(path: str) -> str:
-    """What users call the layer of a parameter: its module, or the parameter itself."""
-    owner, _, name = path.rpartition(".")
-    return owner if owner and name in ("weight", "bias") else path
-
-
-def call_name(node: fx.Node) -> str:
-    """The name of what a node calls: the module's path, the method, or the function."""
-    target = node.target
-    if isinstance(target, str):
-        return target
-    if inspect.isbuiltin(target):  # whose qualified names begin with the name of a class
-        return target.__name__
-    return getattr(target, "__qualname__", None) or getattr(target, "__name__", None) or str(target)

@@ -18,8 +18,8 @@ from fxmerge.ir.labels import fixed, holds, rows, simplify, varying
 from fxmerge.ir.provenance import Lab, Param, View
 from fxmerge.rules.binary import as_table, meets, operand_shape
 from fxmerge.rules.context import RuleContext
-from fxmerge.rules.layers import matrix
-from fxmerge.rules.rule import Operand, Unknown
+from fxmerge.rules.layers import experts, matrix
+from fxmerge.rules.rule import Answer, Operand, Unknown
 
 Shape = tuple[int, ...]
 
@@ -62,6 +62,9 @@ def contract(ctx: RuleContext, a: Named, b: Named, out: str, shape: Shape) -> La
     if set(alone) & (varying_a | varying_b):
         return Unknown("sums over the channels of one operand alone")
     shared = [c for c in a.letters if c in b.letters]
+    for operand in (a, b):  # the other operand, or the result, has one value for each place along these axes
+        batch = set(operand.varying - set(summed) if operand.varying & set(summed) else operand.varying & set(shared))
+        ctx.hold_places(operand.t, operand.axes(sorted(batch - set(summed))), single=True)
     if (varying_a | varying_b) & set(summed):
         # q k': tie what meets along the contracted axis, at each place along the other axes that labels vary along
         axes = shared + [c for c in a.letters + b.letters if c in (varying_a | varying_b) and c not in shared]
@@ -69,8 +72,8 @@ def contract(ctx: RuleContext, a: Named, b: Named, out: str, shape: Shape) -> La
         if any(one.size(axis) == 1 for axis in varying(other)):
             one, other = other, one
         ctx.meet(one, other)
-        batch = [c for c in shared if c not in summed and c in (varying_a | varying_b)]
-        return _scores(ctx, (a, b), batch, out, shape)
+        numbered = [c for c in shared if c not in summed and c in (varying_a | varying_b)]
+        return _scores(ctx, (a, b), numbered, out, shape)
     if not varying_a and not varying_b:
         return Lab(fixed(shape))
     if varying_a == varying_b and varying_a <= set(shared):  # channel by channel
@@ -84,12 +87,13 @@ def contract(ctx: RuleContext, a: Named, b: Named, out: str, shape: Shape) -> La
         _numbered(ctx, b, a)
         varying_b = set()
     if varying_a and varying_b and holds(a.t) and holds(b.t):
-        why, batch = "spreads two kinds of channels over each other", [c for c in shared if c in varying_a & varying_b]
-        if not ctx.whole or not batch:
+        why = "spreads two kinds of channels over each other"
+        numbered = [c for c in shared if c in varying_a & varying_b]
+        if not ctx.whole or not numbered:
             return Unknown(why)
         for operand in (a, b):
-            ctx.bond(rows(operand.t, operand.axes(batch)), pins=(operand.t, f"{ctx.called} {why}"))
-        return _scores(ctx, (a, b), batch, out, shape)
+            ctx.bond(rows(operand.t, operand.axes(numbered)), pins=(operand.t, f"{ctx.called} {why}"))
+        return _scores(ctx, (a, b), numbered, out, shape)
     if (varying_a | varying_b) <= set(shared):
         return Unknown("has channels on a batch axis only")
     labels = (b if varying_b else a).laid_out(out)
@@ -123,10 +127,17 @@ def _numbered(ctx: RuleContext, numbers: Named, channels: Named) -> None:
         ctx.pin(numbers.t, why)
 
 
-def matmul(ctx: RuleContext, a: Operand, b: Operand) -> Lab | Unknown:
+def matmul(ctx: RuleContext, a: Operand, b: Operand) -> Answer:
     """a (..., m, k) @ b (..., k, n)."""
     if isinstance(a, Lab) and isinstance(b, Param) and b.value.dim() == 2:
         return matrix(ctx, a, b)
+    if isinstance(a, Lab) and isinstance(b, Param) and b.value.dim() == 3:
+        return experts(ctx, a, b, ctx.shape)
+    return _product(ctx, a, b)
+
+
+def _product(ctx: RuleContext, a: Operand, b: Operand) -> Lab | Unknown:
+    """A product of two activations."""
     a, b = tables(ctx, a, b)
     if not isinstance(a, Lab) or not isinstance(b, Lab) or a.t.dim() < 2 or b.t.dim() < 2 or ctx.shape is None:
         return Unknown("has an operand that is not an activation")
@@ -170,7 +181,7 @@ def baddbmm(
     """beta input + alpha batch1 @ batch2, where input holds no channels (a bias of attention scores)."""
     if isinstance(input, Param) or (isinstance(input, Lab) and holds(input.t)):
         return Unknown("adds something that holds channels")
-    product = matmul(ctx, batch1, batch2)
+    product = _product(ctx, batch1, batch2)
     if isinstance(product, Lab):
         _joined(ctx, product.t, input)
     return product

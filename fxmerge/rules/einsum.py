@@ -7,21 +7,26 @@ from string import ascii_letters
 import torch
 
 from fxmerge.ir.labels import simplify, varying
-from fxmerge.ir.provenance import Lab
+from fxmerge.ir.provenance import Lab, Param
 from fxmerge.rules.context import RuleContext
 from fxmerge.rules.contractions import Named, contract, tables
-from fxmerge.rules.rule import Operand, Unknown
+from fxmerge.rules.layers import experts
+from fxmerge.rules.rule import Answer, Operand, Unknown
 
 Shape = tuple[int, ...]
 
 
-def einsum(ctx: RuleContext, equation: Operand, *operands: Operand, tensors: Operand = None) -> Lab | Unknown:
+def einsum(ctx: RuleContext, equation: Operand, *operands: Operand, tensors: Operand = None) -> Answer:
     """Any number of operands. An axis is summed as soon as neither a later operand nor the output has it."""
     given = operands[0] if tensors is None and len(operands) == 1 else tensors
     if isinstance(given, (list, tuple)):
         operands = tuple(given)
     if not isinstance(equation, str) or ctx.shape is None or not operands:
         return Unknown("is not given as an equation and operands")
+    if len(operands) == 2 and isinstance(operands[0], Lab) and isinstance(operands[1], Param):
+        found = _experts(ctx, equation, operands[0], operands[1])
+        if found is not None:
+            return found
     labels = [o for o in tables(ctx, *operands) if isinstance(o, Lab)]
     if len(labels) < len(operands):
         return Unknown("has an operand that is not an activation")
@@ -29,6 +34,15 @@ def einsum(ctx: RuleContext, equation: Operand, *operands: Operand, tensors: Ope
     if any(len(set(letters)) < len(letters) for letters in (*inputs, out)):
         return Unknown("takes a diagonal")
     return _activations(ctx, [Named(o.t, letters) for o, letters in zip(labels, inputs, strict=True)], out, ctx.shape)
+
+
+def _experts(ctx: RuleContext, equation: str, x: Lab, weight: Param) -> Answer:
+    """A product with a weight of three axes, one of which numbers the experts, over the last axis; else None."""
+    (a, w), out = spelled(equation, [x.t.dim(), weight.value.dim()])
+    if len(w) != 3 or w[0] not in out or not out or out[-1] not in w[1:] or out[-1] in a:
+        return None
+    other = w[1] if out[-1] == w[2] else w[2]
+    return experts(ctx, x, weight, ctx.shape, out[-1] == w[2]) if a[-1] == other and other not in out else None
 
 
 def spelled(equation: str, dims: list[int]) -> tuple[list[str], str]:

@@ -75,16 +75,18 @@ def reduction_rule(
         return Unknown("reduces something that is not an activation")
     if ctx.shape is None:
         return Unknown("gives something other than one tensor")
-    return _reduced(ctx, x, dim, keepdim, ctx.shape)
+    return reduced(ctx, x, dim, keepdim, ctx.shape)
 
 
-def _reduced(ctx: RuleContext, x: Lab, dim: Dims, keepdim: bool, shape: tuple[int, ...]) -> Lab | Unknown:
+def reduced(ctx: RuleContext, x: Lab, dim: Dims, keepdim: bool, shape: tuple[int, ...]) -> Lab | Unknown:
+    """The labels of a reduction over some axes, which gives that shape."""
     axes = along(dim, x.t)
     held = varying(x.t)
     blocks = [axis for axis in held if axis not in axes]
     labels = x.t
     if axes & set(held) and held[-1] in axes:  # over the channels inside blocks, or over all channels
         ctx.mix(x.t)
+        ctx.hold_places(x.t, blocks, single=True)
         if not blocks or not ctx.whole:
             return Lab(fixed(shape))
         sizes = [s if axis in blocks else 1 for axis, s in enumerate(x.t.shape)]
@@ -125,7 +127,7 @@ def extreme_rule(
         return Unknown("does not say its axis")
     if along(dim, x.t) & set(varying(x.t)) and ctx.uses(1, "indices"):
         return Unknown("gives the numbers of channels")
-    values = _reduced(ctx, x, dim, keepdim, tuple(without(x.t, along(dim, x.t), keepdim).shape))
+    values = reduced(ctx, x, dim, keepdim, tuple(without(x.t, along(dim, x.t), keepdim).shape))
     return values if isinstance(values, Unknown) else Extreme(values, values)
 
 
@@ -141,7 +143,7 @@ def softmax_rule(
     if not isinstance(x, Lab) or dim is None:
         return Unknown("does not say its axis")
     if dim % x.t.dim() in varying(x.t):
-        ctx.mix(x.t)
+        ctx.mix(x.t, {dim % x.t.dim()})
     return x
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, fx
 
 from fxmerge.errors import source_line
-from fxmerge.ir.labels import numbers
-from fxmerge.ir.provenance import Block, Bond, Contraction, Layer, Param, Pin, Tie
+from fxmerge.ir.labels import numbers, varying
+from fxmerge.ir.provenance import Block, Bond, Contraction, Grid, Lab, Layer, Param, Pin, Tie
 
 
 class FactsBuilder:
@@ -21,10 +21,13 @@ class FactsBuilder:
 
     def __init__(self, whole: bool) -> None:
         self.whole = whole
+        self.node_of: dict[int, fx.Node] = {}  # identity of a value -> the first node that gave it
+        self.wanted: dict[str, set[int]] = {}  # node that makes a constant -> its axes that channels meet
         self.label_count = 1  # label 0 is FIXED
         self.ties: list[Tie] = []
         self.pins: list[Pin] = []
         self.blocks: list[Block] = []
+        self.grids: list[Grid] = []
         self.bonds: list[Bond] = []
         self.contractions: list[Contraction] = []
         self.mixers: list[tuple[str, Tensor]] = []
@@ -35,7 +38,7 @@ class FactsBuilder:
         self.groups: dict[str, int] = {}  # parameter of a grouped convolution -> groups
         self.frozen: dict[str, tuple[str, fx.Node]] = {}  # parameter -> (why it keeps its shape, the node)
         self._collections: tuple[list[Any] | dict[Any, Any], ...] = (
-            self.ties, self.pins, self.blocks, self.bonds, self.contractions, self.mixers, self.layers,
+            self.ties, self.pins, self.blocks, self.grids, self.bonds, self.contractions, self.mixers, self.layers,
             self.block_numbers, self.axes, self.elements, self.groups, self.frozen,
         )  # fmt: skip
 
@@ -56,6 +59,14 @@ class FactsBuilder:
         """New labels, (count,)."""
         self.label_count += count
         return torch.arange(self.label_count - count, self.label_count)
+
+    def want(self, constant: object, labels: Tensor) -> None:
+        """Note the axes of a constant, whose value some node gave, along which it meets labels that vary."""
+        node, value = self.node_of.get(id(constant)), constant.t if isinstance(constant, Lab) else constant
+        if node is not None and isinstance(value, Tensor):
+            offset = value.dim() - labels.dim()
+            axes = {a + offset for a in varying(labels) if a + offset >= 0 and value.size(a + offset) > 1}
+            self.wanted.setdefault(node.name, set()).update(axes)
 
     def pin(self, node: fx.Node, labels: Tensor, reason: str) -> None:
         self.pins += pins_of(node, labels, reason)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fxmerge.ir.labels import spread, varying
+from fxmerge.ir.labels import holds, spread, varying
 from fxmerge.ir.provenance import Lab, Param
 from fxmerge.rules.context import RuleContext, resized
 from fxmerge.rules.rule import Answer, AsKind, Operand, Unknown
@@ -24,6 +24,8 @@ def _operands(
     ctx: RuleContext, x: Operand, weight: Operand, bias: Operand
 ) -> tuple[Lab, Param, Param | None, Shape] | Unknown:
     """A producer's input, weight, bias and output shape; Unknown where one of them is not what a producer takes."""
+    if isinstance(weight, Param) and (not isinstance(x, Lab) or not holds(x.t)):
+        ctx.want(x, torch.arange(2).view(-1, *[1] * (weight.value.dim() - 2)))  # a constant that a loop begins with
     if not isinstance(x, Lab):
         return Unknown("has an input that does not depend on the model's input")
     if not isinstance(weight, Param):
@@ -86,6 +88,22 @@ def _transposed(ctx: RuleContext, op: str, operands: tuple[Lab, Param, Param | N
     return Lab(spread(writes, shape, axis))
 
 
+def experts(ctx: RuleContext, input: Operand, weight: Param, shape: Shape | None, transposed: bool = True) -> Answer:
+    """A product with a matrix for each expert: W (experts, in, out), or (experts, out, in) if not `transposed`.
+
+    Channels are on the last axis. All experts lose the same ones.
+    """
+    if not isinstance(input, Lab) or shape is None:
+        return Unknown("has an input that does not depend on the model's input")
+    if _maps_positions(input):
+        return Unknown("maps positions, not channels")
+    into, out = (1, 2) if transposed else (2, 1)
+    reads, writes = ctx.along(input, input.t.dim() - 1), ctx.axis(weight, out)
+    ctx.tie(reads, ctx.axis(weight, into))
+    ctx.layer("experts", {"weight": weight}, reads=reads[None], writes=writes, transposed=transposed)
+    return Lab(spread(writes, shape, len(shape) - 1))
+
+
 def embedding(
     ctx: RuleContext,
     input: Operand = None,
@@ -129,18 +147,35 @@ def conv_transpose(
     output_padding: Operand = 0,
     groups: int = 1,
     dilation: Operand = 1,
-) -> Lab | Unknown:
-    """Transposed convolution. W: (in, out/groups, *kernel). With groups, only one channel for each group is known."""
+) -> Answer:
+    """Transposed convolution. W: (in, out/groups, *kernel)."""
+    if isinstance(input, Lab) and isinstance(weight, (Lab, Tensor)):
+        return filtered(ctx, input, weight, bias, groups)
     found = _operands(ctx, input, weight, bias)
     if isinstance(found, Unknown):
         return found
-    x, w, _, _ = found
-    if groups > 1 and tuple(w.value.shape[:2]) != (groups, 1):
-        return Unknown("is grouped")
+    x, w, b, shape = found
     axis = _channel_axis(x, w)
     if groups == 1:
         return _transposed(ctx, "conv_transpose", found, axis)
-    return _depthwise(ctx, "depthwise_transpose", found, ctx.along(x, axis), groups)
+    reads = ctx.along(x, axis)
+    if tuple(w.value.shape[:2]) == (groups, 1):
+        return _depthwise(ctx, "depthwise_transpose", found, reads, groups)
+    ctx.tie(reads, ctx.axis(w, 0))
+    writes = ctx.axis(w, 1, groups)
+    if b is not None:
+        ctx.tie(writes, ctx.axis(b, 0))
+    _by_group(ctx, reads.view(groups, -1), writes.view(groups, -1))
+    layer = {"weight": w, "bias": b}
+    ctx.layer("conv_transpose", layer, reads=reads.view(groups, -1), writes=writes, groups=groups, transposed=True)
+    return Lab(spread(writes, shape, axis))
+
+
+def _by_group(ctx: RuleContext, reads: Tensor, writes: Tensor) -> None:
+    """All groups lose equally many inputs and outputs, (groups, size); or whole groups leave."""
+    ctx.block(reads)
+    ctx.block(writes)
+    ctx.bond(torch.cat([reads, writes], 1))
 
 
 def _channel_axis(x: Lab, weight: Param) -> int:
@@ -169,8 +204,10 @@ def conv(
     padding: Operand = 0,
     dilation: Operand = 1,
     groups: int = 1,
-) -> Lab | Unknown:
+) -> Answer:
     """Convolution in 1, 2 or 3 dimensions. W: (out, in/groups, *kernel)."""
+    if isinstance(input, Lab) and isinstance(weight, (Lab, Tensor)):
+        return filtered(ctx, input, weight, bias, groups)
     found = _operands(ctx, input, weight, bias)
     if isinstance(found, Unknown):
         return found
@@ -184,12 +221,29 @@ def conv(
     if b is not None:
         ctx.tie(writes, ctx.axis(b, 0))
     if groups > 1:
-        ctx.block(reads.view(groups, -1))
-        ctx.block(writes.view(groups, -1))
-        ctx.bond(torch.cat([reads.view(groups, -1), writes.view(groups, -1)], 1))
+        _by_group(ctx, reads.view(groups, -1), writes.view(groups, -1))
     ctx.tie(reads, ctx.axis(w, 1, groups))
     ctx.layer("conv", {"weight": w, "bias": b}, reads=reads.view(groups, -1), writes=writes, groups=groups)
     return Lab(spread(writes, shape, axis))
+
+
+def filtered(ctx: RuleContext, x: Lab, weight: Lab | Tensor, bias: Operand, groups: int) -> Answer:
+    """A computed filter that is the same for every channel, as a blur: made as often as there are channels."""
+    shape = weight.t.shape if isinstance(weight, Lab) else weight.shape
+    axis = x.t.dim() - (len(shape) - 2) - 1
+    if bias is not None or tuple(shape[:2]) != (groups, 1) or x.t.size(axis) != groups or ctx.shape is None:
+        return Unknown("has a weight that is computed, not a parameter")
+    passed = ctx.along(x, axis)
+    if not isinstance(weight, Lab) or varying(weight.t) != (0,):
+        ctx.want(weight, passed.view(-1, *[1] * (len(shape) - 1)))
+        return Unknown("has a weight that is computed, not a parameter")
+    ctx.tie(passed, ctx.along(weight, 0))
+    return AsKind("per_channel", Lab(spread(passed, ctx.shape, axis)))
+
+
+def same_filter(ctx: RuleContext, input: Operand, weight: Operand, *rest: Operand, **kwargs: Operand) -> bool:
+    """A factor passes a convolution with a computed filter, which has no bias; other convolutions make channels."""
+    return isinstance(weight, Lab)
 
 
 def carry(
@@ -201,6 +255,7 @@ def carry(
     axis: int,
     eps: float = 0.0,
     groups: int = 1,
+    batch_statistics: bool = False,
 ) -> Lab | Unknown:
     """Tie per-channel parameters (C,) to the labels along an axis of x."""
     if any(p is not None and not isinstance(p, Param) for p in params.values()):
@@ -209,7 +264,7 @@ def carry(
     along = [ctx.axis(param, 0) for param in params.values() if isinstance(param, Param)]
     if along:
         ctx.tie(labels.expand(len(along), -1), torch.stack(along))
-    ctx.layer(op, params, carries=labels, eps=eps, groups=groups)
+    ctx.layer(op, params, carries=labels, eps=eps, groups=groups, batch_statistics=batch_statistics)
     return x
 
 
@@ -226,11 +281,17 @@ def batch_norm(
 ) -> Lab | Unknown:
     """y = gamma (x - mean) / sqrt(var + eps) + beta over axis 1."""
     params = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
-    return carry_norm(ctx, "batch_norm", input, params, eps)
+    return carry_norm(ctx, "batch_norm", input, params, eps, bool(training))
 
 
-def carry_norm(ctx: RuleContext, op: str, input: Operand, params: Mapping[str, Operand], eps: float) -> Lab | Unknown:
-    """A norm with parameters for each channel, on axis 1."""
+def carry_norm(
+    ctx: RuleContext, op: str, input: Operand, params: Mapping[str, Operand], eps: float, own_statistics: bool
+) -> Lab | Unknown:
+    """A norm with parameters for each channel, on axis 1.
+
+    own_statistics: whether it uses its input's mean and variance although it may have stored others
+    """
     if not isinstance(input, Lab) or input.t.dim() < 2:
         return Unknown("does not normalise an activation with channels on axis 1")
-    return carry(ctx, op, input, params, axis=1, eps=eps)
+    own = own_statistics or not isinstance(params["running_mean"], Param)
+    return carry(ctx, op, input, params, axis=1, eps=eps, batch_statistics=own)

@@ -42,16 +42,28 @@ def rule_of(node: fx.Node, module: fx.GraphModule) -> Rule | None:
 def rule_of_target(target: Any) -> Rule | None:
     """The rule of a function or of a method's name. An aten op has the rule of the function or method of its name."""
     known, name = _by_key(), overload_name(target)
-    spelled = (target, dotted(target)) if name is None else (
-        Aten(name), getattr(F, name, None), getattr(torch, name, None), name
-    )  # fmt: skip
+    if name is None:
+        spelled: tuple[Any, ...] = (target, dotted(target))
+    else:
+        space, _, rest = name.partition("_")
+        apart = getattr(_SPACES.get(space), rest, None)  # aten.fft_rfft is torch.fft.rfft
+        spelled = (Aten(name), getattr(F, name, None), getattr(torch, name, None), apart, name)
     return next((known[s][0] for s in spelled if s is not None and s in known), None)
+
+
+_SPACES = {"fft": torch.fft, "linalg": torch.linalg, "special": torch.special}
 
 
 def rule_of_module(module: nn.Module) -> Rule | None:
     """The rule of a module: that of its class, or of a base class whose forward it does not override."""
     row = _row_of_module(module)
     return None if row is None else row[0]
+
+
+def takes_params(module: nn.Module) -> bool:
+    """Does the rule of a module take all of its parameters, as the argument `params`?"""
+    row = _row_of_module(module)
+    return row is not None and isinstance(row[1], Module) and row[1].params
 
 
 def attributes_of(module: nn.Module) -> tuple[str, ...]:
@@ -90,3 +102,8 @@ def describe(spelling: Spelling) -> str:
     if inspect.isclass(target):
         return f"nn.{target.__name__}"
     return str(getattr(target, "__name__", target))
+
+
+def name_of(rule: Rule | None) -> str:
+    """The name of a rule, or ""."""
+    return "" if rule is None else rule.name

@@ -27,9 +27,27 @@ SPELLINGS: dict[str, tuple[Any, ...]] = {
     "squeeze": (torch.squeeze, "squeeze"),
     "unsqueeze": (torch.unsqueeze, "unsqueeze"),
     "permute": (torch.permute, "permute"),
-    "transpose": (torch.transpose, "transpose", torch.swapaxes, torch.swapdims, "swapaxes", "swapdims", "t", torch.t),
+    "transpose": (
+        torch.transpose,
+        "transpose",
+        torch.swapaxes,
+        torch.swapdims,
+        "swapaxes",
+        "swapdims",
+        "t",
+        torch.t,
+        torch.adjoint,
+        "adjoint",
+        Aten("numpy_T"),
+        Aten("matrix_H"),
+        Aten("mT"),
+    ),
     "movedim": (torch.movedim, torch.moveaxis, "movedim", "moveaxis"),
     "cat": (torch.cat, torch.concat, torch.concatenate),
+    "hstack": (torch.hstack,),
+    "column_stack": (torch.column_stack,),
+    "vstack": (torch.vstack, torch.row_stack),
+    "dstack": (torch.dstack,),
     "stack": (torch.stack,),
     "chunk": (torch.chunk, "chunk"),
     "split": (torch.split, torch.functional.split, "split", torch.tensor_split, "tensor_split", "split_with_sizes"),
@@ -37,7 +55,6 @@ SPELLINGS: dict[str, tuple[Any, ...]] = {
     "getitem": (operator.getitem,),
     "slice": (Aten("slice"),),
     "index": (Aten("index"),),
-    "gather": (torch.gather, "gather"),
     "index_select": (torch.index_select, "index_select"),
     "narrow": (torch.narrow, "narrow"),
     "select": (torch.select, "select"),
@@ -45,10 +62,11 @@ SPELLINGS: dict[str, tuple[Any, ...]] = {
     "repeat": ("repeat", torch.repeat_interleave, "repeat_interleave", torch.tile, "tile"),
     "roll": (torch.roll, "roll"),
     "flip": (torch.flip, "flip"),
-    "pixel_shuffle": (nn.PixelShuffle, torch.pixel_shuffle, nn.PixelUnshuffle, torch.pixel_unshuffle),
+    "pixel_unshuffle": (nn.PixelUnshuffle, torch.pixel_unshuffle),
     "unfold": (nn.Unfold, F.unfold, "unfold", Aten("im2col")),
 }
 INDEXING = ("getitem", "index", "index_select", "gather")  # tensor operands after the first are indices, not labels
+CHOOSING = ("getitem", "select", "unbind", "chunk", "split")  # may take one place along an axis
 # label tensors are seldom contiguous, as a view requires
 _COPYING: dict[Any, Any] = {
     "view": "reshape",
@@ -87,7 +105,8 @@ def execute(ctx: RuleContext, *args: Operand, **kwargs: Operand) -> Answer:
     if indexing and any(isinstance(leaf, Lab) for leaf in leaves([*args[1:], kwargs])):
         return _indexed_by_values(ctx, tree(as_labels, list(args)), tree(as_labels, kwargs), args)
     plain_args, plain_kwargs = tree(as_labels, list(args)), tree(as_labels, kwargs)
-    if ctx.rule_name in ("cat", "stack") and isinstance(args[0], (list, tuple)):
+    if ctx.rule_name in _JOINING and isinstance(args[0], (list, tuple)):
+        _want_constants(ctx, args[0], plain_args, plain_kwargs)
         _tie_across(ctx, plain_args, plain_kwargs)
         for raw in (v.param if isinstance(v, View) else v for v in args[0] if isinstance(v, (View, Param))):
             ctx.layer("joined", {"weight": raw}, carries=ctx.elements(raw))
@@ -102,6 +121,8 @@ def execute(ctx: RuleContext, *args: Operand, **kwargs: Operand) -> Answer:
 
     result = tree(as_value, tuple(out) if isinstance(out, (list, tuple)) else out)
     before = max((len(varying(t)) for t in leaves(plain_args) if isinstance(t, Tensor)), default=0)
+    if ctx.rule_name in CHOOSING and isinstance(args[0], Lab) and len(varying(args[0].t)) > 1:
+        _hold_chosen(ctx, args[0].t, plain_args, plain_kwargs)
     for value in leaves(result):
         if isinstance(value, Lab) and len(varying(value.t)) > max(before, 1) and ctx.rule_name != "stack":
             _block(ctx, value.t)  # a channel axis became (blocks, size): what is kept must stay a rectangle
@@ -157,52 +178,6 @@ def entered(ctx: RuleContext, value: Operand) -> Answer:
     return value
 
 
-def setitem(ctx: RuleContext, x: Operand, index: Operand, value: Operand) -> Lab | Unknown:
-    """x[index] = value along the first axis: x then holds the channels of the value, which are tied to its own."""
-    whole = x.t if isinstance(x, Lab) else fixed(x.shape) if isinstance(x, Tensor) else None
-    index = index[0] if isinstance(index, tuple) and len(index) == 1 else index
-    along_first = isinstance(index, (int, slice, Tensor)) or (isinstance(index, Lab) and not holds(index.t))
-    one_axis = not isinstance(index, (Tensor, Lab)) or (index.t if isinstance(index, Lab) else index).dim() <= 1
-    if whole is None or not isinstance(value, Lab) or not along_first or not one_axis:
-        return Unknown("does not write whole entries of the first axis")
-    given = value.t.unsqueeze(0) if isinstance(index, int) else value.t
-    if given.dim() != whole.dim() or 0 in varying(given) or 0 in varying(whole):
-        return Unknown("writes over the axis of the channels")
-    written = Lab(simplify(given.narrow(0, 0, 1).expand(whole.shape))) if given.size(0) else Lab(whole)
-    if holds(whole):
-        ctx.tie(whole, written.t)
-    return written
-
-
-def index_add(
-    ctx: RuleContext, input: Operand, dim: int, index: Operand, source: Operand, **kwargs: Operand
-) -> Lab | Unknown:
-    """Entries of the source are added along an axis that labels do not vary along: messages along edges."""
-    if not isinstance(input, Lab) or not isinstance(source, Lab) or (isinstance(index, Lab) and holds(index.t)):
-        return Unknown("takes operands other than activations, or indices that hold channels")
-    axis = dim % input.t.dim()
-    if axis in varying(input.t) or axis in varying(source.t) or not source.t.size(axis):
-        return Unknown("adds over the axis of the channels")
-    ctx.tie(input.t, simplify(source.t.narrow(axis, 0, 1).expand(input.t.shape)))
-    return input
-
-
-def channel_shuffle(ctx: RuleContext, input: Operand, groups: int) -> Answer:
-    """Channel i of each of `groups` blocks goes next to channel i of the others; all blocks must lose equally many."""
-    if isinstance(input, Lab) and 1 in varying(input.t):
-        ctx.block(ctx.along(input, 1).view(groups, -1))
-    return execute(ctx, input) if isinstance(ctx.target, nn.Module) else execute(ctx, input, groups)
-
-
-def fold(ctx: RuleContext, input: Operand, *sizes: Operand, **kwargs: Operand) -> Lab | Unknown:
-    """Patches (n, channels * places, patches) are summed into an image: the places of one channel become one."""
-    if not isinstance(input, Lab) or input.t.dim() != 3 or ctx.shape is None or set(varying(input.t)) - {1}:
-        return Unknown("does not sum patches of channels")
-    labels = ctx.along(input, 1).view(ctx.shape[1], -1)
-    ctx.tie(labels[:, :1].expand_as(labels), labels)
-    return Lab(spread(labels[:, 0], ctx.shape, 1))
-
-
 def expand_as(ctx: RuleContext, input: Operand, other: Operand) -> Answer:
     """A tensor without channels that is expanded over the channels of another has an entry for each of them."""
     if isinstance(input, Lab) and isinstance(other, Lab) and not holds(input.t):
@@ -214,11 +189,22 @@ def _block(ctx: RuleContext, labels: Tensor) -> None:
     """Record the rows of labels that vary along several axes, if each row is made of channels of its own."""
     axes = varying(labels)
     rows = labels[tuple(slice(None) if a in axes else 0 for a in range(labels.dim()))]
+    outer = tuple(rows.shape[:-1])
     rows = rows.reshape(-1, rows.size(-1))
     if bool((rows[1:] == rows[0]).all(1).any()):  # the same block several times, once for each sample
         rows = torch.unique(rows, dim=0)
+        outer = (len(rows),)
     if torch.unique(rows).numel() == rows.numel() and not bool((rows == FIXED).any()):
-        ctx.block(rows)
+        ctx.block(rows, outer)
+
+
+def _hold_chosen(ctx: RuleContext, x: Tensor, args: list[Any], kwargs: dict[str, Any]) -> None:
+    """x[..., 0] takes one place along an axis of channels: they may not move along it."""
+    for axis in varying(x):
+        place = spread(torch.arange(x.size(axis)), x.shape, axis)
+        taken = [t for t in leaves(run(ctx.target, [place, *args[1:]], kwargs)) if isinstance(t, Tensor)]
+        if taken and all(t.numel() and not varying(simplify(t)) for t in taken):
+            ctx.hold_places(x, {axis}, single=True)
 
 
 def _beside(ctx: RuleContext, tensors: list[Tensor], axis: int) -> bool:
@@ -234,15 +220,45 @@ def _beside(ctx: RuleContext, tensors: list[Tensor], axis: int) -> bool:
     if any(bool((r == FIXED).any()) or torch.unique(r).numel() < r.numel() for r in inside):
         return False
     for part in inside:
-        ctx.block(part)
+        ctx.block(part, tuple(tensors[0].size(a) for a in blocks))
     ctx.bond(torch.cat(inside, 1))
     return True
+
+
+_JOINING = ("cat", "stack", "hstack", "column_stack", "vstack", "dstack")
+
+
+def _want_constants(ctx: RuleContext, given: Sequence[Operand], args: list[Any], kwargs: dict[str, Any]) -> None:
+    """Constants among joined operands follow the channels of the others, or have channels along the joined axis."""
+    tensors = [t for t in args[0] if isinstance(t, Tensor)]
+    axis = _joined_axis(ctx.rule_name, tensors[0].dim(), args, kwargs) % max(tensors[0].dim(), 1)
+    across = next((t for t in tensors if any(a != axis for a in varying(t))), None)
+    for operand, own in zip(given, args[0], strict=True):
+        if ctx.rule_name != "stack" and isinstance(own, Tensor) and own.numel() and not holds(own):
+            if across is not None and across.dim() == own.dim():
+                ctx.want(operand, across.narrow(axis, 0, 1))
+            elif across is None and axis < own.dim():
+                ctx.want(operand, spread(torch.arange(own.size(axis)), own.shape, axis))
+
+
+def _joined_axis(rule_name: str, dims: int, args: list[Any], kwargs: dict[str, Any]) -> int:
+    """The axis along which tensors with so many axes are joined."""
+    if rule_name in ("hstack", "column_stack", "vstack", "dstack"):
+        return {"hstack": min(1, dims - 1), "column_stack": 1, "vstack": 0, "dstack": 2}[rule_name]
+    axis: int = kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else 0))
+    return axis
 
 
 def _tie_across(ctx: RuleContext, args: list[Any], kwargs: dict[str, Any]) -> None:
     """Joined operands must lose the same places along every axis but the joined one."""
     tensors = [t for t in args[0] if isinstance(t, Tensor) and t.numel()]
-    axis = kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else 0))
+    axis = _joined_axis(ctx.rule_name, tensors[0].dim() if tensors else 1, args, kwargs)
+    if ctx.rule_name == "vstack" and tensors[0].dim() == 1:
+        tensors = [t.unsqueeze(0) for t in tensors]
+    if ctx.rule_name == "column_stack" and tensors[0].dim() == 1:
+        tensors = [t.unsqueeze(1) for t in tensors]
+    if ctx.rule_name == "dstack":
+        tensors = list(torch.atleast_3d(tensors))  # type: ignore[no-untyped-call]
     if ctx.rule_name == "stack":
         tensors, axis = [t.unsqueeze(axis) for t in tensors], axis
     axis %= max(tensors[0].dim(), 1)

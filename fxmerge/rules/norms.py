@@ -6,6 +6,8 @@ several channels: without one of them the others change, so dropping it is not e
 
 from __future__ import annotations
 
+from torch import nn
+
 from fxmerge.ir.labels import along, fixed, varying, without
 from fxmerge.ir.provenance import Lab, Param
 from fxmerge.rules.context import RuleContext
@@ -30,13 +32,15 @@ def layer_norm(
         for param in (weight, bias):
             ctx.freeze(param, "normalises positions, not channels")
         return input
-    ctx.mix(input.t)
+    ctx.mix(input.t, axes)
     if count == 1:
-        return carry(ctx, "layer_norm", input, {"weight": weight, "bias": bias}, axis=input.t.dim() - 1)
+        return carry(ctx, ctx.rule_name, input, {"weight": weight, "bias": bias}, axis=input.t.dim() - 1)
     for op, param in (("scale", weight), ("offset", bias)):  # over several axes: a label for each element
         if isinstance(param, Param):
             ctx.tie(input.t, ctx.elements(param))
             ctx.layer(op, {"weight": param}, carries=ctx.elements(param))
+    if weight is None and bias is None:
+        ctx.layer(ctx.rule_name, {})  # its module keeps the sizes of these axes
     return input
 
 
@@ -82,7 +86,9 @@ def instance_norm(
 ) -> Lab | Unknown:
     """Each channel of each sample is normalised by its own statistics, whatever the other channels are."""
     params = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
-    return carry_norm(ctx, "instance_norm", input, params, eps)
+    # a module has running statistics only where it uses them
+    own = bool(use_input_stats) and not isinstance(ctx.target, nn.Module)
+    return carry_norm(ctx, "instance_norm", input, params, eps, own)
 
 
 def norm(
@@ -95,6 +101,7 @@ def norm(
     axes = along(dim, x.t)
     if axes & set(varying(x.t)):
         ctx.mix(x.t)
+        ctx.hold_places(x.t, set(varying(x.t)) - axes, single=True)
         return Lab(fixed(ctx.shape))
     return Lab(without(x.t, axes, keepdim))
 
@@ -106,5 +113,5 @@ def normalize(
     if not isinstance(input, Lab):
         return Unknown("normalises something that is not an activation")
     if dim % input.t.dim() in varying(input.t):
-        ctx.mix(input.t)
+        ctx.mix(input.t, {dim % input.t.dim()})
     return input

@@ -10,7 +10,8 @@ from fxmerge.rules import movement
 from fxmerge.rules.context import RuleContext
 from fxmerge.rules.rule import Answer, AsKind, Operand, Unknown
 
-TRANSPOSES = ("T", "mT")  # attributes that are movements
+TRANSPOSES = ("T", "mT", "H", "mH")  # attributes that are movements
+_VALUES = ("real", "imag", "data")  # attributes that map each entry by itself, and pass a factor
 _ATTRIBUTES = ("shape", "ndim", "is_cuda", "requires_grad", "itemsize", "layout")  # the same for labels
 
 
@@ -29,12 +30,19 @@ def _attribute(ctx: RuleContext, x: Lab, name: str) -> Answer:
     if name in ("dtype", "device"):
         found = ctx.example(name)
         return Unknown(f"asks for .{name}") if found is None else found
+    if name in _VALUES:
+        return AsKind("per_channel", x)
     return getattr(x.t, name) if name in _ATTRIBUTES else Unknown(f"asks for .{name}")
 
 
 def moves(ctx: RuleContext, x: Operand, *args: Operand, **kwargs: Operand) -> bool:
     """Is the call a movement of the whole tensor, as `x.T` is, or the choice of one of several values?"""
     return ctx.target is getattr and (args[0] in TRANSPOSES or hasattr(x, "_fields"))
+
+
+def passes_factor(ctx: RuleContext, x: Operand, *args: Operand, **kwargs: Operand) -> bool:
+    """Is a factor of the tensor a factor of what the call gives?"""
+    return moves(ctx, x, *args) or (ctx.target is getattr and args[0] in _VALUES)
 
 
 def constant_rule(ctx: RuleContext, x: Operand, *args: Operand, **kwargs: Operand) -> Answer:

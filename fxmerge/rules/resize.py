@@ -7,8 +7,10 @@ scaled_dot_product_attention, the `normalized_shape` of layer_norm.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import gcd
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Call:
-    """One call: the target and its arguments, nodes or values alike."""
+    """One call: the target and its arguments, which are nodes, values, or calls that are made for this one."""
 
     target: Any
     args: tuple[Any, ...]
@@ -61,9 +63,46 @@ def _sizes(call: Call, about: Resize) -> Call | None:
     if len(sizes) != len(after):
         return None
     new = [s if v in (-1, a) else a for s, v, a in zip(sizes, values, after, strict=True)]
+    # computed from the batch size, say: a literal would hold for the example only
     computed = [at for at, s in enumerate(sizes) if isinstance(s, fx.Node) and new[at] is not s]
     if len(computed) == 1 and -1 not in values:
-        new[computed[0]] = -1  # computed from the batch size, say: a literal would hold for the example only
+        new[computed[0]] = -1
+        computed = []
+    for at in computed:  # samples * heads becomes samples * heads * heads left // heads
+        common = gcd(after[at], values[at])
+        more = Call(operator.mul, (sizes[at], after[at] // common), {})
+        new[at] = Call(operator.floordiv, (more, values[at] // common), {})
+    return Call(call.target, (args[0], tuple(new)) if packed else (args[0], *new), call.kwargs)
+
+
+def _made(call: Call, about: Resize) -> Call | None:
+    """zeros, new_full, ...: the size is the first list, or all arguments after the tensor of a method."""
+    args, values, after = list(call.args), list(about.now.args), about.after
+    method = isinstance(call.target, str) or "new_" in str(call.target)
+    first = next((at for at, arg in enumerate(args) if isinstance(arg, (list, tuple))), 1 if method else 0)
+    packed = len(args) > first and isinstance(args[first], (list, tuple))
+    if "size" in call.kwargs and len(args) <= first:
+        kwargs = {**call.kwargs, "size": _corrected(call.kwargs["size"], about.now.kwargs["size"], after)}
+        return Call(call.target, call.args, kwargs)
+    if packed:
+        args[first] = _corrected(args[first], values[first], after)
+    else:
+        args[first:] = _corrected(args[first:], values[first:], after)
+    return Call(call.target, tuple(args), call.kwargs)
+
+
+def _corrected(sizes: Any, values: Any, after: Shape) -> tuple[Any, ...]:
+    return tuple(s if v == a else a for s, v, a in zip(sizes, values, after, strict=True))
+
+
+def _repeats(call: Call, about: Resize) -> Call | None:
+    """repeat(x, 32): a number of copies becomes that of the kept ones."""
+    args, before, after = list(call.args), about.before, about.after
+    packed = len(args) == 2 and isinstance(args[1], (list, tuple))
+    counts = list(args[1]) if packed else args[1:]
+    if len(counts) != len(after) or not all(isinstance(c, (int, fx.Node)) for c in counts):
+        return None
+    new = [c if b == a or isinstance(c, fx.Node) else c * a // b for c, b, a in zip(counts, before, after, strict=True)]
     return Call(call.target, (args[0], tuple(new)) if packed else (args[0], *new), call.kwargs)
 
 
@@ -148,6 +187,9 @@ def _pad(call: Call, about: Resize) -> Call | None:
 
 PROPOSALS: dict[str, Callable[[Call, Resize], Call | None]] = {
     "view": _sizes,
+    "new": _made,
+    "random": _made,
+    "repeat": _repeats,
     "expand": _sizes,
     "unflatten": _unflatten,
     "chunk": _pieces,

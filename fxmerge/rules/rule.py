@@ -50,10 +50,15 @@ class AsKind:
 
 @dataclass(frozen=True)
 class Module:
-    """A module class, and the attributes of a module that its rule takes as arguments of the same names."""
+    """A module class, and what its rule takes of a module.
+
+    attributes:  those that it takes as arguments of the same names
+    params:      does it take all parameters, as the argument `params`: {name: parameter}?
+    """
 
     cls: type[nn.Module]
     attributes: tuple[str, ...] = ()
+    params: bool = False
 
 
 @dataclass(frozen=True)

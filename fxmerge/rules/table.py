@@ -18,7 +18,20 @@ import torch.nn.functional as F
 from torch import nn
 
 from fxmerge.graph.ops import Aten
-from fxmerge.rules import binary, contractions, einsum, layers, movement, norms
+from fxmerge.rules import (
+    binary,
+    contractions,
+    einsum,
+    indexed,
+    layers,
+    movement,
+    norms,
+    over_axes,
+    pointwise,
+    products,
+    shuffles,
+    unary,
+)
 from fxmerge.rules.elementwise import (
     adds_nothing,
     extreme,
@@ -31,7 +44,8 @@ from fxmerge.rules.elementwise import (
     softmax_rule,
     spatial,
 )
-from fxmerge.rules.queries import constant_rule, moves, query_rule, type_as_rule
+from fxmerge.rules.queries import constant_rule, passes_factor, query_rule, type_as_rule
+from fxmerge.rules.recurrent import ROWS as RECURRENT_LAYERS
 from fxmerge.rules.rule import Module, Rule
 
 _CONV = ("weight", "bias", "stride", "padding", "dilation", "groups")
@@ -49,6 +63,7 @@ _ROWS: tuple[Rule, ...] = (
             *(Module(cls, _CONV) for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d)),
             *(F.conv1d, F.conv2d, F.conv3d),
         ),
+        layers.same_filter,
     ),
     Rule(
         "conv_transpose",
@@ -58,10 +73,13 @@ _ROWS: tuple[Rule, ...] = (
             *(Module(cls, _TRANSPOSED) for cls in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)),
             *(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
         ),
+        layers.same_filter,
     ),
     Rule("embedding", "producer", layers.embedding, (Module(nn.Embedding, ("weight", "max_norm")), F.embedding)),
     Rule("embedding_bag", "producer", layers.embedding_bag,
          (Module(nn.EmbeddingBag, ("weight", "max_norm")), F.embedding_bag)),
+    # recurrent layers: producers that read themselves
+    *RECURRENT_LAYERS,
     # contractions: the labels of both operands along the contracted axis are tied
     Rule("matmul", "contraction", contractions.matmul, (operator.matmul, torch.matmul, "matmul", torch.bmm, "bmm",
                                                           torch.mm, "mm")),
@@ -90,6 +108,7 @@ _ROWS: tuple[Rule, ...] = (
         "per_channel_param",
         norms.instance_norm,
         (*(Module(c, _NORM) for c in (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)), F.instance_norm),
+        commutes=True,  # as batch_norm
     ),
     # ties: the labels of two operands are tied, position by position
     Rule("add", "tie", binary.elementwise, (operator.add, operator.iadd, torch.add, "add", "add_"), adds_nothing),
@@ -117,6 +136,7 @@ _ROWS: tuple[Rule, ...] = (
     Rule("rsub", "tie", binary.elementwise, (torch.rsub,)),
     Rule("maximum", "tie", binary.elementwise, (torch.maximum, "maximum")),
     Rule("minimum", "tie", binary.elementwise, (torch.minimum, "minimum")),
+    *pointwise.ROWS,
     Rule("where", "tie", binary.choose, (torch.where, "where")),
     Rule("compare", "tie", binary.elementwise,
          (operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge, torch.eq, torch.ne, torch.lt,
@@ -128,30 +148,28 @@ _ROWS: tuple[Rule, ...] = (
     per_channel("relu", nn.ReLU, F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_", commutes=True),
     per_channel("leaky_relu", nn.LeakyReLU, F.leaky_relu, F.leaky_relu_, commutes=True),
     per_channel("rrelu", nn.RReLU, F.rrelu, commutes=True),
-    per_channel("abs", torch.abs, "abs", operator.abs, commutes=True),
-    per_channel("neg", torch.neg, "neg", operator.neg, commutes=True),
     Rule("identity", "per_channel", identity_rule,
          (nn.Identity, "contiguous", "clone", torch.clone, "detach", "float", "double", "half", "bfloat16", "to", "cpu",
           "cuda", Aten("alias"), Aten("lift_fresh_copy"), Aten("_to_copy")), True),
     per_channel("stochastic_depth", "torchvision.ops.stochastic_depth.stochastic_depth", commutes=True),
     per_channel("zeros_like", torch.zeros_like, commutes=True),
     per_channel("ones_like", torch.ones_like),
+    per_channel("full_like", torch.full_like),
+    per_channel("empty_like", torch.empty_like),
+    per_channel("random_like", torch.rand_like, torch.randn_like, torch.randint_like),
     per_channel("dropout", nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
                 nn.FeatureAlphaDropout, F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout,
                 F.feature_alpha_dropout, torch.dropout, commutes=True),
     # activations for which this does not hold
     per_channel("relu6", nn.ReLU6, F.relu6),
-    per_channel("hardtanh", nn.Hardtanh, F.hardtanh, torch.clamp, torch.clip, "clamp", "clamp_", "clip",
-                "clamp_min", "clamp_max"),
+    per_channel("hardtanh", nn.Hardtanh, F.hardtanh),
     per_channel("gelu", nn.GELU, F.gelu),
     per_channel("silu", nn.SiLU, F.silu),
     per_channel("mish", nn.Mish, F.mish),
     per_channel("elu", nn.ELU, F.elu, F.elu_),
     per_channel("celu", nn.CELU, F.celu),
     per_channel("selu", nn.SELU, F.selu),
-    per_channel("sigmoid", nn.Sigmoid, F.sigmoid, torch.sigmoid, "sigmoid", "sigmoid_"),
     per_channel("logsigmoid", nn.LogSigmoid, F.logsigmoid),
-    per_channel("tanh", nn.Tanh, F.tanh, torch.tanh, "tanh", "tanh_"),
     per_channel("hardsigmoid", nn.Hardsigmoid, F.hardsigmoid),
     per_channel("hardswish", nn.Hardswish, F.hardswish),
     per_channel("softplus", nn.Softplus, F.softplus),
@@ -160,16 +178,7 @@ _ROWS: tuple[Rule, ...] = (
     per_channel("hardshrink", nn.Hardshrink, F.hardshrink),
     per_channel("tanhshrink", nn.Tanhshrink, F.tanhshrink),
     per_channel("threshold", nn.Threshold, F.threshold),
-    per_channel("exp", torch.exp, "exp"),
-    per_channel("log", torch.log, "log"),
-    per_channel("sqrt", torch.sqrt, "sqrt"),
-    per_channel("rsqrt", torch.rsqrt, "rsqrt"),
-    per_channel("reciprocal", torch.reciprocal, "reciprocal"),
-    per_channel("square", torch.square, "square"),
-    per_channel("pow", torch.pow, "pow", operator.pow),
-    per_channel("sin", torch.sin, "sin"),
-    per_channel("cos", torch.cos, "cos"),
-    per_channel("erf", torch.erf, "erf"),
+    *unary.ROWS,
     # pooling and interpolation: spatial axes change, channels do not
     spatial("avg_pool", nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d,
             commutes=True),
@@ -193,12 +202,15 @@ _ROWS: tuple[Rule, ...] = (
     reduction("var", torch.var, "var"),
     reduction("std", torch.std, "std", commutes=True),
     reduction("logsumexp", torch.logsumexp, "logsumexp"),
+    *over_axes.ROWS,
     # mixers: without one channel, the others change
     Rule("softmax", "mixer", softmax_rule,
          (Module(nn.Softmax, ("dim",)), Module(nn.LogSoftmax, ("dim",)), F.softmax, F.log_softmax, torch.softmax,
           torch.log_softmax, "softmax", "log_softmax")),
     Rule("norm", "mixer", norms.norm,
-         (torch.linalg.vector_norm, torch.norm, "norm", torch.functional.norm, Aten("linalg_vector_norm"))),
+         (torch.linalg.vector_norm, torch.norm, "norm", torch.functional.norm, Aten("linalg_vector_norm"),
+          torch.linalg.norm)),
+    *products.ROWS,
     Rule("normalize", "mixer", norms.normalize, (F.normalize,)),
     Rule("layer_norm", "mixer", norms.layer_norm,
          (Module(nn.LayerNorm, ("normalized_shape", "weight", "bias", "eps")), F.layer_norm, torch.layer_norm)),
@@ -209,21 +221,24 @@ _ROWS: tuple[Rule, ...] = (
          (Module(nn.GroupNorm, ("num_groups", "weight", "bias", "eps")), F.group_norm)),
     # movement: executed on the labels
     *(Rule(name, "movement", movement.execute, spellings, True) for name, spellings in movement.SPELLINGS.items()),
-    Rule("channel_shuffle", "movement", movement.channel_shuffle,
+    Rule("channel_shuffle", "movement", shuffles.channel_shuffle,
          (Module(nn.ChannelShuffle, ("groups",)), torch.channel_shuffle), True),
-    Rule("fold", "per_channel", movement.fold, (nn.Fold, F.fold, Aten("col2im")), True),
+    Rule("pixel_shuffle", "per_channel", shuffles.pixel_shuffle,
+         (Module(nn.PixelShuffle, ("upscale_factor",)), torch.pixel_shuffle), True),
+    Rule("fold", "per_channel", shuffles.fold, (nn.Fold, F.fold, Aten("col2im")), True),
     Rule("type_as", "per_channel", type_as_rule, ("type_as",), True),
     Rule("expand_as", "movement", movement.expand_as, ("expand_as",), True),
     Rule("enter", "movement", movement.entered, (movement.enter,), True),
-    Rule("setitem", "tie", movement.setitem, (operator.setitem,)),
-    Rule("index_add", "tie", movement.index_add, (torch.index_add, "index_add", "index_add_")),
+    *indexed.ROWS,
     Rule("sampled", "per_channel", sampled_rule,
          (F.grid_sample, Aten("grid_sampler"), Aten("torchvision::roi_align")), True),
     Rule("pad", "per_channel", movement.pad, (F.pad,), True),
     # shapes and other plain values
-    Rule("new", "query", constant_rule, ("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor")),
+    Rule("new", "query", constant_rule, ("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor",
+                                         torch.zeros, torch.ones, torch.full, torch.empty)),
+    Rule("random", "query", constant_rule, (torch.rand, torch.randn, torch.randint)),
     Rule("query", "query", query_rule, (getattr, "size", "dim", "ndimension", "numel", "stride", "get_device",
                                         "is_floating_point", "element_size", torch.numel, len,
-                                        torch.is_tensor, torch._assert, Aten("sym_size")), moves),
+                                        torch.is_tensor, torch._assert, Aten("sym_size")), passes_factor),
 )  # fmt: skip
 RULES: dict[str, Rule] = {row.name: row for row in _ROWS}

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from fxmerge.weights.disk_tensor import beside
+from fxmerge.weights.memory_format import in_format
 
 
 def at(module: nn.Module, path: str) -> Tensor:
@@ -66,6 +67,7 @@ class Weights:
         self.holders[id(fresh)] = [(held, name)]
 
     def _replace(self, old: Tensor, value: Tensor) -> Tensor:
+        value = in_format(value, old)
         fresh = nn.Parameter(value, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else value
         holders = self.holders.pop(id(old))
         for held, name in holders:

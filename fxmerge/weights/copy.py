@@ -9,8 +9,10 @@ from collections.abc import Iterable
 from typing import Any, TypeVar
 
 from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 
 from fxmerge.weights.by_path import Weights
+from fxmerge.weights.closures import rebind
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -26,21 +28,60 @@ def sharing_copy(module: fx.GraphModule) -> tuple[fx.GraphModule, Weights]:
 def deep_copy(module: M, shared: Iterable[Tensor]) -> M:
     """A `copy.deepcopy` of a module, except that the tensors in `shared` are not copied.
 
+    Functions that hold modules of the original, such as lambdas and hooks, hold those of the copy. A module inside
+    torch.compile's or DataParallel's wrapper is copied without it.
+
     `copy.deepcopy` takes longer than a forward of a small model, mostly for the many empty dicts of plain modules. So
     the fields of plain modules are copied here. Their other values, and modules that define how they are copied, are
-    left to `copy.deepcopy`.
+    left to `copy.deepcopy`. Tensors with a history, which `copy.deepcopy` refuses, are detached.
     """
+    shared = list(shared)
+    try:
+        return _copied(module, shared)
+    except RuntimeError:
+        with _Detached():
+            return _copied(module, shared)
+
+
+class _Detached(TorchFunctionMode):
+    """Copies tensors that were computed under autograd without their history."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__deepcopy__ and args[0].grad_fn is not None:
+            args[1][id(args[0])] = args[0].detach().clone()
+            return args[1][id(args[0])]
+        return func(*args, **(kwargs or {}))
+
+
+def _copied(module: M, shared: Iterable[Tensor]) -> M:
     memo: dict[int, Any] = {id(t): t for t in shared}
     modules = list(module.modules())
     classes = {cls: _plain(cls) for cls in {type(m) for m in modules}}
-    plain = [m for m in modules if classes[type(m)] and "__deepcopy__" not in m.__dict__]
+    wrapped = {m: inside(m) for m in modules if inside(m) is not m}
+    plain = [m for m in modules if classes[type(m)] and "__deepcopy__" not in m.__dict__ and m not in wrapped]
     for m in plain:
         memo[id(m)] = type(m).__new__(type(m))
+    for m, inner in wrapped.items():
+        if id(inner) in memo:
+            memo[id(m)] = memo[id(inner)]
     for m in plain:
         state: dict[str, Any] = m.__getstate__()  # type: ignore[no-untyped-call]
         copied = {name: v if type(v) in _ATOMS else _field(v, memo) for name, v in state.items()}
         memo[id(m)].__setstate__(copied)
-    return copy.deepcopy(module, memo)
+    made: M = copy.deepcopy(module, memo)
+    rebind(made.modules(), memo)
+    return made
+
+
+def inside(module: nn.Module) -> nn.Module:
+    """The module that wrappers of torch.compile, DataParallel and DistributedDataParallel call; any other as it is."""
+    while True:
+        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            module = module.module
+        elif type(module).__name__ == "OptimizedModule" and "_orig_mod" in module._modules:
+            module = module.get_submodule("_orig_mod")  # the class itself is not imported: that takes a second
+        else:
+            return module
 
 
 _ATOMS = frozenset((int, float, bool, str, type(None)))  # immutable types, which need no copy

@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fxmerge.errors import FxMergeError
+from fxmerge.weights.unreadable import unreadable
 
 SMALL = 2**16  # bytes; smaller tensors are held in memory
 DTYPES: dict[str, torch.dtype] = {  # the names of types in safetensors files
@@ -264,7 +265,7 @@ def regions(path: Path) -> dict[str, FileRegion]:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
     except (OSError, SafetensorError, ValueError) as error:
-        raise FxMergeError(f"cannot read weights from {path}: {error}") from error
+        raise unreadable(path, error) from error
     header.pop("__metadata__", None)
     strange = sorted({e["dtype"] for e in header.values()} - set(DTYPES))
     if strange:

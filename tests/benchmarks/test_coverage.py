@@ -21,6 +21,7 @@ ROW = {
     "suite": "timm", "name": "a", "tool": "fxmerge", "status": "ok", "parameters": 2_000_000, "route": "export",
     "groups": 3, "channels": 100, "refused": [["is the model's output", 10], ["topk has no rule", 50]],
     "analysis_s": 1.0, "merge_s": 2.0, "left": 0.4, "shapes_kept": True, "oracle": 1e-15, "oracle_tried": 3,
+    "silence": 2e-16, "silence_groups": 2, "silence_tried": 2, "silence_left_out": 1, "silence_on_graph": 0,
 }  # fmt: skip
 
 
@@ -38,6 +39,7 @@ def test_squeezenet_is_measured() -> None:
     assert found["status"] == "ok" and found["stage"] == "done" and found["shapes_kept"]
     assert found["route"] == "symbolic" and found["groups"] == 25
     assert 0.3 < found["left"] < 0.4 and found["oracle"] < 1e-10
+    assert found["silence"] < 1e-10 and found["silence_groups"] == 25 and found["silence_inputs"] == ["values"]
 
 
 def test_an_unknown_model_is_a_failure_with_its_message() -> None:
@@ -121,7 +123,7 @@ def test_a_run_continues_where_the_last_one_stopped(tmp_path: Path, monkeypatch:
     assert measured[3:] == [("timm", "a", "fxmerge"), ("timm", "b", "fxmerge")]
 
 
-def slow(tool: str, suite: str, name: str, out: str, *_: Any) -> None:
+def slow(tool: str, suite: str, name: str, out: str, *_: Any, **limits: Any) -> None:
     """Does not return; before that it has merged the model if the name says so."""
     Path(out).write_text(
         '{"status": "failed", "stage": "analysis"}\n' + ('{"status": "ok"}\n{"le' * (name == "merged"))
@@ -129,7 +131,7 @@ def slow(tool: str, suite: str, name: str, out: str, *_: Any) -> None:
     time.sleep(600)
 
 
-def dying(tool: str, suite: str, name: str, out: str, noise: str, *_: Any) -> None:
+def dying(tool: str, suite: str, name: str, out: str, noise: str, **limits: Any) -> None:
     Path(out).write_text('{"status": "failed", "stage": "merge"}\n')
     Path(noise).write_text("some noise\nlast words\n")
     os._exit(3)
@@ -137,10 +139,24 @@ def dying(tool: str, suite: str, name: str, out: str, noise: str, *_: Any) -> No
 
 def fake_row(name: str, work: Any, monkeypatch: pytest.MonkeyPatch, timeout: float) -> dict[str, Any]:
     monkeypatch.setattr(coverage, "PROCESSES", multiprocessing.get_context("fork"))
-    return coverage.measure(("timm", name, "fxmerge"), timeout, 1, 1, work)[0]
+    return coverage.measure(("timm", name, "fxmerge"), timeout, 64, 1, work)[0]
 
 
-def test_a_process_out_of_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def busy(*_: Any) -> Any:
+    """Findings that use CPU time without end."""
+    yield {"status": "failed", "stage": "merge"}
+    while True:
+        pass
+
+
+def test_the_limit_is_in_cpu_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(one_model, "findings", busy)
+    found = fake_row("busy", one_model.work, monkeypatch, 1)
+    assert found["status"] == "failed" and found["error"] == "stopped after 1 s, in merge"
+
+
+def test_a_process_that_waits_is_stopped_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coverage, "PATIENCE", 1)
     found = fake_row("stuck", slow, monkeypatch, 1)
     assert found["status"] == "failed" and found["error"] == "stopped after 1 s, in analysis"
     found = fake_row("merged", slow, monkeypatch, 1)  # it ran out of time in the oracle, not in the merge
@@ -171,7 +187,20 @@ def test_page() -> None:
     both = f"median {ROW['merge_s']:.2f} s with fxmerge, 7.50 s with the peer"
     assert f"the 2 models that both tools handle: {both}" in text
     assert "| **1e-03 (0)** |" in text and "31 % of channels: topk has no rule" in text
+    assert "oracle 6 <= 1e-10: 2 models; above: none" in text and "| 2e-16 -1 |" in text
     assert "| 2 | cannot be traced: a \\| b | bad, worse |" in text
+
+
+def test_page_shows_a_red_silence() -> None:
+    wrong = row(silence=1e-3, silence_tried=1, silence_on_graph=1)
+    text = table(wrong, row(name="b", silence=None, silence_note="why"))
+    assert "oracle 6 <= 1e-10: 0 models; above: 1: a (1e-03)" in text
+    assert "| **1e-03 (1) -1 g** |" in text and "| why |" in text
+
+
+def test_an_error_in_the_last_oracle_is_its_note() -> None:
+    found = coverage.with_error({"status": "ok", "stage": "silence", "error": "no memory"})
+    assert found == {"status": "ok", "stage": "silence", "silence_note": "no memory"}
 
 
 def test_page_without_rows() -> None:

@@ -212,4 +212,5 @@ def test_streams_are_held_only_where_the_running_statistics_are_right() -> None:
             part.momentum = None  # the mean over all batches
             part.reset_running_stats()
     trained.train()(fxmerge.PROBES["leaves"](x, 256, torch.Generator().manual_seed(9)))
-    assert fxmerge.merge(trained.eval(), x, ratio=0.25, samples=64).report.notes == ()
+    notes = fxmerge.merge(trained.eval(), x, ratio=0.25, samples=64).report.notes
+    assert not any("probes run as they are" in note for note in notes)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import fxmerge
 from fxmerge import verify
@@ -35,11 +35,12 @@ WAYS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def net(way: str) -> tuple[nn.Module, Tensor]:
+def net(way: str | None) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv1d(3, 12, 3), nn.ReLU(), nn.Conv1d(12, 8, 3), nn.ReLU(), nn.Conv1d(8, 3, 1)).double()
     randomised(model)
-    WAYS[way](model[2])
+    if way is not None:
+        WAYS[way](model[2])
     return model.eval(), torch.randn(2, 3, 9, dtype=torch.float64)
 
 
@@ -57,6 +58,34 @@ def test_equals_the_merge_of_the_plain_model(way: str) -> None:
         assert torch.equal(result.module(x), expected.module(x))
     found = result.analysis
     assert max(verify.permutation(found.captured, found.facts, found.grouping).values()) < 1e-10
+
+
+def masked(model: nn.Module) -> nn.Module:
+    """Twice, so that a hook holds two masks; and a bias."""
+    prune.random_unstructured(model[2], "weight", 0.3)  # type: ignore[index]
+    prune.ln_structured(model[2], "weight", 0.25, n=2, dim=0)  # type: ignore[index]
+    prune.l1_unstructured(model[0], "bias", 3)  # type: ignore[index]
+    return model
+
+
+def test_masks_of_torch_are_folded() -> None:
+    """The result is that of the model whose masks the user made permanent; the user's own keeps its masks."""
+    (model, x), (plain, _) = (net(None) for _ in range(2))
+    torch.manual_seed(1)
+    masked(model)
+    torch.manual_seed(1)
+    for layer, name in ((masked(plain)[2], "weight"), (plain[0], "bias")):  # type: ignore[index]
+        prune.remove(layer, name)
+    state = copy.deepcopy(model.state_dict())
+    result, expected = plain_merge(model, x), plain_merge(plain, x)
+    assert [(p.name, p.kept) for p in result.plan.groups] == [(p.name, p.kept) for p in expected.plan.groups]
+    assert {p.channels for p in result.plan.groups} == {12, 8}
+    with torch.no_grad():
+        assert torch.equal(result.module(x), expected.module(x))
+    assert set(dict(result.module.named_buffers())) == set()
+    assert list(model.state_dict()) == list(state)
+    assert all(torch.equal(model.state_dict()[n], v) for n, v in state.items())
+    assert prune.is_pruned(model)
 
 
 @pytest.mark.parametrize("way", WAYS)

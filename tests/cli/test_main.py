@@ -258,3 +258,65 @@ def test_in_a_pipe_stderr_is_silent_and_errors_have_status_1(spec: str, tmp_path
     assert bad.returncode == 1
     assert bad.stdout == ""
     assert len(bad.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["merge", "--out", "{dir}/m.onx"], ".onx files cannot be written; give a folder, .* end it with .pt2 or .onnx$"),
+    (["merge", "--out", "{dir}/small.pth"], "small.pth looks like a file"),
+    (["merge", "--out", "{dir}/a.tar"], "a.tar looks like a file"),
+    (["sweep", "--budgets", "0.5", "--out", "{dir}/a.csv"], "a.csv looks like a file, .* whose name has no extension$"),
+    (["sweep", "--budgets", "0.5", "--out", "{dir}/a.onnx"], "a.onnx looks like a file"),
+])  # fmt: skip
+def test_out_that_looks_like_another_file(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """The error comes before the model is made."""
+    command, *rest = (a.format(dir=tmp_path) for a in arguments)
+    status, out, err = run(capsys, command, "no_such_module:f", *rest)
+    assert (status, out) == (1, "")
+    assert re.search(message, err.strip()) is not None
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["merged_0.5", "run.v2", "plain", "there.pth"])
+def test_out_that_is_a_folder(name: str, capsys: pytest.CaptureFixture[str], spec: str, tmp_path: Path) -> None:
+    if name == "there.pth":  # a folder that exists is meant
+        (tmp_path / name).mkdir()
+    status, _, err = run(capsys, "merge", spec, "--out", str(tmp_path / name), "--refit", "none")
+    assert (status, err) == (0, "")
+    assert (tmp_path / name / "weights.safetensors").is_file()
+
+
+def test_the_case_of_an_extension_does_not_matter(
+    capsys: pytest.CaptureFixture[str], spec: str, tmp_path: Path
+) -> None:
+    status, _, err = run(capsys, "merge", spec, "--out", str(tmp_path / "M.PT2"), "--refit", "none")
+    assert (status, err) == (0, "")
+    assert torch.export.load(tmp_path / "M.PT2").module()(torch.randn(2, 3, 6, 6)).shape == (2, 4)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("more", [[], ["--on-disk"]])
+def test_weights_that_are_a_pickle(
+    legacy: bool, more: list[str], capsys: pytest.CaptureFixture[str], spec: str, tmp_path: Path
+) -> None:
+    """The message holds two lines of code, which convert the file."""
+    namespace: dict[str, Any] = {}
+    exec(FACTORY, namespace)
+    path = tmp_path / "net.pth"
+    torch.save(namespace["small"]().state_dict(), path, _use_new_zipfile_serialization=not legacy)
+    status, out, err = run(capsys, "analyze", spec, "--weights", str(path), *more)
+    assert (status, out) == (1, "")
+    first, *code = err.rstrip().split("\n")
+    assert first.startswith(f"fxmerge: {path} is a pickle written by torch.save, not a safetensors file;")
+    assert len(code) == 2
+    exec("\n".join(line.strip() for line in code), {})
+    status, out, err = run(capsys, "analyze", spec, "--weights", str(tmp_path / "net.safetensors"), *more)
+    assert (status, err) == (0, "")
+
+
+def test_weights_that_are_nothing_known(capsys: pytest.CaptureFixture[str], spec: str, tmp_path: Path) -> None:
+    (tmp_path / "w.safetensors").write_bytes(b"neither of them")
+    status, _, err = run(capsys, "analyze", spec, "--weights", str(tmp_path / "w.safetensors"))
+    assert (status, err.count("\n")) == (1, 1)
+    assert f"cannot read weights from {tmp_path}/w.safetensors: " in err

@@ -148,7 +148,7 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "gpt2": gpt2,
 }
 # literal sizes in the code of forward, that no attribute holds
-RIGID = ("reshape", "sliced", "scores")
+RIGID = ("reshape", "sliced", "scores", "one_norm_for_all")
 
 
 def made(name: str) -> tuple[nn.Module, Any]:
@@ -325,7 +325,7 @@ def test_a_detection_model(tmp_path: Path) -> None:
 
 
 def mine(x: Tensor) -> Tensor:
-    return torch.sinc(x)
+    return torch.special.bessel_j0(x)
 
 
 torch.fx.wrap("mine")
@@ -501,3 +501,55 @@ def test_a_killed_save_leaves_the_old_folder_or_the_new_one(tmp_path: Path) -> N
     assert found == sorted(found)
     assert found[0] == 0
     assert found[-1] == 1
+
+
+@pytest.mark.parametrize("name", ["m.onnx", "m.PT2", "m.pt", "m.safetensors"])
+def test_a_folder_named_like_a_file(name: str, tmp_path: Path) -> None:
+    result = plain_merge(*made("mlp"))
+    with pytest.raises(FxMergeError, match=rf"{name} looks like a file, and result.save writes a folder; .*to_onnx or"):
+        result.save(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / name).mkdir()
+    result.save(tmp_path / name)  # a folder that exists is meant
+
+
+def test_what_hooks_do_is_written(tmp_path: Path) -> None:
+    """A layer's hook is part of the graph, and so of the code."""
+    model, x = Recurrent().eval(), torch.randn(2, 5, 6)
+    model.a.register_forward_hook(lambda module, args, out: 2 * out)
+    result = plain_merge(model, x)
+    result.save(tmp_path / "o")
+    unseen = torch.randn(3, 5, 6)
+    torch.testing.assert_close(fxmerge.load(tmp_path / "o")(unseen), result.module(unseen))
+    torch.testing.assert_close(plain_merge(model, x, ratio=0.0).module(unseen), model(unseen))
+
+
+def test_keywords_in_the_code_of_torch_fx(tmp_path: Path) -> None:
+    """A merged module with names that are keywords keeps working when it is recompiled, copied and merged again."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"if": nn.Linear(6, 16), "a-b": nn.ModuleDict({"is": nn.Linear(16, 12), "x": nn.ReLU()})})
+    model.register_parameter("None", nn.Parameter(torch.rand(12)))
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.add_module("lambda", model)
+            self.head = nn.Linear(12, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            own: Any = getattr(self, "lambda")
+            y = own["a-b"]["x"](own["a-b"]["is"](torch.relu(own["if"](x)))) * getattr(own, "None")
+            out: Tensor = self.head(y)
+            return out
+
+    net, x = Net().eval(), torch.randn(4, 6)
+    result = plain_merge(net, x, ratio=0.5)
+    assert [g.name for g in result.plan.groups] == ["lambda.if", "lambda.a-b.is"]
+    expected = result.module(x)
+    copied = copy.deepcopy(result.module)
+    copied.recompile()  # type: ignore[operator]
+    assert torch.equal(copied(x), expected)
+    again = plain_merge(copied, x, ratio=0.5)
+    assert again.plan.groups
+    again.save(tmp_path / "o")
+    torch.testing.assert_close(fxmerge.load(tmp_path / "o")(x), again.module(x))

@@ -161,8 +161,8 @@ class Recurrent(nn.Module):
 
     def __init__(self, n: int) -> None:
         super().__init__()
-        self.a, self.b = conv(3, 8 * n), conv(8 * n, 4)
-        self.c, self.out = nn.Linear(5, 6 * n), nn.Linear(6 * n, 3)
+        self.a, self.b = conv(3, 8 * n), conv(8 * n, 4 * n)
+        self.c, self.out = nn.Linear(5 * n, 6 * n), nn.Linear(6 * n, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.b(F.relu(self.a(x))).mean(2).permute(0, 2, 1)
@@ -170,15 +170,15 @@ class Recurrent(nn.Module):
         return self.out(F.relu(self.c(x)))
 
 
-@other(*IMAGE, stays={"b": "rnn is a LSTM, which has no rule"})
+@other(*IMAGE)
 class BehindLstm(Recurrent):
     def __init__(self, n: int) -> None:
         super().__init__(n)
-        self.rnn = nn.LSTM(4, 5, batch_first=True)
+        self.rnn = nn.LSTM(4 * n, 5 * n, batch_first=True)
 
 
-@other(*IMAGE, stays={"b": "rnn is a GRU, which has no rule"})
+@other(*IMAGE)
 class BehindGru(Recurrent):
     def __init__(self, n: int) -> None:
         super().__init__(n)
-        self.rnn = nn.GRU(4, 5, batch_first=True)
+        self.rnn = nn.GRU(4 * n, 5 * n, batch_first=True)

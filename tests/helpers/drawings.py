@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
+import re
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -79,3 +82,10 @@ def wide(count: int) -> Picture:
         arrows=tuple(arrows),
         frames=tuple(frames),
     )
+
+
+def data_of(text: str) -> dict[str, Any]:
+    """The data in a page."""
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
+    assert found is not None
+    return json.loads(found[1])  # type: ignore[no-any-return]

@@ -89,14 +89,6 @@ def baddbmm(key: Any) -> Sample:
     return Sample(lambda m, x: call(key)(m.input[:, :1], x, scores(m), beta=2), dims=1)
 
 
-def gather(key: Any) -> Sample:
-    """Entries gathered from scores, which have no channels: an index of channels would have to follow their number."""
-    parts = {"ids": torch.randint(4, (2, 4, 4), generator=torch.Generator().manual_seed(0))}
-    if isinstance(key, str):
-        return Sample(lambda m, x: x.matmul(scores(m).gather(2, m.ids)), dims=1, parts=parts)
-    return Sample(lambda m, x: x.matmul(call(key)(scores(m), 2, m.ids)), dims=1, parts=parts)
-
-
 def attention(key: Any) -> Sample:
     def attend(m: Any, x: Any) -> Any:
         tokens = m.input.transpose(1, 2)
@@ -129,17 +121,6 @@ def mixer(*module: Any, function: Any, dims: int = 2, affine: tuple[str, ...] = 
 def enter(key: Any) -> Sample:
     """The input of a part of a recorded model."""
     return Sample(lambda m, x: call(key)(x))
-
-
-def setitem(key: Any) -> Sample:
-    """One sample written into a tensor of zeros, which is then read."""
-
-    def op(m: Any, x: Any) -> Any:
-        whole = torch.zeros_like(x)
-        call(key)(whole, 1, x[0])
-        return whole
-
-    return Sample(op)
 
 
 def sampled(key: Any) -> Sample:

@@ -29,17 +29,26 @@ def masked_by_hand(result: fxmerge.Result, x: Tensor) -> Tensor:
             assert here.all()
             for path in producer.layer.params.values():
                 value = shaken.get_parameter(path)
-                rows = value.data.movedim(1, 0) if producer.layer.transposed and value.dim() > 1 else value.data
                 places = producer.where[local].flatten()
-                rows[places] += torch.rand(rows[places].shape, generator=torch.Generator().manual_seed(0)).to(rows)
+                rows = value.data.movedim(_out_axis(producer.layer), 0) if value.dim() > 1 else value.data
+                rows[places] += _noise(rows[places])
         consumers = {consumer.layer.node for consumer in group.consumers}
         before, after = (Watched(m, consumers, {}) for m in (module, shaken))
         before.run(x)
         after.run(x)
         for node in consumers:
-            zeroed[node] = after.seen[node] != before.seen[node]
+            zeroed[node] = (after.seen[node] != before.seen[node]) | zeroed.get(node, torch.tensor(False))
     out: Tensor = Watched(module, set(zeroed), zeroed).run(x)
     return out.detach()
+
+
+def _out_axis(layer: Any) -> int:
+    """The axis of a weight that its layer writes: the last of a matrix product's, or of a stack of these."""
+    return (2 if layer.op == "experts" else 1) if layer.transposed else (1 if layer.op == "experts" else 0)
+
+
+def _noise(like: Tensor) -> Tensor:
+    return torch.rand(like.shape, generator=torch.Generator().manual_seed(0)).to(like)
 
 
 class Watched(fx.Interpreter):
@@ -63,9 +72,11 @@ class Watched(fx.Interpreter):
         return n.target in ("addmm", torch.addmm)
 
     def channels(self, n: fx.Node, entries: Tensor) -> Tensor:
-        """The channels that contain one of the entries: on the last axis for linear layers, on axis 1 otherwise."""
+        """The channels that contain one of the entries: on the last axis for linear and recurrent layers, or axis 1."""
         target = self.module.get_submodule(str(n.target)) if n.op == "call_module" else n.target
-        linear = isinstance(target, nn.Linear) or target is F.linear or self.matrix(n)
+        modules, names = (nn.Linear, nn.RNNBase, nn.RNNCellBase), ("lstm", "gru", "rnn")
+        recurrent = any(name in str(target).lower() for name in names)
+        linear = isinstance(target, modules) or target is F.linear or self.matrix(n) or recurrent
         axis = entries.dim() - 1 if linear else 1
         others = [a for a in range(entries.dim()) if a != axis]
         return entries.amax(others, keepdim=True) if others else entries

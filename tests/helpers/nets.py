@@ -251,8 +251,37 @@ def words(m: Any, x: Tensor) -> Tensor:
 
 
 @net(IMAGE, a=conv(3, 12), b=conv(12, 16, stride=2), n=nn.GroupNorm(4, 16), up=nn.ConvTranspose2d(16, 10, 2, 2),
-     c=conv(22, 8), o=nn.InstanceNorm2d(8, affine=True), fc=nn.Conv2d(8, 2, 1))  # fmt: skip
+     c=conv(22, 8), o=nn.InstanceNorm2d(8, affine=True, eps=1e-12), fc=nn.Conv2d(8, 2, 1))  # fmt: skip
 def unet(m: Any, x: Tensor) -> Tensor:
     x = F.relu(m.a(x))
     y = F.relu(m.up(F.relu(m.n(m.b(x)))))
     return m.fc(F.relu(m.o(m.c(torch.cat([x, y], 1)))))
+
+
+@net(IMAGE, a=conv(3, 12, bias=False), n=BatchNorm2d(12), b=conv(12, 6), fc=Linear(6, 5))
+def towers(m: Any, x: Tensor) -> Tensor:
+    one, other = (m.b(F.relu(m.n(m.a(side)))) for side in (x, x.flip(3).roll(1, 2)))
+    return m.fc(F.relu(one - other).mean((2, 3)))
+
+
+@net(IMAGE, a=conv(3, 12, bias=False), n=BatchNorm2d(12, track_running_stats=False, eps=1e-12),
+     b=conv(12, 10, bias=False), o=nn.InstanceNorm2d(10, affine=True, eps=1e-12), fc=nn.Conv2d(10, 3, 1))  # fmt: skip
+def own_statistics(m: Any, x: Tensor) -> Tensor:
+    return m.fc(F.relu(m.o(m.b(F.relu(m.n(m.a(x))))))).amax((2, 3))
+
+
+@net(IMAGE, stem=conv(3, 8), qkv=nn.Conv2d(8, 24, 1, bias=False), n=BatchNorm2d(24), pe=conv(12, 12, groups=12),
+     proj=nn.Conv2d(12, 6, 1), fc=Linear(6, 5))  # fmt: skip
+def one_norm_for_all(m: Any, x: Tensor) -> Tensor:
+    """Queries, keys and values of two heads, behind one BatchNorm."""
+    b, _, h, w = x.shape
+    q, k, v = m.n(m.qkv(F.relu(m.stem(x)))).view(b, 2, 12, h * w).split([3, 3, 6], 2)
+    scores = (q.transpose(2, 3) @ k).softmax(-1)
+    y = (v @ scores.transpose(2, 3)).reshape(b, 12, h, w) + m.pe(v.reshape(b, 12, h, w))
+    return m.fc(F.relu(m.proj(y)).mean((2, 3)))
+
+
+@net((2, 6, 12), a=Linear(12, 40), d=Linear(20, 12), g=Linear(12, 16), u=Linear(12, 16), o=Linear(16, 5))
+def gated(m: Any, x: Tensor) -> Tensor:
+    x = m.d(F.glu(m.a(x)))
+    return m.o(F.silu(m.g(x)) * m.u(x)).mean(1)

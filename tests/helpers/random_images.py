@@ -105,8 +105,8 @@ def pixels_unshuffled(d: Draft) -> None:
 
 @step("image", able=even)
 def shuffled(d: Draft) -> None:
-    n, c, side, x = d.x.shape[0], d.x.c, d.x.side, d.x.name
-    d.same(d.one(f"{x}.view({n}, 2, {c // 2}, {side}, {side}).transpose(1, 2).reshape({n}, {c}, {side}, {side})",
+    c, side, x = d.x.c, d.x.side, d.x.name
+    d.same(d.one(f"{x}.view({d.n}, 2, {c // 2}, {side}, {side}).transpose(1, 2).reshape({d.n}, {c}, {side}, {side})",
                  f"{x}.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)", f"F.channel_shuffle({x}, 2)"))  # fmt: skip
 
 
@@ -129,7 +129,7 @@ def spatial_gate(d: Draft) -> None:
 @step("image", able=lambda d: d.x.side <= 8)
 def to_tokens(d: Draft) -> None:
     x = d.x
-    code = d.one("{}.flatten(2).transpose(1, 2)", f"{{}}.view({x.shape[0]}, {x.c}, -1).permute(0, 2, 1)",
+    code = d.one("{}.flatten(2).transpose(1, 2)", f"{{}}.view({d.n}, {x.c}, -1).permute(0, 2, 1)",
                  "{}.permute(0, 2, 3, 1).flatten(1, 2)")  # fmt: skip
     d.put(code.format(x.name), "tokens", x.shape[0], x.side**2, x.c)
 
@@ -137,8 +137,8 @@ def to_tokens(d: Draft) -> None:
 @step("image", able=lambda d: d.x.c * d.x.side**2 <= 200)
 def to_flat(d: Draft) -> None:
     x, all_of, d.copied = d.x, d.x.c * d.x.side**2, True
-    code = d.one("{}.flatten(1)", f"{{}}.reshape({x.shape[0]}, {all_of})", "{}.permute(0, 2, 3, 1).flatten(1)",
-                 f"{{}}.view({x.shape[0]}, -1)" if x.side > 1 else "{}.flatten(1)")  # fmt: skip
+    code = d.one("{}.flatten(1)", f"{{}}.reshape({d.n}, {all_of})", "{}.permute(0, 2, 3, 1).flatten(1)",
+                 f"{{}}.view({d.n}, -1)" if x.side > 1 else "{}.flatten(1)")  # fmt: skip
     d.put(code.format(f"{x.name}.contiguous()" if "view" in code else x.name), "flat", x.shape[0], all_of)
 
 
@@ -162,18 +162,18 @@ def attention(d: Draft) -> None:
     at = len(d.lines)
     q, k, v = (f"{name}{at}" for name in "qkv")
     if d.one(True, False):
-        packed, cut = d.part(f"nn.Linear({x.c}, {3 * width})"), f"view({n}, {t}, {heads}, {size}).transpose(1, 2)"
-        code = d.one(f"{packed}({x.name}).view({n}, {t}, 3, {heads}, {size}).permute(2, 0, 3, 1, 4).unbind(0)",
-                     f"{packed}({x.name}).reshape({n}, {t}, 3, {heads}, -1).permute(2, 0, 3, 1, 4)",
+        packed, cut = d.part(f"nn.Linear({x.c}, {3 * width})"), f"view({d.n}, {t}, {heads}, {size}).transpose(1, 2)"
+        code = d.one(f"{packed}({x.name}).view({d.n}, {t}, 3, {heads}, {size}).permute(2, 0, 3, 1, 4).unbind(0)",
+                     f"{packed}({x.name}).reshape({d.n}, {t}, 3, {heads}, -1).permute(2, 0, 3, 1, 4)",
                      f"(s.{cut} for s in {packed}({x.name}).chunk(3, -1))")  # fmt: skip
     else:
         maps = [d.part(f"nn.Linear({x.c}, {width}, bias={d.one(True, False)})") for _ in "qkv"]
-        code = ", ".join(f"{m}({x.name}).view({n}, -1, {heads}, {size}).transpose(1, 2)" for m in maps)
+        code = ", ".join(f"{m}({x.name}).view({d.n}, -1, {heads}, {size}).transpose(1, 2)" for m in maps)
     d.lines.append(f"{q}, {k}, {v} = {code}")
     product = d.one(f"F.scaled_dot_product_attention({q}, {k}, {v})",
                     f"(({q} @ {k}.transpose(-2, -1)) * {size**-0.5:.4f}).softmax(-1) @ {v}",
                     f"torch.einsum('bhts,bhsd->bhtd', ({q} @ {k}.transpose(-2, -1) / 2).softmax(-1), {v})")  # fmt: skip
-    join = d.one(f".transpose(1, 2).reshape({n}, {t}, {width})", ".transpose(1, 2).flatten(2)")
+    join = d.one(f".transpose(1, 2).reshape({d.n}, {t}, {width})", ".transpose(1, 2).flatten(2)")
     out = d.part(f"nn.Linear({width}, {x.c})")
     d.put(f"{d.one(f'{x.name} + ', '')}{out}(({product}){join})", "tokens", n, t, x.c)
 
@@ -188,11 +188,11 @@ def built_in_attention(d: Draft) -> None:
 def windows(d: Draft) -> None:
     """Swin's partition into windows, and its inverse after a layer."""
     n, c, side, x = d.x.shape[0], d.x.c, d.x.side, d.x.name
-    cut = f"{x}.permute(0, 2, 3, 1).reshape({n}, {side // 2}, 2, {side // 2}, 2, {c}).permute(0, 1, 3, 2, 4, 5)"
+    cut = f"{x}.permute(0, 2, 3, 1).reshape({d.n}, {side // 2}, 2, {side // 2}, 2, {c}).permute(0, 1, 3, 2, 4, 5)"
     y = d.put(f"{d.part(f'nn.Linear({c}, {c})')}({cut}.reshape(-1, 4, {c}))", "windows", n * side * side // 4, 4, c)
     d.live.remove(y)
-    d.put(f"{y.name}.view({n}, {side // 2}, {side // 2}, 2, 2, {c}).permute(0, 5, 1, 3, 2, 4)"
-          f".reshape({n}, {c}, {side}, {side})", "image", n, c, side, side)  # fmt: skip
+    d.put(f"{y.name}.view({d.n}, {side // 2}, {side // 2}, 2, 2, {c}).permute(0, 5, 1, 3, 2, 4)"
+          f".reshape({d.n}, {c}, {side}, {side})", "image", n, c, side, side)  # fmt: skip
 
 
 @step("image", able=lambda d: d.x.side % 2 == 0 and d.x.c <= 6)
@@ -218,14 +218,14 @@ def token_mixing(d: Draft) -> None:
 def class_token(d: Draft) -> None:
     n, t, c = d.x.shape
     position = d.raw(1, t + 1, c)
-    d.put(f"torch.cat([{d.raw(1, 1, c)}.expand({n}, -1, -1), {d.x.name}], 1) + {position}", "tokens", n, t + 1, c)
+    d.put(f"torch.cat([{d.raw(1, 1, c)}.expand({d.n}, -1, -1), {d.x.name}], 1) + {position}", "tokens", n, t + 1, c)
 
 
 @step("tokens", able=lambda d: int(d.x.shape[1] ** 0.5) ** 2 == d.x.shape[1])
 def to_image(d: Draft) -> None:
     n, t, c = d.x.shape
     side = int(t**0.5)
-    d.put(f"{d.x.name}.transpose(1, 2).reshape({n}, {c}, {side}, {side})", "image", n, c, side, side)
+    d.put(f"{d.x.name}.transpose(1, 2).reshape({d.n}, {c}, {side}, {side})", "image", n, c, side, side)
 
 
 @step("tokens")

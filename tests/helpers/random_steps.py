@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-
-from hypothesis import strategies as st
 
 WIDTHS = (4, 6, 8, 12)
 ACTS = (
@@ -38,16 +36,25 @@ class Act:
 class Draft:
     """A net whose source is being written."""
 
-    draw: Any
+    choose: Callable[[Sequence[Any]], Any]  # takes one of several choices at random
     x: Act  # the activation that the next step takes
     parts: list[str] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
     live: list[Act] = field(default_factory=list)
     copied: bool = False  # whether a channel may be in several places, so that a slice could take only some of them
+    batch: str = ""  # how the number of samples is written, once it is
+    inputs: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)  # arguments of forward besides x
     shared: list[tuple[str, str, int]] = field(default_factory=list)  # layers to call again: (name, kind, width)
 
+    @property
+    def n(self) -> str:
+        """The number of samples, as code: the same way in all of a net."""
+        if not self.batch:
+            self.batch = self.one("x.shape[0]", "x.size(0)", str(self.x.shape[0]))
+        return self.batch
+
     def one(self, *choices: Any) -> Any:
-        return self.draw(st.sampled_from(choices))
+        return self.choose(choices)
 
     def width(self) -> int:
         return int(self.one(*WIDTHS))
@@ -65,6 +72,12 @@ class Draft:
         self.lines.append(f"{self.x.name} = {code}")
         self.live.append(self.x)
         return self.x
+
+    def input(self, *shape: int) -> str:
+        """Another argument of forward, of that shape."""
+        name = f"y{len(self.inputs)}"
+        self.inputs.append((name, shape))
+        return name
 
     def same(self, code: str) -> Act:
         return self.put(code, self.x.kind, *self.x.shape)
@@ -277,7 +290,7 @@ def concatenated(d: Draft) -> None:
 def groups_summed(d: Draft) -> None:
     """The channels are viewed as (groups, channels), and one of these axes is reduced."""
     x, half = d.x, d.x.c // 2
-    lead, rest = (x.shape[0], x.shape[2:]) if x.kind == "image" else (", ".join(map(str, x.shape[:-1])), ())
+    lead, rest = (d.n, x.shape[2:]) if x.kind == "image" else (", ".join([d.n, *map(str, x.shape[1:-1])]), ())
     tail = "".join(f", {s}" for s in rest)
     inner = d.one(True, False)
     sizes = f"{lead}, {half}, 2{tail}" if inner else f"{lead}, 2, {half}{tail}"

@@ -6,14 +6,16 @@ SAMPLES maps a rule's name to a function from a spelling's key (a module class, 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import fx
 
 from fxmerge.graph.ops import Aten
+from tests.helpers import op_samples
 from tests.helpers.layer_samples import (
     addmm,
     attention,
@@ -23,7 +25,6 @@ from tests.helpers.layer_samples import (
     embedding,
     embedding_bag,
     enter,
-    gather,
     instance_norm,
     linear,
     matmul,
@@ -31,14 +32,11 @@ from tests.helpers.layer_samples import (
     prelu,
     sampled,
     scores,
-    setitem,
 )
+from tests.helpers.netmaking import raw
 from tests.helpers.query_samples import query
+from tests.helpers.recurrent_samples import RECURRENT
 from tests.helpers.sandwich import SIDE, WIDTH, Sample, call, digit, spelled
-
-
-def positive(key: Any) -> Sample:
-    return spelled(key, before=torch.sigmoid)
 
 
 def by_dims(*args: Any) -> Callable[[Any], Sample]:
@@ -75,12 +73,6 @@ def dropout(key: Any) -> Sample:
     return spelled(key, 0.5, False, module=(0.5,), dims=digit(key))
 
 
-def clamp(key: Any) -> Sample:
-    if key in ("clamp_min", "clamp_max"):
-        return spelled(key, 0.1)
-    return spelled(key, -0.5, 0.5)
-
-
 def flat(*args: Any, into: int = WIDTH * SIDE * SIDE, **facts: Any) -> Callable[[Any], Sample]:
     return lambda key: spelled(key, *args, reads=into, flat=True, **facts)
 
@@ -92,6 +84,10 @@ def view(key: Any) -> Sample:
 
 
 def transpose(key: Any) -> Sample:
+    if isinstance(key, Aten):
+        return aten(key.name, "default", dims=0, then=lambda x: x.t())
+    if key in ("adjoint", torch.adjoint):
+        return spelled(key, dims=0, then=lambda x: x.t())
     if key in ("t", torch.t):
         return spelled(key, dims=0, then=lambda x: x.t())
     return spelled(key, 1, 3, reads=WIDTH, flat=True)
@@ -101,18 +97,55 @@ def extreme(key: Any) -> Sample:
     return spelled(key, 2, True, then=lambda pair: pair[0] * pair.values + pair[1])
 
 
-def index_add(key: Any) -> Sample:
-    """Message passing: each of two samples is added to one of the two, possibly both to the same one."""
-
-    def add(m: Any, x: Any) -> Any:
-        sent = m.second(m.input)
-        return getattr(x, key)(0, m.ids, sent) if isinstance(key, str) else call(key)(x, 0, m.ids, sent)
-
-    return Sample(add, parts={"second": None, "ids": torch.tensor([1, 1])})
-
-
 def joined(key: Any) -> Sample:
     return Sample(lambda m, x: call(key)([x, x.relu()], 1), reads=2 * WIDTH)
+
+
+def alongside(key: Any, *args: Any) -> Sample:
+    """An op on two activations over a spatial axis."""
+    op = key(*args) if inspect.isclass(key) else key
+    given = () if inspect.isclass(key) else args
+
+    def compare(m: Any, x: Any) -> Any:
+        other = m.second(m.input)
+        return m.part(x, other) if inspect.isclass(key) else call(key)(x, other, *given)
+
+    return Sample(compare, consumer_dims=1, parts={"second": None, **({"part": op} if inspect.isclass(key) else {})})
+
+
+def bilinear(key: Any) -> Sample:
+    """Its inputs must stay; that its outputs may go is tested apart."""
+    if inspect.isclass(key):
+        part = {"part": key(8, 3, 6)}
+        return Sample(lambda m, x: m.part(x, m.input), dims=0, reads=6, parts=part, merged=False, reason="bilinear")
+    parts = {"w": raw(6, 8, 3)}
+    op = lambda m, x: call(key)(x, m.input, m.w)  # noqa: E731
+    return Sample(op, dims=0, reads=6, parts=parts, merged=False, reason="bilinear")
+
+
+def grouped_mm(key: Any) -> Sample:
+    """Takes widths that are multiples of 16 bytes."""
+    parts = {"w": raw(2, 16, 16), "ends": torch.tensor([1, 2], dtype=torch.int32)}
+    op = lambda m, x: call(key)(x.relu(), m.w, offs=m.ends)  # noqa: E731
+    return Sample(op, dims=0, width=16, reads=16, double=False, parts=parts)
+
+
+def stacked(key: Any) -> Sample:
+    return Sample(lambda m, x: call(key)([x, x.relu()]), reads=2 * WIDTH)
+
+
+def constant(key: Any) -> Sample:
+    """A constant of a literal size, which must become as narrow as what it is added to."""
+    size = (2, WIDTH, SIDE, SIDE)
+    given = {torch.full: (size, 0.5), torch.randint: (5, size)}.get(key, (size,))
+
+    def op(m: Any, x: Any) -> Any:
+        made = key(*given) if not isinstance(x, fx.Proxy) else x.tracer.create_proxy("call_function", key, given, {})
+        if key is torch.empty:
+            made = made.fill_(0.5)
+        return x + made * (0.0 if key in (torch.rand, torch.randn, torch.randint) else 1.0)
+
+    return Sample(op)
 
 
 def halves(*args: Any) -> Callable[[Any], Sample]:
@@ -137,11 +170,6 @@ def expand(key: Any) -> Sample:
 def repeat(key: Any) -> Sample:
     interleaved = key in ("repeat_interleave", torch.repeat_interleave)
     return spelled(key, *((2, 1) if interleaved else ((1, 2, 1, 1),)), reads=2 * WIDTH)
-
-
-def pixel_shuffle(key: Any) -> Sample:
-    up = key in (nn.PixelShuffle, torch.pixel_shuffle)
-    return spelled(key, 2, width=16 if up else WIDTH, reads=4 if up else 4 * WIDTH)
 
 
 def where(key: Any) -> Sample:
@@ -191,8 +219,10 @@ def pad(key: Any) -> Sample:
     return spelled(key, (1, 2, 0, 1))
 
 
-def new(key: str) -> Sample:
+def new(key: Any) -> Sample:
     """A constant of the activation's dtype."""
+    if not isinstance(key, str):
+        return constant(key)
     made = {
         "new_zeros": lambda x: x.new_zeros(1),
         "new_ones": lambda x: x.new_ones(1),
@@ -236,12 +266,13 @@ def fold(key: Any) -> Sample:
     return spelled(key, (8, 8), 2, 1, 0, 2, before=patches, reads=WIDTH // 4)
 
 
-SIMPLE = """relu leaky_relu rrelu abs neg relu6 gelu silu mish elu celu selu sigmoid logsigmoid tanh hardsigmoid
-hardswish softplus softsign softshrink hardshrink tanhshrink exp square reciprocal sin cos erf"""  # called with x alone
+SIMPLE = """relu leaky_relu rrelu relu6 gelu silu mish elu celu selu logsigmoid hardsigmoid hardswish softplus softsign
+softshrink hardshrink tanhshrink"""  # called with x alone
 
 SAMPLES: dict[str, Callable[[Any], Sample]] = {
     **dict.fromkeys(SIMPLE.split(), spelled),
-    **dict.fromkeys(["log", "sqrt", "rsqrt"], positive),
+    **op_samples.SAMPLES,
+    **RECURRENT,
     **dict.fromkeys(["add", "sub", "rsub", "mul", "div", "maximum", "minimum"], two),
     **dict.fromkeys(["mean", "sum", "amax", "amin", "var", "std", "logsumexp"], flat((2, 3), into=WIDTH)),
     **dict.fromkeys(["zeros_like", "ones_like"], like),
@@ -251,7 +282,6 @@ SAMPLES: dict[str, Callable[[Any], Sample]] = {
     "conv_transpose": conv,
     "embedding": embedding,
     "embedding_bag": embedding_bag,
-    "index_add": index_add,
     "matmul": matmul,
     "outer": lambda key: Sample(
         lambda m, x: x * call(key)(m.angles, x.new_ones(x.shape[0])).t().cos(),
@@ -261,9 +291,7 @@ SAMPLES: dict[str, Callable[[Any], Sample]] = {
     "addmm": addmm,
     "baddbmm": baddbmm,
     "addcmul": addcmul,
-    "gather": gather,
     "enter": enter,
-    "setitem": setitem,
     "sampled": sampled,
     "einsum": lambda key: Sample(lambda m, x: call(key)("bct,bts->bcs", x, scores(m)), dims=1),
     "attention": attention,
@@ -284,9 +312,8 @@ SAMPLES: dict[str, Callable[[Any], Sample]] = {
     "identity": identity,
     "type_as": type_as,
     "dropout": dropout,
-    "hardtanh": clamp,
+    "hardtanh": lambda key: spelled(key, -0.5, 0.5),
     "threshold": lambda key: spelled(key, 0.1, 0.0),
-    "pow": lambda key: spelled(key, 2),
     "avg_pool": by_dims(2),
     "max_pool": by_dims(2),
     "lp_pool": by_dims(2, 2),
@@ -302,6 +329,18 @@ SAMPLES: dict[str, Callable[[Any], Sample]] = {
     "transpose": transpose,
     "movedim": flat(1, -1, into=WIDTH),
     "cat": joined,
+    "cosine_similarity": lambda key: alongside(key, 3),
+    "pairwise_distance": alongside,
+    "tensordot": lambda key: Sample(
+        lambda m, x: call(key)(x, m.mapping, ([3], [0])), parts={"mapping": torch.randn(4, 5)}
+    ),
+    "bilinear": bilinear,
+    "grouped_mm": grouped_mm,
+    "hstack": stacked,
+    "column_stack": stacked,
+    "vstack": lambda key: Sample(lambda m, x: call(key)([x, x.relu()])[1:3]),
+    "dstack": lambda key: Sample(lambda m, x: call(key)([x, x.relu()])),
+    "random": constant,
     "stack": lambda key: Sample(lambda m, x: call(key)([x, x.relu()], 1).flatten(1, 2), reads=2 * WIDTH),
     "chunk": halves(2, 1),
     "split": split,
@@ -320,7 +359,8 @@ SAMPLES: dict[str, Callable[[Any], Sample]] = {
     "repeat": repeat,
     "roll": lambda key: spelled(key, 1, 3),
     "flip": lambda key: spelled(key, (1,)),
-    "pixel_shuffle": pixel_shuffle,
+    "pixel_shuffle": lambda key: spelled(key, 2, width=16, reads=4),
+    "pixel_unshuffle": lambda key: spelled(key, 2, reads=4 * WIDTH),
     "channel_shuffle": lambda key: spelled(key, 2),
     "query": query,
 }

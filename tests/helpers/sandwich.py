@@ -27,6 +27,7 @@ class Sample:
     consumer_dims:  the spatial dimensions of the consumer's input, where they differ from `dims`
     before:         brings the activation into the op's domain
     exact:          False where dropping a channel changes the others
+    double:         False where the op does not take float64, which the oracles compute in
     merged:         False where the channels must stay, for `reason`
     """
 
@@ -38,16 +39,18 @@ class Sample:
     width: int = WIDTH
     before: Callable[[Any], Any] = lambda x: x
     exact: bool = True
+    double: bool = True
     merged: bool = True
     reason: str = ""
     parts: dict[str, Any] = field(default_factory=dict)
 
     def make(self) -> tuple[nn.Module, Tensor]:
-        """The net, in float64 with random weights, and an input for it."""
+        """The net with random weights, and an input for it."""
         torch.manual_seed(0)
         net = Sandwich(self)
-        randomised(net, 1).double().eval()
-        return net, torch.randn(2, 3, *[SIDE] * self.dims, dtype=torch.float64)
+        dtype = torch.float64 if self.double else torch.float32
+        randomised(net, 1).to(dtype).eval()
+        return net, torch.randn(2, 3, *[SIDE] * self.dims, dtype=torch.float64).to(dtype)
 
 
 class Sandwich(nn.Module):

@@ -276,7 +276,7 @@ def test_a_latency_budget_by_the_real_clock(monkeypatch: pytest.MonkeyPatch) -> 
     except FxMergeError:
         return
     assert report.spent is not None and report.spent.noise is not None and report.spent.left > 0
-    assert report.spent.met != ("NOT within 3%" in report.text())
+    assert report.spent.met != ("NOT within 3%" in report.text(400))
 
 
 # Allocators on problems small enough to try everything

@@ -410,3 +410,44 @@ def test_biases_that_refit_adds_are_in_the_code_that_runs(make: Callable[[], nn.
         torch.testing.assert_close(result.module(x), of_graph, rtol=0, atol=0)
         result.save(tmp_path / "saved")
         torch.testing.assert_close(fxmerge.load(tmp_path / "saved")(x), of_graph)
+
+
+Product = Callable[[Tensor, Tensor, Tensor], Tensor]
+PRODUCTS: dict[str, tuple[Product, Product]] = {
+    "addmm": (lambda x, w, b: torch.addmm(b, x, w), nn.functional.linear),
+    "addmm by name": (lambda x, w, b: torch.addmm(mat1=x, mat2=w, input=b), nn.functional.linear),
+    "addmm of the bias": (lambda x, w, b: b.addmm(x, w), nn.functional.linear),
+    "aten addmm": (lambda x, w, b: torch.ops.aten.addmm.default(b, x, w), nn.functional.linear),
+    "tensordot by name": (lambda x, w, b: torch.tensordot(a=x, b=w, dims=1) + b, lambda x, w, b: x @ w + b),
+}
+
+
+class Products(nn.Module):
+    """Two layers around a product of x (n, 16), a weight, and b (24,)."""
+
+    def __init__(self, product: Product, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(12, 16), nn.Linear(24, 4)
+        self.weight, self.bias, self.product = nn.Parameter(weight), nn.Parameter(bias), product
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.product(torch.tanh(self.first(x)), self.weight, self.bias)
+        out: Tensor = self.last(torch.tanh(y))
+        return out
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_all_spellings_of_a_product_are_refitted_alike(name: str) -> None:
+    """The twin computes the same function: the same channels stay, with the same repairs."""
+    torch.manual_seed(0)
+    (product, of_twin), weight = PRODUCTS[name], torch.randn(16, 24) / 4
+    model = Products(product, weight, torch.randn(24)).eval().double()
+    weight = weight.T.contiguous() if of_twin is nn.functional.linear else weight
+    twin = Products(of_twin, weight, torch.zeros(24)).eval().double()
+    twin.load_state_dict(model.state_dict() | {"weight": weight.double()})
+    batches, x = [torch.randn(64, 12).double() for _ in range(4)], torch.randn(8, 12).double()
+    one, other = (repaired(m, x, refit="calibration", calibration=batches) for m in (model, twin))
+    assert len(one.plan.groups) == 2
+    assert [p.kept for p in one.plan.groups] == [p.kept for p in other.plan.groups]
+    y = torch.randn(32, 12).double()
+    torch.testing.assert_close(one.module(y), other.module(y), rtol=1e-6, atol=1e-6)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import itertools
-import json
 import re
 from typing import Any
 
@@ -19,16 +18,11 @@ from fxmerge.graph.nested import finite
 from fxmerge.planning.statistics import state
 from fxmerge.report.picture import group_panel
 from fxmerge.report.picture.page import frame
+from tests.helpers.drawings import data_of
 from tests.helpers.netmaking import one_thread, plain_merge  # noqa: F401
 from tests.helpers.nets import NETS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def data_of(text: str) -> dict[str, Any]:
-    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
-    assert found is not None
-    return json.loads(found[1])  # type: ignore[no-any-return]
 
 
 def square(likeness: dict[str, Any]) -> Any:

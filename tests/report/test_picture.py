@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fxmerge
-from fxmerge.analysis.groups import graphml
+from fxmerge.analysis.group_graph import graphml
 from fxmerge.report.picture.build import draw
 from fxmerge.report.picture.frames import MANY, nested, open_frames, overview
 from fxmerge.report.picture.records import Picture, colours, members

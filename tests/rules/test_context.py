@@ -68,6 +68,7 @@ def known_of(facts: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("rule", [gives_up, fails, wraps])
 def test_facts_of_a_rule_that_gives_up_are_taken_back(rule: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are those of an op without a rule, and all that the call touches is pinned, with the reason."""
+    monkeypatch.delitem(fxmerge.RULES, "hypot")
     without = analysed()
     monkeypatch.setitem(fxmerge.RULES, "hypot", fxmerge.Rule("hypot", "tie", records_all, (torch.hypot,)))
     recorded = known_of(analysed().facts)

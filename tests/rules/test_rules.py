@@ -69,9 +69,11 @@ def test_spelling(key: Any, rule: fxmerge.Rule) -> None:
         assert sample.reason in reasons["producer"]
         return
     assert "producer" in merged, reasons
-    assert max(verify.permutation(found.captured, found.facts, found.grouping).values()) < 1e-10
+    if sample.double:
+        assert max(verify.permutation(found.captured, found.facts, found.grouping).values()) < 1e-10
     if sample.exact:
-        assert compare.difference([masked_by_hand(result, x)], compare.outputs(result.module, (x,))) < 1e-10
+        error = compare.difference([masked_by_hand(result, x)], compare.outputs(result.module, (x,)))
+        assert error < (1e-10 if sample.double else 1e-5)
     else:
         assert all(g.mixers for g in found.groups if g.name == "producer")
 
@@ -119,7 +121,6 @@ MUST_STAY: dict[str, tuple[Sample, str]] = {
     "one channel": (spelled("select", 1, 3, reads=4, flat=True), "sizes at select cannot follow"),
     "an index list": (Sample(lambda m, x: x[:, [0, 2, 5]], reads=3), "sizes at getitem cannot follow"),
     "a size in a module": (spelled(nn.Unflatten, 1, (2, 4), then=lambda x: x.flatten(1, 2)), "sizes at part cannot"),
-    "two activations": (Sample(lambda m, x: torch.clamp(x, x.mean((2, 3), keepdim=True), None)), "more than one"),
     "a computed weight": (
         Sample(lambda m, x: F.conv2d(x, m.w * x.mean()), parts={"w": raw(8, 8, 1, 1)}),
         "conv2d has a weight that is computed",
@@ -158,6 +159,13 @@ def test_a_constant_per_channel_follows(where: str) -> None:
     assert list(sizes.values()) == [(4, 1, 1)]
 
 
+def test_a_rule_for_one_activation_takes_no_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(fxmerge.RULES, "zeta", fxmerge.per_channel("zeta", torch.special.zeta))
+    model, x = Sample(lambda m, x: torch.special.zeta(x.exp() + 1, x.exp())).make()
+    refused = {r.name: r.reason for r in fxmerge.analyze(model, x).refusals}
+    assert "zeta takes more than one activation" in refused["producer"]
+
+
 class Gate(nn.Module):
     """A leaf that fxmerge has never heard of."""
 
@@ -165,15 +173,16 @@ class Gate(nn.Module):
         return x * torch.sigmoid(x)
 
 
-def _fft(m: Any, x: Any) -> Any:
-    return torch.fft.fft(x).real
+def _bessel(m: Any, x: Any) -> Any:
+    return torch.special.bessel_j1(x)
 
 
-def _cumsum(m: Any, x: Any) -> Any:
-    return torch.cumsum(x, 1)
+def _renorm(m: Any, x: Any) -> Any:
+    return torch.renorm(x, 2, 1, 1.0)
 
 
-UNKNOWN: dict[str, tuple[Callable[[Any, Any], Any], str]] = {"fft_fft": (_fft, "fft"), "cumsum": (_cumsum, "cumsum")}
+UNKNOWN: dict[str, tuple[Callable[[Any, Any], Any], str]]
+UNKNOWN = {"bessel": (_bessel, "bessel"), "renorm": (_renorm, "renorm")}
 
 
 @pytest.mark.parametrize("op", UNKNOWN)
@@ -233,12 +242,12 @@ def test_a_subclass_is_known_by_the_forward_it_inherits() -> None:
 
 
 def test_a_module_with_hooks_is_pinned() -> None:
+    """In a graph that the user has traced; where fxmerge traces, hooks are followed (see tests/capture)."""
     model, x = Sample(lambda m, x: m.part(x), parts={"part": nn.Conv2d(8, 8, 1)}).make()
-    model.get_submodule("part").register_forward_hook(lambda module, args, out: out.flip(1))
-    refused = {r.name: r.reason for r in fxmerge.analyze(model, x).refusals}
+    traced = fx.symbolic_trace(model)
+    traced.get_submodule("part").register_forward_hook(lambda module, args, out: out.flip(1))
+    refused = {r.name: r.reason for r in fxmerge.analyze(traced, x).refusals}
     assert "has forward hooks" in refused["producer"]
-
-
 
 
 class Unfollowable(nn.Module):
@@ -270,3 +279,28 @@ def test_sizes_that_cannot_follow_are_found_in_one_run(monkeypatch: pytest.Monke
     assert [refused[f"into.{i}"].split()[3] for i in range(6)] == ["getitem", *(f"getitem_{i}" for i in range(1, 6))]
     assert [p.name for p in result.plan.groups] == [f"out.{i}" for i in range(5)]
     assert runs == 2
+
+
+@pytest.mark.parametrize("guilty", [{"2.0"}, {"0.0", "3.0"}])
+def test_sizes_of_unknown_origin_refuse_the_groups_that_make_them_wrong(
+    guilty: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failure that names no labels is traced by trial, and the other groups are merged."""
+    grouping = importlib.import_module("fxmerge.analysis.grouping")
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(5, 5), nn.ReLU()) for _ in range(5))).eval()
+    found = fxmerge.analyze(model, torch.randn(2, 5))
+    atoms = {g.name: g.atoms for g in found.groups}
+
+    def fails(captured: Any, facts: Any, alive: Tensor) -> Any:
+        atom = found.grouping.atom
+        dead = {name for name, inside in atoms.items() if not bool(alive[torch.isin(atom, inside)].all())}
+        wrong = dead & guilty
+        return {}, [
+            literal_sizes.Failure("output", torch.zeros(0, dtype=torch.int64), "cannot follow")
+        ] if wrong else []
+
+    monkeypatch.setattr(grouping, "recompute", fails)
+    chosen = [(g, torch.arange(1)) for g in found.groups]
+    left, _, reasons = grouping.provable(found.captured, found.facts, found.grouping, chosen)
+    assert {r.name for r in reasons} == guilty
+    assert {g.name for g, _ in left} == set(atoms) - guilty

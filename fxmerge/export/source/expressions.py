@@ -21,7 +21,8 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from fxmerge.errors import FxMergeError, source_line
-from fxmerge.export.source.names import TOKEN, access, literal, named, token
+from fxmerge.export.source.containers import is_attribute, reached
+from fxmerge.export.source.names import TOKEN, literal, named, token
 from fxmerge.graph.inputs import pytree_codegen
 from fxmerge.graph.ops import overload_name
 
@@ -41,6 +42,7 @@ _ATEN_INFIX = {
     "add.Tensor": "+", "sub.Tensor": "-", "mul.Tensor": "*", "div.Tensor": "/", "matmul.default": "@",
     "ge.Scalar": ">=", "le.Scalar": "<=", "gt.Scalar": ">", "lt.Scalar": "<", "bitwise_and.Tensor": "&",
 }  # fmt: skip
+_HOLDERS = (torch.fft, torch.linalg, torch.special)  # their functions have names such as fft_rfft
 _END = 2**63 - 1  # aten's "to the end"
 _USUAL = (("pin_memory", False), ("layout", torch.strided))  # arguments of factory functions that can be left out
 
@@ -78,7 +80,7 @@ class Body:
         self._enter([n for n in module.graph.nodes if n.op == "placeholder"])
         for node in module.graph.nodes:
             if node.op == "get_attr":
-                self.names[node] = Text(f"self{access(module, str(node.target))}")
+                self.names[node] = Text(reached("self", module, str(node.target)))
             elif node.op == "output":
                 self._take(node)
                 self._lines.append(("", f"return {self._text(self._tree(node.args[0]))}"))
@@ -167,10 +169,10 @@ class Body:
                 return self._infix(sign, args, depth)
             code = self._aten(node, target, args, kwargs)
         elif node.op == "call_module":
-            code = f"self{access(self.module, str(target))}({self._given(args, kwargs)})"
+            code = f"{reached('self', self.module, str(target))}({self._given(args, kwargs)})"
         elif node.op == "call_method":
             code = f"{self._tight(args[0])}.{target}({self._given(args[1:], kwargs)})"
-        elif target is builtins.getattr and len(args) == 2 and str(args[1]).isidentifier():
+        elif target is builtins.getattr and len(args) == 2 and is_attribute(str(args[1])):
             code = f"{self._tight(args[0])}.{args[1]}"
         elif target is operator.getitem:
             code = f"{self._tight(args[0])}[{self._index(args[1])}]"
@@ -216,6 +218,10 @@ class Body:
                 if spelled in ("math", "operator"):
                     self.imports.add(f"import {spelled}")
                 return f"{spelled}.{name}".lstrip(".")
+        for holder in _HOLDERS:
+            short = name.removeprefix(holder.__name__.rpartition(".")[2] + "_")
+            if getattr(holder, short, None) is target:
+                return f"{holder.__name__}.{short}"
         for method in (name, name.removesuffix("_")):
             if getattr(Tensor, method, None) is target:
                 return f"torch.Tensor.{method}"

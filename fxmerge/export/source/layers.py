@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxmerge.capture.torch_export import remove_guards
-from fxmerge.export.source.names import in_order
+from fxmerge.export.source.containers import in_order
 from fxmerge.weights.by_path import at
 from fxmerge.weights.copy import sharing_copy
 

@@ -1,16 +1,14 @@
-"""Parts of generated code: literals, line breaks, paths to submodules, and the names of local variables."""
+"""Parts of generated code: literals, line breaks, and the names of local variables."""
 
 from __future__ import annotations
 
 import itertools
-import keyword
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import fx, nn
 
 from fxmerge.errors import FxMergeError
 
@@ -55,14 +53,20 @@ def literal(value: Any) -> str:
     """A constant as code. Raises FxMergeError for a type that has no literal."""
     if isinstance(value, (torch.dtype, torch.memory_format, torch.layout)):
         return str(value)
+    if isinstance(value, complex):
+        return f"complex({literal(value.real)}, {literal(value.imag)})"
     if isinstance(value, torch.device):
         return f'torch.device("{value}")'
     if isinstance(value, str):
-        return '"' + repr(value)[1:-1].replace('"', '\\"') + '"' if "'" not in value else repr(value)
+        text = repr(str(value))
+        return '"' + text[1:-1].replace('"', '\\"') + '"' if "'" not in value else text
     if isinstance(value, float) and not math.isfinite(value):
         return f'float("{value}")'
-    if value is None or value is Ellipsis or type(value) in (int, float, bool, complex):
-        return "..." if value is Ellipsis else repr(value)
+    for kind in (bool, int, float):  # also of their subclasses, such as an IntEnum or a float of numpy
+        if isinstance(value, kind):
+            return repr(kind(value))
+    if value is None or value is Ellipsis:
+        return "..." if value is Ellipsis else "None"
     raise FxMergeError(f"a constant of type {type(value).__name__} in the graph cannot be written to a model.py")
 
 
@@ -74,7 +78,7 @@ def broken(line: str, indent: int, width: int = 120) -> list[str]:
     if indent + len(line + comma) <= width or line[-1] not in ")]}":
         return [space + line + comma]
     stack, pairs = list[int](), dict[int, int]()
-    for place, letter in enumerate(line):
+    for place, letter in _code(line):
         if letter in "([{":
             stack.append(place)
         elif letter in ")]}":
@@ -84,7 +88,7 @@ def broken(line: str, indent: int, width: int = 120) -> list[str]:
     if indent + 4 + len(body) <= width:
         return [space + line[: start + 1], space + "    " + body, space + line[-1] + comma]
     cuts, depth = [-1], 0
-    for place, letter in enumerate(body):
+    for place, letter in _code(body):
         depth += (letter in "([{") - (letter in ")]}")
         if letter == "," and not depth:
             cuts.append(place)
@@ -93,35 +97,10 @@ def broken(line: str, indent: int, width: int = 120) -> list[str]:
     return [space + line[: start + 1], *inner, space + line[-1] + comma]
 
 
-def access(module: nn.Module, path: str) -> str:
-    """The code that gets a submodule or parameter from a module: `.layer1[0].conv1`."""
-    code, owner = "", module
-    for part in path.split("."):
-        code += entry(owner, part)
-        owner = getattr(owner, part)
-    return code
+_STRINGS = re.compile(r'"(?:[^"\\]|\\.)*"|\'(?:[^\'\\]|\\.)*\'')
 
 
-def entry(owner: nn.Module, name: str) -> str:
-    """The code that gets a child or parameter from its owner: `.conv1`, `[0]`, `["key"]`."""
-    names = children(owner)
-    if name not in names or in_attributes(names):
-        return f".{name}"
-    if isinstance(owner, fx.GraphModule) and not in_order(names):  # the model itself is neither a list nor a dict
-        return f'.get_submodule("{name}")'
-    return f"[{name}]" if in_order(names) else f'["{name}"]'
-
-
-def children(owner: nn.Module) -> list[str]:
-    """The names of a module's children."""
-    return [name for name, child in owner._modules.items() if child is not None]
-
-
-def in_order(names: Sequence[str]) -> bool:
-    """Whether the names are 0, 1, 2, ..., as in a list."""
-    return bool(names) and sorted(names) == sorted(map(str, range(len(names))))
-
-
-def in_attributes(names: Sequence[str]) -> bool:
-    """Whether all names can be written as attributes."""
-    return all(name.isidentifier() and not keyword.iskeyword(name) for name in names)
+def _code(line: str) -> Iterator[tuple[int, str]]:
+    """(place, letter) of a line of code, without the letters of its strings."""
+    strings = {place for found in _STRINGS.finditer(line) for place in range(*found.span())}
+    return ((place, letter) for place, letter in enumerate(line) if place not in strings)

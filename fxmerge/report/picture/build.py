@@ -15,6 +15,7 @@ from fxmerge.ir.groups import Group, Grouping, Refusal, group_of_label, survivor
 from fxmerge.ir.labels import holds, simplify, thin
 from fxmerge.ir.provenance import Layer, Provenance
 from fxmerge.plan import Plan, planned
+from fxmerge.report.operations import function_name, operation
 from fxmerge.report.picture.frames import nested
 from fxmerge.report.picture.records import Arrow, Box, Picture, Role, Shade, colours, members
 
@@ -27,11 +28,6 @@ def draw(
 ) -> Picture:
     """The picture of an analysis or, with a plan, of a merge. Equal records give equal pictures."""
     return _Drawing(captured, facts, grouping, tuple(refusals), plan).finish()
-
-
-def _function_name(node: fx.Node) -> str:
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-    return name.removesuffix(".default")
 
 
 def _distinct(labels: Tensor, atom: Tensor) -> Tensor:
@@ -88,7 +84,7 @@ class _Drawing:
                     known = arrows.get(ends, Arrow(*ends, (), through[target, source]))
                     arrows[ends] = Arrow(*ends, tuple(sorted({*known.groups, *groups})), known.through)
         return Picture(
-            title=type(self.captured.recorded.host if self.captured.recorded else self.captured.module).__name__,
+            title=self.captured.name,
             shades=self._shades(),
             refusals=self.refusals,
             boxes=tuple(boxes),
@@ -257,16 +253,14 @@ class _Drawing:
         node = self.nodes[name]
         if node.op in ("placeholder", "output"):
             return "input" if node.op == "placeholder" else "output"
-        if node.op != "call_module":
-            return _function_name(node)
-        module = self.captured.module.get_submodule(str(node.target))
+        module = self.captured.module.get_submodule(str(node.target)) if node.op == "call_module" else None
         kernel = getattr(module, "kernel_size", None)
         sides = kernel if isinstance(kernel, tuple) else ()
-        return " ".join([type(module).__name__, *(["x".join(map(str, sides))] if sides else [])])
+        return " ".join([operation(node, self.captured.module), *(["x".join(map(str, sides))] if sides else [])])
 
     def _is_concatenation(self, name: str) -> bool:
         node = self.nodes[name]
-        called = node.op in ("call_function", "call_method") and _function_name(node) in CONCATENATIONS
+        called = node.op in ("call_function", "call_method") and function_name(node) in CONCATENATIONS
         return called and self.facts.kinds[name] == "movement"
 
     def _place(self, name: str) -> tuple[str, str]:

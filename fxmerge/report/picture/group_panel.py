@@ -20,8 +20,7 @@ from fxmerge.ir.groups import Group, Ints
 from fxmerge.ir.provenance import Layer
 from fxmerge.options import Options
 from fxmerge.plan import GroupPlan, Plan
-from fxmerge.planning.channel_ops import bias_of, laid_out
-from fxmerge.planning.statistics import producer_rows, state, statistics
+from fxmerge.planning.statistics import producer_constants, producer_rows, state, statistics
 from fxmerge.refit.refit_layers import Refitted
 
 LIKENESS = 450_000  # bytes for the heat maps of all groups together
@@ -74,7 +73,7 @@ def _panel(group: Group, plan: GroupPlan | None, source: _Source) -> dict[str, A
     layers = [m.layer for m in (*group.producers, *group.per_channel_params, *group.consumers)]
     unique = {layer.node: layer for layer in layers}
     names = dict.fromkeys(layer.module for layer in unique.values())
-    costs = [_cost(list(unique.values()), c) for c in source.costs]
+    costs = [c.of(unique) for c in source.costs]
     return {
         "parameters": [p for p, _ in costs],
         "flops": [f for _, f in costs],
@@ -95,16 +94,6 @@ def _panel(group: Group, plan: GroupPlan | None, source: _Source) -> dict[str, A
 
 def _names(layers: Iterable[Layer]) -> list[str]:
     return list(dict.fromkeys(layer.module for layer in layers))
-
-
-def _cost(layers: Sequence[Layer], cost: Cost) -> tuple[int, int]:
-    """(parameters, FLOPs) of some layers; each module and each node is counted once."""
-    keys: dict[str, None] = {}
-    for layer in layers:
-        own = layer.module if layer.module in cost.by_module else layer.module.rpartition(".")[0]
-        keys |= dict.fromkeys(k for k in (own, layer.node) if k in cost.by_module)
-    found = [cost.by_module[key] for key in keys]
-    return sum(p for p, _ in found), sum(f for _, f in found)
 
 
 def _partners(plan: GroupPlan) -> list[list[float]]:
@@ -145,20 +134,15 @@ def _likeness(group: Group, plan: GroupPlan | None, source: _Source) -> dict[str
 
 def cosines(group: Group, captured: Capture, tensors: Mapping[str, Tensor], options: Options, at: Tensor) -> Tensor:
     """(m, m) cosines between the producers' rows of the channels `at` (m,), in the group's common coordinates."""
-    n, inner = group.channels, torch.zeros(len(at), len(at), dtype=torch.float64)
-    gains = [torch.ones(n, dtype=torch.float64)] * len(group.producers)
-    normed = False
     if group.partners:
-        # only the gains are needed, so inner products are taken with a single channel
-        found = statistics(group, captured, tensors, options, at[:1])
-        gains, normed = [gain for gain, _, _ in found.producer_maps], found.evidence.centred
-    for producer, gain in zip(group.producers, gains, strict=True):
-        rows = producer_rows(producer, tensors[producer.layer.params["weight"]], n)[at].double()
-        if not normed:
-            rows = torch.cat(
-                [rows, laid_out(bias_of(producer.layer, tensors)[producer.where], producer, n, 0.0)[at]], 1
-            )
-        rows = rows * gain[at, None]
-        inner += (rows @ rows.T).cpu()
+        exact = options.replace(mostsim_scale="exact")  # the published formulas compare rows before their BatchNorm
+        inner = statistics(group, captured, tensors, exact, sample=at).evidence.inner
+        assert isinstance(inner, Tensor)
+    else:
+        inner = torch.zeros(len(at), len(at), dtype=torch.float64)
+        for producer in group.producers:
+            rows = producer_rows(producer, tensors[producer.layer.params["weight"]], group.channels)[at].double()
+            rows = torch.cat([rows, producer_constants(producer, tensors, group.channels)[at].to(rows)], 1)
+            inner += (rows @ rows.T).cpu()
     norm = inner.diagonal().clamp(min=0).sqrt()
-    return inner / torch.outer(norm, norm).clamp(min=1e-300)
+    return inner.cpu() / torch.outer(norm, norm).clamp(min=1e-300).cpu()

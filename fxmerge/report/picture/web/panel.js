@@ -52,7 +52,8 @@ fx.panel = (() => {
   }
 
   function pair(values, form) {
-    return values.length < 2 ? form(values[0]) : `${form(values[0])} → ${form(values[1])}`;
+    const shown = (value) => Number.isFinite(value) ? form(value) : "–"; // not every error and cost can be measured
+    return values.length < 2 ? shown(values[0]) : `${shown(values[0])} → ${shown(values[1])}`;
   }
 
   function refusal(at) {
@@ -118,6 +119,10 @@ fx.panel = (() => {
     right.forEach((y, k) => svg.append("text").attr("x", 205).attr("y", y).text(k));
   }
 
+  function digits(value) {
+    return Number.isFinite(value) ? value.toPrecision(3) : "–";
+  }
+
   function group(at) {
     const g = groups[at], head = panel.append("h2");
     swatch(head.style("display", "flex").style("gap", "8px").style("align-items", "center"), at);
@@ -126,7 +131,7 @@ fx.panel = (() => {
     const lost = g.channels - g.kept, solved = g.refit.filter((r) => r.before !== r.after);
     table([
       ["channels", width(g)],
-      ...(merged && lost ? [["similarity of dropped to kept channels", g.similarity.toFixed(2)],
+      ...(merged && lost ? [["similarity of dropped to kept channels", Number.isFinite(g.similarity) ? g.similarity.toFixed(2) : "–"],
         ["dropped channels with a partner", whole(g.dropped - g.unpartnered)], ["dropped channels without a partner", whole(g.unpartnered)]] : []),
       ...(solved.length ? [["mean error of its layers before and after refit", pair(["before", "after"].map((k) => d3.mean(solved, (r) => r[k])), d3.format(".2r"))]] : []),
       ["parameters of its layers", pair(g.parameters, short)], ["FLOPs of its layers", pair(g.flops, short)],
@@ -139,7 +144,7 @@ fx.panel = (() => {
     partners(g);
     heat(g);
     if (section("Error before and after refit", g.refit)) table(g.refit.map((r) => r.before === r.after
-      ? [r.name, r.note || (r.before ?? 0).toPrecision(3), ""] : [r.name, (r.before ?? NaN).toPrecision(3), (r.after ?? NaN).toPrecision(3)]));
+      ? [r.name, r.note || digits(r.before), ""] : [r.name, digits(r.before), digits(r.after)]));
   }
 
   function layer(at) {
@@ -168,18 +173,18 @@ fx.panel = (() => {
   }
 
   function summary() {
-    const {parameters, flops, error, seconds} = fx.data.summary, list = d3.select("#summary");
+    const {parameters, flops, error, reason, seconds} = fx.data.summary, list = d3.select("#summary");
     d3.select("#title").text(fx.data.title);
     const left = (v) => v.length > 1 && v[0] ? ` ${d3.format(".1%")(v[1] / v[0])} left` : "";
     const rows = [["parameters", pair(parameters, short), left(parameters)], ["FLOPs", pair(flops, short), left(flops)]];
-    if (merged) rows.push(["output error", error === null ? "not finite" : d3.format(".3")(error), ""]);
+    if (merged) rows.push(["output error", error === null ? "not measurable" : d3.format(".3")(error), ""]);
     if (seconds) rows.push(["merge time", `${d3.format(".2r")(seconds)} s`, ""]);
     rows.push(["groups", `${merged ? groups.filter((g) => g.kept < g.channels).length : groups.length}`, merged ? ` of ${groups.length} merged` : ""],
       ["not merged", `${refusals.length}`, ""]);
-    for (const [name, value, more] of rows) {
+    for (const [name, value, more, why] of rows) {
       const row = list.append("div");
       row.append("dt").text(name);
-      row.append("dd").text(value).append("span").text(more);
+      row.append("dd").attr("title", why || null).text(value).append("span").text(more);
     }
   }
 

@@ -1,81 +1,26 @@
-"""Checks that an analysis and a merge are correct: three oracles for tests and users, and a check after every merge.
-
-permutation     permutes the channels of each group in all of its members; the output must not change. Detects missing
-                ties and wrong indices.
-overcoupling    leaves one member of a group out of that permutation; the output must change. Detects superfluous
-                members.
-duplicate       overwrites some channels with scaled copies of others, in all members; merging by `mostsim` must then
-                return the same function with fewer channels. Detects wrong absorption.
-compare         runs at the end of every merge: the merged model must run and return outputs of the original's shapes.
-"""
+"""Oracles that change the channels of a group in all of its members: permutation, over-coupling, duplicates."""
 
 from __future__ import annotations
 
-import copy
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from fxmerge.errors import FxMergeError
-from fxmerge.graph.compare import Verdict, difference, outputs
-from fxmerge.graph.nested import tree
+from fxmerge.graph.compare import difference, outputs
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.groups import Group, Grouping, Member
 from fxmerge.ir.provenance import ParamLabels, Provenance
-from fxmerge.rewrite.reassemble import assembled
 from fxmerge.rewrite.slicing import gather, places
+from fxmerge.verify.at_zero import AtZero
+from fxmerge.verify.in_double import in_float64, whole
+from fxmerge.verify.silencing import set_to_zero
 from fxmerge.weights.by_path import at
 from fxmerge.weights.copy import sharing_copy
+from fxmerge.weights.layout import from_out_first, out_first
 
-_REMEDY = "please report this model; until then, exclude the layer with ignore="
-
-
-def compare(captured: Capture, merged: nn.Module) -> Verdict:
-    """Runs the merged model on the example inputs and compares its outputs with the original's.
-
-    Raises FxMergeError where the merged model does not run, or where its outputs have other shapes.
-    """
-    before = list(captured.outputs)
-    try:
-        after = outputs(merged, captured.args, captured.kwargs)
-    except Exception as error:
-        raise FxMergeError(f"the merged model does not run ({error}); {_REMEDY}") from error
-    if captured.recorded is not None and [t.shape[1:] for t in before] == [t.shape[1:] for t in after]:
-        # the number of boxes that a detector returns depends on values: only outputs of equal length are compared
-        pairs = [(b, a) for b, a in zip(before, after, strict=True) if b.shape == a.shape]
-        before, after = [b for b, _ in pairs], [a for _, a in pairs]
-    if [t.shape for t in before] != [t.shape for t in after]:
-        raise FxMergeError(f"the merged model's outputs have other shapes than the original's; {_REMEDY}")
-    return Verdict(difference(before, after))
-
-
-def in_float64(captured: Capture) -> tuple[fx.GraphModule, tuple[Any, ...], dict[str, Any]]:
-    """A float64 copy of a captured graph module, and of its example (args, kwargs).
-
-    Raises FxMergeError for a model on the meta device.
-    """
-    if captured.blank:
-        raise FxMergeError("a model on the meta device has no values to verify; give a model with weights")
-
-    def double(value: Any) -> Any:
-        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-    positional: tuple[Any, ...] = tree(double, captured.args)
-    module = copy.deepcopy(captured.module).double()
-    for node in module.graph.nodes:  # casts to float32 in the graph would lose the precision of float64
-
-        def cast(leaf: Any) -> Any:
-            return torch.float64 if leaf is torch.float32 else leaf
-
-        node.args, node.kwargs = tree(cast, tuple(node.args)), tree(cast, dict(node.kwargs))
-    module.recompile()
-    return module, positional, tree(double, dict(captured.kwargs))
-
-
-def whole(captured: Capture, module: fx.GraphModule) -> nn.Module:
-    """The float64 model that users would get for a copy of the captured graph module."""
-    return assembled(captured, module).double()
+NO_EPS = 1e-11  # an eps up to here changes nothing that the oracle could see
 
 
 def permutation(captured: Capture, facts: Provenance, grouping: Grouping, seed: int = 0) -> dict[str, float]:
@@ -106,7 +51,7 @@ def overcoupling(
         for member in (*group.producers, *group.per_channel_params, *group.consumers):
             reads = member.role == "read"
             left_out = {
-                (path, int(reads != member.layer.transposed) if slot == "weight" else 0)
+                (path, int(reads != member.layer.transposed) + member.layer.is_stacked if slot == "weight" else 0)
                 for slot, path in member.layer.params.items()
                 if slot == "weight" or not reads
             }
@@ -162,8 +107,9 @@ def duplicate(
     """A float64 copy of the model in which some channels of each group are scaled copies of others, in all members.
 
     Merging this model with `mostsim` must return the same function if the copies are dropped. At the producers, a copy
-    is smaller than every other channel, so that selection by norm drops it. In groups with scale_blocks or mixers, a
-    copy equals its original, so that the kept channels must be given.
+    is smaller than every other channel, so that selection by norm drops it. In groups with scale_blocks, mixers or
+    norms on batch statistics, a copy equals its original, so that the kept channels must be given. Channels that no
+    weight reads (queries and keys) get zeros instead, since nothing could absorb a copy.
 
     Returns the model, its example inputs, and the channels to keep, by group.
     """
@@ -175,6 +121,12 @@ def duplicate(
             continue
         pairs: list[tuple[int, int]] = []
         counts = [int(count * share) for count in torch.bincount(group.cells).tolist()]
+        unread = torch.ones(group.channels, dtype=torch.bool)
+        for consumer in group.consumers:
+            unread[consumer.channels] = False
+        if bool(unread.any()) and AtZero(captured, facts, grouping).reason(group):
+            for cell in torch.unique(group.cells[unread]).tolist():
+                counts[cell] = 0
         if any(len({sum(counts[cell] for cell in row) for row in block}) > 1 for block in group.blocks):
             continue  # its blocks would lose different numbers of channels
         for cell in range(int(group.cells.max()) + 1):
@@ -183,7 +135,12 @@ def duplicate(
             count = counts[cell]
             pairs += list(zip(index[:count].tolist(), index[count:].tolist(), strict=False))
         if pairs:
-            _overwrite(module, group, torch.tensor(pairs).T, generator)
+            copies = [pair for pair in pairs if not unread[pair[0]]]
+            if copies:
+                _overwrite(module, group, torch.tensor(copies).T, generator)
+            zeros = torch.tensor([i for i, _ in pairs if unread[i]], dtype=torch.int64)
+            stays = torch.ones(group.channels, dtype=torch.bool).index_fill_(0, zeros, False)
+            set_to_zero(partial(at, module), group, stays.nonzero().flatten())
             gone = {i for i, _ in pairs}
             kept[group.name] = torch.tensor([i for i in range(group.channels) if i not in gone])
     return module, args or kwargs, kept
@@ -194,47 +151,58 @@ def _overwrite(module: fx.GraphModule, group: Group, pairs: Tensor, generator: t
     norms = torch.stack([_norms(module, w, group.channels) for w in group.producers])  # (producers, n)
     smallest = norms.amin(1, keepdim=True)  # a copy must be smaller than any other channel
     below = (smallest / norms.where(norms.isfinite(), 0)).amin(0)[pairs[1]]
+    params = group.params_at
+    norms_alone = [m.layer for m in group.per_channel_params if m.layer.operation.is_channel_norm]
+    # a norm without a weight gives a copy the scale of its original, whatever the scale that comes in
+    fixed = any("weight" not in layer.params for layer in norms_alone)
+    # one with statistics of its input adds eps to the variance of a copy and of its original alike
+    equal = bool(group.scale_blocks) or any(n.eps > NO_EPS and not n.has_running_statistics for n in norms_alone)
 
     def factor() -> Tensor:
-        if group.scale_blocks:
+        if equal:
             return torch.ones(pairs.size(1), dtype=torch.float64)
         return below * (0.3 + 0.4 * torch.rand(pairs.size(1), generator=generator, dtype=torch.float64))
 
-    per_channel_params = {m.layer.node: m for m in group.per_channel_params}
-    common = factor()
-    written: set[tuple[str, tuple[int, ...]]] = set()
-    after: dict[str, Tensor] = {}  # node of a per-channel parameter -> the scale of a copy after it
+    common = torch.ones(pairs.size(1), dtype=torch.float64) if fixed else factor()
+    written: dict[tuple[str, bytes], Tensor] = {}  # a producer's weight and places -> the scale of its copies
+    after: dict[tuple[str, ...], Tensor] = {}  # the parameters of a node -> the scale of a copy after it
+
+    def through(step: str, before: Tensor, target: Tensor) -> Tensor:
+        """The scale of a copy after a step; a parameter that serves several nodes is written once."""
+        members = params[step]
+        held = tuple(path for m in members for path in m.layer.params.values()) or (step,)
+        if held not in after:
+            scale = before
+            for member in members:
+                here = member.local(pairs[0])[0]
+                scale = torch.where(here, _carry(module, member, pairs, scale, target), scale)
+            after[held] = scale
+        return after[held]
+
     with torch.no_grad():
         for producer in group.producers:
-            steps = [s for s in producer.steps if s in per_channel_params]
-            able = [s for s in steps if per_channel_params[s].layer.operation.rescales]
-            scale = factor() if able else common
-            held = (producer.layer.params["weight"], tuple(producer.where.flatten().tolist()))
+            steps = [s for s in producer.steps if s in params]
+            able = [s for s in steps if any(m.layer.operation.rescales for m in params[s])]
+            held = (producer.layer.params["weight"], producer.where.numpy().tobytes())
             if held not in written:
-                written.add(held)
+                written[held] = factor() if able else common
                 for slot in ("weight", "bias"):
-                    _copy(module, producer, slot, pairs, scale)
+                    _copy(module, producer, slot, pairs, written[held])
+            scale = written[held]
             for step in steps:
-                target = factor() if step in able[:-1] else common
-                if step not in after:
-                    after[step] = _carry(module, per_channel_params[step], pairs, scale, target)
-                scale = after[step]
+                scale = through(step, scale, factor() if step in able[:-1] else common)
         for consumer in group.consumers:
             scale = common
-            for step in consumer.steps:
-                if step in per_channel_params:
-                    if step not in after:
-                        after[step] = _carry(module, per_channel_params[step], pairs, scale, factor())
-                    scale = after[step]
-        for node, per_channel_param in per_channel_params.items():
-            if node not in after:
-                _carry(module, per_channel_param, pairs, torch.ones_like(common), torch.ones_like(common))
+            for step in (s for s in consumer.steps if s in params):
+                scale = through(step, scale, factor())
+        for node in params:
+            through(node, torch.ones_like(common), torch.ones_like(common))
 
 
 def _norms(module: nn.Module, producer: Member, n: int) -> Tensor:
     """The norm of a producer's row for each channel, (n,); infinite for channels that it does not write."""
     weight = at(module, producer.layer.params["weight"])
-    rows = (weight.movedim(1, 0) if producer.layer.transposed else weight).flatten(1)
+    rows = out_first(weight, producer.layer).flatten(1)
     own = torch.linalg.vector_norm(rows[producer.where].flatten(1), dim=1)
     return torch.full((n,), torch.inf, dtype=own.dtype).index_copy_(0, producer.channels, own)
 
@@ -245,11 +213,14 @@ def _copy(module: nn.Module, member: Member, slot: str, pairs: Tensor, scale: Te
     if path is not None:
         value = at(module, path)
         flat = value.view(-1) if member.layer.operation.is_elementwise else value
-        if slot == "weight" and member.layer.transposed:
-            flat = value.movedim(1, 0)
+        by_rows = slot == "weight" and member.role == "write"
+        if by_rows:
+            flat = out_first(value, member.layer)
         here, local = member.local(pairs[0])
         to, source, scale = member.where[local], member.where[member.local(pairs[1])[1]], scale[here]
         flat[to] = flat[source] * scale.reshape(-1, *[1] * (flat[source].dim() - 1)).to(value)
+        if by_rows:  # which may be a copy
+            value.copy_(from_out_first(flat, value, member.layer))
 
 
 def _carry(module: nn.Module, per_channel_param: Member, pairs: Tensor, before: Tensor, after: Tensor) -> Tensor:
@@ -258,13 +229,15 @@ def _carry(module: nn.Module, per_channel_param: Member, pairs: Tensor, before: 
     Returns the scale of the copy after it, which is `before` where the parameter cannot change a scale.
     """
     layer, op = per_channel_param.layer, per_channel_param.layer.operation
-    if op.name == "batch_norm":
+    if op.is_channel_norm:
         here, local = per_channel_param.local(pairs[0])
         i, j = per_channel_param.where[local], per_channel_param.where[per_channel_param.local(pairs[1])[1]]
         _copy(module, per_channel_param, "running_mean", pairs, before)
         if "running_var" in layer.params:
             var = at(module, layer.params["running_var"])
             var[i] = before[here].square()[:, None].to(var) * (var[j] + layer.eps) - layer.eps
+        if "weight" not in layer.params:
+            after = torch.ones_like(after)
         _copy(module, per_channel_param, "weight", pairs, after)
         _copy(module, per_channel_param, "bias", pairs, after)
     elif op.is_depthwise:

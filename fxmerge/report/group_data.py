@@ -1,0 +1,59 @@
+"""What the reports say about one group or one refusal, as plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fxmerge.graph.cost import Cost
+from fxmerge.ir.capture import Capture
+from fxmerge.ir.groups import Group, Refusal
+from fxmerge.report.refusals import parameters_held
+
+
+def producer_cost(group: Group, cost: Cost) -> tuple[int, int | None]:
+    """(parameters, FLOPs) of a group's producers; None for FLOPs that could not be counted."""
+    return cost.of(m.layer.node for m in group.producers)
+
+
+def members(group: Group) -> dict[str, list[str]]:
+    """The names of a group's layers by their part in the group."""
+    parts = {
+        "producers": group.producers,
+        "per_channel_params": group.per_channel_params,
+        "consumers": group.consumers,
+    }
+    return {part: list(dict.fromkeys(m.layer.module for m in members)) for part, members in parts.items()}
+
+
+def group_json(group: Group) -> dict[str, Any]:
+    """The entry of a group in the JSON report, without its costs."""
+    return {
+        "name": group.name,
+        "channels": group.channels,
+        **members(group),
+        "mixers": list(group.mixers),
+        "ties": list(group.ties),
+        "internal": group.internal,
+        "scale_blocks": list(group.scale_blocks),
+    }
+
+
+def cost_json(group: Group, cost: Cost, when: str = "") -> dict[str, int | None]:
+    """The entries with the cost of a group's producers."""
+    parameters, flops = producer_cost(group, cost)
+    return {f"parameters{when}": parameters, f"flops{when}": flops}
+
+
+def refusals_json(refusals: Sequence[Refusal], captured: Capture) -> list[dict[str, Any]]:
+    """The entries of the channels that are not merged."""
+    return [
+        {
+            "name": r.name,
+            "channels": r.channels,
+            "parameters": parameters_held(r, captured),
+            "reason": r.reason,
+            "where": r.where,
+        }
+        for r in refusals
+    ]
