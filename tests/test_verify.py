@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxmerge
@@ -18,7 +19,7 @@ from fxmerge.graph import compare
 from fxmerge.ir.groups import Grouping
 from fxmerge.ir.provenance import Provenance, Tie
 from fxmerge.plan import GroupPlan
-from tests.helpers.netmaking import one_thread, plain_merge  # noqa: F401
+from tests.helpers.netmaking import one_thread, plain_merge, randomised  # noqa: F401
 from tests.helpers.nets import NETS
 from tests.helpers.outputs import leaves
 
@@ -272,3 +273,31 @@ def test_a_rule_that_forgets_its_tie_is_seen(rule: str, kind: Any, name: str, mo
     monkeypatch.setitem(fxmerge.RULES, rule, careless)
     found = fxmerge.analyze(*NETS[name]())
     assert max(verify.permutation(*operands(found)).values()) > 1e-3
+
+
+class Packed(nn.Module):
+    """Queries, keys and values are the rows of one block, so that they lose equally many channels."""
+
+    def __init__(self, heads: int, size: int) -> None:
+        super().__init__()
+        self.heads, self.size = heads, size
+        self.qkv, self.out = nn.Linear(5, 3 * heads * size), nn.Linear(heads * size, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        cut = self.qkv(x).unflatten(-1, (3, self.heads, self.size)).permute(2, 0, 3, 1, 4).contiguous()
+        mixed = F.scaled_dot_product_attention(cut[0], cut[1], cut[2])
+        out: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
+        return out
+
+
+@pytest.mark.parametrize(("heads", "size"), [(1, 5), (2, 4)])
+def test_channels_that_no_weight_reads_get_zeros(heads: int, size: int) -> None:
+    """Queries and keys are summed without a weight, so that nothing can absorb a copy of one of them."""
+    model = randomised(Packed(heads, size)).double().eval()
+    found = fxmerge.analyze(model, torch.randn(2, 6, 5, dtype=torch.float64))
+    (group,) = found.groups
+    copied, args, kept = verify.duplicate(*operands(found))
+    given = (GroupPlan(group.name, group.channels, tuple(kept[group.name].tolist())),)
+    result = fxmerge.apply(Plan(Options(threshold=0.0, refit="none"), given), copied, args)
+    assert result.report.verdict.error < 1e-10
+    assert result.module.qkv.out_features < model.qkv.out_features

@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 
 from tests.helpers.random_checks import check
-from tests.helpers.random_nets import OFF, written
+from tests.helpers.random_nets import written
 from tests.helpers.random_steps import STEPS
 
 
-def source_of(seed: int, steps: int = 9, off: Collection[str] = OFF, first: str = "") -> str:
+def source_of(seed: int, steps: int = 9, off: Collection[str] = (), first: str = "") -> str:
     """The source of the net with this seed."""
     return written(random.Random(seed).choice, steps, off, first)
 
@@ -50,11 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=200, metavar="N", help="number of nets (default: 200)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the first net (default: 0)")
     parser.add_argument("--steps", type=int, default=9, metavar="N", help="most steps of a net (default: 9)")
-    parser.add_argument("--on", nargs="+", choices=sorted(OFF), default=[], help="steps to switch on")
+    parser.add_argument("--without", nargs="+", choices=sorted(names), default=[], help="steps that are not taken")
     parser.add_argument("--first", choices=names, default="", help="the step that is taken first in each net")
     parser.add_argument("--show", type=int, metavar="SEED", help="print the source of one net, and run it")
     args = parser.parse_args(argv)
-    off = OFF - {*args.on, args.first}
+    off = args.without
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     if args.show is not None:

@@ -4,9 +4,11 @@ Each finding is written as one line of JSON as soon as it is known, so that noth
 """
 
 import json
+import math
 import multiprocessing
 import os
 import resource
+import signal
 import tempfile
 import time
 import traceback
@@ -21,6 +23,7 @@ import fxmerge
 
 Finding = dict[str, Any]
 
+PATIENCE = 20  # wall-clock seconds of a process for each CPU second that it may use
 # the server imports the libraries once and does nothing else; each process is forked from it
 PROCESSES = multiprocessing.get_context("forkserver")
 
@@ -36,7 +39,8 @@ def measured(
 ) -> tuple[Finding, float]:
     """All findings of `findings(*arguments)`, run in its own process; and the wall-clock seconds that it took.
 
-    seconds:  the process is stopped after this time
+    seconds:  the process is stopped after this CPU time, so that other processes on the machine do not change the
+              outcome; one that waits is stopped after PATIENCE times as long
     memory:   largest address space of the process, in GiB
 
     If the process does not end by itself, the findings include those that it wrote until then, and `ended` says why.
@@ -45,11 +49,11 @@ def measured(
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         out, noise = Path(folder, "findings.jsonl"), Path(folder, "noise.txt")
-        process = PROCESSES.Process(target=_write, args=(findings, arguments, out, noise, memory))
+        process = PROCESSES.Process(target=_write, args=(findings, arguments, out, noise, seconds, memory))
         process.start()
         try:
-            process.join(seconds)
-            if process.is_alive():
+            process.join(PATIENCE * seconds)
+            if process.is_alive() or process.exitcode == -signal.SIGXCPU:
                 found["ended"] = f"stopped after {seconds:.0f} s"
         finally:
             process.kill()
@@ -63,7 +67,12 @@ def measured(
 
 
 def _write(
-    findings: Callable[..., Iterable[Finding]], arguments: Sequence[Any], out: Path, noise: Path, memory: float | None
+    findings: Callable[..., Iterable[Finding]],
+    arguments: Sequence[Any],
+    out: Path,
+    noise: Path,
+    seconds: float,
+    memory: float | None,
 ) -> None:
     """The target of the process: findings go to the file `out`, and all output of libraries to the file `noise`."""
     sink = os.open(noise, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -72,6 +81,8 @@ def _write(
     if memory is not None:
         limit = int(memory * 2**30)
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    used = math.ceil(time.process_time() + seconds)
+    resource.setrlimit(resource.RLIMIT_CPU, (used, used + 5))
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     with out.open("a", encoding="utf-8") as file:

@@ -7,7 +7,7 @@ channels that meet at the op must stay.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,10 +32,9 @@ from fxmerge.ir.capture import Capture
 from fxmerge.ir.labels import compact, numbers, simplify, thin
 from fxmerge.ir.provenance import Lab, Param, Provenance, blocks_left
 from fxmerge.rules import movement
-from fxmerge.rules.lookup import rule_of, rule_of_target
+from fxmerge.rules.lookup import name_of, rule_of, rule_of_target
 from fxmerge.rules.recurrent import too_narrow
 from fxmerge.rules.resize import IMPLICIT, Call, Resize, resized
-from fxmerge.rules.rule import Rule
 
 
 @dataclass(frozen=True)
@@ -222,7 +221,7 @@ class _Check:
         return (before[0], after[0]) if before is not None and after is not None else (1, 1)
 
     def rule_name(self, node: fx.Node) -> str:
-        return _name(rule_of(node, self.captured.module))
+        return name_of(rule_of(node, self.captured.module))
 
     def movement(self, node: fx.Node, before: Any, expected: list[Any]) -> Any:
         if len(expected) == 1 and unchanged(before, expected[0]) and self.untouched.issuperset(self.latest.values()):
@@ -253,7 +252,7 @@ class _Check:
         return expected[0] if expected else before
 
     def attempt(self, node: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        name = "" if isinstance(target, nn.Module) else _name(rule_of_target(target))
+        name = "" if isinstance(target, nn.Module) else name_of(rule_of_target(target))
         if name == "pad":
             kwargs = {**kwargs, "value": ANY}
             args = args[:3]
@@ -278,16 +277,23 @@ class _Check:
         return (mask.amax(others) if others else mask).expand(labels.size(axis))
 
     def fail(self, node: fx.Node, reason: str = "") -> None:
-        held = [v.t for v in nested.leaves(self.before(node.name)) if isinstance(v, Lab)]
+        """Holds the channels that meet at a node; where none of them leave, those from whose sizes it computes."""
+        values = [self.before(name) for name in (node.name, *self.latest.values())]
+        held = [v.t for value in values for v in nested.leaves(value) if isinstance(v, Lab)]
         around = [n for source in node.all_input_nodes for n in sources(source, self.before)]
-        for source in (*self.latest.values(), *(n.name for n in around)):
-            held += [v.t for v in nested.leaves(self.before(source)) if isinstance(v, Lab)]
-        for name in {str(n.target) for n in around if n.op == "get_attr"} & set(self.facts.params):
-            held += labels_of(self.facts.params[name])
+        labels = self.leaving([*held, *self.of_params(node.all_input_nodes)])
+        if not labels.numel():
+            sized = [v.t for n in around for v in nested.leaves(self.before(n.name)) if isinstance(v, Lab)]
+            labels = self.leaving([*sized, *self.of_params(around)])
+        self.failures.append(Failure(node.name, labels, reason or f"the sizes at {node.name} cannot follow"))
+
+    def leaving(self, held: list[Tensor]) -> Tensor:
+        """Those of some labels that are dropped, without repetition."""
         labels = torch.unique(torch.cat([numbers(t) for t in (*held, torch.zeros(1, dtype=torch.int64))]))
-        reason = reason or f"the sizes at {node.name} cannot follow"
-        self.failures.append(Failure(node.name, labels[~self.alive[labels]], reason))
+        found: Tensor = labels[~self.alive[labels]]
+        return found
 
-
-def _name(rule: Rule | None) -> str:
-    return "" if rule is None else rule.name
+    def of_params(self, nodes: Iterable[fx.Node]) -> list[Tensor]:
+        """The labels of the parameters among some nodes."""
+        paths = {str(n.target) for n in nodes if n.op == "get_attr"} & set(self.facts.params)
+        return [t for path in sorted(paths) for t in labels_of(self.facts.params[path])]

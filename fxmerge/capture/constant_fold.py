@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fxmerge.graph.ops import in_place
+from fxmerge.graph.ops import in_place, overload_name
 from fxmerge.ir.capture import FOLDED
 from fxmerge.rules import movement
 from fxmerge.rules.lookup import rule_of
+from fxmerge.rules.rule import Rule
 from fxmerge.weights.by_path import at
 from fxmerge.weights.disk_tensor import beside
 
@@ -48,7 +49,7 @@ def fold(module: fx.GraphModule) -> fx.GraphModule:
                     return module  # the constant would differ from run to run
             if alone and (update or (found is not None and found.name not in _RANDOM)):
                 moves = found is not None and (found.kind in ("movement", "query") or found.name in _TABLES)
-                constant[node] = not moves or any(constant[n] for n in node.all_input_nodes)
+                constant[node] = not moves or any(constant[n] for n in _moved(node, found))
     updated = _updated(module, constant, updates) if updates else {}
     if updated is None:
         return module
@@ -71,6 +72,14 @@ def fold(module: fx.GraphModule) -> fx.GraphModule:
         _drop_unused(module, used)
         module.recompile()
     return module
+
+
+def _moved(node: fx.Node, rule: Rule | None) -> list[fx.Node]:
+    """The inputs whose values an op that moves entries returns: of a lookup the table, not the places."""
+    if rule is None or rule.name not in _TABLES:
+        return node.all_input_nodes
+    table = node.kwargs.get("weight", node.args[0 if overload_name(node.target) else 1] if node.args else None)
+    return [table] if isinstance(table, fx.Node) else node.all_input_nodes
 
 
 def _updated(

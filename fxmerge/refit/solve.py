@@ -2,7 +2,7 @@
 
     W' = argmin |P W' - T|^2 + ridge |W' - W0|^2,   W0 the current weights      (see `least_squares`)
 
-A solve is judged on samples that are held out of it (see `patches.held_out`): they choose the ridge from LADDER, and
+A solve is judged on samples that are held out of it (see `held_out`): they choose the ridge from LADDER, and
 whether W' replaces W0 at all. Before a rectifier, the targets T and the weights are computed in turn (see `targets`).
 Before a BatchNorm, the mean and the standard deviation of the outputs are then matched to the original's, channel by
 channel.
@@ -106,8 +106,8 @@ class Problem:
         step = 1 if at(here + 1) < at(here) else -1  # the error has one minimum along the ladder, or nearly so
         while 0 <= here + step < len(LADDER) and at(here + step) < at(here):
             here += step
-        ridge, rounds = LADDER[here] * RIDGE, self.rounds if any(t.bounds is not None for t in self.solved.targets) else 0
-        weight, bias = self._solution(normal, ridge, rounds)
+        ridge, rectified = LADDER[here] * RIDGE, any(t.bounds is not None for t in self.solved.targets)
+        weight, bias = self._solution(normal, ridge, self.rounds if rectified else 0)
         return Solution(weight, bias, ridge, error(self.judging, weight, bias, self.reduce))
 
     def _system(self, rows: Rows) -> System:

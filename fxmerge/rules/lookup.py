@@ -102,3 +102,8 @@ def describe(spelling: Spelling) -> str:
     if inspect.isclass(target):
         return f"nn.{target.__name__}"
     return str(getattr(target, "__name__", target))
+
+
+def name_of(rule: Rule | None) -> str:
+    """The name of a rule, or ""."""
+    return "" if rule is None else rule.name

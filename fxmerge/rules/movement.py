@@ -62,7 +62,7 @@ SPELLINGS: dict[str, tuple[Any, ...]] = {
     "repeat": ("repeat", torch.repeat_interleave, "repeat_interleave", torch.tile, "tile"),
     "roll": (torch.roll, "roll"),
     "flip": (torch.flip, "flip"),
-    "pixel_shuffle": (nn.PixelShuffle, torch.pixel_shuffle, nn.PixelUnshuffle, torch.pixel_unshuffle),
+    "pixel_unshuffle": (nn.PixelUnshuffle, torch.pixel_unshuffle),
     "unfold": (nn.Unfold, F.unfold, "unfold", Aten("im2col")),
 }
 INDEXING = ("getitem", "index", "index_select", "gather")  # tensor operands after the first are indices, not labels
@@ -176,22 +176,6 @@ def enter(value: Any) -> Any:
 def entered(ctx: RuleContext, value: Operand) -> Answer:
     """The rule of `enter`."""
     return value
-
-
-def channel_shuffle(ctx: RuleContext, input: Operand, groups: int) -> Answer:
-    """Channel i of each of `groups` blocks goes next to channel i of the others; all blocks must lose equally many."""
-    if isinstance(input, Lab) and 1 in varying(input.t):
-        ctx.block(ctx.along(input, 1).view(groups, -1))
-    return execute(ctx, input) if isinstance(ctx.target, nn.Module) else execute(ctx, input, groups)
-
-
-def fold(ctx: RuleContext, input: Operand, *sizes: Operand, **kwargs: Operand) -> Lab | Unknown:
-    """Patches (n, channels * places, patches) are summed into an image: the places of one channel become one."""
-    if not isinstance(input, Lab) or input.t.dim() != 3 or ctx.shape is None or set(varying(input.t)) - {1}:
-        return Unknown("does not sum patches of channels")
-    labels = ctx.along(input, 1).view(ctx.shape[1], -1)
-    ctx.tie(labels[:, :1].expand_as(labels), labels)
-    return Lab(spread(labels[:, 0], ctx.shape, 1))
 
 
 def expand_as(ctx: RuleContext, input: Operand, other: Operand) -> Answer:

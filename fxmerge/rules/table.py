@@ -29,6 +29,7 @@ from fxmerge.rules import (
     over_axes,
     pointwise,
     products,
+    shuffles,
     unary,
 )
 from fxmerge.rules.elementwise import (
@@ -220,9 +221,11 @@ _ROWS: tuple[Rule, ...] = (
          (Module(nn.GroupNorm, ("num_groups", "weight", "bias", "eps")), F.group_norm)),
     # movement: executed on the labels
     *(Rule(name, "movement", movement.execute, spellings, True) for name, spellings in movement.SPELLINGS.items()),
-    Rule("channel_shuffle", "movement", movement.channel_shuffle,
+    Rule("channel_shuffle", "movement", shuffles.channel_shuffle,
          (Module(nn.ChannelShuffle, ("groups",)), torch.channel_shuffle), True),
-    Rule("fold", "per_channel", movement.fold, (nn.Fold, F.fold, Aten("col2im")), True),
+    Rule("pixel_shuffle", "per_channel", shuffles.pixel_shuffle,
+         (Module(nn.PixelShuffle, ("upscale_factor",)), torch.pixel_shuffle), True),
+    Rule("fold", "per_channel", shuffles.fold, (nn.Fold, F.fold, Aten("col2im")), True),
     Rule("type_as", "per_channel", type_as_rule, ("type_as",), True),
     Rule("expand_as", "movement", movement.expand_as, ("expand_as",), True),
     Rule("enter", "movement", movement.entered, (movement.enter,), True),

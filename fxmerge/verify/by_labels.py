@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,9 @@ from fxmerge.ir.capture import Capture
 from fxmerge.ir.groups import Group, Grouping, Member
 from fxmerge.ir.provenance import ParamLabels, Provenance
 from fxmerge.rewrite.slicing import gather, places
+from fxmerge.verify.at_zero import AtZero
 from fxmerge.verify.in_double import in_float64, whole
+from fxmerge.verify.silencing import set_to_zero
 from fxmerge.weights.by_path import at
 from fxmerge.weights.copy import sharing_copy
 from fxmerge.weights.layout import from_out_first, out_first
@@ -105,7 +108,8 @@ def duplicate(
 
     Merging this model with `mostsim` must return the same function if the copies are dropped. At the producers, a copy
     is smaller than every other channel, so that selection by norm drops it. In groups with scale_blocks, mixers or
-    norms on batch statistics, a copy equals its original, so that the kept channels must be given.
+    norms on batch statistics, a copy equals its original, so that the kept channels must be given. Channels that no
+    weight reads (queries and keys) get zeros instead, since nothing could absorb a copy.
 
     Returns the model, its example inputs, and the channels to keep, by group.
     """
@@ -117,6 +121,12 @@ def duplicate(
             continue
         pairs: list[tuple[int, int]] = []
         counts = [int(count * share) for count in torch.bincount(group.cells).tolist()]
+        unread = torch.ones(group.channels, dtype=torch.bool)
+        for consumer in group.consumers:
+            unread[consumer.channels] = False
+        if bool(unread.any()) and AtZero(captured, facts, grouping).reason(group):
+            for cell in torch.unique(group.cells[unread]).tolist():
+                counts[cell] = 0
         if any(len({sum(counts[cell] for cell in row) for row in block}) > 1 for block in group.blocks):
             continue  # its blocks would lose different numbers of channels
         for cell in range(int(group.cells.max()) + 1):
@@ -125,7 +135,12 @@ def duplicate(
             count = counts[cell]
             pairs += list(zip(index[:count].tolist(), index[count:].tolist(), strict=False))
         if pairs:
-            _overwrite(module, group, torch.tensor(pairs).T, generator)
+            copies = [pair for pair in pairs if not unread[pair[0]]]
+            if copies:
+                _overwrite(module, group, torch.tensor(copies).T, generator)
+            zeros = torch.tensor([i for i, _ in pairs if unread[i]], dtype=torch.int64)
+            stays = torch.ones(group.channels, dtype=torch.bool).index_fill_(0, zeros, False)
+            set_to_zero(partial(at, module), group, stays.nonzero().flatten())
             gone = {i for i, _ in pairs}
             kept[group.name] = torch.tensor([i for i in range(group.channels) if i not in gone])
     return module, args or kwargs, kept

@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from fxmerge.analysis.grouping import Chosen, provable
+from fxmerge.capture.frozen import restored
 from fxmerge.capture.parametrizations import computed_weights, unparametrize
 from fxmerge.errors import FxMergeError, first_line
 from fxmerge.graph.compare import difference, outputs
@@ -114,7 +115,7 @@ def silenced(captured: Capture, grouping: Grouping, plan: Plan) -> nn.Module:
     for group, kept in planned(grouping.everything, plan):
         if not _has(model, group):
             raise FxMergeError(f"{group.name}: a weight is not a parameter of the model, but computed from others")
-        _silence(partial(_tensor, model), group, kept)
+        set_to_zero(partial(_tensor, model), group, kept)
     return model
 
 
@@ -143,7 +144,8 @@ class _Reweighted(nn.Module):
         return self.tensors[self.model.get_submodule(owner), name]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return torch.func.functional_call(self.model, self.given, args, kwargs, tie_weights=False)
+        with restored(self.model):  # its code may keep values from call to call, and change what it does by them
+            return torch.func.functional_call(self.model, self.given, args, kwargs, tie_weights=False)
 
 
 class _Check:
@@ -167,7 +169,7 @@ class _Check:
             return left_out, None
         dead = original() if original is not None else copy.deepcopy(self.module)
         for group, kept in chosen:
-            _silence(partial(_tensor, dead), group, kept)
+            set_to_zero(partial(_tensor, dead), group, kept)
         dead = whole(self.captured, dead) if isinstance(dead, fx.GraphModule) and original is None else dead
         rewriter = Rewriter(self.module, self.facts)  # the original, so that zeros cannot hide what is sliced wrongly
         merged = whole(self.captured, rewriter.finish(survivors(self.grouping, chosen), edits))
@@ -259,7 +261,7 @@ def _members(group: Group) -> tuple[Member, ...]:
 
 
 @torch.no_grad()
-def _silence(find: Callable[[str], Tensor], group: Group, kept: Tensor) -> None:
+def set_to_zero(find: Callable[[str], Tensor], group: Group, kept: Tensor) -> None:
     """Zeroes the channels of a group that are not kept: in its producers, per-channel parameters and consumers.
 
     find: gives the tensor at a path, to be written in place

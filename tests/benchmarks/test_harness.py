@@ -66,8 +66,17 @@ def test_later_findings_replace_earlier_ones_and_output_is_caught(
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_process_out_of_time_keeps_its_findings(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert measure(slow, monkeypatch, seconds=2) == {"stage": "merge", "ended": "stopped after 2 s"}
+def busy() -> Iterator[process.Finding]:
+    yield {"stage": "merge"}
+    while True:
+        pass
+
+
+@pytest.mark.parametrize("findings", [slow, busy])
+def test_a_process_out_of_time_keeps_its_findings(findings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time is that of the CPU; a process that waits is stopped too."""
+    monkeypatch.setattr(process, "PATIENCE", 1 if findings is slow else 600)
+    assert measure(findings, monkeypatch, seconds=2) == {"stage": "merge", "ended": "stopped after 2 s"}
 
 
 def test_a_process_that_dies(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,6 +105,35 @@ def test_tables_stay_tables() -> None:
     assert {"rows", "words"} <= set(names(model, x))
 
 
+@pytest.mark.parametrize("exported", [False, True])
+@pytest.mark.parametrize("places", [lambda ids: ids.long(), lambda ids: ids + 1, lambda ids: (ids * 2).clamp(max=4)])
+def test_a_table_that_is_read_at_computed_places_stays_one(places: Any, exported: bool) -> None:
+    """Arithmetic on the places is not arithmetic on the table, which keeps the rows that this input does not read."""
+
+    def wiring(m: Any, x: Tensor) -> Tensor:
+        return m.b(F.relu(m.a(x) + F.embedding(places(m.ids), m.words)))
+
+    ids = torch.tensor([0, 2, 2, 1], dtype=torch.int32)
+    model, x = made(wiring, a=nn.Linear(6, 8), words=raw(30, 8), ids=ids, b=nn.Linear(8, 2))
+    if not exported:
+        result = checked(model, x, a=4)
+        assert dict(result.module.named_parameters())["words"].shape == (30, 4)
+        return
+    held = dict(export(model, (x,), {}).named_parameters())
+    assert held["words"].shape == (30, 8)
+
+
+def test_a_table_that_is_computed_is_folded() -> None:
+    ids = torch.tensor([0, 2, 2, 1])
+
+    def wiring(m: Any, x: Tensor) -> Tensor:
+        return m.b(F.relu(m.a(x) + F.embedding(m.ids, m.words * 2)))
+
+    model, x = made(wiring, a=nn.Linear(6, 8), words=raw(5, 8), ids=ids, b=nn.Linear(8, 2))
+    checked(model, x, a=4)
+    assert "words_folded" in names(model, x) and "words" not in names(model, x)
+
+
 def test_what_would_grow_stays_computed() -> None:
     """An outer product is larger than its two vectors, so it is not folded."""
     model, x = made(lambda m, x: m.a(x) + (m.u[:, None] * m.v).sum(), a=nn.Linear(6, 8), u=raw(20), v=raw(20))

@@ -1,4 +1,4 @@
-"""Steps of random nets: attention in many layouts, shared branches, gates, slice assignment and second inputs."""
+"""Steps of random nets: attention layouts, recurrent layers, shared branches, gates, slice assignment, more inputs."""
 
 from __future__ import annotations
 
@@ -168,3 +168,20 @@ def cross_attention(d: Draft) -> None:
     cut = f"unflatten(-1, ({heads}, {size})).transpose(1, 2)"
     mixed = f"F.scaled_dot_product_attention({q}({x.name}).{cut}, {k}({y}).{cut}, {v}({y}).{cut})"
     d.put(f"{x.name} + {d.part(f'nn.Linear({width}, {c})')}({mixed}.transpose(1, 2).flatten(2))", "tokens", n, t, c)
+
+
+@step("tokens", able=lambda d: d.x.shape[1] <= 64)
+def recurrent(d: Draft) -> None:
+    """LSTM, GRU or RNN: stacked, in both directions, with projections; all of its steps, or its last state."""
+    x, size, layers, both = d.x, d.one(3, 4, 6), d.one(1, 1, 2), d.one(True, False)
+    kind = d.one("LSTM", "GRU", "RNN")
+    projected = kind == "LSTM" and d.one(True, False, False)
+    more = ", proj_size=2" if projected else ""
+    made = d.part(f"nn.{kind}({x.c}, {size}, {layers}, batch_first=True, bidirectional={both}{more})")
+    width = (2 if projected else size) * (1 + both)
+    if d.one(True, True, False):
+        d.put(f"{made}({x.name})[0]", "tokens", *x.shape[:-1], width)
+    else:
+        last = f"{made}({x.name})[1]" + "[0]" * (kind == "LSTM")
+        how = f"{last}[-1]" if not both else f"torch.cat([{last}[-2], {last}[-1]], -1)"
+        d.put(how, "flat", x.shape[0], width)

@@ -2,7 +2,7 @@
 
 `sources()` draws the text of a module, so that a failing example is printed as code that can be pasted into a test.
 `made` executes the text and randomises weights and BatchNorm statistics. The steps that a net consists of are in
-random_steps.py, random_images.py and random_attention.py. Steps in OFF are not drawn unless they are asked for.
+random_steps.py, random_images.py and random_attention.py.
 """
 
 from __future__ import annotations
@@ -33,10 +33,6 @@ class Drawn(nn.Module):
         super().__init__()
 """
 
-OFF = frozenset((  # steps that are switched off, because the merge of such nets is known to be wrong
-    "attention_scale_tensor", "attention_scale_of_weight", "attention_heads_inner", "attention_einsum_inner",
-    "attention_over_pixels_inner", "shared_branch",
-))  # fmt: skip
 SHAPES = {"image": (2, 3, 8, 8), "tokens": (2, 6, 5), "flat": (4, 7)}  # kind of input -> its shape
 
 
@@ -46,9 +42,7 @@ def sources(draw: Any, steps: int = 9) -> str:
     return written(lambda choices: draw(st.sampled_from(choices)), steps)
 
 
-def written(
-    choose: Callable[[Sequence[Any]], Any], steps: int = 9, off: Collection[str] = OFF, first: str = ""
-) -> str:
+def written(choose: Callable[[Sequence[Any]], Any], steps: int = 9, off: Collection[str] = (), first: str = "") -> str:
     """The source of a net called `Drawn`. Its forward begins with a comment for each argument, with its shape.
 
     choose:  takes one of several choices at random

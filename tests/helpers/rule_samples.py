@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import fx, nn
+from torch import fx
 
 from fxmerge.graph.ops import Aten
 from tests.helpers import op_samples
@@ -170,11 +170,6 @@ def expand(key: Any) -> Sample:
 def repeat(key: Any) -> Sample:
     interleaved = key in ("repeat_interleave", torch.repeat_interleave)
     return spelled(key, *((2, 1) if interleaved else ((1, 2, 1, 1),)), reads=2 * WIDTH)
-
-
-def pixel_shuffle(key: Any) -> Sample:
-    up = key in (nn.PixelShuffle, torch.pixel_shuffle)
-    return spelled(key, 2, width=16 if up else WIDTH, reads=4 if up else 4 * WIDTH)
 
 
 def where(key: Any) -> Sample:
@@ -364,7 +359,8 @@ SAMPLES: dict[str, Callable[[Any], Sample]] = {
     "repeat": repeat,
     "roll": lambda key: spelled(key, 1, 3),
     "flip": lambda key: spelled(key, (1,)),
-    "pixel_shuffle": pixel_shuffle,
+    "pixel_shuffle": lambda key: spelled(key, 2, width=16, reads=4),
+    "pixel_unshuffle": lambda key: spelled(key, 2, reads=4 * WIDTH),
     "channel_shuffle": lambda key: spelled(key, 2),
     "query": query,
 }

@@ -61,9 +61,10 @@ def test_a_shared_weight_is_solved_on_the_rows_of_all_calls(
         wanted = F.linear(rows, model.b.weight.double(), None if model.b.bias is None else model.b.bias.double())
         ones = torch.ones(len(rows), 1, dtype=torch.float64)
         alone = torch.cat([rows[:, list(kept)], ones], 1)
-        expected = torch.linalg.lstsq(alone, wanted).solution
+        held = torch.arange(400) % 8 == 7  # one sample in eight judges
+        expected = torch.linalg.lstsq(alone[~held], wanted[~held]).solution
         of_one = torch.linalg.lstsq(alone[:200], wanted[:200]).solution
-        best = float((alone @ expected - wanted).square().sum() / wanted.square().sum())
+        best = float((alone @ expected - wanted)[held].square().sum() / wanted[held].square().sum())
         outputs = result.module(*batches[2])
     assert (of_one - expected).abs().max() > 0.05
     found = [alone[100:150] @ expected, alone[300:350] @ expected]

@@ -80,3 +80,52 @@ def test_pooling_over_the_channels_holds_them(same: bool) -> None:
 
     found = fxmerge.analyze(randomised(Pooled()).eval(), torch.randn(2, 6, 5))
     assert not found.groups and any("mixes the channels" in r.reason for r in found.refusals if r.name == "a")
+
+
+class Shuffled(nn.Module):
+    def __init__(self, shuffle: Op, op: Op) -> None:
+        super().__init__()
+        self.shuffle, self.op, self.a = shuffle, op, nn.Conv2d(3, 4 * CHANNELS, 1)
+        with torch.no_grad():
+            self.b = nn.Linear(op(shuffle(torch.rand(1, 4 * CHANNELS, SIDE, SIDE))).numel(), 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.b(self.op(self.shuffle(self.a(x))).flatten(1))
+        return out
+
+
+SHUFFLES: dict[str, Op] = {"module": nn.PixelShuffle(2), "function": lambda x: F.pixel_shuffle(x, 2)}
+AFTER: dict[str, Op] = {
+    "nothing": lambda x: x,
+    "a mean over rows": lambda x: x.mean(2),
+    "a mean over columns": lambda x: x.mean(3),
+    "a mean over both": lambda x: x.mean((2, 3)),
+    "less the mean over columns": lambda x: x - x.mean(3, keepdim=True),
+    "a norm along columns": lambda x: F.normalize(x, dim=3),
+    "softmax along rows": lambda x: x.softmax(2),
+    "the largest of each column": lambda x: x * x.amax(2, keepdim=True),
+    "half of the rows": lambda x: x[:, :, :SIDE],
+    "pixel_unshuffle": lambda x: F.pixel_unshuffle(x, 2),
+    "pixel_unshuffle by another factor": lambda x: F.pixel_unshuffle(x, 4),
+}
+
+
+@pytest.mark.parametrize("after", AFTER)
+@pytest.mark.parametrize("shuffle", SHUFFLES)
+def test_pixels_of_one_channel_leave_together(shuffle: str, after: str) -> None:
+    """Each channel after pixel_shuffle comes from four. Without its rows and what reads it, the rest is as before."""
+    torch.manual_seed(0)
+    model = randomised(Shuffled(SHUFFLES[shuffle], AFTER[after])).double().eval()
+    x = torch.randn(2, 3, SIDE, SIDE, dtype=torch.float64)
+    result = plain_merge(model, x, ratio=0.5, decomposition="prune")
+    found = result.analysis
+    assert max(fxmerge.verify.permutation(found.captured, found.facts, found.grouping).values()) < 1e-10
+    (plan,) = result.plan.groups
+    assert (plan.channels, len(plan.kept)) == (CHANNELS, CHANNELS // 2)
+    dropped = sorted(set(range(CHANNELS)) - set(plan.kept))
+    silent = randomised(Shuffled(SHUFFLES[shuffle], AFTER[after])).double().eval()
+    silent.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        silent.b.weight.view(3, CHANNELS, -1)[:, dropped] = 0
+        assert (silent(x) - result.module(x)).norm() < 1e-10 * silent(x).norm()
+        assert (silent(x) - model(x)).norm() > 1e-3 * model(x).norm()

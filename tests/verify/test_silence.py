@@ -456,6 +456,32 @@ def test_the_users_model_is_left_as_it_was() -> None:
     assert {name: m.training for name, m in model.named_modules()} == training
 
 
+class Shrinking(nn.Module):
+    """Pools over a window that it makes smaller for good as soon as an input is smaller, as some Swins do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.window = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 3, 1), 4
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.window = min(self.window, x.size(-1) // 2)
+        out: Tensor = self.b(F.max_pool2d(torch.relu(self.a(x)), self.window, 1))
+        return out
+
+
+def test_a_model_that_changes_itself_is_restored() -> None:
+    """Other sizes make the window of the user's model smaller; each comparison starts from the model as it was."""
+    model = randomised(Shrinking()).eval()
+    result = pruned(model, torch.randn(2, 3, 8, 8))
+    smaller, same = (
+        verify.Unseen("small", (torch.randn(2, 3, 4, 4),), {}),
+        verify.Unseen("values", (torch.randn(2, 3, 8, 8),), {}),
+    )
+    found = silence(result, inputs=[smaller, same], each=False)
+    assert "values" in found.inputs and model.window == 4
+    assert max(silence(result, inputs=[same]).errors.values()) < EXACT
+
+
 class Hooked(nn.Module):
     """Features are taken by a hook that holds the module itself, so that a copy would not share them."""
 
