@@ -9,8 +9,8 @@ Prepared.apply      decomposition -> rewrite -> refit -> verify
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +22,10 @@ from fxmerge import verify
 from fxmerge.analysis.grouping import Chosen, grouped, provable
 from fxmerge.analysis.groups import overlaps
 from fxmerge.analysis.propagate import provenance
-from fxmerge.calibration.batches import Batches, with_data
+from fxmerge.calibration.batches import with_data
 from fxmerge.calibration.epilogue import pair
 from fxmerge.calibration.fit_probes import RefitData, refit_data
+from fxmerge.calibration.output_error import output_error, some
 from fxmerge.calibration.paired_run import Settings
 from fxmerge.calibration.readings import readings
 from fxmerge.calibration.sensitivity import sensitivity
@@ -35,7 +36,7 @@ from fxmerge.graph.distributed import summed
 from fxmerge.graph.eval_mode import with_versions
 from fxmerge.graph.latency import compared
 from fxmerge.ir.capture import Capture
-from fxmerge.ir.groups import Group, Grouping, Merge, Refusal, survivors
+from fxmerge.ir.groups import Group, Grouping, Refusal
 from fxmerge.ir.provenance import Provenance
 from fxmerge.methods.allocation import Counts
 from fxmerge.methods.evidence import Reading
@@ -45,7 +46,7 @@ from fxmerge.plan import GroupPlan, Plan
 from fxmerge.planning.budget import Allotted, Room, allot, original_of
 from fxmerge.planning.candidates import candidates
 from fxmerge.planning.counts import by_ratio, rungs
-from fxmerge.planning.decompose import decompose, group_plan
+from fxmerge.planning.draft import Choice, Draft, drafted
 from fxmerge.planning.error_curves import curves
 from fxmerge.planning.scope import check_patterns, in_scope, replayed
 from fxmerge.planning.statistics import state
@@ -54,7 +55,6 @@ from fxmerge.refit.refit_layers import Refitted, refit
 from fxmerge.report.reports import Report
 from fxmerge.result import Analysis, Result
 from fxmerge.rewrite.reassemble import assembled
-from fxmerge.rewrite.rewriter import Rewriter
 from fxmerge.rules.resize import Call
 
 if TYPE_CHECKING:
@@ -78,25 +78,6 @@ def prepared(
             "load the weights, or give fxmerge.on_disk(model, 'weights.safetensors'), which reads them when needed"
         )
     return Prepared(captured, options, given, stage)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Choice:
-    """The decisions of a merge that are made before anything is rewritten.
-
-    chosen:    the groups that narrow, with the channels that they keep
-    edits:     {node: its call with new literal sizes}, for sizes that follow the widths of groups
-    refusals:  the channels that are not merged, with reasons
-    batches:   the data that refit runs on; empty if there is no refit
-    notes:     requests that were not, or not fully, carried out
-    """
-
-    options: Options
-    chosen: Chosen
-    edits: Mapping[str, Call]
-    refusals: tuple[Refusal, ...]
-    batches: Batches
-    notes: tuple[str, ...]
 
 
 class Prepared:
@@ -184,20 +165,18 @@ class Prepared:
 
     def choose(self, options: Options) -> Choice:
         """Decides which channels each group keeps: as many as `allocation` says, and those that `selection` chooses."""
-        facts, grouping = self.found
+        grouping = self.found[1]
         check_patterns(grouping.everything, [n for n, _ in self.captured.module.named_modules()], options)
         groups, refusals = in_scope(grouping, options)
         while True:
             allotted = self.allocation(groups, options)
-            narrowed = [g for g in groups if sum(allotted.counts[g.name]) < g.channels]
-            batches, notes = (self.data.batches, self.data.notes) if narrowed else ([], ())
-            surveyed = self.readings(narrowed) if batches and options.selection == "repair" else {}
-            chosen = self.selection(narrowed, allotted.counts, surveyed, options)
-            chosen, edits, refused = provable(self.captured, facts, grouping, chosen)
+            chosen, edits, refused = self.selection(groups, allotted.counts, options)
             refusals = (*refusals, *refused)
             if not refused or not options.budget:
                 break
             groups = [g for g in groups if g.name not in {r.name for r in refused}]  # the others meet the budget
+        narrows = any(sum(allotted.counts[g.name]) < g.channels for g in groups)
+        batches, notes = (self.data.batches, self.data.notes) if narrows else ([], ())
         notes = (*notes, *allotted.notes)
         return Choice(options=options, chosen=chosen, edits=edits, refusals=refusals, batches=batches, notes=notes)
 
@@ -234,18 +213,36 @@ class Prepared:
             captured=self.captured, facts=facts, grouping=grouping, groups=groups, ladders=ladders, errors=errors,
             options=options, refitted=bool(batches), flops=self.flops,
         )  # fmt: skip
-        return allot(room, self.tensors, self.stage)
+        return allot(room, self.tensors, self.stage, lambda counts: self.error(groups, counts, options))
 
     def selection(
-        self, groups: Sequence[Group], counts: Counts, surveyed: Mapping[str, tuple[Reading, ...]], options: Options
-    ) -> Chosen:
-        """Which channels each group keeps, `counts` of them in each of its cells."""
+        self, groups: Sequence[Group], counts: Counts, options: Options
+    ) -> tuple[Chosen, Mapping[str, Call], Sequence[Refusal]]:
+        """Which channels each group keeps, `counts` of them in each of its cells; edits of sizes, and refusals."""
+        narrowed = [g for g in groups if sum(counts[g.name]) < g.channels]
+        surveyed: Mapping[str, tuple[Reading, ...]] = {}
+        if narrowed and options.selection == "repair" and self.data.batches:
+            surveyed = self.readings(narrowed)
         chosen: Chosen = []
-        for g in groups:
+        for g in narrowed:
             self.stage(f"selection {g.name}")
             seen = candidates(g, self.captured, self.tensors, options.seed, surveyed.get(g.name, ()))
             chosen.append((g, select(options.selection, seen, g.cells, counts[g.name])))
-        return chosen
+        return provable(self.captured, *self.found, chosen)
+
+    def error(self, groups: Sequence[Group], counts: Counts, options: Options) -> float:
+        """The error of the outputs with these channel counts before refit; on the example inputs if there is no data.
+
+        0 for a model that is traced in parts, whose outputs the user's code computes.
+        """
+        if self.captured.recorded is not None:
+            return 0.0
+        chosen, edits, _ = self.selection(groups, counts, options)
+        own = self.data.batches
+        draft = self.draft(Choice(options=options, chosen=chosen, edits=edits, refusals=(), batches=own, notes=()))
+        streams = pair(self.captured.module, self.found[0], draft.graph, draft.alive)
+        settings = self.settings if own else replace(self.settings, held=False)
+        return output_error(streams, some(own) if own else [self.captured.inputs], settings)
 
     # Applying
 
@@ -254,18 +251,12 @@ class Prepared:
 
         started: when the merge began, by time.perf_counter
         """
-        captured, (facts, grouping) = self.captured, self.found
-        rewriter, plans = Rewriter(captured.module, facts), []
-        for plan_of_group, merge in self.decomposition(choice):
-            rewriter.absorb(merge)
-            plans.append(plan_of_group)
-        self.stage("rewrite")
-        alive = survivors(grouping, choice.chosen)
-        rewritten = rewriter.finish(alive, choice.edits)
+        captured, (facts, grouping), draft = self.captured, self.found, self.draft(choice)
+        rewritten = draft.graph
         refitted: tuple[Refitted, ...] = ()
         if choice.batches and choice.chosen:
             self.stage("refit")
-            streams = pair(captured.module, facts, rewritten, alive)
+            streams = pair(captured.module, facts, rewritten, draft.alive)
             refitted = refit(streams, choice.batches, self.settings, self.stage)
         module = assembled(captured, rewritten)
         self.stage("verify")
@@ -274,7 +265,7 @@ class Prepared:
         if "latency" in choice.options.budget and choice.chosen:
             self.stage("latency")
             timing = compared(self.original, module, captured.args, captured.kwargs)
-        plan = Plan(choice.options, tuple(plans))
+        plan = Plan(choice.options, draft.plans)
         report = Report(
             captured=captured,
             facts=facts,
@@ -291,13 +282,9 @@ class Prepared:
         )
         return Result(module, plan, report, Analysis(captured, facts, grouping, choice.refusals))
 
-    def decomposition(self, choice: Choice) -> Iterator[tuple[GroupPlan, Merge]]:
-        """Each group's plan and what its layers absorb. One at a time, as those of wide groups take much memory."""
+    def draft(self, choice: Choice) -> Draft:
+        """The merged graph of a choice before refit."""
         seen: Mapping[str, tuple[Reading, ...]] = {}
-        if choice.batches and choice.options.decomposition == "auto":
+        if choice.batches and choice.chosen and choice.options.decomposition == "auto":
             seen = self.readings([g for g, _ in choice.chosen])
-        for g, kept in choice.chosen:
-            self.stage(f"decomposition {g.name}")
-            own = seen.get(g.name, ())
-            mapping, merge = decompose(g, kept, self.captured, self.tensors, choice.options, own)
-            yield group_plan(g, kept, mapping), merge
+        return drafted(choice, self.captured, *self.found, tensors=self.tensors, readings=seen, stage=self.stage)

@@ -9,13 +9,13 @@ With mean m and covariance C of a group's n channels, and K the kept ones:
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from fxmerge.methods.generalisation import elsewhere
+from fxmerge.methods.evidence import Moments
 from fxmerge.methods.linalg import solve_ridge
 
 LADDER = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # ridges that are tried, as shares of the mean variance
@@ -30,45 +30,16 @@ def least_squares(mean: Tensor, covariance: Tensor, kept: Tensor, ridge: float =
 
 
 def cellwise_least_squares(
-    mean: Tensor, covariance: Tensor, kept: Tensor, cells: Tensor, rows: float = math.inf
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`least_squares` within each cell: a channel is expressed by the kept channels of its own cell only.
-
-    Returns (up, shift, factor), where factor (n,) is that of the expected error on other rows than the `rows`
-    independent ones that the moments come from. With finitely many, the ridge with the least expected error is taken.
-    """
+    mean: Tensor, covariance: Tensor, kept: Tensor, cells: Tensor, ridge: float = 1e-4
+) -> tuple[Tensor, Tensor]:
+    """`least_squares` within each cell: a channel is expressed by the kept channels of its own cell only."""
     up, shift = torch.zeros(len(mean), len(kept), dtype=mean.dtype), torch.zeros_like(mean)
-    factor = torch.ones_like(mean)
     for cell in torch.unique(cells).tolist():
         inside, columns = (cells == cell).nonzero().flatten(), (cells[kept] == cell).nonzero().flatten()
         local = torch.searchsorted(inside, kept[columns])
-        own = _Cell(mean[inside], covariance[inside][:, inside], local)
-        solved, moved, factor[inside] = own.best(rows)
-        up[inside[:, None], columns[None, :]], shift[inside] = solved, moved
-    return up, shift, factor
-
-
-@dataclass(frozen=True)
-class _Cell:
-    mean: Tensor
-    covariance: Tensor
-    kept: Tensor
-
-    def best(self, rows: float) -> tuple[Tensor, Tensor, float]:
-        """(up, shift, factor) with the ridge of LADDER that has the least expected error of standardised channels."""
-        if not math.isfinite(rows):
-            return *least_squares(self.mean, self.covariance, self.kept), 1.0
-        values = torch.linalg.eigvalsh(self.covariance[self.kept][:, self.kept]).clamp(min=0)
-        variance = self.covariance.diagonal()
-        solid = variance > variance.max().clamp(min=0) * 1e-12
-        found = []
-        for ridge in LADDER:
-            up, shift = least_squares(self.mean, self.covariance, self.kept, ridge)
-            shift_by = ridge * float(values.mean()) + torch.finfo(torch.float64).tiny
-            factor = elsewhere(float((values / (values + shift_by)).sum()), rows)
-            rest = residual(up, shift, self.mean, self.covariance, self.kept)
-            found.append((factor * float((rest / variance)[solid].sum()), up, shift, factor))
-        return min(found, key=lambda one: one[0])[1:]
+        own, moved = least_squares(mean[inside], covariance[inside][:, inside], local, ridge)
+        up[inside[:, None], columns[None, :]], shift[inside] = own, moved
+    return up, shift
 
 
 def nearest(mean: Tensor, covariance: Tensor, kept: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,30 +66,41 @@ def residual(up: Tensor, shift: Tensor, mean: Tensor, covariance: Tensor, kept: 
     return spread.clamp(min=0) + (mean - up @ mean[kept] - shift).square()
 
 
-def least_loss(
-    exact: tuple[Tensor, Tensor], mean: Tensor, covariance: Tensor, kept: Tensor, cells: Tensor,
-    rows: float = math.inf,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(up, shift) with, for each channel, the decomposition that loses least by these moments, and its loss (n,).
+def alone(mean: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """(up, shift) where a dropped channel is replaced by its mean."""
+    up = torch.zeros(len(mean), len(kept), dtype=mean.dtype)
+    up[kept] = torch.eye(len(kept), dtype=mean.dtype)
+    return up, torch.where(up.any(1), 0, mean)
 
-    The candidates are `exact`, a multiple of one kept channel and a constant (`nearest`), least squares by all kept
-    channels of the cell and a constant, and a constant alone. `exact` is (up, shift) by weights alone: moments that
-    are estimated do not make a channel better that it represents exactly. rows: the independent rows behind them.
+
+def least_loss(
+    exact: tuple[Tensor, Tensor], seen: Moments, kept: Tensor, cells: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(up, shift) with, for each channel, the decomposition that loses least, and its loss (n,).
+
+    The candidates are `exact`, which is computed from weights alone; least squares by all kept channels of the cell,
+    with the best ridge of LADDER for the group; `nearest`; and `alone`. Each is judged on samples that it was not
+    computed from, where `seen` has halves. Estimated moments do not displace `exact` from channels that it represents
+    exactly.
     """
-    alone = torch.zeros_like(exact[0])
-    alone[kept] = torch.eye(len(kept), dtype=alone.dtype)
-    up, shift, factor = cellwise_least_squares(mean, covariance, kept, cells, rows)
-    found = [
-        exact,
-        (up, shift),
-        nearest(mean, covariance, kept, cells),
-        (alone, torch.where(alone.any(1), 0, mean)),
+    halves = [(seen.mean, seen.covariance)] * 2 if seen.halves is None else seen.halves
+    ridges = LADDER if seen.halves is not None else LADDER[:1]
+    ways: list[Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = [
+        lambda mean, covariance: exact,
+        *(partial(cellwise_least_squares, kept=kept, cells=cells, ridge=ridge) for ridge in ridges),
+        partial(nearest, kept=kept, cells=cells),
+        lambda mean, covariance: alone(mean, kept),
     ]
-    losses = torch.stack([residual(up, shift, mean, covariance, kept) for up, shift in found])
-    losses[1] *= factor
-    losses[2] *= elsewhere(1, rows)
-    losses[0] = torch.where(losses[0] <= EXACT * (covariance.diagonal() + mean.square()), -1, losses[0])
-    best = losses.argmin(0)
+    judged = [
+        torch.stack([residual(*way(*one), *other, kept) for one, other in (halves, halves[::-1])]).mean(0)
+        for way in ways
+    ]
+    solved = min(range(1, 1 + len(ridges)), key=lambda number: float(judged[number].sum()))
+    numbers = [0, solved, *range(1 + len(ridges), len(ways))]
+    losses = torch.stack([judged[number] for number in numbers])
+    rounding = EXACT * (seen.covariance.diagonal() + seen.mean.square())
+    losses[0] = torch.where(residual(*exact, seen.mean, seen.covariance, kept) <= rounding, -1, losses[0])
+    best, at = losses.argmin(0), torch.arange(len(seen.mean))
+    found = [ways[number](seen.mean, seen.covariance) for number in numbers]
     ups, shifts = (torch.stack(parts) for parts in zip(*found, strict=True))
-    at = torch.arange(len(mean))
     return ups[best, at], shifts[best, at], losses[best, at].clamp(min=0)

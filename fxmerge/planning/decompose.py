@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -12,7 +11,7 @@ from fxmerge.ir.capture import Capture
 from fxmerge.ir.groups import Decomposition, Group, Member, Merge
 from fxmerge.methods.by_moments import cellwise_least_squares, least_loss
 from fxmerge.methods.decomposition import DECOMPOSITIONS, DownUp, push
-from fxmerge.methods.evidence import Reading
+from fxmerge.methods.evidence import Moments, Reading
 from fxmerge.options import Options
 from fxmerge.plan import GroupPlan, Partner
 from fxmerge.planning.channel_ops import Step
@@ -38,27 +37,26 @@ def decompose(
     consumers, losses = [], []
     for number, (consumer, steps) in enumerate(zip(group.consumers, found.consumers, strict=True)):
         constants = not consumer.layer.is_stacked  # which has no place for a constant
+        known = Moments(torch.zeros(0), torch.zeros(0, 0))
         if method in ("lstsq", "auto"):
-            mean, covariance = _moments(found, number, seen.get(number), options)
-            if not constants:  # solved about zero
-                mean, covariance = torch.zeros_like(mean), covariance + torch.outer(mean, mean)
+            known = _moments(found, number, seen.get(number), options)
+            known = known if constants else known.about_zero()
         if method == "lstsq":
-            up, shift, _ = cellwise_least_squares(mean, covariance, kept, group.cells)
+            up, shift = cellwise_least_squares(known.mean, known.covariance, kept, group.cells)
         else:
             up, shift = _pushed(mapping, kept, found, steps, constants and method in ("mostsim", "auto"))
         if method == "auto":
-            rows = seen[number].independent if number in seen else math.inf
-            up, shift, loss = least_loss((up, shift), mean, covariance, kept, group.cells, rows)
-            losses.append((up, loss / (covariance.diagonal() + mean.square()).clamp(min=1e-300)))
+            up, shift, loss = least_loss((up, shift), known, kept, group.cells)
+            losses.append((up, loss / (known.covariance.diagonal() + known.mean.square()).clamp(min=1e-300)))
         consumers.append(Decomposition(up, shift if constants else torch.zeros_like(shift)))
     if losses:
         mapping = _reported(mapping, *losses[0])
     return mapping, Merge(group, kept, mapping.down, tuple(consumers), found.producer_maps)
 
 
-def _moments(found: Statistics, consumer: int, seen: Reading | None, options: Options) -> tuple[Tensor, Tensor]:
-    if seen is None or seen.mean is None:
-        return moments(found, consumer, options.seed)
+def _moments(found: Statistics, consumer: int, seen: Reading | None, options: Options) -> Moments:
+    if seen is None or seen.moments is None:
+        return Moments(*moments(found, consumer, options.seed))
     return moments_seen(seen, len(found.mean))
 
 

@@ -1,0 +1,59 @@
+"""How far the outputs of a merged graph are from those of the original, on some of refit's batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import inf, isfinite
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxmerge.calibration.paired_run import Pair, PairedRun, Settings
+from fxmerge.graph.eval_mode import evaluating
+from fxmerge.graph.outputs import returned
+
+SAMPLES = 256  # that outputs are compared on; at least one batch
+
+
+def output_error(pair: Pair, batches: Sequence[Sequence[Any]], settings: Settings) -> float:
+    """The relative square error of the merged graph's outputs, as shares of their variances: the mean over all outputs.
+
+    0 where the model returns no real numbers, and infinite where they are not finite.
+    """
+    sums: list[Tensor] = []
+    assert pair.merged is not None
+    with evaluating(pair.original, pair.merged), torch.no_grad():
+        run = PairedRun(pair, batches, settings)
+        for visit in run:
+            if visit.node.op == "output":
+                merged = [run.merged.call(visit.node, number) for number in range(len(visit.outputs))]
+                one, other = (list(zip(*map(returned, values), strict=True)) for values in (visit.outputs, merged))
+                sums = [_sums(y, z) for y, z in zip(one, other, strict=True)]
+    if not sums:
+        return 0.0
+    total = settings.reduce(torch.stack(sums))  # (outputs, 4)
+    lost, power, level, count = total.unbind(1)
+    found = float((lost / (power - level.square() / count.clamp(min=1)).clamp(min=1e-300)).mean())
+    return found if isfinite(found) else inf
+
+
+def some(batches: Sequence[Sequence[Any]]) -> list[Sequence[Any]]:
+    """The last batches, with SAMPLES samples or a few more."""
+    found, taken = list[Sequence[Any]](), 0
+    for batch in reversed(batches):
+        found.insert(0, batch)
+        taken += next((v.size(0) for v in batch if isinstance(v, Tensor) and v.dim()), 1)
+        if taken >= SAMPLES:
+            break
+    return found
+
+
+def _sums(original: Sequence[Tensor], merged: Sequence[Tensor]) -> Tensor:
+    """Sums over batches and entries: of the squared differences, of squares, of entries, and of ones."""
+    found = torch.zeros(4, dtype=torch.float64)
+    for y, z in zip(original, merged, strict=True):
+        y, z = (torch.view_as_real(t) if t.is_complex() else t for t in (y, z))
+        parts = [(z.double() - y.double()).square().sum(), y.double().square().sum(), y.double().sum()]
+        found += torch.stack([*(p.cpu() for p in parts), torch.tensor(float(y.numel()), dtype=torch.float64)])
+    return found
