@@ -9,16 +9,11 @@ With mean m and covariance C of a group's n channels, and K the kept ones:
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 from torch import Tensor
 
-from fxmerge.methods.evidence import Moments
 from fxmerge.methods.linalg import solve_ridge
 
-LADDER = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # ridges that are tried, as shares of the mean variance
 EXACT = 1e-9  # the share of a channel's power below which its loss is rounding
 
 
@@ -29,15 +24,13 @@ def least_squares(mean: Tensor, covariance: Tensor, kept: Tensor, ridge: float =
     return up, mean - up @ mean[kept]
 
 
-def cellwise_least_squares(
-    mean: Tensor, covariance: Tensor, kept: Tensor, cells: Tensor, ridge: float = 1e-4
-) -> tuple[Tensor, Tensor]:
+def cellwise_least_squares(mean: Tensor, covariance: Tensor, kept: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
     """`least_squares` within each cell: a channel is expressed by the kept channels of its own cell only."""
     up, shift = torch.zeros(len(mean), len(kept), dtype=mean.dtype), torch.zeros_like(mean)
     for cell in torch.unique(cells).tolist():
         inside, columns = (cells == cell).nonzero().flatten(), (cells[kept] == cell).nonzero().flatten()
         local = torch.searchsorted(inside, kept[columns])
-        own, moved = least_squares(mean[inside], covariance[inside][:, inside], local, ridge)
+        own, moved = least_squares(mean[inside], covariance[inside][:, inside], local)
         up[inside[:, None], columns[None, :]], shift[inside] = own, moved
     return up, shift
 
@@ -74,33 +67,21 @@ def alone(mean: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def least_loss(
-    exact: tuple[Tensor, Tensor], seen: Moments, kept: Tensor, cells: Tensor
+    exact: tuple[Tensor, Tensor], mean: Tensor, covariance: Tensor, kept: Tensor, cells: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(up, shift) with, for each channel, the decomposition that loses least, and its loss (n,).
+    """(up, shift) with, for each channel, the decomposition that loses least by these moments, and its loss (n,).
 
-    The candidates are `exact`, which is computed from weights alone; least squares by all kept channels of the cell,
-    with the best ridge of LADDER for the group; `nearest`; and `alone`. Each is judged on samples that it was not
-    computed from, where `seen` has halves. Estimated moments do not displace `exact` from channels that it represents
-    exactly.
+    The candidates are `exact`, which is computed from weights alone, `cellwise_least_squares`, `nearest` and `alone`.
+    Estimated moments do not displace `exact` from channels that it represents exactly.
     """
-    halves = [(seen.mean, seen.covariance)] * 2 if seen.halves is None else seen.halves
-    ridges = LADDER if seen.halves is not None else LADDER[:1]
-    ways: list[Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = [
-        lambda mean, covariance: exact,
-        *(partial(cellwise_least_squares, kept=kept, cells=cells, ridge=ridge) for ridge in ridges),
-        partial(nearest, kept=kept, cells=cells),
-        lambda mean, covariance: alone(mean, kept),
+    found = [
+        exact,
+        cellwise_least_squares(mean, covariance, kept, cells),
+        nearest(mean, covariance, kept, cells),
+        alone(mean, kept),
     ]
-    judged = [
-        torch.stack([residual(*way(*one), *other, kept) for one, other in (halves, halves[::-1])]).mean(0)
-        for way in ways
-    ]
-    solved = min(range(1, 1 + len(ridges)), key=lambda number: float(judged[number].sum()))
-    numbers = [0, solved, *range(1 + len(ridges), len(ways))]
-    losses = torch.stack([judged[number] for number in numbers])
-    rounding = EXACT * (seen.covariance.diagonal() + seen.mean.square())
-    losses[0] = torch.where(residual(*exact, seen.mean, seen.covariance, kept) <= rounding, -1, losses[0])
-    best, at = losses.argmin(0), torch.arange(len(seen.mean))
-    found = [ways[number](seen.mean, seen.covariance) for number in numbers]
+    losses = torch.stack([residual(up, shift, mean, covariance, kept) for up, shift in found])
+    losses[0] = torch.where(losses[0] <= EXACT * (covariance.diagonal() + mean.square()), -1, losses[0])
+    best, at = losses.argmin(0), torch.arange(len(mean))
     ups, shifts = (torch.stack(parts) for parts in zip(*found, strict=True))
     return ups[best, at], shifts[best, at], losses[best, at].clamp(min=0)

@@ -14,24 +14,6 @@ from fxmerge.methods.linalg import Pairs, coordinates, gram
 
 
 @dataclass(frozen=True)
-class Moments:
-    """Mean and covariance of some channels, and of each half of the samples, where there are samples."""
-
-    mean: Tensor  # (n,)
-    covariance: Tensor  # (n, n)
-    halves: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
-
-    def about_zero(self) -> Moments:
-        """With means of 0, and second moments about 0 in place of covariances, for layers without constants."""
-
-        def moved(mean: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
-            return torch.zeros_like(mean), covariance + torch.outer(mean, mean)
-
-        halves = None if self.halves is None else (moved(*self.halves[0]), moved(*self.halves[1]))
-        return Moments(*moved(self.mean, self.covariance), halves)
-
-
-@dataclass(frozen=True)
 class Reading:
     """How one layer reads the channels of a group."""
 
@@ -39,7 +21,7 @@ class Reading:
     weight: Tensor  # (o, p)
     channels: Tensor  # (m,) the group's channels that it reads
     columns: Tensor  # (m, q) the columns of each of them in a patch
-    moments: Moments | None = None  # of the m channels over all places of a patch; None if their means are not known
+    mean: Tensor | None = None  # (p,) of the patches; None if it is not known
     consumer: int = 0  # its number among the group's consumers
     independent: float = math.inf  # rows that would determine the moments as well, if they were independent
 

@@ -10,12 +10,15 @@ from torch import Tensor
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.groups import Decomposition, Group, Member, Merge
 from fxmerge.methods.by_moments import cellwise_least_squares, least_loss
-from fxmerge.methods.decomposition import DECOMPOSITIONS, DownUp, push
-from fxmerge.methods.evidence import Moments, Reading
+from fxmerge.methods.decomposition import DECOMPOSITIONS, DownUp, least_squares_scales, push
+from fxmerge.methods.evidence import Reading
 from fxmerge.options import Options
 from fxmerge.plan import GroupPlan, Partner
 from fxmerge.planning.channel_ops import Step
 from fxmerge.planning.statistics import Statistics, moments, moments_seen, statistics
+
+
+WIDEST = 2048  # channels of a group whose moments are computed from weights; wider ones take partners by cosines alone
 
 
 def decompose(
@@ -31,33 +34,34 @@ def decompose(
     method = options.decomposition
     if method == "prune" or not group.consumers or unmerged(group, tensors, options):
         return None, Merge(group, kept)
-    found = statistics(group, captured, tensors, options, kept=kept if method == "mostsim" else None)
+    seen = {reading.consumer: moments_seen(reading, group.channels) for reading in readings if reading.mean is not None}
+    by_weights = method == "mostsim" or (
+        method == "auto" and group.channels > WIDEST and len(seen) < len(group.consumers)
+    )
+    pairs = by_weights or (method == "auto" and len(seen) == len(group.consumers))
+    found = statistics(group, captured, tensors, options, kept=kept if pairs else None)
     mapping = DECOMPOSITIONS[method](found.evidence, kept)
-    seen = {reading.consumer: reading for reading in readings}
+    if by_weights and method == "auto":
+        mapping = least_squares_scales(mapping)
     consumers, losses = [], []
     for number, (consumer, steps) in enumerate(zip(group.consumers, found.consumers, strict=True)):
         constants = not consumer.layer.is_stacked  # which has no place for a constant
-        known = Moments(torch.zeros(0), torch.zeros(0, 0))
-        if method in ("lstsq", "auto"):
-            known = _moments(found, number, seen.get(number), options)
-            known = known if constants else known.about_zero()
+        mean = covariance = torch.zeros(0)
+        if method in ("lstsq", "auto") and not by_weights:
+            mean, covariance = seen[number] if number in seen else moments(found, number, options.seed)
+            if not constants:  # solved about zero
+                mean, covariance = torch.zeros_like(mean), covariance + torch.outer(mean, mean)
         if method == "lstsq":
-            up, shift = cellwise_least_squares(known.mean, known.covariance, kept, group.cells)
+            up, shift = cellwise_least_squares(mean, covariance, kept, group.cells)
         else:
             up, shift = _pushed(mapping, kept, found, steps, constants and method in ("mostsim", "auto"))
-        if method == "auto":
-            up, shift, loss = least_loss((up, shift), known, kept, group.cells)
-            losses.append((up, loss / (known.covariance.diagonal() + known.mean.square()).clamp(min=1e-300)))
+        if method == "auto" and not by_weights:
+            up, shift, loss = least_loss((up, shift), mean, covariance, kept, group.cells)
+            losses.append((up, loss / (covariance.diagonal() + mean.square()).clamp(min=1e-300)))
         consumers.append(Decomposition(up, shift if constants else torch.zeros_like(shift)))
     if losses:
         mapping = _reported(mapping, *losses[0])
     return mapping, Merge(group, kept, mapping.down, tuple(consumers), found.producer_maps)
-
-
-def _moments(found: Statistics, consumer: int, seen: Reading | None, options: Options) -> Moments:
-    if seen is None or seen.moments is None:
-        return Moments(*moments(found, consumer, options.seed))
-    return moments_seen(seen, len(found.mean))
 
 
 def _pushed(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.groups import Group, Member
 from fxmerge.methods import linalg
-from fxmerge.methods.evidence import Evidence, Moments, PublishedForm, Reading
+from fxmerge.methods.evidence import Evidence, PublishedForm, Reading
 from fxmerge.methods.least_squares import second_moments
 from fxmerge.methods.linalg import as_real
 from fxmerge.options import Options
@@ -212,19 +212,21 @@ def moments(found: Statistics, consumer: int, seed: int) -> tuple[Tensor, Tensor
     return mean[0], second[0]
 
 
-def moments_seen(reading: Reading, n: int) -> Moments:
-    """The moments of a group's n channels as a consumer reads them; channels that it does not read are 0."""
-    assert reading.moments is not None
-    at = reading.channels
+def moments_seen(reading: Reading, n: int) -> tuple[Tensor, Tensor]:
+    """Mean (n,) and covariance (n, n) of a group's channels in the patches of a consumer, over all places of a patch.
 
-    def whole(mean: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
-        level, second = torch.zeros(n, dtype=torch.float64), torch.zeros(n, n, dtype=torch.float64)
-        level[at], second[at[:, None], at[None, :]] = mean.double(), covariance.double()
-        return level, second
-
-    own = reading.moments
-    halves = None if own.halves is None else (whole(*own.halves[0]), whole(*own.halves[1]))
-    return Moments(*whole(own.mean, own.covariance), halves)
+    Channels that the consumer does not read are 0.
+    """
+    assert reading.mean is not None
+    gram, mean, at = reading.gram.double(), reading.mean.double(), reading.channels
+    level, second = torch.zeros(n, dtype=torch.float64), torch.zeros(n, n, dtype=torch.float64)
+    level[at] = mean[reading.columns].mean(1)
+    total = torch.zeros(len(at), len(at), dtype=torch.float64)
+    for place in reading.columns.T:
+        off = mean[place] - level[at]
+        total += gram[place[:, None], place[None, :]] + torch.outer(off, off)
+    second[at[:, None], at[None, :]] = total / reading.columns.size(1)
+    return level, second
 
 
 def is_norm(node: str, members: Mapping[str, Sequence[Member]]) -> bool:
