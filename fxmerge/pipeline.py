@@ -25,7 +25,7 @@ from fxmerge.analysis.propagate import provenance
 from fxmerge.calibration.batches import with_data
 from fxmerge.calibration.epilogue import pair
 from fxmerge.calibration.fit_probes import RefitData, refit_data
-from fxmerge.calibration.output_error import output_error, some
+from fxmerge.calibration.output_error import halves, output_error
 from fxmerge.calibration.paired_run import Settings
 from fxmerge.calibration.readings import readings
 from fxmerge.calibration.sensitivity import sensitivity
@@ -34,6 +34,7 @@ from fxmerge.errors import FxMergeError
 from fxmerge.graph.cost import flops_by_node
 from fxmerge.graph.distributed import summed
 from fxmerge.graph.eval_mode import with_versions
+from fxmerge.graph.inputs import is_exported
 from fxmerge.graph.latency import compared
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.groups import Group, Grouping, Refusal
@@ -87,7 +88,7 @@ class Prepared:
         self.captured, self.options, self.given, self.stage = captured, options, given, stage
         self.probing = Settings(rows=options.rows, seed=options.seed, held=options.refit == "synthetic", reduce=summed)
         self.tensors = state(captured.module)
-        self.seen: dict[str, tuple[Reading, ...]] = {}
+        self.seen: dict[int, dict[str, tuple[Reading, ...]]] = {}  # by the identity of the batches
 
     @cached_property
     def found(self) -> tuple[Provenance, Grouping]:
@@ -118,14 +119,15 @@ class Prepared:
         """How the batches are run."""
         return replace(self.probing, held=self.data.held)
 
-    def readings(self, groups: Sequence[Group]) -> Mapping[str, tuple[Reading, ...]]:
-        """{group: the second moments at its consumers on refit's data}, for these groups at least."""
-        missing = [g for g in groups if g.name not in self.seen]
-        if self.data.batches and missing:
+    def readings(self, groups: Sequence[Group], batches: Batches | None = None) -> Mapping[str, tuple[Reading, ...]]:
+        """{group: the second moments at its consumers}, for these groups at least; on all of refit's data, or a part."""
+        batches = self.data.batches if batches is None else batches
+        known = self.seen.setdefault(id(batches), {})
+        missing = [g for g in groups if g.name not in known]
+        if batches and missing:
             self.stage("survey")
-            facts = self.found[0]
-            self.seen |= readings(self.captured, facts, missing, self.data.batches, self.settings, self.stage)
-        return self.seen
+            known |= readings(self.captured, self.found[0], missing, batches, self.settings, self.stage)
+        return known
 
     @cached_property
     def sensitive(self) -> Mapping[str, float]:
@@ -231,18 +233,24 @@ class Prepared:
         return provable(self.captured, *self.found, chosen)
 
     def error(self, groups: Sequence[Group], counts: Counts, options: Options) -> float:
-        """The error of the outputs with these channel counts before refit; on the example inputs if there is no data.
+        """The error of the outputs with these channel counts before refit, on samples that the draft was not fitted to.
 
-        0 for a model that is traced in parts, whose outputs the user's code computes.
+        On the example inputs if there is no data. 0 for a model that is traced in parts, whose outputs the user's code
+        computes.
         """
         if self.captured.recorded is not None:
             return 0.0
         chosen, edits, _ = self.selection(groups, counts, options)
-        own = self.data.batches
-        draft = self.draft(Choice(options=options, chosen=chosen, edits=edits, refusals=(), batches=own, notes=()))
+        fit, held = self.divided
+        draft = self.draft(Choice(options=options, chosen=chosen, edits=edits, refusals=(), batches=fit, notes=()))
         streams = pair(self.captured.module, self.found[0], draft.graph, draft.alive)
-        settings = self.settings if own else replace(self.settings, held=False)
-        return output_error(streams, some(own) if own else [self.captured.inputs], settings)
+        settings = self.settings if held else replace(self.settings, held=False)
+        return output_error(streams, held or [self.captured.inputs], settings)
+
+    @cached_property
+    def divided(self) -> tuple[Batches, Batches]:
+        """Refit's data, divided into batches to fit a draft on and batches to judge it on."""
+        return halves(self.data.batches, not is_exported(self.captured.module)) if self.data.batches else ([], [])
 
     # Applying
 
@@ -286,5 +294,5 @@ class Prepared:
         """The merged graph of a choice before refit."""
         seen: Mapping[str, tuple[Reading, ...]] = {}
         if choice.batches and choice.chosen and choice.options.decomposition == "auto":
-            seen = self.readings([g for g, _ in choice.chosen])
+            seen = self.readings([g for g, _ in choice.chosen], choice.batches)
         return drafted(choice, self.captured, *self.found, tensors=self.tensors, readings=seen, stage=self.stage)

@@ -13,7 +13,7 @@ from fxmerge.calibration.paired_run import Pair, PairedRun, Settings
 from fxmerge.graph.eval_mode import evaluating
 from fxmerge.graph.outputs import returned
 
-SAMPLES = 256  # that outputs are compared on; at least one batch
+FEWEST = 4  # batches that are divided without cutting one
 
 
 def output_error(pair: Pair, batches: Sequence[Sequence[Any]], settings: Settings) -> float:
@@ -38,15 +38,24 @@ def output_error(pair: Pair, batches: Sequence[Sequence[Any]], settings: Setting
     return found if isfinite(found) else inf
 
 
-def some(batches: Sequence[Sequence[Any]]) -> list[Sequence[Any]]:
-    """The last batches, with SAMPLES samples or a few more."""
-    found, taken = list[Sequence[Any]](), 0
-    for batch in reversed(batches):
-        found.insert(0, batch)
-        taken += next((v.size(0) for v in batch if isinstance(v, Tensor) and v.dim()), 1)
-        if taken >= SAMPLES:
-            break
-    return found
+def halves(batches: Sequence[Sequence[Any]], divisible: bool) -> tuple[list[Sequence[Any]], list[Sequence[Any]]]:
+    """Batches to fit on, and a quarter of the samples to judge on.
+
+    divisible: whether a batch may be cut, as it is where there are fewer than FEWEST. With a single sample, or batches
+               that are indivisible and too few, both are all batches
+    """
+    if len(batches) < FEWEST:
+        batches = [part for batch in batches for part in (_cut(batch) if divisible else [batch])]
+    last = max(1, len(batches) // 4)
+    return (list(batches[:-last]), list(batches[-last:])) if len(batches) > 1 else (list(batches), list(batches))
+
+
+def _cut(batch: Sequence[Any]) -> list[Sequence[Any]]:
+    size = next((v.size(0) for v in batch if isinstance(v, Tensor) and v.dim()), 1)
+    bounds = [size * number // FEWEST for number in range(FEWEST + 1)]
+    spans = [(low, high) for low, high in zip(bounds, bounds[1:], strict=False) if high > low]
+    along = [isinstance(v, Tensor) and v.dim() > 0 and v.size(0) == size for v in batch]
+    return [[v[low:high] if cut else v for v, cut in zip(batch, along, strict=True)] for low, high in spans]
 
 
 def _sums(original: Sequence[Tensor], merged: Sequence[Tensor]) -> Tensor:

@@ -66,13 +66,20 @@ def alone(mean: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
     return up, torch.where(up.any(1), 0, mean)
 
 
+def exactly(found: tuple[Tensor, Tensor], mean: Tensor, covariance: Tensor, kept: Tensor) -> Tensor:
+    """Whether (up, shift) loses nothing but rounding in each channel, (n,)."""
+    return residual(*found, mean, covariance, kept) <= EXACT * (covariance.diagonal() + mean.square())
+
+
 def least_loss(
-    exact: tuple[Tensor, Tensor], mean: Tensor, covariance: Tensor, kept: Tensor, cells: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+    exact: tuple[Tensor, Tensor], mean: Tensor, covariance: Tensor, kept: Tensor, cells: Tensor,
+    represented: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(up, shift) with, for each channel, the decomposition that loses least by these moments, and its loss (n,).
 
     The candidates are `exact`, which is computed from weights alone, `cellwise_least_squares`, `nearest` and `alone`.
-    Estimated moments do not displace `exact` from channels that it represents exactly.
+    Estimated moments do not displace `exact` from channels that it represents exactly: those that are `represented`,
+    (n,), or where it loses nothing by these moments.
     """
     found = [
         exact,
@@ -81,7 +88,8 @@ def least_loss(
         alone(mean, kept),
     ]
     losses = torch.stack([residual(up, shift, mean, covariance, kept) for up, shift in found])
-    losses[0] = torch.where(losses[0] <= EXACT * (covariance.diagonal() + mean.square()), -1, losses[0])
+    own = exactly(exact, mean, covariance, kept) if represented is None else represented
+    losses[0] = torch.where(own, -1, losses[0])
     best, at = losses.argmin(0), torch.arange(len(mean))
     ups, shifts = (torch.stack(parts) for parts in zip(*found, strict=True))
     return ups[best, at], shifts[best, at], losses[best, at].clamp(min=0)

@@ -39,11 +39,11 @@ class Step:
     norm: tuple[Tensor, Tensor] | None = None
     own_statistics: bool = False  # of a norm: whether it uses the mean and variance of its input
 
-    def of_samples(self, x: Tensor) -> Tensor:
-        """The step's output for samples of its input, (samples, n)."""
+    def of_samples(self, x: Tensor, trained: bool = False) -> Tensor:
+        """The step's output for samples of its input, (samples, n). trained: norms use the samples' statistics."""
         if self.function is not None:
             return self.function(x)
-        if self.norm is not None and self.own_statistics:
+        if self.norm is not None and (self.own_statistics or trained):
             return _standard(x) * self.norm[0] + self.norm[1]
         return x * self.gain + self.constant
 
@@ -119,12 +119,12 @@ def steps_at(
         layers.setdefault(id(member.layer), []).append(member)
     found = []
     for own in layers.values():
-        found.append(_step_of(own, tensors, level))
+        found.append(_step_of(node, own, tensors, level))
         level = level.after(found[-1])
     return found
 
 
-def _step_of(members: Sequence[Member], tensors: Mapping[str, Tensor], level: Level) -> Step:
+def _step_of(at: fx.Node, members: Sequence[Member], tensors: Mapping[str, Tensor], level: Level) -> Step:
     """The step of one layer with per-channel parameters."""
     layer, n = members[0].layer, len(level.length)
     node, op = layer.node, layer.operation
@@ -153,7 +153,7 @@ def _step_of(members: Sequence[Member], tensors: Mapping[str, Tensor], level: Le
         return Step(node, one * sign, one * sign, -mean if op.inverted == "parameter" else mean)
     if op.name != "prelu":  # some other function of a channel and its parameter, which channels must have in common
         features = _split(torch.cat([torch.ones_like(values), values], 1))[1]
-        return Step(node, one, one, zero, features, function=_with_parameter(node, mean))
+        return Step(node, one, one, zero, features, function=_with_parameter(at, mean))
     slopes = torch.cat([torch.ones_like(values), values], 1)  # channels must have the slope in common
     return Step(node, one, one, zero, _split(slopes)[1], function=lambda x: torch.where(x > 0, x, x * mean))
 

@@ -9,14 +9,13 @@ from torch import Tensor
 
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.groups import Decomposition, Group, Member, Merge
-from fxmerge.methods.by_moments import cellwise_least_squares, least_loss
+from fxmerge.methods.by_moments import cellwise_least_squares, exactly, least_loss
 from fxmerge.methods.decomposition import DECOMPOSITIONS, DownUp, least_squares_scales, push
 from fxmerge.methods.evidence import Reading
 from fxmerge.options import Options
 from fxmerge.plan import GroupPlan, Partner
 from fxmerge.planning.channel_ops import Step
 from fxmerge.planning.statistics import Statistics, moments, moments_seen, statistics
-
 
 WIDEST = 2048  # channels of a group whose moments are computed from weights; wider ones take partners by cosines alone
 
@@ -46,22 +45,31 @@ def decompose(
     consumers, losses = [], []
     for number, (consumer, steps) in enumerate(zip(group.consumers, found.consumers, strict=True)):
         constants = not consumer.layer.is_stacked  # which has no place for a constant
-        mean = covariance = torch.zeros(0)
-        if method in ("lstsq", "auto") and not by_weights:
-            mean, covariance = seen[number] if number in seen else moments(found, number, options.seed)
-            if not constants:  # solved about zero
-                mean, covariance = torch.zeros_like(mean), covariance + torch.outer(mean, mean)
         if method == "lstsq":
+            mean, covariance = _about(moments(found, number, options.seed), constants)
             up, shift = cellwise_least_squares(mean, covariance, kept, group.cells)
         else:
             up, shift = _pushed(mapping, kept, found, steps, constants and method in ("mostsim", "auto"))
         if method == "auto" and not by_weights:
-            up, shift, loss = least_loss((up, shift), mean, covariance, kept, group.cells)
+            represented = None
+            if number in seen:
+                mean, covariance = _about(seen[number], constants)
+            else:  # copies are equal whether or not the running statistics are those of the inputs
+                own = _about(moments(found, number, options.seed), constants)
+                represented = exactly((up, shift), *own, kept)
+                mean, covariance = _about(moments(found, number, options.seed, trained=True), constants)
+            up, shift, loss = least_loss((up, shift), mean, covariance, kept, group.cells, represented)
             losses.append((up, loss / (covariance.diagonal() + mean.square()).clamp(min=1e-300)))
         consumers.append(Decomposition(up, shift if constants else torch.zeros_like(shift)))
     if losses:
         mapping = _reported(mapping, *losses[0])
     return mapping, Merge(group, kept, mapping.down, tuple(consumers), found.producer_maps)
+
+
+def _about(known: tuple[Tensor, Tensor], constants: bool) -> tuple[Tensor, Tensor]:
+    """The moments that a consumer is solved with: about zero if it has no place for a constant."""
+    mean, covariance = known
+    return known if constants else (torch.zeros_like(mean), covariance + torch.outer(mean, mean))
 
 
 def _pushed(
