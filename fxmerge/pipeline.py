@@ -22,7 +22,7 @@ from fxmerge import verify
 from fxmerge.analysis.grouping import Chosen, grouped, provable
 from fxmerge.analysis.groups import overlaps
 from fxmerge.analysis.propagate import provenance
-from fxmerge.calibration.batches import with_data
+from fxmerge.calibration.batches import Batches, with_data
 from fxmerge.calibration.epilogue import pair
 from fxmerge.calibration.fit_probes import RefitData, refit_data
 from fxmerge.calibration.output_error import halves, output_error
@@ -120,7 +120,7 @@ class Prepared:
         return replace(self.probing, held=self.data.held)
 
     def readings(self, groups: Sequence[Group], batches: Batches | None = None) -> Mapping[str, tuple[Reading, ...]]:
-        """{group: the second moments at its consumers}, for these groups at least; on all of refit's data, or a part."""
+        """{group: the second moments at its consumers}, for these groups at least, on all of refit's data or a part."""
         batches = self.data.batches if batches is None else batches
         known = self.seen.setdefault(id(batches), {})
         missing = [g for g in groups if g.name not in known]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from math import inf, isfinite
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fxmerge.calibration.batches import Batches
 from fxmerge.calibration.paired_run import Pair, PairedRun, Settings
 from fxmerge.graph.eval_mode import evaluating
 from fxmerge.graph.outputs import returned
@@ -38,7 +40,7 @@ def output_error(pair: Pair, batches: Sequence[Sequence[Any]], settings: Setting
     return found if isfinite(found) else inf
 
 
-def halves(batches: Sequence[Sequence[Any]], divisible: bool) -> tuple[list[Sequence[Any]], list[Sequence[Any]]]:
+def halves(batches: Batches, divisible: bool) -> tuple[Batches, Batches]:
     """Batches to fit on, and a quarter of the samples to judge on.
 
     divisible: whether a batch may be cut, as it is where there are fewer than FEWEST. With a single sample, or batches
@@ -47,13 +49,13 @@ def halves(batches: Sequence[Sequence[Any]], divisible: bool) -> tuple[list[Sequ
     if len(batches) < FEWEST:
         batches = [part for batch in batches for part in (_cut(batch) if divisible else [batch])]
     last = max(1, len(batches) // 4)
-    return (list(batches[:-last]), list(batches[-last:])) if len(batches) > 1 else (list(batches), list(batches))
+    return (batches[:-last], batches[-last:]) if len(batches) > 1 else (batches, batches)
 
 
-def _cut(batch: Sequence[Any]) -> list[Sequence[Any]]:
+def _cut(batch: list[Any]) -> Batches:
     size = next((v.size(0) for v in batch if isinstance(v, Tensor) and v.dim()), 1)
     bounds = [size * number // FEWEST for number in range(FEWEST + 1)]
-    spans = [(low, high) for low, high in zip(bounds, bounds[1:], strict=False) if high > low]
+    spans = [(low, high) for low, high in pairwise(bounds) if high > low]
     along = [isinstance(v, Tensor) and v.dim() > 0 and v.size(0) == size for v in batch]
     return [[v[low:high] if cut else v for v, cut in zip(batch, along, strict=True)] for low, high in spans]
 

@@ -64,7 +64,7 @@ def pieces(rows: list[Tensor]) -> list[list[Tensor]]:
     found: list[list[Tensor]] = [[] for _ in range(BLOCKS)]
     start = 0
     for part in rows:
-        for piece, low, high in zip(found, bounds, bounds[1:], strict=False):
+        for piece, low, high in zip(found, bounds[:-1], bounds[1:], strict=True):
             own = part[max(low - start, 0) : max(high - start, 0)]
             if len(own):
                 piece.append(own)
