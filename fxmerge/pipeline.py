@@ -9,34 +9,35 @@ Prepared.apply      decomposition -> rewrite -> refit -> verify
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import fx, nn
+from torch import nn
 
 from fxmerge import verify
 from fxmerge.analysis.grouping import Chosen, grouped, provable
 from fxmerge.analysis.groups import overlaps
 from fxmerge.analysis.propagate import provenance
-from fxmerge.calibration.batches import with_data
+from fxmerge.calibration.batches import Batches, with_data
 from fxmerge.calibration.epilogue import pair
 from fxmerge.calibration.fit_probes import RefitData, refit_data
+from fxmerge.calibration.output_error import halves, output_error
 from fxmerge.calibration.paired_run import Settings
 from fxmerge.calibration.readings import readings
 from fxmerge.calibration.sensitivity import sensitivity
 from fxmerge.capture.capture_model import capture, confined
-from fxmerge.choice import Choice
 from fxmerge.errors import FxMergeError
 from fxmerge.graph.cost import flops_by_node
 from fxmerge.graph.distributed import summed
 from fxmerge.graph.eval_mode import with_versions
+from fxmerge.graph.inputs import is_exported
 from fxmerge.graph.latency import compared
 from fxmerge.ir.capture import Capture
-from fxmerge.ir.groups import Group, Grouping, Merge, survivors
+from fxmerge.ir.groups import Group, Grouping, Refusal
 from fxmerge.ir.provenance import Provenance
 from fxmerge.methods.allocation import Counts
 from fxmerge.methods.evidence import Reading
@@ -46,7 +47,7 @@ from fxmerge.plan import GroupPlan, Plan
 from fxmerge.planning.budget import Allotted, Room, allot, original_of
 from fxmerge.planning.candidates import candidates
 from fxmerge.planning.counts import by_ratio, rungs
-from fxmerge.planning.decompose import decompose, group_plan
+from fxmerge.planning.draft import Choice, Draft, drafted
 from fxmerge.planning.error_curves import curves
 from fxmerge.planning.scope import check_patterns, in_scope, replayed
 from fxmerge.planning.statistics import state
@@ -56,7 +57,7 @@ from fxmerge.refit.refit_layers import Refitted
 from fxmerge.report.reports import Report
 from fxmerge.result import Analysis, Result
 from fxmerge.rewrite.reassemble import assembled
-from fxmerge.rewrite.rewriter import Rewriter
+from fxmerge.rules.resize import Call
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -88,7 +89,7 @@ class Prepared:
         self.captured, self.options, self.given, self.stage = captured, options, given, stage
         self.probing = Settings(rows=options.rows, seed=options.seed, held=options.refit == "synthetic", reduce=summed)
         self.tensors = state(captured.module)
-        self.seen: dict[str, tuple[Reading, ...]] = {}
+        self.seen: dict[int, dict[str, tuple[Reading, ...]]] = {}  # by the identity of the batches
 
     @cached_property
     def found(self) -> tuple[Provenance, Grouping]:
@@ -119,14 +120,15 @@ class Prepared:
         """How the batches are run."""
         return replace(self.probing, held=self.data.held, made=self.data.made)
 
-    def readings(self, groups: Sequence[Group]) -> Mapping[str, tuple[Reading, ...]]:
-        """{group: the second moments at its consumers on refit's data}, for these groups at least."""
-        missing = [g for g in groups if g.name not in self.seen]
-        if self.data.batches and missing:
+    def readings(self, groups: Sequence[Group], batches: Batches | None = None) -> Mapping[str, tuple[Reading, ...]]:
+        """{group: the second moments at its consumers}, for these groups at least, on all of refit's data or a part."""
+        batches = self.data.batches if batches is None else batches
+        known = self.seen.setdefault(id(batches), {})
+        missing = [g for g in groups if g.name not in known]
+        if batches and missing:
             self.stage("survey")
-            facts = self.found[0]
-            self.seen |= readings(self.captured, facts, missing, self.data.batches, self.settings, self.stage)
-        return self.seen
+            known |= readings(self.captured, self.found[0], missing, batches, self.settings, self.stage)
+        return known
 
     @cached_property
     def sensitive(self) -> Mapping[str, float]:
@@ -166,20 +168,18 @@ class Prepared:
 
     def choose(self, options: Options) -> Choice:
         """Decides which channels each group keeps: as many as `allocation` says, and those that `selection` chooses."""
-        facts, grouping = self.found
+        grouping = self.found[1]
         check_patterns(grouping.everything, [n for n, _ in self.captured.module.named_modules()], options)
         groups, refusals = in_scope(grouping, options)
         while True:
             allotted = self.allocation(groups, options)
-            narrowed = [g for g in groups if sum(allotted.counts[g.name]) < g.channels]
-            batches, notes = (self.data.batches, self.data.notes) if narrowed else ([], ())
-            surveyed = self.readings(narrowed) if batches and options.selection == "repair" else {}
-            chosen = self.selection(narrowed, allotted.counts, surveyed, options)
-            chosen, edits, refused = provable(self.captured, facts, grouping, chosen)
+            chosen, edits, refused = self.selection(groups, allotted.counts, options)
             refusals = (*refusals, *refused)
             if not refused or not options.budget:
                 break
             groups = [g for g in groups if g.name not in {r.name for r in refused}]  # the others meet the budget
+        narrows = any(sum(allotted.counts[g.name]) < g.channels for g in groups)
+        batches, notes = (self.data.batches, self.data.notes) if narrows else ([], ())
         notes = (*notes, *allotted.notes)
         return Choice(options=options, chosen=chosen, edits=edits, refusals=refusals, batches=batches, notes=notes)
 
@@ -216,18 +216,42 @@ class Prepared:
             captured=self.captured, facts=facts, grouping=grouping, groups=groups, ladders=ladders, errors=errors,
             options=options, refitted=bool(batches), flops=self.flops,
         )  # fmt: skip
-        return allot(room, self.tensors, self.stage)
+        return allot(room, self.tensors, self.stage, lambda counts: self.error(groups, counts, options))
 
     def selection(
-        self, groups: Sequence[Group], counts: Counts, surveyed: Mapping[str, tuple[Reading, ...]], options: Options
-    ) -> Chosen:
-        """Which channels each group keeps, `counts` of them in each of its cells."""
+        self, groups: Sequence[Group], counts: Counts, options: Options
+    ) -> tuple[Chosen, Mapping[str, Call], Sequence[Refusal]]:
+        """Which channels each group keeps, `counts` of them in each of its cells; edits of sizes, and refusals."""
+        narrowed = [g for g in groups if sum(counts[g.name]) < g.channels]
+        surveyed: Mapping[str, tuple[Reading, ...]] = {}
+        if narrowed and options.selection == "repair" and self.data.batches:
+            surveyed = self.readings(narrowed)
         chosen: Chosen = []
-        for g in groups:
+        for g in narrowed:
             self.stage(f"selection {g.name}")
             seen = candidates(g, self.captured, self.tensors, options.seed, surveyed.get(g.name, ()))
             chosen.append((g, select(options.selection, seen, g.cells, counts[g.name])))
-        return chosen
+        return provable(self.captured, *self.found, chosen)
+
+    def error(self, groups: Sequence[Group], counts: Counts, options: Options) -> float:
+        """The error of the outputs with these channel counts before refit, on samples that the draft was not fitted to.
+
+        On the example inputs if there is no data. 0 for a model that is traced in parts, whose outputs the user's code
+        computes.
+        """
+        if self.captured.recorded is not None:
+            return 0.0
+        chosen, edits, _ = self.selection(groups, counts, options)
+        fit, held = self.divided
+        draft = self.draft(Choice(options=options, chosen=chosen, edits=edits, refusals=(), batches=fit, notes=()))
+        streams = pair(self.captured.module, self.found[0], draft.graph, draft.alive)
+        settings = self.settings if held else replace(self.settings, held=False)
+        return output_error(streams, held or [self.captured.inputs], settings)
+
+    @cached_property
+    def divided(self) -> tuple[Batches, Batches]:
+        """Refit's data, divided into batches to fit a draft on and batches to judge it on."""
+        return halves(self.data.batches, not is_exported(self.captured.module)) if self.data.batches else ([], [])
 
     # Applying
 
@@ -236,21 +260,22 @@ class Prepared:
 
         started: when the merge began, by time.perf_counter
         """
-        captured, (facts, grouping) = self.captured, self.found
+        captured, (facts, grouping), draft = self.captured, self.found, self.draft(choice)
         refitted: tuple[Refitted, ...] = ()
         best: HandedOut | None = None
         if choice.batches and choice.chosen:
-            alive = survivors(grouping, choice.chosen)
             pruned = replace(choice, options=choice.options.replace(decomposition="prune"))
-            rewritten, plans, refitted, best = closest(
-                {MERGED: lambda: self.rewritten(choice), PRUNED: lambda: self.rewritten(pruned)},
-                lambda graph: pair(captured.module, facts, graph, alive),
+            graph, refitted, best = closest(
+                pair(captured.module, facts, draft.graph, draft.alive),
+                {MERGED: lambda: self.draft(choice).graph, PRUNED: lambda: self.draft(pruned).graph},
                 choice.batches,
                 self.settings,
                 self.stage,
             )
-        else:
-            rewritten, plans = self.rewritten(choice)
+            if best.name == PRUNED:
+                draft = self.draft(pruned)
+            draft = replace(draft, graph=graph)
+        rewritten = draft.graph
         module = assembled(captured, rewritten)
         self.stage("verify")
         verdict = verify.compare(captured, module)
@@ -258,7 +283,7 @@ class Prepared:
         if "latency" in choice.options.budget and choice.chosen:
             self.stage("latency")
             timing = compared(self.original, module, captured.args, captured.kwargs)
-        plan = Plan(choice.options, plans)
+        plan = Plan(choice.options, draft.plans)
         report = Report(
             captured=captured,
             facts=facts,
@@ -277,23 +302,9 @@ class Prepared:
         )
         return Result(module, plan, report, Analysis(captured, facts, grouping, choice.refusals))
 
-    def rewritten(self, choice: Choice) -> tuple[fx.GraphModule, tuple[GroupPlan, ...]]:
-        """The merged graph before refit, and the plan of each group."""
-        facts, grouping = self.found
-        rewriter, plans = Rewriter(self.captured.module, facts), []
-        for plan_of_group, merge in self.decomposition(choice):
-            rewriter.absorb(merge)
-            plans.append(plan_of_group)
-        self.stage("rewrite")
-        return rewriter.finish(survivors(grouping, choice.chosen), choice.edits), tuple(plans)
-
-    def decomposition(self, choice: Choice) -> Iterator[tuple[GroupPlan, Merge]]:
-        """Each group's plan and what its layers absorb. One at a time, as those of wide groups take much memory."""
+    def draft(self, choice: Choice) -> Draft:
+        """The merged graph of a choice before refit."""
         seen: Mapping[str, tuple[Reading, ...]] = {}
-        if choice.batches and choice.options.decomposition == "auto":
-            seen = self.readings([g for g, _ in choice.chosen])
-        for g, kept in choice.chosen:
-            self.stage(f"decomposition {g.name}")
-            own = seen.get(g.name, ())
-            mapping, merge = decompose(g, kept, self.captured, self.tensors, choice.options, own)
-            yield group_plan(g, kept, mapping), merge
+        if choice.batches and choice.chosen and choice.options.decomposition == "auto":
+            seen = self.readings([g for g, _ in choice.chosen], choice.batches)
+        return drafted(choice, self.captured, *self.found, tensors=self.tensors, readings=seen, stage=self.stage)

@@ -70,7 +70,7 @@ def _consumer(
 ) -> tuple[Reading, int] | None:  # fmt: skip
     """The reading of all channels together, and the number of columns for each input channel.
 
-    The weight is that times the gain of the norm after it.
+    The weight is multiplied by the gain of the norm after it.
     None where the geometry of the call is unknown, patches are wider than WIDEST, or inputs are not finite.
     """
     module, node, outputs = run.original.module, visit.node, visit.outputs

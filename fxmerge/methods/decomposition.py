@@ -89,6 +89,11 @@ def mostsim(evidence: Evidence, kept: Tensor) -> DownUp:
     return mapping
 
 
+def least_squares_scales(mapping: DownUp) -> DownUp:
+    """The same partners with the scale that loses least, which is the cosine times the ratio of the norms."""
+    return DownUp(mapping.down, mapping.up * mapping.cosine.clamp(-1, 1)[:, None], mapping.cosine)
+
+
 def _pairs(evidence: Evidence, norm: Tensor, dropped: Tensor, kept: Tensor) -> tuple[Tensor, Tensor | None]:
     """S and |B| / S of each pair, (m, k). The latter is None without a BatchNorm, and |b_i - b_j| without scaling."""
     scale = torch.outer(norm[dropped], 1 / norm[kept])

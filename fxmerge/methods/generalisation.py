@@ -15,14 +15,12 @@ samples. For N independent Gaussian rows, Var(r_ij) = (1 + r_ij^2) / N in units 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from fxmerge.methods.least_squares import Reduce
 
-BLOCKS = 8  # at least, of the rows of all batches together
+BLOCKS = 8  # of each process
 WORST = 0.05  # the smallest value of 1 - df / N
 
 
@@ -44,22 +42,32 @@ def independent_rows(rows: list[Tensor], mean: Tensor, second: Tensor, reduce: R
     whole.diagonal(dim1=1, dim2=2).zero_()
     total = float(reduce(second.new_tensor(float(sum(map(len, rows))))))
     varied, blocks = second.new_zeros(()), 0
-    for block in _blocks(rows):
-        z = (block.double() - mean).mul_(inverse).to(torch.promote_types(block.dtype, torch.float32)).transpose(0, 1)
-        own = (z.mT @ z).double() / len(block)
+    for block in pieces(rows):
+        count = sum(map(len, block))
+        own = torch.zeros_like(second)
+        for part in block:
+            precise = torch.promote_types(part.dtype, torch.float32)
+            z = (part.double() - mean).mul_(inverse).to(precise).transpose(0, 1)
+            own += (z.mT @ z).double() / count
         own.diagonal(dim1=1, dim2=2).zero_()
-        varied, blocks = varied + (len(block) / total) ** 2 * (own - whole).square().sum(), blocks + 1
-    sums = reduce(torch.stack([varied, second.new_tensor(float(blocks))]))
-    spread, count = float(sums[0]), float(sums[1])
+        varied, blocks = varied + (count / total) ** 2 * (own - whole).square().sum(), blocks + 1
+    spread, several = map(float, reduce(torch.stack([varied, second.new_tensor(float(blocks))])))
     pairs = float((solid.sum(1) * (solid.sum(1) - 1)).sum() + whole.square().sum())
-    if count < 2 or pairs <= 0:
+    if several < 2 or pairs <= 0:
         return max(1.0, total)
-    return min(max(1.0, total), max(1.0, pairs / max(count / (count - 1) * spread, 1e-300)))
+    return min(max(1.0, total), max(1.0, pairs / max(several / (several - 1) * spread, 1e-300)))
 
 
-def _blocks(rows: list[Tensor]) -> Iterator[Tensor]:
-    """At least BLOCKS blocks of consecutive rows, if there are as many rows; none spans two batches."""
-    each = -(-BLOCKS // max(len(rows), 1))
+def pieces(rows: list[Tensor]) -> list[list[Tensor]]:
+    """BLOCKS consecutive pieces of nearly equally many rows, whatever batches the rows come in; empty ones left out."""
+    total = sum(map(len, rows))
+    bounds = [total * number // BLOCKS for number in range(BLOCKS + 1)]
+    found: list[list[Tensor]] = [[] for _ in range(BLOCKS)]
+    start = 0
     for part in rows:
-        if len(part):
-            yield from part.tensor_split(min(each, len(part)))
+        for piece, low, high in zip(found, bounds[:-1], bounds[1:], strict=True):
+            own = part[max(low - start, 0) : max(high - start, 0)]
+            if len(own):
+                piece.append(own)
+        start += len(part)
+    return [piece for piece in found if piece]

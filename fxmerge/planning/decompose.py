@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -10,13 +9,15 @@ from torch import Tensor
 
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.groups import Decomposition, Group, Member, Merge
-from fxmerge.methods.by_moments import cellwise_least_squares, least_loss
-from fxmerge.methods.decomposition import DECOMPOSITIONS, DownUp, push
+from fxmerge.methods.by_moments import cellwise_least_squares, exactly, least_loss
+from fxmerge.methods.decomposition import DECOMPOSITIONS, DownUp, least_squares_scales, push
 from fxmerge.methods.evidence import Reading
 from fxmerge.options import Options
 from fxmerge.plan import GroupPlan, Partner
 from fxmerge.planning.channel_ops import Step
 from fxmerge.planning.statistics import Statistics, moments, moments_seen, statistics
+
+WIDEST = 2048  # channels of a group whose moments are computed from weights; wider ones take partners by cosines alone
 
 
 def decompose(
@@ -32,23 +33,32 @@ def decompose(
     method = options.decomposition
     if method == "prune" or not group.consumers or unmerged(group, tensors, options):
         return None, Merge(group, kept)
-    found = statistics(group, captured, tensors, options, kept=kept if method == "mostsim" else None)
+    seen = {reading.consumer: moments_seen(reading, group.channels) for reading in readings if reading.mean is not None}
+    by_weights = method == "mostsim" or (
+        method == "auto" and group.channels > WIDEST and len(seen) < len(group.consumers)
+    )
+    pairs = by_weights or (method == "auto" and len(seen) == len(group.consumers))
+    found = statistics(group, captured, tensors, options, kept=kept if pairs else None)
     mapping = DECOMPOSITIONS[method](found.evidence, kept)
-    seen = {reading.consumer: reading for reading in readings}
+    if by_weights and method == "auto":
+        mapping = least_squares_scales(mapping)
     consumers, losses = [], []
     for number, (consumer, steps) in enumerate(zip(group.consumers, found.consumers, strict=True)):
         constants = not consumer.layer.is_stacked  # which has no place for a constant
-        if method in ("lstsq", "auto"):
-            mean, covariance = _moments(found, number, seen.get(number), options)
-            if not constants:  # solved about zero
-                mean, covariance = torch.zeros_like(mean), covariance + torch.outer(mean, mean)
         if method == "lstsq":
-            up, shift, _ = cellwise_least_squares(mean, covariance, kept, group.cells)
+            mean, covariance = _about(moments(found, number, options.seed), constants)
+            up, shift = cellwise_least_squares(mean, covariance, kept, group.cells)
         else:
             up, shift = _pushed(mapping, kept, found, steps, constants and method in ("mostsim", "auto"))
-        if method == "auto":
-            rows = seen[number].independent if number in seen else math.inf
-            up, shift, loss = least_loss((up, shift), mean, covariance, kept, group.cells, rows)
+        if method == "auto" and not by_weights:
+            represented = None
+            if number in seen:
+                mean, covariance = _about(seen[number], constants)
+            else:  # copies are equal whether or not the running statistics are those of the inputs
+                own = _about(moments(found, number, options.seed), constants)
+                represented = exactly((up, shift), *own, kept)
+                mean, covariance = _about(moments(found, number, options.seed, trained=True), constants)
+            up, shift, loss = least_loss((up, shift), mean, covariance, kept, group.cells, represented)
             losses.append((up, loss / (covariance.diagonal() + mean.square()).clamp(min=1e-300)))
         consumers.append(Decomposition(up, shift if constants else torch.zeros_like(shift)))
     if losses:
@@ -56,10 +66,10 @@ def decompose(
     return mapping, Merge(group, kept, mapping.down, tuple(consumers), found.producer_maps)
 
 
-def _moments(found: Statistics, consumer: int, seen: Reading | None, options: Options) -> tuple[Tensor, Tensor]:
-    if seen is None or seen.mean is None:
-        return moments(found, consumer, options.seed)
-    return moments_seen(seen, len(found.mean))
+def _about(known: tuple[Tensor, Tensor], constants: bool) -> tuple[Tensor, Tensor]:
+    """The moments that a consumer is solved with: about zero if it has no place for a constant."""
+    mean, covariance = known
+    return known if constants else (torch.zeros_like(mean), covariance + torch.outer(mean, mean))
 
 
 def _pushed(
