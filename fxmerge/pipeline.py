@@ -265,16 +265,10 @@ class Prepared:
         best: HandedOut | None = None
         if choice.batches and choice.chosen:
             pruned = replace(choice, options=choice.options.replace(decomposition="prune"))
-            graph, refitted, best = closest(
-                pair(captured.module, facts, draft.graph, draft.alive),
-                {MERGED: lambda: self.draft(choice).graph, PRUNED: lambda: self.draft(pruned).graph},
-                choice.batches,
-                self.settings,
-                self.stage,
-            )
-            if best.name == PRUNED:
-                draft = self.draft(pruned)
-            draft = replace(draft, graph=graph)
+            others = {MERGED: lambda: self.draft(choice), PRUNED: lambda: self.draft(pruned)}
+            streams = pair(captured.module, facts, draft.graph, draft.alive)
+            refitted, best = closest(streams, others, choice.batches, self.settings, self.stage)
+            draft = others[best.name]() if best.name in others else draft
         rewritten = draft.graph
         module = assembled(captured, rewritten)
         self.stage("verify")

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as replaced
-from math import isfinite
-from typing import Any
+from math import isfinite, sqrt
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
@@ -21,6 +21,13 @@ from fxmerge.calibration.paired_run import Pair, Settings
 from fxmerge.refit.refit_layers import Refitted, refit
 
 REFITTED, MERGED, PRUNED = "refitted", "merged without refit", "pruned"
+
+
+class Draft(Protocol):
+    """What has a merged graph."""
+
+    @property
+    def graph(self) -> fx.GraphModule: ...
 
 
 @dataclass(frozen=True)
@@ -38,31 +45,29 @@ class HandedOut:
 
 def closest(
     pair: Pair,
-    others: Mapping[str, Callable[[], fx.GraphModule]],
+    others: Mapping[str, Callable[[], Draft]],
     batches: Sequence[Sequence[Any]],
     settings: Settings,
     stage: Callable[[str], None],
-) -> tuple[fx.GraphModule, tuple[Refitted, ...], HandedOut]:
-    """The graph that is handed out, refit's records if it is the refitted one, and the errors.
+) -> tuple[tuple[Refitted, ...], HandedOut]:
+    """Refits a pair's merged graph in place. Returns refit's records, and which model is to be handed out.
 
-    pair:   the original and the merged graph before refit, which is refitted in place
-    others: what makes the graph without refit, as in the pair and merely pruned
+    others: what makes the draft as it was before refit, and the merely pruned one. There are no records if one of them
+            is closer to the original
     """
     assert pair.merged is not None
     judging, judges = _judging(batches, settings.made)
     alone = replaced(settings, made=0)
 
     def off(graph: fx.GraphModule | None) -> float:
-        return output_error(replaced(pair, merged=graph), judging, alone, judges) ** 0.5
+        return sqrt(output_error(replaced(pair, merged=graph), judging, alone, judges))
 
     errors = {MERGED: off(pair.merged)}
     stage("refit")
     refitted = refit(pair, batches, settings, stage)
-    errors = {REFITTED: off(pair.merged), **errors, PRUNED: off(others[PRUNED]())}
+    errors = {REFITTED: off(pair.merged), **errors, PRUNED: off(others[PRUNED]().graph)}
     best = min(errors, key=errors.__getitem__)
-    if best == REFITTED:
-        return pair.merged, refitted, HandedOut(best, errors)
-    return others[best](), (), HandedOut(best, errors)
+    return refitted if best == REFITTED else (), HandedOut(best, errors)
 
 
 def _judging(batches: Sequence[Sequence[Any]], made: int) -> tuple[list[Sequence[Any]], list[Tensor]]:

@@ -30,12 +30,12 @@ from fxmerge.calibration.patches import FEWEST, enough, input_of, matrices_of, p
 from fxmerge.graph.cost import flops_by_node
 from fxmerge.graph.eval_mode import evaluating
 from fxmerge.ir.provenance import Layer, batch_norms, can_shift
-from fxmerge.refit import joint
+from fxmerge.refit import joint, solve
 from fxmerge.refit.chains import Chain, chains
 from fxmerge.refit.layer_weights import GraphWeights, LayerWeights
 from fxmerge.refit.shared import COSTLY, Gathered, Shared, shared_weights
 from fxmerge.refit.sites import Site, Sites
-from fxmerge.refit.solve import RIDGE, ROUNDS, Problem, Rows, error
+from fxmerge.refit.solve import ROUNDS, Problem, Rows, error
 from fxmerge.weights.by_path import at
 
 EXACTLY, NO_BETTER = "unchanged: exact", "unchanged: no solution is better on samples held out of it"
@@ -294,7 +294,7 @@ class _Refit:
             weights.append(held)
         count = self._plenty(site)
         targets = [self.sites.target(site, number) for number in range(count)]
-        ridges = [self.ridges.get(layer.node, RIDGE) for layer in chain.layers]
+        ridges = [self.ridges.get(layer.node, solve.RIDGE) for layer in chain.layers]
         better = joint.fit(
             self.paired, chain, weights, targets, held=self.sites.held(site)[:count], ridges=ridges,
             seed=self.settings.seed,

@@ -22,6 +22,7 @@ from fxmerge.refit.targets import Target
 MATCH = 2.0  # the factor that matches the standard deviations stays between 1 / MATCH and MATCH
 RIDGE = 3e-2  # the pull towards the current weights, as a share of the Gram's mean diagonal: the first that is tried
 LADDER = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0, inf)  # times RIDGE; inf: the current weights with another bias
+WORTH = 0.99  # another ridge is taken if it lowers the error to this share, which is more than chance
 ROUNDS = 6  # of the alternation before a rectifier
 
 
@@ -104,7 +105,7 @@ class Problem:
 
         here = LADDER.index(1.0)
         step = 1 if at(here + 1) < at(here) else -1  # the error has one minimum along the ladder, or nearly so
-        while 0 <= here + step < len(LADDER) and at(here + step) < at(here):
+        while 0 <= here + step < len(LADDER) and at(here + step) < WORTH * at(here):
             here += step
         ridge, rectified = LADDER[here] * RIDGE, any(t.bounds is not None for t in self.solved.targets)
         weight, bias = self._solution(normal, ridge, self.rounds if rectified else 0)
