@@ -53,7 +53,7 @@ from fxmerge.planning.scope import check_patterns, in_scope, replayed
 from fxmerge.planning.statistics import state
 from fxmerge.refit.contradiction import contradiction
 from fxmerge.refit.handed_out import MERGED, PRUNED, HandedOut, closest
-from fxmerge.refit.refit_layers import Refitted
+from fxmerge.refit.records import Refitted
 from fxmerge.report.reports import Report
 from fxmerge.result import Analysis, Result
 from fxmerge.rewrite.reassemble import assembled
@@ -192,7 +192,7 @@ class Prepared:
         batches, notes = (self.data.batches, self.data.notes) if narrowed else ([], ())
         chosen = [(g, torch.tensor(decided[g.name].kept)) for g in narrowed]
         chosen, edits, refused = provable(self.captured, facts, grouping, chosen)
-        refusals = (*refusals, *refused)
+        refusals += tuple(refused)
         return Choice(options=options, chosen=chosen, edits=edits, refusals=refusals, batches=batches, notes=notes)
 
     def allocation(self, groups: Sequence[Group], options: Options) -> Allotted:
@@ -223,9 +223,7 @@ class Prepared:
     ) -> tuple[Chosen, Mapping[str, Call], Sequence[Refusal]]:
         """Which channels each group keeps, `counts` of them in each of its cells; edits of sizes, and refusals."""
         narrowed = [g for g in groups if sum(counts[g.name]) < g.channels]
-        surveyed: Mapping[str, tuple[Reading, ...]] = {}
-        if narrowed and options.selection == "repair" and self.data.batches:
-            surveyed = self.readings(narrowed)
+        surveyed = self.readings(narrowed) if narrowed and options.selection == "repair" else {}
         chosen: Chosen = []
         for g in narrowed:
             self.stage(f"selection {g.name}")
@@ -298,7 +296,6 @@ class Prepared:
 
     def draft(self, choice: Choice) -> Draft:
         """The merged graph of a choice before refit."""
-        seen: Mapping[str, tuple[Reading, ...]] = {}
-        if choice.batches and choice.chosen and choice.options.decomposition == "auto":
-            seen = self.readings([g for g, _ in choice.chosen], choice.batches)
+        by_moments = choice.batches and choice.options.decomposition == "auto"
+        seen = self.readings([g for g, _ in choice.chosen], choice.batches) if by_moments else {}
         return drafted(choice, self.captured, *self.found, tensors=self.tensors, readings=seen, stage=self.stage)

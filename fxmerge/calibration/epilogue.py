@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
 
 from fxmerge.calibration.paired_run import Pair
+from fxmerge.calibration.rectifiers import Bounds, bounds_of
 from fxmerge.ir.layer_ops import NORMS
 from fxmerge.ir.provenance import Layer, Provenance
 from fxmerge.rules.lookup import rule_of
 
 SOLVED = ("linear", "matrix", "conv", "depthwise", "conv_transpose")  # the ops of layers that refit re-solves
-Bounds = tuple[float, float]  # between which a rectifier passes its input unchanged; it clamps the rest
 LEAST_GAIN = 0.05  # of the median |gain|: with a smaller gain a channel's output hardly matters
 
 
@@ -59,30 +58,7 @@ def epilogue_of(module: fx.GraphModule, node: fx.Node, norms: dict[str, Layer], 
             other, following = others[0], after(following)
         else:
             following = None
-    return Epilogue(norm, other, _bounds(following, rule(following), module))
-
-
-def _bounds(node: fx.Node | None, rule: str, module: fx.GraphModule) -> Bounds | None:
-    """The bounds of a rectifier, None for any other node."""
-    if node is None or rule not in ("relu", "relu6", "hardtanh"):
-        return None
-    if rule != "hardtanh":
-        return 0.0, math.inf if rule == "relu" else 6.0
-    if node.op == "call_module":
-        owner = module.get_submodule(str(node.target))
-        least, most = getattr(owner, "min_val", None), getattr(owner, "max_val", None)
-    else:
-        given = dict(zip(("least", "most"), node.args[1:], strict=False))
-        named = {k.removesuffix("_val"): v for k, v in node.kwargs.items()}
-        hardtanh = "hardtanh" in str(node.target)
-        least = given.get("least", named.get("min", -1.0 if hardtanh else -math.inf))
-        most = given.get("most", named.get("max", 1.0 if hardtanh else math.inf))
-        if "clamp_m" in str(node.target):  # clamp_min(x, least), clamp_max(x, most)
-            least, most = (
-                (least, math.inf) if "clamp_min" in str(node.target) else (-math.inf, given.get("least", most))
-            )
-    least, most = (-math.inf if least is None else least), (math.inf if most is None else most)
-    return (float(least), float(most)) if isinstance(least, (int, float)) and isinstance(most, (int, float)) else None
+    return Epilogue(norm, other, bounds_of(following, module))
 
 
 def pair(

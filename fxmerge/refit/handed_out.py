@@ -18,7 +18,8 @@ from torch import Tensor, fx
 from fxmerge.calibration.held_out import held_samples, samples
 from fxmerge.calibration.output_error import output_error
 from fxmerge.calibration.paired_run import Pair, Settings
-from fxmerge.refit.refit_layers import Refitted, refit
+from fxmerge.refit.records import Refitted
+from fxmerge.refit.refit_layers import refit
 
 REFITTED, MERGED, PRUNED = "refitted", "merged without refit", "pruned"
 

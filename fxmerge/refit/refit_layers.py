@@ -18,7 +18,6 @@ on samples that were held out of the solve.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from math import isfinite
 
 import torch
@@ -33,31 +32,13 @@ from fxmerge.ir.provenance import Layer, batch_norms, can_shift
 from fxmerge.refit import joint, solve
 from fxmerge.refit.chains import Chain, chains
 from fxmerge.refit.layer_weights import GraphWeights, LayerWeights
+from fxmerge.refit.records import EXACTLY, NO_BETTER, TOO_FEW, Refitted
 from fxmerge.refit.shared import COSTLY, Gathered, Shared, shared_weights
 from fxmerge.refit.sites import Site, Sites
 from fxmerge.refit.solve import ROUNDS, Problem, Rows, error
 from fxmerge.weights.by_path import at
 
-EXACTLY, NO_BETTER = "unchanged: exact", "unchanged: no solution is better on samples held out of it"
-TOO_FEW = "unchanged: too few output positions"
 EXACT = 1e-10  # the relative square error below which a layer needs no refit
-
-
-@dataclass(frozen=True)
-class Refitted:
-    """What refit did to one layer: the relative square error of its outputs before and after, on samples that were held
-    out of the solve, and why it was left unchanged, or "".
-    """
-
-    name: str
-    before: float
-    after: float
-    note: str = ""
-
-    @property
-    def solved(self) -> bool:
-        """Whether the errors were measured."""
-        return not self.note or self.note in (EXACTLY, NO_BETTER, TOO_FEW)
 
 
 def refit(

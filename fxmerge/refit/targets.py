@@ -23,8 +23,9 @@ from math import isfinite
 import torch
 from torch import Tensor
 
-from fxmerge.calibration.epilogue import Affine, Bounds
+from fxmerge.calibration.epilogue import Affine
 from fxmerge.calibration.paired_run import channel_shape
+from fxmerge.calibration.rectifiers import Bounds
 
 Residual = Callable[[Tensor], Tensor]  # outputs y' -> r, both shaped like y
 

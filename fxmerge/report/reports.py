@@ -21,7 +21,7 @@ from fxmerge.plan import GroupPlan, Plan, fields, json_text, planned
 from fxmerge.planning.decompose import unmerged
 from fxmerge.planning.statistics import state
 from fxmerge.refit.handed_out import HandedOut
-from fxmerge.refit.refit_layers import Refitted
+from fxmerge.refit.records import Refitted
 from fxmerge.report.budget_line import Spent, spent
 from fxmerge.report.drawable import Drawable
 from fxmerge.report.group_data import cost_json, group_json, members, producer_cost, refusals_json

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import fxmerge
-from fxmerge.calibration.epilogue import Bounds, affine
+from fxmerge.calibration.epilogue import affine
 from fxmerge.calibration.patches import Form
+from fxmerge.calibration.rectifiers import Bounds
 from fxmerge.ir.layer_ops import LayerOp
 from fxmerge.ir.provenance import Layer
 from fxmerge.refit import joint, solve

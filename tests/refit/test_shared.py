@@ -16,7 +16,7 @@ from fxmerge.graph.compare import difference
 from fxmerge.plan import GroupPlan
 from fxmerge.refit import refit_layers, solve
 from fxmerge.refit.contradiction import contradiction
-from fxmerge.refit.refit_layers import Refitted
+from fxmerge.refit.records import Refitted
 from fxmerge.refit.shared import COSTLY, DEPENDENT, UNLIKE
 from tests.helpers.netmaking import plain_merge, randomised
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import fxmerge
 from fxmerge.ir.groups import Refusal
-from fxmerge.refit.refit_layers import Refitted
+from fxmerge.refit.records import Refitted
 from fxmerge.report.tables import REFITTED, REFUSED
 from tests.helpers.drawings import data_of
 from tests.helpers.netmaking import one_thread, plain_merge  # noqa: F401
