@@ -42,8 +42,9 @@ def off(model: nn.Module, result: fxmerge.Result, x: Tensor) -> float:
 
 
 @pytest.mark.parametrize("count", [16, 24, 48, 200])
-def test_a_solve_on_few_rows_does_not_get_worse_on_others(count: int) -> None:
+def test_a_solve_on_few_rows_does_not_get_worse_on_others(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """72 inputs of the last layer and fewer samples: a solve reaches an error of 0 on them, and fits noise."""
+    monkeypatch.setattr(handed_out, "output_error", lambda *_, **__: 0.0)  # so that the refitted model is handed out
     model, other = Classifier().eval(), mixed(7, 2000)
     options: dict[str, Any] = {"ratio": 0.25, "selection": "l2", "decomposition": "prune"}
     result = fxmerge.merge(model, mixed(1, 2), calibration=[mixed(2, count)], samples=1, **options)
