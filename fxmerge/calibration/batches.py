@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxmerge.calibration.held_out import held_samples, samples
+from fxmerge.calibration.held_out import HELD_OUT, sample_folds, samples
 from fxmerge.calibration.user_data import given
 from fxmerge.errors import FxMergeError, first_line
 from fxmerge.graph.cost import cost
@@ -133,9 +133,9 @@ def variants(captured: Capture, batches: Batches, wanted: int, seed: int) -> Bat
     found: Batches = []
     missing = wanted - sum(map(samples, batches))
     sources = [
-        _rows(batch, (~held).nonzero().flatten())
-        for batch, held in zip(batches, held_samples([samples(batch) for batch in batches]), strict=True)
-        if not held.all()
+        _rows(batch, (folds != HELD_OUT).nonzero().flatten())
+        for batch, folds in zip(batches, sample_folds([samples(batch) for batch in batches]), strict=True)
+        if not (folds == HELD_OUT).all()
     ]
     while missing >= samples(batch := sources[len(found) % len(sources)]):
         made = {}

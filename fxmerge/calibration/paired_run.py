@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxmerge.calibration.held_out import held_samples, samples
+from fxmerge.calibration.held_out import sample_folds, samples
 from fxmerge.graph.nested import fresh
 from fxmerge.ir.provenance import Layer, Provenance, batch_norms
 from fxmerge.methods.least_squares import Reduce
@@ -132,7 +132,7 @@ class PairedRun:
         self.rectified: Mapping[str, Layer] = pair.rectified if settings.held else {}
         self.shifts: dict[str, Tensor] = {}  # held layer -> what is added to its outputs, (c,)
         self.kept, self.reduce = pair.kept, settings.reduce
-        self.held_out = held_samples([samples(batch) for batch in batches], settings.made)
+        self.folds = sample_folds([samples(batch) for batch in batches], settings.made)
         self.known: dict[str, tuple[Tensor, Tensor]] = {}  # BatchNorm -> mean and deviation over the batches
 
     def __iter__(self) -> Iterator[Visit]:

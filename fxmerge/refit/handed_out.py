@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx
 
-from fxmerge.calibration.held_out import held_samples, samples
+from fxmerge.calibration.held_out import HELD_OUT, sample_folds, samples
 from fxmerge.calibration.output_error import output_error
 from fxmerge.calibration.paired_run import Pair, Settings
 from fxmerge.refit.records import Refitted
@@ -73,7 +73,7 @@ def closest(
 
 def _judging(batches: Sequence[Sequence[Any]], made: int) -> tuple[list[Sequence[Any]], list[Tensor]]:
     """The batches with samples held out, and which they are; all samples of the first batch if none is held out."""
-    held = held_samples([samples(batch) for batch in batches], made)
+    held = [folds == HELD_OUT for folds in sample_folds([samples(batch) for batch in batches], made)]
     chosen = [(batch, some) for batch, some in zip(batches, held, strict=True) if some.any()]
     if not chosen:
         chosen = [(batches[0], torch.ones(samples(batches[0]), dtype=torch.bool))]

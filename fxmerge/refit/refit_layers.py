@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from fxmerge.calibration.epilogue import SOLVED
+from fxmerge.calibration.held_out import HELD_OUT
 from fxmerge.calibration.paired_run import Pair, PairedRun, Settings, Visit
 from fxmerge.calibration.patches import FEWEST, enough, input_of, matrices_of, positions, sample
 from fxmerge.graph.cost import flops_by_node
@@ -35,7 +36,7 @@ from fxmerge.refit.layer_weights import GraphWeights, LayerWeights
 from fxmerge.refit.records import EXACTLY, NO_BETTER, TOO_FEW, Refitted
 from fxmerge.refit.shared import COSTLY, Gathered, Shared, shared_weights
 from fxmerge.refit.sites import Site, Sites
-from fxmerge.refit.solve import ROUNDS, Problem, Rows, error
+from fxmerge.refit.solve import ROUNDS, Problem, Rows, relative_error
 from fxmerge.weights.by_path import at
 
 EXACT = 1e-10  # the relative square error below which a layer needs no refit
@@ -188,10 +189,14 @@ class _Refit:
         found = self._improved([site], rows, wanted)
         if not found.solved or found.note == EXACTLY:
             return found
+        alone = self.weights.of(visit.node, layer)
+        assert alone is not None
+        reached = self._error(rows.judging, alone.matrices, alone.offsets)
         if self._jointly(site):
             rows, now = self.sites.rows(site, index_of), self.weights.of(visit.node, layer)
             assert now is not None
-            found = Refitted(layer.module, found.before, self._error(rows.judging, now.matrices, now.offsets))
+            share = self._error(rows.judging, now.matrices, now.offsets) / max(reached, 1e-300)
+            found = Refitted(layer.module, found.before, found.after * share)
         return found
 
     def _unsolvable(self, visit: Visit, held: LayerWeights | None) -> str:
@@ -214,7 +219,7 @@ class _Refit:
 
     def _error(self, rows: Rows, weight: Tensor, bias: Tensor) -> float:
         """The relative square error of a layer's outputs at these positions."""
-        return error(rows, weight, bias, self.settings.reduce) / max(rows.energy(self.settings.reduce), 1e-300)
+        return relative_error(rows, weight, bias, self.settings.reduce)
 
     def _improved(self, sites: Sequence[Site], rows: Rows, wanted: tuple[Tensor, Tensor] | None) -> Refitted:
         """Solve the weight of these sites on rows of all of them, and write it where it is better on those held out."""
@@ -225,21 +230,20 @@ class _Refit:
             return Refitted(layer.module, 0.0, 0.0, "unchanged: its inputs or outputs are not finite")
         if whole <= EXACT:
             return Refitted(layer.module, whole, whole, EXACTLY)
-        judging, reduce = rows.judging, self.settings.reduce
-        if not judging.count(reduce):
+        reduce = self.settings.reduce
+        if not rows.judging.count(reduce):
             return Refitted(layer.module, whole, whole, TOO_FEW)
-        before = self._error(judging, start, bias)
         found = Problem(
-            solved=rows.solved,
-            judging=judging,
+            rows=rows,
             start=start,
+            bias=bias,
             wanted=wanted,
             centred=can_shift(layer),
             reduce=reduce,
             rounds=0 if node in self.within else ROUNDS,  # layers that are fitted jointly need none
         ).best()
-        after = found.error / max(judging.energy(reduce), 1e-300)
         self.ridges[node] = found.ridge
+        before, after = found.before, found.after
         if not after < before:
             return Refitted(layer.module, before, before, NO_BETTER)
         for site in sites:
@@ -269,15 +273,16 @@ class _Refit:
             return False
         weights = []
         for layer in chain.layers:
-            held = self.weights.of(next(n for n in chain.nodes if n.name == layer.node), layer)
-            if held is None:
+            own = self.weights.of(next(n for n in chain.nodes if n.name == layer.node), layer)
+            if own is None:
                 return False
-            weights.append(held)
+            weights.append(own)
         count = self._plenty(site)
+        held = [folds == HELD_OUT for folds in self.sites.folds(site)[:count]]
         targets = [self.sites.target(site, number) for number in range(count)]
         ridges = [self.ridges.get(layer.node, solve.RIDGE) for layer in chain.layers]
         better = joint.fit(
-            self.paired, chain, weights, targets, held=self.sites.held(site)[:count], ridges=ridges,
+            self.paired, chain, weights, targets, held=held, ridges=ridges,
             seed=self.settings.seed,
         )  # fmt: skip
         if better:

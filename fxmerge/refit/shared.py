@@ -52,7 +52,7 @@ class Gathered:
         return Rows(
             [p for r in self.rows for p in r.patches],
             [t for r in self.rows for t in r.targets],
-            [h for r in self.rows for h in r.held],
+            [f for r in self.rows for f in r.folds],
         )
 
     @property

@@ -2,10 +2,10 @@
 
     W' = argmin |P W' - T|^2 + ridge |W' - W0|^2,   W0 the current weights      (see `least_squares`)
 
-A solve is judged on samples that are held out of it (see `held_out`): they choose the ridge from LADDER, and
-whether W' replaces W0 at all. Before a rectifier, the targets T and the weights are computed in turn (see `targets`).
-Before a BatchNorm, the mean and the standard deviation of the outputs are then matched to the original's, channel by
-channel.
+A solve is judged on samples that are held out of it (see `held_out`): they choose the ridge from LADDER, and whether W'
+replaces W0 at all. Where these have few positions, solves without each of the folds in turn are judged instead. Before
+a rectifier, the targets T and the weights are computed in turn (see `targets`). Before a BatchNorm, the mean and the
+standard deviation of the outputs are then matched to the original's, channel by channel.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from math import inf
 import torch
 from torch import Tensor
 
+from fxmerge.calibration.held_out import FOLDS, HELD_OUT, NO_FOLD
 from fxmerge.methods.least_squares import Reduce, System, system
 from fxmerge.refit.targets import Target
 
 MATCH = 2.0  # the factor that matches the standard deviations stays between 1 / MATCH and MATCH
 RIDGE = 3e-2  # the pull towards the current weights, as a share of the Gram's mean diagonal: the first that is tried
 LADDER = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0, inf)  # times RIDGE; inf: the current weights with another bias
+FEW = 128  # positions held out; with fewer, each fold judges in turn
 WORTH = 0.99  # another ridge is taken if it lowers the error to this share, which is more than chance
 ROUNDS = 6  # of the alternation before a rectifier
 
@@ -32,84 +34,98 @@ class Rows:
 
     patches: list[Tensor]  # (rows, g, p), of the merged graph
     targets: list[Target]  # (rows, o)
-    held: list[Tensor]  # (rows,) bool: whether a position is held out of the solve
+    folds: list[Tensor]  # (rows,), see `calibration.held_out`
 
     @property
     def solved(self) -> Rows:
         """The positions that are solved on."""
-        return self._only([~held for held in self.held])
+        return self.only([folds != HELD_OUT for folds in self.folds])
 
     @property
     def judging(self) -> Rows:
         """The positions that are held out."""
-        return self._only(self.held)
+        return self.only([folds == HELD_OUT for folds in self.folds])
 
-    def _only(self, inside: list[Tensor]) -> Rows:
+    def only(self, inside: list[Tensor]) -> Rows:
+        """Some of the positions: (rows,) bool by batch."""
         return Rows(
             [p[i] for p, i in zip(self.patches, inside, strict=True)],
             [t.rows(i) for t, i in zip(self.targets, inside, strict=True)],
-            [h[i] for h, i in zip(self.held, inside, strict=True)],
+            [f[i] for f, i in zip(self.folds, inside, strict=True)],
         )
 
     def count(self, reduce: Reduce) -> int:
         """The number of positions."""
-        return int(reduce(torch.tensor(float(sum(map(len, self.patches))), dtype=torch.float64, device=self._device)))
+        total = torch.tensor(float(sum(map(len, self.patches))), dtype=torch.float64, device=self.patches[0].device)
+        return int(reduce(total))
 
     def energy(self, reduce: Reduce) -> float:
         """The sum of the squares of the targets."""
         return float(reduce(torch.stack([t.corrected.double().square().sum() for t in self.targets]).sum()))
 
-    @property
-    def _device(self) -> torch.device:
-        return self.patches[0].device
-
 
 @dataclass(frozen=True)
 class Solution:
-    """New weights (g, o, p) and biases (g, o), the ridge, and their square error on the positions held out."""
+    """New weights (g, o, p) and biases (g, o), the ridge, and the relative square error on positions that were not
+    solved on, with the weights before and after.
+    """
 
     weight: Tensor
     bias: Tensor
     ridge: float
-    error: float
+    before: float
+    after: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
     """What a layer is solved for.
 
-    solved, judging: the positions that are solved on, and those held out
-    start:    W0, (g, o, p)
+    start, bias: W0 (g, o, p), and the current biases (g, o)
     wanted:   the mean and the variance of the outputs to match, (o,) and (o,); None before anything but a BatchNorm
     centred:  whether the layer may have a bias
     rounds:   of the alternation, where a rectifier follows
     """
 
-    solved: Rows
-    judging: Rows
+    rows: Rows
     start: Tensor
+    bias: Tensor
     wanted: tuple[Tensor, Tensor] | None
     centred: bool
     reduce: Reduce
     rounds: int = ROUNDS
 
     def best(self) -> Solution:
-        """The solution with the ridge that is best on the positions held out."""
-        normal = self._system(self.solved)
+        """The solution with the ridge that is best on positions that were not solved on."""
+        solved, judging = self.rows.solved, self.rows.judging
+        normal = self._system(solved)
+        splits = [(normal, judging)]
+        if judging.count(self.reduce) < FEW:
+            judging = self.rows.only([folds != NO_FOLD for folds in self.rows.folds])
+            splits = [self._split(judging, fold) for fold in range(FOLDS)]
         tried: dict[int, float] = {}
 
         def at(number: int) -> float:
             if number not in tried:
-                tried[number] = error(self.judging, *self._plain(normal, LADDER[number] * RIDGE), self.reduce)
+                ridge = LADDER[number] * RIDGE
+                tried[number] = sum(error(rows, *self._plain(one, ridge), self.reduce) for one, rows in splits)
             return tried[number]
 
         here = LADDER.index(1.0)
         step = 1 if at(here + 1) < at(here) else -1  # the error has one minimum along the ladder, or nearly so
         while 0 <= here + step < len(LADDER) and at(here + step) < WORTH * at(here):
             here += step
-        ridge, rectified = LADDER[here] * RIDGE, any(t.bounds is not None for t in self.solved.targets)
-        weight, bias = self._solution(normal, ridge, self.rounds if rectified else 0)
-        return Solution(weight, bias, ridge, error(self.judging, weight, bias, self.reduce))
+        ridge, rectified = LADDER[here] * RIDGE, any(t.bounds is not None for t in solved.targets)
+        weight, bias = self._solution(solved, normal, ridge, self.rounds if rectified else 0)
+        energy = max(judging.energy(self.reduce), 1e-300)
+        whole = at(here) if len(splits) > 1 else error(judging, weight, bias, self.reduce)
+        before = error(judging, self.start, self.bias, self.reduce)
+        return Solution(weight, bias, ridge, before / energy, whole / energy)
+
+    def _split(self, rows: Rows, fold: int) -> tuple[System, Rows]:
+        """The system of all folds but one, and the rows of that one."""
+        inside = [folds == fold for folds in rows.folds]
+        return self._system(rows.only([~i for i in inside])), rows.only(inside)
 
     def _system(self, rows: Rows) -> System:
         return system(rows.patches, self._shaped([t.corrected for t in rows.targets]), self.reduce, self.centred)
@@ -121,9 +137,8 @@ class Problem:
         weight = self.start if ridge == inf else normal.solve(self.start, ridge)
         return weight, normal.intercept(weight, normal.mean_t)
 
-    def _solution(self, normal: System, ridge: float, rounds: int) -> tuple[Tensor, Tensor]:
-        """(W', b'), (g, o, p) and (g, o), from the system of the positions that are solved on."""
-        rows = self.solved
+    def _solution(self, rows: Rows, normal: System, ridge: float, rounds: int) -> tuple[Tensor, Tensor]:
+        """(W', b'), (g, o, p) and (g, o), from the positions that are solved on and their system."""
         weight, bias = self._plain(normal, ridge)
         last, pace = (weight, bias), 1.0
         for _ in range(rounds):
@@ -154,6 +169,11 @@ def error(rows: Rows, weight: Tensor, bias: Tensor, reduce: Reduce) -> float:
         predicted = _predict(patch, weight, bias)
         found.append((predicted - target.given(predicted)).double().square().sum())
     return float(reduce(torch.stack(found).sum()))
+
+
+def relative_error(rows: Rows, weight: Tensor, bias: Tensor, reduce: Reduce) -> float:
+    """The square error as a share of the targets' squares."""
+    return error(rows, weight, bias, reduce) / max(rows.energy(reduce), 1e-300)
 
 
 def _predict(patch: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
