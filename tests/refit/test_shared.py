@@ -187,14 +187,16 @@ def test_layers_on_vectors_are_solved(options: Any) -> None:
 
 
 @pytest.mark.parametrize("factor", [1e12, 1e18])
-@pytest.mark.parametrize("options", [{}, {"decomposition": "lstsq"}, {"budget": {"params": 0.6}}])
-def test_layers_whose_products_overflow_are_refitted(factor: float, options: Any) -> None:
+@pytest.mark.parametrize("decomposition", ["mostsim", "lstsq"])
+@pytest.mark.parametrize("options", [{}, {"budget": {"params": 0.6}}])
+def test_layers_whose_products_overflow_are_refitted(factor: float, options: Any, decomposition: str) -> None:
     """The squares of 1e18 are beyond float32; the errors of all layers are measured, and they are lowered."""
     torch.manual_seed(0)
     model: Any = nn.Sequential(nn.Conv2d(3, 16, 3, bias=False), nn.ReLU(), nn.Conv2d(16, 4, 1, bias=False)).eval()
     x, batches = torch.randn(2, 3, 8, 8), [torch.randn(16, 3, 8, 8) for _ in range(4)]
     for i in (0, 2):
         model[i].weight.data.mul_(factor)
+    options = {"decomposition": decomposition, **options}
     found = fxmerge.merge(model, x, calibration=batches, **options).report
     plain = plain_merge(model, x, **options | {"selection": "l2"}).report.verdict.error
     assert found.verdict.error < 0.95 * plain
