@@ -21,7 +21,7 @@ from benchmarks.networks.published import BATCH, NETWORKS, find_weights, flags, 
 
 METHODS: dict[str, dict[str, Any]] = {
     "prune": {"decomposition": "prune", "refit": "none", "selection": "l1"},
-    "mostsim": {"refit": "none", "selection": "l1"},
+    "mostsim": {"decomposition": "mostsim", "refit": "none", "selection": "l1"},
     "fold": {"decomposition": "fold", "refit": "none", "selection": "l1"},
     "lstsq": {"decomposition": "lstsq", "refit": "none", "selection": "l1"},
     "refit, no data": {},  # the defaults

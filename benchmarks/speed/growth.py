@@ -88,7 +88,7 @@ def _widths(kind: str, depth: int, *widths: int) -> tuple[Net, ...]:
     return tuple(Net(kind, depth, width) for width in widths)
 
 
-PLAIN = {"refit": "none"}
+PLAIN = {"refit": "none", "decomposition": "mostsim"}
 PRUNE = {"refit": "none", "decomposition": "prune"}
 SERIES: dict[str, Series] = {
     "depth": Series("depth, linear, width 1024", _depths("linear", 1024, 16, 32, 64, 128, 256, 512, 1024), PLAIN),

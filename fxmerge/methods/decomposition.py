@@ -91,7 +91,8 @@ def mostsim(evidence: Evidence, kept: Tensor) -> DownUp:
 
 def least_squares_scales(mapping: DownUp) -> DownUp:
     """The same partners with the scale that loses least, which is the cosine times the ratio of the norms."""
-    return DownUp(mapping.down, mapping.up * mapping.cosine.clamp(-1, 1)[:, None], mapping.cosine)
+    equal = mapping.cosine > 1 - 1e-6  # to the precision of inner products in float32
+    return DownUp(mapping.down, mapping.up * torch.where(equal, 1, mapping.cosine)[:, None], mapping.cosine)
 
 
 def _pairs(evidence: Evidence, norm: Tensor, dropped: Tensor, kept: Tensor) -> tuple[Tensor, Tensor | None]:

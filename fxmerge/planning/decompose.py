@@ -34,17 +34,16 @@ def decompose(
     if method == "prune" or not group.consumers or unmerged(group, tensors, options):
         return None, Merge(group, kept)
     seen = {reading.consumer: moments_seen(reading, group.channels) for reading in readings if reading.mean is not None}
-    by_weights = method == "mostsim" or (
-        method == "auto" and group.channels > WIDEST and len(seen) < len(group.consumers)
-    )
-    pairs = by_weights or (method == "auto" and len(seen) == len(group.consumers))
+    whole = len(seen) == len(group.consumers)
+    by_weights = method == "mostsim" or (method == "auto" and not whole and not _modelled(group))
+    pairs = by_weights or (method == "auto" and whole)
     found = statistics(group, captured, tensors, options, kept=kept if pairs else None)
     mapping = DECOMPOSITIONS[method](found.evidence, kept)
     if by_weights and method == "auto":
         mapping = least_squares_scales(mapping)
     consumers, losses = [], []
     for number, (consumer, steps) in enumerate(zip(group.consumers, found.consumers, strict=True)):
-        constants = not consumer.layer.is_stacked  # which has no place for a constant
+        constants = consumer.layer.takes_constants
         if method == "lstsq":
             mean, covariance = _about(moments(found, number, options.seed), constants)
             up, shift = cellwise_least_squares(mean, covariance, kept, group.cells)
@@ -64,6 +63,12 @@ def decompose(
     if losses:
         mapping = _reported(mapping, *losses[0])
     return mapping, Merge(group, kept, mapping.down, tuple(consumers), found.producer_maps)
+
+
+def _modelled(group: Group) -> bool:
+    """Whether moments by weights are those of the channels, which products and gated units have not."""
+    gated = any(meeting.op in ("mul", "halves") for meeting in group.meetings)
+    return group.channels <= WIDEST and not gated and not any(p.layer.operation.is_recurrent for p in group.producers)
 
 
 def _about(known: tuple[Tensor, Tensor], constants: bool) -> tuple[Tensor, Tensor]:

@@ -96,3 +96,29 @@ def test_moments_of_channels_are_those_over_all_places_of_patches(q: int) -> Non
     values[:, at] = x.movedim(2, 1).reshape(-1, 4)
     torch.testing.assert_close(mean, values.mean(0))
     torch.testing.assert_close(covariance, torch.cov(values.T, correction=0))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("size", [0, 6])
+def test_inside_a_recurrent_layer_no_constant_is_lost(size: int, bias: bool) -> None:
+    """A layer without a place for a constant is solved about zero; without data, partners get the cosine as scale."""
+
+    class Tagger(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = nn.LSTM(5, 16, proj_size=size, batch_first=True, bias=bias)
+            self.head = nn.Linear(size or 16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            found: Tensor = self.head(self.lstm(x)[0])
+            return found
+
+    torch.manual_seed(0)
+    model, x = Tagger().eval(), torch.randn(64, 7, 5)
+    auto, pruned, published = (
+        off(model, plain_merge(model, x[:2], ratio=0.25, threshold=0.0, **options).module, x)
+        for options in ({}, {"decomposition": "prune"}, {"decomposition": "mostsim"})
+    )
+    assert auto < published
+    ready = prepared(model, x[:2], Options(ratio=0.25), [x], str)
+    assert off(model, ready.draft(ready.choose(ready.options)).graph, x) < pruned
