@@ -109,6 +109,8 @@ class _Check:
         if kind == "query" and node.op not in ("get_attr", "placeholder"):
             return self.query(node, before)
         if isinstance(before, Param) or not labelled(before):
+            if kind == "unknown":  # of several tensors, say; it may take a size as a value
+                self.valued(node, self.originals.of_operands)
             return before
         expected = self.shrunk(before)
         if kind == "movement":
