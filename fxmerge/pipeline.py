@@ -168,9 +168,8 @@ class Prepared:
 
     def choose(self, options: Options) -> Choice:
         """Decides which channels each group keeps: as many as `allocation` says, and those that `selection` chooses."""
-        grouping = self.found[1]
-        check_patterns(grouping.everything, [n for n, _ in self.captured.module.named_modules()], options)
-        groups, refusals = in_scope(grouping, options)
+        check_patterns(self.found[1].everything, [n for n, _ in self.captured.module.named_modules()], options)
+        groups, refusals = in_scope(self.found[1], options)
         while True:
             allotted = self.allocation(groups, options)
             chosen, edits, refused = self.selection(groups, allotted.counts, options)
