@@ -56,7 +56,7 @@ def wide(tensor: Tensor) -> Tensor:
 
 
 def widened(module: M) -> M:
-    """The module with its tensors in float64 and complex128, in place. `module.double()` leaves complex ones."""
+    """The module with its tensors in float64 and complex128, in place. `nn.Module.double` leaves complex ones."""
     module._apply(wide)  # type: ignore[no-untyped-call]
     return module
 
