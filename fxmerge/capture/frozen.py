@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxmerge.errors import FxMergeError, source_line
-from fxmerge.graph.eval_mode import evaluating, quiet, reseed
+from fxmerge.graph.eval_mode import evaluating, reseed
 from fxmerge.graph.inputs import is_exported, other_sizes, other_values
 from fxmerge.graph.nested import fresh, leaves
 from fxmerge.graph.outputs import agree, plain, returned
@@ -69,7 +69,7 @@ def _agree(original: nn.Module, traced: fx.GraphModule, inputs: Any, earlier: An
     """
     args, kwargs = inputs
     try:
-        with evaluating(original), restored(original), eager(), quiet():
+        with evaluating(original), restored(original), eager():
             if earlier is not None:
                 original(*fresh(earlier[0]), **fresh(earlier[1]))
             reseed()
@@ -78,8 +78,7 @@ def _agree(original: nn.Module, traced: fx.GraphModule, inputs: Any, earlier: An
         return True
     try:
         reseed()
-        with quiet():
-            actual = returned(traced(*fresh(args), **fresh(kwargs)))
+        actual = returned(traced(*fresh(args), **fresh(kwargs)))
     except Exception:
         return True
     return agree(expected, actual, 1e-4)

@@ -6,7 +6,6 @@ from math import prod
 
 import torch
 from torch import Generator, Tensor
-from torch.nn import functional as F
 
 NEAR = 8  # neighbours of a token in the embedding, among which its replacement is chosen
 REPLACED = 0.5  # the largest share of an example's tokens that are replaced
@@ -79,7 +78,8 @@ def _similar(ids: Tensor, table: Tensor, generator: Generator) -> Tensor:
     """For each id one of the NEAR ids whose embeddings have the largest cosine with its own."""
     known, number = torch.unique(ids, return_inverse=True)
     known = known.clamp(0, len(table) - 1)  # ids that the model maps to others before the embedding
-    unit = F.normalize(table.detach().float().cpu(), dim=1)
+    rows = table.detach().float().cpu()
+    unit = rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp(min=1e-12)
     near = torch.cat(
         [(unit[part] @ unit.T).topk(min(NEAR, len(table)), dim=1).indices for part in torch.split(known, 256)]
     )

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import torch
 from torch import Generator, Tensor
-from torch.nn import functional as F
 
 from fxmerge.methods.probe_families import leaf, leaves, pink, white
 from fxmerge.methods.probe_statistics import axis_of_steps, is_image, looks_real, placed
@@ -22,6 +21,7 @@ from fxmerge.methods.probe_statistics import axis_of_steps, is_image, looks_real
 NARROW, LESS = 0.25, 0.6  # the smallest side of a crop, as a share of the image's: of probes; of the user's own data
 TURN = 0.2  # the deviation of a crop's angle, in radians
 PATCHES = 3
+BILINEAR, REFLECTION = 0, 2  # as torch.grid_sampler counts them
 CHUNK = 64  # images that are cropped at once, to bound the memory for their grids
 STRETCH, NOISE, JITTER = 1.25, 0.5, 0.5
 
@@ -110,8 +110,8 @@ def cropped(images: Tensor, generator: Generator, *, narrow: float = NARROW, tur
     ]
     found = []
     for part, theta in zip(torch.split(images, CHUNK), torch.split(torch.stack(rows, 1), CHUNK), strict=True):
-        grid = F.affine_grid(theta.to(part), list(part.shape), align_corners=False)
-        found.append(F.grid_sample(part, grid, padding_mode="reflection", align_corners=False))
+        grid = torch.affine_grid_generator(theta.to(part), list(part.shape), align_corners=False)
+        found.append(torch.grid_sampler(part, grid, BILINEAR, REFLECTION, align_corners=False))
     return torch.cat(found)
 
 

@@ -24,7 +24,6 @@ from fxmerge.capture.frozen import restored
 from fxmerge.capture.parametrizations import computed_weights, unparametrize
 from fxmerge.errors import FxMergeError, first_line
 from fxmerge.graph.compare import difference, outputs
-from fxmerge.graph.eval_mode import quiet
 from fxmerge.ir.capture import FOLDED, Capture
 from fxmerge.ir.groups import Group, Grouping, Member, survivors
 from fxmerge.ir.provenance import Provenance
@@ -213,7 +212,7 @@ class _Check:
 def _run(module: nn.Module, given: Unseen) -> list[Tensor] | Exception:
     """The outputs on some inputs, or what the model raised."""
     try:
-        with double_precision(), quiet():
+        with double_precision():
             return outputs(module, doubled(given.args), doubled(dict(given.kwargs)))
     except Exception as error:
         return error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,27 +12,9 @@ from torch import Tensor, nn
 
 import fxmerge
 from tests.helpers.netmaking import one_thread, plain_merge  # noqa: F401
+from tests.helpers.scaled_attention import HEADS, IN, SIZE, Scale, difference, halved
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-HEADS, SIZE, IN = 2, 16, 12
-Scale = Callable[["Attention", Tensor, Tensor, Tensor], Tensor]
-
-
-class Attention(nn.Module):
-    """Scores are scaled by a function of (module, queries, values, scores)."""
-
-    def __init__(self, scale: Scale) -> None:
-        super().__init__()
-        self.q, self.k, self.v = (nn.Linear(IN, HEADS * SIZE) for _ in range(3))
-        self.o, self.scale = nn.Linear(HEADS * SIZE, IN), scale
-
-    def forward(self, x: Tensor) -> Tensor:
-        b, n, _ = x.shape
-        q, k, v = (f(x).view(b, n, HEADS, -1).transpose(1, 2) for f in (self.q, self.k, self.v))
-        w = self.scale(self, q, v, q @ k.transpose(-1, -2)).softmax(-1)
-        return self.o((w @ v).transpose(1, 2).reshape(b, n, -1))  # type: ignore[no-any-return]
-
 
 SCALES: dict[str, Scale] = {
     "full": lambda m, q, v, w: w / torch.full([], v.size(-1) ** 0.5, dtype=w.dtype),
@@ -54,25 +35,6 @@ SCALES: dict[str, Scale] = {
     "a product of sizes": lambda m, q, v, w: w / math.prod(q.shape[-1:]) ** 0.5,
     "width, and positions": lambda m, q, v, w: w / q.size(-1) ** 0.5 - torch.arange(w.size(-1)) * 0.1,
 }
-
-
-def halved(scale: Scale) -> nn.Module:
-    """A model in which half of each head's channels are silent."""
-    torch.manual_seed(0)
-    model = Attention(scale).eval().double()
-    gone = [i for i in range(HEADS * SIZE) if i % SIZE < SIZE // 2]
-    with torch.no_grad():
-        for f in (model.q, model.k, model.v):
-            f.weight.mul_(2)
-            f.weight[gone], f.bias[gone] = 0, 0
-        model.o.weight[:, gone] = 0
-    return model
-
-
-def difference(model: nn.Module, merged: nn.Module, x: Tensor) -> float:
-    with torch.no_grad():
-        y = model(x)
-        return float((merged(x) - y).norm() / y.norm())
 
 
 @pytest.mark.parametrize("name", SCALES)

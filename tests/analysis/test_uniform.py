@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.analysis.test_original_values import IN, SIZE, Scale, difference, halved
 from tests.helpers.netmaking import one_thread, plain_merge  # noqa: F401
+from tests.helpers.scaled_attention import IN, SIZE, Scale, difference, halved
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -17,7 +17,7 @@ from fxmerge.calibration.paired_run import Settings
 from fxmerge.capture.capture_model import capture
 from fxmerge.options import Options
 from tests.helpers.netmaking import one_thread, randomised  # noqa: F401
-from tests.methods.test_probes import smooth
+from tests.helpers.smooth import smooth
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

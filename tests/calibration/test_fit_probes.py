@@ -143,7 +143,7 @@ def test_a_model_that_does_not_run_on_probes_is_merged_without_refit(model: nn.M
     text = result.report.text()
     assert "refit is left out, as the model " + why.replace("\\", "").split("(")[0].strip() in text
     assert "give merge(..., calibration=batches)" in " ".join(text.split())
-    assert fxmerge.merge(model, x, ratio=0.5, calibration=[x]).report.refitted
+    assert fxmerge.merge(model, x, ratio=0.5, calibration=[x]).report.handed_out is not None
 
 
 def test_probes_stay_in_the_range_of_the_example() -> None:

@@ -260,7 +260,7 @@ def test_names_that_are_not_names_of_python(name: str) -> None:
     x = torch.randn(4, 6)
     result = plain_merge(Named().eval(), x, ratio=0.5)
     if name == "class":
-        with pytest.raises(FxMergeError, match="in which class cannot stand.*give it another name"):
+        with pytest.raises(FxMergeError, match=r"in which class cannot stand.*give it another name"):
             result.exported()
         return
     made = result.exported()

@@ -4,26 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 from torch.nn import functional as F
 
 from fxmerge.methods.probe_statistics import looks_real, neighbours, placed
 from fxmerge.methods.probe_tokens import tokens
 from fxmerge.methods.probe_variants import augmented, cropped, moved
 from fxmerge.methods.probes import PROBES, probed, probes
-
-
-def seeded(seed: int = 0) -> Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def smooth(*shape: int, axes: int, seed: int = 0) -> Tensor:
-    """Noise whose neighbours along the last `axes` axes are alike."""
-    x = torch.randn(*shape, generator=seeded(seed))
-    for axis in range(-axes, 0):
-        for _ in range(4):
-            x = x + x.roll(1, axis) + x.roll(-1, axis)
-    return (x - x.mean()) / x.std()
+from tests.helpers.smooth import seeded, smooth
 
 
 def rows_of(x: Tensor) -> set[tuple[float, ...]]:

@@ -563,23 +563,3 @@ def test_fake_quantization(route: str, capfd: pytest.CaptureFixture[str]) -> Non
             with pytest.raises(FxMergeError, match=r"does not run in float64.*Scale must be Float"):
                 oracle(*given)
         assert not capfd.readouterr().err
-
-
-def test_sizes_that_a_model_does_not_take_print_nothing(capfd: pytest.CaptureFixture[str]) -> None:
-    """torch.fx prints the code of a graph module that raises, though this is expected here."""
-
-    class Flat(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Conv2d(3, 8, 3), nn.Linear(8 * 36, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.b(torch.relu(self.a(x)).flatten(1))  # type: ignore[no-any-return]
-
-    x = torch.randn(2, 3, 8, 8)
-    for model in (Flat().eval(), fx.symbolic_trace(Flat().eval())):
-        result = plain_merge(model, x, ratio=0.5, decomposition="prune")
-        found = result.analysis
-        silence = verify.silence(found.captured, found.facts, found.grouping, result.plan)
-        assert max(silence.errors.values()) < 1e-12
-    assert not capfd.readouterr().err
