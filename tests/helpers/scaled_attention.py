@@ -1,8 +1,0 @@
-"""Attention whose scores are scaled by a function of the widths."""
-
-from __future__ import annotations
-
-
-
-
-
