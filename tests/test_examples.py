@@ -14,7 +14,7 @@ import pytest
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 EXPECTED = {
     "merge_your_own.py": ["features.3.squeeze", "16 -> 8", "parameters 1,235,496 ->", "merged model: (1, 1000)"],
-    "custom_rule.py": ["without rules: []", "bessel_j0", "custom_rule.py:", "with them: ['a: 16 -> 8 channels']", "{'a':"],
+    "custom_rule.py": ["without rules: []", "bessel_j0", "with them: ['a: 16 -> 8 channels']", "{'a':"],
     "look_at_groups.py": ["stem: 16 channels", "conv1: 32 channels", "stem -> layer:conv1: read", "bn2: carry"],
     "aot_package.py": ["a batch of 5 gives (5, 10)", "has the output of the merged model: True"],
     "finetune.py": ["trained: ", "merged to a tenth of the channels: ", "fine-tuned: "],
