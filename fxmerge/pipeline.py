@@ -184,14 +184,13 @@ class Prepared:
 
     def replay(self, options: Options, decided: Mapping[str, GroupPlan]) -> Choice:
         """Keeps the channels that a plan keeps. Raises FxMergeError if the plan's groups are not the model's."""
-        facts, grouping = self.found
-        groups, refusals = in_scope(grouping, options)
+        groups, refusals = in_scope(self.found[1], options)
         counts = replayed(groups, decided)
         narrowed = [g for g in groups if sum(counts[g.name]) < g.channels]
         batches, notes = (self.data.batches, self.data.notes) if narrowed else ([], ())
         chosen = [(g, torch.tensor(decided[g.name].kept)) for g in narrowed]
-        chosen, edits, refused = provable(self.captured, facts, grouping, chosen)
-        refusals += tuple(refused)
+        chosen, edits, refused = provable(self.captured, *self.found, chosen)
+        refusals = (*refusals, *refused)
         return Choice(options=options, chosen=chosen, edits=edits, refusals=refusals, batches=batches, notes=notes)
 
     def allocation(self, groups: Sequence[Group], options: Options) -> Allotted:
@@ -247,8 +246,9 @@ class Prepared:
 
     @cached_property
     def divided(self) -> tuple[Batches, Batches]:
-        """Refit's data, divided into batches to fit a draft on and batches to judge it on."""
-        return halves(self.data.batches, not is_exported(self.captured.module)) if self.data.batches else ([], [])
+        """Refit's data without variants, divided into batches to fit a draft on and batches to judge it on."""
+        own = self.data.batches[: self.data.made or None]
+        return halves(own, not is_exported(self.captured.module)) if own else ([], [])
 
     # Applying
 

@@ -44,13 +44,13 @@ def decompose(
     consumers, losses = [], []
     for number, (consumer, steps) in enumerate(zip(group.consumers, found.consumers, strict=True)):
         constants = consumer.layer.takes_constants
-        if method == "auto" and not readings and "bias" not in consumer.layer.params:
-            constants = constants and found.linear and found.apart  # a bias is added only where it makes merging exact
         if method == "lstsq":
             mean, covariance = _about(moments(found, number, options.seed), constants)
             up, shift = cellwise_least_squares(mean, covariance, kept, group.cells)
         else:
             up, shift = _pushed(mapping, kept, found, steps, constants and method in ("mostsim", "auto"))
+        if method == "auto" and not readings and "bias" not in consumer.layer.params:
+            constants = bool(shift.any())  # without refit, a bias is added only where merging is exact with it
         if method == "auto" and not by_weights:
             represented = None
             if number in seen:
