@@ -10,7 +10,7 @@ from fxmerge.rules import Operand, RuleContext, Unknown
 
 def snake(x: Tensor) -> Tensor:
     """An activation of your own, made of an op that has no rule."""
-    return x + torch.sinc(x).square()
+    return x + torch.special.bessel_j0(x).square()
 
 
 def model() -> nn.Module:
@@ -20,7 +20,7 @@ def model() -> nn.Module:
             self.a, self.b, self.c = nn.Conv1d(2, 16, 5), nn.Conv1d(2, 16, 5), nn.Conv1d(16, 4, 5)
 
         def forward(self, x: Tensor) -> Tensor:
-            out: Tensor = self.c(torch.hypot(snake(self.a(x)), self.b(x)))
+            out: Tensor = self.c(torch.special.xlog1py(snake(self.a(x)), self.b(x).square()))
             return out
 
     torch.manual_seed(0)
@@ -32,20 +32,20 @@ x = torch.randn(1, 2, 32)
 before = fxmerge.analyze(model(), x)
 print("without rules:", [g.name for g in before.groups], "|", before.refusals[0].reason, "|", before.refusals[0].where)
 
-# sinc maps every channel by itself, and sinc(s x) is not s sinc(x): one row says so, with all its spellings.
-fxmerge.RULES["sinc"] = fxmerge.per_channel("sinc", torch.sinc, "sinc", commutes=False)
+# J0 maps every channel by itself, and J0(s x) is not s J0(x): one row says so, with all its spellings.
+fxmerge.RULES["bessel_j0"] = fxmerge.per_channel("bessel_j0", torch.special.bessel_j0, commutes=False)
 
 
-def hypot(ctx: RuleContext, input: Operand, other: Operand) -> Lab | Unknown:
-    """sqrt(input^2 + other^2): channel i of one operand meets channel i of the other, so they are dropped together."""
+def xlog1py(ctx: RuleContext, input: Operand, other: Operand) -> Lab | Unknown:
+    """input log(1 + other): channel i of one operand meets channel i of the other, so they are dropped together."""
     if not isinstance(input, Lab) or not isinstance(other, Lab) or input.t.shape != other.t.shape:
         return Unknown("takes something other than two activations of one shape")
     ctx.tie(input.t, other.t)
     return input
 
 
-# hypot(s x, s y) = s hypot(x, y) for s > 0
-fxmerge.RULES["hypot"] = fxmerge.Rule("hypot", "tie", hypot, (torch.hypot, "hypot"), commutes=True)
+# s x log(1 + s y) is not s times x log(1 + y)
+fxmerge.RULES["xlog1py"] = fxmerge.Rule("xlog1py", "tie", xlog1py, (torch.special.xlog1py,), commutes=False)
 
 result = fxmerge.merge(model(), x, ratio=0.5)
 print("with them:", [f"{g.name}: {g.channels} -> {len(g.kept)} channels" for g in result.plan.groups])

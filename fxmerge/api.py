@@ -27,7 +27,7 @@ def analyze(
     """Finds a model's merge groups, and the channels that cannot be merged, without changing anything.
 
     example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments; may be omitted for an
-        ExportedProgram that has example inputs.
+        ExportedProgram that has example inputs. Give real inputs: probes are made from them, from as many as they hold.
     options: `Options`, or its fields as keyword arguments.
     Raises FxMergeError if the model cannot be traced or does not accept the inputs.
     """

@@ -51,7 +51,7 @@ _SELECTION = "how the kept channels are selected; repair is l2 without refit"
 _DECOMPOSITION = "how kept channels replace the dropped ones"
 _SCALE = "mostsim: how the scale is computed; reference reproduces the published code"
 _REFIT = "data for re-solving the layers: none, synthetic probes, or calibration data"
-_PROBES = "refit: family of synthetic probes; auto takes the one closest to the BatchNorm statistics"
+_PROBES = "refit: family of probes; auto: closest to the BatchNorm statistics, or example where there are none"
 
 
 class _DefaultRatio(float):
@@ -76,7 +76,7 @@ class Options:
     scope: Annotated[str, _one_of("scope", _SCOPE)] = "all"
     heads: Annotated[str, _one_of("heads", _HEADS)] = "width"
     selection: Annotated[str, _one_of("selection", _SELECTION)] = "repair"
-    decomposition: Annotated[str, _one_of("decomposition", _DECOMPOSITION)] = "mostsim"
+    decomposition: Annotated[str, _one_of("decomposition", _DECOMPOSITION)] = "auto"
     threshold: float = 0.1
     """mostsim: a channel is dropped without a partner if its largest cosine is below this"""
     lam: float = 0.85
@@ -85,7 +85,7 @@ class Options:
     refit: Annotated[str, _one_of("refit", _REFIT)] = "synthetic"
     probes: Annotated[str, _one_of("probes", _PROBES)] = "auto"
     samples: int = 0
-    """refit: number of probes; 0 chooses 128 to 4096, by the size of the activations and the cost of a forward pass"""
+    """refit: number of probes, or of calibration samples with variants of them; 0 chooses 128 to 4096, by their cost"""
     batch: int = 64
     """refit: probes in a batch"""
     rows: int = 65536

@@ -9,8 +9,8 @@ Prepared.apply      decomposition -> rewrite -> refit -> verify
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ from fxmerge.analysis.propagate import provenance
 from fxmerge.calibration.batches import Batches, with_data
 from fxmerge.calibration.epilogue import pair
 from fxmerge.calibration.fit_probes import RefitData, refit_data
+from fxmerge.calibration.output_error import halves, output_error
 from fxmerge.calibration.paired_run import Settings
 from fxmerge.calibration.readings import readings
 from fxmerge.calibration.sensitivity import sensitivity
@@ -33,9 +34,10 @@ from fxmerge.errors import FxMergeError
 from fxmerge.graph.cost import flops_by_node
 from fxmerge.graph.distributed import summed
 from fxmerge.graph.eval_mode import with_versions
+from fxmerge.graph.inputs import is_exported
 from fxmerge.graph.latency import compared
 from fxmerge.ir.capture import Capture
-from fxmerge.ir.groups import Group, Grouping, Merge, Refusal, survivors
+from fxmerge.ir.groups import Group, Grouping, Refusal
 from fxmerge.ir.provenance import Provenance
 from fxmerge.methods.allocation import Counts
 from fxmerge.methods.evidence import Reading
@@ -45,16 +47,16 @@ from fxmerge.plan import GroupPlan, Plan
 from fxmerge.planning.budget import Allotted, Room, allot, original_of
 from fxmerge.planning.candidates import candidates
 from fxmerge.planning.counts import by_ratio, rungs
-from fxmerge.planning.decompose import decompose, group_plan
+from fxmerge.planning.draft import Choice, Draft, drafted
 from fxmerge.planning.error_curves import curves
 from fxmerge.planning.scope import check_patterns, in_scope, replayed
 from fxmerge.planning.statistics import state
 from fxmerge.refit.contradiction import contradiction
-from fxmerge.refit.refit_layers import Refitted, refit
+from fxmerge.refit.handed_out import MERGED, PRUNED, HandedOut, closest
+from fxmerge.refit.records import Refitted
 from fxmerge.report.reports import Report
 from fxmerge.result import Analysis, Result
 from fxmerge.rewrite.reassemble import assembled
-from fxmerge.rewrite.rewriter import Rewriter
 from fxmerge.rules.resize import Call
 
 if TYPE_CHECKING:
@@ -80,25 +82,6 @@ def prepared(
     return Prepared(captured, options, given, stage)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Choice:
-    """The decisions of a merge that are made before anything is rewritten.
-
-    chosen:    the groups that narrow, with the channels that they keep
-    edits:     {node: its call with new literal sizes}, for sizes that follow the widths of groups
-    refusals:  the channels that are not merged, with reasons
-    batches:   the data that refit runs on; empty if there is no refit
-    notes:     requests that were not, or not fully, carried out
-    """
-
-    options: Options
-    chosen: Chosen
-    edits: Mapping[str, Call]
-    refusals: tuple[Refusal, ...]
-    batches: Batches
-    notes: tuple[str, ...]
-
-
 class Prepared:
     """A captured model and all that is computed once for any number of merges; each part is computed on first use."""
 
@@ -106,7 +89,7 @@ class Prepared:
         self.captured, self.options, self.given, self.stage = captured, options, given, stage
         self.probing = Settings(rows=options.rows, seed=options.seed, held=options.refit == "synthetic", reduce=summed)
         self.tensors = state(captured.module)
-        self.seen: dict[str, tuple[Reading, ...]] = {}
+        self.seen: dict[int, dict[str, tuple[Reading, ...]]] = {}  # by the identity of the batches
 
     @cached_property
     def found(self) -> tuple[Provenance, Grouping]:
@@ -135,16 +118,17 @@ class Prepared:
     @property
     def settings(self) -> Settings:
         """How the batches are run."""
-        return replace(self.probing, held=self.data.held)
+        return replace(self.probing, held=self.data.held, made=self.data.made)
 
-    def readings(self, groups: Sequence[Group]) -> Mapping[str, tuple[Reading, ...]]:
-        """{group: the second moments at its consumers on refit's data}, for these groups at least."""
-        missing = [g for g in groups if g.name not in self.seen]
-        if self.data.batches and missing:
+    def readings(self, groups: Sequence[Group], batches: Batches | None = None) -> Mapping[str, tuple[Reading, ...]]:
+        """{group: the second moments at its consumers}, for these groups at least, on all of refit's data or a part."""
+        batches = self.data.batches if batches is None else batches
+        known = self.seen.setdefault(id(batches), {})
+        missing = [g for g in groups if g.name not in known]
+        if batches and missing:
             self.stage("survey")
-            facts = self.found[0]
-            self.seen |= readings(self.captured, facts, missing, self.data.batches, self.settings, self.stage)
-        return self.seen
+            known |= readings(self.captured, self.found[0], missing, batches, self.settings, self.stage)
+        return known
 
     @cached_property
     def sensitive(self) -> Mapping[str, float]:
@@ -184,32 +168,28 @@ class Prepared:
 
     def choose(self, options: Options) -> Choice:
         """Decides which channels each group keeps: as many as `allocation` says, and those that `selection` chooses."""
-        facts, grouping = self.found
-        check_patterns(grouping.everything, [n for n, _ in self.captured.module.named_modules()], options)
-        groups, refusals = in_scope(grouping, options)
+        check_patterns(self.found[1].everything, [n for n, _ in self.captured.module.named_modules()], options)
+        groups, refusals = in_scope(self.found[1], options)
         while True:
             allotted = self.allocation(groups, options)
-            narrowed = [g for g in groups if sum(allotted.counts[g.name]) < g.channels]
-            batches, notes = (self.data.batches, self.data.notes) if narrowed else ([], ())
-            surveyed = self.readings(narrowed) if batches and options.selection == "repair" else {}
-            chosen = self.selection(narrowed, allotted.counts, surveyed, options)
-            chosen, edits, refused = provable(self.captured, facts, grouping, chosen)
+            chosen, edits, refused = self.selection(groups, allotted.counts, options)
             refusals = (*refusals, *refused)
             if not refused or not options.budget:
                 break
             groups = [g for g in groups if g.name not in {r.name for r in refused}]  # the others meet the budget
+        narrows = any(sum(allotted.counts[g.name]) < g.channels for g in groups)
+        batches, notes = (self.data.batches, self.data.notes) if narrows else ([], ())
         notes = (*notes, *allotted.notes)
         return Choice(options=options, chosen=chosen, edits=edits, refusals=refusals, batches=batches, notes=notes)
 
     def replay(self, options: Options, decided: Mapping[str, GroupPlan]) -> Choice:
         """Keeps the channels that a plan keeps. Raises FxMergeError if the plan's groups are not the model's."""
-        facts, grouping = self.found
-        groups, refusals = in_scope(grouping, options)
+        groups, refusals = in_scope(self.found[1], options)
         counts = replayed(groups, decided)
         narrowed = [g for g in groups if sum(counts[g.name]) < g.channels]
         batches, notes = (self.data.batches, self.data.notes) if narrowed else ([], ())
         chosen = [(g, torch.tensor(decided[g.name].kept)) for g in narrowed]
-        chosen, edits, refused = provable(self.captured, facts, grouping, chosen)
+        chosen, edits, refused = provable(self.captured, *self.found, chosen)
         refusals = (*refusals, *refused)
         return Choice(options=options, chosen=chosen, edits=edits, refusals=refusals, batches=batches, notes=notes)
 
@@ -234,18 +214,41 @@ class Prepared:
             captured=self.captured, facts=facts, grouping=grouping, groups=groups, ladders=ladders, errors=errors,
             options=options, refitted=bool(batches), flops=self.flops,
         )  # fmt: skip
-        return allot(room, self.tensors, self.stage)
+        return allot(room, self.tensors, self.stage, lambda counts: self.error(groups, counts, options))
 
     def selection(
-        self, groups: Sequence[Group], counts: Counts, surveyed: Mapping[str, tuple[Reading, ...]], options: Options
-    ) -> Chosen:
-        """Which channels each group keeps, `counts` of them in each of its cells."""
+        self, groups: Sequence[Group], counts: Counts, options: Options
+    ) -> tuple[Chosen, Mapping[str, Call], Sequence[Refusal]]:
+        """Which channels each group keeps, `counts` of them in each of its cells; edits of sizes, and refusals."""
+        narrowed = [g for g in groups if sum(counts[g.name]) < g.channels]
+        surveyed = self.readings(narrowed) if narrowed and options.selection == "repair" else {}
         chosen: Chosen = []
-        for g in groups:
+        for g in narrowed:
             self.stage(f"selection {g.name}")
             seen = candidates(g, self.captured, self.tensors, options.seed, surveyed.get(g.name, ()))
             chosen.append((g, select(options.selection, seen, g.cells, counts[g.name])))
-        return chosen
+        return provable(self.captured, *self.found, chosen)
+
+    def error(self, groups: Sequence[Group], counts: Counts, options: Options) -> float:
+        """The error of the outputs with these channel counts before refit, on samples that the draft was not fitted to.
+
+        On the example inputs if there is no data. 0 for a model that is traced in parts, whose outputs the user's code
+        computes.
+        """
+        if self.captured.recorded is not None:
+            return 0.0
+        chosen, edits, _ = self.selection(groups, counts, options)
+        fit, held = self.divided
+        draft = self.draft(Choice(options=options, chosen=chosen, edits=edits, refusals=(), batches=fit, notes=()))
+        streams = pair(self.captured.module, self.found[0], draft.graph, draft.alive)
+        settings = self.settings if held else replace(self.settings, held=False)
+        return output_error(streams, held or [self.captured.inputs], settings)
+
+    @cached_property
+    def divided(self) -> tuple[Batches, Batches]:
+        """Refit's data without variants, divided into batches to fit a draft on and batches to judge it on."""
+        own = self.data.batches[: self.data.made or None]
+        return halves(own, not is_exported(self.captured.module)) if own else ([], [])
 
     # Applying
 
@@ -254,19 +257,16 @@ class Prepared:
 
         started: when the merge began, by time.perf_counter
         """
-        captured, (facts, grouping) = self.captured, self.found
-        rewriter, plans = Rewriter(captured.module, facts), []
-        for plan_of_group, merge in self.decomposition(choice):
-            rewriter.absorb(merge)
-            plans.append(plan_of_group)
-        self.stage("rewrite")
-        alive = survivors(grouping, choice.chosen)
-        rewritten = rewriter.finish(alive, choice.edits)
+        captured, (facts, grouping), draft = self.captured, self.found, self.draft(choice)
         refitted: tuple[Refitted, ...] = ()
+        best: HandedOut | None = None
         if choice.batches and choice.chosen:
-            self.stage("refit")
-            streams = pair(captured.module, facts, rewritten, alive)
-            refitted = refit(streams, choice.batches, self.settings, self.stage)
+            pruned = replace(choice, options=choice.options.replace(decomposition="prune"))
+            others = {MERGED: lambda: self.draft(choice), PRUNED: lambda: self.draft(pruned)}
+            streams = pair(captured.module, facts, draft.graph, draft.alive)
+            refitted, best = closest(streams, others, choice.batches, self.settings, self.stage)
+            draft = others[best.name]() if best.name in others else draft
+        rewritten = draft.graph
         module = assembled(captured, rewritten)
         self.stage("verify")
         verdict = verify.compare(captured, module)
@@ -274,7 +274,7 @@ class Prepared:
         if "latency" in choice.options.budget and choice.chosen:
             self.stage("latency")
             timing = compared(self.original, module, captured.args, captured.kwargs)
-        plan = Plan(choice.options, tuple(plans))
+        plan = Plan(choice.options, draft.plans)
         report = Report(
             captured=captured,
             facts=facts,
@@ -285,15 +285,16 @@ class Prepared:
             plan=plan,
             verdict=verdict,
             refitted=refitted,
+            source=self.data.source if refitted else "",
+            handed_out=best,
             notes=(*choice.notes, *contradiction(refitted, verdict.error, len(captured.outputs))),
             seconds=time.perf_counter() - started,
             timing=timing,
         )
         return Result(module, plan, report, Analysis(captured, facts, grouping, choice.refusals))
 
-    def decomposition(self, choice: Choice) -> Iterator[tuple[GroupPlan, Merge]]:
-        """Each group's plan and what its layers absorb. One at a time, as those of wide groups take much memory."""
-        for g, kept in choice.chosen:
-            self.stage(f"decomposition {g.name}")
-            mapping, merge = decompose(g, kept, self.captured, self.tensors, choice.options)
-            yield group_plan(g, kept, mapping), merge
+    def draft(self, choice: Choice) -> Draft:
+        """The merged graph of a choice before refit."""
+        by_moments = choice.batches and choice.options.decomposition == "auto"
+        seen = self.readings([g for g, _ in choice.chosen], choice.batches) if by_moments else {}
+        return drafted(choice, self.captured, *self.found, tensors=self.tensors, readings=seen, stage=self.stage)

@@ -14,6 +14,7 @@ from rich.console import Console
 
 import fxmerge
 from benchmarks.accuracy.ratios import BUDGETS
+from benchmarks.harness.page import pyplot, save_plot
 from benchmarks.networks.data import accuracy
 from benchmarks.networks.models import load_checkpoint
 from benchmarks.networks.published import BATCH, NETWORKS, find_weights, flags, images, parse
@@ -74,13 +75,7 @@ def markdown(results: Mapping[str, Curves]) -> str:
 
 def plot(results: Mapping[str, Curves], path: Path) -> None:
     """Accuracy against FLOPs left, with one panel for each scope."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "fixed"  # the same numbers give the same file
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(results), figsize=(5.5 * len(results), 4), squeeze=False, sharey=True)
+    figure, axes = pyplot().subplots(1, len(results), figsize=(5.5 * len(results), 4), squeeze=False, sharey=True)
     for axis, (scope, found) in zip(axes[0], results.items(), strict=True):
         for allocation, curve in found.items():
             met = [p for p in curve.points if not p.failed]
@@ -89,7 +84,7 @@ def plot(results: Mapping[str, Curves], path: Path) -> None:
         axis.set(title=f"ResNet-56, {SCOPES[scope]}", xlabel="FLOPs left, %", ylabel="top-1 accuracy, %")
     axes[0][0].legend(fontsize="small")
     figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
+    save_plot(figure, path)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

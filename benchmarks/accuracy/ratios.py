@@ -14,13 +14,14 @@ from typing import Any
 from rich.console import Console
 
 import fxmerge
+from benchmarks.harness.page import pyplot, save_plot
 from benchmarks.networks.data import accuracy
 from benchmarks.networks.models import load_checkpoint
 from benchmarks.networks.published import BATCH, NETWORKS, find_weights, flags, images, parse, read_reference
 
 METHODS: dict[str, dict[str, Any]] = {
     "prune": {"decomposition": "prune", "refit": "none", "selection": "l1"},
-    "mostsim": {"refit": "none", "selection": "l1"},
+    "mostsim": {"decomposition": "mostsim", "refit": "none", "selection": "l1"},
     "fold": {"decomposition": "fold", "refit": "none", "selection": "l1"},
     "lstsq": {"decomposition": "lstsq", "refit": "none", "selection": "l1"},
     "refit, no data": {},  # the defaults
@@ -109,13 +110,7 @@ def markdown(case: Case, original: float, rows: Sequence[Cell], reference: Mappi
 
 def plot(results: Mapping[str, tuple[float, list[Cell]]], path: Path) -> None:
     """Accuracy against parameters left, with one panel for each case."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "fixed"  # the same numbers give the same file
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(results), figsize=(5.5 * len(results), 4), squeeze=False)
+    figure, axes = pyplot().subplots(1, len(results), figsize=(5.5 * len(results), 4), squeeze=False)
     for axis, (key, (original, rows)) in zip(axes[0], results.items(), strict=True):
         for method in METHODS:
             chosen = sorted((c for c in rows if c.method == method), key=lambda c: c.parameters)
@@ -125,7 +120,7 @@ def plot(results: Mapping[str, tuple[float, list[Cell]]], path: Path) -> None:
         axis.set(title=title, xlabel="thousand parameters left", ylabel="top-1 accuracy, %")
     axes[0][0].legend(fontsize="small")
     figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
+    save_plot(figure, path)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,36 +1,26 @@
 """Measure one row of benchmarks.coverage. This runs in its own process.
 
-Each finding is written as one line of JSON as soon as it is known, so that nothing is lost if the process is stopped.
 Seconds are CPU seconds on one thread, which depend less on the load of the machine than wall-clock time.
 """
 
 import gc
-import json
-import math
-import os
-import resource
 import time
-import traceback
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 import fxmerge
 from benchmarks.coverage.zoo import Specimen, build
+from benchmarks.harness.process import Finding, caught
 from benchmarks.peers import torch_pruning as peer
 from fxmerge import verify
 from fxmerge.graph import compare
 
 RATIO = 0.5
 ORACLE_PARAMETERS = 400_000_000  # there is not enough memory for float64 copies of larger models
-
-Finding = dict[str, Any]
 
 
 def count(module: nn.Module) -> int:
@@ -185,50 +175,15 @@ def peer_findings(specimen: Specimen, suite: str) -> Iterator[Finding]:
 
 def findings(tool: str, suite: str, name: str, oracle_seconds: float) -> Iterator[Finding]:
     """All findings on one model. If it fails, the last one has the error."""
+    return caught(_findings(tool, suite, name, oracle_seconds))
+
+
+def _findings(tool: str, suite: str, name: str, oracle_seconds: float) -> Iterator[Finding]:
     yield {"status": "failed", "stage": "build"}
-    try:
-        specimen = build(suite, name)
-        yield {"parameters": count(specimen.model)}
-        if tool == "peer":
-            yield from peer_findings(specimen, suite)
-        else:
-            yield from fxmerge_findings(specimen, oracle_seconds)
-        yield {"stage": "done"}
-    except Exception as error:
-        no_memory = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
-        yield {"error": "out of memory" if no_memory else one_line(error)}
-
-
-def one_line(error: Exception) -> str:
-    """An error as one line. Errors that fxmerge did not raise get their type and the innermost line of fxmerge."""
-    text = " ".join(str(error).split())
-    for prefix in {str(Path(torch.__file__).parents[1]), str(Path(fxmerge.__file__).parents[1])}:
-        text = text.replace(f"{prefix}/", "")
-    if isinstance(error, fxmerge.FxMergeError):
-        return text
-    frames = traceback.extract_tb(error.__traceback__)
-    ours = [f for f in frames if "/fxmerge/" in f.filename]
-    place = f" (fxmerge/{Path(ours[-1].filename).name}:{ours[-1].lineno})" if ours else ""
-    return f"{type(error).__name__}: {text[:600]}{place}"
-
-
-def work(
-    tool: str, suite: str, name: str, out: str, noise: str, *, seconds: float, memory: float, oracle_seconds: float
-) -> None:
-    """The target of the process: findings go to the file `out`, and all output of libraries to the file `noise`.
-
-    seconds, memory: the CPU time and the address space (GiB) after which the process is stopped
-    """
-    sink = os.open(noise, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(sink, 1)
-    os.dup2(sink, 2)
-    limit = int(memory * 2**30)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    used = math.ceil(time.process_time() + seconds)
-    resource.setrlimit(resource.RLIMIT_CPU, (used, used + 5))
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    with open(out, "a", encoding="utf-8") as file:
-        for finding in findings(tool, suite, name, oracle_seconds):
-            file.write(json.dumps(finding) + "\n")
-            file.flush()
+    specimen = build(suite, name)
+    yield {"parameters": count(specimen.model)}
+    if tool == "peer":
+        yield from peer_findings(specimen, suite)
+    else:
+        yield from fxmerge_findings(specimen, oracle_seconds)
+    yield {"stage": "done"}

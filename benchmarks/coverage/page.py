@@ -5,8 +5,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
-Key = tuple[str, str, str]  # suite, name, tool
-Row = dict[str, Any]
+from benchmarks.harness.page import escaped, short
+from benchmarks.harness.rows import Row
+
+Key = tuple[Any, ...]  # suite, name, tool
 
 TOOLS = ("fxmerge", "peer")
 EXACT = 1e-10  # bound of oracles 1 and 6 in float64: above it the analysis or the capture is wrong
@@ -125,11 +127,6 @@ def line(ours: Row | None, theirs: Row | None, name: str) -> str:
     return "| " + " | ".join(map(escaped, cells)) + " |"
 
 
-def escaped(text: str) -> str:
-    """The text, escaped for a cell of a Markdown table."""
-    return text.replace("\n", " ").replace("|", "\\|").replace("<", "\\<")
-
-
 def oracle(row: Row) -> str:
     """The error of oracle 1, or why there is none."""
     if "oracle" not in row:
@@ -160,11 +157,6 @@ def note(row: Row) -> str:
     if reasons and reasons[0][1] > 0.05 * total:
         parts.append(f"{100 * reasons[0][1] / total:.0f} % of channels: {short(reasons[0][0], 120)}")
     return "; ".join(parts)
-
-
-def short(text: str, length: int) -> str:
-    """The text, shortened to `length` characters."""
-    return text if len(text) <= length else text[: length - 1].rstrip() + "…"
 
 
 def _millions(value: int | None) -> str:

@@ -9,14 +9,8 @@ written from that file.
 
 import argparse
 import itertools
-import json
-import multiprocessing
-import os
-import signal
-import tempfile
 import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 from pathlib import Path
@@ -25,81 +19,20 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks.coverage import one_model
-from benchmarks.coverage.page import TOOLS, Key, Row, page
+from benchmarks.coverage.page import TOOLS, Key, page
 from benchmarks.coverage.zoo import SUITES, names
+from benchmarks.harness import process
+from benchmarks.harness.rows import Row, append_row, read_rows
 
-# the server imports the libraries once and does nothing else; each process is forked from it
-PROCESSES = multiprocessing.get_context("forkserver")
-PATIENCE = 20  # wall-clock seconds of a process for each CPU second that it may use
-LIBRARIES = ("torch", "torchvision", "timm", "transformers", "torch_pruning", "benchmarks.coverage.one_model")
-
-
-def read_rows(path: Path) -> dict[Key, Row]:
-    """The rows of a file of JSON lines by (suite, name, tool). A later line replaces an earlier one with the same key.
-
-    An incomplete line, left by a stopped run, is skipped.
-    """
-    rows: dict[Key, Row] = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        rows[row["suite"], row["name"], row["tool"]] = row
-    return rows
+KEY = ("suite", "name", "tool")
+LIBRARIES = ("torchvision", "timm", "transformers", "torch_pruning", "benchmarks.coverage.one_model")
 
 
-def append_row(path: Path, row: Row) -> None:
-    """Append a row in one write, on a new line even if the last line is incomplete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+") as file:
-        if file.tell() and file.seek(-1, os.SEEK_END) is not None and file.read(1) != b"\n":
-            file.write(b"\n")
-        file.write(json.dumps(row).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def measure(
-    key: Key, timeout: float, memory: float, oracle_seconds: float, work: Callable[..., None] = one_model.work
-) -> tuple[Row, float]:
-    """Measure one row in its own process; returns it and the wall-clock seconds.
-
-    If the process is stopped, the row has the findings that it wrote until then. timeout: CPU seconds, so that other
-    processes on the machine do not change the outcome; a process that waits is stopped after PATIENCE times as long
-    """
+def measure(key: Key, timeout: float, memory: float, oracle_seconds: float) -> tuple[Row, float]:
+    """Measure one row in its own process; returns it and the wall-clock seconds."""
     suite, name, tool = key
-    row: Row = {"suite": suite, "name": name, "tool": tool}
-    start = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        findings, noise = Path(folder, "findings.jsonl"), Path(folder, "noise.txt")
-        limits = {"seconds": timeout, "memory": memory, "oracle_seconds": oracle_seconds}
-        process = PROCESSES.Process(target=work, args=(tool, suite, name, str(findings), str(noise)), kwargs=limits)
-        process.start()
-        process.join(PATIENCE * timeout)
-        waited = process.is_alive()
-        if waited:
-            process.kill()
-            process.join()
-        if waited or process.exitcode == -signal.SIGXCPU:
-            row["ended"] = f"stopped after {timeout:.0f} s"
-        row |= combined(findings.read_text(encoding="utf-8").splitlines() if findings.exists() else [])
-        if "ended" not in row and process.exitcode:
-            last = noise.read_text(encoding="utf-8", errors="replace").split("\n")[-2:] if noise.exists() else []
-            row["ended"] = " ".join(["killed" if process.exitcode < 0 else "died", *last]).strip()
-            row["ended"] += f" (exit status {process.exitcode})"
-    return with_error(row), time.monotonic() - start
-
-
-def combined(lines: Iterable[str]) -> Row:
-    """All findings of a process as one record; later findings replace earlier ones."""
-    row: Row = {}
-    for line in lines:
-        try:
-            row |= json.loads(line)
-        except ValueError:  # the process was stopped in the middle of a line
-            break
-    return row
+    found, seconds = process.measured(one_model.findings, (tool, suite, name, oracle_seconds), timeout, memory)
+    return with_error({"suite": suite, "name": name, "tool": tool, **found}), seconds
 
 
 def with_error(row: Row) -> Row:
@@ -163,9 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--only", default="*", metavar="PATTERN", help="only models with a matching name (fnmatch)")
     parser.add_argument("--suite", choices=SUITES, nargs="+", default=list(SUITES), help="default: all of them")
-    parser.add_argument(
-        "--timeout", type=float, default=300, metavar="S", help="CPU seconds for each model (default: 300)"
-    )
+    parser.add_argument("--timeout", type=float, default=300, metavar="S", help="seconds for each model (default: 300)")
     parser.add_argument(
         "--peer-timeout", type=float, default=200, metavar="S", help="the same for the peer (default: 200)"
     )
@@ -180,13 +111,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     path = args.json or args.out.with_suffix(".jsonl")
     console = Console(stderr=True, highlight=False)
-    rows = read_rows(path)
+    rows = read_rows(path, KEY)
     tools = TOOLS[:1] if args.no_peer else TOOLS
     todo = [key for key in requested(args.suite, args.only, tools, console) if args.again or key not in rows]
-    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    PROCESSES.set_forkserver_preload(list(LIBRARIES))
+    process.preload(*LIBRARIES)
     try:
         run(todo, path, vars(args), args.jobs, console)
     finally:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(page(read_rows(path), args.remark), encoding="utf-8")
+        args.out.write_text(page(read_rows(path, KEY), args.remark), encoding="utf-8")

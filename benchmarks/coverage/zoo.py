@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.coverage import zoo_timm, zoo_transformers
+from fxmerge.graph.flop_counter import flop_counter
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,12 @@ class Specimen:
         """The output of the model for its inputs."""
         with torch.no_grad():
             return self.model(**self.inputs) if isinstance(self.inputs, dict) else self.model(*self.inputs)
+
+    def flops(self) -> int:
+        """The FLOPs of one run on the inputs."""
+        with flop_counter() as counter:
+            self.run()
+        return int(counter.get_total_flops())
 
 
 def torchvision_names() -> list[str]:

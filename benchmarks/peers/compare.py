@@ -73,7 +73,9 @@ def by_torch_pruning(task: Task) -> nn.Module:
 METHODS: dict[str, Callable[[Task], nn.Module]] = {
     "fxmerge": by_fxmerge(),
     "fxmerge, training images": by_fxmerge(refit="calibration"),
-    "fxmerge, no refit": by_fxmerge(refit="none", selection="l1", mostsim_scale="reference"),
+    "fxmerge, no refit": by_fxmerge(
+        refit="none", selection="l1", decomposition="mostsim", mostsim_scale="reference"
+    ),
     "fxmerge, prune only": by_fxmerge(refit="none", selection="l1", decomposition="prune"),
     "Torch-Pruning": by_torch_pruning,
     "neuron merging, published": lambda task: neuron_merging(task.model, task.counts, task.network.threshold),

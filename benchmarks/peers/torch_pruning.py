@@ -1,10 +1,12 @@
-"""Prune one model with Torch-Pruning as its own examples do: the peer of benchmarks.coverage.
+"""Prune one model with Torch-Pruning as its own examples do: the peer of benchmarks.coverage and benchmarks.real.
 
-MagnitudePruner with GroupMagnitudeImportance and a uniform ratio. Classifiers are not pruned, nor are the heads that
-its torchvision script ignores. As in its timm and transformers examples, the pruner is given the number of attention
-heads of each layer, and after pruning the attributes are updated that the forward pass depends on.
+MagnitudePruner with GroupMagnitudeImportance, and a uniform ratio unless stated otherwise. Classifiers are not pruned,
+nor are the heads that its torchvision script ignores. As in its timm and transformers examples, the pruner is given the
+number of attention heads of each layer, and after pruning the attributes are updated that the forward pass depends on.
 """
 
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +22,8 @@ HEADS = (
     "mask_predictor",
 )  # fmt: skip
 SEPARATE = (("query", "key", "value"), ("q_proj", "k_proj", "v_proj"), ("q_lin", "k_lin", "v_lin"), ("q", "k", "v"))
+
+STEPS, MOST = 100, 0.9  # of pruning to a budget: number of steps; largest share that a layer loses
 
 
 def ignored(model: nn.Module, suite: str) -> list[nn.Module]:
@@ -95,8 +99,33 @@ def flat(out: Any) -> list[Tensor]:
     return [v for v in leaves(out) if isinstance(v, Tensor) and v.grad_fn is not None]
 
 
-def prune(specimen: Specimen, suite: str, ratio: float) -> None:
-    """Prune the model in place. Errors of Torch-Pruning are not caught."""
+def prune(specimen: Specimen, suite: str, ratio: float, ignore: Sequence[nn.Module] = ()) -> None:
+    """Prune the model in place, every layer by the same ratio. Errors of Torch-Pruning are not caught.
+
+    ignore: layers that are left alone, in addition to classifiers and heads
+    """
+    next(_steps(specimen, suite, ratio, ignore))
+
+
+def prune_to_flops(
+    specimen: Specimen, suite: str, share: float, together: bool = False, *, ignore: Sequence[nn.Module] = ()
+) -> None:
+    """Prune the model in place until at most this share of the FLOPs is left, in small steps as in its CIFAR script.
+
+    together: rank the channels of all layers together (`global_pruning`)
+    """
+    whole = specimen.flops()
+    settings = {"global_pruning": together, "iterative_steps": STEPS, "max_pruning_ratio": MOST}
+    for _ in itertools.islice(_steps(specimen, suite, MOST, ignore, **settings), STEPS):
+        if specimen.flops() <= share * whole:
+            return
+    raise ValueError(f"{specimen.flops() / whole:.0%} of the FLOPs are left after all steps, more than {share:.0%}")
+
+
+def _steps(
+    specimen: Specimen, suite: str, ratio: float, ignore: Sequence[nn.Module], **settings: Any
+) -> Iterator[None]:
+    """Prune the model in place, step by step, until a ratio is reached."""
     import torch_pruning as tp
 
     if suite == "timm":  # as in its timm example: fused attention hides queries, keys and values
@@ -116,9 +145,8 @@ def prune(specimen: Specimen, suite: str, ratio: float) -> None:
             model,
             inputs if isinstance(inputs, dict) else inputs[0] if len(inputs) == 1 else inputs,
             importance=tp.importance.GroupMagnitudeImportance(),
-            global_pruning=False,
             pruning_ratio=ratio,
-            ignored_layers=ignored(model, suite),
+            ignored_layers=[*ignored(model, suite), *ignore],
             num_heads=heads,
             in_channel_groups={},
             out_channel_groups={},
@@ -128,9 +156,13 @@ def prune(specimen: Specimen, suite: str, ratio: float) -> None:
             round_to=model.encoder.layers[0].num_heads if vit else None,  # type: ignore[union-attr,index]
             forward_fn=_forward,
             output_transform=flat,
+            **settings,
         )
-        pruner.step()
-    update_sizes(model, holders, pruner.num_heads)
+    while True:
+        with torch.enable_grad():
+            pruner.step()
+        update_sizes(model, holders, pruner.num_heads)
+        yield
 
 
 def _forward(model: nn.Module, inputs: Any) -> Any:

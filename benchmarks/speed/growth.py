@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import fxmerge
+from benchmarks.harness.page import pyplot, save_plot
 
 MOST = 300_000_000  # parameters of a model in memory; four times as many on disk
 MIB = 2**20
@@ -87,7 +88,7 @@ def _widths(kind: str, depth: int, *widths: int) -> tuple[Net, ...]:
     return tuple(Net(kind, depth, width) for width in widths)
 
 
-PLAIN = {"refit": "none"}
+PLAIN = {"refit": "none", "decomposition": "mostsim"}
 PRUNE = {"refit": "none", "decomposition": "prune"}
 SERIES: dict[str, Series] = {
     "depth": Series("depth, linear, width 1024", _depths("linear", 1024, 16, 32, 64, 128, 256, 512, 1024), PLAIN),
@@ -199,13 +200,7 @@ def markdown(found: Mapping[str, Sequence[Point]]) -> str:
 
 def plot(found: Mapping[str, Sequence[Point]], path: Path) -> None:
     """Time and memory against parameters, both axes logarithmic."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "fixed"  # the same numbers give the same file
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
+    figure, axes = pyplot().subplots(1, 2, figsize=(11, 4.8), layout="constrained")
     for key, points in found.items():
         x = [p.parameters for p in points]
         axes[0].loglog(x, [p.seconds for p in points], marker="o", label=SERIES[key].title)
@@ -218,7 +213,7 @@ def plot(found: Mapping[str, Sequence[Point]], path: Path) -> None:
     for axis in axes:
         axis.grid(alpha=0.3)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
-    figure.savefig(path, metadata={"Date": None})
+    save_plot(figure, path)
 
 
 HEAD = """# Growth

@@ -81,6 +81,7 @@ def merge(model: VGG, example: Tensor, widths: Sequence[int]) -> fxmerge.Result:
         example,
         **by_convolution(widths)(model, None),
         selection="l1",
+        decomposition="mostsim",
         mostsim_scale="reference",
         lam=LAM,
         threshold=THRESHOLD,

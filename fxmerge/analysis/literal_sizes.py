@@ -108,6 +108,8 @@ class _Check:
         if kind == "query" and node.op not in ("get_attr", "placeholder"):
             return self.query(node, before)
         if isinstance(before, Param) or not labelled(before):
+            if kind == "unknown":  # of several tensors, say; it may take a size as a value
+                self.valued(node, self.originals.of_operands)
             return before
         expected = self.shrunk(before)
         if kind == "movement":
@@ -236,13 +238,12 @@ class _Check:
         if fixed and node.name in self.facts.made and len(expected) == 1:  # the user's code may follow the width
             return expected[0]
         for want in [] if fixed else expected:
-            name = self.rule_name(node)
             shapes = [nested.tree(lambda v: tuple(v.t.shape) if isinstance(v, Lab) else v, v) for v in (before, want)]
             call = Call(node.target, tuple(node.args), dict(node.kwargs))
             was = nested.tree(lambda v: self.facts.values.get(v.name, v) if isinstance(v, fx.Node) else v, call.args)
             now = Call(call.target, args, kwargs)
             about = Resize(shapes[0], shapes[1], lambda at: self.survivors(node, at), Call(call.target, was, {}), now)
-            proposal = resized(name, call, about)
+            proposal = resized(self.rule_name(node), call, about)
             if proposal is not None:
                 found = self.attempt(node, proposal.target, *self.arguments(proposal))
                 if same(found, want):

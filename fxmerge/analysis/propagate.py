@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxmerge.analysis.constants import labelled, makers, passes_factor
+from fxmerge.analysis.uniform import is_uniform, width_of
 from fxmerge.analysis.untouched import untouched
 from fxmerge.errors import source_line
 from fxmerge.graph import nested
@@ -58,6 +59,7 @@ class _Interpreter:
 
     def __init__(self, capture: Capture, whole: bool, made: Mapping[str, tuple[int, ...]]) -> None:
         self.capture, self.facts, self.made = capture, FactsBuilder(whole), made
+        self.uniform: set[str] = set()  # nodes whose values are the same for all channels
         self.factors: set[str] = set()  # nodes that make constants other than zeros, which no factor passes
         self.inputs = iter(capture.inputs)
         self.kinds: dict[str, Kind] = {}
@@ -74,8 +76,12 @@ class _Interpreter:
         held = self.capture.recorded.held if self.capture.recorded else {}
         for node in self.capture.module.graph.nodes:
             self.sources[node.name] = tuple(self.latest(n).name for n in node.all_input_nodes)
+            taken = [(self.latest(n).name, self.values[self.latest(n)]) for n in node.all_input_nodes]
+            mixers = len(self.facts.mixers)
             value, self.kinds[node.name] = self.step(node)
+            self.hold_widths(node, value, taken, mixers)
             if node.name in self.made:
+                self.uniform.add(node.name)
                 if not passes_factor(node, value, self.capture.module):
                     self.factors.add(node.name)
                 value, self.kinds[node.name] = labelled(self.facts, node, value, self.made[node.name]), "movement"
@@ -85,6 +91,15 @@ class _Interpreter:
             if node.name in held:
                 self.hold([leaf for leaf in nested.leaves(value) if isinstance(leaf, Lab)], node, held[node.name])
         return self.found()
+
+    def hold_widths(self, node: fx.Node, value: Any, taken: list[tuple[str, Any]], mixers: int) -> None:
+        """Pin channels of which nothing but their number is left, such as those of `torch.ones_like(x).sum(-1)`."""
+        kind, mixed = self.kinds[node.name], [labels for _, labels in self.facts.mixers[mixers:]]
+        for labels in width_of(kind, value, taken, self.uniform, mixed):
+            why = "runs over values that are the same for all channels, so its result would follow the width"
+            self.facts.pin(node, labels, f"{call_name(node)} {why}")
+        if is_uniform(node, self.rules.get(node.name, ""), kind, taken, self.uniform):
+            self.uniform.add(node.name)
 
     def latest(self, node: fx.Node) -> fx.Node:
         while node in self.renewed:

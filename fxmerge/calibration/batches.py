@@ -1,28 +1,28 @@
-"""The batches that refit runs on, from calibration data or from probes, and each process's share of them.
-
-Calibration data are tensors, tuples (whose further entries, such as labels, are ignored), dicts, a DataLoader, or a
-generator, which is read once.
-"""
+"""The batches that refit runs on, from calibration data or from probes, and each process's share of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import islice
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from fxmerge.calibration.held_out import HELD_OUT, sample_folds, samples
+from fxmerge.calibration.user_data import given
 from fxmerge.errors import FxMergeError, first_line
 from fxmerge.graph.cost import cost
 from fxmerge.graph.distributed import rank_and_size
 from fxmerge.graph.eval_mode import evaluating
-from fxmerge.graph.inputs import bind, is_exported
+from fxmerge.graph.inputs import is_exported
 from fxmerge.graph.nested import fresh
 from fxmerge.graph.outputs import returned
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.provenance import Provenance, batch_norms
-from fxmerge.methods.probes import PROBES, probes
+from fxmerge.methods.probe_statistics import is_image, looks_real
+from fxmerge.methods.probe_variants import augmented
+from fxmerge.methods.probes import EXAMPLE, PROBES, probed, probes
 from fxmerge.options import Options
 from fxmerge.weights.by_path import at
 
@@ -30,6 +30,7 @@ Batches = list[list[Any]]  # by batch, the values of the graph's placeholders
 ELEMENTS = 2**27  # of the largest activation over all batches, at most: half a GiB in float32
 FEWEST, USUAL, MOST = 128, 512, 4096  # numbers of probes, unless `Options.samples` is given
 SMALL, FORWARD = 2**22, 5e11  # for all probes: elements of the largest activation, FLOPs of a forward pass
+ROWS = 64  # the first layers see at least so many rows of an example that probes are made of
 
 
 def with_data(options: Options, given: Any) -> Options:
@@ -41,34 +42,132 @@ def with_data(options: Options, given: Any) -> Options:
     return options if given is None else options.replace(refit="calibration")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Fed:
+    """This process's share of the batches, and what they hold.
+
+    made:    the number of leading batches that hold the user's own samples; the others hold variants of these, or
+             probes
+    real:    whether the batches hold data or variants of data, and no synthetic numbers alone
+    source:  what refit ran on, for the report
+    """
+
+    batches: Batches
+    made: int
+    real: bool
+    source: str
+
+
 def fed(
     captured: Capture, facts: Provenance, options: Options, batches: Any, mismatch: Callable[[Batches], float]
-) -> Batches:
-    """This process's share of the user's batches, or of probes of the family with the smallest mismatch.
+) -> Fed:
+    """The user's batches and variants of their samples, or probes of the family with the smallest mismatch.
 
     Raises FxMergeError where the batches do not fit the model, UnprobedError where the model does not run on probes.
     """
     limit = samples_at_most(captured)
     if options.refit == "calibration":
-        found = given(captured, batches, limit)
+        found = given(captured, batches, limit, batch_size(captured))
         if fault := refused(captured, found[0]):
             raise FxMergeError(f"the model {fault} on a calibration batch; give inputs as its forward takes them")
-        return share(found)
+        mine, (rank, size) = share(found), rank_and_size()
+        more = variants(captured, mine, min(limit, options.samples or enough(captured)) // size, options.seed + rank)
+        text = f"{sum(map(samples, found)):,} calibration samples"
+        if more:
+            text += f" and {sum(map(samples, more)) * size:,} variants of them"
+        return Fed(batches=mine + more, made=len(mine), real=True, source=text)
     size = batch_size(captured) if is_exported(captured.module) else options.batch
-    words, normed = vocabularies(captured, facts), bool(batch_norms(facts))
+    tables, normed = vocabularies(captured, facts), bool(batch_norms(facts))
 
     def made(family: str, count: int) -> Batches:
         whole = max(1, min(count, limit) // size) * size  # the last batch is as large as the others
         inputs = list(captured.inputs)
-        return probes(family, inputs, vocabularies=words, count=whole, batch=size, seed=options.seed)
+        return probes(family, inputs, tables=tables, count=whole, batch=size, seed=options.seed)
 
     if fault := refused(captured, made(next(iter(PROBES)), size)[0]):
         raise UnprobedError(f"refit is left out, as the model {fault} on probes; give merge(..., calibration=batches)")
-    family = options.probes
+    real = example_counts(captured, facts)
+    family, count = options.probes, options.samples or enough(captured)
     if family == "auto":
-        off = {name: mismatch(made(name, size)) if normed else 0.0 for name in PROBES}
+        families = [name for name in PROBES if real or name != EXAMPLE]
+        off = {name: mismatch(made(name, size)) if normed else float(name != EXAMPLE) for name in families}
         family = min(off, key=lambda name: off[name])
-    return share(made(family, options.samples or enough(captured)))
+    if family == EXAMPLE and not options.samples:
+        count = max(count, batch_size(captured))  # all samples of the example are used
+    found = share(made(family, count))
+    real = real and family == EXAMPLE
+    text = _described(captured, family if probed(captured.inputs) else "", sum(map(samples, found)), real, bool(tables))
+    return Fed(batches=found, made=0, real=real, source=text)
+
+
+def example_counts(captured: Capture, facts: Provenance) -> bool:
+    """Whether probes can be made of the example inputs: their floating-point inputs are data and not noise, and the
+    first layers that read them see at least ROWS rows of them.
+    """
+    inputs, names = captured.inputs, [n for n in captured.module.graph.nodes if n.op == "placeholder"]
+    places = [at for at in probed(inputs) if inputs[at].dim() > 1]
+    readers = {layer.node: layer for layer in facts.layers if layer.reads is not None}
+
+    def rows(start: fx.Node) -> int:
+        """The most rows that one of the first layers after a placeholder sees."""
+        most, waiting, seen = 0, [start], {start}
+        while waiting:
+            for node in waiting.pop().users:
+                layer, shape = readers.get(node.name), captured.shapes.get(node.name)
+                if layer is not None and shape is not None and layer.writes is not None:
+                    most = max(most, torch.Size(shape).numel() // max(1, len(layer.writes)))
+                elif node not in seen:
+                    seen.add(node)
+                    waiting.append(node)
+        return most
+
+    return bool(places) and all(looks_real(inputs[at].detach()) and rows(names[at]) >= ROWS for at in places)
+
+
+def variants(captured: Capture, batches: Batches, wanted: int, seed: int) -> Batches:
+    """Batches of variants of the user's samples, one of each batch in turn, until there are `wanted` samples in all.
+
+    None where the user's samples are nearly as many, or where the inputs have no variants. Samples that are held out
+    have none.
+    """
+    found: Batches = []
+    missing = wanted - sum(map(samples, batches))
+    sources = [
+        _rows(batch, (folds != HELD_OUT).nonzero().flatten())
+        for batch, folds in zip(batches, sample_folds([samples(batch) for batch in batches]), strict=True)
+        if not (folds == HELD_OUT).all()
+    ]
+    while missing >= samples(batch := sources[len(found) % len(sources)]):
+        made = {}
+        for place in probed(batch):
+            generator = torch.Generator().manual_seed(seed + len(found))  # the same for all inputs of a sample
+            if (values := augmented(batch[place], len(batch[place]), generator)) is not None:
+                made[place] = values.to(batch[place])
+        if not made:
+            break
+        found.append([made.get(place, value) for place, value in enumerate(batch)])
+        missing -= samples(batch)
+    return found
+
+
+def _rows(batch: Sequence[Any], index: Tensor) -> list[Any]:
+    """As many samples as the batch has, from those with these indices in turn."""
+    count = samples(batch)
+    chosen = index[torch.arange(count) % len(index)]
+    return [v[chosen.to(v.device)] if isinstance(v, Tensor) and v.dim() and v.size(0) == count else v for v in batch]
+
+
+def _described(captured: Capture, family: str, count: int, real: bool, words: bool) -> str:
+    """What probes are made of, for the report."""
+    n, text = batch_size(captured), f"{count:,} probes"
+    inputs = f"the {n:,} example inputs" if n > 1 else "the one example input"
+    floats = [captured.inputs[at] for at in probed(captured.inputs)]
+    if real:
+        of = "crops, flips, colours; half dead leaves" if any(map(is_image, floats)) else "half noise like them"
+        return f"{text} made from {inputs} ({of})"
+    if words:
+        return f"{text} made from the tokens of {inputs} and of the vocabulary"
+    return f"{text} ({family})" if family else text
 
 
 class UnprobedError(FxMergeError):
@@ -111,113 +210,21 @@ def batch_size(captured: Capture) -> int:
     return next((v.size(0) for v in captured.inputs if isinstance(v, Tensor) and v.dim()), 1)
 
 
-def given(captured: Capture, batches: Any, limit: int) -> list[list[Any]]:
-    """The user's batches as values of the graph's placeholders, at most about `limit` samples of them.
-
-    Raises FxMergeError where the batches do not fit the model.
-    """
-    if isinstance(batches, (Tensor, Mapping)):
-        batches = [batches]
-    if not isinstance(batches, Iterable):
-        what = type(batches).__name__
-        raise FxMergeError(f"calibration is of type {what}; give an iterable of batches, or a DataLoader")
-    found: list[list[Any]] = []
-    total = 0
-    for batch in islice(batches, limit):
-        values = _placed(captured, batch)
-        count = next((len(v) for v in values if isinstance(v, Tensor) and v.dim()), 0)
-        if count == 0:
-            raise FxMergeError("a calibration batch holds no samples; give tensors with at least one sample")
-        found.append(values)
-        total += count
-        if total >= limit:
-            break
-    if not found:
-        raise FxMergeError("calibration holds no batches; a generator can be read only once")
-    if is_exported(captured.module):
-        found = _regrouped(captured, found, batch_size(captured))
-    return found
-
-
-def _placed(captured: Capture, batch: Any) -> list[Any]:
-    """One batch as values of the placeholders, on the devices and in the dtypes of the example inputs."""
-    names = list(captured.kwargs)
-    if isinstance(batch, Mapping):
-        placeholders = [str(n.target) for n in captured.module.graph.nodes if n.op == "placeholder"]
-        wanted = names or placeholders[: len(captured.args)]
-        missing = [name for name in wanted if name not in batch]
-        if missing:
-            has = ", ".join(map(str, batch))
-            raise FxMergeError(f"a calibration batch has no {', '.join(missing)}; it has {has}")
-        args, kwargs = tuple(batch[n] for n in wanted if not names), {n: batch[n] for n in names}
-    else:
-        parts = (batch,) if isinstance(batch, Tensor) else tuple(batch) if isinstance(batch, (tuple, list)) else None
-        count = len(names) or len(captured.args)
-        if parts is None or len(parts) < count:
-            what = type(batch).__name__ if parts is None else f"{type(batch).__name__} of {len(parts)}"
-            raise FxMergeError(f"a calibration batch is a {what}; the model takes {count} inputs, give a tuple")
-        args = () if names else parts[:count]
-        kwargs = dict(zip(names, parts, strict=False))
-    values = bind(captured.module, args, kwargs)
-    for value, example in zip(values, captured.inputs, strict=True):
-        if isinstance(example, Tensor) and not (isinstance(value, Tensor) and value.dim() == example.dim()):
-            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise FxMergeError(f"a calibration batch has {got} where the example inputs have {tuple(example.shape)}")
-    return [v.to(e) if isinstance(e, Tensor) else v for v, e in zip(values, captured.inputs, strict=True)]
-
-
-def _regrouped(captured: Capture, batches: Sequence[list[Any]], size: int) -> list[list[Any]]:
-    """The batches in the shapes of the example inputs: as they are, or the same samples in batches of `size`.
-
-    A smaller last batch is dropped. Inputs whose first axis is not that of the samples are taken from the first batch.
-    Raises FxMergeError where samples cannot be told apart, as where the first axis is a sequence.
-    """
-    if all(_shapes(batch) == _shapes(captured.inputs) for batch in batches):
-        return list(batches)
-    columns = []
-    for parts, example in zip(zip(*batches, strict=True), captured.inputs, strict=True):
-        if not isinstance(example, Tensor) or not example.dim():
-            columns.append([parts[0]])
-        elif example.size(0) == size and len({part.shape[1:] for part in parts}) == 1:
-            whole = torch.cat(parts)
-            if len(whole) < size:
-                raise FxMergeError(f"calibration holds {len(whole)} samples; the exported model takes {size} at a time")
-            columns.append(list(torch.split(whole[: len(whole) // size * size], size)))
-        elif all(part.shape == example.shape for part in parts):
-            columns.append([parts[0]])
-        else:
-            other = next(tuple(part.shape) for part in parts if part.shape != example.shape)
-            raise FxMergeError(
-                f"a calibration batch has an input of shape {other} where the exported model takes "
-                f"{tuple(example.shape)}; give batches in the shapes of the example inputs"
-            )
-    length = max(map(len, columns))
-    if any(len(column) not in (1, length) for column in columns):
-        raise FxMergeError(
-            "calibration batches have other numbers of samples in different inputs of the exported model"
-        )
-    return [list(row) for row in zip(*(c * length if len(c) == 1 else c for c in columns), strict=True)]
-
-
-def _shapes(values: Sequence[Any]) -> list[tuple[int, ...] | None]:
-    return [tuple(v.shape) if isinstance(v, Tensor) else None for v in values]
-
-
-def vocabularies(captured: Capture, facts: Provenance) -> dict[int, int]:
-    """Placeholder number -> vocabulary size, for the placeholders that hold token ids."""
+def vocabularies(captured: Capture, facts: Provenance) -> dict[int, Tensor]:
+    """Placeholder number -> the smallest embedding that it indexes, (vocabulary, features), if it holds token ids."""
     placeholders = [n.name for n in captured.module.graph.nodes if n.op == "placeholder"]
-    found: dict[int, int] = {}
+    found: dict[int, Tensor] = {}
     for layer in facts.layers:
         if layer.op != "embedding":
             continue
         node = next(n for n in captured.module.graph.nodes if n.name == layer.node)
-        size = at(captured.module, layer.params["weight"]).size(0)
+        table = at(captured.module, layer.params["weight"])
         sources = [s.name for s in node.all_input_nodes]
         while sources:
             source = sources.pop()
             if source in placeholders:
                 number = placeholders.index(source)
-                found[number] = min(size, found.get(number, size))
+                found[number] = min(table, found.get(number, table), key=len)
             elif facts.kinds.get(source) in ("movement", "query", "per_channel"):
                 sources += facts.sources.get(source, ())
     return found

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxmerge.calibration.paired_run import Pair
+from fxmerge.calibration.rectifiers import Bounds, bounds_of
 from fxmerge.ir.layer_ops import NORMS
 from fxmerge.ir.provenance import Layer, Provenance
 from fxmerge.rules.lookup import rule_of
@@ -18,11 +19,11 @@ LEAST_GAIN = 0.05  # of the median |gain|: with a smaller gain a channel's outpu
 
 @dataclass(frozen=True)
 class Epilogue:
-    """The nodes that a layer's outputs pass right after it. What is absent is None or False."""
+    """The nodes that a layer's outputs pass right after it. What is absent is None."""
 
     norm: Layer | None
     other: fx.Node | None  # the other operand of the add
-    rectified: bool
+    bounds: Bounds | None  # of the rectifier: (0, inf) for ReLU, (0, 6) for ReLU6
 
 
 def epilogue_of(module: fx.GraphModule, node: fx.Node, norms: dict[str, Layer], known: set[str]) -> Epilogue:
@@ -57,7 +58,7 @@ def epilogue_of(module: fx.GraphModule, node: fx.Node, norms: dict[str, Layer], 
             other, following = others[0], after(following)
         else:
             following = None
-    return Epilogue(norm, other, rule(following) == "relu")
+    return Epilogue(norm, other, bounds_of(following, module))
 
 
 def pair(
@@ -78,7 +79,7 @@ def rectified_layers(module: fx.GraphModule, facts: Provenance) -> dict[str, Lay
     for node in module.graph.nodes:
         if any(source in reached for source in node.all_input_nodes):
             reached.add(node)
-        elif node.name in layers and epilogue_of(module, node, {}, set()).rectified:
+        elif node.name in layers and (epilogue_of(module, node, {}, set()).bounds or (-1,))[0] == 0:
             found[node.name] = layers[node.name]
             reached.add(node)
     return found

@@ -45,11 +45,15 @@ class RefitData:
 
     batches:  by batch, the values of the graph's placeholders; empty where refit is left out
     held:     whether both streams are held where training left them (see `paired_run`)
-    notes:    what the report says about the data
+    made:     the number of leading batches that hold the user's own samples; 0 for probes
+    source:   what the batches hold, for the report; "" where refit is left out
+    notes:    what else the report says about the data
     """
 
     batches: Batches
     held: bool
+    made: int = 0
+    source: str = ""
     notes: tuple[str, ...] = ()
 
 
@@ -68,14 +72,18 @@ def refit_data(
         return RefitData(batches=[], held=held, notes=(_IN_PARTS,))
     stage("probes" if given is None else "calibration")
     try:
-        batches = fed(captured, facts, options, given, lambda b: mismatch(captured, facts, b, settings))
+        found = fed(captured, facts, options, given, lambda b: mismatch(captured, facts, b, settings))
     except UnprobedError as error:
         return RefitData(batches=[], held=held, notes=(str(error),))
+    batches, source = found.batches, found.source
     if given is not None:
-        return RefitData(batches=batches, held=held)
-    if not holds(captured, facts, batches, settings):
-        return RefitData(batches=batches, held=False, notes=(_STRAYED,))
-    return RefitData(batches=fitted(captured, facts, batches, settings, stage), held=held)
+        return RefitData(batches=batches, held=held, made=found.made, source=source)
+    if found.real:  # real data leave the streams where training did
+        held = False
+    elif not holds(captured, facts, batches, settings):
+        return RefitData(batches=batches, held=False, source=source, notes=(_STRAYED,))
+    batches = fitted(captured, facts, batches, settings, stage)
+    return RefitData(batches=batches, held=held, source=source)
 
 
 def normed(facts: Provenance) -> dict[str, Layer]:
@@ -130,8 +138,10 @@ def _moved(
         for number, batch in enumerate(batches):
             stage(f"probes {number + 1} of {len(batches)}")
             moving = {place: batch[place].clone().requires_grad_() for place in places}
+            ranges = {place: (float(batch[place].min()), float(batch[place].max())) for place in places}
             values = [moving.get(place, value) for place, value in enumerate(batch)]
-            adam = torch.optim.Adam(list(moving.values()), lr=RATE, betas=BETAS)
+            rates = [{"params": [x], "lr": RATE * float(x.detach().std())} for x in moving.values()]
+            adam = torch.optim.Adam(rates, betas=BETAS)
             falling = torch.optim.lr_scheduler.LinearLR(adam, 1.0, FALL, total_iters=steps)
             for _ in range(steps):
                 loss = _divergence(captured, facts, [values], alone, _own_moments)
@@ -140,6 +150,9 @@ def _moved(
                     value.grad = slope
                 adam.step()
                 falling.step()
+                with torch.no_grad():  # a model may be undefined outside of this range, as a root is
+                    for place, value in moving.items():
+                        value.clamp_(*ranges[place])
             found.append([moving[place].detach() if place in moving else value for place, value in enumerate(batch)])
     return found
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxmerge.calibration.held_out import sample_folds, samples
 from fxmerge.graph.nested import fresh
 from fxmerge.ir.provenance import Layer, Provenance, batch_norms
 from fxmerge.methods.least_squares import Reduce
@@ -38,12 +39,14 @@ class Settings:
     seed:    of the sampling
     held:    True to hold both streams where training left them (probes), False to run them as they are (data)
     reduce:  sums a tensor over all processes
+    made:    the number of leading batches whose samples may be held out to judge solves, or 0 for all
     """
 
     rows: int
     seed: int
     held: bool
     reduce: Reduce
+    made: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +132,7 @@ class PairedRun:
         self.rectified: Mapping[str, Layer] = pair.rectified if settings.held else {}
         self.shifts: dict[str, Tensor] = {}  # held layer -> what is added to its outputs, (c,)
         self.kept, self.reduce = pair.kept, settings.reduce
+        self.folds = sample_folds([samples(batch) for batch in batches], settings.made)
         self.known: dict[str, tuple[Tensor, Tensor]] = {}  # BatchNorm -> mean and deviation over the batches
 
     def __iter__(self) -> Iterator[Visit]:

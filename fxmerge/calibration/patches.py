@@ -174,6 +174,11 @@ def sample(
     return found
 
 
+def by_position(out: Tensor, form: Form) -> Tensor:
+    """The sum of the squares of the channels of a layer's output at each position: (positions,)."""
+    return _lined_up(out.movedim(channel_axis(out, form), -1)).square().sum(-1).flatten()
+
+
 def channel_axis(out: Tensor, form: Form) -> int:
     """The axis of the channels in a layer's output."""
     return out.dim() - form.spatial - 1

@@ -6,6 +6,7 @@ The `repair` selection chooses channels by them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from fxmerge.ir.capture import Capture
 from fxmerge.ir.groups import Group
 from fxmerge.ir.provenance import Layer, Provenance, batch_norms
 from fxmerge.methods.evidence import Reading
+from fxmerge.methods.generalisation import independent_rows
 from fxmerge.methods.least_squares import second_moments
 from fxmerge.weights.by_path import at
 from fxmerge.weights.disk_tensor import beside
@@ -35,10 +37,10 @@ def readings(
     stage: Callable[[str], None] = lambda name: None,
 ) -> dict[str, tuple[Reading, ...]]:
     """Group name -> how its consumers read it. Consumers that are not layers, as attention scores, are left out."""
-    consumers: dict[str, list[tuple[Group, Any]]] = {}
+    consumers: dict[str, list[tuple[Group, int, Any]]] = {}
     for group in groups:
-        for member in group.consumers:
-            consumers.setdefault(member.layer.node, []).append((group, member))
+        for number, member in enumerate(group.consumers):
+            consumers.setdefault(member.layer.node, []).append((group, number, member))
     found: dict[str, list[Reading]] = {g.name: [] for g in groups}
     module = captured.module
     norms = batch_norms(facts)
@@ -49,24 +51,26 @@ def readings(
             members = consumers.get(visit.node.name, ())
             if not members:
                 continue
-            layer = members[0][1].layer
+            layer = members[0][2].layer
             stage(f"survey {layer.module}")
             made = _consumer(run, visit, layer, norms=norms, settings=settings, generator=generator)
             if made is None:
                 continue
-            gram, weight, width = made
-            for group, member in members:
-                columns = member.where[:, :, None] * width + torch.arange(width)
-                found[group.name].append(Reading(gram, weight, member.channels, columns.flatten(1)))
+            reading, width = made
+            for group, number, member in members:
+                columns = (member.where[:, :, None] * width + torch.arange(width)).flatten(1)
+                own = replace(reading, channels=member.channels, columns=columns, consumer=number)
+                found[group.name].append(own)
     return {name: tuple(parts) for name, parts in found.items()}
 
 
 def _consumer(
     run: PairedRun, visit: Visit, layer: Layer, *, norms: dict[str, Layer], settings: Settings,
     generator: torch.Generator,
-) -> tuple[Tensor, Tensor, int] | None:  # fmt: skip
-    """(gram (g p, g p), weight (o, g p) times the gain of the norm after it, columns for each input channel).
+) -> tuple[Reading, int] | None:  # fmt: skip
+    """The reading of all channels together, and the number of columns for each input channel.
 
+    The weight is multiplied by the gain of the norm after it.
     None where the geometry of the call is unknown, patches are wider than WIDEST, or inputs are not finite.
     """
     module, node, outputs = run.original.module, visit.node, visit.outputs
@@ -82,7 +86,8 @@ def _consumer(
     index_of = sample(outputs, form, enough(settings.rows, blocks * width), generator, settings.reduce)
     inputs = run.original.values[input_of(node, layer.op).name]
     parts = [patches(x, form, index) for x, index in zip(inputs, index_of, strict=True)]
-    gram = _diagonal(second_moments(parts, settings.reduce)[1])
+    mean, second = second_moments(parts, settings.reduce)
+    gram = _diagonal(second)
     if not bool(torch.isfinite(gram).all()):
         return None
     whole = _diagonal(rows)
@@ -90,7 +95,16 @@ def _consumer(
     if norm is not None:
         whole = whole * line(module, norm, *run.statistics(norm, outputs))[0][:, None]
     assert layer.reads is not None
-    return beside(weight, gram.cpu()), beside(weight, whole.cpu()), blocks * width // layer.reads.numel()
+    each = blocks * width // layer.reads.numel()
+    reading = Reading(
+        gram=beside(weight, gram.cpu()),
+        weight=beside(weight, whole.cpu()),
+        channels=torch.arange(0),
+        columns=torch.zeros(0, each, dtype=torch.int64),
+        mean=mean.flatten().cpu(),
+        independent=independent_rows(parts, mean, second, settings.reduce),
+    )
+    return reading, each
 
 
 def _diagonal(blocks: Tensor) -> Tensor:

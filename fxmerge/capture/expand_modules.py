@@ -25,7 +25,7 @@ def multihead_attention(
     average_attn_weights: bool = True,
     is_causal: bool = False,
 ) -> tuple[Any, None]:
-    """nn.MultiheadAttention in evaluation mode, as three projections and scaled_dot_product_attention over the heads.
+    """nn.MultiheadAttention, as three projections and scaled_dot_product_attention over the heads.
 
     Inputs are (batch, tokens, channels) or, without batch_first, (tokens, batch, channels). The attention weights are
     not returned. Raises NotImplementedError for forms that are not covered; the module then stays a leaf.
@@ -49,7 +49,9 @@ def multihead_attention(
             b_q, b_k, b_v = module.in_proj_bias.chunk(3)
         q, k, v = F.linear(query, w_q, b_q), F.linear(key, w_k, b_k), F.linear(value, w_v, b_v)
     q, k, v = (torch.unflatten(t, -1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v) if mask is None else F.scaled_dot_product_attention(q, k, v, mask)
+    drops = {"dropout_p": module.dropout} if module.training and module.dropout else {}
+    given = (q, k, v) if mask is None else (q, k, v, mask)
+    out = F.scaled_dot_product_attention(*given, **drops)
     out = module.out_proj(out.transpose(1, 2).flatten(2))
     return out if module.batch_first else out.transpose(0, 1), None
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import fx, nn
 
 from fxmerge.errors import FxMergeError
 
 _MODULES = ("torch.ao.nn.", "torch.ao.quantization.", "torchao.", "bitsandbytes.")
+_OBSERVING = "fused_moving_avg_obs_fake_quant"  # what a prepared model becomes in an exported graph
 _TENSORS = ("torchao.", "bitsandbytes.")
 # parts of models that can be quantized, which compute in floating point until then
 _PLAIN = ("QuantStub", "DeQuantStub", "QuantWrapper", "FloatFunctional", "FXFloatFunctional")
@@ -21,6 +22,9 @@ def check_not_quantized(model: nn.Module) -> None:
     for path, value in [*model.named_parameters(), *model.named_buffers()]:
         if value.is_quantized or type(value).__module__.startswith(_TENSORS):
             raise _error(path, type(value).__name__)
+    for node in model.graph.nodes if isinstance(model, fx.GraphModule) else ():
+        if _OBSERVING in str(node.target):
+            raise _error(node.name, f"call of {node.target}")
 
 
 def _error(path: str, kind: str) -> FxMergeError:

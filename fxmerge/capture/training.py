@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from fxmerge.capture.expand_modules import expansion_of
 from fxmerge.capture.frozen import restored
 from fxmerge.capture.symbolic import Tracer, symbolic
 from fxmerge.graph.nested import fresh, tree
@@ -43,7 +44,11 @@ def differs_in_training(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping
 def _reads_flag(model: nn.Module) -> bool:
     """Does the code of a module that is traced name the attribute `training`?"""
     tracer = Tracer()
-    traced = {type(m) for m in model.modules() if m is model or not tracer.is_leaf_module(m, "")}
+    traced = {
+        type(m)
+        for m in model.modules()
+        if m is model or expansion_of(m) is not None or not tracer.is_leaf_module(m, "")
+    }
     classes = {c for kind in traced for c in kind.__mro__ if issubclass(c, nn.Module) and c is not nn.Module}
     return any(_names_flag(f) for c in classes for f in vars(c).values())
 

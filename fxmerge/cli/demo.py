@@ -20,7 +20,7 @@ from fxmerge.report.layout import Style, names, numbers, table
 RATIOS = (0.5, 0.6, 0.7, 0.8)
 METHODS = {
     "prune": Options(decomposition="prune", refit="none"),
-    "mostsim": Options(threshold=0.45, refit="none"),  # the threshold t of the paper for LeNet
+    "mostsim": Options(decomposition="mostsim", threshold=0.45, refit="none"),  # threshold: t of the paper for LeNet
     "refit": Options(),
 }
 

@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import warnings
 from collections.abc import Callable
+from keyword import iskeyword
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +72,14 @@ def exported(module: nn.Module, expected: Expected, dynamic_shapes: Any) -> Expo
         raise FxMergeError(
             f"torch.export cannot export the merged model: {first_line(error)}; pass other dynamic_shapes"
         ) from error
+    if words := sorted({part for name in made.state_dict for part in name.split(".") if iskeyword(part)}):
+        try:
+            made.module()
+        except SyntaxError as error:
+            raise FxMergeError(
+                f"torch.export writes code with the names of submodules and parameters, in which {', '.join(words)} "
+                "cannot stand, since it is a keyword of Python; give it another name in the model"
+            ) from error
     expected.confirm(_runnable(made), "the exported program")
     return made
 

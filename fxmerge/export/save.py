@@ -191,7 +191,8 @@ def _read(folder: Path, on_disk: bool) -> tuple[dict[str, Tensor], Mapping[str, 
     if not path.is_file():
         raise FxMergeError(f"{folder} is not a folder saved by fxmerge: it has no {WEIGHTS}")
     try:
-        with safe_open(path, framework="pt") as opened:
+        # for torch, the whole file is mapped as memory that may be written
+        with safe_open(path, framework="np" if on_disk else "pt") as opened:
             metadata = opened.metadata() or {}
             names = [] if on_disk else opened.keys()
             tensors = {name: opened.get_tensor(name) for name in names}

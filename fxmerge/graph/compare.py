@@ -16,6 +16,7 @@ from fxmerge.graph.nested import fresh, leaves
 from fxmerge.graph.outputs import counting, returned
 
 REPEATED = 1e-4  # the relative difference of two runs of one model by rounding, at most
+SMALLEST = 1e-8  # of the norm of all outputs: up to here, one output has no norm of its own
 _REMEDY = "please report this model; until then, exclude the layer with ignore="
 
 
@@ -23,8 +24,8 @@ _REMEDY = "please report this model; until then, exclude the layer with ignore="
 class Verdict:
     """The result of comparing a merged model with the original on the example inputs.
 
-    error:    |merged - original| / |original|, over all real and complex outputs together; for a model that returns
-              integers only, `differing`. NaN where it cannot be measured
+    error:    |merged - original| / |original|, the largest of all real and complex output tensors; for a model that
+              returns integers only, `differing`. NaN where it cannot be measured
     reason:   why it cannot be measured or is not finite, or ""
     differing:  the share of the entries of integer and boolean outputs that differ; None without such outputs
     """
@@ -71,13 +72,19 @@ def outputs(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | 
 
 
 def difference(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
-    """|one - other| / |one| over all tensors together; infinite where shapes differ or values are not finite."""
+    """The largest |one - other| / |one| of all tensors; infinite where shapes differ or values are not finite.
+
+    Each tensor has a norm of its own, so that large ones do not hide others. What is smaller than SMALLEST beside all
+    together, zeros and what rounding left of them, is measured by the norm of all.
+    """
     if [t.shape for t in one] != [t.shape for t in other]:
         return inf
-    apart = sum(_square(_exact(a) - _exact(b)) for a, b in zip(one, other, strict=True))
-    whole = sum(_square(_exact(a)) for a in one)
-    found: float = (apart / max(whole, 1e-300)) ** 0.5
-    return found if found == found else inf
+    sizes = [_square(_exact(a)) for a in one]
+    whole = max(sum(sizes), 1e-300)
+    apart = [_square(_exact(a) - _exact(b)) for a, b in zip(one, other, strict=True)]
+    norms = [size if size > whole * SMALLEST**2 else whole for size in sizes]
+    found = [(a / norm) ** 0.5 for a, norm in zip(apart, norms, strict=True)]
+    return max(found, default=0.0) if all(e == e for e in found) else inf
 
 
 def measured(before: Sequence[Tensor], after: Sequence[Tensor]) -> Verdict:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stderr
+from io import StringIO
 from typing import TypeVar
 
 import torch
@@ -49,6 +50,13 @@ def only_evaluating(module: fx.GraphModule, kind: type[EvaluationModule] = Evalu
         own.__name__ = type(module).__name__
         module.__class__ = own
         module.recompile()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """For runs that may fail: a graph module that raises prints its code to the standard error stream."""
+    with redirect_stderr(StringIO()):
+        yield
 
 
 @contextmanager

@@ -95,6 +95,12 @@ class Layer:
         return self.op == "experts"
 
     @property
+    def takes_constants(self) -> bool:
+        """Can a constant be added to its outputs, by its bias or after it? Not to each expert's, nor inside an RNN."""
+        inside = self.op == "projection" or (self.operation.is_recurrent and "bias" not in self.params)
+        return not self.is_stacked and not inside
+
+    @property
     def has_running_statistics(self) -> bool:
         """Does a norm subtract a stored mean and divide by a stored deviation, rather than those of its input?"""
         return not self.batch_statistics and "running_mean" in self.params and "running_var" in self.params

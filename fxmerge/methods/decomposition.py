@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from fxmerge.methods.evidence import Evidence, PublishedForm
-from fxmerge.methods.linalg import coordinates, others, pairs, solve_ridge
+from fxmerge.methods.linalg import coordinates, others, pairs
 
 MIN_COSINE = 1e-9  # the rows of a channel and its partner must have a positive inner product
 
@@ -87,6 +87,12 @@ def mostsim(evidence: Evidence, kept: Tensor) -> DownUp:
     mapping.up[carried, best[found, 0]] = by[found]
     mapping.cosine[carried] = closest[found]
     return mapping
+
+
+def least_squares_scales(mapping: DownUp) -> DownUp:
+    """The same partners with the scale that loses least, which is the cosine times the ratio of the norms."""
+    equal = mapping.cosine > 1 - 1e-6  # to the precision of inner products in float32
+    return DownUp(mapping.down, mapping.up * torch.where(equal, 1, mapping.cosine)[:, None], mapping.cosine)
 
 
 def _pairs(evidence: Evidence, norm: Tensor, dropped: Tensor, kept: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -173,13 +179,6 @@ def fold(evidence: Evidence, kept: Tensor) -> DownUp:
     return DownUp(down, up, cosine.clamp(-1, 1))
 
 
-def least_squares(mean: Tensor, covariance: Tensor, kept: Tensor, ridge: float = 1e-4) -> tuple[Tensor, Tensor]:
-    """up (n, k) = C[:,K] C[K,K]^-1 and shift (n,) = mean - up mean_K, for the mean (n,) and covariance C (n, n)."""
-    up = solve_ridge(covariance[kept][:, kept], covariance[kept], ridge).T.contiguous()
-    up[kept] = torch.eye(len(kept), dtype=up.dtype)
-    return up, mean - up @ mean[kept]
-
-
 def push(
     up: Tensor, shift: Tensor, kept: Tensor, gain: Tensor, constant_gain: Tensor, constant: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -198,19 +197,10 @@ def push(
     return pushed, constant_gain * shift + constant - pushed @ constant[kept]
 
 
-def cellwise_least_squares(mean: Tensor, covariance: Tensor, kept: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
-    """`least_squares` within each cell: a channel is expressed by the kept channels of its own cell only."""
-    up, shift = torch.zeros(len(mean), len(kept), dtype=mean.dtype), torch.zeros_like(mean)
-    for cell in torch.unique(cells).tolist():
-        inside, columns = (cells == cell).nonzero().flatten(), (cells[kept] == cell).nonzero().flatten()
-        local = torch.searchsorted(inside, kept[columns])
-        own, moved = least_squares(mean[inside], covariance[inside][:, inside], local)
-        up[inside[:, None], columns[None, :]], shift[inside] = own, moved
-    return up, shift
-
-
 # `lstsq` is `prune` in the common coordinates; its `up` is computed at each consumer by `cellwise_least_squares`.
+# `auto` is `mostsim`, unless `least_loss` finds a better row of `up` at a consumer.
 DECOMPOSITIONS: dict[str, Callable[[Evidence, Tensor], DownUp]] = {
+    "auto": mostsim,
     "prune": prune,
     "mostsim": mostsim,
     "fold": fold,

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fxmerge.methods.evidence import Reading
+from fxmerge.methods.generalisation import elsewhere
 
 RIDGE = 1e-2  # of H, as a share of the mean diagonal of G
 SHRINK = 0.1  # the share of removed columns at which the matrices are copied without them
@@ -29,7 +30,8 @@ class _Consumer:
 
     def __init__(self, reading: Reading) -> None:
         gram, self.weight = reading.gram.double(), reading.weight.double().clone()
-        self.inverse = _inverse(gram)
+        self.inverse, self.ridge = _inverse(gram)
+        self.lost, self.independent = 0.0, reading.independent  # the loss so far, and independent rows of the readings
         self.left = torch.ones(len(gram), dtype=torch.bool)  # the columns that have not been removed
         self.scale = float(((self.weight @ gram) * self.weight).sum().clamp(min=1e-300))
         self.columns, self.channels = reading.columns, reading.channels
@@ -42,22 +44,27 @@ class _Consumer:
         found = (own * solved).sum((1, 2)).cpu() / self.scale
         return torch.zeros(count, dtype=torch.float64).index_add_(0, self.channels, found)
 
-    def remove(self, removed: Tensor) -> float:
-        """Remove channels and return their joint loss. removed: bool, by channel of the group."""
+    @property
+    def expected(self) -> float:
+        """The loss so far as it is on other rows than those of the readings."""
+        freedom = float(self.left.sum()) - self.ridge * float(self.inverse.diagonal().sum())
+        return self.lost * elsewhere(freedom, self.independent)
+
+    def remove(self, removed: Tensor) -> None:
+        """Remove channels. removed: bool, by channel of the group."""
         here = removed[self.channels]
         columns = self.columns[here].flatten()
         if not len(columns):
-            return 0.0
+            return
         share = torch.linalg.solve(self.inverse[columns][:, columns], self.inverse[columns])  # (q, p)
         solved = torch.linalg.solve(self.inverse[columns][:, columns], self.weight[:, columns].T)
-        lost = float((self.weight[:, columns].T * solved).sum()) / self.scale
+        self.lost += float((self.weight[:, columns].T * solved).sum()) / self.scale
         self.weight.addmm_(self.weight[:, columns], share, alpha=-1)
         self.inverse.addmm_(self.inverse[:, columns], share, alpha=-1)
         self.columns, self.channels = self.columns[~here], self.channels[~here]
         self.left[columns] = False
         if self.left.sum() < (1 - SHRINK) * len(self.left):
             self._shrink()
-        return lost
 
     def _shrink(self) -> None:
         """Copy the matrices without the removed columns."""
@@ -66,10 +73,11 @@ class _Consumer:
         self.left = self.left[self.left]
 
 
-def _inverse(gram: Tensor) -> Tensor:
-    """(G + ridge)^-1. Where G has negative eigenvalues beyond the ridge by rounding, these are set to zero first.
+def _inverse(gram: Tensor) -> tuple[Tensor, float]:
+    """(G + ridge)^-1, and the ridge.
 
-    This happens for inputs that are nearly constant.
+    Where G has negative eigenvalues beyond the ridge by rounding, as for inputs that are nearly constant, these are set
+    to zero first.
     """
     eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     for change in (_as_it_is, _positive):
@@ -77,8 +85,8 @@ def _inverse(gram: Tensor) -> Tensor:
         level = found.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
         factor, failed = torch.linalg.cholesky_ex(found + RIDGE * level * eye)
         if not bool(failed):
-            return torch.cholesky_inverse(factor)
-    return eye
+            return torch.cholesky_inverse(factor), RIDGE * float(level)
+    return eye, 0.0
 
 
 def _as_it_is(gram: Tensor) -> Tensor:
@@ -102,21 +110,23 @@ def eliminate(readings: Sequence[Reading], candidates: Tensor, count: int) -> Te
 def curve(readings: Sequence[Reading], candidates: Tensor, least: int) -> Tensor:
     """The loss at which only k of `candidates` are kept: (n + 1,) by k, infinite below `least`.
 
-    It is the share of the variance of a consumer's outputs that re-solving cannot recover, summed over the consumers.
-    All k take one factorisation.
+    It is the share of the variance of a consumer's outputs that re-solving cannot recover on rows that it was not
+    solved on (see `generalisation`), summed over the consumers. All k take one factorisation.
     """
     n = len(candidates)
     found = torch.full((n + 1,), torch.inf, dtype=torch.float64)
     found[n], left, total = 0.0, n, 0.0
-    for cheapest, lost in _descent(readings, candidates, n - least):
+    for cheapest, now in _descent(readings, candidates, n - least):
         steps = torch.arange(1, len(cheapest) + 1) / len(cheapest)
-        found[left - torch.arange(1, len(cheapest) + 1)] = total + lost * steps.double()
-        left, total = left - len(cheapest), total + lost
+        found[left - torch.arange(1, len(cheapest) + 1)] = total + (now - total) * steps.double()
+        left, total = left - len(cheapest), now
     return found
 
 
 def _descent(readings: Sequence[Reading], candidates: Tensor, drop: int) -> Iterator[tuple[Tensor, float]]:
-    """Yields (positions in `candidates` of the channels removed next, their loss), until `drop` are removed."""
+    """Yields (positions in `candidates` of the channels removed next, the expected loss of all that are removed by
+    then), until `drop` are removed.
+    """
     consumers = [_Consumer(r) for r in readings]
     channels = 1 + max(int(candidates.max()), *(int(r.channels.max()) for r in readings))
     left = torch.ones(len(candidates), dtype=torch.bool)
@@ -127,5 +137,7 @@ def _descent(readings: Sequence[Reading], candidates: Tensor, drop: int) -> Iter
         left[cheapest] = False
         removed = torch.zeros(channels, dtype=torch.bool)
         removed[candidates[cheapest]] = True
-        yield cheapest, sum(consumer.remove(removed) for consumer in consumers)
+        for consumer in consumers:
+            consumer.remove(removed)
+        yield cheapest, sum(consumer.expected for consumer in consumers)
         drop -= len(cheapest)

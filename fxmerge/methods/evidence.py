@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
@@ -20,6 +21,9 @@ class Reading:
     weight: Tensor  # (o, p)
     channels: Tensor  # (m,) the group's channels that it reads
     columns: Tensor  # (m, q) the columns of each of them in a patch
+    mean: Tensor | None = None  # (p,) of the patches; None if it is not known
+    consumer: int = 0  # its number among the group's consumers
+    independent: float = math.inf  # rows that would determine the moments as well, if they were independent
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ counts        how many channels a group keeps for a given ratio
 price         the cost of a model for given numbers of channels, without building it
 error_curves  the error of a group as a function of the number of channels kept
 budget        the numbers of channels that meet a budget
+draft         the merged graph of a choice of channels, before refit
 decompose     the decomposition of a group, and what each consumer absorbs
 candidates    the candidates of a group: what selectors choose the kept channels by
 """

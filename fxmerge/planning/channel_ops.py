@@ -39,11 +39,11 @@ class Step:
     norm: tuple[Tensor, Tensor] | None = None
     own_statistics: bool = False  # of a norm: whether it uses the mean and variance of its input
 
-    def of_samples(self, x: Tensor) -> Tensor:
-        """The step's output for samples of its input, (samples, n)."""
+    def of_samples(self, x: Tensor, trained: bool = False) -> Tensor:
+        """The step's output for samples of its input, (samples, n). trained: norms use the samples' statistics."""
         if self.function is not None:
             return self.function(x)
-        if self.norm is not None and self.own_statistics:
+        if self.norm is not None and (self.own_statistics or trained):
             return _standard(x) * self.norm[0] + self.norm[1]
         return x * self.gain + self.constant
 

@@ -9,47 +9,97 @@ from torch import Tensor
 
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.groups import Decomposition, Group, Member, Merge
-from fxmerge.methods.decomposition import DECOMPOSITIONS, DownUp, cellwise_least_squares, push
+from fxmerge.methods.by_moments import cellwise_least_squares, exactly, least_loss
+from fxmerge.methods.decomposition import DECOMPOSITIONS, DownUp, least_squares_scales, push
+from fxmerge.methods.evidence import Reading
 from fxmerge.options import Options
 from fxmerge.plan import GroupPlan, Partner
-from fxmerge.planning.statistics import moments, statistics
+from fxmerge.planning.channel_ops import Step
+from fxmerge.planning.statistics import Statistics, moments, moments_seen, statistics
+
+WIDEST = 2048  # channels of a group whose moments are computed from weights; wider ones take partners by cosines alone
 
 
 def decompose(
-    group: Group, kept: Tensor, captured: Capture, tensors: Mapping[str, Tensor], options: Options
-) -> tuple[DownUp | None, Merge]:
+    group: Group, kept: Tensor, captured: Capture, tensors: Mapping[str, Tensor], options: Options,
+    readings: Sequence[Reading] = (),
+) -> tuple[DownUp | None, Merge]:  # fmt: skip
     """The group's (down, up) in its common coordinates, and what its producers and consumers absorb.
 
     The mapping is None if the dropped channels are not merged into kept ones.
+
+    readings: of the group's consumers on refit's data, where there is data; else moments come from weights and norms
     """
     method = options.decomposition
     if method == "prune" or not group.consumers or unmerged(group, tensors, options):
         return None, Merge(group, kept)
-    found = statistics(group, captured, tensors, options, kept=kept if method == "mostsim" else None)
+    seen = {reading.consumer: moments_seen(reading, group.channels) for reading in readings if reading.mean is not None}
+    whole = len(seen) == len(group.consumers)
+    by_weights = method == "mostsim" or (method == "auto" and not whole and not _modelled(group))
+    pairs = by_weights or (method == "auto" and whole)
+    found = statistics(group, captured, tensors, options, kept=kept if pairs else None)
     mapping = DECOMPOSITIONS[method](found.evidence, kept)
-    n = group.channels
-    carried = mapping.up.any(1)
-    carried[kept] = False
-    consumers = []
+    if by_weights and method == "auto":
+        mapping = least_squares_scales(mapping)
+    consumers, losses = [], []
     for number, (consumer, steps) in enumerate(zip(group.consumers, found.consumers, strict=True)):
+        constants = consumer.layer.takes_constants
         if method == "lstsq":
-            mean, covariance = moments(found, number, options.seed)
-            if consumer.layer.is_stacked:  # which has no place for a constant: solved about zero
-                mean, covariance = torch.zeros_like(mean), covariance + torch.outer(mean, mean)
+            mean, covariance = _about(moments(found, number, options.seed), constants)
             up, shift = cellwise_least_squares(mean, covariance, kept, group.cells)
         else:
-            up, shift = mapping.up, torch.zeros(n, dtype=torch.float64)
-            if found.linear and method == "mostsim" and found.apart and not found.evidence.published:
-                bias = found.evidence.bias
-                shift = bias - up @ bias[kept]
-            for step in steps:
-                if step.function is not None:
-                    shift = torch.zeros_like(shift)  # a constant cannot be moved past a nonlinear function
-                up, shift = push(up, shift, kept, step.gain, step.constant_gain, step.constant)
-            moves = method == "mostsim" and not consumer.layer.is_stacked
-            shift = torch.where(carried, shift, 0) if moves else torch.zeros_like(shift)
-        consumers.append(Decomposition(up, shift))
+            up, shift = _pushed(mapping, kept, found, steps, constants and method in ("mostsim", "auto"))
+        if method == "auto" and not readings and "bias" not in consumer.layer.params:
+            constants = bool(shift.any())  # without refit, a bias is added only where merging is exact with it
+        if method == "auto" and not by_weights:
+            represented = None
+            if number in seen:
+                mean, covariance = _about(seen[number], constants)
+            else:  # copies are equal whether or not the running statistics are those of the inputs
+                own = _about(moments(found, number, options.seed), constants)
+                represented = exactly((up, shift), *own, kept)
+                mean, covariance = _about(moments(found, number, options.seed, trained=True), constants)
+            up, shift, loss = least_loss((up, shift), mean, covariance, kept, group.cells, represented)
+            losses.append((up, loss / (covariance.diagonal() + mean.square()).clamp(min=1e-300)))
+        consumers.append(Decomposition(up, shift if constants else torch.zeros_like(shift)))
+    if losses:
+        mapping = _reported(mapping, *losses[0])
     return mapping, Merge(group, kept, mapping.down, tuple(consumers), found.producer_maps)
+
+
+def _modelled(group: Group) -> bool:
+    """Whether moments by weights are those of the channels, which products and gated units have not."""
+    gated = any(meeting.op in ("mul", "halves") for meeting in group.meetings)
+    return group.channels <= WIDEST and not gated and not any(p.layer.operation.is_recurrent for p in group.producers)
+
+
+def _about(known: tuple[Tensor, Tensor], constants: bool) -> tuple[Tensor, Tensor]:
+    """The moments that a consumer is solved with: about zero if it has no place for a constant."""
+    mean, covariance = known
+    return known if constants else (torch.zeros_like(mean), covariance + torch.outer(mean, mean))
+
+
+def _pushed(
+    mapping: DownUp, kept: Tensor, found: Statistics, steps: Sequence[Step], constants: bool
+) -> tuple[Tensor, Tensor]:
+    """(up, shift) of a mapping at one consumer, after its steps. constants: whether `shift` is not zero."""
+    n = len(mapping.up)
+    carried = mapping.up.any(1)
+    carried[kept] = False
+    up, shift = mapping.up, torch.zeros(n, dtype=torch.float64)
+    if found.linear and constants and found.apart and not found.evidence.published:
+        bias = found.evidence.bias
+        shift = bias - up @ bias[kept]
+    for step in steps:
+        if step.function is not None:
+            shift = torch.zeros_like(shift)  # a constant cannot be moved past a nonlinear function
+        up, shift = push(up, shift, kept, step.gain, step.constant_gain, step.constant)
+    return up, torch.where(carried, shift, 0) if constants else torch.zeros_like(shift)
+
+
+def _reported(mapping: DownUp, up: Tensor, loss: Tensor) -> DownUp:
+    """The mapping with the rows of the first consumer's `up`, and each channel's correlation with what replaces it."""
+    return DownUp(mapping.down, up, (1 - loss).clamp(min=0).sqrt())
 
 
 def unmerged(group: Group, tensors: Mapping[str, Tensor], options: Options) -> str:
@@ -62,7 +112,7 @@ def unmerged(group: Group, tensors: Mapping[str, Tensor], options: Options) -> s
         return "one weight is applied after different per-channel steps"
     if _complex(group.per_channel_params, tensors):
         return "per-channel parameters are complex"
-    if options.decomposition == "lstsq" and _complex((*group.producers, *group.consumers), tensors):
+    if options.decomposition in ("lstsq", "auto") and _complex((*group.producers, *group.consumers), tensors):
         return "lstsq has no statistics of complex channels"
     return ""
 

@@ -54,7 +54,7 @@ def curves(
     sensitivity:  {layer: how much the model's outputs change with an error in its outputs}
     """
     norms = batch_norms(facts)
-    refitted = refitted or options.decomposition == "lstsq"
+    refitted = refitted or options.decomposition in ("lstsq", "auto")
     found = {}
     for group in groups:
         kept = ladders[group.name]

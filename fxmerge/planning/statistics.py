@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.groups import Group, Member
 from fxmerge.methods import linalg
-from fxmerge.methods.evidence import Evidence, PublishedForm
+from fxmerge.methods.evidence import Evidence, PublishedForm, Reading
 from fxmerge.methods.least_squares import second_moments
 from fxmerge.methods.linalg import as_real
 from fxmerge.options import Options
@@ -36,9 +36,9 @@ class Statistics:
     evidence: Evidence
     linear: bool  # whether there is no nonlinear step before the common coordinates
     apart: bool  # whether `evidence.bias` holds all constants, and the rows none
-    mean: Tensor  # (n,) of the common coordinates before their nonlinear steps, for white input
+    mean: Tensor  # (n,) before `functions`, for white input
     covariance: Tensor | None  # (n, n) of the same; None if `statistics` was called with `kept`
-    functions: tuple[Step, ...]  # the nonlinear steps before the common coordinates
+    functions: tuple[Step, ...]  # the steps before the common coordinates, from the first nonlinear one on
     consumers: tuple[tuple[Step, ...], ...]  # for each consumer, its steps after the common coordinates
     producer_maps: tuple[
         tuple[Tensor, Tensor, Tensor], ...
@@ -83,7 +83,7 @@ def statistics(
     kept:    restricts the inner products to pairs of a dropped and a kept channel, which is enough to find partners
     sample:  restricts them to pairs of these channels, (m,)
     """
-    published = options.decomposition == "mostsim" and options.mostsim_scale == "reference"
+    published = options.decomposition in ("mostsim", "auto") and options.mostsim_scale == "reference"
     n = group.channels
     members = group.params_at
     nodes = {node.name: node for node in captured.module.graph.nodes}
@@ -121,25 +121,29 @@ def statistics(
         start = Level(length, columns.mean(1))
         constant = start.constant if apart else zeros
         level, moved, gain, constant_gain = start.constant, zeros, torch.ones_like(zeros), torch.ones_like(zeros)
-        steps, now = tuple(steps_of(producer.steps, start)), start
+        steps, now, passed = tuple(steps_of(producer.steps, start)), start, False
         if published and len(group.producers) == 1 and steps and is_norm(producer.steps[0], members):
             form = _published(members[producer.steps[0]], tensors, n)
         for step in steps:
             if step.features is not None:
                 agreement = gram(step.features)
                 own = own * agreement
-                spread = spread * agreement
-            constant, moved, level = (step.constant_gain * c + step.constant for c in (constant, moved, level))
+                spread = spread if passed else spread * agreement
+            constant, moved = (step.constant_gain * c + step.constant for c in (constant, moved))
+            linear &= step.function is None
+            passed |= step.function is not None
             gain, constant_gain = gain * step.gain, constant_gain * step.constant_gain
             now = now.after(step)
+            if passed:
+                continue  # what follows the first nonlinear step is applied to samples
+            level = step.constant_gain * level + step.constant
             if covariance is not None:
                 spread = spread * gram(step.gain[:, None])
             if step.norm is not None:
                 gamma, level = step.norm
                 if covariance is not None:
                     spread = _unit(spread, gamma)
-            linear &= step.function is None
-        functions = tuple(s for s in steps if s.function is not None)
+        functions = steps[next((at for at, s in enumerate(steps) if s.function is not None), len(steps)) :]
         maps.append((gain, constant_gain, moved))
         weight = share.abs().sqrt()
         inner.append(raw_pairs if form is not None else own * gram((weight * gain)[:, None]))
@@ -193,12 +197,15 @@ def shares(group: Group) -> list[Tensor]:
     return found[:count]
 
 
-def moments(found: Statistics, consumer: int, seed: int) -> tuple[Tensor, Tensor]:
+def moments(found: Statistics, consumer: int, seed: int, trained: bool = False) -> tuple[Tensor, Tensor]:
     """Mean (n,) and covariance (n, n) of a group's channels at the input of one consumer.
 
     The common coordinates are taken as Gaussian, with the covariance of the rows: a BatchNorm's output has mean beta
     and deviation |gamma|; without a BatchNorm the input is taken as white. The steps after them are applied to samples,
     so that the activation can be any function.
+
+    trained: whether the running statistics of BatchNorms among these steps are taken to be those of their inputs, which
+             the model of the inputs does not know. Outputs then have the mean beta and the deviation |gamma|
     """
     generator = torch.Generator().manual_seed(seed)
     assert found.covariance is not None  # `statistics` was called without `kept`
@@ -207,9 +214,26 @@ def moments(found: Statistics, consumer: int, seed: int) -> tuple[Tensor, Tensor
     noise = torch.randn(count // 2, points.size(1), generator=generator, dtype=torch.float64)
     values = torch.cat([noise, -noise]) @ points.T + found.mean
     for step in (*found.functions, *found.consumers[consumer]):
-        values = step.of_samples(values)
+        values = step.of_samples(values, trained)
     mean, second = second_moments([values[:, None]], lambda total: total)
     return mean[0], second[0]
+
+
+def moments_seen(reading: Reading, n: int) -> tuple[Tensor, Tensor]:
+    """Mean (n,) and covariance (n, n) of a group's channels in the patches of a consumer, over all places of a patch.
+
+    Channels that the consumer does not read are 0.
+    """
+    assert reading.mean is not None
+    gram, mean, at = reading.gram.double(), reading.mean.double(), reading.channels
+    level, second = torch.zeros(n, dtype=torch.float64), torch.zeros(n, n, dtype=torch.float64)
+    level[at] = mean[reading.columns].mean(1)
+    total = torch.zeros(len(at), len(at), dtype=torch.float64)
+    for place in reading.columns.T:
+        off = mean[place] - level[at]
+        total += gram[place[:, None], place[None, :]] + torch.outer(off, off)
+    second[at[:, None], at[None, :]] = total / reading.columns.size(1)
+    return level, second
 
 
 def is_norm(node: str, members: Mapping[str, Sequence[Member]]) -> bool:

@@ -8,5 +8,7 @@ solve          the weights of one layer, from a sample of its output positions
 chains         pairs of a layer and its only consumer
 joint          such a pair, optimised together
 contradiction  where the reported errors do not agree with the measured one
+handed_out     which of the refitted, the merged and the pruned model is closest to the original
 layer_weights  the weights of a graph's layers, read and replaced
+records        what refit did to each layer
 """

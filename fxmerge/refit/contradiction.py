@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import inf
 
-from fxmerge.refit.refit_layers import Refitted
+from fxmerge.refit.records import Refitted
 
 LARGE = 0.5  # an error of the outputs that is worth a note
 FARTHER = 8.0  # how many times the last layers' error it is, at least

@@ -20,13 +20,13 @@ mean square S (Hutchinson, 1990). The pull is ridge d tr(DW' S DW) / 2 for DW = 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from fxmerge.calibration.paired_run import PairedRun
-from fxmerge.calibration.patches import at_positions, matrices_of, patches, positions, weight_of
+from fxmerge.calibration.patches import at_positions, by_position, matrices_of, patches, positions, weight_of
 from fxmerge.methods.least_squares import Reduce, second_moments
 from fxmerge.refit import solve
 from fxmerge.refit.chains import Chain
@@ -39,6 +39,7 @@ BUDGET = 5e12  # FLOPs of all joint steps of a refit together, at most
 POSITIONS = 8  # output positions for each weight of an output, at least: with fewer, the layers are fitted to noise
 ENOUGH = 2**17  # output positions; more do not improve the fit
 ROWS = 8192  # output positions for the Gram matrices, which only define coordinates
+MOST = 30.0  # the largest ridge of a layer
 LEAST = 1e-3  # the ridge of S, which `solve.RIDGE` is for G
 
 
@@ -52,14 +53,26 @@ def affordable(flops: float, count: int, device: torch.device, reduce: Reduce) -
     return max(1, int(share * count)) if share * float(totals[1]) >= 1 else 0
 
 
-def fit(run: PairedRun, chain: Chain, weights: Sequence[LayerWeights], targets: Iterable[Target], seed: int) -> bool:
+def fit(
+    run: PairedRun,
+    chain: Chain,
+    weights: Sequence[LayerWeights],
+    targets: Sequence[Target],
+    *,
+    held: Sequence[Tensor],
+    ridges: Sequence[float],
+    seed: int,
+) -> bool:
     """Lower E by changing the weights of a chain's layers in place; False where they are left unchanged.
 
-    weights: of the chain's layers; targets: of its last layer, for the batches that are used
+    weights:  of the chain's layers
+    targets:  of its last layer, for the batches that are used
+    held:     (positions,) bool by batch: the output positions that only judge the steps
+    ridges:   the share of the Gram's mean diagonal by which each layer is pulled towards its weights
     """
     if any(held.weight.dtype not in (torch.float32, torch.float64) for held in weights):
         return False
-    return _Joint(run, chain, weights, targets, seed).run()
+    return _Joint(run, chain, weights, targets, held=held, ridges=ridges, seed=seed).run()
 
 
 def along(run: PairedRun, chain: Chain, number: int, seen: list[tuple[Tensor, Tensor]] | None = None) -> Tensor:
@@ -77,10 +90,20 @@ class _Joint:
     """The joint steps of one chain."""
 
     def __init__(
-        self, run: PairedRun, chain: Chain, weights: Sequence[LayerWeights], targets: Iterable[Target], seed: int
+        self,
+        run: PairedRun,
+        chain: Chain,
+        weights: Sequence[LayerWeights],
+        targets: Sequence[Target],
+        *,
+        held: Sequence[Tensor],
+        ridges: Sequence[float],
+        seed: int,
     ) -> None:
         self.paired, self.chain, self.weights, self.seed, self.reduce = run, chain, weights, seed, run.reduce
         self.residuals = [target.residual() for target in targets]
+        self.held, self.ridges = held, [min(max(ridge, solve.RIDGE), MOST) for ridge in ridges]
+        self.judged = float(self.reduce(torch.stack([h.sum() for h in held]).sum().double())) > 0  # on any process
         self.leaves = [t for held in weights for t in (held.weight, held.bias) if t is not None]
 
     def run(self) -> bool:
@@ -108,12 +131,13 @@ class _Joint:
             nonlocal first, least, best
             for variable in variables:
                 variable.write()
-            total, slopes = self._slopes()
+            total, aside, slopes = self._slopes()
             for variable in variables:
                 total = total + variable.slope(slopes)
-            first = float(total) if first == torch.inf else first
-            if float(total) < least:
-                least, best = float(total), [at.detach().clone() for at in moving]
+            judged = float(aside if self.judged else total)
+            first = judged if first == torch.inf else first
+            if judged < least:
+                least, best = judged, [at.detach().clone() for at in moving]
             return total
 
         torch.optim.LBFGS(
@@ -124,22 +148,25 @@ class _Joint:
             variable.write()
         return least < first
 
-    def _slopes(self) -> tuple[Tensor, dict[int, Tensor]]:
-        """|r|^2 / 2N and its gradients, by the identities of the leaves, float64."""
-        total = torch.zeros((), dtype=torch.float64, device=self.leaves[0].device)
+    def _slopes(self) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
+        """|r|^2 / 2N and its gradients, by the identities of the leaves, float64; second |r|^2 of what is held out."""
+        total, aside = torch.zeros(2, dtype=torch.float64, device=self.leaves[0].device)
         found, count = [torch.zeros_like(leaf, dtype=torch.float64) for leaf in self.leaves], 0
-        for number, missed in enumerate(self.residuals):
+        for number, (missed, held) in enumerate(zip(self.residuals, self.held, strict=True)):
             with torch.enable_grad():
                 last = along(self.paired, self.chain, number)
                 gap = missed(self.paired.again(self.chain.nodes[-1], last, number))
-                square = gap.square().sum() / 2
+                squares = by_position(gap, self.weights[-1].form)
+                square = squares[~held].sum() / 2
                 slopes = torch.autograd.grad(square, self.leaves)
-            total, count = total + square.detach(), count + positions(gap, self.weights[-1].form)
+            total, count = total + square.detach(), count + int((~held).sum())
+            aside = aside + squares.detach()[held].sum()
             for sum_, slope in zip(found, slopes, strict=True):
                 sum_ += slope
         scale = self.reduce(torch.tensor(float(count), dtype=torch.float64, device=found[0].device))
         found = [self.reduce(slope) / scale for slope in found]
-        return self.reduce(total) / scale, {id(leaf): slope for leaf, slope in zip(self.leaves, found, strict=True)}
+        slopes_by = {id(leaf): slope for leaf, slope in zip(self.leaves, found, strict=True)}
+        return self.reduce(total) / scale, self.reduce(aside), slopes_by
 
     def _variables(self) -> list[_Variable]:
         """The variable of each layer; none where an op of the chain has no gradient, or a matrix no Cholesky factor."""
@@ -165,14 +192,14 @@ class _Joint:
                 by_row = by_row.reshape(count, held.form.groups, -1).transpose(0, 1)  # (g, rows, o)
                 squares[i], counts[i] = squares[i] + by_row.mT @ by_row, counts[i] + count
         found = []
-        for held, own, square, seen_at in zip(self.weights, rows, squares, counts, strict=True):
+        for held, own, square, seen_at, ridge in zip(self.weights, rows, squares, counts, self.ridges, strict=True):
             assert isinstance(square, Tensor)
             mean, gram = second_moments(own, self.reduce)
             square = self.reduce(square) / self.reduce(square.new_tensor(seen_at))
             if not bool(gram.isfinite().all()) or not bool(square.isfinite().all()):
                 return []
             try:
-                found.append(_Variable(held, mean, gram, square))
+                found.append(_Variable(held, mean, gram, square, ridge))
             except RuntimeError:  # rounding errors exceed the ridge, as for inputs that are nearly constant
                 return []
         return found
@@ -184,7 +211,7 @@ class _Variable:
     mean, gram: of the patches, (g, p) and (g, p, p); square: S, (g, o, o)
     """
 
-    def __init__(self, held: LayerWeights, mean: Tensor, gram: Tensor, square: Tensor) -> None:
+    def __init__(self, held: LayerWeights, mean: Tensor, gram: Tensor, square: Tensor, ridge: float) -> None:
         self.held, self.mean = held, mean if held.bias is not None else torch.zeros_like(mean)
         self.start = matrices_of(held.weight.detach(), held.form).to(torch.float64, copy=True)  # (g, o, p)
         blocks = self.start.shape[:2]
@@ -192,7 +219,7 @@ class _Variable:
         self.square = square + LEAST * _level(square) * _eye(square)
         if held.bias is None:  # moments about zero
             gram = gram + mean[:, :, None] * mean[:, None]
-        self.pull = solve.RIDGE * _level(gram)  # (g, 1, 1)
+        self.pull = ridge * _level(gram)  # (g, 1, 1)
         self.left = torch.linalg.cholesky(self.square)  # K
         self.right = torch.linalg.cholesky(gram + self.pull * _eye(gram))  # L
         shape = (*self.start.shape[:2], self.start.size(2) + (self.bias is not None))

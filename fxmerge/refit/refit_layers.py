@@ -11,51 +11,35 @@ The merged graph then continues with W'. Both consumers that lost channels and p
 solved. Before a BatchNorm, the mean and the standard deviation of its input are then matched to the original's, channel
 by channel. A consumer that lost channels is then fitted once more together with their producer, if no other layer reads
 them (see `joint`). A weight that serves several calls is solved on the rows of all of them (see `shared`). A layer is
-left unchanged where its outputs are the original's already, and where no solution is better than the current weights.
+left unchanged where its outputs are the original's already, and where no solution is better than the current weights
+on samples that were held out of the solve.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
 
 import torch
 from torch import Tensor
 
 from fxmerge.calibration.epilogue import SOLVED
+from fxmerge.calibration.held_out import HELD_OUT
 from fxmerge.calibration.paired_run import Pair, PairedRun, Settings, Visit
 from fxmerge.calibration.patches import FEWEST, enough, input_of, matrices_of, positions, sample
 from fxmerge.graph.cost import flops_by_node
 from fxmerge.graph.eval_mode import evaluating
 from fxmerge.ir.provenance import Layer, batch_norms, can_shift
-from fxmerge.refit import joint
+from fxmerge.refit import joint, solve
 from fxmerge.refit.chains import Chain, chains
 from fxmerge.refit.layer_weights import GraphWeights, LayerWeights
+from fxmerge.refit.records import EXACTLY, NO_BETTER, TOO_FEW, Refitted
 from fxmerge.refit.shared import COSTLY, Gathered, Shared, shared_weights
 from fxmerge.refit.sites import Site, Sites
-from fxmerge.refit.solve import ROUNDS, Rows, error, solution
+from fxmerge.refit.solve import ROUNDS, Problem, Rows, relative_error
 from fxmerge.weights.by_path import at
 
-EXACTLY, NO_BETTER = "unchanged: exact", "unchanged: no solution is better"
 EXACT = 1e-10  # the relative square error below which a layer needs no refit
-
-
-@dataclass(frozen=True)
-class Refitted:
-    """What refit did to one layer: the relative square error of its outputs before and after, and why it was left
-    unchanged, or "".
-    """
-
-    name: str
-    before: float
-    after: float
-    note: str = ""
-
-    @property
-    def solved(self) -> bool:
-        """Whether the errors were measured."""
-        return not self.note or self.note in (EXACTLY, NO_BETTER)
 
 
 def refit(
@@ -88,13 +72,19 @@ class _Refit:
         self.chains = chains(self.layers, list(self.merged.graph.nodes), self._lost, self.shared)
         self.used = self._affordable(batches) if self.chains else 0  # batches that joint steps are run on
         self.records: dict[str, Refitted] = {}  # by node
+        self.ridges: dict[str, float] = {}  # of the layers that have been solved, by node
         self._start()
 
     def _start(self) -> None:
         """Begins a run of both graphs, with the weights as they are now."""
         self.paired = PairedRun(self.pair, self.batches, self.settings)
         self.sites = Sites(self.paired, self.norms)
-        self.within = {layer.node: chain for chain in self.chains.values() for layer in chain.layers if self.used}
+        self._plan(self.chains if self.used else {})
+
+    def _plan(self, chains: Mapping[str, Chain]) -> None:
+        """The chains that joint steps are still run on in this run, by their last nodes."""
+        self.ends, self.starts = dict(chains), {chain.nodes[0].name: chain for chain in chains.values()}
+        self.within = {layer.node for chain in chains.values() for layer in chain.layers}
 
     def _lost(self, layer: Layer) -> bool:
         return layer.reads is not None and len(self.kept(layer.reads.flatten())) < layer.reads.numel()
@@ -150,8 +140,6 @@ class _Refit:
             node, layer = visit.node, self.layers.get(visit.node.name)
             if layer is None:
                 continue
-            if node.name in self.within:
-                self._begin(visit, layer, self.within[node.name])
             shared = self.together.get(node.name)
             if shared is not None and gathered is None and shared.calls[-1] not in self.records:
                 gathered = Gathered(shared)
@@ -162,8 +150,10 @@ class _Refit:
             elif shared is None and self._is_due(node.name, gathered):
                 stage(f"refit {layer.module}")
                 self.records[node.name] = self._solve(visit, layer)
-            if node.name in self.chains:
-                self.chains[node.name].end()
+            if node.name in self.ends:
+                self.ends[node.name].end()
+            if node.name in self.starts:  # after the chain that ends here has been fitted
+                self._begin(visit, layer, self.starts[node.name])
         return True
 
     def _is_due(self, node: str, gathered: Gathered | None) -> bool:
@@ -172,16 +162,14 @@ class _Refit:
         return self.moved[node] and self.layers[node].op in SOLVED and node not in self.records and not waits
 
     def _begin(self, visit: Visit, layer: Layer, chain: Chain) -> None:
-        """At a chain's first layer its inputs are kept, unless there are too few positions."""
-        if chain.nodes[0].name != visit.node.name:
-            return
+        """Keep the inputs of a chain's first layer, unless there are too few positions."""
         form, weight = self.weights.form(visit.node, layer), self._weight(layer)
         count = 0.0 if form is None else float(sum(positions(y, form) for y in visit.outputs[: self.used]))
         unknowns = 0 if form is None else matrices_of(weight, form).size(2)
         if float(self.settings.reduce(weight.new_tensor(count, dtype=torch.float64))) >= joint.POSITIONS * unknowns > 0:
             chain.begin(self.paired.merged.values[input_of(visit.node, layer.op).name])
         else:
-            self.within = {name: other for name, other in self.within.items() if other is not chain}
+            self._plan({last: other for last, other in self.ends.items() if other is not chain})
 
     def _changed(self, path: str) -> bool:
         before, now = at(self.original, path), at(self.merged, path)
@@ -201,11 +189,14 @@ class _Refit:
         found = self._improved([site], rows, wanted)
         if not found.solved or found.note == EXACTLY:
             return found
+        alone = self.weights.of(visit.node, layer)
+        assert alone is not None
+        reached = self._error(rows.judging, alone.matrices, alone.offsets)
         if self._jointly(site):
             rows, now = self.sites.rows(site, index_of), self.weights.of(visit.node, layer)
             assert now is not None
-            after = error(rows, now.matrices, now.offsets, self.settings.reduce)
-            found = Refitted(layer.module, found.before, after / self._scale(rows))
+            share = self._error(rows.judging, now.matrices, now.offsets) / max(reached, 1e-300)
+            found = Refitted(layer.module, found.before, found.after * share)
         return found
 
     def _unsolvable(self, visit: Visit, held: LayerWeights | None) -> str:
@@ -226,29 +217,38 @@ class _Refit:
             count = min(count, FEWEST)  # enough for the weights that joint steps start from
         return sample(site.visit.outputs, site.held.form, -(-count // calls), self.generator, self.settings.reduce)
 
-    def _scale(self, rows: Rows) -> float:
-        """The sum of the squares of the targets, on all processes."""
-        return float(
-            self.settings.reduce(torch.stack([t.corrected.double().square().sum() for t in rows.targets]).sum())
-        )
+    def _error(self, rows: Rows, weight: Tensor, bias: Tensor) -> float:
+        """The relative square error of a layer's outputs at these positions."""
+        return relative_error(rows, weight, bias, self.settings.reduce)
 
     def _improved(self, sites: Sequence[Site], rows: Rows, wanted: tuple[Tensor, Tensor] | None) -> Refitted:
-        """Solve the weight of these sites on rows of all of them, and write it where it is better."""
-        layer, held, reduce = sites[0].layer, sites[0].held, self.settings.reduce
+        """Solve the weight of these sites on rows of all of them, and write it where it is better on those held out."""
+        layer, held, node = sites[0].layer, sites[0].held, sites[0].visit.node.name
         start, bias = held.matrices, held.offsets
-        scale, before = self._scale(rows), error(rows, start, bias, reduce)
-        if not isfinite(before) or not isfinite(scale):
+        whole = self._error(rows, start, bias)
+        if not isfinite(whole):
             return Refitted(layer.module, 0.0, 0.0, "unchanged: its inputs or outputs are not finite")
-        if before <= EXACT * scale:
-            return Refitted(layer.module, before / max(scale, 1e-300), before / max(scale, 1e-300), EXACTLY)
-        rounds = 0 if sites[0].visit.node.name in self.within else ROUNDS  # layers that are fitted jointly need none
-        weight, offset = solution(rows, start, wanted=wanted, centred=can_shift(layer), reduce=reduce, rounds=rounds)
-        after = error(rows, weight, offset, reduce)
-        if not after <= before:
-            return Refitted(layer.module, before / scale, before / scale, NO_BETTER)
+        if whole <= EXACT:
+            return Refitted(layer.module, whole, whole, EXACTLY)
+        reduce = self.settings.reduce
+        if not rows.judging.count(reduce):
+            return Refitted(layer.module, whole, whole, TOO_FEW)
+        found = Problem(
+            rows=rows,
+            start=start,
+            bias=bias,
+            wanted=wanted,
+            centred=can_shift(layer),
+            reduce=reduce,
+            rounds=0 if node in self.within else ROUNDS,  # layers that are fitted jointly need none
+        ).best()
+        self.ridges[node] = found.ridge
+        before, after = found.before, found.after
+        if not after < before:
+            return Refitted(layer.module, before, before, NO_BETTER)
         for site in sites:
-            self.weights.write(site.visit.node, site.layer, weight, offset)
-        return Refitted(layer.module, before / scale, after / scale)
+            self.weights.write(site.visit.node, site.layer, found.weight, found.bias)
+        return Refitted(layer.module, before, after)
 
     def _gathers(self, gathered: Gathered, visit: Visit, layer: Layer) -> bool:
         """Take the rows of one call of a shared weight, and solve it at the last call. Returns whether it was done."""
@@ -268,17 +268,23 @@ class _Refit:
 
     def _jointly(self, site: Site) -> bool:
         """Fit the layer together with its producer, if it ends a chain; the merged graph then continues with both."""
-        chain = self.within.get(site.visit.node.name)
-        if chain is None or chain.nodes[-1] is not site.visit.node or not chain.intact:
+        chain = self.ends.get(site.visit.node.name)
+        if chain is None or not chain.intact:
             return False
         weights = []
         for layer in chain.layers:
-            held = self.weights.of(next(n for n in chain.nodes if n.name == layer.node), layer)
-            if held is None:
+            own = self.weights.of(next(n for n in chain.nodes if n.name == layer.node), layer)
+            if own is None:
                 return False
-            weights.append(held)
-        targets = (self.sites.target(site, number) for number in range(self._plenty(site)))
-        better = joint.fit(self.paired, chain, weights, targets, self.settings.seed)
+            weights.append(own)
+        count = self._plenty(site)
+        held = [folds == HELD_OUT for folds in self.sites.folds(site)[:count]]
+        targets = [self.sites.target(site, number) for number in range(count)]
+        ridges = [self.ridges.get(layer.node, solve.RIDGE) for layer in chain.layers]
+        better = joint.fit(
+            self.paired, chain, weights, targets, held=held, ridges=ridges,
+            seed=self.settings.seed,
+        )  # fmt: skip
         if better:
             source = input_of(site.visit.node, chain.layers[-1].op)
             self.paired.merged.values[source.name] = [

@@ -49,7 +49,11 @@ class Gathered:
     @property
     def whole(self) -> Rows:
         """The rows of all calls."""
-        return Rows([p for r in self.rows for p in r.patches], [t for r in self.rows for t in r.targets])
+        return Rows(
+            [p for r in self.rows for p in r.patches],
+            [t for r in self.rows for t in r.targets],
+            [f for r in self.rows for f in r.folds],
+        )
 
     @property
     def output_moments(self) -> tuple[Tensor, Tensor] | None:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from fxmerge.calibration.epilogue import Affine, Epilogue, affine, epilogue_of
+from fxmerge.calibration.held_out import position_folds
 from fxmerge.calibration.paired_run import PairedRun, Visit, line, moments
-from fxmerge.calibration.patches import at_positions, channel_axis, input_of, patches
+from fxmerge.calibration.patches import at_positions, channel_axis, input_of, patches, positions
 from fxmerge.ir.provenance import Layer
 from fxmerge.refit.layer_weights import LayerWeights
 from fxmerge.refit.solve import Rows
@@ -62,7 +63,15 @@ class Sites:
         source = input_of(site.visit.node, site.layer.op)
         inputs = self.paired.merged.values[source.name]
         sampled = [patches(x, site.held.form, index) for x, index in zip(inputs, index_of, strict=True)]
-        return Rows(sampled, [self.target(site, number, index) for number, index in enumerate(index_of)])
+        targets = [self.target(site, number, index) for number, index in enumerate(index_of)]
+        return Rows(sampled, targets, self.folds(site, index_of))
+
+    def folds(self, site: Site, index_of: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """The folds of these output positions, or of all: (positions,) by batch."""
+        outputs, form = site.visit.outputs, site.held.form
+        if index_of is None:
+            index_of = [torch.arange(positions(y, form), device=y.device) for y in outputs]
+        return position_folds(outputs, form, index_of, self.paired.folds)
 
     def target(self, site: Site, number: int, index: Tensor | None = None) -> Target:
         """The target of the layer's outputs for one batch, at these positions or everywhere."""
@@ -81,7 +90,7 @@ class Sites:
             outputs=chosen(outputs).index_select(axis, site.stays),
             axis=axis,
             affine=site.affine,
-            rectified=site.epilogue.rectified,
+            bounds=site.epilogue.bounds,
             streams=streams,
         )
 

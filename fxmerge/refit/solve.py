@@ -1,23 +1,30 @@
-"""The weights of one layer, solved by least squares from a sample of its output positions.
+"""The weights of one layer, solved by least squares from a sample of its output positions, and judged on others.
 
     W' = argmin |P W' - T|^2 + ridge |W' - W0|^2,   W0 the current weights      (see `least_squares`)
 
-Before a rectifier, the targets T and the weights are computed in turn (see `targets`). Before a BatchNorm, the mean and
-the standard deviation of the outputs are then matched to the original's, channel by channel.
+A solve is judged on samples that are held out of it (see `held_out`): they choose the ridge from LADDER, and whether W'
+replaces W0 at all. Where these have few positions, solves without each of the folds in turn are judged instead. Before
+a rectifier, the targets T and the weights are computed in turn (see `targets`). Before a BatchNorm, the mean and the
+standard deviation of the outputs are then matched to the original's, channel by channel.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 
 import torch
 from torch import Tensor
 
-from fxmerge.methods.least_squares import Reduce, system
+from fxmerge.calibration.held_out import FOLDS, HELD_OUT, NO_FOLD
+from fxmerge.methods.least_squares import Reduce, System, system
 from fxmerge.refit.targets import Target
 
 MATCH = 2.0  # the factor that matches the standard deviations stays between 1 / MATCH and MATCH
-RIDGE = 3e-2  # the pull towards the current weights, as a share of the Gram's mean diagonal; `joint` uses it too
+RIDGE = 3e-2  # the pull towards the current weights, as a share of the Gram's mean diagonal: the first that is tried
+LADDER = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0, inf)  # times RIDGE; inf: the current weights with another bias
+FEW = 128  # positions held out; with fewer, each fold judges in turn
+WORTH = 0.99  # another ridge is taken if it lowers the error to this share, which is more than chance
 ROUNDS = 6  # of the alternation before a rectifier
 
 
@@ -27,51 +34,132 @@ class Rows:
 
     patches: list[Tensor]  # (rows, g, p), of the merged graph
     targets: list[Target]  # (rows, o)
+    folds: list[Tensor]  # (rows,), see `calibration.held_out`
+
+    @property
+    def solved(self) -> Rows:
+        """The positions that are solved on."""
+        return self.only([folds != HELD_OUT for folds in self.folds])
+
+    @property
+    def judging(self) -> Rows:
+        """The positions that are held out."""
+        return self.only([folds == HELD_OUT for folds in self.folds])
+
+    def only(self, inside: list[Tensor]) -> Rows:
+        """Some of the positions: (rows,) bool by batch."""
+        return Rows(
+            [p[i] for p, i in zip(self.patches, inside, strict=True)],
+            [t.rows(i) for t, i in zip(self.targets, inside, strict=True)],
+            [f[i] for f, i in zip(self.folds, inside, strict=True)],
+        )
+
+    def count(self, reduce: Reduce) -> int:
+        """The number of positions."""
+        total = torch.tensor(float(sum(map(len, self.patches))), dtype=torch.float64, device=self.patches[0].device)
+        return int(reduce(total))
+
+    def energy(self, reduce: Reduce) -> float:
+        """The sum of the squares of the targets."""
+        return float(reduce(torch.stack([t.corrected.double().square().sum() for t in self.targets]).sum()))
 
 
-def solution(
-    rows: Rows,
-    start: Tensor,
-    *,
-    wanted: tuple[Tensor, Tensor] | None,
-    centred: bool,
-    reduce: Reduce,
-    rounds: int = ROUNDS,
-) -> tuple[Tensor, Tensor]:
-    """(W', b'), (g, o, p) and (g, o), for the current weights W0 `start`.
+@dataclass(frozen=True)
+class Solution:
+    """New weights (g, o, p) and biases (g, o), the ridge, and the relative square error on positions that were not
+    solved on, with the weights before and after.
+    """
 
+    weight: Tensor
+    bias: Tensor
+    ridge: float
+    before: float
+    after: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """What a layer is solved for.
+
+    start, bias: W0 (g, o, p), and the current biases (g, o)
     wanted:   the mean and the variance of the outputs to match, (o,) and (o,); None before anything but a BatchNorm
     centred:  whether the layer may have a bias
     rounds:   of the alternation, where a rectifier follows
     """
-    blocks = start.shape[:2]
 
-    def shaped(targets: list[Tensor]) -> list[Tensor]:
-        return [t.reshape(len(t), *blocks) for t in targets]
+    rows: Rows
+    start: Tensor
+    bias: Tensor
+    wanted: tuple[Tensor, Tensor] | None
+    centred: bool
+    reduce: Reduce
+    rounds: int = ROUNDS
 
-    normal = system(rows.patches, shaped([t.corrected for t in rows.targets]), reduce, centred)
-    weight = normal.solve(start, RIDGE)
-    bias = normal.intercept(weight, normal.mean_t)
-    last, pace = (weight, bias), 1.0
-    for _ in range(rounds if any(t.rectified for t in rows.targets) else 0):
-        # each round is a gradient step of a convex loss, in the Gram's metric: with FISTA's momentum fewer are needed
-        # (Beck & Teboulle, 2009, equations 4.1 to 4.3)
-        here, faster = (weight, bias), (1 + (1 + 4 * pace**2) ** 0.5) / 2
-        ahead, pace = (pace - 1) / faster, faster
-        weight, bias = (now + ahead * (now - then) for now, then in zip(here, last, strict=True))
-        last = here
-        predicted = [_predict(p, weight, bias) for p in rows.patches]
-        moved = [target.given(y) for target, y in zip(rows.targets, predicted, strict=True)]
-        normal = normal.with_targets(rows.patches, shaped(moved), reduce)
-        weight = normal.solve(weight, RIDGE)
-        bias = normal.intercept(weight, normal.mean_t)
-    if wanted is not None and centred:
-        mean, variance = (t.view(blocks) for t in wanted)
-        own = normal.variance(weight)
-        factor = (variance / own.clamp(min=1e-300)).sqrt().clamp(1 / MATCH, MATCH)
-        weight = weight * torch.where(own > 0, factor, 1)[:, :, None]
-        bias = normal.intercept(weight, mean)
-    return weight, bias
+    def best(self) -> Solution:
+        """The solution with the ridge that is best on positions that were not solved on."""
+        solved, judging = self.rows.solved, self.rows.judging
+        normal = self._system(solved)
+        splits = [(normal, judging)]
+        if judging.count(self.reduce) < FEW:
+            judging = self.rows.only([folds != NO_FOLD for folds in self.rows.folds])
+            splits = [self._split(judging, fold) for fold in range(FOLDS)]
+        tried: dict[int, float] = {}
+
+        def at(number: int) -> float:
+            if number not in tried:
+                ridge = LADDER[number] * RIDGE
+                tried[number] = sum(error(rows, *self._plain(one, ridge), self.reduce) for one, rows in splits)
+            return tried[number]
+
+        here = LADDER.index(1.0)
+        step = 1 if at(here + 1) < at(here) else -1  # the error has one minimum along the ladder, or nearly so
+        while 0 <= here + step < len(LADDER) and at(here + step) < WORTH * at(here):
+            here += step
+        ridge, rectified = LADDER[here] * RIDGE, any(t.bounds is not None for t in solved.targets)
+        weight, bias = self._solution(solved, normal, ridge, self.rounds if rectified else 0)
+        energy = max(judging.energy(self.reduce), 1e-300)
+        whole = at(here) if len(splits) > 1 else error(judging, weight, bias, self.reduce)
+        before = error(judging, self.start, self.bias, self.reduce)
+        return Solution(weight, bias, ridge, before / energy, whole / energy)
+
+    def _split(self, rows: Rows, fold: int) -> tuple[System, Rows]:
+        """The system of all folds but one, and the rows of that one."""
+        inside = [folds == fold for folds in rows.folds]
+        return self._system(rows.only([~i for i in inside])), rows.only(inside)
+
+    def _system(self, rows: Rows) -> System:
+        return system(rows.patches, self._shaped([t.corrected for t in rows.targets]), self.reduce, self.centred)
+
+    def _shaped(self, targets: list[Tensor]) -> list[Tensor]:
+        return [t.reshape(len(t), *self.start.shape[:2]) for t in targets]
+
+    def _plain(self, normal: System, ridge: float) -> tuple[Tensor, Tensor]:
+        weight = self.start if ridge == inf else normal.solve(self.start, ridge)
+        return weight, normal.intercept(weight, normal.mean_t)
+
+    def _solution(self, rows: Rows, normal: System, ridge: float, rounds: int) -> tuple[Tensor, Tensor]:
+        """(W', b'), (g, o, p) and (g, o), from the positions that are solved on and their system."""
+        weight, bias = self._plain(normal, ridge)
+        last, pace = (weight, bias), 1.0
+        for _ in range(rounds):
+            # each round is a gradient step of a convex loss, in the Gram's metric: with FISTA's momentum fewer are
+            # needed (Beck & Teboulle, 2009, equations 4.1 to 4.3)
+            here, faster = (weight, bias), (1 + (1 + 4 * pace**2) ** 0.5) / 2
+            ahead, pace = (pace - 1) / faster, faster
+            weight, bias = (now + ahead * (now - then) for now, then in zip(here, last, strict=True))
+            last = here
+            predicted = [_predict(p, weight, bias) for p in rows.patches]
+            moved = [target.given(y) for target, y in zip(rows.targets, predicted, strict=True)]
+            normal = normal.with_targets(rows.patches, self._shaped(moved), self.reduce)
+            weight = weight if ridge == inf else normal.solve(weight, ridge)
+            bias = normal.intercept(weight, normal.mean_t)
+        if self.wanted is not None and self.centred:
+            mean, variance = (t.view(self.start.shape[:2]) for t in self.wanted)
+            own = normal.variance(weight)
+            factor = (variance / own.clamp(min=1e-300)).sqrt().clamp(1 / MATCH, MATCH)
+            weight = weight * torch.where(own > 0, factor, 1)[:, :, None]
+            bias = normal.intercept(weight, mean)
+        return weight, bias
 
 
 def error(rows: Rows, weight: Tensor, bias: Tensor, reduce: Reduce) -> float:
@@ -81,6 +169,11 @@ def error(rows: Rows, weight: Tensor, bias: Tensor, reduce: Reduce) -> float:
         predicted = _predict(patch, weight, bias)
         found.append((predicted - target.given(predicted)).double().square().sum())
     return float(reduce(torch.stack(found).sum()))
+
+
+def relative_error(rows: Rows, weight: Tensor, bias: Tensor, reduce: Reduce) -> float:
+    """The square error as a share of the targets' squares."""
+    return error(rows, weight, bias, reduce) / max(rows.energy(reduce), 1e-300)
 
 
 def _predict(patch: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

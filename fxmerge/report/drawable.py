@@ -13,7 +13,7 @@ from fxmerge.ir.capture import Capture
 from fxmerge.ir.groups import Group, Grouping, Refusal
 from fxmerge.ir.provenance import Provenance
 from fxmerge.plan import Plan
-from fxmerge.refit.refit_layers import Refitted
+from fxmerge.refit.records import Refitted
 from fxmerge.report.picture import formats
 from fxmerge.report.picture.build import draw
 from fxmerge.report.picture.group_panel import group_panels

@@ -20,7 +20,8 @@ from fxmerge.ir.provenance import Provenance
 from fxmerge.plan import GroupPlan, Plan, fields, json_text, planned
 from fxmerge.planning.decompose import unmerged
 from fxmerge.planning.statistics import state
-from fxmerge.refit.refit_layers import Refitted
+from fxmerge.refit.handed_out import HandedOut
+from fxmerge.refit.records import Refitted
 from fxmerge.report.budget_line import Spent, spent
 from fxmerge.report.drawable import Drawable
 from fxmerge.report.group_data import cost_json, group_json, members, producer_cost, refusals_json
@@ -114,6 +115,8 @@ class Report(Drawable):
     plan: Plan
     verdict: Verdict
     refitted: tuple[Refitted, ...] = ()
+    source: str = ""  # what refit ran on
+    handed_out: HandedOut | None = None  # which candidate was closest to the original, if there was refit
     notes: tuple[str, ...] = ()  # requests that were not, or not fully, carried out
     seconds: float  # duration of the merge
     timing: Timing | None = None  # of the merged model, if a latency budget was given
@@ -226,6 +229,8 @@ class Report(Drawable):
             f"FLOPs      {before.flops:,} -> {after.flops:,} ({percent(after.flops, before.flops)} left)",
             f"relative error of the outputs on the example inputs: {self.verdict.text()}",
             *([self.spent.line()] if self.spent else []),
+            *([f"refit ran on {self.source}"] if self.source else []),
+            *([line] if self.handed_out and (line := self.handed_out.line()) else []),
             *self.notes,
             *left_out_line(self.captured),
         ]
@@ -263,6 +268,8 @@ class Report(Drawable):
                 **({"error_reason": self.verdict.reason} if self.verdict.reason else {}),
                 **({"error_of_integers": self.verdict.differing} if self.verdict.differing is not None else {}),
                 "refit": [finite(vars(r)) for r in self.refitted],
+                **({"refit_data": self.source} if self.source else {}),
+                **({"handed_out": finite(vars(self.handed_out))} if self.handed_out else {}),
                 **({"budget": finite(vars(self.spent))} if self.spent else {}),
                 "notes": list(self.notes),
                 "groups": groups,

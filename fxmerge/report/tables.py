@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.groups import Refusal
-from fxmerge.refit.refit_layers import Refitted
+from fxmerge.refit.records import Refitted
 from fxmerge.report.layout import Footnotes, Style, names, numbers, table, wrap
 from fxmerge.report.refusals import parameters_held
 

@@ -24,11 +24,14 @@ def gather(weights: Weights, labels: ParamLabels, pick: Callable[[Tensor], Tenso
     pick: maps the labels (m,) along an axis, or of all elements, to the places (m',) to take, in order
     """
     value = weights[labels.path].detach()
+    dtype = value.dtype
+    if value.is_floating_point() and value.element_size() == 1:
+        value = value.view(torch.uint8)  # older versions of torch do not index float8
     if labels.elements is not None:
         chosen = pick(labels.elements.flatten())
         taken = torch.zeros(labels.elements.numel(), dtype=torch.bool).index_fill_(0, chosen, True)
         shape = compact(torch.arange(labels.elements.numel()).view(labels.elements.shape), taken)[0].shape
-        weights.put(labels.path, value.flatten()[chosen.to(value.device)].reshape(shape))
+        weights.put(labels.path, value.flatten()[chosen.to(value.device)].reshape(shape).view(dtype))
         return
     if labels.groups == 1:
         value = _taken(value, {axis: pick(along).to(value.device) for axis, along in labels.axes.items()})
@@ -39,7 +42,7 @@ def gather(weights: Weights, labels: ParamLabels, pick: Callable[[Tensor], Tenso
         block = torch.unique_consecutive(out // split.size(1))  # groups may change places, or be dropped
         out, into = out.view(len(block), -1) % split.size(1), into.view(len(block), -1) % split.size(2)
         value = split[block[:, None, None], out[:, :, None], into[:, None, :]].flatten(0, 1)
-    weights.put(labels.path, value.contiguous())
+    weights.put(labels.path, value.contiguous().view(dtype))
 
 
 _SMALL = 2**20  # elements; a smaller tensor and its intermediate copies fit into the cache

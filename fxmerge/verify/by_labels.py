@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxmerge.graph.compare import difference, outputs
+from fxmerge.graph.compare import difference
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.groups import Group, Grouping, Member
 from fxmerge.ir.provenance import ParamLabels, Provenance
 from fxmerge.rewrite.slicing import gather, places
 from fxmerge.verify.at_zero import AtZero
-from fxmerge.verify.in_double import in_float64, whole
+from fxmerge.verify.in_double import in_float64, outputs_of
 from fxmerge.verify.silencing import set_to_zero
 from fxmerge.weights.by_path import at
 from fxmerge.weights.copy import sharing_copy
@@ -26,11 +26,11 @@ NO_EPS = 1e-11  # an eps up to here changes nothing that the oracle could see
 def permutation(captured: Capture, facts: Provenance, grouping: Grouping, seed: int = 0) -> dict[str, float]:
     """The relative change of the float64 output when a group is permuted, by group; about 1e-15 if all is correct."""
     module, args, kwargs = in_float64(captured)
-    before = outputs(whole(captured, module), args, kwargs)
+    before = outputs_of(captured, module, args, kwargs)
     found = {}
     for part, group in ((p, g) for p in grouping.parts for g in p.groups):
         permuted = permute(module, facts, part, group, seed)
-        found[group.name] = difference(before, outputs(whole(captured, permuted), args, kwargs))
+        found[group.name] = difference(before, outputs_of(captured, permuted, args, kwargs))
     return found
 
 
@@ -43,7 +43,7 @@ def overcoupling(
     have random BatchNorm parameters, since a member with equal values for all channels cannot be detected.
     """
     module, args, kwargs = in_float64(captured)
-    before = outputs(whole(captured, module), args, kwargs)
+    before = outputs_of(captured, module, args, kwargs)
     found = {}
     for part, group in ((p, g) for p in grouping.parts for g in p.groups):
         if group.channels == int(group.cells.max()) + 1:
@@ -57,7 +57,7 @@ def overcoupling(
             }
             permuted = permute(module, facts, part, group, seed, left_out=left_out)
             name = f"{member.layer.module} ({member.role})"
-            found[group.name, name] = difference(before, outputs(whole(captured, permuted), args, kwargs))
+            found[group.name, name] = difference(before, outputs_of(captured, permuted, args, kwargs))
     return found
 
 

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from fxmerge.errors import FxMergeError
+from fxmerge.errors import FxMergeError, first_line
+from fxmerge.graph.compare import outputs
+from fxmerge.graph.eval_mode import quiet
 from fxmerge.graph.nested import tree
 from fxmerge.ir.capture import Capture
 from fxmerge.rewrite.reassemble import assembled
@@ -62,6 +64,18 @@ def widened(module: M) -> M:
 def whole(captured: Capture, module: fx.GraphModule) -> nn.Module:
     """The float64 model that users would get for a copy of the captured graph module."""
     return widened(assembled(captured, module))
+
+
+def outputs_of(captured: Capture, module: fx.GraphModule, args: Any, kwargs: Any) -> list[Tensor]:
+    """The outputs of `whole`. Raises FxMergeError for a model that does not run in float64."""
+    try:
+        with quiet():
+            return outputs(whole(captured, module), args, kwargs)
+    except Exception as error:
+        raise FxMergeError(
+            f"the model does not run in float64, in which it would be verified ({first_line(error)}); verify it "
+            "without the op that takes narrower types only"
+        ) from error
 
 
 class _Widened(TorchFunctionMode):

@@ -3,37 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxmerge
 from tests.helpers.netmaking import one_thread, plain_merge  # noqa: F401
+from tests.helpers.scaled_attention import HEADS, IN, SIZE, Scale, difference, halved
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-HEADS, SIZE, IN = 2, 16, 12
-Scale = Callable[["Attention", Tensor, Tensor, Tensor], Tensor]
-
-
-class Attention(nn.Module):
-    """Scores are scaled by a function of (module, queries, values, scores)."""
-
-    def __init__(self, scale: Scale) -> None:
-        super().__init__()
-        self.q, self.k, self.v = (nn.Linear(IN, HEADS * SIZE) for _ in range(3))
-        self.o, self.scale = nn.Linear(HEADS * SIZE, IN), scale
-
-    def forward(self, x: Tensor) -> Tensor:
-        b, n, _ = x.shape
-        q, k, v = (f(x).view(b, n, HEADS, -1).transpose(1, 2) for f in (self.q, self.k, self.v))
-        w = self.scale(self, q, v, q @ k.transpose(-1, -2)).softmax(-1)
-        return self.o((w @ v).transpose(1, 2).reshape(b, n, -1))  # type: ignore[no-any-return]
-
 
 SCALES: dict[str, Scale] = {
     "full": lambda m, q, v, w: w / torch.full([], v.size(-1) ** 0.5, dtype=w.dtype),
@@ -54,25 +34,6 @@ SCALES: dict[str, Scale] = {
     "a product of sizes": lambda m, q, v, w: w / math.prod(q.shape[-1:]) ** 0.5,
     "width, and positions": lambda m, q, v, w: w / q.size(-1) ** 0.5 - torch.arange(w.size(-1)) * 0.1,
 }
-
-
-def halved(scale: Scale) -> nn.Module:
-    """A model in which half of each head's channels are silent."""
-    torch.manual_seed(0)
-    model = Attention(scale).eval().double()
-    gone = [i for i in range(HEADS * SIZE) if i % SIZE < SIZE // 2]
-    with torch.no_grad():
-        for f in (model.q, model.k, model.v):
-            f.weight.mul_(2)
-            f.weight[gone], f.bias[gone] = 0, 0
-        model.o.weight[:, gone] = 0
-    return model
-
-
-def difference(model: nn.Module, merged: nn.Module, x: Tensor) -> float:
-    with torch.no_grad():
-        y = model(x)
-        return float((merged(x) - y).norm() / y.norm())
 
 
 @pytest.mark.parametrize("name", SCALES)
@@ -153,37 +114,3 @@ def test_states_of_a_new_size_still_follow() -> None:
     result = plain_merge(model, x, ratio=0.5)
     assert result.module.get_submodule("a").out_features == SIZE // 2
     assert result.module(torch.randn(5, IN)).shape == (5, 3)
-
-
-class Relative(nn.Module):
-    """Logits of relative places, which padding shifts by sizes that are computed from the queries and the table."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.q, self.k, self.v, self.out = nn.Linear(5, 8), nn.Linear(5, 8), nn.Linear(5, 6), nn.Linear(6, 3)
-        self.table = nn.Parameter(torch.randn(11, 8))
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, around = self.q(x), F.pad(x, (0, 0, 1, 1))
-        n, w, _ = q.shape
-        size = self.table.shape[0]
-        logits = (q @ self.table.transpose(-1, -2)).reshape(-1, w, size)
-        padded = F.pad(F.pad(logits, [0, 1]).flatten(1), [0, size - w]).reshape(-1, w + 1, size)
-        relative = padded[:, :w, (size + 1) // 2 - 1 :].reshape(n, w, w + 2)
-        out: Tensor = self.out((q @ self.k(around).transpose(1, 2) + relative).softmax(-1) @ self.v(around))
-        return out
-
-
-def test_sizes_that_cannot_follow_do_not_hold_what_they_are_computed_from() -> None:
-    """The padding cannot follow the rows of the table; the width of the queries, from which w comes, is no obstacle."""
-    torch.manual_seed(0)
-    model, x = Relative().double().eval(), torch.randn(2, 4, 5, dtype=torch.float64)
-    result = plain_merge(model, x, ratio=0.5, decomposition="prune")
-    assert {p.name: len(p.kept) for p in result.plan.groups} == {"q": 4, "v": 3}
-    assert {r.name for r in result.report.refusals} == {"table", "out"}
-    dropped = [sorted(set(range(p.channels)) - set(p.kept)) for p in result.plan.groups]
-    with torch.no_grad():
-        for module, rows in ((model.q, dropped[0]), (model.k, dropped[0]), (model.v, dropped[1])):
-            module.weight[rows], module.bias[rows] = 0, 0
-        given = torch.randn(3, 4, 5, dtype=torch.float64)
-        assert (model(given) - result.module(given)).norm() < 1e-12 * model(given).norm()

@@ -70,7 +70,7 @@ def test_refit_of_heads_that_come_last() -> None:
     with torch.no_grad():
         y, worse, better = model(seen), plain.module(seen), refitted.module(seen)
     assert [len(p.kept) for p in refitted.plan.groups] == [4, 4, 6]
-    assert (better - y).norm() < 0.8 * (worse - y).norm()
+    assert (better - y).norm() < 0.85 * (worse - y).norm()
 
 
 def test_groups_that_cannot_lose_a_channel_are_refused_with_the_line() -> None:

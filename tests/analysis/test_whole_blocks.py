@@ -296,7 +296,7 @@ def refitted_and_not(cls: Any, **options: Any) -> tuple[float, float]:
 @every_whole
 def test_refit_repairs_them(cls: Any, selection: str) -> None:
     refitted, not_refitted = refitted_and_not(cls, heads="whole", selection=selection)
-    assert refitted < 0.9 * not_refitted
+    assert refitted < 0.92 * not_refitted
 
 
 @pytest.mark.parametrize("heads", ["width", "whole", "both"])
@@ -391,7 +391,7 @@ def test_both_leave_together_what_the_ratio_says(cls: Any, ratio: float) -> None
 @pytest.mark.parametrize("cls", [Attention, Rotated, GroupedConv], ids=lambda c: c.__name__)
 def test_both_by_every_method_with_refit(cls: Any, decomposition: str) -> None:
     refitted, not_refitted = refitted_and_not(cls, heads="both", decomposition=decomposition)
-    assert refitted < 0.9 * not_refitted
+    assert refitted < 0.92 * not_refitted
 
 
 @pytest.mark.parametrize("heads", ["whole", "both"])

@@ -1,10 +1,7 @@
-"""benchmarks.coverage: rows measured in their own processes, the file of rows that a run resumes from, the page."""
+"""benchmarks.coverage: the models, one row, a run that is resumed, the page."""
 
 import itertools
 import json
-import multiprocessing
-import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,8 @@ from torch import nn
 from benchmarks.coverage import one_model, zoo, zoo_timm, zoo_transformers
 from benchmarks.coverage import run as coverage
 from benchmarks.coverage.page import page
+from benchmarks.harness.process import combined
+from benchmarks.harness.rows import append_row
 from benchmarks.peers import torch_pruning as peer
 
 ROW = {
@@ -35,7 +34,7 @@ def table(*rows: dict[str, Any]) -> str:
 
 def test_squeezenet_is_measured() -> None:
     pytest.importorskip("torchvision")
-    found = coverage.combined(map(json.dumps, one_model.findings("fxmerge", "torchvision", "squeezenet1_1", 0)))
+    found = combined(map(json.dumps, one_model.findings("fxmerge", "torchvision", "squeezenet1_1", 0)))
     assert found["status"] == "ok" and found["stage"] == "done" and found["shapes_kept"]
     assert found["route"] == "symbolic" and found["groups"] == 25
     assert 0.3 < found["left"] < 0.4 and found["oracle"] < 1e-10
@@ -44,9 +43,7 @@ def test_squeezenet_is_measured() -> None:
 
 def test_an_unknown_model_is_a_failure_with_its_message() -> None:
     pytest.importorskip("torchvision")
-    found = coverage.with_error(
-        coverage.combined(map(json.dumps, one_model.findings("fxmerge", "torchvision", "no", 0)))
-    )
+    found = coverage.with_error(combined(map(json.dumps, one_model.findings("fxmerge", "torchvision", "no", 0))))
     assert found["status"] == "failed" and "no" in found["error"]
 
 
@@ -91,17 +88,6 @@ def test_the_peer_leaves_classifiers() -> None:
     assert peer.ignored(net, "torchvision") == [net[1]]
 
 
-def test_a_later_row_replaces_an_earlier_one_and_an_incomplete_line_is_skipped(tmp_path: Path) -> None:
-    path = tmp_path / "below" / "rows.jsonl"
-    coverage.append_row(path, row(left=0.5))
-    with path.open("a") as file:
-        file.write('{"suite": "timm", "na')
-    coverage.append_row(path, row(name="b"))
-    coverage.append_row(path, row(left=0.3))
-    rows = coverage.read_rows(path)
-    assert [(key[1], r["left"]) for key, r in rows.items()] == [("a", 0.3), ("b", 0.4)]
-
-
 def test_a_run_continues_where_the_last_one_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured = []
 
@@ -112,7 +98,7 @@ def test_a_run_continues_where_the_last_one_stopped(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(coverage, "measure", fake)
     monkeypatch.setattr(coverage, "names", lambda suite: ["a", "b", "c"])
     out = tmp_path / "page.md"
-    coverage.append_row(tmp_path / "page.jsonl", row())
+    append_row(tmp_path / "page.jsonl", row())
     arguments = ["--suite", "timm", "--only", "[ab]", "--out", str(out)]
     coverage.main([*arguments, "--no-peer"])
     assert measured == [("timm", "b", "fxmerge")]
@@ -123,49 +109,13 @@ def test_a_run_continues_where_the_last_one_stopped(tmp_path: Path, monkeypatch:
     assert measured[3:] == [("timm", "a", "fxmerge"), ("timm", "b", "fxmerge")]
 
 
-def slow(tool: str, suite: str, name: str, out: str, *_: Any, **limits: Any) -> None:
-    """Does not return; before that it has merged the model if the name says so."""
-    Path(out).write_text(
-        '{"status": "failed", "stage": "analysis"}\n' + ('{"status": "ok"}\n{"le' * (name == "merged"))
-    )
-    time.sleep(600)
-
-
-def dying(tool: str, suite: str, name: str, out: str, noise: str, **limits: Any) -> None:
-    Path(out).write_text('{"status": "failed", "stage": "merge"}\n')
-    Path(noise).write_text("some noise\nlast words\n")
-    os._exit(3)
-
-
-def fake_row(name: str, work: Any, monkeypatch: pytest.MonkeyPatch, timeout: float) -> dict[str, Any]:
-    monkeypatch.setattr(coverage, "PROCESSES", multiprocessing.get_context("fork"))
-    return coverage.measure(("timm", name, "fxmerge"), timeout, 64, 1, work)[0]
-
-
-def busy(*_: Any) -> Any:
-    """Findings that use CPU time without end."""
-    yield {"status": "failed", "stage": "merge"}
-    while True:
-        pass
-
-
-def test_the_limit_is_in_cpu_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(one_model, "findings", busy)
-    found = fake_row("busy", one_model.work, monkeypatch, 1)
-    assert found["status"] == "failed" and found["error"] == "stopped after 1 s, in merge"
-
-
-def test_a_process_that_waits_is_stopped_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(coverage, "PATIENCE", 1)
-    found = fake_row("stuck", slow, monkeypatch, 1)
-    assert found["status"] == "failed" and found["error"] == "stopped after 1 s, in analysis"
-    found = fake_row("merged", slow, monkeypatch, 1)  # it ran out of time in the oracle, not in the merge
-    assert found["status"] == "ok" and found["oracle_note"] == "stopped after 1 s"
-
-
-def test_a_process_that_dies(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = fake_row("dying", dying, monkeypatch, 60)
-    assert found["status"] == "failed" and found["error"] == "died last words (exit status 3), in merge"
+def test_a_process_that_does_not_end() -> None:
+    ended = {"stage": "analysis", "ended": "stopped after 1 s"}
+    assert coverage.with_error(dict(ended)) == {
+        "stage": "analysis", "status": "failed", "error": "stopped after 1 s, in analysis"
+    }  # fmt: skip
+    found = coverage.with_error({**ended, "status": "ok"})  # it ran out of time in the oracle, not in the merge
+    assert found == {"stage": "analysis", "status": "ok", "oracle_note": "stopped after 1 s"}
 
 
 def test_page() -> None:

@@ -105,18 +105,25 @@ def test_fewer_probes_where_they_are_expensive(monkeypatch: pytest.MonkeyPatch, 
 
 
 class Picky(Normed):
-    """Looks up numbers in a table that only inputs in [0, 1) can index."""
+    """Looks up numbers in a table that only inputs whose first number is close to 1/2 can index."""
 
     def __init__(self) -> None:
         super().__init__()
         self.table = nn.Embedding(4, 8)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = torch.relu(self.na(self.a(x))) + self.table((x[:, 0, 0, 0] * 4).long())[:, :, None, None]
+        h = torch.relu(self.na(self.a(x))) + self.table(((x[:, 0, 0, 0] - 0.5).abs() * 1e6).long())[:, :, None, None]
         return self.head(torch.relu(self.nb(self.b(h))).mean((2, 3)))
 
 
 class Rooted(Normed):
+    """NaN for inputs whose first number is not 1/2."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + (-(x[:, :1, :1, :1] - 0.5).abs()).sqrt())
+
+
+class Positive(Normed):
     """NaN for inputs with a negative number."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -128,14 +135,22 @@ class Rooted(Normed):
 )
 def test_a_model_that_does_not_run_on_probes_is_merged_without_refit(model: nn.Module, why: str) -> None:
     x = torch.rand(2, 3, 6, 6) / 2 + 0.5
+    x[:, 0, 0, 0] = 0.5
     result = fxmerge.merge(model.eval(), x, ratio=0.5)
     assert not result.report.refitted and result.plan.groups
     with pytest.raises(FxMergeError, match=rf"the model {why}.* on a calibration batch"):
-        fxmerge.merge(model, x, ratio=0.5, calibration=[x, -x][::-1])
+        fxmerge.merge(model, x, ratio=0.5, calibration=[-x, x])
     text = result.report.text()
     assert "refit is left out, as the model " + why.replace("\\", "").split("(")[0].strip() in text
     assert "give merge(..., calibration=batches)" in " ".join(text.split())
-    assert fxmerge.merge(model, x, ratio=0.5, calibration=[x]).report.refitted
+    assert fxmerge.merge(model, x, ratio=0.5, calibration=[x]).report.handed_out is not None
+
+
+def test_probes_stay_in_the_range_of_the_example() -> None:
+    """They do after they have been fitted, too."""
+    x = torch.rand(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    records = fxmerge.merge(Positive().eval(), x, ratio=0.5, samples=128).report.refitted
+    assert records and not any("not finite" in r.note for r in records)
 
 
 class Overflowing(nn.Module):
@@ -155,7 +170,7 @@ class Overflowing(nn.Module):
 
 def test_layers_that_overflow_are_left_unchanged_and_the_report_says_so() -> None:
     x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
-    result = fxmerge.merge(Overflowing().eval(), x, ratio=0.5)
+    result = fxmerge.merge(Overflowing().eval(), x, ratio=0.5, decomposition="prune")
     notes = {r.name: r.note for r in result.report.refitted}
     assert notes["b"] == "unchanged: its inputs or outputs are not finite"
     assert all(bool(torch.isfinite(v).all()) for v in result.module.state_dict().values())

@@ -294,8 +294,12 @@ def faked(model: nn.Module) -> nn.Module:
     return nn.Sequential(model, torch.ao.quantization.FakeQuantize())
 
 
+def exported(model: nn.Module) -> nn.Module:
+    return torch.export.export(prepared(model).eval(), (torch.randn(4, 6),)).module()
+
+
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("how", [dynamic, prepared, faked])
+@pytest.mark.parametrize("how", [dynamic, prepared, faked, exported])
 def test_quantized_models_are_declined(how: Callable[[nn.Module], nn.Module]) -> None:
     import torch.ao.quantization
 

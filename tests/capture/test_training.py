@@ -77,3 +77,32 @@ def test_a_graph_that_is_the_same_in_training_mode_trains(name: str) -> None:
     before = module.get_submodule("norm").running_mean.clone()  # type: ignore[operator, union-attr]
     module(x)
     assert not torch.equal(module.get_submodule("norm").running_mean, before)  # type: ignore[arg-type]
+
+
+def encoder(dropout: float) -> nn.Module:
+    return nn.TransformerEncoderLayer(16, 2, 32, dropout=dropout, batch_first=True)
+
+
+class Attended(nn.Module):
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.attention, self.norm = nn.MultiheadAttention(16, 2, dropout=dropout, batch_first=True), nn.LayerNorm(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x + self.attention(x, x, x)[0])  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("make", [Attended, encoder])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_attention_of_torch_drops_its_weights_only_in_training_mode(
+    make: Callable[[float], nn.Module], dropout: float
+) -> None:
+    """The graph that torch.fx traces holds the attention of evaluation mode, which drops nothing."""
+    torch.manual_seed(0)
+    module = plain_merge(make(dropout).eval(), torch.randn(3, 5, 16), ratio=0.5).module
+    if dropout:
+        with pytest.raises(RuntimeError, match=r"reads self.training"):
+            module.train()
+        return
+    x = torch.randn(3, 5, 16)
+    assert torch.equal(module.train()(x), module.eval()(x))

@@ -243,3 +243,25 @@ def test_compile_of_a_merged_program_is_one_graph(name: str) -> None:
     compiled = fxmerge.compile(model, x, fxmerge.Options(refit="none"), backend=backend)
     assert difference(outputs(module, (x,)), outputs(compiled, (x,))) <= 1e-5
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("name", ["class", "a-b", "1"])
+def test_names_that_are_not_names_of_python(name: str) -> None:
+    """torch.export writes code with them: what it cannot write is said, with the remedy."""
+
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.last = nn.ModuleDict({name: nn.Linear(6, 16)}), nn.Linear(16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(torch.relu(self.inner[name](x)))  # type: ignore[no-any-return]
+
+    x = torch.randn(4, 6)
+    result = plain_merge(Named().eval(), x, ratio=0.5)
+    if name == "class":
+        with pytest.raises(FxMergeError, match=r"in which class cannot stand.*give it another name"):
+            result.exported()
+        return
+    made = result.exported()
+    assert difference(outputs(result.module, (x,)), outputs(made.module(), (x,))) <= 1e-6

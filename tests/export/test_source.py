@@ -25,6 +25,7 @@ from tests.helpers.netmaking import one_thread, plain_merge  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TESTS = Path(__file__).resolve().parents[1]
+RECENT = hasattr(F, "grouped_mm")  # older versions of torch do not export all these names, or rename them
 
 
 class Chain(nn.Module):
@@ -230,10 +231,16 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[fxmerge
         for route in ("traced", "exported"):
             torch.manual_seed(0)
             model, x = make().eval(), torch.randn(8, 6)
-            given: Any = torch.export.export(model, (x,)) if route == "exported" else model
+            try:
+                given: Any = torch.export.export(model, (x,)) if route == "exported" else model
+            except Exception:
+                if RECENT:
+                    raise
+                continue
             if route == "exported" and any(keyword.iskeyword(k) for n in model.state_dict() for k in n.split(".")):
-                with pytest.raises(FxMergeError, match=r"names of its modules or parameters are keywords of Python: "):
-                    plain_merge(given, x)
+                if RECENT:
+                    with pytest.raises(FxMergeError, match=r"modules or parameters are keywords of Python: "):
+                        plain_merge(given, x)
                 continue
             result = plain_merge(given, x, ratio=0.5)
             place = tmp_path_factory.mktemp("folder")

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxmerge
-from fxmerge.graph.compare import Verdict, measured
+from fxmerge.graph.compare import Verdict, difference, measured
 from tests.helpers.netmaking import plain_merge
 
 
@@ -162,7 +162,22 @@ def test_complex_outputs_count() -> None:
     torch.manual_seed(0)
     model, x = Spectrum().eval(), torch.randn(8, 6, dtype=torch.cfloat)
     result = plain_merge(model, x, ratio=0.5, decomposition="prune")
-    pairs = list(zip(model(x), result.module(x), strict=True))
-    apart = sum(float((a - b).abs().square().sum()) for a, b in pairs)
-    whole = sum(float(a.abs().square().sum()) for a, _ in pairs)
-    assert result.report.verdict.error == pytest.approx((apart / whole) ** 0.5) and apart > 0
+    before, after = model(x)[1], result.module(x)[1]
+    error = float((before - after).abs().square().sum() / before.abs().square().sum()) ** 0.5
+    assert result.report.verdict.error == pytest.approx(error) and error > 0
+
+
+@pytest.mark.parametrize("size", [1.0, 1e5])
+def test_a_large_output_does_not_hide_another(size: float) -> None:
+    """A table of anchors beside the scores, say: it is right in both, and the scores are not."""
+    torch.manual_seed(0)
+    model, x = Ends(lambda y: (torch.full_like(y, size), y)).eval(), torch.randn(40, 6)
+    result = plain_merge(model, x, ratio=0.5)
+    before, after = model(x)[1], result.module(x)[1]
+    assert result.report.verdict.error == pytest.approx(float((before - after).norm() / before.norm())) != 0
+
+
+def test_an_output_of_zeros_is_measured_by_the_others() -> None:
+    zeros, ones = torch.zeros(2), torch.ones(4)  # |(zeros, ones)| = 2
+    assert difference([zeros, ones], [torch.tensor([0.0, 0.5]), ones]) == pytest.approx(0.25)
+    assert difference([ones * 1e-20, ones], [ones * 0, ones]) < 1e-19

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fxmerge import DECOMPOSITIONS
-from fxmerge.methods.decomposition import fold, least_squares, mostsim
+from fxmerge.methods.by_moments import least_squares
+from fxmerge.methods.decomposition import fold, mostsim
 from fxmerge.methods.evidence import Evidence, PublishedForm
 
 EPS = 1e-5

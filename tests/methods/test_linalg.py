@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import fxmerge
 from fxmerge import Options
-from fxmerge.methods.decomposition import least_squares, push
+from fxmerge.methods.by_moments import least_squares
+from fxmerge.methods.decomposition import push
 from fxmerge.methods.linalg import coordinates, distances, gram, solve_ridge
 from fxmerge.planning.statistics import moments, state, statistics
 from tests.helpers.netmaking import plain_merge

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from scipy.sparse import csr_array
 from torch import Tensor, nn
 from torch.nn import BatchNorm2d, Linear
@@ -402,6 +403,62 @@ def test_greedy_takes_channels_that_nobody_reads(options: dict[str, Any]) -> Non
     result = fxmerge.merge(model, x, budget={"flops": 0.545}, **options)
     assert [(g.name, len(g.kept)) for g in result.plan.groups] == [("c2", 8)]
     assert result.report.verdict.error < 0.01
+
+
+def depthwise(m: Any, x: Tensor) -> Tensor:
+    x = F.relu6(m.n0(m.stem(x)))
+    for at in range(3):
+        x = F.relu6(getattr(m, f"nd{at}")(getattr(m, f"d{at}")(x)))
+        x = F.relu6(getattr(m, f"np{at}")(getattr(m, f"p{at}")(x)))
+    return m.fc(x.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def trained_like() -> tuple[nn.Module, Tensor]:
+    """Depthwise-separable blocks, the last of them wide, with the BatchNorm statistics of images with a pattern."""
+    widths, parts = (8, 16, 32, 160), dict[str, nn.Module]()
+    for at, (i, o) in enumerate(itertools.pairwise(widths)):
+        parts |= {f"d{at}": conv(i, i, groups=i, bias=False), f"nd{at}": BatchNorm2d(i, momentum=None)}
+        parts |= {f"p{at}": conv(i, o, 1, bias=False), f"np{at}": BatchNorm2d(o, momentum=None)}
+    model = Net(depthwise, stem=conv(3, 8, bias=False), n0=BatchNorm2d(8, momentum=None), **parts, fc=Linear(160, 20))
+    low = torch.randn(640, 3, 3, 3)
+    x = F.interpolate(low, size=12, mode="bilinear") + 0.2 * torch.randn(640, 3, 12, 12)
+    with torch.no_grad():
+        model.train()(x[:512])
+    return model.eval(), x
+
+
+@pytest.mark.parametrize("budget", [{"flops": 0.7}, {"params": 0.6}], ids=str)
+def test_greedy_is_not_below_uniform_on_a_depthwise_net(budget: dict[str, float]) -> None:
+    """Few samples make the wide last layer look redundant: 160 channels have at most 31 directions on 32 samples."""
+    torch.manual_seed(0)
+    model, x = trained_like()
+    off, few = {}, list(x[:32].split(8))
+    for allocation in ("greedy", "uniform"):
+        merged = fxmerge.merge(model, x[:2], budget=budget, allocation=allocation, calibration=few).module
+        with torch.no_grad():
+            y, z = model(x[512:]), merged(x[512:])
+        off[allocation] = float((y - z).square().sum() / (y - y.mean(0)).square().sum())
+    assert off["greedy"] < 1.05 * off["uniform"] and off["greedy"] < 0.5
+
+
+def test_uniform_is_taken_where_it_loses_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An allocation that takes all from the last group is not kept, and the report says so."""
+
+    def astray(problem: Problem) -> Any:
+        rungs = np.zeros(len(problem.ladders), dtype=np.int64)
+        for g, bottom in reversed([*enumerate(problem.bottom)]):
+            while rungs[g] < bottom and problem.cost(rungs) > problem.target:
+                rungs[g] += 1
+        return rungs
+
+    monkeypatch.setitem(ALLOCATORS, "astray", astray)
+    model, x = made("chain")
+    options: dict[str, Any] = {"budget": {"flops": 0.7}, "decomposition": "prune"}
+    want = plain_merge(model, x, allocation="uniform", **options)
+    found = plain_merge(model, x, allocation="astray", **options)
+    assert [g.kept for g in found.plan.groups] == [g.kept for g in want.plan.groups]
+    assert any(note.startswith("the allocation is uniform: before refit, astray gives") for note in found.report.notes)
+    assert not want.report.notes
 
 
 def test_options_go_through_the_command_line(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import inf
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 import fxmerge
 from fxmerge.calibration.epilogue import affine
 from fxmerge.calibration.patches import Form
+from fxmerge.calibration.rectifiers import Bounds
 from fxmerge.ir.layer_ops import LayerOp
 from fxmerge.ir.provenance import Layer
 from fxmerge.refit import joint, solve
@@ -137,7 +139,7 @@ def test_slopes_by_differences(groups: int, bias: bool) -> None:
     rows = torch.randn(groups, 50, width, dtype=F64)
     mean, gram = rows.mean(1), (rows - rows.mean(1, keepdim=True)).mT @ (rows - rows.mean(1, keepdim=True)) / 50
     half = torch.randn(groups, outs, outs, dtype=F64)
-    variable = _Variable(there, mean, gram, half @ half.mT)
+    variable = _Variable(there, mean, gram, half @ half.mT, 0.2)
     start, weights = variable.start.clone(), torch.randn(groups, outs, width, dtype=F64)
     by_bias = torch.randn(groups, outs, dtype=F64)
     about = gram if bias else gram + mean[:, :, None] * mean[:, None]
@@ -148,7 +150,7 @@ def test_slopes_by_differences(groups: int, bias: bool) -> None:
         variable.write()
         now = there.weight.detach().reshape(groups, outs, width)
         pull = sum(
-            solve.RIDGE / 2 * level[g] * torch.einsum("op,oq,qp->", d, variable.square[g], d)
+            0.2 / 2 * level[g] * torch.einsum("op,oq,qp->", d, variable.square[g], d)
             for g, d in enumerate(now - start)
         )
         linear = (now * weights).sum()
@@ -203,26 +205,28 @@ def test_what_a_chain_keeps_goes_with_its_last_layer(monkeypatch: pytest.MonkeyP
 def test_residuals_count_what_passes_the_rectifier() -> None:
     wanted, outputs = torch.tensor([[2.0, -1.0, -1.0]]), torch.tensor([[1.0, -3.0, 0.5]])
 
-    def missed(rectified: bool) -> Tensor:
+    def missed(bounds: Bounds | None) -> Tensor:
         step = affine(torch.ones(3), torch.zeros(3))
-        return Target(outputs=wanted, axis=1, affine=step, rectified=rectified).residual()(outputs)
+        return Target(outputs=wanted, axis=1, affine=step, bounds=bounds).residual()(outputs)
 
-    torch.testing.assert_close(missed(True), torch.tensor([[-1.0, 0.0, 0.5]]))
-    torch.testing.assert_close(missed(False), torch.tensor([[-1.0, -2.0, 1.5]]))
+    torch.testing.assert_close(missed((0.0, inf)), torch.tensor([[-1.0, 0.0, 0.5]]))
+    torch.testing.assert_close(missed((0.0, 1.5)), torch.tensor([[-0.5, 0.0, 0.5]]))
+    torch.testing.assert_close(missed((-2.0, 0.5)), torch.tensor([[0.0, -2.0, 1.5]]))
+    torch.testing.assert_close(missed(None), torch.tensor([[-1.0, -2.0, 1.5]]))
 
 
-@pytest.mark.parametrize("rectified", [False, True])
-def test_a_target_is_the_same_at_positions_and_everywhere(rectified: bool) -> None:
+@pytest.mark.parametrize("bounds", [None, (0.0, inf), (0.0, 1.0), (-1.0, 1.0)])
+def test_a_target_is_the_same_at_positions_and_everywhere(bounds: Bounds | None) -> None:
     """The residual of whole outputs is the gain times the error of sampled rows, where the gain is not small."""
     g = torch.Generator().manual_seed(0)
     y, found, before, now = (torch.randn(3, 4, 5, 6, generator=g, dtype=F64) for _ in range(4))
     step = affine(torch.rand(4, generator=g, dtype=F64) + 0.5, torch.randn(4, generator=g, dtype=F64))
-    whole = Target(outputs=y, axis=1, affine=step, rectified=rectified, streams=(before, now))
+    whole = Target(outputs=y, axis=1, affine=step, bounds=bounds, streams=(before, now))
     y_rows, found_rows, before_rows, now_rows = (t.movedim(1, -1).reshape(-1, 4) for t in (y, found, before, now))
-    rows = Target(outputs=y_rows, axis=1, affine=step, rectified=rectified, streams=(before_rows, now_rows))
+    rows = Target(outputs=y_rows, axis=1, affine=step, bounds=bounds, streams=(before_rows, now_rows))
     apart = (found_rows - rows.given(found_rows)) * step.gain
     torch.testing.assert_close(whole.residual()(found).movedim(1, -1).reshape(-1, 4), apart)
-    assert bool((apart == 0).any()) is rectified
+    assert bool((apart == 0).any()) is (bounds is not None)
 
 
 @pytest.mark.parametrize(

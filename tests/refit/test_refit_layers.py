@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterator
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ from fxmerge.ir.provenance import Layer
 from fxmerge.methods.elimination import eliminate
 from fxmerge.methods.evidence import Reading
 from fxmerge.methods.least_squares import system
-from fxmerge.methods.probes import PROBES, tokens
 from fxmerge.refit import solve
 from fxmerge.refit.targets import Target
 from tests.helpers.netmaking import one_thread  # noqa: F401
@@ -267,23 +267,6 @@ def test_elimination_follows_re_solving() -> None:
     assert set(range(4)) - set(left) == {losses.index(min(losses))}
 
 
-@pytest.mark.parametrize("name", PROBES)
-@pytest.mark.parametrize("shape", [(2, 7), (2, 3, 16), (2, 3, 16, 12), (2, 1, 4, 4, 4), (2,)])
-def test_probes(name: str, shape: tuple[int, ...]) -> None:
-    example = torch.zeros(shape)
-    one, two = (PROBES[name](example, 40, torch.Generator().manual_seed(0)) for _ in range(2))
-    assert one.shape == (40, *shape[1:])
-    assert torch.equal(one, two)
-    assert abs(float(one.mean())) < 0.5
-    assert 0.5 < float(one.std()) < 1.5
-
-
-def test_tokens_are_in_the_vocabulary() -> None:
-    drawn = tokens(torch.zeros(2, 6, dtype=torch.int64), 9, 500, torch.Generator().manual_seed(0))
-    assert drawn.shape == (500, 6)
-    assert set(drawn.flatten().tolist()) == set(range(9))
-
-
 def test_a_shared_weight_is_left_and_the_report_says_so() -> None:
     model, x = NETS["twice"]()
     records = {r.name: r.note for r in repaired(model, x).report.refitted}
@@ -336,7 +319,7 @@ def test_nearly_constant_inputs_do_not_stop_selection() -> None:
     assert len(eliminate([reading], torch.arange(12), 7)) == 7
 
 
-def test_before_a_rectifier_the_solution_is_close_to_the_best() -> None:
+def test_before_a_rectifier_the_solution_is_close_to_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
     """Targets that the rectifier stops need not be met; scipy minimises this loss, convex in weight and bias."""
     generator = torch.Generator().manual_seed(0)
     p = torch.randn(2000, 1, 12, generator=generator, dtype=torch.float64)
@@ -346,7 +329,8 @@ def test_before_a_rectifier_the_solution_is_close_to_the_best() -> None:
     step = epilogue.affine(2 * ones, 0.3 * ones)
 
     def rows(rectified: bool) -> solve.Rows:
-        return solve.Rows([p], [Target(outputs=t, axis=1, affine=step, rectified=rectified)])
+        target = Target(outputs=t, axis=1, affine=step, bounds=(0.0, inf) if rectified else None)
+        return solve.Rows([p], [target], [torch.arange(len(p)) % 4 + 4])
 
     def loss(flat: np.ndarray[Any, Any]) -> tuple[float, np.ndarray[Any, Any]]:
         leaf = torch.from_numpy(flat).requires_grad_()
@@ -360,8 +344,11 @@ def test_before_a_rectifier_the_solution_is_close_to_the_best() -> None:
 
     def reached(rectified: bool) -> float:
         start = torch.zeros(1, 5, 12, dtype=torch.float64)
-        weight, bias = solve.solution(rows(rectified), start, wanted=None, centred=True, reduce=alone)
-        return solve.error(rows(True), weight, bias, alone) / best
+        given = rows(rectified)
+        bias, solved = torch.zeros(1, 5, dtype=torch.float64), lambda _: given
+        monkeypatch.setattr(solve.Rows, "solved", property(solved))  # all rows are solved on
+        found = solve.Problem(rows=given, start=start, bias=bias, wanted=None, centred=True, reduce=alone).best()
+        return solve.error(rows(True), found.weight, found.bias, alone) / best
 
     assert 1 <= reached(True) < 1.01 and reached(False) > 1.1
 

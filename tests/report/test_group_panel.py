@@ -56,7 +56,7 @@ def test_the_heat_map_shows_the_cosines_that_the_merge_went_by() -> None:
         with torch.no_grad():
             for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.affine):
                 norm.weight[::2] *= -1  # a pair of opposite gammas gets the opposite cosine
-        result = plain_merge(model, x, ratio=0.5, threshold=0.0)
+        result = plain_merge(model, x, ratio=0.5, threshold=0.0, decomposition="mostsim")
         groups = {g["name"]: g for g in data_of(result.report.html())["groups"]}
         for plan in result.plan.groups:
             like = groups[plan.name]["likeness"]

@@ -87,7 +87,7 @@ def opened(browser: Any, tmp_path: Path) -> Iterator[Any]:
 
 def merged(name: str, **options: Any) -> fxmerge.Result:
     model, x = NETS[name]()
-    return plain_merge(model, x, ratio=0.5, **options)
+    return plain_merge(model, x, **{"ratio": 0.5, "decomposition": "mostsim"} | options)
 
 
 class Blocks(nn.Module):

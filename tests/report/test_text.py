@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import fxmerge
 from fxmerge.ir.groups import Refusal
-from fxmerge.refit.refit_layers import Refitted
+from fxmerge.refit.records import Refitted
 from fxmerge.report.tables import REFITTED, REFUSED
 from tests.helpers.drawings import data_of
 from tests.helpers.netmaking import one_thread, plain_merge  # noqa: F401
@@ -82,7 +82,7 @@ def test_every_row_has_its_name_on_one_line_at_every_width(exported: bool) -> No
 
 def test_the_groups_and_their_figures_are_told() -> None:
     model, x = NETS["residual"]()
-    result = plain_merge(model, x, ratio=0.5)
+    result = plain_merge(model, x, ratio=0.5, decomposition="mostsim")
     found = {row.split()[0]: row.split() for row in rows(result.report.text(), "Merged groups of Net")}
     assert found["a"][1:4] == ["16", "->", "8"] and found["stem"][1:4] == ["12", "->", "6"]
     for g in result.analysis.report.groups:
@@ -96,7 +96,7 @@ def test_the_groups_and_their_figures_are_told() -> None:
 
 def test_rescaling_is_noted_by_the_operations_names() -> None:
     model, x = ModelWithARatherLongName().eval(), torch.randn(2, 8)
-    text = plain_merge(model, x, ratio=0.5).report.text(200)
+    text = plain_merge(model, x, ratio=0.5, decomposition="mostsim").report.text(200)
     assert text.count("merged without rescaling, because scaling does not pass through gelu\n") == 1
     assert "gelu_" not in text
 

@@ -86,7 +86,7 @@ def test_a_refitted_module_is_its_own_graph(name: str) -> None:
     result, x = refitted(name)
     module = result.module
     assert isinstance(module, fx.GraphModule)
-    assert result.report.refitted
+    assert result.report.handed_out is not None  # there was a refit, whichever model is the closest
     with torch.no_grad():
         by_graph = returned(fx.Interpreter(module).run(x.clone()))
     assert difference(by_graph, outputs(module, (x,))) == 0

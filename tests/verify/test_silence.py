@@ -521,3 +521,45 @@ def test_a_model_without_values_cannot_be_verified() -> None:
     found = fxmerge.analyze(model.to("meta"), x)
     with pytest.raises(FxMergeError, match="no values to verify"):
         verify.silence(found.captured, found.facts, found.grouping, plan)
+
+
+class Rounded(nn.Module):
+    """Activations on a grid, as quantization will have them."""
+
+    def __init__(self, by_channel: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 16), nn.Linear(16, 8), nn.Linear(8, 3)
+        self.by_channel = by_channel
+        self.register_buffer("scale", torch.full((8,), 1e-3))
+        self.register_buffer("zero", torch.zeros(8, dtype=torch.int32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.fake_quantize_per_tensor_affine(torch.relu(self.a(x)), 1e-3, 0, -32768, 32767)
+        y = self.b(y)
+        if self.by_channel:
+            y = torch.fake_quantize_per_channel_affine(y, self.scale, self.zero, 1, -32768, 32767)
+        return self.c(y)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("route", ["symbolic", "exported"])
+def test_fake_quantization(route: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """Oracles run in float64; where an op does not, they say so, and torch.fx prints nothing."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 6)
+    for by_channel in (False, True):
+        model: Any = Rounded(by_channel).eval()
+        model = torch.export.export(model, (x,)).module() if route == "exported" else model
+        result = plain_merge(model, x, ratio=0.5, decomposition="prune")
+        found = result.analysis
+        given = (found.captured, found.facts, found.grouping)
+        capfd.readouterr()
+        verify.duplicate(*given)
+        silence = verify.silence(*given, result.plan)
+        if not by_channel:
+            assert max(verify.permutation(*given).values()) < 1e-9 and max(silence.errors.values()) < 1e-9
+            continue
+        assert set(silence.left_out) == {"a"}
+        for oracle in (verify.permutation, verify.overcoupling):
+            with pytest.raises(FxMergeError, match=r"does not run in float64.*Scale must be Float"):
+                oracle(*given)
+        assert not capfd.readouterr().err

@@ -282,7 +282,8 @@ resource.setrlimit(resource.RLIMIT_DATA, (held * 1024 + 128 * 2**20,) * 2)
 with torch.device("meta"):
     bare = net.model()
 model = fxmerge.on_disk(bare, path)
-fxmerge.merge(model if kept else fxmerge.in_memory(model), net.example(), refit="none").save(out)
+given = model if kept else fxmerge.in_memory(model)
+fxmerge.merge(given, net.example(), refit="none", decomposition="mostsim").save(out)
 print("merged")
 """
 

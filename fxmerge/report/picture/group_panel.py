@@ -21,7 +21,7 @@ from fxmerge.ir.provenance import Layer
 from fxmerge.options import Options
 from fxmerge.plan import GroupPlan, Plan
 from fxmerge.planning.statistics import producer_constants, producer_rows, state, statistics
-from fxmerge.refit.refit_layers import Refitted
+from fxmerge.refit.records import Refitted
 
 LIKENESS = 450_000  # bytes for the heat maps of all groups together
 SIDE = 64  # channels in a heat map, at most

@@ -1,0 +1,1 @@
+"""What several benchmarks share: rows in files, one process for each row, pages and plots."""

@@ -1,0 +1,76 @@
+"""How far the outputs of a merged graph are from those of the original, on some of refit's batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from math import inf, isfinite
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxmerge.calibration.batches import Batches
+from fxmerge.calibration.paired_run import Pair, PairedRun, Settings
+from fxmerge.graph.eval_mode import evaluating
+from fxmerge.graph.outputs import returned
+
+FEWEST = 4  # batches that are divided without cutting one
+
+
+def output_error(
+    pair: Pair, batches: Sequence[Sequence[Any]], settings: Settings, judges: Sequence[Tensor] | None = None
+) -> float:
+    """The relative square error of the merged graph's outputs, as shares of their variances: the mean over all outputs.
+
+    judges: (samples,) bool by batch: the samples that count; all by default
+
+    0 where the model returns no real numbers, and infinite where they are not finite.
+    """
+    sums: list[Tensor] = []
+    assert pair.merged is not None
+    with evaluating(pair.original, pair.merged), torch.no_grad():
+        run = PairedRun(pair, batches, settings)
+        for visit in run:
+            if visit.node.op == "output":
+                merged = [run.merged.call(visit.node, number) for number in range(len(visit.outputs))]
+                one, other = (list(zip(*map(returned, values), strict=True)) for values in (visit.outputs, merged))
+                sums = [_sums(y, z, judges) for y, z in zip(one, other, strict=True)]
+    if not sums:
+        return 0.0
+    total = settings.reduce(torch.stack(sums))  # (outputs, 4)
+    lost, power, level, count = total.unbind(1)
+    found = float((lost / (power - level.square() / count.clamp(min=1)).clamp(min=1e-300)).mean())
+    return found if isfinite(found) else inf
+
+
+def halves(batches: Batches, divisible: bool) -> tuple[Batches, Batches]:
+    """Batches to fit on, and a quarter of the samples to judge on.
+
+    divisible: whether a batch may be cut, as it is where there are fewer than FEWEST. With a single sample, or batches
+               that are indivisible and too few, both are all batches
+    """
+    if len(batches) < FEWEST:
+        batches = [part for batch in batches for part in (_cut(batch) if divisible else [batch])]
+    last = max(1, len(batches) // 4)
+    return (batches[:-last], batches[-last:]) if len(batches) > 1 else (batches, batches)
+
+
+def _cut(batch: list[Any]) -> Batches:
+    size = next((v.size(0) for v in batch if isinstance(v, Tensor) and v.dim()), 1)
+    bounds = [size * number // FEWEST for number in range(FEWEST + 1)]
+    spans = [(low, high) for low, high in pairwise(bounds) if high > low]
+    along = [isinstance(v, Tensor) and v.dim() > 0 and v.size(0) == size for v in batch]
+    return [[v[low:high] if cut else v for v, cut in zip(batch, along, strict=True)] for low, high in spans]
+
+
+def _sums(original: Sequence[Tensor], merged: Sequence[Tensor], judges: Sequence[Tensor] | None) -> Tensor:
+    """Sums over batches and entries: of the squared differences, of squares, of entries, and of ones."""
+    found = torch.zeros(4, dtype=torch.float64)
+    for number, (y, z) in enumerate(zip(original, merged, strict=True)):
+        if judges is not None and y.dim() and y.size(0) == len(judges[number]):
+            y, z = (t[judges[number].to(t.device)] for t in (y, z))
+        y, z = (torch.view_as_real(t) if t.is_complex() else t for t in (y, z))
+        parts = [(z.double() - y.double()).square().sum(), y.double().square().sum(), y.double().sum()]
+        found += torch.stack([*(p.cpu() for p in parts), torch.tensor(float(y.numel()), dtype=torch.float64)])
+    return found

@@ -1,0 +1,112 @@
+"""The user's calibration data, as values of a graph's placeholders.
+
+Calibration data are tensors, tuples (whose further entries, such as labels, are ignored), dicts, a DataLoader, or a
+generator, which is read once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxmerge.errors import FxMergeError
+from fxmerge.graph.inputs import bind, is_exported
+from fxmerge.ir.capture import Capture
+
+
+def given(captured: Capture, batches: Any, limit: int, size: int) -> list[list[Any]]:
+    """The user's batches as values of the graph's placeholders, at most about `limit` samples of them.
+
+    An exported model gets them in batches of `size`, for which it was exported.
+
+    Raises FxMergeError where the batches do not fit the model.
+    """
+    if isinstance(batches, (Tensor, Mapping)):
+        batches = [batches]
+    if not isinstance(batches, Iterable):
+        what = type(batches).__name__
+        raise FxMergeError(f"calibration is of type {what}; give an iterable of batches, or a DataLoader")
+    found: list[list[Any]] = []
+    total = 0
+    for batch in islice(batches, limit):
+        values = _placed(captured, batch)
+        count = next((len(v) for v in values if isinstance(v, Tensor) and v.dim()), 0)
+        if count == 0:
+            raise FxMergeError("a calibration batch holds no samples; give tensors with at least one sample")
+        found.append(values)
+        total += count
+        if total >= limit:
+            break
+    if not found:
+        raise FxMergeError("calibration holds no batches; a generator can be read only once")
+    if is_exported(captured.module):
+        found = _regrouped(captured, found, size)
+    return found
+
+
+def _placed(captured: Capture, batch: Any) -> list[Any]:
+    """One batch as values of the placeholders, on the devices and in the dtypes of the example inputs."""
+    names = list(captured.kwargs)
+    if isinstance(batch, Mapping):
+        placeholders = [str(n.target) for n in captured.module.graph.nodes if n.op == "placeholder"]
+        wanted = names or placeholders[: len(captured.args)]
+        missing = [name for name in wanted if name not in batch]
+        if missing:
+            has = ", ".join(map(str, batch))
+            raise FxMergeError(f"a calibration batch has no {', '.join(missing)}; it has {has}")
+        args, kwargs = tuple(batch[n] for n in wanted if not names), {n: batch[n] for n in names}
+    else:
+        parts = (batch,) if isinstance(batch, Tensor) else tuple(batch) if isinstance(batch, (tuple, list)) else None
+        count = len(names) or len(captured.args)
+        if parts is None or len(parts) < count:
+            what = type(batch).__name__ if parts is None else f"{type(batch).__name__} of {len(parts)}"
+            raise FxMergeError(f"a calibration batch is a {what}; the model takes {count} inputs, give a tuple")
+        args = () if names else parts[:count]
+        kwargs = dict(zip(names, parts, strict=False))
+    values = bind(captured.module, args, kwargs)
+    for value, example in zip(values, captured.inputs, strict=True):
+        if isinstance(example, Tensor) and not (isinstance(value, Tensor) and value.dim() == example.dim()):
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise FxMergeError(f"a calibration batch has {got} where the example inputs have {tuple(example.shape)}")
+    return [v.to(e) if isinstance(e, Tensor) else v for v, e in zip(values, captured.inputs, strict=True)]
+
+
+def _regrouped(captured: Capture, batches: Sequence[list[Any]], size: int) -> list[list[Any]]:
+    """The batches in the shapes of the example inputs: as they are, or the same samples in batches of `size`.
+
+    A smaller last batch is dropped. Inputs whose first axis is not that of the samples are taken from the first batch.
+    Raises FxMergeError where samples cannot be told apart, as where the first axis is a sequence.
+    """
+    if all(_shapes(batch) == _shapes(captured.inputs) for batch in batches):
+        return list(batches)
+    columns = []
+    for parts, example in zip(zip(*batches, strict=True), captured.inputs, strict=True):
+        if not isinstance(example, Tensor) or not example.dim():
+            columns.append([parts[0]])
+        elif example.size(0) == size and len({part.shape[1:] for part in parts}) == 1:
+            whole = torch.cat(parts)
+            if len(whole) < size:
+                raise FxMergeError(f"calibration holds {len(whole)} samples; the exported model takes {size} at a time")
+            columns.append(list(torch.split(whole[: len(whole) // size * size], size)))
+        elif all(part.shape == example.shape for part in parts):
+            columns.append([parts[0]])
+        else:
+            other = next(tuple(part.shape) for part in parts if part.shape != example.shape)
+            raise FxMergeError(
+                f"a calibration batch has an input of shape {other} where the exported model takes "
+                f"{tuple(example.shape)}; give batches in the shapes of the example inputs"
+            )
+    length = max(map(len, columns))
+    if any(len(column) not in (1, length) for column in columns):
+        raise FxMergeError(
+            "calibration batches have other numbers of samples in different inputs of the exported model"
+        )
+    return [list(row) for row in zip(*(c * length if len(c) == 1 else c for c in columns), strict=True)]
+
+
+def _shapes(values: Sequence[Any]) -> list[tuple[int, ...] | None]:
+    return [tuple(v.shape) if isinstance(v, Tensor) else None for v in values]

@@ -1,0 +1,157 @@
+"""What refit runs on: probes from the example or not, variants of the user's samples, and what the report says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxmerge
+from fxmerge.analysis.propagate import provenance
+from fxmerge.calibration.batches import example_counts, variants, vocabularies
+from fxmerge.calibration.fit_probes import RefitData, refit_data
+from fxmerge.calibration.held_out import samples
+from fxmerge.calibration.paired_run import Settings
+from fxmerge.capture.capture_model import capture
+from fxmerge.options import Options
+from tests.helpers.netmaking import one_thread, randomised  # noqa: F401
+from tests.helpers.smooth import smooth
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Plain(nn.Module):
+    """Convolutions without a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 6, 3), nn.Linear(6, 4)
+        randomised(self, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.b(torch.relu(self.a(x)))).mean((2, 3)))
+
+
+class Flat(nn.Module):
+    """The same image, read by a linear layer: a sample is one row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.head = nn.Linear(3 * 16 * 16, 8), nn.Linear(8, 4)
+        randomised(self, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.a(x.flatten(1))))
+
+
+class Words(nn.Module):
+    """Tokens and a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.a, self.head = nn.Embedding(50, 8), nn.Linear(8, 12), nn.Linear(12, 4)
+        randomised(self, 5)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return self.head((torch.relu(self.a(self.table(ids))) * mask[..., None]).mean(1))
+
+
+IMAGES = 100 + 40 * smooth(2, 3, 16, 16, axes=2)
+
+
+def data(model: nn.Module, inputs: Any, given: Any = None, **options: Any) -> RefitData:
+    captured = capture(model.eval(), inputs)
+    refit = "synthetic" if given is None else "calibration"
+    settings = Settings(rows=1000, seed=0, held=given is None, reduce=lambda value: value)
+    chosen = Options(refit=refit, **options)
+    return refit_data(
+        captured, provenance(captured), chosen, given=given, settings=settings, stage=lambda name: None
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model", "x", "counts"),
+    [
+        (Plain(), IMAGES, True),
+        (Plain(), torch.randn(2, 3, 16, 16), False),
+        (Plain(), torch.zeros(2, 3, 16, 16), False),
+        (Flat(), IMAGES, False),
+        (Flat(), 100 + 40 * smooth(80, 3, 16, 16, axes=2), True),
+    ],
+    ids=["images", "noise", "zeros", "few rows", "many rows"],
+)
+def test_an_example_counts_if_it_is_data_and_has_rows(model: nn.Module, x: Tensor, counts: bool) -> None:
+    captured = capture(model.eval(), x)
+    assert example_counts(captured, provenance(captured)) == counts
+
+
+def test_probes_are_made_from_images_and_streams_are_not_held() -> None:
+    found = data(Plain(), IMAGES, samples=128)
+    assert not found.held and found.made == 0
+    assert found.source == "128 probes made from the 2 example inputs (crops, flips, colours; half dead leaves)"
+    assert torch.equal(found.batches[0][0][:2], IMAGES)
+
+
+def test_noise_is_not_used_and_streams_are_held() -> None:
+    found = data(Plain(), torch.randn(2, 3, 16, 16), samples=128)
+    assert found.held and found.source == "128 probes (pink)"
+    assert not torch.equal(found.batches[0][0][:2], IMAGES)
+
+
+def test_every_sample_of_the_example_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fxmerge.calibration.batches.USUAL", 64)
+    monkeypatch.setattr("fxmerge.calibration.batches.SMALL", 64)
+    monkeypatch.setattr("fxmerge.calibration.batches.FORWARD", 0)
+    x = smooth(192, 3, 8, 8, axes=2)
+    assert torch.equal(torch.cat([batch[0] for batch in data(Plain(), x).batches]), x)
+
+
+def test_calibration_samples_come_first_and_variants_have_batches_of_their_own() -> None:
+    given = list((100 + 40 * smooth(20, 3, 16, 16, axes=2)).split(8))
+    found = data(Plain(), IMAGES, given, samples=70)
+    assert found.made == 3 and not found.held
+    assert all(torch.equal(one[0], other) for one, other in zip(found.batches, given, strict=False))
+    assert [samples(b) for b in found.batches] == [8, 8, 4, 8, 8, 4, 8, 8, 4, 8]
+    assert found.source == "20 calibration samples and 48 variants of them"
+    assert not any(torch.equal(b[0], one) for b in found.batches[3:] for one in given)
+    low, high = min(float(b.min()) for b in given), max(float(b.max()) for b in given)
+    assert all(low <= b[0].min() and b[0].max() <= high for b in found.batches)
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs"),
+    [(Words(), (torch.randint(50, (20, 9)), torch.ones(20, 9))), (Plain(), (torch.randn(20, 3, 16, 16),))],
+    ids=["tokens", "noise"],
+)
+def test_what_has_no_variants_stays_as_it_is(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    found = data(model, tuple(x[:2] for x in inputs), [inputs], samples=200)
+    assert found.made == len(found.batches) == 1 and found.source == "20 calibration samples"
+
+
+def test_enough_samples_get_no_variants() -> None:
+    captured = capture(Plain().eval(), IMAGES)
+    assert variants(captured, [[IMAGES]], 3, seed=0) == []
+    assert len(variants(captured, [[IMAGES]], 4, seed=0)) == 1
+
+
+def test_tokens_are_found_with_the_table_that_they_index() -> None:
+    ids, mask = torch.randint(1, 50, (2, 9), generator=torch.Generator().manual_seed(0)), torch.ones(2, 9)
+    mask[0, 6:] = 0
+    model = Words()
+    captured = capture(model.eval(), (ids, mask))
+    ((number, table),) = vocabularies(captured, provenance(captured)).items()
+    assert number == 0 and torch.equal(table, model.table.weight)
+    found = data(model, (ids, mask), samples=128)
+    assert torch.equal(found.batches[0][1], mask.repeat(32, 1)) and torch.equal(found.batches[0][0][:2], ids)
+    assert found.source == "128 probes made from the tokens of the 2 example inputs and of the vocabulary"
+
+
+def test_the_report_says_what_refit_ran_on() -> None:
+    images = 100 + 40 * smooth(20, 3, 16, 16, axes=2)
+    merged = fxmerge.merge(Plain().eval(), IMAGES, ratio=0.5, samples=64)
+    assert "refit ran on 64 probes made from the 2 example inputs" in merged.report.text()
+    merged = fxmerge.merge(Plain().eval(), IMAGES, ratio=0.5, calibration=[images], samples=40)
+    assert "refit ran on 20 calibration samples and 20 variants of them" in merged.report.text()
+    assert "refit ran on" not in fxmerge.merge(Plain().eval(), IMAGES, ratio=0.5, refit="none").report.text()
