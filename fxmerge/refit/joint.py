@@ -45,8 +45,10 @@ from fxmerge.refit.layer_weights import LayerWeights
 from fxmerge.refit.regions import Region
 from fxmerge.refit.targets import Target
 
-STEPS = 10  # of L-BFGS, without a line search: these coordinates do not need one, and the best of all steps is taken
-PASSES = 3 * (STEPS + 2)  # the cost of the steps in forward passes; a backward pass costs two
+STEPS = 24  # of L-BFGS, at most, without a line search: these coordinates do not need one
+PATIENCE = 4  # steps without a better error on what is held out, after which they end; the best of all is taken
+HISTORY = 10
+PASSES = 3 * 12  # the cost of the steps in forward passes; a backward pass costs two
 BUDGET = 5e12  # FLOPs of all joint steps of a refit together, at most
 POSITIONS = 8  # output positions for each weight of an output, at least: with fewer, the layers are fitted to noise
 ENOUGH = 2**17  # output positions; more do not improve the fit
@@ -165,23 +167,29 @@ class _Joint:
 
     def _descend(self, variables: Sequence[_Variable]) -> bool:
         moving = [variable.at for variable in variables]
-        first, least, best = torch.inf, torch.inf, [at.detach().clone() for at in moving]
+        first, least, best, since = torch.inf, torch.inf, [at.detach().clone() for at in moving], 0
 
         def energy() -> Tensor:
-            nonlocal first, least, best
+            nonlocal first, least, best, since
             for variable in variables:
                 variable.write()
             total, judged, slopes = self._slopes()
             for variable in variables:
                 total = total + variable.slope(slopes)
             first = judged if first == torch.inf else first
+            since += 1
             if judged < least:
+                since = 0
                 least, best = judged, [at.detach().clone() for at in moving]
             return total
 
-        torch.optim.LBFGS(
-            moving, max_iter=STEPS, history_size=STEPS, tolerance_grad=0.0, tolerance_change=0.0
-        ).step(energy)  # type: ignore[no-untyped-call]  # fmt: skip
+        optimiser = torch.optim.LBFGS(
+            moving, max_iter=1, history_size=HISTORY, tolerance_grad=0.0, tolerance_change=0.0
+        )  # type: ignore[no-untyped-call]
+        for _ in range(STEPS):
+            optimiser.step(energy)  # type: ignore[no-untyped-call]
+            if since >= PATIENCE:
+                break
         for variable, value in zip(variables, best, strict=True):
             variable.at.data.copy_(value)
             variable.write()
