@@ -96,23 +96,13 @@ def _consumer(
         whole = whole * line(module, norm, *run.statistics(norm, outputs))[0][:, None]
     assert layer.reads is not None
     each = blocks * width // layer.reads.numel()
-    independent = independent_rows(parts, mean, second, settings.reduce)
-    import os
-    if os.environ.get("SHRINK"):
-        dev = gram.diagonal().clamp(min=1e-300).sqrt()
-        r = gram / dev / dev[:, None]
-        off = float(r.square().sum() - r.diagonal().square().sum())
-        inside = blocks * width * (width - 1)
-        alpha = min(1.0, float(os.environ["SHRINK"]) * (inside + off) / independent / max(off, 1e-300))
-        print("shrink", layer.module, tuple(rows.shape), "N", round(independent), "alpha", round(alpha, 4))
-        gram = torch.where(torch.eye(len(gram), dtype=torch.bool), gram, (1 - alpha) * gram)
     reading = Reading(
         gram=beside(weight, gram.cpu()),
         weight=beside(weight, whole.cpu()),
         channels=torch.arange(0),
         columns=torch.zeros(0, each, dtype=torch.int64),
         mean=mean.flatten().cpu(),
-        independent=independent,
+        independent=independent_rows(parts, mean, second, settings.reduce),
     )
     return reading, each
 

@@ -6,17 +6,11 @@ h between the two layers, the energy
 
     E(A, B) = |r(B(h(A x)))|^2 / 2N + pull,     N output positions
 
-(the residual r is defined in `targets`) is lowered from the solved weights by STEPS steps of L-BFGS. Likewise for a
-region of several layers (see `regions`): the energies of its ends are added, each in units of the variance of what its
-outputs should be, with a common factor that is 1 for a single end. Let a layer have weights W (o, p), and patches with
-Gram matrix G about their mean. Its weights are optimised in coordinates V in which E is nearly isotropic, by Kronecker factors (Martens & Grosse, 2015, "Optimizing neural networks with Kronecker-factored
-approximate curvature", section 3):
+(the residual r is defined in `targets`) is lowered from the solved weights by L-BFGS, until it stops falling on the
+output positions that are held out. Likewise for a region of several layers (see `regions`): the energies of its ends
+are added, each divided by the variance of its targets and multiplied by the mean of these variances.
 
-    W = W0 + K'^-1 V L^-1,    L L' = G + ridge d I,  d = mean(diag G),    K K' = S + LEAST mean(diag S) I,  S = mean J'J
-
-where J is the derivative of r by the layer's outputs at the same position. The gradient of r times random signs has the
-mean square S (Hutchinson, 1990). The pull is ridge d tr(DW' S DW) / 2 for DW = W - W0, which is the pull that
-`least_squares` has for one layer alone.
+The coordinates in which the weights move are those of `coordinates`.
 """
 
 from __future__ import annotations
@@ -34,27 +28,25 @@ from fxmerge.calibration.patches import (
     at_positions,
     by_position,
     input_of,
-    matrices_of,
     patches,
     positions,
-    weight_of,
 )
 from fxmerge.methods.least_squares import Reduce, second_moments
 from fxmerge.refit import solve
+from fxmerge.refit.coordinates import Coordinates
 from fxmerge.refit.layer_weights import LayerWeights
 from fxmerge.refit.regions import Region
 from fxmerge.refit.targets import Target
 
 STEPS = 24  # of L-BFGS, at most, without a line search: these coordinates do not need one
-PATIENCE = 4  # steps without a better error on what is held out, after which they end; the best of all is taken
-HISTORY = 10
-PASSES = 3 * 12  # the cost of the steps in forward passes; a backward pass costs two
+PATIENCE = 4  # steps after the best one, which is taken
+HISTORY = 10  # steps that L-BFGS remembers
+PASSES = 36  # the cost of as many steps as are usual, in forward passes; a backward pass costs two
 BUDGET = 5e12  # FLOPs of all joint steps of a refit together, at most
 POSITIONS = 8  # output positions for each weight of an output, at least: with fewer, the layers are fitted to noise
 ENOUGH = 2**17  # output positions; more do not improve the fit
 ROWS = 8192  # output positions for the Gram matrices, which only define coordinates
 MOST = 30.0  # the largest ridge of a layer
-LEAST = 1e-3  # the ridge of S, which `solve.RIDGE` is for G
 
 
 def affordable(flops: float, count: int, device: torch.device, reduce: Reduce) -> int:
@@ -165,7 +157,7 @@ class _Joint:
             for leaf, flag in zip(self.leaves, flags, strict=True):
                 leaf.requires_grad_(flag)
 
-    def _descend(self, variables: Sequence[_Variable]) -> bool:
+    def _descend(self, variables: Sequence[Coordinates]) -> bool:
         moving = [variable.at for variable in variables]
         first, least, best, since = torch.inf, torch.inf, [at.detach().clone() for at in moving], 0
 
@@ -185,7 +177,7 @@ class _Joint:
 
         optimiser = torch.optim.LBFGS(
             moving, max_iter=1, history_size=HISTORY, tolerance_grad=0.0, tolerance_change=0.0
-        )  # type: ignore[no-untyped-call]
+        )
         for _ in range(STEPS):
             optimiser.step(energy)  # type: ignore[no-untyped-call]
             if since >= PATIENCE:
@@ -228,8 +220,8 @@ class _Joint:
             found[name] = max(used, 1.0), judging
         return found
 
-    def _variables(self) -> list[_Variable]:
-        """The variable of each layer; none where an op of the region has no gradient, or a matrix no Cholesky factor."""
+    def _variables(self) -> list[Coordinates]:
+        """The variable of each layer; none where an op has no gradient, or a matrix no Cholesky factor."""
         batches = float(self.reduce(self.leaves[0].new_tensor(float(self.batches), dtype=torch.float64)))
         rows: dict[str, list[Tensor]] = {name: [] for name in self.weights}
         squares: dict[str, Tensor] = {}
@@ -267,67 +259,7 @@ class _Joint:
             if not bool(gram.isfinite().all()) or not bool(square.isfinite().all()):
                 return []
             try:
-                found.append(_Variable(held, mean, gram, square, self.ridges[name]))
+                found.append(Coordinates(held, mean, gram, square, self.ridges[name]))
             except RuntimeError:  # rounding errors exceed the ridge, as for inputs that are nearly constant
                 return []
         return found
-
-
-class _Variable:
-    """A layer's weights W0 + K'^-1 V L^-1 and its bias b0 + K'^-1 v - DW mean, by the leaf `at`: V with v as a column.
-
-    mean, gram: of the patches, (g, p) and (g, p, p); square: S, (g, o, o)
-    """
-
-    def __init__(self, held: LayerWeights, mean: Tensor, gram: Tensor, square: Tensor, ridge: float) -> None:
-        self.held, self.mean = held, mean if held.bias is not None else torch.zeros_like(mean)
-        self.start = matrices_of(held.weight.detach(), held.form).to(torch.float64, copy=True)  # (g, o, p)
-        blocks = self.start.shape[:2]
-        self.bias = None if held.bias is None else held.bias.detach().to(torch.float64, copy=True).view(blocks)
-        self.square = square + LEAST * _level(square) * _eye(square)
-        if held.bias is None:  # moments about zero
-            gram = gram + mean[:, :, None] * mean[:, None]
-        self.pull = ridge * _level(gram)  # (g, 1, 1)
-        self.left = torch.linalg.cholesky(self.square)  # K
-        self.right = torch.linalg.cholesky(gram + self.pull * _eye(gram))  # L
-        shape = (*self.start.shape[:2], self.start.size(2) + (self.bias is not None))
-        self.at = torch.zeros(shape, dtype=torch.float64, device=self.start.device, requires_grad=True)
-
-    def _moved(self) -> tuple[Tensor, Tensor | None]:
-        """DW (g, o, p), and the change of the outputs' mean (g, o)."""
-        moved = torch.linalg.solve_triangular(self.left.mT, self.at.detach(), upper=True)
-        width = self.start.size(2)
-        change = torch.linalg.solve_triangular(self.right, moved[..., :width], upper=False, left=False)
-        return change, moved[..., width] if self.bias is not None else None
-
-    def write(self) -> None:
-        """Write the weights and the bias to the layer."""
-        change, shift = self._moved()
-        self.held.weight.data.copy_(weight_of(self.start + change, self.held.form, self.held.weight))
-        if self.held.bias is not None and self.bias is not None and shift is not None:
-            offset = self.bias + shift - torch.einsum("gop,gp->go", change, self.mean)
-            self.held.bias.data.copy_(offset.view_as(self.held.bias))
-
-    def slope(self, slopes: Mapping[int, Tensor]) -> Tensor:
-        """Set the gradient of `at`, given the gradients of |r|^2 / 2N, and return the pull."""
-        change, _ = self._moved()
-        pulled = self.pull * (self.square @ change)
-        slope = matrices_of(slopes[id(self.held.weight)], self.held.form) + pulled
-        if self.held.bias is not None:
-            by_bias = slopes[id(self.held.bias)].view(self.start.shape[:2])
-            slope = slope - by_bias[..., None] * self.mean[:, None]
-        slope = torch.linalg.solve_triangular(self.right.mT, slope, upper=True, left=False)
-        if self.held.bias is not None:
-            slope = torch.cat([slope, by_bias[..., None]], -1)
-        self.at.grad = torch.linalg.solve_triangular(self.left, slope, upper=False).contiguous()
-        return (pulled * change).sum() / 2
-
-
-def _level(square: Tensor) -> Tensor:
-    """mean(diag) of each matrix, 1 where all is zero: (g, 1, 1)."""
-    level = square.diagonal(dim1=-2, dim2=-1).mean(-1)
-    return torch.where(level > 0, level, 1.0)[:, None, None]
-
-
-def _eye(square: Tensor) -> Tensor:
-    return torch.eye(square.size(-1), dtype=square.dtype, device=square.device)

@@ -14,7 +14,7 @@ last layers have to be the original's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, fx
@@ -26,7 +26,7 @@ from fxmerge.ir.provenance import Layer
 MOST = 8  # layers of a region; those of a long residual stream are left to single layers
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Region:
     """Layers that are fitted together.
 
@@ -111,10 +111,14 @@ class _Walk:
             if not self._reach(ahead):
                 return None
             deeper = self._deeper()
-            if deeper is not None:  # a layer that writes into the region depends on it: it is inside as a whole
+            if deeper is not None:
                 self.takes.add(deeper)
                 ahead = [input_of(deeper, self.layers[deeper.name].op)]
         return self._made()
+
+    def _starts_at(self, node: fx.Node) -> bool:
+        """Whether a node is a layer that writes into the region and reads from outside."""
+        return node in self.inside and self.ends_at(node) and node not in self.takes
 
     def _reach(self, ahead: list[fx.Node]) -> bool:
         """Add these nodes, and all that must be inside with them. Returns False if that cannot be."""
@@ -122,12 +126,9 @@ class _Walk:
             node = ahead.pop()
             if node in self.inside or node not in self.live:
                 continue
-            layer = self.layers.get(node.name)
-            if not self._fits(node, layer):
+            if not self._fits(node):
                 return False
             self.inside.add(node)
-            if sum(n.name in self.layers and self.layers[n.name].op in SOLVED for n in self.inside | self.takes) > MOST:
-                return False
             if not self.ends_at(node):
                 ahead += [source for source in node.all_input_nodes if source.op != "get_attr"]
             for user in node.users:
@@ -137,47 +138,57 @@ class _Walk:
                     self.takes.add(user)
                 else:
                     return False
+            if len(self._fitted(self.inside | self.takes)) > MOST:
+                return False
         return True
 
-    def _fits(self, node: fx.Node, layer: Layer | None) -> bool:
+    def _fits(self, node: fx.Node) -> bool:
         if node.op not in ("call_module", "call_function", "call_method"):
             return False
+        layer = self.layers.get(node.name)
         if layer is None:
             return True
-        if layer.operation.is_recurrent or layer.params.get("weight") in self.shared:
-            return False
-        return layer.op in SOLVED or (layer.reads is None and layer.writes is None)
+        return layer.op in SOLVED or (layer.reads is None and layer.writes is None and not layer.operation.is_recurrent)
+
+    def _fitted(self, nodes: Iterable[fx.Node]) -> list[Layer]:
+        found = (self.layers.get(node.name) for node in nodes)
+        return [layer for layer in found if layer is not None and layer.op in SOLVED]
+
+    def _after(self, starts: Callable[[fx.Node], bool], until: fx.Node | None = None) -> Iterator[fx.Node]:
+        """The nodes for which `starts` is True and all that depend on them, before `until`, in execution order."""
+        found: set[fx.Node] = set()
+        for node in self.nodes:
+            if node is until:
+                return
+            if starts(node) or any(source in found for source in node.all_input_nodes):
+                found.add(node)
+                yield node
 
     def _deeper(self) -> fx.Node | None:
-        """A layer that writes into the region, reads from outside, and depends on the region all the same."""
-        after: set[fx.Node] = set()
-        for node in self.nodes[min(self.order[n.name] for n in self.inside) :]:
-            if node in self.inside or node in self.takes or any(source in after for source in node.all_input_nodes):
-                if node in self.inside and self.ends_at(node) and node not in self.takes:
-                    if any(source in after for source in node.all_input_nodes):
-                        return node
-                after.add(node)
+        """A layer that writes into the region and reads from outside, though it depends on the region."""
+        after = set(self._after(lambda node: node in self.inside or node in self.takes))
+        for node in self.inside:
+            if self._starts_at(node) and any(source in after for source in node.all_input_nodes):
+                return node
         return None
 
     def _made(self) -> Region | None:
-        everything = sorted(self.inside | self.takes, key=lambda n: self.order[n.name])
-        fitted = [self.layers[n.name] for n in everything if n.name in self.layers and self.layers[n.name].op in SOLVED]
-        ends = [n for n in everything if n in self.takes and n not in self.inside]
-        if not ends or len(fitted) < 2 or any(layer.params["weight"] in self.shared for layer in fitted):
+        ends = sorted(self.takes - self.inside, key=lambda n: self.order[n.name])
+        if not ends:
             return None
-        depends: set[fx.Node] = set()
-        for node in self.nodes[: self.order[ends[-1].name]]:
-            if (node in self.inside and self.ends_at(node) and node not in self.takes) or any(
-                source in depends for source in node.all_input_nodes
-            ):
-                depends.add(node)
-        everything = [n for n in everything if n in depends or n is ends[-1]]
-        own = {n.name for n in everything}
-        if any(n.name in self.layers and n.name not in own for n in depends):
+        replay = list(self._after(self._starts_at, ends[-1]))
+        depends = {*replay, ends[-1]}
+        nodes = sorted((self.inside | self.takes) & depends, key=lambda n: self.order[n.name])
+        fitted = self._fitted(nodes)
+        if len(fitted) < 2 or any(layer.params["weight"] in self.shared for layer in fitted):
+            return None
+        if any(node.name in self.layers for node in depends.difference(nodes)):
             return None  # a layer has been solved for what the region will change
-        replay = [n for n in self.nodes if n in depends]
-        read = {s for n in [*replay, *everything] for s in n.all_input_nodes if s.op != "get_attr"}
-        outside = {s.name for s in read if s not in depends and s.name not in own}
+        read = {source for node in depends for source in node.all_input_nodes if source.op != "get_attr"}
         return Region(
-            tuple(everything), tuple(fitted), tuple(n.name for n in ends), tuple(replay), frozenset(outside)
-        )  # fmt: skip
+            nodes=tuple(nodes),
+            layers=tuple(fitted),
+            ends=tuple(node.name for node in ends),
+            replay=tuple(replay),
+            outside=frozenset(source.name for source in read - depends),
+        )
