@@ -174,14 +174,19 @@ class PairedRun:
         return mean, (variance + layer.eps).sqrt()
 
     def again(self, node: fx.Node, given: Mapping[str, Any], number: int) -> Any:
-        """The value of a node of the merged graph for one batch, with these values for those of its operands."""
+        """The value of a node of the merged graph for one batch, with these values for those of its operands; that of
+        a layer that is held, before the shift.
+        """
         if node.name in self.norms:
             source = node.all_input_nodes[0].name
             value = given[source] if source in given else self.merged.values[source][number]
             return self._normalise(self.merged, [value], self.norms[node.name], self.kept)[0]
-        found = self.merged.call(node, number, given)
+        return self.merged.call(node, number, given)
+
+    def shifted(self, node: fx.Node, value: Any) -> Any:
+        """A value of the merged graph after the shift, if the node is a layer that is held."""
         layer = self.rectified.get(node.name)
-        return found if layer is None else self._held([found], layer, self.kept)[0]
+        return value if layer is None else self._held([value], layer, self.kept)[0]
 
     def _run(self, stream: Stream, node: fx.Node, kept: Callable[[Tensor], Tensor] | None) -> Values:
         if node.name in self.norms:

@@ -8,7 +8,8 @@ h between the two layers, the energy
 
 (the residual r is defined in `targets`) is lowered from the solved weights by L-BFGS, until it stops falling on the
 output positions that are held out. Likewise for a region of several layers (see `regions`): the energies of its ends
-are added, each divided by the variance of its targets and multiplied by the mean of these variances.
+are added, each divided by the variance of its targets and multiplied by the mean of these variances, and no end may get
+worse.
 
 The coordinates in which the weights move are those of `coordinates`.
 """
@@ -102,7 +103,7 @@ def fit(
 def along(
     run: PairedRun, nodes: Sequence[fx.Node], number: int, fitted: Container[str] = ()
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The values of these nodes for one batch, and the outputs of the fitted layers among them."""
+    """The values of these nodes for one batch, and the outputs of the fitted layers among them, before shifts."""
     values: dict[str, Any] = {}
     outputs: dict[str, Tensor] = {}
     inside = set(nodes)
@@ -112,7 +113,7 @@ def along(
             outputs[node.name] = value
             if not inside.isdisjoint(node.users):
                 value = value.clone()  # for ops that write in place
-        values[node.name] = value
+        values[node.name] = run.shifted(node, value)
     return values, outputs
 
 
@@ -159,7 +160,8 @@ class _Joint:
 
     def _descend(self, variables: Sequence[Coordinates]) -> bool:
         moving = [variable.at for variable in variables]
-        first, least, best, since = torch.inf, torch.inf, [at.detach().clone() for at in moving], 0
+        first: dict[str, float] = {}
+        least, best, since = torch.inf, [at.detach().clone() for at in moving], 0
 
         def energy() -> Tensor:
             nonlocal first, least, best, since
@@ -168,16 +170,14 @@ class _Joint:
             total, judged, slopes = self._slopes()
             for variable in variables:
                 total = total + variable.slope(slopes)
-            first = judged if first == torch.inf else first
-            since += 1
-            if judged < least:
-                since = 0
-                least, best = judged, [at.detach().clone() for at in moving]
+            first, since = first or judged, since + 1
+            if sum(judged.values()) < least and all(judged[name] <= first[name] for name in judged):
+                least, best, since = sum(judged.values()), [at.detach().clone() for at in moving], 0
             return total
 
         optimiser = torch.optim.LBFGS(
             moving, max_iter=1, history_size=HISTORY, tolerance_grad=0.0, tolerance_change=0.0
-        )
+        )  # fmt: skip
         for _ in range(STEPS):
             optimiser.step(energy)  # type: ignore[no-untyped-call]
             if since >= PATIENCE:
@@ -185,30 +185,32 @@ class _Joint:
         for variable, value in zip(variables, best, strict=True):
             variable.at.data.copy_(value)
             variable.write()
-        return least < first
+        return least < sum(first.values())
 
-    def _slopes(self) -> tuple[Tensor, float, dict[int, Tensor]]:
-        """E without the pull; the same on the positions that are held out; its gradients, by the leaves' identities."""
+    def _slopes(self) -> tuple[Tensor, dict[str, float], dict[int, Tensor]]:
+        """E without the pull; by end, the same on the positions that are held out; its gradients, by the leaves'
+        identities.
+        """
         counts = self._counts
-        total, aside = torch.zeros(2, dtype=torch.float64, device=self.leaves[0].device)
+        total = torch.zeros((), dtype=torch.float64, device=self.leaves[0].device)
+        aside = torch.zeros(len(counts), dtype=torch.float64, device=total.device)
         found = [torch.zeros_like(leaf, dtype=torch.float64) for leaf in self.leaves]
         for number in range(self.batches):
             with torch.enable_grad():
-                values, outputs = along(self.paired, self.region.nodes, number, self.residuals)
-                energy = aside.new_zeros(())
-                for name, missed in self.residuals.items():
-                    squares = by_position(missed[number](outputs[name]), self.weights[name].form)
+                _, outputs = along(self.paired, self.region.nodes, number, self.residuals)
+                energy = torch.zeros_like(total)
+                for place, (name, missed) in enumerate(self.residuals.items()):
+                    squares = by_position(missed[number](outputs.pop(name)), self.weights[name].form)
                     held, (used, judging) = self.held[name][number], counts[name]
                     energy = energy + squares[~held].sum() * (self.units[name] / (2 * used))
-                    if judging:
-                        aside = aside + squares.detach()[held].sum() * (self.units[name] / (2 * judging))
-                del values, outputs
+                    aside[place] += squares.detach()[held].sum() * (self.units[name] / (2 * judging))
                 slopes = torch.autograd.grad(energy, self.leaves)
             total = total + energy.detach()
             for sum_, slope in zip(found, slopes, strict=True):
                 sum_ += slope
+        judged = dict(zip(counts, self.reduce(aside).tolist(), strict=True))
         slopes_by = {id(leaf): self.reduce(slope) for leaf, slope in zip(self.leaves, found, strict=True)}
-        return self.reduce(total), float(self.reduce(aside)), slopes_by
+        return self.reduce(total), judged, slopes_by
 
     @cached_property
     def _counts(self) -> dict[str, tuple[float, float]]:
