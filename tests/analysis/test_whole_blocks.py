@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxmerge
+import tests.helpers.attention_by_others  # noqa: F401
 from fxmerge import Options, Plan, verify
 from fxmerge.graph import compare
 from fxmerge.plan import GroupPlan
