@@ -12,7 +12,7 @@ time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
@@ -112,6 +112,15 @@ class Stream:
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         return node.target(*args, **kwargs) if node.op == "call_function" else args[0]  # type: ignore[operator]
 
+    def keep(self, names: Iterable[str], until: str) -> None:
+        """Keep the values of these nodes at least until a node has run."""
+        order = {node.name: number for number, node in enumerate(self.nodes)}
+        for name in names:
+            last = next((node for node, sources in self.expires.items() if name in sources), None)
+            if last is not None and order[last] < order[until]:
+                self.expires[last].remove(name)
+                self.expires.setdefault(until, []).append(name)
+
     def free(self, name: str) -> None:
         """Free the values that no node after this one reads."""
         for source in self.expires.get(name, ()):
@@ -164,14 +173,20 @@ class PairedRun:
             mean, variance = moments(inputs, 1, self.reduce)
         return mean, (variance + layer.eps).sqrt()
 
-    def again(self, node: fx.Node, value: Any, number: int) -> Any:
-        """The value of a node of the merged graph for one batch, if `value` is that of its one input."""
+    def again(self, node: fx.Node, given: Mapping[str, Any], number: int) -> Any:
+        """The value of a node of the merged graph for one batch, with these values for those of its operands; that of
+        a layer that is held, before the shift.
+        """
         if node.name in self.norms:
+            source = node.all_input_nodes[0].name
+            value = given[source] if source in given else self.merged.values[source][number]
             return self._normalise(self.merged, [value], self.norms[node.name], self.kept)[0]
-        source = next(n for n in node.all_input_nodes if n.op != "get_attr")
-        found = self.merged.call(node, number, {source.name: value})
+        return self.merged.call(node, number, given)
+
+    def shifted(self, node: fx.Node, value: Any) -> Any:
+        """A value of the merged graph after the shift, if the node is a layer that is held."""
         layer = self.rectified.get(node.name)
-        return found if layer is None else self._held([found], layer, self.kept)[0]
+        return value if layer is None else self._held([value], layer, self.kept)[0]
 
     def _run(self, stream: Stream, node: fx.Node, kept: Callable[[Tensor], Tensor] | None) -> Values:
         if node.name in self.norms:

@@ -11,6 +11,11 @@ samples. For N independent Gaussian rows, Var(r_ij) = (1 + r_ij^2) / N in units 
 
     N = sum_i!=j (1 + r_ij^2) / sum_i!=j Var(r_ij)
     Var(r) = K / (K - 1) sum_b w_b^2 (r_b - r)^2    w_b: the share of the rows that are in block b
+
+Correlations that are estimated from N rows are too large on average. Multiplied by 1 - a, they have the least expected
+square error (Schaefer & Strimmer, "A shrinkage approach to large-scale covariance matrix estimation", 2005, section 2):
+
+    a = sum_i!=j Var(r_ij) / sum_i!=j r_ij^2
 """
 
 from __future__ import annotations
@@ -28,6 +33,20 @@ def elsewhere(df: float, rows: float) -> float:
     """The factor by which the error on other rows exceeds that on the `rows` independent ones of a fit."""
     free = max(WORST, 1 - df / rows)
     return 1 / (free * free)
+
+
+def shrunk(covariance: Tensor, rows: float) -> Tensor:
+    """A covariance (n, n), estimated from `rows` independent rows, with its correlations multiplied by 1 - a."""
+    deviation = covariance.diagonal().clamp(min=0).sqrt()
+    solid = deviation > deviation.max().clamp(min=0) * 1e-9
+    inverse = torch.where(solid, 1 / torch.where(solid, deviation, 1), 0)
+    correlations = covariance * inverse[:, None] * inverse[None, :]
+    squares = float(correlations.fill_diagonal_(0).square().sum())
+    pairs = int(solid.sum()) * (int(solid.sum()) - 1) + squares
+    share = min(1.0, pairs / rows / max(squares, 1e-300))
+    found = covariance * (1 - share)
+    found.diagonal().copy_(covariance.diagonal())
+    return found
 
 
 def independent_rows(rows: list[Tensor], mean: Tensor, second: Tensor, reduce: Reduce) -> float:

@@ -12,6 +12,7 @@ from fxmerge.ir.groups import Decomposition, Group, Member, Merge
 from fxmerge.methods.by_moments import cellwise_least_squares, exactly, least_loss
 from fxmerge.methods.decomposition import DECOMPOSITIONS, DownUp, least_squares_scales, push
 from fxmerge.methods.evidence import Reading
+from fxmerge.methods.generalisation import shrunk
 from fxmerge.options import Options
 from fxmerge.plan import GroupPlan, Partner
 from fxmerge.planning.channel_ops import Step
@@ -33,8 +34,8 @@ def decompose(
     method = options.decomposition
     if method == "prune" or not group.consumers or unmerged(group, tensors, options):
         return None, Merge(group, kept)
-    seen = {reading.consumer: moments_seen(reading, group.channels) for reading in readings if reading.mean is not None}
-    whole = len(seen) == len(group.consumers)
+    known = {reading.consumer: reading for reading in readings if reading.mean is not None}
+    whole = len(known) == len(group.consumers)
     by_weights = method == "mostsim" or (method == "auto" and not whole and not _modelled(group))
     pairs = by_weights or (method == "auto" and whole)
     found = statistics(group, captured, tensors, options, kept=kept if pairs else None)
@@ -52,9 +53,10 @@ def decompose(
         if method == "auto" and not readings and "bias" not in consumer.layer.params:
             constants = bool(shift.any())  # without refit, a bias is added only where merging is exact with it
         if method == "auto" and not by_weights:
-            represented = None
-            if number in seen:
-                mean, covariance = _about(seen[number], constants)
+            if number in known:
+                seen = moments_seen(known[number], group.channels)
+                represented = exactly((up, shift), *_about(seen, constants), kept)
+                mean, covariance = _about((seen[0], shrunk(seen[1], known[number].independent)), constants)
             else:  # copies are equal whether or not the running statistics are those of the inputs
                 own = _about(moments(found, number, options.seed), constants)
                 represented = exactly((up, shift), *own, kept)

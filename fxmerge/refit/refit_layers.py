@@ -9,31 +9,31 @@ is no longer the original's, in execution order:
 
 The merged graph then continues with W'. Both consumers that lost channels and producers whose input has changed are
 solved. Before a BatchNorm, the mean and the standard deviation of its input are then matched to the original's, channel
-by channel. A consumer that lost channels is then fitted once more together with their producer, if no other layer reads
-them (see `joint`). A weight that serves several calls is solved on the rows of all of them (see `shared`). A layer is
+by channel. Consumers that lost channels are then fitted once more together with the producers, if no other layer reads
+these (see `joint`). A weight that serves several calls is solved on the rows of all of them (see `shared`). A layer is
 left unchanged where its outputs are the original's already, and where no solution is better than the current weights
 on samples that were held out of the solve.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from math import isfinite
 
 import torch
 from torch import Tensor
 
 from fxmerge.calibration.epilogue import SOLVED
-from fxmerge.calibration.held_out import HELD_OUT
 from fxmerge.calibration.paired_run import Pair, PairedRun, Settings, Visit
-from fxmerge.calibration.patches import FEWEST, enough, input_of, matrices_of, positions, sample
+from fxmerge.calibration.patches import FEWEST, enough, sample
 from fxmerge.graph.cost import flops_by_node
 from fxmerge.graph.eval_mode import evaluating
 from fxmerge.ir.provenance import Layer, batch_norms, can_shift
-from fxmerge.refit import joint, solve
-from fxmerge.refit.chains import Chain, chains
+from fxmerge.refit import joint
+from fxmerge.refit.joint_steps import JointSteps
 from fxmerge.refit.layer_weights import GraphWeights, LayerWeights
 from fxmerge.refit.records import EXACTLY, NO_BETTER, TOO_FEW, Refitted
+from fxmerge.refit.regions import regions
 from fxmerge.refit.shared import COSTLY, Gathered, Shared, shared_weights
 from fxmerge.refit.sites import Site, Sites
 from fxmerge.refit.solve import ROUNDS, Problem, Rows, relative_error
@@ -69,31 +69,20 @@ class _Refit:
         self.norms = batch_norms(facts)
         self.shared = shared_weights(facts.layers, self.merged.graph)
         self.generator = torch.Generator().manual_seed(settings.seed)
-        self.chains = chains(self.layers, list(self.merged.graph.nodes), self._lost, self.shared)
-        self.used = self._affordable(batches) if self.chains else 0  # batches that joint steps are run on
         self.records: dict[str, Refitted] = {}  # by node
         self.ridges: dict[str, float] = {}  # of the layers that have been solved, by node
+        found = regions(self.layers, list(self.merged.graph.nodes), self._lost, self.shared)
+        self.joint = JointSteps(found, self.weights, batches, settings, self.ridges)
         self._start()
 
     def _start(self) -> None:
         """Begins a run of both graphs, with the weights as they are now."""
         self.paired = PairedRun(self.pair, self.batches, self.settings)
         self.sites = Sites(self.paired, self.norms)
-        self._plan(self.chains if self.used else {})
-
-    def _plan(self, chains: Mapping[str, Chain]) -> None:
-        """The chains that joint steps are still run on in this run, by their last nodes."""
-        self.ends, self.starts = dict(chains), {chain.nodes[0].name: chain for chain in chains.values()}
-        self.within = {layer.node for chain in chains.values() for layer in chain.layers}
+        self.joint.start(self.paired, self.sites)
 
     def _lost(self, layer: Layer) -> bool:
         return layer.reads is not None and len(self.kept(layer.reads.flatten())) < layer.reads.numel()
-
-    def _affordable(self, batches: Sequence[Sequence[object]]) -> int:
-        flops = flops_by_node(self.merged, batches[0])
-        total = sum(flops[layer.node] for chain in self.chains.values() for layer in chain.layers)
-        device = self._weight(next(iter(self.chains.values())).layers[0]).device
-        return joint.affordable(total, len(batches), device, self.settings.reduce)
 
     def _weight(self, layer: Layer) -> Tensor:
         return self.weights.weights[layer.params["weight"]]
@@ -138,6 +127,7 @@ class _Refit:
         gathered: Gathered | None = None
         for visit in self.paired:
             node, layer = visit.node, self.layers.get(visit.node.name)
+            self.joint.reach(visit, layer)
             if layer is None:
                 continue
             shared = self.together.get(node.name)
@@ -149,11 +139,7 @@ class _Refit:
                     return False
             elif shared is None and self._is_due(node.name, gathered):
                 stage(f"refit {layer.module}")
-                self.records[node.name] = self._solve(visit, layer)
-            if node.name in self.ends:
-                self.ends[node.name].end()
-            if node.name in self.starts:  # after the chain that ends here has been fitted
-                self._begin(visit, layer, self.starts[node.name])
+                self.records |= self._solve(visit, layer)
         return True
 
     def _is_due(self, node: str, gathered: Gathered | None) -> bool:
@@ -161,43 +147,24 @@ class _Refit:
         waits = gathered is not None and node in gathered.shared.after
         return self.moved[node] and self.layers[node].op in SOLVED and node not in self.records and not waits
 
-    def _begin(self, visit: Visit, layer: Layer, chain: Chain) -> None:
-        """Keep the inputs of a chain's first layer, unless there are too few positions."""
-        form, weight = self.weights.form(visit.node, layer), self._weight(layer)
-        count = 0.0 if form is None else float(sum(positions(y, form) for y in visit.outputs[: self.used]))
-        unknowns = 0 if form is None else matrices_of(weight, form).size(2)
-        if float(self.settings.reduce(weight.new_tensor(count, dtype=torch.float64))) >= joint.POSITIONS * unknowns > 0:
-            chain.begin(self.paired.merged.values[input_of(visit.node, layer.op).name])
-        else:
-            self._plan({last: other for last, other in self.ends.items() if other is not chain})
-
     def _changed(self, path: str) -> bool:
         before, now = at(self.original, path), at(self.merged, path)
         return before.shape != now.shape or not torch.equal(before, now)
 
-    def _solve(self, visit: Visit, layer: Layer) -> Refitted:
-        held = self.weights.of(visit.node, layer)
+    def _solve(self, visit: Visit, layer: Layer) -> dict[str, Refitted]:
+        """Solve a layer; also a region that ends with it. Returns the records, by node."""
+        held, node = self.weights.of(visit.node, layer), visit.node.name
         if layer.params["weight"] in self.shared:
-            return Refitted(layer.module, 0.0, 0.0, self.shared[layer.params["weight"]].reason or COSTLY)
+            return {node: Refitted(layer.module, 0.0, 0.0, self.shared[layer.params["weight"]].reason or COSTLY)}
         if why := self._unsolvable(visit, held):
-            return Refitted(layer.module, 0.0, 0.0, why)
+            return {node: Refitted(layer.module, 0.0, 0.0, why)}
         assert held is not None
         site = self.sites.site(visit, layer, held)
         index_of = self._sampled(site, 1)
         rows = self.sites.rows(site, index_of)
         wanted = self.sites.output_moments(site) if site.epilogue.norm is not None else None
         found = self._improved([site], rows, wanted)
-        if not found.solved or found.note == EXACTLY:
-            return found
-        alone = self.weights.of(visit.node, layer)
-        assert alone is not None
-        reached = self._error(rows.judging, alone.matrices, alone.offsets)
-        if self._jointly(site):
-            rows, now = self.sites.rows(site, index_of), self.weights.of(visit.node, layer)
-            assert now is not None
-            share = self._error(rows.judging, now.matrices, now.offsets) / max(reached, 1e-300)
-            found = Refitted(layer.module, found.before, found.after * share)
-        return found
+        return self.joint.solved(site, index_of, rows, found) if found.solved else {node: found}
 
     def _unsolvable(self, visit: Visit, held: LayerWeights | None) -> str:
         """Why a layer cannot be solved, or ""."""
@@ -213,7 +180,7 @@ class _Refit:
         """The output positions that a layer is solved on, by batch; a share of them if its weight has several calls."""
         shape = site.held.matrices.shape
         count = enough(self.settings.rows, shape[0] * shape[2])
-        if site.visit.node.name in self.within:
+        if site.visit.node.name in self.joint.within:
             count = min(count, FEWEST)  # enough for the weights that joint steps start from
         return sample(site.visit.outputs, site.held.form, -(-count // calls), self.generator, self.settings.reduce)
 
@@ -240,7 +207,7 @@ class _Refit:
             wanted=wanted,
             centred=can_shift(layer),
             reduce=reduce,
-            rounds=0 if node in self.within else ROUNDS,  # layers that are fitted jointly need none
+            rounds=0 if node in self.joint.within else ROUNDS,  # layers that are fitted jointly need none
         ).best()
         self.ridges[node] = found.ridge
         before, after = found.before, found.after
@@ -265,35 +232,3 @@ class _Refit:
             return False
         self.records[name] = self._improved(gathered.sites, gathered.whole, gathered.output_moments)
         return True
-
-    def _jointly(self, site: Site) -> bool:
-        """Fit the layer together with its producer, if it ends a chain; the merged graph then continues with both."""
-        chain = self.ends.get(site.visit.node.name)
-        if chain is None or not chain.intact:
-            return False
-        weights = []
-        for layer in chain.layers:
-            own = self.weights.of(next(n for n in chain.nodes if n.name == layer.node), layer)
-            if own is None:
-                return False
-            weights.append(own)
-        count = self._plenty(site)
-        held = [folds == HELD_OUT for folds in self.sites.folds(site)[:count]]
-        targets = [self.sites.target(site, number) for number in range(count)]
-        ridges = [self.ridges.get(layer.node, solve.RIDGE) for layer in chain.layers]
-        better = joint.fit(
-            self.paired, chain, weights, targets, held=held, ridges=ridges,
-            seed=self.settings.seed,
-        )  # fmt: skip
-        if better:
-            source = input_of(site.visit.node, chain.layers[-1].op)
-            self.paired.merged.values[source.name] = [
-                joint.along(self.paired, chain, number) for number in range(len(chain.inputs))
-            ]
-        return better
-
-    def _plenty(self, site: Site) -> int:
-        """The number of batches that have ENOUGH positions, or of all that are used."""
-        count = sum(positions(y, site.held.form) for y in site.visit.outputs[: self.used])
-        every = float(self.settings.reduce(site.affine.gain.new_tensor(float(count))))
-        return max(1, min(self.used, round(self.used * joint.ENOUGH / max(every, 1.0))))

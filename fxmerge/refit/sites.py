@@ -60,11 +60,13 @@ class Sites:
 
     def rows(self, site: Site, index_of: Sequence[Tensor]) -> Rows:
         """The patches and the targets at these output positions of each batch."""
-        source = input_of(site.visit.node, site.layer.op)
-        inputs = self.paired.merged.values[source.name]
-        sampled = [patches(x, site.held.form, index) for x, index in zip(inputs, index_of, strict=True)]
         targets = [self.target(site, number, index) for number, index in enumerate(index_of)]
-        return Rows(sampled, targets, self.folds(site, index_of))
+        return Rows(self.patches(site, index_of), targets, self.folds(site, index_of))
+
+    def patches(self, site: Site, index_of: Sequence[Tensor]) -> list[Tensor]:
+        """The patches of the merged graph at these output positions of each batch."""
+        inputs = self.paired.merged.values[input_of(site.visit.node, site.layer.op).name]
+        return [patches(x, site.held.form, index) for x, index in zip(inputs, index_of, strict=True)]
 
     def folds(self, site: Site, index_of: Sequence[Tensor] | None = None) -> list[Tensor]:
         """The folds of these output positions, or of all: (positions,) by batch."""

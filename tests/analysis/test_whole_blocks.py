@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxmerge
+import tests.helpers.attention_by_others  # noqa: F401
 from fxmerge import Options, Plan, verify
 from fxmerge.graph import compare
 from fxmerge.plan import GroupPlan
@@ -279,17 +280,17 @@ def test_every_method_takes_blocks(decomposition: str, selection: str) -> None:
 
 
 def refitted_and_not(cls: Any, **options: Any) -> tuple[float, float]:
-    """Errors on a batch that refit has not seen: with refit, and without."""
+    """Errors on samples that refit has not seen: with refit, and without."""
     model, x = built(cls)
     torch.manual_seed(0)
-    batches = [torch.randn(16, *x.shape[1:], dtype=torch.float64) for _ in range(4)]
+    fresh, *batches = (torch.randn(count, *x.shape[1:], dtype=torch.float64) for count in (256, 16, 16, 16))
 
     def error(**how: Any) -> float:
         merged = fxmerge.merge(model, x, **options, **how).module
         with torch.no_grad():
-            return compare.difference([model(batches[0])], [merged(batches[0])])
+            return compare.difference([model(fresh)], [merged(fresh)])
 
-    return error(calibration=batches[1:]), error(refit="none")
+    return error(calibration=batches), error(refit="none")
 
 
 @pytest.mark.parametrize("selection", ["l2", "repair"])

@@ -152,6 +152,7 @@ def test_the_report_says_what_refit_ran_on() -> None:
     images = 100 + 40 * smooth(20, 3, 16, 16, axes=2)
     merged = fxmerge.merge(Plain().eval(), IMAGES, ratio=0.5, samples=64)
     assert "refit ran on 64 probes made from the 2 example inputs" in merged.report.text()
-    merged = fxmerge.merge(Plain().eval(), IMAGES, ratio=0.5, calibration=[images], samples=40)
+    data: dict[str, Any] = {"calibration": [images], "samples": 40, "decomposition": "mostsim"}
+    merged = fxmerge.merge(Plain().eval(), IMAGES, ratio=0.5, **data)
     assert "refit ran on 20 calibration samples and 20 variants of them" in merged.report.text()
     assert "refit ran on" not in fxmerge.merge(Plain().eval(), IMAGES, ratio=0.5, refit="none").report.text()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fxmerge.methods.elimination import curve
 from fxmerge.methods.evidence import Reading
-from fxmerge.methods.generalisation import elsewhere, independent_rows, pieces
+from fxmerge.methods.generalisation import elsewhere, independent_rows, pieces, shrunk
 from fxmerge.methods.least_squares import second_moments
 
 
@@ -81,3 +81,26 @@ def test_few_rows_do_not_make_channels_redundant() -> None:
     )
     assert believed < 0.1
     assert expected > 0.4  # 40 of 100 independent channels of equal weight are gone
+
+
+@pytest.mark.parametrize("rows", [30, 100, 1000])
+def test_shrunk_correlations_are_closer_to_the_true_ones(rows: int) -> None:
+    """Of 40 channels with known correlations; the fewer rows, the more."""
+    g = torch.Generator().manual_seed(0)
+    p = 40
+    mix = torch.eye(p, dtype=torch.float64) + 0.15 * torch.randn(p, p, generator=g, dtype=torch.float64)
+    truth = mix @ mix.T
+    off = [0.0, 0.0]
+    for _ in range(20):
+        x = torch.randn(rows, p, generator=g, dtype=torch.float64) @ mix.T
+        seen = x.T.cov(correction=0)
+        for number, found in enumerate((seen, shrunk(seen, rows))):
+            assert torch.equal(found.diagonal(), seen.diagonal())
+            off[number] += float((found - truth).fill_diagonal_(0).square().sum())
+    assert off[1] < (0.75 if rows == 30 else 0.95 if rows == 100 else 1.0) * off[0]
+
+
+def test_what_many_rows_say_is_not_shrunk() -> None:
+    seen = torch.tensor([[1.0, 0.6, 0.0], [0.6, 4.0, 0.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
+    torch.testing.assert_close(shrunk(seen, float("inf")), seen)
+    assert torch.equal(shrunk(seen, 1.0), seen.diagonal().diag())  # of one row, correlations mean nothing

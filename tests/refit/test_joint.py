@@ -13,12 +13,11 @@ import fxmerge
 from fxmerge.calibration.epilogue import affine
 from fxmerge.calibration.patches import Form
 from fxmerge.calibration.rectifiers import Bounds
-from fxmerge.ir.layer_ops import LayerOp
-from fxmerge.ir.provenance import Layer
 from fxmerge.refit import joint, solve
-from fxmerge.refit.chains import Chain, chains
-from fxmerge.refit.joint import _Variable
+from fxmerge.refit.coordinates import Coordinates
+from fxmerge.refit.joint_steps import JointSteps
 from fxmerge.refit.layer_weights import LayerWeights
+from fxmerge.refit.regions import Region
 from fxmerge.refit.targets import Target
 from tests.helpers.netmaking import one_thread  # noqa: F401
 
@@ -139,7 +138,7 @@ def test_slopes_by_differences(groups: int, bias: bool) -> None:
     rows = torch.randn(groups, 50, width, dtype=F64)
     mean, gram = rows.mean(1), (rows - rows.mean(1, keepdim=True)).mT @ (rows - rows.mean(1, keepdim=True)) / 50
     half = torch.randn(groups, outs, outs, dtype=F64)
-    variable = _Variable(there, mean, gram, half @ half.mT, 0.2)
+    variable = Coordinates(there, mean, gram, half @ half.mT, 0.2)
     start, weights = variable.start.clone(), torch.randn(groups, outs, width, dtype=F64)
     by_bias = torch.randn(groups, outs, dtype=F64)
     about = gram if bias else gram + mean[:, :, None] * mean[:, None]
@@ -185,21 +184,23 @@ def test_a_gram_without_a_root_is_left_to_single_layers(gram: float, monkeypatch
     assert torch.equal(one.module.a.weight, merged(model, x).module.a.weight)
 
 
-def test_what_a_chain_keeps_goes_with_its_last_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only live activations are kept: at a chain's first layer, no earlier chain still has its inputs."""
-    begun: list[Chain] = []
-    begin = Chain.begin
+def test_what_a_region_keeps_goes_with_its_last_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When a region is fitted, what earlier regions had read from outside is gone."""
+    kept: list[set[str]] = []
+    fit = JointSteps._fit
 
-    def watched(chain: Chain, inputs: Any) -> None:
-        assert not any(earlier.inputs for earlier in begun)
-        begun.append(chain)
-        begin(chain, inputs)
+    def watched(steps: JointSteps, region: Region, ends: Any) -> bool:
+        assert region.outside <= set(steps.paired.merged.values)
+        live = set(steps.paired.merged.values)
+        assert not any((earlier - region.outside) & live for earlier in kept)
+        kept.append(set(region.outside))
+        return fit(steps, region, ends)
 
-    monkeypatch.setattr(Chain, "begin", watched)
+    monkeypatch.setattr(JointSteps, "_fit", watched)
     torch.manual_seed(0)
     blocks = nn.Sequential(*(Rectified() for _ in range(3))).eval()
-    merged(blocks, torch.randn(8, 6, 12, 12))
-    assert len(begun) == 3 and not any(chain.inputs for chain in begun)
+    merged(blocks, torch.randn(32, 6, 12, 12))
+    assert len(kept) == 3
 
 
 def test_residuals_count_what_passes_the_rectifier() -> None:
@@ -234,27 +235,3 @@ def test_a_target_is_the_same_at_positions_and_everywhere(bounds: Bounds | None)
 )
 def test_batches_within_the_budget(flops: float, count: int, used: int) -> None:
     assert joint.affordable(flops, count, torch.device("cpu"), lambda t: t) == used
-
-
-def test_chains_end_where_others_read() -> None:
-    """linear, relu, depthwise, linear is one; a fork, a second input and a shared weight end it."""
-
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.d, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, groups=4, padding=1), nn.Conv2d(4, 4, 1)
-            self.c, self.e = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 2, 1)
-
-        def forward(self, x: Tensor) -> Tensor:
-            y = self.b(self.d(self.a(x).relu()))
-            z: Tensor = self.e(self.c(y) * y)
-            return z
-
-    graph = torch.fx.symbolic_trace(Net()).graph
-    ops = {"a": "conv", "d": "depthwise", "b": "conv", "c": "conv", "e": "conv"}
-    layers = {name: Layer(name, name, LayerOp(op), {"weight": f"{name}.weight"}) for name, op in ops.items()}
-    found = chains(layers, list(graph.nodes), lambda layer: True, ())
-    assert {end: [layer.node for layer in chain.layers] for end, chain in found.items()} == {"b": ["a", "d", "b"]}
-    assert [node.name for node in found["b"].nodes] == ["a", "relu", "d", "b"]
-    assert not chains(layers, list(graph.nodes), lambda layer: True, {"d.weight"})
-    assert not chains(layers, list(graph.nodes), lambda layer: layer.node != "b", ())

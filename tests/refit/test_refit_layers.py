@@ -297,7 +297,9 @@ def test_wide_layers_are_solved_on_fewer_rows(rows: int, width: int, count: int)
 
 
 def test_two_processes_compute_the_weights_of_one(tmp_path: Path) -> None:
-    """torchrun, gloo: the same bits on both ranks, those of one process within rounding."""
+    """torchrun, gloo: the same bits on both ranks, and nearly those of one process, which estimates the number of
+    independent rows from other blocks.
+    """
     run_on_two("distributed_refit.py", tmp_path)
     model, x = NETS["residual"]()
     data = torch.randn(64, *x.shape[1:], generator=torch.Generator().manual_seed(7))
@@ -307,7 +309,7 @@ def test_two_processes_compute_the_weights_of_one(tmp_path: Path) -> None:
         assert set(one) == set(alone)
         for key, value in alone.items():
             assert torch.equal(one[key], other[key])
-            torch.testing.assert_close(one[key], value, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(one[key], value, rtol=1e-2, atol=1e-3)
 
 
 def test_nearly_constant_inputs_do_not_stop_selection() -> None:

@@ -1,0 +1,84 @@
+"""Coordinates of a layer's weights in which the energy of joint steps is nearly isotropic.
+
+Let a layer have weights W (o, p), and patches with Gram matrix G about their mean. Its weights move in
+coordinates V, by Kronecker factors (Martens & Grosse, 2015, "Optimizing neural networks
+with Kronecker-factored approximate curvature", section 3):
+
+    W = W0 + K'^-1 V L^-1,    L L' = G + ridge d I,  d = mean(diag G),    K K' = S + LEAST mean(diag S) I,  S = mean J'J
+
+where J is the derivative of r by the layer's outputs at the same position. The gradient of r times random signs has the
+mean square S (Hutchinson, 1990). The pull is ridge d tr(DW' S DW) / 2 for DW = W - W0, which is the pull that
+`least_squares` has for one layer alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fxmerge.calibration.patches import matrices_of, weight_of
+from fxmerge.refit.layer_weights import LayerWeights
+
+LEAST = 1e-3  # the ridge of S, which `solve.RIDGE` is for G
+
+
+class Coordinates:
+    """A layer's weights W0 + K'^-1 V L^-1 and its bias b0 + K'^-1 v - DW mean, by the leaf `at`: V with v as a column.
+
+    mean, gram: of the patches, (g, p) and (g, p, p); square: S, (g, o, o)
+    """
+
+    def __init__(self, held: LayerWeights, mean: Tensor, gram: Tensor, square: Tensor, ridge: float) -> None:
+        self.held, self.mean = held, mean if held.bias is not None else torch.zeros_like(mean)
+        self.start = matrices_of(held.weight.detach(), held.form).to(torch.float64, copy=True)  # (g, o, p)
+        blocks = self.start.shape[:2]
+        self.bias = None if held.bias is None else held.bias.detach().to(torch.float64, copy=True).view(blocks)
+        self.square = square + LEAST * _level(square) * _eye(square)
+        if held.bias is None:  # moments about zero
+            gram = gram + mean[:, :, None] * mean[:, None]
+        self.pull = ridge * _level(gram)  # (g, 1, 1)
+        self.left = torch.linalg.cholesky(self.square)  # K
+        self.right = torch.linalg.cholesky(gram + self.pull * _eye(gram))  # L
+        shape = (*self.start.shape[:2], self.start.size(2) + (self.bias is not None))
+        self.at = torch.zeros(shape, dtype=torch.float64, device=self.start.device, requires_grad=True)
+
+    def _moved(self) -> tuple[Tensor, Tensor | None]:
+        """DW (g, o, p), and the change of the outputs' mean (g, o)."""
+        moved = torch.linalg.solve_triangular(self.left.mT, self.at.detach(), upper=True)
+        width = self.start.size(2)
+        change = torch.linalg.solve_triangular(self.right, moved[..., :width], upper=False, left=False)
+        return change, moved[..., width] if self.bias is not None else None
+
+    def write(self) -> None:
+        """Write the weights and the bias to the layer."""
+        change, shift = self._moved()
+        self.held.weight.data.copy_(weight_of(self.start + change, self.held.form, self.held.weight))
+        if self.held.bias is not None and self.bias is not None and shift is not None:
+            offset = self.bias + shift - torch.einsum("gop,gp->go", change, self.mean)
+            self.held.bias.data.copy_(offset.view_as(self.held.bias))
+
+    def slope(self, slopes: Mapping[int, Tensor]) -> Tensor:
+        """Set the gradient of `at`, given the gradients of |r|^2 / 2N, and return the pull."""
+        change, _ = self._moved()
+        pulled = self.pull * (self.square @ change)
+        slope = matrices_of(slopes[id(self.held.weight)], self.held.form) + pulled
+        if self.held.bias is not None:
+            by_bias = slopes[id(self.held.bias)].view(self.start.shape[:2])
+            slope = slope - by_bias[..., None] * self.mean[:, None]
+        slope = torch.linalg.solve_triangular(self.right.mT, slope, upper=True, left=False)
+        if self.held.bias is not None:
+            slope = torch.cat([slope, by_bias[..., None]], -1)
+        self.at.grad = torch.linalg.solve_triangular(self.left, slope, upper=False).contiguous()
+        return (pulled * change).sum() / 2
+
+
+def _level(square: Tensor) -> Tensor:
+    """mean(diag) of each matrix, 1 where all is zero: (g, 1, 1)."""
+    level = square.diagonal(dim1=-2, dim2=-1).mean(-1)
+    return torch.where(level > 0, level, 1.0)[:, None, None]
+
+
+def _eye(square: Tensor) -> Tensor:
+    return torch.eye(square.size(-1), dtype=square.dtype, device=square.device)
