@@ -89,9 +89,10 @@ def fed(
     real = example_counts(captured, facts)
     family, count = options.probes, options.samples or enough(captured)
     if family == "auto":
-        families = [name for name in PROBES if real or name != EXAMPLE]
-        off = {name: mismatch(made(name, size)) if normed else float(name != EXAMPLE) for name in families}
-        family = min(off, key=lambda name: off[name])
+        families = [name for name in PROBES if name != EXAMPLE]  # fitted to norms, more diverse than an example
+        family = min(families, key=lambda name: mismatch(made(name, size))) if normed else families[0]
+        if real and not normed:
+            family = EXAMPLE
     if family == EXAMPLE and not options.samples:
         count = max(count, batch_size(captured))  # all samples of the example are used
     found = share(made(family, count))
