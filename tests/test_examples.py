@@ -17,7 +17,7 @@ EXPECTED = {
     "custom_rule.py": ["without rules: []", "bessel_j0", "with them: ['a: 16 -> 8 channels']", "{'a':"],
     "look_at_groups.py": ["stem: 16 channels", "conv1: 32 channels", "stem -> layer:conv1: read", "bn2: carry"],
     "aot_package.py": ["a batch of 5 gives (5, 10)", "has the output of the merged model: True"],
-    "finetune.py": ["trained: ", "merged to a tenth of the channels: ", "fine-tuned: "],
+    "finetune.py": ["trained: ", "merged to a sixteenth of the channels: ", "fine-tuned: "],
     "quantise.py": ["(512, 512) torch.float32 -> (256, 256) Int8Tensor", "output by quantising: 0.0"],
 }
 NEEDS = {"merge_your_own.py": "torchvision", "quantise.py": "torchao"}
