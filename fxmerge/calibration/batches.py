@@ -89,10 +89,13 @@ def fed(
     real = example_counts(captured, facts)
     family, count = options.probes, options.samples or enough(captured)
     if family == "auto":
-        families = [name for name in PROBES if name != EXAMPLE]  # fitted to norms, more diverse than an example
-        family = min(families, key=lambda name: mismatch(made(name, size))) if normed else families[0]
-        if real and not normed:
+        others = [name for name in PROBES if name != EXAMPLE]
+        if normed:  # fitted to the norms, they are more diverse than variants of an example
+            family = min(others, key=lambda name: mismatch(made(name, size)))
+        elif real:
             family = EXAMPLE
+        else:
+            family = others[0]
     if family == EXAMPLE and not options.samples:
         count = max(count, batch_size(captured))  # all samples of the example are used
     found = share(made(family, count))

@@ -37,12 +37,10 @@ def elsewhere(df: float, rows: float) -> float:
 
 def shrunk(covariance: Tensor, rows: float) -> Tensor:
     """A covariance (n, n), estimated from `rows` independent rows, with its correlations multiplied by 1 - a."""
-    deviation = covariance.diagonal().clamp(min=0).sqrt()
-    solid = deviation > deviation.max().clamp(min=0) * 1e-9
-    inverse = torch.where(solid, 1 / torch.where(solid, deviation, 1), 0)
+    inverse = _inverse_deviations(covariance)
     correlations = covariance * inverse[:, None] * inverse[None, :]
-    squares = float(correlations.fill_diagonal_(0).square().sum())
-    pairs = int(solid.sum()) * (int(solid.sum()) - 1) + squares
+    squares, solid = float(correlations.fill_diagonal_(0).square().sum()), int((inverse > 0).sum())
+    pairs = solid * (solid - 1) + squares
     share = min(1.0, pairs / rows / max(squares, 1e-300))
     found = covariance * (1 - share)
     found.diagonal().copy_(covariance.diagonal())
@@ -54,9 +52,8 @@ def independent_rows(rows: list[Tensor], mean: Tensor, second: Tensor, reduce: R
 
     It is at most the number of rows, and at least 1.
     """
-    deviation = second.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()
-    solid = deviation > deviation.max() * 1e-9
-    inverse = torch.where(solid, 1 / torch.where(solid, deviation, 1), 0)
+    inverse = _inverse_deviations(second)
+    solid = inverse > 0
     whole = second * inverse[:, :, None] * inverse[:, None, :]
     whole.diagonal(dim1=1, dim2=2).zero_()
     total = float(reduce(second.new_tensor(float(sum(map(len, rows))))))
@@ -90,3 +87,10 @@ def pieces(rows: list[Tensor]) -> list[list[Tensor]]:
                 piece.append(own)
         start += len(part)
     return [piece for piece in found if piece]
+
+
+def _inverse_deviations(second: Tensor) -> Tensor:
+    """1 / deviation for second moments about the mean (..., p, p): (..., p), 0 where a column is constant."""
+    deviation = second.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
+    solid = deviation > deviation.max() * 1e-9
+    return torch.where(solid, 1 / torch.where(solid, deviation, 1), 0)

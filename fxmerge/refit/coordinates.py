@@ -1,8 +1,8 @@
 """Coordinates of a layer's weights in which the energy of joint steps is nearly isotropic.
 
-Let a layer have weights W (o, p), and patches with Gram matrix G about their mean. Its weights move in
-coordinates V, by Kronecker factors (Martens & Grosse, 2015, "Optimizing neural networks
-with Kronecker-factored approximate curvature", section 3):
+Let a layer have weights W (o, p), and patches with Gram matrix G about their mean. Its weights move in coordinates V,
+by Kronecker factors (Martens & Grosse, 2015, "Optimizing neural networks with Kronecker-factored approximate
+curvature", section 3):
 
     W = W0 + K'^-1 V L^-1,    L L' = G + ridge d I,  d = mean(diag G),    K K' = S + LEAST mean(diag S) I,  S = mean J'J
 

@@ -44,7 +44,7 @@ class JointSteps:
         if regions:
             flops = flops_by_node(weights.module, batches[0])
             total = sum(flops[node.name] for region in regions for node in region.nodes)
-            device = self._weight(regions[0].layers[0]).device
+            device = self.weights.weight(regions[0].layers[0]).device
             self.used = joint.affordable(total, len(batches), device, settings.reduce)
 
     def start(self, paired: PairedRun, sites: Sites) -> None:
@@ -52,7 +52,7 @@ class JointSteps:
         self.paired, self.sites = paired, sites
         self.waiting: dict[str, _End] = {}  # ends that have been solved, by node
         self._plan(self.regions if self.used else [])
-        for region in self.regions if self.used else ():
+        for region in self.planned:
             paired.merged.keep(region.outside, region.ends[-1])
 
     def _plan(self, regions: Sequence[Region]) -> None:
@@ -66,16 +66,13 @@ class JointSteps:
             for node in {*region.replay, *region.nodes}:
                 self.readers.setdefault(node.name, []).append(region)
 
-    def _weight(self, layer: Layer) -> Tensor:
-        return self.weights.weights[layer.params["weight"]]
-
     def reach(self, visit: Visit, layer: Layer | None) -> None:
         """Remember what a region reads from outside; leave it to single layers if a first layer has few positions."""
         for region in self.readers.get(visit.node.name, ()):
             region.watch(visit.node, self.paired.merged.values)
         if layer is None or visit.node.name not in self.starts:
             return
-        form, weight = self.weights.form(visit.node, layer), self._weight(layer)
+        form, weight = self.weights.form(visit.node, layer), self.weights.weight(layer)
         count = 0.0 if form is None else float(sum(positions(y, form) for y in visit.outputs[: self.used]))
         least = 1 if form is None else joint.POSITIONS * matrices_of(weight, form).size(2)
         if float(self.settings.reduce(weight.new_tensor(count, dtype=torch.float64))) < least:

@@ -42,15 +42,16 @@ class GraphWeights:
         """The submodule that a node calls; None for any other op."""
         return self.module.get_submodule(str(node.target)) if node.op == "call_module" else None
 
+    def weight(self, layer: Layer) -> Tensor:
+        return self.weights[layer.params["weight"]]
+
     def form(self, node: fx.Node, layer: Layer) -> Form | None:
-        return form_of(node, layer, self.owner(node), self.weights[layer.params["weight"]])
+        return form_of(node, layer, self.owner(node), self.weight(layer))
 
     def of(self, node: fx.Node, layer: Layer) -> LayerWeights | None:
         """The layer's weights; None where the geometry of its call is unknown."""
         form = self.form(node, layer)
-        return (
-            None if form is None else LayerWeights(form, self.weights[layer.params["weight"]], self.bias(node, layer))
-        )
+        return None if form is None else LayerWeights(form, self.weight(layer), self.bias(node, layer))
 
     def bias(self, node: fx.Node, layer: Layer) -> Tensor | None:
         """The bias, if there is one: the layer's own, or one added by the decomposition or by an earlier solution."""

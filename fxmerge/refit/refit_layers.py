@@ -84,9 +84,6 @@ class _Refit:
     def _lost(self, layer: Layer) -> bool:
         return layer.reads is not None and len(self.kept(layer.reads.flatten())) < layer.reads.numel()
 
-    def _weight(self, layer: Layer) -> Tensor:
-        return self.weights.weights[layer.params["weight"]]
-
     def run(self, stage: Callable[[str], None]) -> tuple[Refitted, ...]:
         self.moved = self._moved()
         self.together = self._together()
@@ -116,7 +113,7 @@ class _Refit:
         if not able:
             return found
         flops = float(sum(flops_by_node(self.original, self.batches[0]).values())) * 2 * len(self.batches)
-        device = self._weight(self.layers[able[0].calls[0]]).device
+        device = self.weights.weight(self.layers[able[0].calls[0]]).device
         total = float(self.settings.reduce(torch.tensor(flops, dtype=torch.float64, device=device)))
         for shared in able[: int(joint.BUDGET / max(total, 1.0))]:
             found |= dict.fromkeys(shared.calls, shared)
