@@ -26,7 +26,7 @@ def net() -> nn.Module:
 
 def train(model: nn.Module, steps: int) -> None:
     model.train()
-    optimiser = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     for step in range(steps):
         x, label = data(64, seed=step)
         optimiser.zero_grad()

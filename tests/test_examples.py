@@ -47,5 +47,5 @@ def test_example(name: str, tmp_path: Path) -> None:
 def test_finetuning_restores_accuracy(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, str(EXAMPLES / "finetune.py")], capture_output=True, text=True, timeout=300)
     trained, merged, tuned = map(float, re.findall(r"([\d.]+) %", done.stdout))
-    assert trained - 15 < merged < trained  # at a sixteenth of the channels
-    assert tuned > merged + 2
+    assert trained - 5 < merged < trained  # at a sixteenth of the channels
+    assert tuned > merged
