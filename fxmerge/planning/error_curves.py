@@ -9,7 +9,9 @@ channel cannot replace.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 
 import numpy as np
 import torch
@@ -102,10 +104,11 @@ def _expected(
 
 
 def _seen_whole(found: Statistics) -> Reading:
-    assert found.covariance is not None  # `statistics` was called without `kept`
-    n = len(found.covariance)
+    assert found.sources  # `statistics` was called without `kept`
+    covariance = reduce(operator.add, (s.weighted_covariance for s in found.sources))
+    n = len(covariance)
     identity = torch.eye(n, dtype=torch.float64)
-    return Reading(found.covariance, identity, torch.arange(n), torch.arange(n)[:, None])
+    return Reading(covariance, identity, torch.arange(n), torch.arange(n)[:, None])
 
 
 def _ranked(

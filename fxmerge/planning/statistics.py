@@ -24,6 +24,7 @@ from fxmerge.methods.least_squares import second_moments
 from fxmerge.methods.linalg import as_real
 from fxmerge.options import Options
 from fxmerge.planning.channel_ops import Level, Step, bias_of, in_order, laid_out, slot, steps_at
+from fxmerge.planning.sources import Source, added, called_again, shares
 from fxmerge.weights.layout import out_first
 
 SAMPLES = 4096  # smallest number of samples of the Gaussian that models a group's pre-activations
@@ -36,9 +37,7 @@ class Statistics:
     evidence: Evidence
     linear: bool  # whether there is no nonlinear step before the common coordinates
     apart: bool  # whether `evidence.bias` holds all constants, and the rows none
-    mean: Tensor  # (n,) before `functions`, for white input
-    covariance: Tensor | None  # (n, n) of the same; None if `statistics` was called with `kept`
-    functions: tuple[Step, ...]  # the steps before the common coordinates, from the first nonlinear one on
+    sources: tuple[Source, ...]  # whose sum the channels are; none if `statistics` was called with `kept`
     consumers: tuple[tuple[Step, ...], ...]  # for each consumer, its steps after the common coordinates
     producer_maps: tuple[
         tuple[Tensor, Tensor, Tensor], ...
@@ -102,10 +101,9 @@ def statistics(
     inner: list[Any] = []
     whole = kept is None and sample is None
     zeros = torch.zeros(n, dtype=torch.float64)
-    bias, mean, constants, square = zeros, zeros, zeros, zeros
-    covariance = torch.zeros(n, n, dtype=torch.float64) if whole else None
+    bias, constants, square = zeros, zeros, zeros
+    sources: list[Source] = []
     maps, linear = [], not any(meeting.op in ("mul", "halves") for meeting in group.meetings)
-    functions: tuple[Step, ...] = ()
     normed = any(is_norm(name, members) for w in group.producers for name in w.steps)
     apart = normed or _constants_cancel(group)
     norms = [m.layer for m in group.per_channel_params if m.layer.operation.is_channel_norm]
@@ -137,20 +135,20 @@ def statistics(
             if passed:
                 continue  # what follows the first nonlinear step is applied to samples
             level = step.constant_gain * level + step.constant
-            if covariance is not None:
+            if whole:
                 spread = spread * gram(step.gain[:, None])
             if step.norm is not None:
                 gamma, level = step.norm
-                if covariance is not None:
+                if whole:
                     spread = _unit(spread, gamma)
-        functions = steps[next((at for at, s in enumerate(steps) if s.function is not None), len(steps)) :]
+        first = next((at for at, s in enumerate(steps) if s.function is not None), len(steps))
         maps.append((gain, constant_gain, moved))
         weight = share.abs().sqrt()
         inner.append(raw_pairs if form is not None else own * gram((weight * gain)[:, None]))
-        bias, mean, constants = bias + share * constant, mean + share * level, constants + share * now.constant
+        bias, constants = bias + share * constant, constants + share * now.constant
         square = square + share.abs() * now.length.square()
-        if covariance is not None:
-            covariance = covariance + weight[:, None] * spread * weight
+        if whole:
+            sources.append(Source(share, level, spread, steps[first:]))
     evidence = Evidence(
         inner=reduce(operator.add, inner),
         bias=bias,
@@ -166,35 +164,10 @@ def statistics(
         evidence=evidence,
         linear=linear,
         apart=apart,
-        mean=mean,
-        covariance=covariance,
-        functions=functions,
+        sources=added(sources, called_again(group)),
         consumers=tuple(tuple(steps_of(r.steps, level_after)) for r in group.consumers),
         producer_maps=tuple(maps),
     )
-
-
-def shares(group: Group) -> list[Tensor]:
-    """How much of each producer's output is in a group's channels, by producer: (n,).
-
-    1 where outputs are added, -1 where they are subtracted, and 1 / k where a channel is one of k outputs.
-    """
-    n, count = group.channels, len(group.producers)
-    if not group.meetings:
-        return [torch.ones(n, dtype=torch.float64)] * count
-    present = [torch.zeros(n, dtype=torch.bool).index_fill_(0, p.channels, True) for p in group.producers]
-    for meeting in group.meetings:
-        present.append(torch.stack([present[o] for o in meeting.operands]).any(0))
-    found = [torch.zeros(n, dtype=torch.float64) for _ in present]
-    found[-1] = torch.ones(n, dtype=torch.float64)
-    for number, meeting in reversed([*enumerate(group.meetings, count)]):
-        held = torch.stack([present[o] for o in meeting.operands]).double()
-        each = held / held.sum(0).clamp(min=1) if meeting.op == "either" else held
-        for place, operand in enumerate(meeting.operands):
-            sign = -1.0 if meeting.op == "sub" and place else 1.0
-            own = sign * found[number] * each[place]
-            found[operand] = torch.where(own.abs() > found[operand].abs(), own, found[operand])
-    return found[:count]
 
 
 def moments(found: Statistics, consumer: int, seed: int, trained: bool = False) -> tuple[Tensor, Tensor]:
@@ -207,13 +180,11 @@ def moments(found: Statistics, consumer: int, seed: int, trained: bool = False) 
     trained: whether the running statistics of BatchNorms among these steps are taken to be those of their inputs, which
              the model of the inputs does not know. Outputs then have the mean beta and the deviation |gamma|
     """
+    assert found.sources  # `statistics` was called without `kept`
     generator = torch.Generator().manual_seed(seed)
-    assert found.covariance is not None  # `statistics` was called without `kept`
-    points = linalg.coordinates(found.covariance)
-    count = max(SAMPLES, 4 * len(points))
-    noise = torch.randn(count // 2, points.size(1), generator=generator, dtype=torch.float64)
-    values = torch.cat([noise, -noise]) @ points.T + found.mean
-    for step in (*found.functions, *found.consumers[consumer]):
+    count = max(SAMPLES, 4 * len(found.evidence.bias))
+    values = reduce(operator.add, (source.samples(count, trained, generator) for source in found.sources))
+    for step in found.consumers[consumer]:
         values = step.of_samples(values, trained)
     mean, second = second_moments([values[:, None]], lambda total: total)
     return mean[0], second[0]

@@ -190,6 +190,37 @@ def test_moments_of_a_rectified_gaussian(kind: str, seed: int) -> None:
     assert (np.abs(covariance.diagonal().numpy() - deviation**2) <= 5 * np.sqrt(kurtosis) / 64 * deviation**2).all()
 
 
+class Sum(nn.Module):
+    """Two layers on one input, added; the first is rectified, whichever is written first."""
+
+    def __init__(self, rectified: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(6, 8), nn.Linear(6, 8)])
+        self.out = nn.Linear(8, 3)
+        self.rectified = rectified
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = [layer(x) for layer in self.layers]
+        parts[self.rectified] = parts[self.rectified].relu()
+        return self.out(parts[0] + parts[1])
+
+
+@pytest.mark.parametrize("rectified", [0, 1])
+def test_moments_of_a_sum_take_each_part_through_its_own_steps(rectified: int) -> None:
+    """E (relu(a) + b) and its deviation, for a and b that are independent: the ReLU is that of one part alone."""
+    torch.manual_seed(0)
+    net = Sum(rectified).double().eval()
+    mean, covariance = moments_of(net, torch.randn(2, 6).double())
+    one, other = net.layers[rectified], net.layers[1 - rectified]
+    mu, sigma = one.bias.detach().numpy(), one.weight.detach().norm(dim=1).numpy()
+    z = mu / sigma
+    first = mu * norm.cdf(z) + sigma * norm.pdf(z)
+    second = (mu**2 + sigma**2) * norm.cdf(z) + mu * sigma * norm.pdf(z)
+    deviation = np.sqrt(second - first**2 + other.weight.detach().square().sum(1).numpy())
+    assert (np.abs(mean.numpy() - first - other.bias.detach().numpy()) <= 5 * deviation / 64).all()
+    assert np.allclose(covariance.diagonal().sqrt().numpy(), deviation, rtol=0.06)
+
+
 def relu_fourth(mu: float, sigma: float) -> float:
     """E (relu(x) - E relu(x))^4 for x of N(mu, sigma^2), on a fine grid."""
     x = np.linspace(mu - 9 * sigma, mu + 9 * sigma, 20001)

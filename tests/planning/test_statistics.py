@@ -14,7 +14,8 @@ import fxmerge
 from fxmerge import Options, Plan
 from fxmerge.graph.compare import difference
 from fxmerge.plan import GroupPlan
-from fxmerge.planning.statistics import shares, state, statistics
+from fxmerge.planning.sources import shares
+from fxmerge.planning.statistics import state, statistics
 from fxmerge.report.picture.group_panel import cosines
 from tests.helpers.netmaking import plain_merge, randomised
 from tests.helpers.nets import NETS
