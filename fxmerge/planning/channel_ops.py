@@ -251,10 +251,12 @@ def _function(node: fx.Node, captured: Capture, n: int) -> Callable[[Tensor], Te
     @torch.no_grad()
     def apply(x: Tensor) -> Tensor:
         if module is not None:
-            return module(x.clone()).to(x)  # type: ignore[no-any-return]
-        if node.op == "call_method":
-            return getattr(x.clone(), str(node.target))(*node.args[1:], **node.kwargs)  # type: ignore[no-any-return]
-        return node.target(x.clone(), *node.args[1:], **node.kwargs)  # type: ignore[operator,no-any-return]
+            found = module(x.clone())
+        elif node.op == "call_method":
+            found = getattr(x.clone(), str(node.target))(*node.args[1:], **node.kwargs)
+        else:
+            found = node.target(x.clone(), *node.args[1:], **node.kwargs)  # type: ignore[operator]
+        return found.to(x)  # type: ignore[no-any-return]  # a comparison gives bool
 
     try:
         fits = apply(torch.zeros(2, n, dtype=torch.float64)).shape == (2, n)

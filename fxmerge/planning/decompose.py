@@ -42,31 +42,73 @@ def decompose(
     mapping = DECOMPOSITIONS[method](found.evidence, kept)
     if by_weights and method == "auto":
         mapping = least_squares_scales(mapping)
-    consumers, losses = [], []
-    for number, (consumer, steps) in enumerate(zip(group.consumers, found.consumers, strict=True)):
-        constants = consumer.layer.takes_constants
+    consumers: dict[int, Decomposition] = {}
+    for numbers in _served(group):
+        layer = group.consumers[numbers[0]].layer
+        constants = layer.takes_constants
         if method == "lstsq":
-            mean, covariance = _about(moments(found, number, options.seed), constants)
-            up, shift = cellwise_least_squares(mean, covariance, kept, group.cells)
+            own = _mixture([moments(found, number, options.seed) for number in _distinct(group, numbers)])
+            up, shift = cellwise_least_squares(*_about(own, constants), kept, group.cells)
         else:
-            up, shift = _pushed(mapping, kept, found, steps, constants and method in ("mostsim", "auto"))
-        if method == "auto" and not readings and "bias" not in consumer.layer.params:
+            with_shift = constants and method in ("mostsim", "auto")
+            up, shift = _agreed([_pushed(mapping, kept, found, found.consumers[n], with_shift) for n in numbers], kept)
+        if method == "auto" and not readings and "bias" not in layer.params:
             constants = bool(shift.any())  # without refit, a bias is added only where merging is exact with it
         if method == "auto" and not by_weights:
-            if number in known:
-                seen = moments_seen(known[number], group.channels)
-                represented = exactly((up, shift), *_about(seen, constants), kept)
-                mean, covariance = _about((seen[0], shrunk(seen[1], known[number].independent)), constants)
+            seen = [known[number] for number in numbers if number in known]
+            if seen:
+                own = _mixture([moments_seen(reading, group.channels) for reading in seen])
+                represented = exactly((up, shift), *_about(own, constants), kept)
+                independent = sum(reading.independent for reading in seen)
+                mean, covariance = _about((own[0], shrunk(own[1], independent)), constants)
             else:  # copies are equal whether or not the running statistics are those of the inputs
-                own = _about(moments(found, number, options.seed), constants)
-                represented = exactly((up, shift), *own, kept)
-                mean, covariance = _about(moments(found, number, options.seed, trained=True), constants)
+                untrained, trained = (
+                    _mixture([moments(found, n, options.seed, trained) for n in _distinct(group, numbers)])
+                    for trained in (False, True)
+                )
+                represented = exactly((up, shift), *_about(untrained, constants), kept)
+                mean, covariance = _about(trained, constants)
             up, shift, loss = least_loss((up, shift), mean, covariance, kept, group.cells, represented)
-            losses.append((up, loss / (covariance.diagonal() + mean.square()).clamp(min=1e-300)))
-        consumers.append(Decomposition(up, shift if constants else torch.zeros_like(shift)))
-    if losses:
-        mapping = _reported(mapping, *losses[0])
-    return mapping, Merge(group, kept, mapping.down, tuple(consumers), found.producer_maps)
+            if not consumers:
+                mapping = _reported(mapping, up, loss / (covariance.diagonal() + mean.square()).clamp(min=1e-300))
+        part = Decomposition(up, shift if constants else torch.zeros_like(shift))
+        consumers |= dict.fromkeys(numbers, part)
+    in_order = tuple(consumers[number] for number in range(len(group.consumers)))
+    return mapping, Merge(group, kept, mapping.down, in_order, found.producer_maps)
+
+
+def _served(group: Group) -> list[list[int]]:
+    """The numbers of a group's consumers: together, those that are calls of one weight, which absorbs once."""
+    found: dict[tuple[str, bytes], list[int]] = {}
+    for number, consumer in enumerate(group.consumers):
+        found.setdefault(_held(consumer), []).append(number)
+    return list(found.values())
+
+
+def _held(member: Member) -> tuple[str, bytes]:
+    return member.role + member.layer.params["weight"], member.where.numpy().tobytes()
+
+
+def _distinct(group: Group, numbers: Sequence[int]) -> list[int]:
+    """One of these consumers for each path from the common coordinates."""
+    return list({group.consumers[number].steps: number for number in reversed(numbers)}.values())[::-1]
+
+
+def _mixture(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Mean (n,) and covariance (n, n) over samples of which each part gives as many as any other."""
+    mean = torch.stack([part[0] for part in parts]).mean(0)
+    second = torch.stack([covariance + torch.outer(m - mean, m - mean) for m, covariance in parts])
+    return mean, second.mean(0)
+
+
+def _agreed(parts: Sequence[tuple[Tensor, Tensor]], kept: Tensor) -> tuple[Tensor, Tensor]:
+    """(up, shift) of those channels for which all parts have the same; the others are only dropped."""
+    (up, shift), *others = parts
+    same = torch.ones(len(up), dtype=torch.bool)
+    for other, moved in others:
+        same &= torch.isclose(other, up, rtol=1e-9).all(1) & torch.isclose(moved, shift, rtol=1e-9)
+    same[kept] = True
+    return up * same[:, None], shift * same
 
 
 def _modelled(group: Group) -> bool:
@@ -110,7 +152,7 @@ def unmerged(group: Group, tensors: Mapping[str, Tensor], options: Options) -> s
         return ""
     if not group.partners:
         return "whole blocks, or copies of channels that do not line up"
-    if _one_weight_two_ways(group):
+    if options.decomposition not in ("lstsq", "auto") and _one_weight_two_ways(group):
         return "one weight is applied after different per-channel steps"
     if _complex(group.per_channel_params, tensors):
         return "per-channel parameters are complex"
@@ -132,8 +174,7 @@ def _one_weight_two_ways(group: Group) -> bool:
     seen: dict[tuple[str, bytes], list[object]] = {}
     for member in (*group.producers, *group.consumers):
         passed = [(m.layer.operation, m.layer.params) for s in member.steps for m in members.get(s, ())]
-        held = (member.role + member.layer.params["weight"], member.where.numpy().tobytes())
-        if seen.setdefault(held, list(passed)) != passed:
+        if seen.setdefault(_held(member), list(passed)) != passed:
             return True
     return False
 

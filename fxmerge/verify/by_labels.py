@@ -164,6 +164,10 @@ def _overwrite(module: fx.GraphModule, group: Group, pairs: Tensor, generator: t
         return below * (0.3 + 0.4 * torch.rand(pairs.size(1), generator=generator, dtype=torch.float64))
 
     common = torch.ones(pairs.size(1), dtype=torch.float64) if fixed else factor()
+    ways: dict[str, set[tuple[str, ...]]] = {}  # a weight that is called again -> the steps before each call
+    for consumer in group.consumers:
+        ways.setdefault(consumer.layer.params["weight"], set()).add(tuple(s for s in consumer.steps if s in params))
+    again = any(len(steps) > 1 for steps in ways.values())  # then a copy needs the same scale behind all steps
     written: dict[tuple[str, bytes], Tensor] = {}  # a producer's weight and places -> the scale of its copies
     after: dict[tuple[str, ...], Tensor] = {}  # the parameters of a node -> the scale of a copy after it
 
@@ -194,7 +198,7 @@ def _overwrite(module: fx.GraphModule, group: Group, pairs: Tensor, generator: t
         for consumer in group.consumers:
             scale = common
             for step in (s for s in consumer.steps if s in params):
-                scale = through(step, scale, factor())
+                scale = through(step, scale, common if again else factor())
         for node in params:
             through(node, torch.ones_like(common), torch.ones_like(common))
 

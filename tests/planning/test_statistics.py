@@ -143,10 +143,30 @@ class Recurrent(nn.Module):
 @pytest.mark.parametrize("own", [False, True])
 def test_a_weight_behind_two_norms_is_not_merged_and_the_report_says_why(own: bool) -> None:
     model = Recurrent(own).eval()
-    report = plain_merge(model, torch.randn(2, 3, 4, 4), ratio=0.5).report
+    report = plain_merge(model, torch.randn(2, 3, 4, 4), ratio=0.5, decomposition="mostsim").report
     said = "one weight is applied after different per-channel steps" in " ".join(report.text(width=400).split())
     found = next(p for p in report.plan.groups if p.name == "i")
     assert said == own and all(p.into < 0 for p in found.partners) == own
+
+
+@pytest.mark.parametrize("behind", [(2.0, 2.0), (2.0, 1.5)])
+def test_a_weight_behind_two_norms_absorbs_what_serves_both(behind: tuple[float, float]) -> None:
+    """Channels 4 to 7 are 0 to 3, times a number behind each norm: exactly merged if it is the same behind both."""
+    model = Recurrent(True).double().eval()
+    with torch.no_grad():
+        for value in (model.i.weight, model.i.bias, *model.n1.state_dict().values(), *model.n2.state_dict().values()):
+            if value is not None and value.dim():
+                value[4:] = value[:4]
+        for norm, factor in zip((model.n1, model.n2), behind, strict=True):
+            norm.weight[4:] *= factor
+            norm.bias[4:] *= factor
+    x, unseen = torch.randn(2, 2, 3, 4, 4, dtype=torch.float64)
+    found = {
+        how: off(model, replayed(model, (x,), {"i": (8, (0, 1, 2, 3))}, decomposition=how), unseen)
+        for how in ("auto", "prune")
+    }
+    assert found["prune"] > 0.1
+    assert found["auto"] < (1e-9 if behind[0] == behind[1] else 0.5 * found["prune"])
 
 
 def test_outputs_that_are_concatenated_are_not_added() -> None:
