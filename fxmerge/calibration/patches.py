@@ -63,13 +63,16 @@ def operands(node: fx.Node, op: str) -> dict[str, Any]:
     name = overload or (target if isinstance(target, str) else getattr(target, "__name__", ""))
     if overload is not None:
         names = tuple(a.name for a in target._schema.arguments)  # type: ignore[union-attr]
+    if name == "einsum":
+        given: list[fx.Node] = [leaf for leaf in leaves((node.args, dict(node.kwargs))) if isinstance(leaf, fx.Node)]
+        return dict(zip(("weight", "input"), sorted(given, key=lambda n: n.op != "get_attr"), strict=True))
     if name in ("matmul", "mm", "bmm", "tensordot"):
         names = ("input", "weight")
     if name == "addmm":
         names = ("bias", "input", "weight")
         as_here = {"input": "bias", "self": "bias", "mat1": "input", "mat2": "weight"}
     else:
-        as_here = {"a": "input", "self": "input"}
+        as_here = {"a": "input", "self": "input"} | dict.fromkeys(("b", "other", "mat2", "tensor2"), "weight")
     kwargs = {as_here.get(key, key): value for key, value in node.kwargs.items()}
     return dict(zip(names, node.args, strict=False)) | kwargs
 
@@ -85,7 +88,7 @@ def form_of(node: fx.Node, layer: Layer, owner: nn.Module | None, weight: Tensor
     if layer.op not in _ARGUMENTS:
         return None
     if layer.op in ("linear", "matrix"):
-        return Form(op=layer.op)
+        return Form(op="matrix" if layer.transposed else "linear")
     settings = {k: getattr(owner, k) for k in _DEFAULTS if hasattr(owner, k)} if owner is not None else {}
     settings = _DEFAULTS | (settings or {k: v for k, v in operands(node, layer.op).items() if k in _DEFAULTS})
     if any(isinstance(leaf, fx.Node) for leaf in leaves(list(settings.values()))):

@@ -127,8 +127,11 @@ def _numbered(ctx: RuleContext, numbers: Named, channels: Named) -> None:
         ctx.pin(numbers.t, why)
 
 
-def matmul(ctx: RuleContext, a: Operand, b: Operand) -> Answer:
-    """a (..., m, k) @ b (..., k, n)."""
+def matmul(
+    ctx: RuleContext, input: Operand = None, other: Operand = None, *, mat2: Operand = None, tensor2: Operand = None
+) -> Answer:
+    """a (..., m, k) @ b (..., k, n). The second operand has a name of its own in mm, bmm and Tensor.matmul."""
+    a, b = input, next((o for o in (other, mat2, tensor2) if o is not None), None)
     if isinstance(a, Lab) and isinstance(b, Param) and b.value.dim() == 2:
         return matrix(ctx, a, b)
     if isinstance(a, Lab) and isinstance(b, Param) and b.value.dim() == 3:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from string import ascii_letters
 
 import torch
@@ -10,7 +11,7 @@ from fxmerge.ir.labels import simplify, varying
 from fxmerge.ir.provenance import Lab, Param
 from fxmerge.rules.context import RuleContext
 from fxmerge.rules.contractions import Named, contract, tables
-from fxmerge.rules.layers import experts
+from fxmerge.rules.layers import experts, matrix
 from fxmerge.rules.rule import Answer, Operand, Unknown
 
 Shape = tuple[int, ...]
@@ -23,8 +24,8 @@ def einsum(ctx: RuleContext, equation: Operand, *operands: Operand, tensors: Ope
         operands = tuple(given)
     if not isinstance(equation, str) or ctx.shape is None or not operands:
         return Unknown("is not given as an equation and operands")
-    if len(operands) == 2 and isinstance(operands[0], Lab) and isinstance(operands[1], Param):
-        found = _experts(ctx, equation, operands[0], operands[1])
+    if len(operands) == 2 and sum(isinstance(o, Param) for o in operands) == 1:
+        found = _weighs(ctx, equation, operands)
         if found is not None:
             return found
     labels = [o for o in tables(ctx, *operands) if isinstance(o, Lab)]
@@ -36,13 +37,24 @@ def einsum(ctx: RuleContext, equation: Operand, *operands: Operand, tensors: Ope
     return _activations(ctx, [Named(o.t, letters) for o, letters in zip(labels, inputs, strict=True)], out, ctx.shape)
 
 
-def _experts(ctx: RuleContext, equation: str, x: Lab, weight: Param) -> Answer:
-    """A product with a weight of three axes, one of which numbers the experts, over the last axis; else None."""
-    (a, w), out = spelled(equation, [x.t.dim(), weight.value.dim()])
-    if len(w) != 3 or w[0] not in out or not out or out[-1] not in w[1:] or out[-1] in a:
+def _weighs(ctx: RuleContext, equation: str, operands: Sequence[Operand]) -> Answer | None:
+    """A product of an activation with a weight over the last axis: a linear layer, or one for each expert. Else None.
+
+    A weight of experts has three axes, of which the first numbers the experts.
+    """
+    at = int(isinstance(operands[0], Lab))
+    x, weight = operands[1 - at], operands[at]
+    if not isinstance(x, Lab) or not isinstance(weight, Param):
         return None
-    other = w[1] if out[-1] == w[2] else w[2]
-    return experts(ctx, x, weight, ctx.shape, out[-1] == w[2]) if a[-1] == other and other not in out else None
+    dims = [x.t.dim(), weight.value.dim()]
+    given, out = spelled(equation, dims if at else dims[::-1])
+    a, w = given[1 - at], given[at]
+    if not a or not out or a[-1] in out or out[-1] in a or {a[-1], out[-1]} != set(w[-2:]):
+        return None
+    transposed = out[-1] == w[-1]
+    if len(w) == 2 and out[:-1] == a[:-1]:
+        return matrix(ctx, x, weight, transposed=transposed)
+    return experts(ctx, x, weight, ctx.shape, transposed) if len(w) == 3 and w[0] in out else None
 
 
 def spelled(equation: str, dims: list[int]) -> tuple[list[str], str]:

@@ -67,24 +67,28 @@ def adds_no_bias(ctx: RuleContext, input: Operand, weight: Operand, bias: Operan
     return bias is None
 
 
-def matrix(ctx: RuleContext, input: Operand, weight: Operand, bias: Operand = None) -> Lab | Unknown:
-    """y = x W + b over the last axis, with the weight transposed. W: (in, out)."""
+def matrix(
+    ctx: RuleContext, input: Operand, weight: Operand, bias: Operand = None, transposed: bool = True
+) -> Lab | Unknown:
+    """y = x W + b over the last axis. W: (in, out), or (out, in) if not `transposed`."""
     found = _operands(ctx, input, weight, bias)
     if isinstance(found, Unknown):
         return found
     if _maps_positions(found[0]):
         return Unknown("maps positions, not channels")
-    return _transposed(ctx, "matrix", found, found[0].t.dim() - 1)
+    return _product(ctx, "matrix", found, found[0].t.dim() - 1, transposed)
 
 
-def _transposed(ctx: RuleContext, op: str, operands: tuple[Lab, Param, Param | None, Shape], axis: int) -> Lab:
-    """A producer whose weight reads on its first axis and writes on its second."""
+def _product(
+    ctx: RuleContext, op: str, operands: tuple[Lab, Param, Param | None, Shape], axis: int, transposed: bool = True
+) -> Lab:
+    """A producer whose weight reads on its first axis and writes on its second, or the other way round."""
     x, weight, bias, shape = operands
-    reads, writes = ctx.along(x, axis), ctx.axis(weight, 1)
-    ctx.tie(reads, ctx.axis(weight, 0))
+    reads, writes = ctx.along(x, axis), ctx.axis(weight, int(transposed))
+    ctx.tie(reads, ctx.axis(weight, 1 - int(transposed)))
     if bias is not None:
         ctx.tie(writes, ctx.axis(bias, 0))
-    ctx.layer(op, {"weight": weight, "bias": bias}, reads=reads[None], writes=writes, transposed=True)
+    ctx.layer(op, {"weight": weight, "bias": bias}, reads=reads[None], writes=writes, transposed=transposed)
     return Lab(spread(writes, shape, axis))
 
 
@@ -157,7 +161,7 @@ def conv_transpose(
     x, w, b, shape = found
     axis = _channel_axis(x, w)
     if groups == 1:
-        return _transposed(ctx, "conv_transpose", found, axis)
+        return _product(ctx, "conv_transpose", found, axis)
     reads = ctx.along(x, axis)
     if tuple(w.value.shape[:2]) == (groups, 1):
         return _depthwise(ctx, "depthwise_transpose", found, reads, groups)

@@ -12,7 +12,7 @@ from fxmerge.ir.labels import along, fixed, varying, without
 from fxmerge.ir.provenance import Lab, Param
 from fxmerge.rules.context import RuleContext
 from fxmerge.rules.layers import carry, carry_norm
-from fxmerge.rules.rule import Operand, Unknown
+from fxmerge.rules.rule import Answer, AsKind, Operand, Unknown
 
 
 def layer_norm(
@@ -62,10 +62,17 @@ def group_norm(
     weight: Operand = None,
     bias: Operand = None,
     eps: float = 1e-5,
-) -> Lab | Unknown:
-    """LayerNorm within each of `num_groups` blocks of channels (axis 1), which must therefore lose equally many."""
+) -> Answer:
+    """LayerNorm within each of `num_groups` blocks of channels (axis 1), which must therefore lose equally many.
+
+    With as many blocks as channels it is InstanceNorm.
+    """
     if not isinstance(input, Lab) or input.t.dim() < 2:
         return Unknown("does not normalise an activation with channels on axis 1")
+    if num_groups == input.t.size(1):
+        params = {"weight": weight, "bias": bias}
+        alone = carry(ctx, "instance_norm", input, params, axis=1, eps=eps, groups=num_groups, batch_statistics=True)
+        return alone if isinstance(alone, Unknown) else AsKind("per_channel", alone)
     labels = ctx.along(input, 1)
     ctx.mix(labels)
     if num_groups > 1:

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxmerge
+from fxmerge import Options, Plan, verify
+from fxmerge.plan import GroupPlan
 from tests.helpers.netmaking import one_thread, plain_merge  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -37,6 +39,7 @@ MODULES: dict[str, tuple[Callable[[int], nn.Module], bool]] = {
     "LayerNorm without bias": (lambda n: nn.LayerNorm(n, bias=False), False),
     "LayerNorm of an image": (lambda n: nn.LayerNorm([n, SIDE, SIDE], elementwise_affine=False), True),
     "GroupNorm": (lambda n: nn.GroupNorm(2, n, affine=False), True),
+    "GroupNorm of single channels": (lambda n: nn.GroupNorm(n, n, affine=False), True),
     "InstanceNorm": (lambda n: nn.InstanceNorm2d(n, affine=False), True),
     "BatchNorm": (lambda n: nn.BatchNorm2d(n, affine=False), True),
     "BatchNorm of the batch": (lambda n: nn.BatchNorm2d(n, affine=False, track_running_stats=False), True),
@@ -84,7 +87,7 @@ def test_a_function_without_weights_follows(name: str) -> None:
         assert torch.allclose(result.module(unseen), by_hand(model, of_half, kept, unseen), atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm", "GroupNorm", "BatchNorm"])
+@pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm", "GroupNorm", "GroupNorm of single channels", "BatchNorm"])
 def test_a_norm_without_parameters_follows_in_an_exported_graph(name: str) -> None:
     torch.manual_seed(0)
     make, spatial = MODULES[name]
@@ -95,6 +98,36 @@ def test_a_norm_without_parameters_follows_in_an_exported_graph(name: str) -> No
     assert len(kept) == WIDTH // 2
     with torch.no_grad():
         assert torch.allclose(result.module(unseen), by_hand(model, make(WIDTH // 2).eval(), kept, unseen), atol=1e-6)
+
+
+@pytest.mark.parametrize("function", [False, True])
+def test_groups_of_one_channel_are_an_instance_norm(function: bool) -> None:
+    """No channel depends on another: they permute freely, and a copy with another scale is merged exactly."""
+
+    class Net(Between):
+        def forward(self, x: Tensor) -> Tensor:
+            y, n = self.a(x), self.norm
+            y = F.group_norm(y, WIDTH, n.weight, n.bias, n.eps) if function else n(y)
+            return self.b(F.relu(y))  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    model, x = Net(nn.GroupNorm(WIDTH, WIDTH, eps=0.0), True).double().eval(), example(True).double()
+    with torch.no_grad():
+        for value in (model.norm.weight, model.norm.bias):
+            value.uniform_(0.5, 2.0)
+            value[4:] = value[:4]
+        for value in model.a.parameters():
+            value[4:] = 3 * value[:4]
+    unseen = example(True).double()
+    found = fxmerge.analyze(model, x)
+    assert verify.permutation(found.captured, found.facts, found.grouping)["a"] < 1e-12
+    assert not found.groups[0].mixers
+    kept = GroupPlan("a", WIDTH, (0, 1, 2, 3))
+    result = fxmerge.apply(Plan(Options(refit="none", decomposition="mostsim"), (kept,)), model, x)
+    with torch.no_grad():
+        assert torch.allclose(result.module(unseen), model(unseen), atol=1e-9)
+        result = fxmerge.apply(Plan(Options(refit="none", decomposition="prune"), (kept,)), model, x)
+        assert not torch.allclose(result.module(unseen), model(unseen), atol=1e-2)
 
 
 def test_rms_norm_is_not_centred() -> None:

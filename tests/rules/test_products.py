@@ -101,6 +101,46 @@ def test_refit_around_experts(wiring: Any) -> None:
     assert float(result.report.verdict.error) < float(plain.report.verdict.error)
 
 
+# the second layer of three as a product with a parameter, by what calls it and whether the weight is (out, in)
+PRODUCTS: dict[str, tuple[Any, bool]] = {
+    "einsum": (lambda y, w: torch.einsum("bni,io->bno", y, w), False),
+    "einsum, transposed": (lambda y, w: torch.einsum("bni,oi->bno", y, w), True),
+    "einsum, weight first": (lambda y, w: torch.einsum("oi,bni->bno", w, y), True),
+    "einsum, dots": (lambda y, w: torch.einsum("...i,io", y, w), False),
+    "einsum of a list": (lambda y, w: torch.einsum("b n i, o i -> b n o", [y, w]), True),
+    "matmul by name": (lambda y, w: torch.matmul(input=y, other=w), False),
+    "method by name": (lambda y, w: y.matmul(other=w), False),
+    "mm by name": (lambda y, w: torch.mm(y.flatten(0, 1), mat2=w).unflatten(0, y.shape[:2]), False),
+}
+
+
+@pytest.mark.parametrize("exported", [False, True])
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_a_product_with_a_weight_is_a_linear_layer(name: str, exported: bool) -> None:
+    """The same plan and function as with nn.Linear, merged alone and refitted."""
+    call, transposed = PRODUCTS[name]
+    linear, x = made(lambda m, x: m.o(m.w(m.a(x).relu()).relu()), 4, 7, 6, a=nn.Linear(6, 8),
+                     w=nn.Linear(8, 10, bias=False), o=nn.Linear(10, 3))  # fmt: skip
+    model, _ = made(lambda m, x: m.o(call(m.a(x).relu(), m.w).relu()), 4, 7, 6, a=nn.Linear(6, 8),
+                    w=raw(*((10, 8) if transposed else (8, 10))), o=nn.Linear(10, 3))  # fmt: skip
+    weight = linear.get_parameter("w.weight").data
+    model.load_state_dict({k.replace("w.weight", "w"): v for k, v in linear.state_dict().items()}
+                          | {"w": weight if transposed else weight.T})  # fmt: skip
+    batches = torch.randn(33, 4, 7, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    given: Any = torch.export.export(model, (x,), strict=False).module() if exported else model
+    *batches, unseen = batches
+    right, lost = compare.outputs(linear, (unseen,)), {}
+    for data in (None, batches):
+        options = {"refit": "none"} if data is None else {"calibration": data}
+        one, other = (fxmerge.merge(m, x, ratio=0.5, **options) for m in (linear, given))  # type: ignore[arg-type]
+        after = compare.outputs(other.module, (unseen,))
+        lost[data is None] = compare.difference(right, after)
+        if data is None:
+            assert [p.kept for p in one.plan.groups] == [p.kept for p in other.plan.groups]
+            assert compare.difference(compare.outputs(one.module, (unseen,)), after) < 1e-9
+    assert lost[False] < 0.8 * lost[True]
+
+
 def up(dims: int, groups: int, functional: bool = False) -> tuple[nn.Module, Tensor]:
     conv, transposed = (nn.Conv1d, nn.ConvTranspose1d) if dims == 1 else (nn.Conv2d, nn.ConvTranspose2d)
     function = F.conv_transpose1d if dims == 1 else F.conv_transpose2d
