@@ -225,11 +225,11 @@ def test_dead_channels_are_dropped_and_nothing_changes(decomposition: str) -> No
 
 def superfluous_ties(found: Analysis, facts: Provenance) -> list[str]:
     """Nodes whose ties are superfluous: the groups without them differ, and permuting these leaves the output alone."""
-    whole = composition(group(facts))
+    whole = composition(group(found.captured, facts))
     spare = []
     for node in dict.fromkeys(tie.node for tie in facts.ties):
         fewer = dataclasses.replace(facts, ties=tuple(tie for tie in facts.ties if tie.node != node))
-        grouping = group(fewer)
+        grouping = group(found.captured, fewer)
         if composition(grouping) != whole and max(verify.permutation(found.captured, fewer, grouping).values()) < 1e-6:
             spare.append(node)
     return spare

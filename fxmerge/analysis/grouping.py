@@ -36,7 +36,7 @@ def _unshuffled(captured: Capture, facts: Provenance) -> tuple[Provenance, Group
 
     Whether the graph shuffles is found by a trial, in which blocks lose different places and the sizes are checked.
     """
-    grouping = group(facts)
+    grouping = group(captured, facts)
     while True:
         blocked = [g for g in grouping.groups if g.blocks]
         guilty: dict[str, Group] = {}
@@ -48,7 +48,7 @@ def _unshuffled(captured: Capture, facts: Provenance) -> tuple[Provenance, Group
         if not guilty:
             return facts, grouping
         facts = aligned(facts, grouping, list(guilty.values()))
-        grouping = group(facts)
+        grouping = group(captured, facts)
 
 
 def _hit(groups: Sequence[Group], grouping: Grouping, failures: Sequence[Failure]) -> list[Group]:

@@ -25,6 +25,7 @@ from fxmerge.analysis.group_graph import group_graph
 from fxmerge.analysis.members import Builder
 from fxmerge.analysis.whole_blocks import atoms
 from fxmerge.graph.nested import leaves
+from fxmerge.ir.capture import Capture
 from fxmerge.ir.groups import Group, Grouping, Ints, Refusal, group_of_label
 from fxmerge.ir.labels import thin
 from fxmerge.ir.provenance import Block, Lab, Layer, Pin, Provenance, Tie
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     import networkx as nx
 
 
-def group(facts: Provenance) -> Grouping:
+def group(captured: Capture, facts: Provenance) -> Grouping:
     """Find the merge groups. The same graph always gives the same groups, in the same order."""
     atom = atoms(facts)
     facts = replace(facts, blocks=tuple(b for b in facts.blocks if not _solid(b, atom)))
@@ -41,7 +42,7 @@ def group(facts: Provenance) -> Grouping:
     pinned = _pinned(facts, atom, set(written.tolist()))
     part, present = _parts(facts, atom, pinned)
     of_group, components = _components(facts, atom, part, pinned, written)
-    builder = Builder(facts, atom, of_group, present)
+    builder = Builder(captured, facts, atom, of_group, present)
     named = _named([builder.build(number, *inside) for number, inside in components.items()])
     named, stuck = _without_choice(facts, atom, named)
     refusals = (*_refusals(facts, atom, pinned, named, {r.name for r in stuck}), *stuck)

@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fxmerge.analysis.copies import Copies
 from fxmerge.analysis.meetings import meetings
+from fxmerge.ir.capture import Capture
 from fxmerge.ir.groups import Group, Ints, Member
 from fxmerge.ir.provenance import Layer, Provenance
 
@@ -18,8 +20,11 @@ from fxmerge.ir.provenance import Layer, Provenance
 class Builder:
     """Builds each group with its members, from the layers that hold its labels."""
 
-    def __init__(self, facts: Provenance, atom: Ints, of_group: Ints, present: dict[str, Ints]) -> None:
+    def __init__(
+        self, captured: Capture, facts: Provenance, atom: Ints, of_group: Ints, present: dict[str, Ints]
+    ) -> None:
         self.facts, self.atom, self.of_group = facts, atom, of_group
+        self.copies = Copies(captured, facts, atom)
         self.order = {name: number for number, name in enumerate(facts.kinds)}
         self.lookup = np.full(len(of_group), -1, dtype=np.int64)  # atom -> its index in the group that is being built
         self.nodes: dict[int, set[str]] = defaultdict(set)  # group -> nodes that hold its labels
@@ -59,6 +64,7 @@ class Builder:
         partners &= not {_side(m) for m in members["write"]} & {_side(m) for m in members["read"]}
         partners &= self.facts.whole is None or not self._holds(number, self.facts.whole)  # a block absorbs no other
         partners &= all(m.layer.op != "table" for m in members["carry"])  # nor does a row of a table
+        partners = partners and not self.copies.cross(self.nodes[number], lookup, cell)
         first = members["write"][0].layer.module if members["write"] else ""
         producers, consumers, junctions, rigid = self._paths(number, members["write"], members["read"])
         nodes = self.nodes[number]
