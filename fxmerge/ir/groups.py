@@ -102,6 +102,16 @@ class Group:
         return len(self.atoms)
 
     @property
+    def writers(self) -> tuple[Member, ...]:
+        """The former name of `producers`."""
+        return self.producers
+
+    @property
+    def readers(self) -> tuple[Member, ...]:
+        """The former name of `consumers`."""
+        return self.consumers
+
+    @property
     def params_at(self) -> dict[str, list[Member]]:
         """The per-channel parameters by node. A node has several members where channels stand in it different times."""
         found: dict[str, list[Member]] = {}

@@ -169,7 +169,7 @@ def outer(ctx: RuleContext, input: Operand, vec2: Operand) -> Lab | Unknown:
 
 def addmm(
     ctx: RuleContext, input: Operand, mat1: Operand, mat2: Operand, beta: Operand = 1, alpha: Operand = 1
-) -> Lab | Unknown:
+) -> Answer:
     """input + mat1 @ mat2: a linear layer with its weight transposed, where input and mat2 are parameters."""
     if beta != 1 or alpha != 1 or not isinstance(input, Param) or input.value.dim() != 1:
         return Unknown("adds something that is not a bias")

@@ -67,9 +67,7 @@ def adds_no_bias(ctx: RuleContext, input: Operand, weight: Operand, bias: Operan
     return bias is None
 
 
-def matrix(
-    ctx: RuleContext, input: Operand, weight: Operand, bias: Operand = None, transposed: bool = True
-) -> Lab | Unknown:
+def matrix(ctx: RuleContext, input: Operand, weight: Operand, bias: Operand = None, transposed: bool = True) -> Answer:
     """y = x W + b over the last axis. W: (in, out), or (out, in) if not `transposed`."""
     found = _operands(ctx, input, weight, bias)
     if isinstance(found, Unknown):

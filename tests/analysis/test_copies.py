@@ -75,3 +75,10 @@ def test_channels_whose_copies_keep_step_are_partners(name: str) -> None:
     (group,) = found.groups
     assert group.partners
     assert verify.permutation(found.captured, found.facts, found.grouping)["a"] < 1e-10
+
+
+def test_former_names_of_members() -> None:
+    net, x = IN_STEP["twice"]()
+    (group,) = fxmerge.analyze(net.eval(), x).groups
+    assert group.writers == group.producers and [w.layer.module for w in group.writers] == ["a"]
+    assert group.readers == group.consumers and [r.layer.module for r in group.readers] == ["o"]
