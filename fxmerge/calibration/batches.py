@@ -30,6 +30,7 @@ Batches = list[list[Any]]  # by batch, the values of the graph's placeholders
 ELEMENTS = 2**27  # of the largest activation over all batches, at most: half a GiB in float32
 FEWEST, USUAL, MOST = 128, 512, 4096  # numbers of probes, unless `Options.samples` is given
 SMALL, FORWARD = 2**22, 5e11  # for all probes: elements of the largest activation, FLOPs of a forward pass
+BATCHES = 512  # at most, unless `Options.samples` is given: small ones cost as much time as large ones
 ROWS = 64  # the first layers see at least so many rows of an example that probes are made of
 
 
@@ -76,7 +77,8 @@ def fed(
         if more:
             text += f" and {sum(map(samples, more)) * size:,} variants of them"
         return Fed(batches=mine + more, made=len(mine), real=True, source=text)
-    size = batch_size(captured) if is_exported(captured.module) else options.batch
+    own = batch_size(captured)
+    size = own if is_exported(captured.module) else options.batch
     tables, normed = vocabularies(captured, facts), bool(batch_norms(facts))
 
     def made(family: str, count: int) -> Batches:
@@ -84,7 +86,10 @@ def fed(
         inputs = list(captured.inputs)
         return probes(family, inputs, tables=tables, count=whole, batch=size, seed=options.seed)
 
-    if fault := refused(captured, made(next(iter(PROBES)), size)[0]):
+    for size in dict.fromkeys((size, own)):  # noqa: B020  # its code may have the example's batch size written out
+        if not (fault := refused(captured, made(next(iter(PROBES)), size)[0])):
+            break
+    else:
         raise UnprobedError(f"refit is left out, as the model {fault} on probes; give merge(..., calibration=batches)")
     real = example_counts(captured, facts)
     family, count = options.probes, options.samples or enough(captured)
@@ -96,8 +101,10 @@ def fed(
             family = EXAMPLE
         else:
             family = others[0]
+    if not options.samples:
+        count = min(count, BATCHES * size)
     if family == EXAMPLE and not options.samples:
-        count = max(count, batch_size(captured))  # all samples of the example are used
+        count = max(count, own)  # all samples of the example are used
     found = share(made(family, count))
     real = real and family == EXAMPLE
     text = _described(captured, family if probed(captured.inputs) else "", sum(map(samples, found)), real, bool(tables))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
@@ -12,6 +13,9 @@ from torch import fx, nn
 from fxmerge.graph.eval_mode import evaluating
 from fxmerge.graph.flop_counter import flop_counter
 from fxmerge.graph.nested import fresh
+
+if TYPE_CHECKING:
+    from torch.utils.flop_counter import FlopCounterMode
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ def call_cost(
                     graph. If it does not run by itself, only those of its modules are known, from the call.
     """
     counter = flop_counter()
-    with evaluating(module), torch.no_grad(), counter:
+    with _counted(module, counter):
         module(*fresh(list(args)), **fresh(dict(kwargs)))
     try:
         flops = flops_by_node(graph, inputs)
@@ -91,9 +95,27 @@ def flops_by_node(module: fx.GraphModule, inputs: Sequence[Any]) -> dict[str, in
 
     interpreter = Counting(module)
     interpreter.extra_traceback = False
-    with evaluating(module), torch.no_grad(), counter:
+    with _counted(module, counter):
         interpreter.run(*fresh(list(inputs)), enable_io_processing=False)
     return flops
+
+
+@contextmanager
+def _counted(module: nn.Module, counter: FlopCounterMode) -> Iterator[None]:
+    """Counts what runs in evaluation mode, without gradients.
+
+    No parameter requires one meanwhile: a view of such a parameter that a module takes, even under torch.no_grad, is an
+    AssertionError of the counter.
+    """
+    trained = [p for p in module.parameters() if p.requires_grad]
+    try:
+        for p in trained:
+            p.requires_grad_(False)
+        with evaluating(module), torch.no_grad(), counter:
+            yield
+    finally:
+        for p in trained:
+            p.requires_grad_(True)
 
 
 def _of_calls(graph: fx.GraphModule, counts: Mapping[str, int]) -> dict[str, int]:

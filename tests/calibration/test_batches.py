@@ -100,6 +100,38 @@ def test_noise_is_not_used_and_streams_are_held() -> None:
     assert not torch.equal(found.batches[0][0][:2], IMAGES)
 
 
+class Fixed(Plain):
+    """The batch size is written out."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).view(2, 4)
+
+
+@pytest.mark.parametrize("wanted", [0, 64])
+def test_probes_come_in_batches_of_the_example_where_the_model_takes_no_others(
+    wanted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fxmerge.calibration.batches.BATCHES", 8)
+    found = data(Fixed(), torch.randn(2, 3, 16, 16), samples=wanted)
+    assert {len(batch[0]) for batch in found.batches} == {2}
+    assert len(found.batches) == (32 if wanted else 8) and not found.notes
+
+
+def test_a_fixed_batch_size_is_refitted_as_any_other() -> None:
+    torch.manual_seed(0)
+    fixed, plain, x = Fixed(), Plain(), torch.randn(2, 3, 16, 16)
+    plain.load_state_dict(fixed.state_dict())
+    unseen = torch.randn(64, 2, 3, 16, 16)
+
+    def off(refit: str) -> float:
+        result = fxmerge.merge(fixed.eval(), x, ratio=0.5, refit=refit, samples=256)
+        with torch.no_grad():
+            pairs = [(result.module(x), plain(x)) for x in unseen]
+        return float(sum((a - b).square().sum() for a, b in pairs))
+
+    assert off("synthetic") < 0.7 * off("none")
+
+
 def test_every_sample_of_the_example_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fxmerge.calibration.batches.USUAL", 64)
     monkeypatch.setattr("fxmerge.calibration.batches.SMALL", 64)

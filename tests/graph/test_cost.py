@@ -122,6 +122,26 @@ def test_a_recorded_graph_that_does_not_run_leaves_the_modules_costs(monkeypatch
     assert costs(fresh)["body.0"] == expected
 
 
+class Queries(nn.Module):
+    """A module takes a view of a parameter: torch's counter fails on it where parameters require gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.latents, self.q, self.o = nn.Parameter(torch.randn(4, 8)), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.o(self.q(self.latents.expand(x.shape[0], -1, -1)).relu() + x[:, None])
+        return y
+
+
+def test_a_module_that_takes_a_view_of_a_parameter() -> None:
+    model, x = Queries().eval(), torch.randn(ROWS, 8)
+    result = fxmerge.merge(model, x, ratio=0.5, samples=64)
+    before, after = result.report.before.flops, result.report.after.flops
+    assert before == 2 * ROWS * 4 * (8 * 8 + 8 * 3)
+    assert after <= before and all(p.requires_grad for p in (*model.parameters(), *result.module.parameters()))
+
+
 def test_all_nodes_together_are_the_whole() -> None:
     torch.manual_seed(0)
     for model, x in ((Attention(), torch.randn(2, 3, 8)), (Twice(), torch.randn(3, 4, 7))):
