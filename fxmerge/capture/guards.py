@@ -92,11 +92,13 @@ def user_inputs(program: ExportedProgram) -> list[fx.Node]:
     return [nodes[name] for name in names if name in nodes]
 
 
-def insert(module: fx.GraphModule, found: Sizes, smallest: int) -> None:
+def insert(module: fx.GraphModule, found: Sizes, smallest: int, proved: Sequence[Sequence[Any]] = ()) -> None:
     """Puts assertions about its inputs' sizes at the start of an exported graph, in place.
 
     smallest: the lower limit of a symbol for which torch.export knows none: 1, or 2 if the model takes another path
         for a single sample
+    proved: inputs on which the graph returned what the model returns; no condition on several sizes may exclude them,
+        as those do by which torch.export tells a size of 1 from all others
     """
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
     if len(placeholders) != len(found.shapes):
@@ -117,7 +119,11 @@ def insert(module: fx.GraphModule, found: Sizes, smallest: int) -> None:
         writer.size(symbol, allowed[symbol])
     for guard in joint:
         names = sorted(set(_NAME.findall(guard)))
-        if all(n in first for n in names) and not _implied(guard, [allowed[n] for n in names], names):
+        if not all(n in first for n in names):
+            continue
+        places = {n: (placeholders.index(first[n][0]), first[n][1]) for n in names}
+        fine = [eval(guard, {}, {n: inputs[at].size(axis) for n, (at, axis) in places.items()}) for inputs in proved]
+        if all(fine) and not _implied(guard, [allowed[n] for n in names], names):
             writer.code(guard, f"the sizes of the inputs must be as in the example ({guard})", names)
     module.graph.lint()
     module.recompile()

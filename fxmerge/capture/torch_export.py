@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fxmerge.capture.guards import insert, only_samples, sizes_of
 from fxmerge.errors import FxMergeError, first_line
+from fxmerge.graph.inputs import bind
 from fxmerge.graph.nested import fresh
 from fxmerge.graph.ops import overload_name
 
@@ -135,11 +136,12 @@ def export_any_batch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
             free = exported(lambda v: range(v.dim()))
             if only_samples(free) and _calls(_graph_module_of(free)) == _calls(module):
                 found = sizes_of(free)
-    one = 1
+    one, proved = 2, [(args, kwargs)]
     with contextlib.suppress(Exception):
-        one = 2
-        one = 1 if alike(module, *tree_map(_first, (args, kwargs))) else 2
-    insert(module, found, smallest=one)
+        single = tree_map(_first, (args, kwargs))
+        if alike(module, *single):
+            one, proved = 1, [*proved, single]
+    insert(module, found, one, [bind(module, *inputs) for inputs in proved])
     return module
 
 

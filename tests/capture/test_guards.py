@@ -164,3 +164,30 @@ def test_an_exported_graph_has_no_training_mode(way: str, tmp_path: Path) -> Non
     before = own.norm.running_mean.clone()
     own(x + 3)
     assert not torch.equal(own.norm.running_mean, before)
+
+
+class TwoFrames(nn.Module):
+    """Two inputs are run as one batch, whose halves are then told apart: torch.export asks whether a half is one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.o = nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, one: Tensor, other: Tensor) -> Tensor:
+        if one.shape[0] > 1000:  # not for torch.fx
+            return one
+        first, second = torch.chunk(torch.relu(self.a(torch.cat([one, other]))), 2)
+        y: Tensor = self.o(first - second)
+        return y
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_conditions_on_several_sizes_do_not_exclude_the_example(batch: int) -> None:
+    torch.manual_seed(0)
+    model = TwoFrames().eval()
+    result = fxmerge.merge(model, (torch.randn(batch, 5), torch.randn(batch, 5)), ratio=0.0, refit="none")
+    assert result.analysis.captured.route == "export"
+    for size in {batch, 4}:
+        x = torch.randn(2, size, 5)
+        with torch.no_grad():
+            assert torch.allclose(result.module(x[0], x[1]), model(x[0], x[1]), atol=1e-6)
