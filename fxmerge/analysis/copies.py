@@ -25,11 +25,26 @@ from fxmerge.ir.provenance import Lab, Param, Provenance
 Moved = tuple[Ints, Ints]
 
 
+def copy_numbers(atoms: Ints) -> Ints:
+    """Which copy of its atom is at each place, (m,): 0, 1, ..."""
+    order = np.argsort(atoms, kind="stable")
+    _, first, at = np.unique(atoms[order], return_index=True, return_inverse=True)
+    number = np.empty_like(atoms)
+    number[order] = np.arange(len(atoms)) - first[at.reshape(-1)]
+    return number
+
+
+def alike(rows: Ints, cell: Ints) -> bool:
+    """Are the rows of all channels of a cell the same? rows: (m, copies), cell: (m,)"""
+    _, first, of_cell = np.unique(cell, return_index=True, return_inverse=True)
+    return bool((rows == rows[first[of_cell.reshape(-1)]]).all())
+
+
 class Copies:
     """Where the copies of channels come from, at each node that moves values."""
 
     def __init__(self, captured: Capture, facts: Provenance, atom: Ints) -> None:
-        self.captured, self.facts, self.atom = captured, facts, atom
+        self.facts, self.atom, self.interpreter = facts, atom, fx.Interpreter(captured.module)
         self.nodes = {node.name: node for node in captured.module.graph.nodes}
         self.known: dict[str, Moved | None] = {}
 
@@ -47,9 +62,7 @@ class Copies:
             for c in np.unique(count).tolist():
                 here = np.isin(at[order], channels[count == c])
                 rows = code[order][here].reshape(-1, c)
-                of_cell = cell[channels[count == c]]
-                _, first, which = np.unique(of_cell, return_index=True, return_inverse=True)
-                if (rows != rows[first[which.reshape(-1)]]).any():
+                if not alike(rows, cell[channels[count == c]]):
                     return True
         return False
 
@@ -100,20 +113,12 @@ class Copies:
             return found
 
         args, kwargs = nested.tree(value, tuple(node.args)), nested.tree(value, dict(node.kwargs))
-        if node.op == "call_module":
-            return self.captured.module.get_submodule(str(node.target))(*args, **kwargs)
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        return getattr(self.interpreter, node.op)(node.target, args, kwargs)
 
     def _numbers(self, labels: Tensor) -> Tensor:
         """A number for each place of an activation, the same for copy q of each channel, in float64."""
         small = thin(labels)
-        atoms = self.atom[small.numpy()].reshape(-1)
-        order = np.argsort(atoms, kind="stable")
-        _, first, at = np.unique(atoms[order], return_index=True, return_inverse=True)
-        copy = np.empty_like(atoms)
-        copy[order] = np.arange(len(atoms)) - first[at.reshape(-1)]
+        copy = copy_numbers(self.atom[small.numpy()].reshape(-1))
         number = torch.from_numpy(copy).double().view(small.shape)
         for axis in range(labels.dim()):
             if small.size(axis) < labels.size(axis):

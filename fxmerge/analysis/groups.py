@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fxmerge.analysis.copies import copy_numbers
 from fxmerge.analysis.group_graph import group_graph
 from fxmerge.analysis.members import Builder
 from fxmerge.analysis.whole_blocks import atoms
@@ -158,11 +159,8 @@ def _copies(facts: Provenance, atom: Ints) -> Ints:
         for along in labels.axes.values():
             held = along.numpy().reshape(-1)
             inside = atom[held]
-            if np.bincount(inside, minlength=1).max() == 1:
-                continue
-            order = np.argsort(inside, kind="stable")
-            _, first, at = np.unique(inside[order], return_index=True, return_inverse=True)
-            copy[held[order]] = np.arange(len(held)) - first[at.reshape(-1)]
+            if np.bincount(inside, minlength=1).max() > 1:
+                copy[held] = copy_numbers(inside)
     return copy
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fxmerge.analysis.copies import Copies
+from fxmerge.analysis.copies import Copies, alike
 from fxmerge.analysis.meetings import meetings
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.groups import Group, Ints, Member
@@ -200,8 +200,4 @@ def _common_prefix(paths: Sequence[Sequence[str]]) -> int:
 
 def _aligned(where: Ints, cell: Ints) -> bool:
     """Are the copies of all channels of a cell at the same distances, so that copy q of each matches?"""
-    if where.shape[1] == 1:
-        return True
-    distance = where - where[:, :1]
-    _, first, of_cell = np.unique(cell, return_index=True, return_inverse=True)
-    return bool((distance == distance[first[of_cell.reshape(-1)]]).all())
+    return where.shape[1] == 1 or alike(where - where[:, :1], cell)

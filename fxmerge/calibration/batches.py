@@ -103,8 +103,8 @@ def fed(
             family = others[0]
     if not options.samples:
         count = min(count, BATCHES * size)
-    if family == EXAMPLE and not options.samples:
-        count = max(count, own)  # all samples of the example are used
+        if family == EXAMPLE:
+            count = max(count, own)  # all samples of the example are used
     found = share(made(family, count))
     real = real and family == EXAMPLE
     text = _described(captured, family if probed(captured.inputs) else "", sum(map(samples, found)), real, bool(tables))

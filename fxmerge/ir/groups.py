@@ -32,6 +32,11 @@ class Member:
     where: Tensor
     steps: tuple[str, ...] = ()
 
+    @property
+    def place(self) -> tuple[str, bytes]:
+        """The weight, and where the group's channels are in it: equal for all calls of one layer."""
+        return self.layer.params["weight"], self.where.numpy().tobytes()
+
     def local(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """(which channels of `index` are in this layer, bool; their rows of `where`)."""
         at = torch.searchsorted(self.channels, index.contiguous()).clamp(max=len(self.channels) - 1)

@@ -18,6 +18,8 @@ from fxmerge.plan import GroupPlan, Partner
 from fxmerge.planning.channel_ops import Step
 from fxmerge.planning.statistics import Statistics, moments, moments_seen, statistics
 
+Moments = tuple[Tensor, Tensor]  # mean (n,) and covariance (n, n)
+
 WIDEST = 2048  # channels of a group whose moments are computed from weights; wider ones take partners by cosines alone
 
 
@@ -46,28 +48,20 @@ def decompose(
     for numbers in _served(group):
         layer = group.consumers[numbers[0]].layer
         constants = layer.takes_constants
+        paths = list({group.consumers[n].steps: n for n in numbers}.values())  # one call for each way to the weight
         if method == "lstsq":
-            own = _mixture([moments(found, number, options.seed) for number in _distinct(group, numbers)])
+            own = _mixture([moments(found, n, options.seed) for n in paths])
             up, shift = cellwise_least_squares(*_about(own, constants), kept, group.cells)
         else:
             with_shift = constants and method in ("mostsim", "auto")
-            up, shift = _agreed([_pushed(mapping, kept, found, found.consumers[n], with_shift) for n in numbers], kept)
+            up, shift = _agreed([_pushed(mapping, kept, found, found.consumers[n], with_shift) for n in paths], kept)
         if method == "auto" and not readings and "bias" not in layer.params:
             constants = bool(shift.any())  # without refit, a bias is added only where merging is exact with it
         if method == "auto" and not by_weights:
-            seen = [known[number] for number in numbers if number in known]
-            if seen:
-                own = _mixture([moments_seen(reading, group.channels) for reading in seen])
-                represented = exactly((up, shift), *_about(own, constants), kept)
-                independent = sum(reading.independent for reading in seen)
-                mean, covariance = _about((own[0], shrunk(own[1], independent)), constants)
-            else:  # copies are equal whether or not the running statistics are those of the inputs
-                untrained, trained = (
-                    _mixture([moments(found, n, options.seed, trained) for n in _distinct(group, numbers)])
-                    for trained in (False, True)
-                )
-                represented = exactly((up, shift), *_about(untrained, constants), kept)
-                mean, covariance = _about(trained, constants)
+            seen = [known[n] for n in numbers if n in known]
+            exact, expected = _seen(seen, group.channels) if seen else _modelled_moments(found, paths, options.seed)
+            represented = exactly((up, shift), *_about(exact, constants), kept)
+            mean, covariance = _about(expected, constants)
             up, shift, loss = least_loss((up, shift), mean, covariance, kept, group.cells, represented)
             if not consumers:
                 mapping = _reported(mapping, up, loss / (covariance.diagonal() + mean.square()).clamp(min=1e-300))
@@ -81,20 +75,26 @@ def _served(group: Group) -> list[list[int]]:
     """The numbers of a group's consumers: together, those that are calls of one weight, which absorbs once."""
     found: dict[tuple[str, bytes], list[int]] = {}
     for number, consumer in enumerate(group.consumers):
-        found.setdefault(_held(consumer), []).append(number)
+        found.setdefault(consumer.place, []).append(number)
     return list(found.values())
 
 
-def _held(member: Member) -> tuple[str, bytes]:
-    return member.role + member.layer.params["weight"], member.where.numpy().tobytes()
+def _seen(readings: Sequence[Reading], channels: int) -> tuple[Moments, Moments]:
+    """The moments on data of all calls of one weight, and the same with shrunk correlations, which judge losses."""
+    mean, covariance = _mixture([moments_seen(reading, channels) for reading in readings])
+    return (mean, covariance), (mean, shrunk(covariance, sum(reading.independent for reading in readings)))
 
 
-def _distinct(group: Group, numbers: Sequence[int]) -> list[int]:
-    """One of these consumers for each path from the common coordinates."""
-    return list({group.consumers[number].steps: number for number in reversed(numbers)}.values())[::-1]
+def _modelled_moments(found: Statistics, calls: Sequence[int], seed: int) -> tuple[Moments, Moments]:
+    """The moments by weights of all calls of one weight, with the norms' running statistics and with fitting ones.
+
+    Copies are equal whichever are taken; losses are judged by the latter.
+    """
+    running, fitting = (_mixture([moments(found, n, seed, trained) for n in calls]) for trained in (False, True))
+    return running, fitting
 
 
-def _mixture(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def _mixture(parts: Sequence[Moments]) -> Moments:
     """Mean (n,) and covariance (n, n) over samples of which each part gives as many as any other."""
     mean = torch.stack([part[0] for part in parts]).mean(0)
     second = torch.stack([covariance + torch.outer(m - mean, m - mean) for m, covariance in parts])
@@ -117,7 +117,7 @@ def _modelled(group: Group) -> bool:
     return group.channels <= WIDEST and not gated and not any(p.layer.operation.is_recurrent for p in group.producers)
 
 
-def _about(known: tuple[Tensor, Tensor], constants: bool) -> tuple[Tensor, Tensor]:
+def _about(known: Moments, constants: bool) -> Moments:
     """The moments that a consumer is solved with: about zero if it has no place for a constant."""
     mean, covariance = known
     return known if constants else (torch.zeros_like(mean), covariance + torch.outer(mean, mean))
@@ -171,10 +171,10 @@ def _one_weight_two_ways(group: Group) -> bool:
     Then no single `down` or `up` is right for it.
     """
     members = group.params_at
-    seen: dict[tuple[str, bytes], list[object]] = {}
+    seen: dict[tuple[str, str, bytes], list[object]] = {}
     for member in (*group.producers, *group.consumers):
         passed = [(m.layer.operation, m.layer.params) for s in member.steps for m in members.get(s, ())]
-        if seen.setdefault(_held(member), list(passed)) != passed:
+        if seen.setdefault((member.role, *member.place), list(passed)) != passed:
             return True
     return False
 

@@ -9,9 +9,7 @@ channel cannot replace.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Mapping, Sequence
-from functools import reduce
 
 import numpy as np
 import torch
@@ -27,6 +25,7 @@ from fxmerge.methods.elimination import curve
 from fxmerge.methods.evidence import Reading
 from fxmerge.options import Options
 from fxmerge.planning.candidates import candidates
+from fxmerge.planning.sources import covariance_of
 from fxmerge.planning.statistics import Statistics, moments, statistics
 from fxmerge.weights.layout import columns
 
@@ -105,7 +104,7 @@ def _expected(
 
 def _seen_whole(found: Statistics) -> Reading:
     assert found.sources  # `statistics` was called without `kept`
-    covariance = reduce(operator.add, (s.weighted_covariance for s in found.sources))
+    covariance = covariance_of(found.sources)
     n = len(covariance)
     identity = torch.eye(n, dtype=torch.float64)
     return Reading(covariance, identity, torch.arange(n), torch.arange(n)[:, None])

@@ -72,21 +72,25 @@ def shares(group: Group) -> list[Tensor]:
     return found[:count]
 
 
-def called_again(group: Group) -> bool:
+def covariance_of(sources: Sequence[Source]) -> Tensor:
+    """(n, n) of a sum of independent sources, before their functions."""
+    return reduce(operator.add, (s.weighted_covariance for s in sources))
+
+
+def _called_again(group: Group) -> bool:
     """Whether a channel is the output of one of several calls of the same layers, each with all channels."""
     weights = {p.layer.params["weight"] for p in group.producers}
     whole = all(len(p.channels) == group.channels for p in group.producers)
     return len(weights) == 1 and whole and all(meeting.op == "either" for meeting in group.meetings)
 
 
-def added(sources: Sequence[Source], again: bool) -> tuple[Source, ...]:
-    """The same channels from fewer sources. again: whether the sources are calls of the same layers."""
-    if again and sources:
+def added(group: Group, sources: Sequence[Source]) -> tuple[Source, ...]:
+    """The same channels from fewer sources, of which there is one for each producer, or none."""
+    if sources and _called_again(group):
         return (replace(sources[0], share=torch.ones_like(sources[0].share)),)
     plain = [s for s in sources if not s.functions]
     if len(plain) < 2:
         return tuple(sources)
     # a sum of Gaussians that nothing follows is a Gaussian
     mean = reduce(operator.add, (s.share * s.mean for s in plain))
-    covariance = reduce(operator.add, (s.weighted_covariance for s in plain))
-    return Source(torch.ones_like(mean), mean, covariance), *(s for s in sources if s.functions)
+    return Source(torch.ones_like(mean), mean, covariance_of(plain)), *(s for s in sources if s.functions)

@@ -24,7 +24,7 @@ from fxmerge.methods.least_squares import second_moments
 from fxmerge.methods.linalg import as_real
 from fxmerge.options import Options
 from fxmerge.planning.channel_ops import Level, Step, bias_of, in_order, laid_out, slot, steps_at
-from fxmerge.planning.sources import Source, added, called_again, shares
+from fxmerge.planning.sources import Source, added, shares
 from fxmerge.weights.layout import out_first
 
 SAMPLES = 4096  # smallest number of samples of the Gaussian that models a group's pre-activations
@@ -164,7 +164,7 @@ def statistics(
         evidence=evidence,
         linear=linear,
         apart=apart,
-        sources=added(sources, called_again(group)),
+        sources=added(group, sources),
         consumers=tuple(tuple(steps_of(r.steps, level_after)) for r in group.consumers),
         producer_maps=tuple(maps),
     )

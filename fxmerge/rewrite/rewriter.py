@@ -71,9 +71,9 @@ class Rewriter:
         done: set[tuple[str, bytes]] = set()
         for consumer, part in zip(merge.group.consumers, merge.consumers, strict=True):
             path = consumer.layer.params["weight"]
-            if _held(consumer) in done:
+            if consumer.place in done:
                 continue  # a module that is called twice absorbs once
-            done.add(_held(consumer))
+            done.add(consumer.place)
             shift, (here, local) = part.shift[consumer.channels], consumer.local(merge.kept)
             up = part.up if len(consumer.channels) == merge.group.channels else part.up[consumer.channels][:, here]
             partners = _partners(consumer, up, local) if not bool(shift.any()) else None
@@ -117,9 +117,9 @@ class Rewriter:
         """rows_k = (1 / gain_k) sum_i down_ki gain_i rows_i; the bias likewise, in the group's common coordinates."""
         done: set[tuple[str, bytes]] = set()
         for producer, (gain, constant_gain, constant) in zip(merge.group.producers, merge.gains, strict=True):
-            if _held(producer) in done:
+            if producer.place in done:
                 continue
-            done.add(_held(producer))
+            done.add(producer.place)
             weight = self.weights.own(producer.layer.params["weight"])
             first = out_first(weight, producer.layer)
             rows = precise(first.flatten(1)).clone()
@@ -230,11 +230,6 @@ class Partners:
     source: Tensor
     target: Tensor
     scale: Tensor
-
-
-def _held(member: Member) -> tuple[str, bytes]:
-    """A member's weight, and where the group's channels are in it."""
-    return member.layer.params["weight"], member.where.numpy().tobytes()
 
 
 def _partners(consumer: Member, up: Tensor, local: Tensor) -> Partners | None:

@@ -187,12 +187,11 @@ def _overwrite(module: fx.GraphModule, group: Group, pairs: Tensor, generator: t
         for producer in group.producers:
             steps = [s for s in producer.steps if s in params]
             able = [s for s in steps if any(m.layer.operation.rescales for m in params[s])]
-            held = (producer.layer.params["weight"], producer.where.numpy().tobytes())
-            if held not in written:
-                written[held] = factor() if able else common
+            if producer.place not in written:
+                written[producer.place] = factor() if able else common
                 for slot in ("weight", "bias"):
-                    _copy(module, producer, slot, pairs, written[held])
-            scale = written[held]
+                    _copy(module, producer, slot, pairs, written[producer.place])
+            scale = written[producer.place]
             for step in steps:
                 scale = through(step, scale, factor() if step in able[:-1] else common)
         for consumer in group.consumers:

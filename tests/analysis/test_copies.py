@@ -49,11 +49,15 @@ IN_STEP: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
 }
 
 
+def made(nets: dict[str, Callable[[], tuple[nn.Module, Tensor]]], name: str) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    net, x = nets[name]()
+    return randomised(net).double().eval(), x.double()
+
+
 @pytest.mark.parametrize("name", CROSSED)
 def test_channels_whose_copies_cross_are_no_partners(name: str) -> None:
-    torch.manual_seed(0)
-    net, x = CROSSED[name]()
-    model, x = randomised(net).double().eval(), x.double()
+    model, x = made(CROSSED, name)
     found = fxmerge.analyze(model, x)
     moved = verify.permutation(found.captured, found.facts, found.grouping)
     for g in found.groups:  # the oracle, which runs the model, agrees: only partners can be exchanged
@@ -68,17 +72,13 @@ def test_channels_whose_copies_cross_are_no_partners(name: str) -> None:
 
 @pytest.mark.parametrize("name", IN_STEP)
 def test_channels_whose_copies_keep_step_are_partners(name: str) -> None:
-    torch.manual_seed(0)
-    net, x = IN_STEP[name]()
-    model, x = randomised(net).double().eval(), x.double()
-    found = fxmerge.analyze(model, x)
+    found = fxmerge.analyze(*made(IN_STEP, name))
     (group,) = found.groups
     assert group.partners
     assert verify.permutation(found.captured, found.facts, found.grouping)["a"] < 1e-10
 
 
 def test_former_names_of_members() -> None:
-    net, x = IN_STEP["twice"]()
-    (group,) = fxmerge.analyze(net.eval(), x).groups
+    (group,) = fxmerge.analyze(*made(IN_STEP, "twice")).groups
     assert group.writers == group.producers and [w.layer.module for w in group.writers] == ["a"]
     assert group.readers == group.consumers and [r.layer.module for r in group.readers] == ["o"]
