@@ -29,12 +29,12 @@ from fxmerge.calibration.output_error import halves, output_error
 from fxmerge.calibration.paired_run import Settings
 from fxmerge.calibration.readings import readings
 from fxmerge.calibration.sensitivity import sensitivity
+from fxmerge.calibration.trial_runs import takes_any_batch
 from fxmerge.capture.capture_model import capture, confined
 from fxmerge.errors import FxMergeError
 from fxmerge.graph.cost import flops_by_node
 from fxmerge.graph.distributed import summed
 from fxmerge.graph.eval_mode import with_versions
-from fxmerge.graph.inputs import is_exported
 from fxmerge.graph.latency import compared
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.groups import Group, Grouping, Refusal
@@ -135,7 +135,7 @@ class Prepared:
         """{layer: how much the model's outputs change with an error in its outputs}, for the consumers of groups."""
         facts, grouping = self.found
         groups = in_scope(grouping, self.options)[0]
-        return sensitivity(self.captured, facts, groups, self.data.batches, self.settings, self.stage)
+        return sensitivity(self.captured, facts, groups, self.data.batches, self.settings, self.divisible, self.stage)
 
     @with_versions()
     def merged(self, options: Options, decided: Mapping[str, GroupPlan] | None = None) -> Result:
@@ -245,10 +245,15 @@ class Prepared:
         return output_error(streams, held or [self.captured.inputs], settings)
 
     @cached_property
+    def divisible(self) -> bool:
+        """Whether batches may be cut into smaller ones."""
+        return takes_any_batch(self.captured)
+
+    @cached_property
     def divided(self) -> tuple[Batches, Batches]:
         """Refit's data without variants, divided into batches to fit a draft on and batches to judge it on."""
         own = self.data.batches[: self.data.made or None]
-        return halves(own, not is_exported(self.captured.module)) if own else ([], [])
+        return halves(own, self.divisible) if own else ([], [])
 
     # Applying
 

@@ -10,14 +10,11 @@ import torch
 from torch import Tensor, fx
 
 from fxmerge.calibration.held_out import HELD_OUT, sample_folds, samples
+from fxmerge.calibration.trial_runs import refused
 from fxmerge.calibration.user_data import given
-from fxmerge.errors import FxMergeError, first_line
+from fxmerge.errors import FxMergeError
 from fxmerge.graph.cost import cost
 from fxmerge.graph.distributed import rank_and_size
-from fxmerge.graph.eval_mode import evaluating
-from fxmerge.graph.inputs import is_exported
-from fxmerge.graph.nested import fresh
-from fxmerge.graph.outputs import returned
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.provenance import Provenance, batch_norms
 from fxmerge.methods.probe_statistics import is_image, looks_real
@@ -78,7 +75,7 @@ def fed(
             text += f" and {sum(map(samples, more)) * size:,} variants of them"
         return Fed(batches=mine + more, made=len(mine), real=True, source=text)
     own = batch_size(captured)
-    size = own if is_exported(captured.module) else options.batch
+    size = options.batch
     tables, normed = vocabularies(captured, facts), bool(batch_norms(facts))
 
     def made(family: str, count: int) -> Batches:
@@ -86,7 +83,7 @@ def fed(
         inputs = list(captured.inputs)
         return probes(family, inputs, tables=tables, count=whole, batch=size, seed=options.seed)
 
-    for size in dict.fromkeys((size, own)):  # noqa: B020  # its code may have the example's batch size written out
+    for size in dict.fromkeys((size, own)):  # noqa: B020  # its code, or its graph, may hold the example's batch size
         if not (fault := refused(captured, made(next(iter(PROBES)), size)[0])):
             break
     else:
@@ -183,19 +180,6 @@ def _described(captured: Capture, family: str, count: int, real: bool, words: bo
 
 class UnprobedError(FxMergeError):
     """Raised where the model does not run on probes."""
-
-
-def refused(captured: Capture, values: Sequence[Any]) -> str:
-    """How the model fails on these values of its placeholders; "" where its outputs are finite."""
-    interpreter = fx.Interpreter(captured.module)
-    interpreter.extra_traceback = False
-    try:
-        with evaluating(captured.module), torch.no_grad():
-            outputs = interpreter.run(*fresh(list(values)), enable_io_processing=False)
-    except Exception as error:
-        return f"fails ({type(error).__name__}: {first_line(error)})"
-    finite = all(bool(torch.isfinite(y).all()) for y in returned(outputs))
-    return "" if finite else "gives NaN or infinity"
 
 
 def enough(captured: Capture) -> int:

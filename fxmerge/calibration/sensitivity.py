@@ -21,7 +21,6 @@ from fxmerge.calibration.batches import batch_size
 from fxmerge.calibration.epilogue import pair
 from fxmerge.calibration.paired_run import PairedRun, Settings, axis_of_outputs, moments
 from fxmerge.graph.eval_mode import evaluating
-from fxmerge.graph.inputs import is_exported
 from fxmerge.graph.outputs import returned
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.groups import Group
@@ -39,15 +38,18 @@ def sensitivity(
     groups: Sequence[Group],
     batches: Sequence[Sequence[Any]],
     settings: Settings,
+    divisible: bool,
     stage: Callable[[str], None] = lambda name: None,
 ) -> dict[str, float]:
     """Layer -> sensitivity, up to a common factor, of the groups' consumers; of the producers of groups without any.
+
+    divisible: whether batches may be cut
 
     Empty where an op has no gradient, or where nothing finite and positive is found.
     """
     members = [m for g in groups for m in (g.consumers or g.producers)]
     layers = {m.layer.node: m.layer for m in members if "weight" in m.layer.params}
-    some = _some(captured, batches)
+    some = _some(captured, batches, divisible)
     alone = replace(settings, reduce=lambda value: value)
     stage("sensitivity")
     generator = torch.Generator().manual_seed(settings.seed)
@@ -82,7 +84,7 @@ def sensitivity(
     return dict(zip(found, sums.tolist(), strict=True)) if bool(torch.isfinite(sums).all()) and sums.any() else {}
 
 
-def _some(captured: Capture, batches: Sequence[Sequence[Any]]) -> list[list[Any]]:
+def _some(captured: Capture, batches: Sequence[Sequence[Any]], divisible: bool) -> list[list[Any]]:
     """A few samples, with a gradient required for their floating-point inputs and so for all that depends on these."""
     size = batch_size(captured)
     each = sum(torch.Size(s).numel() for s in captured.shapes.values()) // max(size, 1)
@@ -90,7 +92,7 @@ def _some(captured: Capture, batches: Sequence[Sequence[Any]]) -> list[list[Any]
     found, taken = [], 0
     for batch in batches:
         own = next((v.size(0) for v in batch if isinstance(v, Tensor) and v.dim()), 1)
-        part = own if is_exported(captured.module) else min(own, wanted - taken)
+        part = min(own, wanted - taken) if divisible else own
         cut = [v[:part] if isinstance(v, Tensor) and v.dim() and v.size(0) == own else v for v in batch]
         found.append([_leaf(v) if isinstance(v, Tensor) and v.is_floating_point() else v for v in cut])
         taken += part

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxmerge.calibration.trial_runs import refused
 from fxmerge.errors import FxMergeError
 from fxmerge.graph.inputs import bind, is_exported
 from fxmerge.ir.capture import Capture
@@ -21,7 +22,7 @@ from fxmerge.ir.capture import Capture
 def given(captured: Capture, batches: Any, limit: int, size: int) -> list[list[Any]]:
     """The user's batches as values of the graph's placeholders, at most about `limit` samples of them.
 
-    An exported model gets them in batches of `size`, for which it was exported.
+    An exported model that does not take these batches gets the samples in batches of `size`, for which it was exported.
 
     Raises FxMergeError where the batches do not fit the model.
     """
@@ -43,9 +44,13 @@ def given(captured: Capture, batches: Any, limit: int, size: int) -> list[list[A
             break
     if not found:
         raise FxMergeError("calibration holds no batches; a generator can be read only once")
-    if is_exported(captured.module):
-        found = _regrouped(captured, found, size)
-    return found
+    return found if _taken(captured, found) else _regrouped(captured, found, size)
+
+
+def _taken(captured: Capture, batches: Sequence[list[Any]]) -> bool:
+    """Whether the model runs on the batches as they are; an exported one is tried on a batch of each shape."""
+    by_shape = {_shapes(batch): batch for batch in batches if _shapes(batch) != _shapes(captured.inputs)}
+    return not is_exported(captured.module) or not any(refused(captured, batch) for batch in by_shape.values())
 
 
 def _placed(captured: Capture, batch: Any) -> list[Any]:
@@ -76,13 +81,11 @@ def _placed(captured: Capture, batch: Any) -> list[Any]:
 
 
 def _regrouped(captured: Capture, batches: Sequence[list[Any]], size: int) -> list[list[Any]]:
-    """The batches in the shapes of the example inputs: as they are, or the same samples in batches of `size`.
+    """The same samples in batches of `size`, in the shapes of the example inputs.
 
     A smaller last batch is dropped. Inputs whose first axis is not that of the samples are taken from the first batch.
     Raises FxMergeError where samples cannot be told apart, as where the first axis is a sequence.
     """
-    if all(_shapes(batch) == _shapes(captured.inputs) for batch in batches):
-        return list(batches)
     columns = []
     for parts, example in zip(zip(*batches, strict=True), captured.inputs, strict=True):
         if not isinstance(example, Tensor) or not example.dim():
@@ -108,5 +111,5 @@ def _regrouped(captured: Capture, batches: Sequence[list[Any]], size: int) -> li
     return [list(row) for row in zip(*(c * length if len(c) == 1 else c for c in columns), strict=True)]
 
 
-def _shapes(values: Sequence[Any]) -> list[tuple[int, ...] | None]:
-    return [tuple(v.shape) if isinstance(v, Tensor) else None for v in values]
+def _shapes(values: Sequence[Any]) -> tuple[tuple[int, ...] | None, ...]:
+    return tuple(tuple(v.shape) if isinstance(v, Tensor) else None for v in values)

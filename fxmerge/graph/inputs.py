@@ -25,7 +25,7 @@ def bind(module: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any
 
 
 def is_exported(module: fx.GraphModule) -> bool:
-    """Whether torch.export made the graph. Such a graph takes flattened arguments, of the example's batch size only."""
+    """Whether torch.export made the graph. Such a graph takes flattened arguments."""
     return pytree_codegen(module) is not None
 
 

@@ -14,6 +14,7 @@ from fxmerge.calibration.batches import example_counts, variants, vocabularies
 from fxmerge.calibration.fit_probes import RefitData, refit_data
 from fxmerge.calibration.held_out import samples
 from fxmerge.calibration.paired_run import Settings
+from fxmerge.calibration.trial_runs import takes_any_batch
 from fxmerge.capture.capture_model import capture
 from fxmerge.options import Options
 from tests.helpers.netmaking import one_thread, randomised  # noqa: F401
@@ -61,8 +62,8 @@ class Words(nn.Module):
 IMAGES = 100 + 40 * smooth(2, 3, 16, 16, axes=2)
 
 
-def data(model: nn.Module, inputs: Any, given: Any = None, **options: Any) -> RefitData:
-    captured = capture(model.eval(), inputs)
+def data(model: nn.Module | torch.export.ExportedProgram, inputs: Any, given: Any = None, **options: Any) -> RefitData:
+    captured = capture(model.eval() if isinstance(model, nn.Module) else model, inputs)
     refit = "synthetic" if given is None else "calibration"
     settings = Settings(rows=1000, seed=0, held=given is None, reduce=lambda value: value)
     chosen = Options(refit=refit, **options)
@@ -130,6 +131,30 @@ def test_a_fixed_batch_size_is_refitted_as_any_other() -> None:
         return float(sum((a - b).square().sum() for a, b in pairs))
 
     assert off("synthetic") < 0.7 * off("none")
+
+
+def exported(free: bool) -> torch.export.ExportedProgram:
+    shapes = ({0: torch.export.Dim.AUTO},) if free else None
+    return torch.export.export(Plain().eval(), (IMAGES,), dynamic_shapes=shapes)
+
+
+@pytest.mark.parametrize("free", [True, False])
+def test_an_exported_model_gets_the_batches_that_it_takes(free: bool) -> None:
+    own = [100 + 40 * smooth(n, 3, 16, 16, axes=2) for n in (8, 8, 4)]
+    probes, calibration = data(exported(free), IMAGES, samples=128), data(exported(free), IMAGES, own, samples=128)
+    assert {samples(b) for b in probes.batches} == ({64} if free else {2})
+    assert [samples(b) for b in calibration.batches[: calibration.made]] == ([8, 8, 4] if free else [2] * 10)
+    assert takes_any_batch(capture(exported(free), IMAGES)) == free and takes_any_batch(capture(Plain(), IMAGES))
+
+
+def test_an_exported_model_is_refitted_as_the_traced_one() -> None:
+    own, unseen = list((100 + 40 * smooth(48, 3, 16, 16, axes=2)).split(8)), 100 + 40 * smooth(8, 3, 16, 16, axes=2)
+    outputs = []
+    for model in (exported(free=True), Plain().eval()):
+        merged = fxmerge.merge(model, IMAGES, ratio=0.5, calibration=own, samples=64).module
+        with torch.no_grad():
+            outputs.append(merged(unseen))
+    assert torch.allclose(*outputs, rtol=1e-3, atol=1e-3 * float(outputs[1].std()))
 
 
 def test_every_sample_of_the_example_is_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,43 @@
+"""Trial runs: whether a captured model runs on other values, and on other numbers of samples, than the example's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxmerge.errors import first_line
+from fxmerge.graph.eval_mode import evaluating
+from fxmerge.graph.inputs import is_exported
+from fxmerge.graph.nested import fresh
+from fxmerge.graph.outputs import returned
+from fxmerge.ir.capture import Capture
+
+
+def refused(captured: Capture, values: Sequence[Any]) -> str:
+    """How the model fails on these values of its placeholders; "" where its outputs are finite."""
+    interpreter = fx.Interpreter(captured.module)
+    interpreter.extra_traceback = False
+    try:
+        with evaluating(captured.module), torch.no_grad():
+            outputs = interpreter.run(*fresh(list(values)), enable_io_processing=False)
+    except Exception as error:
+        return f"fails ({type(error).__name__}: {first_line(error)})"
+    finite = all(bool(torch.isfinite(y).all()) for y in returned(outputs))
+    return "" if finite else "gives NaN or infinity"
+
+
+def takes_any_batch(captured: Capture) -> bool:
+    """Whether batches may be cut and joined: always if traced; an exported model is tried on one and on two samples."""
+    return not is_exported(captured.module) or not any(
+        refused(captured, [_first(value, count) for value in captured.inputs]) for count in (1, 2)
+    )
+
+
+def _first(value: Any, count: int) -> Any:
+    """The first `count` samples of an input, which is repeated if it has fewer."""
+    if not isinstance(value, Tensor) or not value.dim():
+        return value
+    return torch.cat([value] * -(-count // max(len(value), 1)))[:count]
