@@ -135,7 +135,7 @@ class Prepared:
         """{layer: how much the model's outputs change with an error in its outputs}, for the consumers of groups."""
         facts, grouping = self.found
         groups = in_scope(grouping, self.options)[0]
-        return sensitivity(self.captured, facts, groups, self.data.batches, self.settings, self.divisible, self.stage)
+        return sensitivity(self.captured, facts, groups, self.data.batches, self.settings, self.stage)
 
     @with_versions()
     def merged(self, options: Options, decided: Mapping[str, GroupPlan] | None = None) -> Result:
@@ -245,15 +245,10 @@ class Prepared:
         return output_error(streams, held or [self.captured.inputs], settings)
 
     @cached_property
-    def divisible(self) -> bool:
-        """Whether batches may be cut into smaller ones."""
-        return takes_any_batch(self.captured)
-
-    @cached_property
     def divided(self) -> tuple[Batches, Batches]:
         """Refit's data without variants, divided into batches to fit a draft on and batches to judge it on."""
         own = self.data.batches[: self.data.made or None]
-        return halves(own, self.divisible) if own else ([], [])
+        return halves(own, takes_any_batch(self.captured)) if own else ([], [])
 
     # Applying
 

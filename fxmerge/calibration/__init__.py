@@ -1,6 +1,7 @@
 """Runs the original and the merged graph on calibration data or probes, for planning and refit.
 
 batches       calibration data from the user with variants of them, or probes, as batches
+trial_runs    whether the model runs on other values, batch sizes and memory formats
 user_data     calibration data as values of the graph's placeholders
 fit_probes    probes, optimised to match the running statistics of BatchNorms
 patches       linear layers and convolutions as one matrix product of patches

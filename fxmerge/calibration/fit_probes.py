@@ -21,6 +21,7 @@ from torch import Tensor
 from fxmerge.calibration.batches import Batches, UnprobedError, fed
 from fxmerge.calibration.epilogue import pair
 from fxmerge.calibration.paired_run import PairedRun, Settings, channel_shape, moments
+from fxmerge.calibration.trial_runs import channels_last
 from fxmerge.graph.cost import cost
 from fxmerge.graph.eval_mode import evaluating
 from fxmerge.ir.capture import Capture
@@ -75,7 +76,7 @@ def refit_data(
         found = fed(captured, facts, options, given, lambda b: mismatch(captured, facts, b, settings))
     except UnprobedError as error:
         return RefitData(batches=[], held=held, notes=(str(error),))
-    batches, source = found.batches, found.source
+    batches, source = channels_last(captured, found.batches), found.source
     if given is not None:
         return RefitData(batches=batches, held=held, made=found.made, source=source)
     if found.real:  # real data leave the streams where training did

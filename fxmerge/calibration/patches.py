@@ -182,6 +182,13 @@ def by_position(out: Tensor, form: Form) -> Tensor:
     return _lined_up(out.movedim(channel_axis(out, form), -1)).square().sum(-1).flatten()
 
 
+def scaled_by_position(out: Tensor, form: Form, factors: Tensor) -> Tensor:
+    """A layer's output with the channels at each position multiplied by a factor. factors: (positions,)"""
+    moved = _lined_up(out.movedim(channel_axis(out, form), -1))
+    scaled = moved * factors.view(moved.shape[:-1])[..., None]
+    return scaled.movedim(-1, channel_axis(out, form)) if out.dim() > 1 else scaled[0]
+
+
 def channel_axis(out: Tensor, form: Form) -> int:
     """The axis of the channels in a layer's output."""
     return out.dim() - form.spatial - 1

@@ -20,6 +20,7 @@ from torch import Tensor
 from fxmerge.calibration.batches import batch_size
 from fxmerge.calibration.epilogue import pair
 from fxmerge.calibration.paired_run import PairedRun, Settings, axis_of_outputs, moments
+from fxmerge.calibration.trial_runs import takes_any_batch
 from fxmerge.graph.eval_mode import evaluating
 from fxmerge.graph.outputs import returned
 from fxmerge.ir.capture import Capture
@@ -38,18 +39,15 @@ def sensitivity(
     groups: Sequence[Group],
     batches: Sequence[Sequence[Any]],
     settings: Settings,
-    divisible: bool,
     stage: Callable[[str], None] = lambda name: None,
 ) -> dict[str, float]:
     """Layer -> sensitivity, up to a common factor, of the groups' consumers; of the producers of groups without any.
-
-    divisible: whether batches may be cut
 
     Empty where an op has no gradient, or where nothing finite and positive is found.
     """
     members = [m for g in groups for m in (g.consumers or g.producers)]
     layers = {m.layer.node: m.layer for m in members if "weight" in m.layer.params}
-    some = _some(captured, batches, divisible)
+    some = _some(captured, batches)
     alone = replace(settings, reduce=lambda value: value)
     stage("sensitivity")
     generator = torch.Generator().manual_seed(settings.seed)
@@ -84,12 +82,12 @@ def sensitivity(
     return dict(zip(found, sums.tolist(), strict=True)) if bool(torch.isfinite(sums).all()) and sums.any() else {}
 
 
-def _some(captured: Capture, batches: Sequence[Sequence[Any]], divisible: bool) -> list[list[Any]]:
+def _some(captured: Capture, batches: Sequence[Sequence[Any]]) -> list[list[Any]]:
     """A few samples, with a gradient required for their floating-point inputs and so for all that depends on these."""
     size = batch_size(captured)
     each = sum(torch.Size(s).numel() for s in captured.shapes.values()) // max(size, 1)
     wanted = max(1, min(SAMPLES, ELEMENTS // max(each, 1)))
-    found, taken = [], 0
+    divisible, found, taken = takes_any_batch(captured), [], 0
     for batch in batches:
         own = next((v.size(0) for v in batch if isinstance(v, Tensor) and v.dim()), 1)
         part = min(own, wanted - taken) if divisible else own

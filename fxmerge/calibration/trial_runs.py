@@ -1,4 +1,4 @@
-"""Trial runs: whether a captured model runs on other values, and on other numbers of samples, than the example's."""
+"""Trial runs: whether a captured model runs on values, batch sizes and memory formats other than the example's."""
 
 from __future__ import annotations
 
@@ -41,3 +41,15 @@ def _first(value: Any, count: int) -> Any:
     if not isinstance(value, Tensor) or not value.dim():
         return value
     return torch.cat([value] * -(-count // max(len(value), 1)))[:count]
+
+
+def channels_last(captured: Capture, batches: list[list[Any]]) -> list[list[Any]]:
+    """The batches with images in channels_last, in which processors convolve faster, if the model runs on them."""
+    found = [[_channels_last(value) for value in batch] for batch in batches]
+    return batches if not found or refused(captured, found[0]) else found
+
+
+def _channels_last(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.dim() == 4 and value.is_floating_point() and value.device.type == "cpu":
+        return value.contiguous(memory_format=torch.channels_last)
+    return value

@@ -15,7 +15,6 @@ Channels whose gain is close to zero keep y* = y.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import isfinite
@@ -27,7 +26,27 @@ from fxmerge.calibration.epilogue import Affine
 from fxmerge.calibration.paired_run import channel_shape
 from fxmerge.calibration.rectifiers import Bounds
 
-Residual = Callable[[Tensor], Tensor]  # outputs y' -> r, both shaped like y
+
+@dataclass(frozen=True, kw_only=True)
+class Residual:
+    """r as a function of the outputs y', both shaped like y.
+
+    r = min(max(gain y' + offset, low), high), where each bound is 0 or infinite
+    """
+
+    gain: Tensor
+    offset: Tensor
+    low: Tensor | None
+    high: Tensor | None
+
+    def __call__(self, outputs: Tensor) -> Tensor:
+        found = torch.addcmul(self.offset, outputs, self.gain)
+        found = found if self.low is None else torch.maximum(found, self.low)
+        return found if self.high is None else torch.minimum(found, self.high)
+
+    def slope(self, missed: Tensor) -> Tensor:
+        """The gradient of |r|^2 / 2 with respect to the outputs, from r: where r is clamped, it is 0."""
+        return missed * self.gain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +95,7 @@ class Target:
         return torch.where(inverse == 0, target, (aim - shift) * inverse)
 
     def residual(self) -> Residual:
-        """r as a function of the outputs. It holds two or three tensors shaped like y, and not those of the target."""
+        """r as a function of the outputs. It holds one to three tensors shaped like y, and not those of the target."""
         gain, constant = (self._channels(t, self.outputs) for t in (self.affine.gain, self.affine.constant))
         wanted = torch.addcmul(constant, self.outputs, gain)
         shift = constant.expand_as(wanted)
@@ -91,12 +110,7 @@ class Target:
             low = torch.where(wanted > least, -torch.inf, 0.0).to(wanted)
             high = torch.where(wanted < most, torch.inf, 0.0).to(wanted) if isfinite(most) else None
 
-        def missed(outputs: Tensor) -> Tensor:
-            found = torch.addcmul(offset, outputs, gain)
-            found = found if low is None else torch.maximum(found, low)
-            return found if high is None else torch.minimum(found, high)
-
-        return missed
+        return Residual(gain=gain, offset=offset, low=low, high=high)
 
     def _channels(self, vector: Tensor, like: Tensor) -> Tensor:
         """A number for each channel, (o,), in the dtype of `like` and shaped to broadcast along its channels."""

@@ -157,6 +157,22 @@ def test_an_exported_model_is_refitted_as_the_traced_one() -> None:
     assert torch.allclose(*outputs, rtol=1e-3, atol=1e-3 * float(outputs[1].std()))
 
 
+class Viewed(Plain):
+    """Fails on images in channels_last."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = torch.relu(self.a(x)).view(len(x), 8 * 16 * 16)
+        return self.head(torch.relu(self.b(flat.view(len(x), 8, 16, 16))).mean((2, 3)))
+
+
+def test_images_are_in_channels_last_if_the_model_takes_them() -> None:
+    for model, wanted in ((Plain(), torch.channels_last), (Viewed(), torch.contiguous_format)):
+        for given in (None, [100 + 40 * smooth(20, 3, 16, 16, axes=2)]):
+            found = data(model, IMAGES, given, samples=64)
+            assert all(batch[0].is_contiguous(memory_format=wanted) for batch in found.batches)
+    assert data(Words(), (torch.randint(50, (4, 9)), torch.ones(4, 9)), samples=64).batches
+
+
 def test_every_sample_of_the_example_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fxmerge.calibration.batches.USUAL", 64)
     monkeypatch.setattr("fxmerge.calibration.batches.SMALL", 64)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import fxmerge
 from fxmerge.calibration.epilogue import affine
-from fxmerge.calibration.patches import Form
+from fxmerge.calibration.patches import Form, by_position, form_of, positions, scaled_by_position
 from fxmerge.calibration.rectifiers import Bounds
 from fxmerge.refit import joint, solve
 from fxmerge.refit.coordinates import Coordinates
@@ -228,6 +228,36 @@ def test_a_target_is_the_same_at_positions_and_everywhere(bounds: Bounds | None)
     apart = (found_rows - rows.given(found_rows)) * step.gain
     torch.testing.assert_close(whole.residual()(found).movedim(1, -1).reshape(-1, 4), apart)
     assert bool((apart == 0).any()) is (bounds is not None)
+
+
+@pytest.mark.parametrize("bounds", [None, (0.0, inf), (0.0, 1.0), (-1.0, 1.0)])
+@pytest.mark.parametrize("axis", [1, 3])
+def test_the_slope_of_a_residual_is_the_gradient_of_its_square(bounds: Bounds | None, axis: int) -> None:
+    g = torch.Generator().manual_seed(0)
+    y, found, before, now = (torch.randn(3, 4, 5, 4, generator=g, dtype=F64) for _ in range(4))
+    step = affine(torch.rand(4, generator=g, dtype=F64) + 0.5, torch.randn(4, generator=g, dtype=F64))
+    residual = Target(outputs=y, axis=axis, affine=step, bounds=bounds, streams=(before, now)).residual()
+    found.requires_grad_(True)
+    missed = residual(found)
+    (wanted,) = torch.autograd.grad(missed.square().sum() / 2, found)
+    torch.testing.assert_close(residual.slope(missed.detach()), wanted)
+    assert bool((wanted == 0).any()) is (bounds is not None)
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d(3, 4, 3), nn.Conv1d(5, 4, 3, groups=1), nn.Linear(6, 4)])
+def test_positions_are_scaled_as_they_are_counted(layer: nn.Module) -> None:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(*{nn.Conv2d: (2, 3, 5, 6), nn.Conv1d: (2, 5, 8), nn.Linear: (2, 7, 6)}[type(layer)], generator=g)
+    analysis = fxmerge.analyze(nn.Sequential(layer), x)
+    (found,) = analysis.facts.layers
+    node = next(n for n in analysis.captured.module.graph.nodes if n.name == found.node)
+    form = form_of(node, found, layer, layer.weight)
+    assert form is not None
+    out = layer(x).detach()
+    factors = torch.rand(positions(out, form), generator=g)
+    scaled = scaled_by_position(out, form, factors)
+    assert scaled.shape == out.shape
+    torch.testing.assert_close(by_position(scaled, form), by_position(out, form) * factors.square())
 
 
 @pytest.mark.parametrize(
