@@ -94,7 +94,7 @@ class _Step:
 
     def near(self, labels: Tensor) -> list[int]:
         """The blocks that share atoms with some labels."""
-        mine = np.unique(self.atom[labels.numpy()])
+        mine = np.unique(self.atom[labels[_runs(labels)].numpy()])
         first, last = np.searchsorted(self.sorted, mine), np.searchsorted(self.sorted, mine, side="right")
         touched = np.concatenate(
             [np.zeros(0, dtype=np.int64), *(np.arange(a, b) for a, b in zip(first, last, strict=True))]
@@ -104,10 +104,12 @@ class _Step:
     def marks(self, places: Tensor) -> tuple[Words, np.uint64]:
         """(a word for each atom that tells at which places it is, 0 for none; the word of all places)."""
         words = self.random.integers(1, 2**63, len(places), dtype=np.uint64)
-        held = self.atom[places.numpy()]
-        pairs = np.unique(np.repeat(np.arange(len(places)), held.shape[1]) * self.size + held.reshape(-1))
+        starts = _runs(places)  # equal rows in a row, as where the places are tokens, are one place
+        together = np.add.reduceat(words, starts)
+        held = self.atom[places[starts].numpy()]
+        pairs = np.unique(np.repeat(np.arange(len(starts)), held.shape[1]) * self.size + held.reshape(-1))
         found = np.zeros(self.size, dtype=np.uint64)
-        np.add.at(found, pairs % self.size, words[pairs // self.size])
+        np.add.at(found, pairs % self.size, together[pairs // self.size])
         return found, words.sum(dtype=np.uint64)
 
     def crossing(self, found: Words, near: Sequence[int]) -> Iterator[int]:
@@ -187,6 +189,13 @@ class _Step:
         outer = block.outer[:-1]
         larger = block.labels.reshape(int(np.prod(outer)), -1) if outer else None
         self.gone[id(block)] = None if larger is None else replace(block, labels=larger, outer=outer)
+
+
+def _runs(labels: Tensor) -> Ints:
+    """The first rows of the runs of equal rows."""
+    flat = labels.reshape(len(labels), -1)
+    starts: Ints = np.flatnonzero(np.append(True, (flat[1:] != flat[:-1]).any(1).numpy()))
+    return starts
 
 
 def _moves(words: Words) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -92,11 +92,12 @@ def user_inputs(program: ExportedProgram) -> list[fx.Node]:
     return [nodes[name] for name in names if name in nodes]
 
 
-def insert(module: fx.GraphModule, found: Sizes, smallest: int, proved: Sequence[Sequence[Any]] = ()) -> None:
+def insert(
+    module: fx.GraphModule, found: Sizes, single: Container[str] | None = None, proved: Sequence[Sequence[Any]] = ()
+) -> None:
     """Puts assertions about its inputs' sizes at the start of an exported graph, in place.
 
-    smallest: the lower limit of a symbol for which torch.export knows none: 1, or 2 if the model takes another path
-        for a single sample
+    single: the symbols that may be 1, if torch.export knows no lower limit for them; None for all
     proved: inputs on which the graph returned what the model returns; no condition on several sizes may exclude them,
         as those do by which torch.export tells a size of 1 from all others
     """
@@ -115,6 +116,7 @@ def insert(module: fx.GraphModule, found: Sizes, smallest: int, proved: Sequence
     alone, joint = _by_symbols(found.guards)
     allowed = {}
     for symbol in first:
+        smallest = 1 if single is None or symbol in single else 2
         allowed[symbol] = _allowed(alone.get(symbol, ()), found.limits.get(symbol, (2, None)), smallest, symbol)
         writer.size(symbol, allowed[symbol])
     for guard in joint:
@@ -259,21 +261,3 @@ class _Writer:
         with self.graph.inserting_before(self.before):
             made = condition()
             self.graph.call_function(torch._assert, (made.node, message)).meta[SIZE_CHECK] = True
-
-
-def only_samples(program: ExportedProgram) -> bool:
-    """Whether a program computes with no sizes of its inputs but the numbers of samples (axis 0)."""
-    samples = set(_symbols(n.meta["val"].shape[:1] for n in user_inputs(program) if _is_tensor(n)))
-    used = _symbols([n.meta["val"]] for n in program.graph.nodes if isinstance(n.meta.get("val"), torch.SymInt))
-    return set(used) <= samples
-
-
-def _is_tensor(node: fx.Node) -> bool:
-    return isinstance(node.meta.get("val"), Tensor)
-
-
-def _symbols(sizes: Any) -> Iterator[str]:
-    for some in sizes:
-        for size in some:
-            if isinstance(size, torch.SymInt):
-                yield from map(str, size.node.expr.free_symbols)

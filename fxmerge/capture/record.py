@@ -22,7 +22,8 @@ from torch.overrides import TorchFunctionMode
 from fxmerge.capture.frames import Frame
 from fxmerge.capture.frozen import checks
 from fxmerge.capture.hooks import hooked, overridden, replaced_forwards
-from fxmerge.capture.symbolic import symbolic, user_line, without_rule
+from fxmerge.capture.symbolic import symbolic, user_line
+from fxmerge.capture.without_rule import without_rule
 from fxmerge.graph.nested import leaves, tree
 from fxmerge.graph.odd_names import writable
 from fxmerge.graph.ops import HARMLESS, PLAIN, held_tensors, node_call, tensors

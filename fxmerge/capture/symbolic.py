@@ -9,15 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx._symbolic_trace import _assert_is_none
 
 from fxmerge.capture.expand_modules import expansion_of
 from fxmerge.capture.frozen import Check, restored
 from fxmerge.capture.hooks import hooked, overridden, traced_call, without_hooks
 from fxmerge.capture.torch_export import export
+from fxmerge.capture.without_rule import without_rule
 from fxmerge.errors import FxMergeError, first_line, of_user
 from fxmerge.graph.odd_names import writable
-from fxmerge.rules.lookup import rule_of
 from fxmerge.rules.recurrent import PACKING
 
 
@@ -173,26 +172,6 @@ def symbolic(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     if tracer.unhooked:
         without_hooks(traced, tracer.unhooked)
     return traced
-
-
-_ARGUMENT_CHECKS = (_assert_is_none, torch._assert)  # torch.fx's checks that arguments left out stay left out
-
-
-def without_rule(module: fx.GraphModule) -> int:
-    """The number of calls in a graph that have no rule. Calls on plain values and constants are not counted."""
-    count = 0
-    activations: set[fx.Node] = set()
-    for node in module.graph.nodes:
-        if node.op == "placeholder":
-            activations.add(node)
-        elif node.target in _ARGUMENT_CHECKS:
-            continue
-        elif node.op in ("call_module", "call_function", "call_method") and activations & set(node.all_input_nodes):
-            found = rule_of(node, module)
-            if found is None or found.kind != "query":
-                activations.add(node)
-                count += found is None
-    return count
 
 
 def _where(error: Exception) -> str:

@@ -90,7 +90,9 @@ def setitem(ctx: RuleContext, x: Operand, index: Operand, value: Operand) -> Ans
     if given and operand_shape(first):  # along the axis of the index, one entry stands for all
         axis = labels.dim() - place.dim() + _kept_before(whole, plain, given[0])
         if axis >= 0:
-            if axis in varying(labels) or not labels.size(axis):
+            if not labels.size(axis):
+                return Unknown("writes nothing for these example inputs; give inputs for which it does")
+            if axis in varying(labels):
                 return Unknown(_OVER_CHANNELS)
             labels = labels.narrow(axis, 0, 1)
     wrong = _match(ctx, place, x, labels, value)

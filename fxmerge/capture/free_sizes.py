@@ -1,0 +1,145 @@
+"""Exports in which the sizes of the inputs are free as far as the model lets them vary.
+
+`torch.export` finds out which sizes can vary (`Dim.AUTO`). First all sizes are left to it: a language model then takes
+any length, a convolutional network any image. Where that fails, or a size inside the model becomes a long formula of
+the inputs' sizes, only the number of samples is. The graph has to return what the model returns, on the example and in
+other sizes; where it raises, by the assertions of `guards`, nothing is wrong.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from fxmerge.capture.guards import Sizes, insert, sizes_of
+from fxmerge.capture.without_rule import without_rule
+from fxmerge.graph.inputs import bind, other_sizes
+from fxmerge.graph.nested import fresh
+
+OPERATIONS = 24  # in the formula of a size, at most; torch.export may take minutes over longer ones
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+Axes = Callable[[Tensor], Iterable[int]]
+
+
+def with_free_sizes(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    module_of: Callable[[torch.export.ExportedProgram], fx.GraphModule],
+) -> fx.GraphModule | None:
+    """The model exported with all sizes free, or the number of samples (the first axis); None where neither works.
+
+    If calls without a rule are left in the first graph, the one with fewer of them is taken. A batch of 1 is doubled
+    for the export, as torch.export takes a size of 1 as a constant.
+
+    module_of: a program as a graph module, without assertions
+
+    Raises GuardOnDataDependentSymNode where control flow depends on values.
+    """
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+    free = None
+    with contextlib.suppress(Exception):  # torch.export raises many types
+        free = _exported(model, (args, kwargs), lambda v: range(v.dim()), module_of)
+        if free is not None and not without_rule(free):
+            return free
+    try:
+        samples = _exported(model, (args, kwargs), lambda v: (0,), module_of)
+    except GuardOnDataDependentSymNode:  # a constant number of samples would not help
+        raise
+    except Exception:
+        return free
+    return min((m for m in (free, samples) if m is not None), key=without_rule, default=None)
+
+
+def _exported(
+    model: nn.Module, call: Call, axes: Axes, module_of: Callable[[torch.export.ExportedProgram], fx.GraphModule]
+) -> fx.GraphModule | None:
+    """The exported model with these axes free, and with assertions; None where it returns other values."""
+    sizes = {t.size(0) for t in tree_leaves(call) if isinstance(t, Tensor) and t.dim()}
+    given, named = tree_map(_doubled, call) if sizes == {1} else call
+    parameters = dict(inspect.signature(model.forward).bind(*given, **named).arguments)
+
+    def free(value: Any) -> Any:
+        return dict.fromkeys(axes(value), torch.export.Dim.AUTO) if isinstance(value, Tensor) and value.dim() else None
+
+    with _ShortFormulas():
+        program = torch.export.export(model, given, named, dynamic_shapes=tree_map(free, parameters), strict=False)
+    module, found = module_of(program), sizes_of(program)
+    if not _alike(model, module, call):
+        return None
+    ones = {symbol: one for symbol, one in _single(module, call, found) if _runs_alike(model, module, one)}
+    insert(module, found, ones, [bind(module, *inputs) for inputs in (call, *ones.values())])
+    return module if all(_alike_or_raises(model, module, other) for other in other_sizes(call)) else None
+
+
+class _ShortFormulas(TorchFunctionMode):
+    """Raises where a size becomes a formula of more than OPERATIONS operations."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            for size in tensor.shape if isinstance(tensor, FakeTensor) else ():
+                if isinstance(size, torch.SymInt) and size.node.expr.count_ops() > OPERATIONS:
+                    raise OverflowError(f"a size of {func} is {size.node.expr}")
+        return made
+
+
+def _single(module: fx.GraphModule, call: Call, found: Sizes) -> Iterator[tuple[str, Call]]:
+    """By symbol, the inputs with a size of 1 along its axes."""
+    values = bind(module, *call)
+    places: dict[str, dict[int, list[int]]] = {}  # symbol -> identity of the input -> axes
+    for value, shape in zip(values, found.shapes, strict=False):
+        for axis, size in enumerate(shape or ()):
+            if isinstance(size, str):
+                places.setdefault(size, {}).setdefault(id(value), []).append(axis)
+    for symbol, axes in places.items():
+
+        def narrowed(value: Any, axes: dict[int, list[int]] = axes) -> Any:
+            for axis in axes.get(id(value), ()):
+                value = value.narrow(axis, 0, 1)
+            return value
+
+        yield symbol, tree_map(narrowed, call)
+
+
+def _alike(model: nn.Module, module: fx.GraphModule, call: Call) -> bool:
+    """Whether both return the same. Raises what either raises."""
+    before, after = (tree_leaves(m(*fresh(call[0]), **fresh(call[1]))) for m in (model, module))
+    return len(before) == len(after) and all(map(_agree, before, after))
+
+
+def _runs_alike(model: nn.Module, module: fx.GraphModule, call: Call) -> bool:
+    """Whether both run and return the same."""
+    with contextlib.suppress(Exception):
+        return _alike(model, module, call)
+    return False
+
+
+def _alike_or_raises(model: nn.Module, module: fx.GraphModule, call: Call) -> bool:
+    """Whether both return the same, or either raises."""
+    with contextlib.suppress(Exception):
+        return _alike(model, module, call)
+    return True
+
+
+def _agree(one: Any, other: Any) -> bool:
+    """Whether two outputs agree: tensors in shape and, up to rounding, in values; anything else always."""
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+        return True
+    if isinstance(other, FakeTensor):  # from a model on the meta device: a shape without values
+        return one.shape == other.shape
+    return one.shape == other.shape and torch.allclose(one, other, rtol=1e-3, atol=1e-5)
+
+
+def _doubled(value: Any) -> Any:
+    return torch.cat([value, value]) if isinstance(value, Tensor) and value.dim() else value
