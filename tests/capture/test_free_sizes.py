@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Sentence(nn.Module):
-    """An encoder of tokens with positions, a mask and a mean over the tokens. Unpacking a list stops symbolic tracing."""
+    """An encoder of tokens with positions, a mask and a mean over them. Unpacking sizes stops symbolic tracing."""
 
     def __init__(self) -> None:
         super().__init__()
