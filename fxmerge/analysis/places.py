@@ -193,8 +193,8 @@ class _Step:
 
 def _runs(labels: Tensor) -> Ints:
     """The first rows of the runs of equal rows."""
-    flat = labels.reshape(len(labels), -1)
-    starts: Ints = np.flatnonzero(np.append(True, (flat[1:] != flat[:-1]).any(1).numpy()))
+    changed = (labels[1:] != labels[:-1]).flatten(1).any(1)
+    starts: Ints = np.flatnonzero(np.append(True, changed.numpy())[: len(labels)])
     return starts
 
 

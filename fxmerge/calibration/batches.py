@@ -75,7 +75,6 @@ def fed(
             text += f" and {sum(map(samples, more)) * size:,} variants of them"
         return Fed(batches=mine + more, made=len(mine), real=True, source=text)
     own = batch_size(captured)
-    size = options.batch
     tables, normed = vocabularies(captured, facts), bool(batch_norms(facts))
 
     def made(family: str, count: int) -> Batches:
@@ -83,7 +82,7 @@ def fed(
         inputs = list(captured.inputs)
         return probes(family, inputs, tables=tables, count=whole, batch=size, seed=options.seed)
 
-    for size in dict.fromkeys((size, own)):  # noqa: B020  # its code, or its graph, may hold the example's batch size
+    for size in dict.fromkeys((options.batch, own)):  # its code, or its graph, may hold the example's batch size
         if not (fault := refused(captured, made(next(iter(PROBES)), size)[0])):
             break
     else:

@@ -179,12 +179,12 @@ def sample(
 
 def by_position(out: Tensor, form: Form) -> Tensor:
     """The sum of the squares of the channels of a layer's output at each position: (positions,)."""
-    return _lined_up(out.movedim(channel_axis(out, form), -1)).square().sum(-1).flatten()
+    return _channels_at_end(out, form).square().sum(-1).flatten()
 
 
 def scaled_by_position(out: Tensor, form: Form, factors: Tensor) -> Tensor:
     """A layer's output with the channels at each position multiplied by a factor. factors: (positions,)"""
-    moved = _lined_up(out.movedim(channel_axis(out, form), -1))
+    moved = _channels_at_end(out, form)
     scaled = moved * factors.view(moved.shape[:-1])[..., None]
     return scaled.movedim(-1, channel_axis(out, form)) if out.dim() > 1 else scaled[0]
 
@@ -196,8 +196,13 @@ def channel_axis(out: Tensor, form: Form) -> int:
 
 def at_positions(out: Tensor, form: Form, index: Tensor) -> Tensor:
     """A layer's output at the positions with these indices: (rows, out)."""
-    moved = _lined_up(out.movedim(channel_axis(out, form), -1))
+    moved = _channels_at_end(out, form)
     return moved[torch.unravel_index(index, moved.shape[:-1])]
+
+
+def _channels_at_end(out: Tensor, form: Form) -> Tensor:
+    """A layer's output, (*positions, out)."""
+    return _lined_up(out.movedim(channel_axis(out, form), -1))
 
 
 def _lined_up(x: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ def with_free_sizes(
     from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
     free = None
-    with contextlib.suppress(Exception):  # torch.export raises many types
+    with contextlib.suppress(Exception), _ShortFormulas():  # torch.export raises many types
         free = _exported(model, (args, kwargs), lambda v: range(v.dim()), module_of)
         if free is not None and not without_rule(free):
             return free
@@ -72,14 +72,13 @@ def _exported(
     def free(value: Any) -> Any:
         return dict.fromkeys(axes(value), torch.export.Dim.AUTO) if isinstance(value, Tensor) and value.dim() else None
 
-    with _ShortFormulas():
-        program = torch.export.export(model, given, named, dynamic_shapes=tree_map(free, parameters), strict=False)
+    program = torch.export.export(model, given, named, dynamic_shapes=tree_map(free, parameters), strict=False)
     module, found = module_of(program), sizes_of(program)
-    if not _alike(model, module, call):
+    if not _alike(model, module, call, if_raised=False):
         return None
-    ones = {symbol: one for symbol, one in _single(module, call, found) if _runs_alike(model, module, one)}
+    ones = {symbol: one for symbol, one in _single(module, call, found) if _alike(model, module, one, if_raised=False)}
     insert(module, found, ones, [bind(module, *inputs) for inputs in (call, *ones.values())])
-    return module if all(_alike_or_raises(model, module, other) for other in other_sizes(call)) else None
+    return module if all(_alike(model, module, other, if_raised=True) for other in other_sizes(call)) else None
 
 
 class _ShortFormulas(TorchFunctionMode):
@@ -112,24 +111,13 @@ def _single(module: fx.GraphModule, call: Call, found: Sizes) -> Iterator[tuple[
         yield symbol, tree_map(narrowed, call)
 
 
-def _alike(model: nn.Module, module: fx.GraphModule, call: Call) -> bool:
-    """Whether both return the same. Raises what either raises."""
-    before, after = (tree_leaves(m(*fresh(call[0]), **fresh(call[1]))) for m in (model, module))
+def _alike(model: nn.Module, module: fx.GraphModule, call: Call, if_raised: bool) -> bool:
+    """Whether both return the same; `if_raised` where either raises."""
+    try:
+        before, after = (tree_leaves(m(*fresh(call[0]), **fresh(call[1]))) for m in (model, module))
+    except Exception:
+        return if_raised
     return len(before) == len(after) and all(map(_agree, before, after))
-
-
-def _runs_alike(model: nn.Module, module: fx.GraphModule, call: Call) -> bool:
-    """Whether both run and return the same."""
-    with contextlib.suppress(Exception):
-        return _alike(model, module, call)
-    return False
-
-
-def _alike_or_raises(model: nn.Module, module: fx.GraphModule, call: Call) -> bool:
-    """Whether both return the same, or either raises."""
-    with contextlib.suppress(Exception):
-        return _alike(model, module, call)
-    return True
 
 
 def _agree(one: Any, other: Any) -> bool:

@@ -199,19 +199,18 @@ class _Joint:
         for number in range(self.batches):
             with torch.enable_grad():
                 _, outputs = along(self.paired, self.region.nodes, number, self.residuals)
-            energy, slopes_at_ends = torch.zeros_like(total), []
+            slopes_at_ends = []
             for place, (name, residuals) in enumerate(self.residuals.items()):
                 residual, form = residuals[number], self.weights[name].form
                 missed = residual(outputs[name].detach())
                 squares = by_position(missed, form)
                 held, (used, judging) = self.held[name][number], counts[name]
-                energy += squares[~held].sum() * (self.units[name] / (2 * used))
+                total += squares[~held].sum() * (self.units[name] / (2 * used))
                 aside[place] += squares[held].sum() * (self.units[name] / (2 * judging))
                 shares = (~held).to(missed) * (self.units[name] / used)
                 slopes_at_ends.append(scaled_by_position(residual.slope(missed), form, shares))
             ends = [outputs[name] for name in self.residuals]
             slopes = torch.autograd.grad(ends, self.leaves, slopes_at_ends)
-            total = total + energy
             for sum_, slope in zip(found, slopes, strict=True):
                 sum_ += slope
         judged = dict(zip(counts, self.reduce(aside).tolist(), strict=True))
