@@ -1,8 +1,8 @@
 """Exports in which the sizes of the inputs are free as far as the model lets them vary.
 
 `torch.export` finds out which sizes can vary (`Dim.AUTO`). First all sizes are left to it: a language model then takes
-any length, a convolutional network any image. Where that fails, or a size inside the model becomes a long formula of
-the inputs' sizes, only the number of samples is. The graph has to return what the model returns, on the example and in
+any length, a convolutional network any image. Where that fails, or sizes inside the model become long formulas of the
+inputs' sizes, only the number of samples is. The graph has to return what the model returns, on the example and in
 other sizes; where it raises, by the assertions of `guards`, nothing is wrong.
 """
 
@@ -24,7 +24,8 @@ from fxmerge.capture.without_rule import without_rule
 from fxmerge.graph.inputs import bind, other_sizes
 from fxmerge.graph.nested import fresh
 
-OPERATIONS = 24  # in the formula of a size, at most; torch.export may take minutes over longer ones
+# in the formula of a size and in those of all sizes, at most; torch.export may take minutes over longer and more ones
+OPERATIONS, ALL_OPERATIONS = 24, 3000
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 Axes = Callable[[Tensor], Iterable[int]]
@@ -82,14 +83,20 @@ def _exported(
 
 
 class _ShortFormulas(TorchFunctionMode):
-    """Raises where a size becomes a formula of more than OPERATIONS operations."""
+    """Raises where sizes become too long formulas, one by one or together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(made):
             for size in tensor.shape if isinstance(tensor, FakeTensor) else ():
-                if isinstance(size, torch.SymInt) and size.node.expr.count_ops() > OPERATIONS:
-                    raise OverflowError(f"a size of {func} is {size.node.expr}")
+                length = size.node.expr.count_ops() if isinstance(size, torch.SymInt) else 0
+                self.total += length
+                if length > OPERATIONS or self.total > ALL_OPERATIONS:
+                    raise OverflowError(f"a size of {func} is {size}")
         return made
 
 

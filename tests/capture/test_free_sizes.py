@@ -123,6 +123,17 @@ class Same(Padded):
         return self.o(x.mean((2, 3)))
 
 
+class Many(Padded):
+    """Short formulas in many tensors."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        (x,) = (*[self.a(x)],)
+        if x.size(0) > 0:
+            for _ in range(400):
+                x = torch.relu(self.b(F.pad(x, (0, 1, 0, 1)))) if x.size(2) > 15 else torch.relu(x)
+        return self.o(x.mean((2, 3)))
+
+
 class Divided(Sentence):
     """Returns something else while it is exported, in all lengths but that of the example."""
 
@@ -136,9 +147,10 @@ class Divided(Sentence):
     ("model", "example", "other"),
     [
         (Same(), (torch.randn(2, 3, 65, 65),), (torch.randn(2, 3, 66, 65),)),
+        (Many(), (torch.randn(2, 3, 65, 65),), (torch.randn(2, 3, 66, 65),)),
         (Divided(), sentences(4, 12), sentences(4, 9)),
     ],
-    ids=["long formulas", "another function"],
+    ids=["long formulas", "many formulas", "another function"],
 )
 def test_sizes_that_cannot_vary_raise(model: nn.Module, example: tuple[Tensor], other: tuple[Tensor]) -> None:
     result = plain_merge(model.eval(), example, ratio=0.0)
