@@ -132,19 +132,26 @@ def _refuse_generators(traced: fx.GraphModule) -> None:
 
 @contextmanager
 def restored(model: nn.Module) -> Iterator[None]:
-    """Restores the buffers and the plain attributes of a model's modules on exit."""
-    before = [(m, dict(vars(m)), dict(m._buffers)) for m in model.modules()]
-    values = {id(b): (b, b.clone(), _version(b)) for _, _, held in before for b in held.values() if b is not None}
+    """Restores the buffers, the plain attributes and the hooks of a model's modules on exit."""
+    before = [
+        (m, dict(vars(m)), {name: dict(v) for name, v in vars(m).items() if isinstance(v, dict)})
+        for m in model.modules()
+    ]
+    buffers = (b for _, _, held in before for b in held["_buffers"].values())
+    values = {id(b): (b, b.clone(), _version(b)) for b in buffers if b is not None}
     try:
         yield
     finally:
         for buffer, value, version in values.values():
             if _version(buffer) != version or version is None:
                 buffer.copy_(value)
-        for module, fields, buffers in before:
+        for module, fields, held in before:
             vars(module).clear()
             vars(module).update(fields)
-            module._buffers.update(buffers)
+            for name, content in held.items():
+                if [(k, id(v)) for k, v in fields[name].items()] != [(k, id(v)) for k, v in content.items()]:
+                    fields[name].clear()
+                    fields[name].update(content)
 
 
 def _version(value: Tensor) -> int | None:

@@ -23,8 +23,9 @@ from torch import Tensor, fx, nn
 
 from fxmerge.errors import FxMergeError
 from fxmerge.export.check import Expected
+from fxmerge.export.class_fit import fitted
 from fxmerge.export.folded import sources
-from fxmerge.export.own_class import Fit, fitted, narrowed
+from fxmerge.export.own_class import Fit, narrowed
 from fxmerge.export.source.layers import layered
 from fxmerge.export.source.module import source
 from fxmerge.ir.capture import Capture

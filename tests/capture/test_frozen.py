@@ -180,6 +180,28 @@ def test_the_users_model_is_left_as_it_was(made: type[Base]) -> None:
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
 
 
+class OnFirstUse(Base):
+    """Hooks that forward registers when it is called for the first time, as those of transformers."""
+
+    ready = False
+
+    def forward(self, x: Tensor) -> Any:
+        if not self.ready:
+            self.ready, self.kept = True, list[Tensor]()
+            self.a.register_forward_hook(lambda m, args, out: self.kept.append(out))
+        self.kept.clear()
+        y = self.hidden(x)
+        return self.o(y + torch.stack(self.kept).sum(0))
+
+
+def test_hooks_of_the_first_use_are_not_left_behind() -> None:
+    model, x = OnFirstUse().eval(), torch.randn(4, 6)
+    plain_merge(model, x)
+    assert not model.ready
+    assert not model.a._forward_hooks
+    assert torch.equal(model(x), OnFirstUse().eval()(x))
+
+
 @pytest.mark.parametrize("used", [0, 1])
 def test_state_from_call_to_call_is_the_users_own(used: int) -> None:
     """Recorded, so that it stays the user's code: it starts from the user's state, and a merge does not advance it."""

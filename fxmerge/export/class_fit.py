@@ -1,0 +1,360 @@
+"""Finds by trial what a model of the user's own class needs to take the merged tensors (`own_class.Fit`).
+
+The code of the class reads widths from integer attributes, and the merged graph shows which literals changed in which
+submodule: attributes of that submodule with the old value are candidates, for all layers of a class alike. The search
+starts with none of them. While the code raises, those of the modules in which it raised are tried, alone and in pairs,
+and what lets the most calls succeed is kept; a choice is accepted if the outputs on the example inputs are those of the
+merged model. Then the attributes are left out that are not needed: an attribute with the same number may be a limit on
+the length.
+
+If the code takes the scale of an attention from the width of the heads, or leaves it to torch, narrower heads change
+the scale from 1/sqrt(d) to 1/sqrt(d_new). The rows that produce the queries are multiplied by sqrt(d_new / d) to
+compensate.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+
+from fxmerge.errors import FxMergeError
+from fxmerge.export.check import Expected
+from fxmerge.export.folded import computed, plain_copy, recomputed
+from fxmerge.export.own_class import Fit, narrowed
+from fxmerge.ir.capture import Capture
+from fxmerge.ir.provenance import Layer, Provenance
+
+TRIALS = 300  # runs of the class, at most
+WIDTHS = ("dim", "hidden", "embed", "channel", "feature", "head_size", "width", "inner")  # in names of attributes
+
+Kind = tuple[type, str]  # a class of modules, and the name of an attribute
+Numbers = Mapping[Kind, Sequence[Mapping[str, int]]]  # the choices for each: {path of an attribute: its new number}
+Rows = Mapping[str, Sequence[tuple[int, int, float]]]
+
+
+def fitted(
+    captured: Capture, merged: nn.Module, facts: Provenance, alive: Tensor, tensors: Mapping[str, Tensor],
+    *, expected: Expected, sources: Mapping[str, Tensor], formats: Mapping[str, str],
+) -> Fit:  # fmt: skip
+    """What the user's class needs in addition to the merged tensors; `refused` is set if it cannot take them.
+
+    tensors: the merged model's
+    sources: those that the class needs besides (see `folded.sources`)
+    """
+    model = captured.model
+    if model is None or isinstance(model, fx.GraphModule):
+        return Fit(refused="the model that was merged was a graph, which has no class of its own")
+    given = {**tensors, **sources}
+    graph = merged if isinstance(merged, fx.GraphModule) else None
+    common: Any = {
+        "unused": tuple(sorted(set(plain_copy(model).state_dict()) - set(given))),
+        "sources": tuple(sources),
+        "computed": tuple(computed(captured)),
+        "formats": formats,
+    }
+    counted = dict(_counted(merged, model))
+    scales: list[Rows] = [{}]
+    scales += [r for r in (_queries(captured, graph, facts, alive), _all_queries(facts, alive)) if r] if graph else []
+    trials = _Trials(model, given, [Fit(attributes=counted, rows=rows, **common) for rows in scales], expected)
+    numbers = _numbers(captured, graph, model) if graph else {}
+    try:
+        found = _searched(trials, trials.open(numbers))
+    except FxMergeError as error:
+        return Fit(refused=str(error))
+    if found is not None:
+        attributes, rows = found
+        return Fit(attributes={**counted, **attributes}, rows=rows, **common)
+    from_own = recomputed(captured, tensors)
+    if from_own:
+        return Fit(refused=f"the code of {type(model).__name__} cannot take them: {from_own}")
+    why = f"the code of {type(model).__name__} has sizes that cannot be changed from outside: {trials.why}"
+    return Fit(refused=why)
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """How a run of the class went.
+
+    fits:    the rows to scale, where its outputs are those of the merged model; otherwise None
+    calls:   the calls of torch that succeeded
+    raised:  the classes of the modules in which it raised, innermost first; None if it did not raise
+    """
+
+    fits: Rows | None
+    calls: int
+    raised: tuple[type, ...] | None = None
+
+
+class _Trials:
+    """Runs copies of the user's model that have the merged tensors, one copy for each choice of scaled rows."""
+
+    def __init__(
+        self, model: nn.Module, given: Mapping[str, Tensor], fits: Sequence[Fit], expected: Expected
+    ) -> None:
+        self.model, self.given, self.fits, self.expected = model, given, fits, expected
+        self.copies: dict[int, nn.Module] = {}
+        self.left, self.why = TRIALS, "its outputs on the example inputs differ"
+
+    def copy(self, number: int) -> nn.Module:
+        """Raises FxMergeError if the class cannot hold the tensors."""
+        if number not in self.copies:
+            self.copies[number] = narrowed(self.model, self.given, self.fits[number])
+        return self.copies[number]
+
+    def open(self, numbers: Numbers) -> Numbers:
+        """Those of the attributes that did not follow from the tensors."""
+        before, after = self.model, self.copy(0)
+        found: dict[Kind, list[Mapping[str, int]]] = {}
+        for kind, choices in numbers.items():
+            for choice in choices:
+                kept = {path: n for path, n in choice.items() if _at(before, path) == _at(after, path)}
+                if kept and kept not in found.setdefault(kind, []):
+                    found[kind].append(kept)
+        return {kind: choices for kind, choices in found.items() if choices}
+
+    def run(self, attributes: Mapping[str, int]) -> _Outcome:
+        """Runs the class with these attributes."""
+        self.left -= 1
+        calls, raised = 0, None
+        for number, fit in enumerate(self.fits):
+            own, counter = self.copy(number), _Counter()
+            try:
+                with _with(own, attributes), counter:
+                    if self.expected.error(own, calls=1) <= 1 and self.expected.error(own) <= 1:
+                        return _Outcome(fit.rows, counter.calls, None)
+            except Exception as error:  # the user's code may raise anything on sizes that it was not written for
+                self.why = f"its code does not run on the narrower tensors ({type(error).__name__})"
+                raised = tuple(_owners(error.__traceback__))
+            calls = max(calls, counter.calls)
+            if raised is not None:
+                break  # it would raise with other values too
+            self.why = "its outputs on the example inputs differ"
+        return _Outcome(None, calls, raised)
+
+
+class _Counter(TorchFunctionMode):
+    """Counts the calls of torch that returned."""
+
+    calls = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        self.calls += 1
+        return made
+
+
+class _with:
+    """Sets attributes of a module's submodules, and restores them."""
+
+    def __init__(self, module: nn.Module, attributes: Mapping[str, int]) -> None:
+        self.places = [(module.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in attributes]
+        self.numbers, self.before = attributes.values(), [getattr(owner, name) for owner, name in self.places]
+
+    def __enter__(self) -> None:
+        for (owner, name), number in zip(self.places, self.numbers, strict=True):
+            setattr(owner, name, number)
+
+    def __exit__(self, *_: Any) -> None:
+        for (owner, name), number in zip(self.places, self.before, strict=True):
+            setattr(owner, name, number)
+
+
+Chosen = Mapping[Kind, Mapping[str, int]]
+
+
+def _searched(trials: _Trials, numbers: Numbers) -> tuple[dict[str, int], Rows] | None:
+    """(the attributes to set, the rows to scale), or None."""
+    chosen: Chosen = {}
+    best = trials.run({})
+    while best.fits is None and trials.left > 0:
+        step = _step(trials, numbers, chosen, best)
+        if step is None:
+            break
+        chosen, best = step
+    if best.fits is None:  # all of them: the code may fail far from where it took a wrong number
+        chosen = {kind: choices[0] for kind, choices in numbers.items()}
+        best = trials.run(_flat(chosen))
+    if best.fits is None:
+        return None
+    for kind in list(chosen):
+        fewer = {k: v for k, v in chosen.items() if k != kind}
+        if trials.run(_flat(fewer)).fits is not None:
+            chosen = fewer
+    widths = {k: c[0] for k, c in numbers.items() if k not in chosen and len(c) == 1 and _is_width(k[1])}
+    if widths and trials.run(_flat({**chosen, **widths})).fits is not None:  # not read now, but right for later
+        chosen = {**chosen, **widths}
+    last = trials.run(_flat(chosen))
+    return None if last.fits is None else (_flat(chosen), last.fits)
+
+
+def _step(trials: _Trials, numbers: Numbers, chosen: Chosen, best: _Outcome) -> tuple[Chosen, _Outcome] | None:
+    """One more attribute, or two, with which the code comes further than before, and how far."""
+    kinds = list(numbers)
+    if best.raised is not None:
+        order = {owner: i for i, owner in reversed(list(enumerate(best.raised)))}
+        kinds = sorted((k for k in numbers if k[0] in order), key=lambda k: order[k[0]])
+    single = [(kind, choice) for kind in kinds for choice in numbers[kind] if chosen.get(kind) != choice]
+    pairs = ((a, b) for a, b in itertools.combinations(single, 2) if a[0] != b[0])
+    moves: list[Iterator[tuple[tuple[Kind, Mapping[str, int]], ...]]] = [((m,) for m in single), iter(pairs)]
+    for several in moves:
+        found: tuple[Chosen, _Outcome] | None = None
+        for move in several:
+            if trials.left <= 0:
+                break
+            tried = {**chosen, **dict(move)}
+            outcome = trials.run(_flat(tried))
+            if outcome.fits is not None:
+                return tried, outcome
+            further = outcome.calls > (found[1] if found else best).calls
+            if best.raised is not None and (further or (outcome.raised is None and found is None)):
+                found = tried, outcome
+        if found:
+            return found
+    return None
+
+
+def _flat(chosen: Chosen) -> dict[str, int]:
+    return {path: number for choice in chosen.values() for path, number in choice.items()}
+
+
+def _is_width(name: str) -> bool:
+    return any(word in name for word in WIDTHS)
+
+
+def _owners(trace: TracebackType | None) -> Iterator[type]:
+    """The classes of the modules whose methods are on the stack of an error, innermost first."""
+    found: list[type] = []
+    while trace is not None:
+        owner = trace.tb_frame.f_locals.get("self")
+        if isinstance(owner, nn.Module):
+            found.append(type(owner))
+        trace = trace.tb_next
+    yield from dict.fromkeys(reversed(found))
+
+
+def _at(model: nn.Module, path: str) -> Any:
+    owner, _, name = path.rpartition(".")
+    return vars(model.get_submodule(owner)).get(name)
+
+
+def _counted(merged: nn.Module, model: nn.Module) -> Iterator[tuple[str, int]]:
+    """(attribute, new number) of the groups of convolutions and norms that have fewer groups in the merged model."""
+    theirs = dict(merged.named_modules(remove_duplicate=False))
+    for path, own in model.named_modules(remove_duplicate=False):
+        for name in ("groups", "num_groups"):
+            before, now = vars(own).get(name), vars(theirs.get(path, own)).get(name)
+            if type(theirs.get(path)) is type(own) and type(before) is type(now) is int and before != now:
+                yield f"{path}.{name}", now
+
+
+def _numbers(captured: Capture, merged: fx.GraphModule, model: nn.Module) -> Numbers:
+    """The attributes that may follow, by kind. An attribute may have several new numbers: one literal stays alone."""
+    found: dict[Kind, dict[str, list[int]]] = {}
+    for path, number in _changed(captured, merged, model):
+        owner, _, name = path.rpartition(".")
+        kind = (type(model.get_submodule(owner)), name)
+        known = found.setdefault(kind, {}).setdefault(path, [])
+        if number not in known:
+            known.append(number)
+    return {
+        kind: [
+            {path: known[min(i, len(known) - 1)] for path, known in paths.items()}
+            for i in range(max(map(len, paths.values())))
+        ]
+        for kind, paths in found.items()
+    }
+
+
+def _changed(captured: Capture, merged: fx.GraphModule, model: nn.Module) -> Iterator[tuple[str, int]]:
+    """(attribute, new number) of the user's submodules whose integer the merged graph replaces by another."""
+    new, submodules = {n.name: n for n in merged.graph.nodes}, dict(model.named_modules(remove_duplicate=False))
+    for node in captured.module.graph.nodes:
+        if node.name not in new or node.op not in ("call_function", "call_method"):
+            continue
+        pairs = set(_pairs((node.args, node.kwargs), (new[node.name].args, new[node.name].kwargs)))
+        stack = [str(path) for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+        for place, owner in ((path, submodules[path]) for path in ("", *stack) if path in submodules):
+            for name, value in vars(owner).items():
+                for old, now in sorted(pairs):
+                    if type(value) is int and value == old:
+                        yield f"{place}.{name}".lstrip("."), now
+
+
+def _pairs(one: Any, other: Any) -> Iterator[tuple[int, int]]:
+    """(old, new) of the integers at the same place in the arguments of a call that differ."""
+    if type(one) is int and type(other) is int and one != other and one > 1 and other > 0:
+        yield one, other
+    elif isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)) and len(one) == len(other):
+        for a, b in zip(one, other, strict=True):
+            yield from _pairs(a, b)
+    elif isinstance(one, dict) and isinstance(other, dict):
+        for key in one.keys() & other.keys():
+            yield from _pairs(one[key], other[key])
+
+
+def _queries(captured: Capture, merged: fx.GraphModule, facts: Provenance, alive: Tensor) -> Rows:
+    """{parameter: [(first row, end, sqrt(d_new / d))]} of the rows that produce the queries of an attention.
+
+    Only for an attention whose call had no `scale` and to which the rewrite added the original one.
+    """
+    new = {n.name: n for n in merged.graph.nodes}
+    found: dict[str, list[tuple[int, int, float]]] = {}
+    for node in captured.module.graph.nodes:
+        scale = new[node.name].kwargs.get("scale") if node.name in new else None
+        if not isinstance(scale, float) or "scale" in node.kwargs or not isinstance(node.args[0], fx.Node):
+            continue
+        labels = torch.unique(facts.labels[node.args[0].name])
+        labels = labels[(labels > 0) & alive[labels]]
+        heads = captured.shapes[node.args[0].name][-3] if len(captured.shapes[node.args[0].name]) > 2 else 1
+        for layer, rows in _writers(facts, labels, alive):
+            _scale(found, layer, rows, float((len(rows) // heads) ** 0.5 * scale))
+    return found
+
+
+def _all_queries(facts: Provenance, alive: Tensor) -> Rows:
+    """As `_queries`, for every sum of products over a width that two activations lose alike."""
+    found: dict[str, list[tuple[int, int, float]]] = {}
+    scaled = torch.zeros(facts.label_count, dtype=torch.bool)
+    for one in facts.contractions:
+        both = set(one.letters[0]) & set(one.letters[1])
+        left, right = (
+            _lost(labels, [axis for axis, letter in enumerate(letters) if letter in both], alive)
+            for labels, letters in zip((one.left, one.right), one.letters, strict=True)
+        )
+        queries, keys = (torch.unique(labels[labels > 0]) for labels in (one.left, one.right))
+        if left is None or right is None or bool(scaled[queries].any()) or bool(scaled[keys].any()):
+            continue
+        scaled[queries] = True
+        for layer, rows in _writers(facts, queries[alive[queries]], alive):
+            _scale(found, layer, rows, left)
+    return found
+
+
+def _lost(labels: Tensor, axes: Sequence[int], alive: Tensor) -> float | None:
+    """sqrt(d_new / d) along the one of these axes that becomes narrower; None if none does."""
+    here = (labels == 0) | alive[labels]
+    for axis in axes:
+        kept = int(here.sum(axis).max())
+        if kept < labels.size(axis):
+            return float(kept / labels.size(axis)) ** 0.5
+    return None
+
+
+def _writers(facts: Provenance, labels: Tensor, alive: Tensor) -> Iterator[tuple[Layer, Tensor]]:
+    """(layer, the rows of its narrowed weight) for the layers that write these labels."""
+    for layer in facts.layers:
+        if layer.writes is not None and bool(torch.isin(layer.writes, labels).any()):
+            yield layer, torch.isin(layer.writes[alive[layer.writes]], labels).nonzero().flatten()
+
+
+def _scale(found: dict[str, list[tuple[int, int, float]]], layer: Layer, rows: Tensor, factor: float) -> None:
+    for path in (layer.params.get("weight"), layer.params.get("bias")):
+        if path is not None:
+            found.setdefault(path, []).append((int(rows[0]), int(rows[-1]) + 1, factor))
