@@ -21,6 +21,7 @@ from torch import nn
 from fxmerge import verify
 from fxmerge.analysis.grouping import Chosen, grouped, provable
 from fxmerge.analysis.groups import overlaps
+from fxmerge.analysis.head_widths import head_widths
 from fxmerge.analysis.propagate import provenance
 from fxmerge.calibration.batches import Batches, with_data
 from fxmerge.calibration.epilogue import pair
@@ -198,7 +199,7 @@ class Prepared:
         self.stage("allocation")
         facts, grouping = self.found
         if not options.budget:
-            return Allotted(by_ratio(groups, options, overlaps(grouping)))
+            return Allotted(by_ratio(groups, options, overlaps(grouping), head_widths(facts, grouping)))
         ladders = {g.name: rungs(g, options) for g in groups}
         free = [g for g in groups if len(ladders[g.name]) > 1]
         errors = {name: np.zeros(len(kept)) for name, kept in ladders.items()}
@@ -266,8 +267,7 @@ class Prepared:
             streams = pair(captured.module, facts, draft.graph, draft.alive)
             refitted, best = closest(streams, others, choice.batches, self.settings, self.stage)
             draft = others[best.name]() if best.name in others else draft
-        rewritten = draft.graph
-        module = assembled(captured, rewritten)
+        module = assembled(captured, draft.graph)
         self.stage("verify")
         verdict = verify.compare(captured, module)
         timing = None
@@ -281,7 +281,7 @@ class Prepared:
             grouping=grouping,
             refusals=choice.refusals,
             module=module,
-            graph=rewritten,
+            graph=draft.graph,
             plan=plan,
             verdict=verdict,
             refitted=refitted,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from torch import nn
 
 from fxmerge.export import program, save
 from fxmerge.export.check import Expected
+from fxmerge.export.own_model import Own, into, own_model
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.groups import Group, Grouping, Refusal
 from fxmerge.ir.provenance import Provenance
@@ -69,6 +71,30 @@ class Result:
     def _repr_html_(self) -> str:
         """The report as a page in a notebook."""
         return self.report._repr_html_()
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The merged model in the class of the model that was given, with its methods, hooks and modes.
+
+        It is made on first use: a copy of that model in which the tensors are the merged ones, and attributes that
+        hold widths (`head_dim`, `in_channels`) have followed. None if the class cannot take the merged weights: sizes
+        may be written in its code, or its layers cannot differ in width. `report` then says why.
+        """
+        return self._own.model
+
+    @cached_property
+    def _own(self) -> Own:
+        made = own_model(self.report)
+        if made.fit.refused:
+            self.report.later.append(f"result.model is None: {made.fit.refused}")
+        return made
+
+    def into(self, other: nn.Module) -> nn.Module:
+        """A copy of another instance of the user's class that has the merged weights, as in `model`.
+
+        Raises FxMergeError if the class cannot take them, or if `other` is not of the class that was merged.
+        """
+        return into(other, self.report, self._own)
 
     def save(self, folder: str | Path) -> None:
         """Writes model.py, weights.safetensors, plan.json and the report to a folder, all or none of them.

@@ -78,7 +78,7 @@ def capture(model: Any, example_inputs: Any) -> Capture:
     program = model if isinstance(model, torch.export.ExportedProgram) else None
     if program is not None:
         model = graph_module_of(program)
-    model = inside(model) if isinstance(model, nn.Module) else model
+    given, model = model, inside(model) if isinstance(model, nn.Module) else model
     check_model(model)
     own = program.example_inputs if program is not None and example_inputs is None else None
     args, kwargs = own if own is not None else arguments(example_inputs)
@@ -137,6 +137,7 @@ def capture(model: Any, example_inputs: Any) -> Capture:
         recorded=recorded,
         left_out=left_out,
         model=model,
+        given=given,
         program=program,
         blank=blank,
         exported=is_exported(module),

@@ -14,7 +14,9 @@ compensate.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -95,9 +97,7 @@ class _Outcome:
 class _Trials:
     """Runs copies of the user's model that have the merged tensors, one copy for each choice of scaled rows."""
 
-    def __init__(
-        self, model: nn.Module, given: Mapping[str, Tensor], fits: Sequence[Fit], expected: Expected
-    ) -> None:
+    def __init__(self, model: nn.Module, given: Mapping[str, Tensor], fits: Sequence[Fit], expected: Expected) -> None:
         self.model, self.given, self.fits, self.expected = model, given, fits, expected
         self.copies: dict[int, nn.Module] = {}
         self.left, self.why = TRIALS, "its outputs on the example inputs differ"
@@ -126,7 +126,7 @@ class _Trials:
         for number, fit in enumerate(self.fits):
             own, counter = self.copy(number), _Counter()
             try:
-                with _with(own, attributes), counter:
+                with _given(own, attributes), counter:
                     if self.expected.error(own, calls=1) <= 1 and self.expected.error(own) <= 1:
                         return _Outcome(fit.rows, counter.calls, None)
             except Exception as error:  # the user's code may raise anything on sizes that it was not written for
@@ -150,19 +150,17 @@ class _Counter(TorchFunctionMode):
         return made
 
 
-class _with:
+@contextlib.contextmanager
+def _given(module: nn.Module, attributes: Mapping[str, int]) -> Iterator[None]:
     """Sets attributes of a module's submodules, and restores them."""
-
-    def __init__(self, module: nn.Module, attributes: Mapping[str, int]) -> None:
-        self.places = [(module.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in attributes]
-        self.numbers, self.before = attributes.values(), [getattr(owner, name) for owner, name in self.places]
-
-    def __enter__(self) -> None:
-        for (owner, name), number in zip(self.places, self.numbers, strict=True):
-            setattr(owner, name, number)
-
-    def __exit__(self, *_: Any) -> None:
-        for (owner, name), number in zip(self.places, self.before, strict=True):
+    places = [(module.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in attributes]
+    before = [getattr(owner, name) for owner, name in places]
+    for (owner, name), number in zip(places, attributes.values(), strict=True):
+        setattr(owner, name, number)
+    try:
+        yield
+    finally:
+        for (owner, name), number in zip(places, before, strict=True):
             setattr(owner, name, number)
 
 
@@ -343,7 +341,7 @@ def _lost(labels: Tensor, axes: Sequence[int], alive: Tensor) -> float | None:
     for axis in axes:
         kept = int(here.sum(axis).max())
         if kept < labels.size(axis):
-            return float(kept / labels.size(axis)) ** 0.5
+            return math.sqrt(kept / labels.size(axis))
     return None
 
 

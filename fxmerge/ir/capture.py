@@ -31,6 +31,7 @@ class Capture:
     recorded: Recorded | None = None  # for a model that could not be traced as a whole
     left_out: tuple[str, ...] = ()  # types of objects in the model's output that no graph can return
     model: nn.Module | None = None  # the user's own model, into whose class a saved result can be loaded
+    given: nn.Module | None = None  # the same in the wrapper that it was given in, as that of torch.compile
     program: ExportedProgram | None = None  # the exported program that the model was given as
     blank: bool = False  # is the model on the meta device, so that its weights have no values?
     exported: bool = False  # was the graph made by torch.export?

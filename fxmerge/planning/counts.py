@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from fxmerge.analysis.feasible import all_of, spread
+from fxmerge.analysis.head_widths import HeadWidth
 from fxmerge.errors import FxMergeError
 from fxmerge.ir.groups import Group
 from fxmerge.methods.allocation import Floats
@@ -24,13 +25,17 @@ TRIED = 17  # shares that are tried for a ladder with unequal cells
 
 
 def by_ratio(
-    groups: Sequence[Group], options: Options, overlaps: Mapping[str, Mapping[str, float]]
+    groups: Sequence[Group],
+    options: Options,
+    overlaps: Mapping[str, Mapping[str, float]],
+    heads: Sequence[HeadWidth] = (),
 ) -> dict[str, tuple[int, ...]]:
     """{group: channels kept in each cell}, where each group keeps the share s = 1 - ratio, or as `keep` says.
 
     overlaps: {group: {group of whole blocks: share of the former's channels that are in the latter's blocks}}. Where
     some blocks are removed and the others are narrowed, the share s is kept in all: sqrt(s) of the blocks, and the rest
     of the reduction in the width of the kept blocks.
+    heads: attentions whose values, if the two differ by rounding only, are given the width of the queries
     """
     share, kept = 1 - options.ratio, dict[str, tuple[int, ...]]()
     left: dict[str, float] = {}  # share of each group that is kept
@@ -41,7 +46,22 @@ def by_ratio(
         asked = _asked(group, options)
         kept[group.name] = spread(group, own, options.round_to) or all_of(group) if asked is None else asked
         left[group.name] = sum(kept[group.name]) / group.channels
+    by_name = {g.name: g for g in groups if _asked(g, options) is None}
+    for head in heads:
+        if options.round_to == 1 and not doubled and {head.values, head.queries} <= by_name.keys():
+            kept[head.values] = _as_wide(head, by_name[head.values], by_name[head.queries], kept)
     return kept
+
+
+def _as_wide(head: HeadWidth, values: Group, queries: Group, kept: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """Channels of the values to keep in each cell: as many as places of a query's head stay, if it is one off."""
+    sizes, width, own = torch.bincount(queries.cells), sum(head.places.values()), list(kept[head.values])
+    places = sum(kept[head.queries][cell] * n / int(sizes[cell]) for cell, n in head.places.items())
+    whole = {int((values.cells == cell).sum()) for cell in head.cells} == {width}
+    if whole and places == round(places) and all(abs(places - own[cell]) <= 1 for cell in head.cells):
+        for cell in head.cells:
+            own[cell] = round(places)
+    return tuple(own)
 
 
 def _asked(group: Group, options: Options) -> tuple[int, ...] | None:

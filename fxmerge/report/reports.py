@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -118,6 +118,7 @@ class Report(Drawable):
     source: str = ""  # what refit ran on
     handed_out: HandedOut | None = None  # which candidate was closest to the original, if there was refit
     notes: tuple[str, ...] = ()  # requests that were not, or not fully, carried out
+    later: list[str] = field(default_factory=list)  # notes on what was asked for after the merge
     seconds: float  # duration of the merge
     timing: Timing | None = None  # of the merged model, if a latency budget was given
 
@@ -232,6 +233,7 @@ class Report(Drawable):
             *([f"refit ran on {self.source}"] if self.source else []),
             *([line] if self.handed_out and (line := self.handed_out.line()) else []),
             *self.notes,
+            *self.later,
             *left_out_line(self.captured),
         ]
 
@@ -271,7 +273,7 @@ class Report(Drawable):
                 **({"refit_data": self.source} if self.source else {}),
                 **({"handed_out": finite(vars(self.handed_out))} if self.handed_out else {}),
                 **({"budget": finite(vars(self.spent))} if self.spent else {}),
-                "notes": list(self.notes),
+                "notes": [*self.notes, *self.later],
                 "groups": groups,
                 "refusals": refusals_json(self.refusals, self.captured),
             },

@@ -1,0 +1,83 @@
+"""The merged model in the class that the user gave, with its own methods, modes and wrapper."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from fxmerge.errors import FxMergeError
+from fxmerge.export.check import Expected
+from fxmerge.export.class_fit import fitted
+from fxmerge.export.folded import sources
+from fxmerge.export.own_class import Fit, narrowed
+from fxmerge.ir.groups import survivors
+from fxmerge.plan import planned
+from fxmerge.report.reports import Report
+from fxmerge.weights.copy import inside
+from fxmerge.weights.memory_format import memory_formats
+
+
+@dataclass(frozen=True)
+class Own:
+    """The merged model in the user's own class, or None; `fit` is what it needs besides `tensors`, or why not."""
+
+    model: nn.Module | None
+    fit: Fit
+    tensors: Mapping[str, Tensor]
+
+
+def own_model(report: Report) -> Own:
+    """A copy of the user's model with the merged tensors, which returns what the merged model does."""
+    captured, module, grouping = report.captured, report.module, report.grouping
+    alive = survivors(grouping, planned(grouping.everything, report.plan))
+    tensors = module.state_dict()
+    more = sources(captured, tensors, report.facts.params, alive)
+    fit = fitted(
+        captured, module, report.facts, alive, tensors,
+        expected=Expected(captured, module), sources=more, formats=memory_formats(module),
+    )  # fmt: skip
+    tensors = {**tensors, **more}
+    if fit.refused or captured.model is None:
+        return Own(None, fit, tensors)
+    return Own(_wrapped(_made(captured.model, tensors, fit), captured.given), fit, tensors)
+
+
+def into(other: nn.Module, report: Report, own: Own) -> nn.Module:
+    """A copy of another model of the user's class with the merged tensors, in the modes and the wrapper of `other`.
+
+    Raises FxMergeError if the class cannot take them, or if the model is not of that class.
+    """
+    plain, captured = inside(other), report.captured
+    if own.fit.refused:
+        raise FxMergeError(
+            f"the merged weights cannot be put into {type(plain).__name__}: {own.fit.refused}; use result.module, or "
+            "exclude the layer with ignore= when merging"
+        )
+    if type(plain) is not type(captured.model):
+        raise FxMergeError(f"the model is a {type(plain).__name__}; give a {captured.name}, the class that was merged")
+    return _wrapped(_made(plain, own.tensors, own.fit), other)
+
+
+def _made(model: nn.Module, tensors: Mapping[str, Tensor], fit: Fit) -> nn.Module:
+    """The copy, in the modes of the model."""
+    made = narrowed(model, tensors, fit)
+    modes = {path: m.training for path, m in model.named_modules(remove_duplicate=False)}
+    for path, part in made.named_modules(remove_duplicate=False):
+        part.training = modes.get(path, part.training)
+    return made
+
+
+def _wrapped(model: nn.Module, given: nn.Module | None) -> nn.Module:
+    """The model in the wrappers that the user's model was in: torch.compile, DataParallel, DistributedDataParallel."""
+    if given is None or inside(given) is given:
+        return model
+    if isinstance(given, nn.DataParallel):
+        return nn.DataParallel(_wrapped(model, given.module), given.device_ids or None, given.output_device, given.dim)
+    if isinstance(given, nn.parallel.DistributedDataParallel):
+        inner = _wrapped(model, given.module)
+        return nn.parallel.DistributedDataParallel(
+            inner, given.device_ids, given.output_device, given.dim, process_group=given.process_group
+        )
+    return type(given)(_wrapped(model, given._modules["_orig_mod"]), given.dynamo_ctx)  # torch.compile's
