@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from fxmerge.export import program, save
+from fxmerge.errors import FxMergeError
+from fxmerge.export import hugging_face, program, save
 from fxmerge.export.check import Expected
 from fxmerge.export.own_model import Own, into, own_model
 from fxmerge.ir.capture import Capture
@@ -17,6 +18,7 @@ from fxmerge.ir.groups import Group, Grouping, Refusal
 from fxmerge.ir.provenance import Provenance
 from fxmerge.plan import Plan
 from fxmerge.report.reports import AnalysisReport, Report
+from fxmerge.weights.copy import inside
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -102,6 +104,24 @@ class Result:
         `fxmerge.load` reads the folder. Raises FxMergeError if the folder contains files that fxmerge did not write.
         """
         save.save(Path(folder), self.report)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes a merged model of Hugging Face transformers as a folder that its `from_pretrained` reads.
+
+        A plain model with a configuration of other widths, if there is one; otherwise with a modelling file, which
+        `from_pretrained(folder, trust_remote_code=True)` reads. A tokenizer's files in the folder stay. Raises
+        FxMergeError for other models, if the class cannot take the merged weights, and if the folder holds other files.
+        """
+        if not hugging_face.is_hugging_face(self.analysis.captured.model):
+            raise FxMergeError(
+                f"{self.analysis.captured.name} is not a model of Hugging Face transformers; use result.save(folder)"
+            )
+        if self._own.model is None:
+            raise FxMergeError(
+                f"the merged model does not fit into its class: {self._own.fit.refused}; use result.save(folder)"
+            )
+        own = inside(self._own.model)
+        hugging_face.save_pretrained(Path(folder), own, self.analysis.captured.model, self._expected())
 
     def exported(self, dynamic_shapes: Any = None) -> ExportedProgram:
         """The merged model as an ExportedProgram.
