@@ -32,7 +32,7 @@ def own_model(report: Report) -> Own:
     """A copy of the user's model with the merged tensors, which returns what the merged model does."""
     captured, module, grouping = report.captured, report.module, report.grouping
     alive = survivors(grouping, planned(grouping.everything, report.plan))
-    tensors = module.state_dict()
+    tensors = _with_biases(module.state_dict(), captured.model)
     more = sources(captured, tensors, report.facts.params, alive)
     fit = fitted(
         captured, module, report.facts, alive, tensors,
@@ -67,6 +67,18 @@ def _made(model: nn.Module, tensors: Mapping[str, Tensor], fit: Fit) -> nn.Modul
     for path, part in made.named_modules(remove_duplicate=False):
         part.training = modes.get(path, part.training)
     return made
+
+
+def _with_biases(tensors: Mapping[str, Tensor], model: nn.Module | None) -> dict[str, Tensor]:
+    """The tensors, with biases that refit gave to function calls under the names of layers that have none yet."""
+    modules = dict(model.named_modules(remove_duplicate=False)) if model is not None else {}
+
+    def renamed(name: str) -> str:
+        path, _, last = name.rpartition(".")
+        free = path in modules and "bias" in modules[path]._parameters and modules[path]._parameters["bias"] is None
+        return f"{path}.bias" if last == "weight_bias" and free else name
+
+    return {renamed(name): value for name, value in tensors.items()}
 
 
 def _wrapped(model: nn.Module, given: nn.Module | None) -> nn.Module:
