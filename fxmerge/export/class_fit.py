@@ -336,12 +336,12 @@ def _all_queries(facts: Provenance, alive: Tensor) -> Rows:
 
 
 def _lost(labels: Tensor, axes: Sequence[int], alive: Tensor) -> float | None:
-    """sqrt(d_new / d) along the one of these axes that becomes narrower; None if none does."""
+    """sqrt(d_new / d) along the last of these axes that becomes narrower, everywhere alike; None if none does."""
     here = (labels == 0) | alive[labels]
-    for axis in axes:
-        kept = int(here.sum(axis).max())
-        if kept < labels.size(axis):
-            return math.sqrt(kept / labels.size(axis))
+    for axis in reversed(axes):
+        kept = set(here.sum(axis).flatten().tolist())
+        if len(kept) == 1 and (left := kept.pop()) < labels.size(axis):
+            return math.sqrt(left / labels.size(axis))
     return None
 
 

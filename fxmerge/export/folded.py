@@ -57,8 +57,23 @@ def sources(captured: Capture, tensors: Mapping[str, Tensor], labels: Labels, al
         for name in names:
             if name in own and name not in tensors and name not in found:
                 value = own[name].detach()
-                found[name] = _narrowed(value, before, labels[path], alive) if cut else value
+                view = _undone(value, before, tensors[path]) if path in tensors else None
+                if view is not None:
+                    found[name] = view
+                else:
+                    found[name] = _narrowed(value, before, labels[path], alive) if cut else value
     return found
+
+
+def _undone(value: Tensor, before: Tensor, now: Tensor) -> Tensor | None:
+    """What a tensor has to be for `now` to be computed from it, if `before` is no more than a view of it; or None."""
+    alike = [n for n in value.shape if n > 1] == [n for n in before.shape if n > 1]
+    if alike and torch.equal(value.flatten(), before.flatten().to(value)):
+        sizes = iter([new for old, new in zip(before.shape, now.shape, strict=True) if old > 1])
+        return now.reshape([next(sizes) if n > 1 else 1 for n in value.shape]).to(value.dtype)
+    if value.dim() == 2 and value.t().shape == before.shape and torch.equal(value.t(), before.to(value)):
+        return now.t().to(value.dtype)
+    return None
 
 
 def _narrowed(value: Tensor, like: Tensor, labels: ParamLabels, alive: Tensor) -> Tensor:

@@ -86,7 +86,8 @@ def _wrapped(model: nn.Module, given: nn.Module | None) -> nn.Module:
     if given is None or inside(given) is given:
         return model
     if isinstance(given, nn.DataParallel):
-        return nn.DataParallel(_wrapped(model, given.module), given.device_ids or None, given.output_device, given.dim)
+        where = {name: vars(given)[name] for name in ("device_ids", "output_device", "dim") if vars(given).get(name)}
+        return nn.DataParallel(_wrapped(model, given.module), **where)
     if isinstance(given, nn.parallel.DistributedDataParallel):
         inner = _wrapped(model, given.module)
         return nn.parallel.DistributedDataParallel(

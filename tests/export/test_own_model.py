@@ -1,0 +1,170 @@
+"""`result.model`: the merged model in the user's own class, whose attributes follow where its code reads widths."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxmerge
+from fxmerge import FxMergeError
+from fxmerge.export.check import difference
+from tests.helpers.netmaking import one_thread, plain_merge, randomised  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Attention(nn.Module):
+    """Attention in plain torch: its code has the width of the heads, that of all of them, and a scale made of one."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.head_dim, self.all_dim = heads, width // heads, width
+        self.limit = width // heads  # the longest sequence, which happens to be as large as a head
+        self.q, self.k, self.v, self.o = (nn.Linear(width, width) for _ in range(4))
+
+    def split(self, x: Tensor) -> Tensor:
+        return x.view(x.size(0), x.size(1), self.heads, self.head_dim).transpose(1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x[:, : self.limit]
+        q, k, v = (self.split(layer(x)) for layer in (self.q, self.k, self.v))
+        seen = torch.softmax(q @ k.transpose(-2, -1) / math.sqrt(self.head_dim), -1) @ v
+        y: Tensor = self.o(seen.transpose(1, 2).reshape(x.size(0), x.size(1), self.all_dim))
+        return y
+
+
+class Encoder(nn.Module):
+    """A residual stream whose width is that of all heads, until both are narrowed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(30, 32)
+        self.blocks = nn.ModuleList([Attention(32, 4) for _ in range(2)])
+        self.head = nn.Linear(32, 5)
+        randomised(self, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = x[:, : block.limit] + block(x)  # type: ignore[operator, misc]
+        y: Tensor = self.head(x.mean(1))
+        return y
+
+    def predict(self, tokens: Tensor) -> Tensor:
+        return self(tokens).argmax(-1)  # type: ignore[no-any-return]
+
+
+def encoder() -> tuple[Encoder, Tensor]:
+    torch.manual_seed(0)
+    return Encoder().eval(), torch.randint(0, 30, (3, 6))
+
+
+def merged(**options: Any) -> tuple[Encoder, fxmerge.Result]:
+    model, tokens = encoder()
+    return model, fxmerge.merge(model, tokens, ratio=0.3, **options)
+
+
+@pytest.mark.parametrize("options", [{"refit": "none"}, {"samples": 64}], ids=["plain", "refit"])
+def test_attributes_follow_where_the_code_reads_widths(options: dict[str, Any]) -> None:
+    model, result = merged(**options)
+    own = result.model
+    assert isinstance(own, Encoder)
+    block = own.blocks[0]
+    assert isinstance(block, Attention)
+    assert (block.head_dim, block.all_dim, block.limit) == (6, 24, 8)
+    assert own.embed.weight.size(1) != block.all_dim  # two numbers in place of one
+    for shape in ((3, 6), (2, 8), (5, 11)):
+        tokens = torch.randint(0, 30, shape)
+        with torch.no_grad():
+            assert difference([result.module(tokens)], [own(tokens)]) < 1e-5 if shape[1] <= 8 else own(tokens).shape
+    assert own.predict(torch.randint(0, 30, (4, 8))).shape == (4,)
+    assert sum(p.numel() for p in own.parameters()) < sum(p.numel() for p in model.parameters())
+
+
+def test_it_comes_back_as_it_was() -> None:
+    """Modes, frozen parameters and hooks are those of the user's model, which is not changed."""
+    model, tokens = encoder()
+    model.train()
+    model.blocks[1].eval()
+    model.embed.weight.requires_grad_(False)
+    seen: list[int] = []
+    model.head.register_forward_hook(lambda m, args, out: seen.append(m.in_features))
+    before = copy.deepcopy(model.state_dict())
+    own = plain_merge(model, tokens, ratio=0.5).model
+    assert isinstance(own, Encoder)
+    assert own.training
+    assert not own.blocks[1].training
+    assert not own.embed.weight.requires_grad
+    assert own.head.weight.requires_grad
+    seen.clear()
+    own(tokens)
+    assert seen == [own.head.in_features]
+    assert seen[0] < 32
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert [b.head_dim for b in model.blocks] == [8, 8]  # type: ignore[misc]
+
+
+def test_into_another_copy() -> None:
+    _, result = merged(refit="none")
+    other = Encoder().train()
+    own = result.into(other)
+    assert own is not other
+    assert own.training
+    tokens = torch.randint(0, 30, (3, 6))
+    with torch.no_grad():
+        assert difference([result.module(tokens)], [own.eval()(tokens)]) < 1e-5
+    with pytest.raises(FxMergeError, match="the model is a Linear; give a Encoder, the class that was merged"):
+        result.into(nn.Linear(3, 3))
+
+
+class Written(nn.Module):
+    """A size that is written in the code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.b(torch.relu(self.a(x)).view(-1, 4, 4).transpose(1, 2).transpose(1, 2).reshape(-1, 16))
+        return y
+
+
+def test_the_report_says_why_there_is_none() -> None:
+    model = Written().eval()
+    result = plain_merge(model, torch.randn(4, 6), ratio=0.5)
+    assert result.plan.groups
+    assert "result.model" not in result.report.text()
+    assert result.model is None
+    for text in (result.report.text(width=200), result.report.json()):
+        assert "result.model is None: the code of Written has sizes that cannot be changed from outside" in text
+    with pytest.raises(FxMergeError, match="the merged weights cannot be put into Written: the code of Written has"):
+        result.into(Written())
+
+
+def by_compile(model: nn.Module) -> Any:
+    return torch.compile(model, backend="eager")
+
+
+@pytest.mark.parametrize("wrap", [by_compile, nn.DataParallel, lambda m: nn.DataParallel(by_compile(m))])
+def test_wrappers_come_back(wrap: Any) -> None:
+    model, tokens = encoder()
+    wrapped = wrap(model)
+    own = plain_merge(wrapped, tokens, ratio=0.5).model
+    kinds = [type(wrapped), type(wrapped.module) if isinstance(wrapped, nn.DataParallel) else Encoder]
+    assert own is not None
+    assert [type(own), type(own.module) if isinstance(own, nn.DataParallel) else Encoder] == kinds
+    with torch.no_grad():
+        assert own(tokens).shape == model(tokens).shape
+
+
+def test_a_graph_has_no_class() -> None:
+    x = torch.randn(2, 4)
+    program = torch.export.export(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).eval(), (x,))
+    result = plain_merge(program, x, ratio=0.5)
+    assert result.model is None
+    assert "was a graph, which has no class of its own" in result.report.text(200)
