@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -77,8 +77,9 @@ def _exported(
     module, found = module_of(program), sizes_of(program)
     if not _alike(model, module, call, if_raised=False):
         return None
-    ones = {symbol: one for symbol, one in _single(module, call, found) if _alike(model, module, one, if_raised=False)}
-    insert(module, found, ones, [bind(module, *inputs) for inputs in (call, *ones.values())])
+    ones, together = _ones(module, call, found, lambda one: _alike(model, module, one, if_raised=False))
+    symbols = {symbol for several in ones for symbol in several}
+    insert(module, found, symbols, [bind(module, *inputs) for inputs in (call, *ones.values())], together)
     return module if all(_alike(model, module, other, if_raised=True) for other in other_sizes(call)) else None
 
 
@@ -100,22 +101,42 @@ class _ShortFormulas(TorchFunctionMode):
         return made
 
 
-def _single(module: fx.GraphModule, call: Call, found: Sizes) -> Iterator[tuple[str, Call]]:
-    """By symbol, the inputs with a size of 1 along its axes."""
+def _ones(
+    module: fx.GraphModule, call: Call, found: Sizes, right: Callable[[Call], bool]
+) -> tuple[dict[tuple[str, ...], Call], list[tuple[str, str]]]:
+    """The inputs with sizes of 1 on which the graph is right, by symbol; (symbol, other that is 1 if the first one is).
+
+    Inputs that agree in a size, as tokens and their mask, may have a symbol each, and be right as single samples only
+    if all of them are.
+    """
     values = bind(module, *call)
     places: dict[str, dict[int, list[int]]] = {}  # symbol -> identity of the input -> axes
+    sizes: dict[tuple[int, int], list[str]] = {}  # (axis, its size in the example) -> symbols
     for value, shape in zip(values, found.shapes, strict=False):
         for axis, size in enumerate(shape or ()):
             if isinstance(size, str):
+                if size not in places:
+                    sizes.setdefault((axis, value.size(axis)), []).append(size)
                 places.setdefault(size, {}).setdefault(id(value), []).append(axis)
-    for symbol, axes in places.items():
 
-        def narrowed(value: Any, axes: dict[int, list[int]] = axes) -> Any:
-            for axis in axes.get(id(value), ()):
-                value = value.narrow(axis, 0, 1)
+    def single(symbols: Iterable[str]) -> Call:
+        def narrowed(value: Any) -> Any:
+            for symbol in symbols:
+                for axis in places[symbol].get(id(value), ()):
+                    value = value.narrow(axis, 0, 1)
             return value
 
-        yield symbol, tree_map(narrowed, call)
+        made: Call = tree_map(narrowed, call)
+        return made
+
+    ones: dict[tuple[str, ...], Call] = {(symbol,): one for symbol in places if right(one := single((symbol,)))}
+    together = []
+    for alike in map(tuple, sizes.values()):
+        unproved = [symbol for symbol in alike if (symbol,) not in ones]
+        if unproved and len(alike) > 1 and right(one := single(alike)):
+            ones[alike] = one
+            together += [(symbol, other) for symbol in unproved for other in alike if other != symbol]
+    return ones, together
 
 
 def _alike(model: nn.Module, module: fx.GraphModule, call: Call, if_raised: bool) -> bool:

@@ -93,13 +93,18 @@ def user_inputs(program: ExportedProgram) -> list[fx.Node]:
 
 
 def insert(
-    module: fx.GraphModule, found: Sizes, single: Container[str] | None = None, proved: Sequence[Sequence[Any]] = ()
+    module: fx.GraphModule,
+    found: Sizes,
+    single: Container[str] | None = None,
+    proved: Sequence[Sequence[Any]] = (),
+    together: Sequence[tuple[str, str]] = (),
 ) -> None:
     """Puts assertions about its inputs' sizes at the start of an exported graph, in place.
 
     single: the symbols that may be 1, if torch.export knows no lower limit for them; None for all
     proved: inputs on which the graph returned what the model returns; no condition on several sizes may exclude them,
         as those do by which torch.export tells a size of 1 from all others
+    together: (a symbol, another that has to be 1 if the first is)
     """
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
     if len(placeholders) != len(found.shapes):
@@ -119,6 +124,9 @@ def insert(
         smallest = 1 if single is None or symbol in single else 2
         allowed[symbol] = _allowed(alone.get(symbol, ()), found.limits.get(symbol, (2, None)), smallest, symbol)
         writer.size(symbol, allowed[symbol])
+    for a, b in together:
+        said = [f"{first[name][0].name} (axis {first[name][1]})" for name in (a, b)]
+        writer.code(f"({a} != 1) | ({b} == 1)", f"inputs {said[0]} and {said[1]} must agree; {_REMEDY}", [a, b])
     for guard in joint:
         names = sorted(set(_NAME.findall(guard)))
         if not all(n in first for n in names):

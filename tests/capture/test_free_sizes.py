@@ -160,3 +160,24 @@ def test_sizes_that_cannot_vary_raise(model: nn.Module, example: tuple[Tensor], 
         assert difference([model(*fewer)], [result.module(*fewer)]) < 1e-6
         with pytest.raises(AssertionError, match="must have the shape"):
             result.module(*other)
+
+
+class Picked(Sentence):
+    """The mask is indexed by the samples of the tokens: torch.export gives the two a symbol each."""
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        samples, places = torch.arange(tokens.size(0))[:, None], torch.arange(tokens.size(1))
+        return super().forward(tokens, mask[samples, places])
+
+
+def test_inputs_that_are_single_samples_together() -> None:
+    model = Picked().eval()
+    result = plain_merge(model, sentences(4, 12), ratio=0.0)
+    assert result.analysis.captured.route == "export"
+    for samples in (1, 2, 5):
+        given = sentences(samples, 7)
+        with torch.no_grad():
+            assert difference([model(*given)], [result.module(*given)]) < 1e-6
+    tokens, mask = sentences(2, 7)
+    with pytest.raises(AssertionError, match="must agree"):
+        result.module(tokens, mask[:1])

@@ -135,7 +135,7 @@ def test_whole_heads_are_a_plain_model(tmp_path: Path) -> None:
 
 def test_what_is_not_written(tmp_path: Path) -> None:
     plain = plain_merge(torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2)), torch.randn(2, 4))
-    with pytest.raises(FxMergeError, match="Sequential is not a model of Hugging Face transformers; use result.save"):
+    with pytest.raises(FxMergeError, match=r"Sequential is not a model of Hugging Face transformers; use result.save"):
         plain.save_pretrained(tmp_path / "m")
     result = plain_merge(model_of("LlamaForCausalLM"), inputs("LlamaForCausalLM"), ratio=0.5)
     (tmp_path / "n").mkdir()
