@@ -16,29 +16,25 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from fxmerge.errors import FxMergeError
+from fxmerge.export import query_rows
 from fxmerge.export.check import Expected
+from fxmerge.export.class_numbers import Kind, Numbers, by_graph, by_tensors, counted, is_width, value_at
 from fxmerge.export.folded import computed, plain_copy, recomputed
 from fxmerge.export.own_class import Fit, narrowed
+from fxmerge.export.query_rows import Rows
 from fxmerge.ir.capture import Capture
-from fxmerge.ir.provenance import Layer, Provenance
+from fxmerge.ir.provenance import Provenance
 
 TRIALS = 300  # runs of the class, at most
-WIDTHS = ("dim", "hidden", "embed", "channel", "feature", "head_size", "width", "inner")  # in names of attributes
-
-Kind = tuple[type, str]  # a class of modules, and the name of an attribute
-Numbers = Mapping[Kind, Sequence[Mapping[str, int]]]  # the choices for each: {path of an attribute: its new number}
-Rows = Mapping[str, Sequence[tuple[int, int, float]]]
 
 
 def fitted(
@@ -61,18 +57,20 @@ def fitted(
         "computed": tuple(computed(captured)),
         "formats": formats,
     }
-    counted = dict(_counted(merged, model))
+    fewer = dict(counted(merged, model))
     scales: list[Rows] = [{}]
-    scales += [r for r in (_queries(captured, graph, facts, alive), _all_queries(facts, alive)) if r] if graph else []
-    trials = _Trials(model, given, [Fit(attributes=counted, rows=rows, **common) for rows in scales], expected)
-    numbers = _numbers(captured, graph, model) if graph else {}
+    if graph is not None:
+        scales += [query_rows.without_scale(captured, graph, facts, alive), query_rows.of_all_products(facts, alive)]
+    fits = [Fit(attributes=fewer, rows=rows, **common) for i, rows in enumerate(scales) if rows or not i]
+    trials = _Trials(model, given, fits, expected)
+    numbers = by_graph(captured, graph, model) if graph else {}
     try:
         found = _searched(trials, trials.open(numbers))
     except FxMergeError as error:
         return Fit(refused=str(error))
     if found is not None:
         attributes, rows = found
-        return Fit(attributes={**counted, **attributes}, rows=rows, **common)
+        return Fit(attributes={**fewer, **attributes}, rows=rows, **common)
     from_own = recomputed(captured, tensors)
     if from_own:
         return Fit(refused=f"the code of {type(model).__name__} cannot take them: {from_own}")
@@ -114,7 +112,7 @@ class _Trials:
         found: dict[Kind, list[Mapping[str, int]]] = {}
         for kind, choices in numbers.items():
             for choice in choices:
-                kept = {path: n for path, n in choice.items() if _at(before, path) == _at(after, path)}
+                kept = {path: n for path, n in choice.items() if value_at(before, path) == value_at(after, path)}
                 if kept and kept not in found.setdefault(kind, []):
                     found[kind].append(kept)
         return {kind: choices for kind, choices in found.items() if choices}
@@ -185,9 +183,12 @@ def _searched(trials: _Trials, numbers: Numbers) -> tuple[dict[str, int], Rows] 
         fewer = {k: v for k, v in chosen.items() if k != kind}
         if trials.run(_flat(fewer)).fits is not None:
             chosen = fewer
-    widths = {k: c[0] for k, c in numbers.items() if k not in chosen and len(c) == 1 and _is_width(k[1])}
-    if widths and trials.run(_flat({**chosen, **widths})).fits is not None:  # not read now, but right for later
-        chosen = {**chosen, **widths}
+    unread = {k: c[0] for k, c in numbers.items() if len(c) == 1 and is_width(k[1])}
+    unread |= dict(by_tensors(trials.model, trials.copy(0)))
+    for kind in [k for k in unread if k not in chosen]:  # not read now, but perhaps by other methods
+        more = {**chosen, kind: unread[kind]}
+        if trials.run(_flat(more)).fits is not None:
+            chosen = more
     last = trials.run(_flat(chosen))
     return None if last.fits is None else (_flat(chosen), last.fits)
 
@@ -222,10 +223,6 @@ def _flat(chosen: Chosen) -> dict[str, int]:
     return {path: number for choice in chosen.values() for path, number in choice.items()}
 
 
-def _is_width(name: str) -> bool:
-    return any(word in name for word in WIDTHS)
-
-
 def _owners(trace: TracebackType | None) -> Iterator[type]:
     """The classes of the modules whose methods are on the stack of an error, innermost first."""
     found: list[type] = []
@@ -235,124 +232,3 @@ def _owners(trace: TracebackType | None) -> Iterator[type]:
             found.append(type(owner))
         trace = trace.tb_next
     yield from dict.fromkeys(reversed(found))
-
-
-def _at(model: nn.Module, path: str) -> Any:
-    owner, _, name = path.rpartition(".")
-    return vars(model.get_submodule(owner)).get(name)
-
-
-def _counted(merged: nn.Module, model: nn.Module) -> Iterator[tuple[str, int]]:
-    """(attribute, new number) of the groups of convolutions and norms that have fewer groups in the merged model."""
-    theirs = dict(merged.named_modules(remove_duplicate=False))
-    for path, own in model.named_modules(remove_duplicate=False):
-        for name in ("groups", "num_groups"):
-            before, now = vars(own).get(name), vars(theirs.get(path, own)).get(name)
-            if type(theirs.get(path)) is type(own) and type(before) is type(now) is int and before != now:
-                yield f"{path}.{name}", now
-
-
-def _numbers(captured: Capture, merged: fx.GraphModule, model: nn.Module) -> Numbers:
-    """The attributes that may follow, by kind. An attribute may have several new numbers: one literal stays alone."""
-    found: dict[Kind, dict[str, list[int]]] = {}
-    for path, number in _changed(captured, merged, model):
-        owner, _, name = path.rpartition(".")
-        kind = (type(model.get_submodule(owner)), name)
-        known = found.setdefault(kind, {}).setdefault(path, [])
-        if number not in known:
-            known.append(number)
-    return {
-        kind: [
-            {path: known[min(i, len(known) - 1)] for path, known in paths.items()}
-            for i in range(max(map(len, paths.values())))
-        ]
-        for kind, paths in found.items()
-    }
-
-
-def _changed(captured: Capture, merged: fx.GraphModule, model: nn.Module) -> Iterator[tuple[str, int]]:
-    """(attribute, new number) of the user's submodules whose integer the merged graph replaces by another."""
-    new, submodules = {n.name: n for n in merged.graph.nodes}, dict(model.named_modules(remove_duplicate=False))
-    for node in captured.module.graph.nodes:
-        if node.name not in new or node.op not in ("call_function", "call_method"):
-            continue
-        pairs = set(_pairs((node.args, node.kwargs), (new[node.name].args, new[node.name].kwargs)))
-        stack = [str(path) for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
-        for place, owner in ((path, submodules[path]) for path in ("", *stack) if path in submodules):
-            for name, value in vars(owner).items():
-                for old, now in sorted(pairs):
-                    if type(value) is int and value == old:
-                        yield f"{place}.{name}".lstrip("."), now
-
-
-def _pairs(one: Any, other: Any) -> Iterator[tuple[int, int]]:
-    """(old, new) of the integers at the same place in the arguments of a call that differ."""
-    if type(one) is int and type(other) is int and one != other and one > 1 and other > 0:
-        yield one, other
-    elif isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)) and len(one) == len(other):
-        for a, b in zip(one, other, strict=True):
-            yield from _pairs(a, b)
-    elif isinstance(one, dict) and isinstance(other, dict):
-        for key in one.keys() & other.keys():
-            yield from _pairs(one[key], other[key])
-
-
-def _queries(captured: Capture, merged: fx.GraphModule, facts: Provenance, alive: Tensor) -> Rows:
-    """{parameter: [(first row, end, sqrt(d_new / d))]} of the rows that produce the queries of an attention.
-
-    Only for an attention whose call had no `scale` and to which the rewrite added the original one.
-    """
-    new = {n.name: n for n in merged.graph.nodes}
-    found: dict[str, list[tuple[int, int, float]]] = {}
-    for node in captured.module.graph.nodes:
-        scale = new[node.name].kwargs.get("scale") if node.name in new else None
-        if not isinstance(scale, float) or "scale" in node.kwargs or not isinstance(node.args[0], fx.Node):
-            continue
-        labels = torch.unique(facts.labels[node.args[0].name])
-        labels = labels[(labels > 0) & alive[labels]]
-        heads = captured.shapes[node.args[0].name][-3] if len(captured.shapes[node.args[0].name]) > 2 else 1
-        for layer, rows in _writers(facts, labels, alive):
-            _scale(found, layer, rows, float((len(rows) // heads) ** 0.5 * scale))
-    return found
-
-
-def _all_queries(facts: Provenance, alive: Tensor) -> Rows:
-    """As `_queries`, for every sum of products over a width that two activations lose alike."""
-    found: dict[str, list[tuple[int, int, float]]] = {}
-    scaled = torch.zeros(facts.label_count, dtype=torch.bool)
-    for one in facts.contractions:
-        both = set(one.letters[0]) & set(one.letters[1])
-        left, right = (
-            _lost(labels, [axis for axis, letter in enumerate(letters) if letter in both], alive)
-            for labels, letters in zip((one.left, one.right), one.letters, strict=True)
-        )
-        queries, keys = (torch.unique(labels[labels > 0]) for labels in (one.left, one.right))
-        if left is None or right is None or bool(scaled[queries].any()) or bool(scaled[keys].any()):
-            continue
-        scaled[queries] = True
-        for layer, rows in _writers(facts, queries[alive[queries]], alive):
-            _scale(found, layer, rows, left)
-    return found
-
-
-def _lost(labels: Tensor, axes: Sequence[int], alive: Tensor) -> float | None:
-    """sqrt(d_new / d) along the last of these axes that becomes narrower, everywhere alike; None if none does."""
-    here = (labels == 0) | alive[labels]
-    for axis in reversed(axes):
-        kept = set(here.sum(axis).flatten().tolist())
-        if len(kept) == 1 and (left := kept.pop()) < labels.size(axis):
-            return math.sqrt(left / labels.size(axis))
-    return None
-
-
-def _writers(facts: Provenance, labels: Tensor, alive: Tensor) -> Iterator[tuple[Layer, Tensor]]:
-    """(layer, the rows of its narrowed weight) for the layers that write these labels."""
-    for layer in facts.layers:
-        if layer.writes is not None and bool(torch.isin(layer.writes, labels).any()):
-            yield layer, torch.isin(layer.writes[alive[layer.writes]], labels).nonzero().flatten()
-
-
-def _scale(found: dict[str, list[tuple[int, int, float]]], layer: Layer, rows: Tensor, factor: float) -> None:
-    for path in (layer.params.get("weight"), layer.params.get("bias")):
-        if path is not None:
-            found.setdefault(path, []).append((int(rows[0]), int(rows[-1]) + 1, factor))

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fxmerge.errors import FxMergeError, first_line
 from fxmerge.export.check import Expected
+from fxmerge.export.hugging_face_code import CODE
 from fxmerge.weights.files import write_folder, write_text
 
 MODELLING, CONFIG = "modeling_fxmerge", "config.json"
@@ -30,40 +31,6 @@ _TOKENIZER = {
     "added_tokens.json", "chat_template.jinja", "merges.txt", "preprocessor_config.json", "processor_config.json",
     "special_tokens_map.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt",
 }  # fmt: skip
-
-_CODE = '''"""{name} with the widths of a merged model. It needs transformers only.
-
-`{auto}.from_pretrained(folder, trust_remote_code=True)` finds this file by `auto_map` in config.json. The entry
-`fxmerge` there has what differs from {name}: the shapes of tensors, and the numbers that layers keep of their widths.
-"""
-
-import torch
-from torch import nn
-from torch.nn.utils import parametrize
-from transformers import {name}
-
-
-class Merged{name}({name}):
-    def __init__(self, config, *args, **kwargs):
-        super().__init__(config, *args, **kwargs)
-        for module in [m for m in self.modules() if parametrize.is_parametrized(m)]:
-            for name in list(module.parametrizations):
-                parametrize.remove_parametrizations(module, name)
-        modules = dict(self.named_modules(remove_duplicate=False))
-        like = next(self.parameters())
-        for name, shape in config.fxmerge["parameters"].items():
-            path, _, last = name.rpartition(".")
-            empty = torch.empty(shape, dtype=like.dtype, device=like.device)
-            modules[path].register_parameter(last, nn.Parameter(empty))
-        for name, shape in config.fxmerge["buffers"].items():
-            path, _, last = name.rpartition(".")
-            like = modules[path].get_buffer(last)
-            modules[path].register_buffer(last, torch.empty(shape, dtype=like.dtype, device=like.device))
-        for name, value in config.fxmerge["attributes"].items():
-            path, _, last = name.rpartition(".")
-            setattr(modules[path], last, tuple(value) if isinstance(value, list) else value)
-        self.tie_weights()
-'''
 
 
 def is_hugging_face(model: nn.Module | None) -> bool:
@@ -259,7 +226,7 @@ def _write_with_code(there: Path, own: Any, original: Any) -> None:
     config.save_pretrained(there)
     if getattr(own, "generation_config", None) is not None:
         own.generation_config.save_pretrained(there)
-    write_text(there / f"{MODELLING}.py", _CODE.format(name=name, auto=autos[0] if autos else name))
+    write_text(there / f"{MODELLING}.py", CODE.format(name=name, auto=autos[0] if autos else name))
     state: dict[str, Tensor] = {n: v for n, v in held.items() if n not in _tied(own)} | buffers
     save_file(
         {n: v.detach().clone().contiguous() for n, v in state.items()}, there / "model.safetensors", {"format": "pt"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from io import StringIO
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -89,14 +89,17 @@ def reseed() -> None:
 _SEED = 1750260509  # one that no forward sets itself: then a graph without that call would seem right
 
 
-State = list[tuple[nn.Module, dict[str, Tensor | None]]]
+State = list[tuple[nn.Module, dict[str, Any]]]
 
 
 def state_of(module: nn.Module) -> State:
-    """The plain attributes of a module and its submodules that hold a tensor or None: what forward keeps for later."""
-    return [
-        (m, {name: v for name, v in vars(m).items() if v is None or isinstance(v, Tensor)}) for m in module.modules()
-    ]
+    """The plain attributes of a module and its submodules, among them what forward keeps for later."""
+    return [(m, {name: v for name, v in vars(m).items() if _is_state(m, v)}) for m in module.modules()]
+
+
+def _is_state(module: nn.Module, value: Any) -> bool:
+    """Of a graph, which keeps its code in attributes too, only what holds a tensor or None."""
+    return value is None or isinstance(value, Tensor) or not isinstance(module, fx.GraphModule)
 
 
 def moved(before: State) -> bool:
@@ -109,13 +112,15 @@ def moved(before: State) -> bool:
 
 
 def put_back(before: State) -> None:
-    """Gives attributes that hold other tensors than before what they held; new ones are deleted."""
+    """Gives attributes what they held before; new ones are deleted.
+
+    All of them: a tensor may be kept together with the shape that it was made for.
+    """
     for module, held in before:
-        for name, value in list(vars(module).items()):
-            if isinstance(value, Tensor) and name not in held:
-                del vars(module)[name]
-            elif isinstance(value, Tensor):
-                vars(module)[name] = held[name]
+        now = vars(module)
+        for name in [name for name, value in now.items() if name not in held and _is_state(module, value)]:
+            del now[name]
+        now.update({name: value for name, value in held.items() if now.get(name, now) is not value})
 
 
 def random_states() -> list[Tensor]:
