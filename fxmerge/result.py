@@ -106,10 +106,10 @@ class Result:
         save.save(Path(folder), self.report)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes a merged model of Hugging Face transformers as a folder that its `from_pretrained` reads.
+        """Writes a merged model of Hugging Face transformers as a folder that its from_pretrained reads.
 
         A plain model with a configuration of other widths, if there is one; otherwise with a modelling file, which
-        `from_pretrained(folder, trust_remote_code=True)` reads. A tokenizer's files in the folder stay. Raises
+        from_pretrained(folder, trust_remote_code=True) reads. A tokenizer's files in the folder stay. Raises
         FxMergeError for other models, if the class cannot take the merged weights, and if the folder holds other files.
         """
         if not hugging_face.is_hugging_face(self.analysis.captured.model):

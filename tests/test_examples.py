@@ -18,17 +18,19 @@ EXPECTED = {
     "look_at_groups.py": ["stem: 16 channels", "conv1: 32 channels", "stem -> layer:conv1: read", "bn2: carry"],
     "aot_package.py": ["a batch of 5 gives (5, 10)", "has the output of the merged model: True"],
     "finetune.py": ["trained: ", "merged to a sixteenth of the channels: ", "fine-tuned: "],
+    "yolo.py": ["predict: Results", "val: mAP50", "train: widths are kept True", "export: .onnx"],
     "quantise.py": ["(512, 512) torch.float32 -> (256, 256) Int8Tensor", "output by quantising: 0.0"],
 }
-NEEDS = {"merge_your_own.py": "torchvision", "quantise.py": "torchao"}
-CHATTY = ("aot_package.py", "quantise.py")  # torch and torchao may log warnings
+NEEDS = {"merge_your_own.py": "torchvision", "quantise.py": "torchao", "yolo.py": "ultralytics"}
+SLOW = ("aot_package.py", "yolo.py")
+CHATTY = ("aot_package.py", "quantise.py", "yolo.py")  # torch, torchao and ultralytics log
 
 
 def test_every_example_is_tested() -> None:
     assert {p.name for p in EXAMPLES.glob("*.py")} == set(EXPECTED)
 
 
-@pytest.mark.parametrize("name", EXPECTED)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in EXPECTED])
 def test_example(name: str, tmp_path: Path) -> None:
     if name in NEEDS:
         pytest.importorskip(NEEDS[name])

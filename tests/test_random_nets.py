@@ -17,7 +17,7 @@ from tests.helpers.random_nets import HEAD, made, sources
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 stable = settings(
-    max_examples=200,
+    max_examples=40,
     deadline=None,
     derandomize=True,
     database=None,
@@ -29,6 +29,14 @@ stable = settings(
 @stable
 @given(sources())
 def test_random_nets(source: str) -> None:
+    note(source)
+    check(source)
+
+
+@pytest.mark.slow
+@settings(stable, max_examples=200)
+@given(sources())
+def test_more_random_nets(source: str) -> None:
     note(source)
     check(source)
 

@@ -70,7 +70,8 @@ def _summed(one: Contraction) -> Tensor | None:
 
 def _along(labels: Tensor, axis: int) -> Tensor | None:
     """The labels along an axis, at the first place of the others; None unless all are channels that differ."""
-    row = labels.movedim(axis, -1).flatten(0, -2)[0]
+    rows = labels.movedim(axis, -1)
+    row = rows.reshape(-1, rows.size(-1))[0]
     return row if len(row) > 1 and bool((row > 0).all()) and len(torch.unique(row)) == len(row) else None
 
 

@@ -1,9 +1,9 @@
-"""Saves a merged model of Hugging Face transformers as a folder that `from_pretrained` reads.
+"""Saves a merged model of Hugging Face transformers as a folder that from_pretrained reads.
 
-Where a configuration with other widths gives the same layers (`intermediate_size`, `num_key_value_heads`), the folder
+Where a configuration with other widths gives the same layers (intermediate_size, num_key_value_heads), the folder
 holds a plain model that any engine reads. Otherwise, as where layers differ in width, it holds also a modelling file: a
-subclass of the model's class that narrows its layers, and that `from_pretrained(folder, trust_remote_code=True)` finds
-by `auto_map`. What is written is loaded and compared with the merged model.
+subclass of the model's class that narrows its layers, and that from_pretrained(folder, trust_remote_code=True) finds
+by auto_map. What is written is loaded and compared with the merged model.
 """
 
 from __future__ import annotations

@@ -482,6 +482,7 @@ def test_folders_are_not_exchanged_on_windows(tmp_path: Path, monkeypatch: pytes
     assert not exchanged
 
 
+@pytest.mark.slow
 def test_a_killed_save_leaves_the_old_folder_or_the_new_one(tmp_path: Path) -> None:
     """SIGKILL at each system call of a save over an existing folder."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)}

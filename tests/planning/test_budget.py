@@ -427,7 +427,7 @@ def trained_like() -> tuple[nn.Module, Tensor]:
     return model.eval(), x
 
 
-@pytest.mark.parametrize("budget", [{"flops": 0.7}, {"params": 0.6}], ids=str)
+@pytest.mark.parametrize("budget", [{"flops": 0.7}, pytest.param({"params": 0.6}, marks=pytest.mark.slow)], ids=str)
 def test_greedy_is_not_below_uniform_on_a_depthwise_net(budget: dict[str, float]) -> None:
     """Few samples make the wide last layer look redundant: 160 channels have at most 31 directions on 32 samples."""
     torch.manual_seed(0)
