@@ -185,10 +185,13 @@ def _searched(trials: _Trials, numbers: Numbers) -> tuple[dict[str, int], Rows] 
             chosen = fewer
     unread = {k: c[0] for k, c in numbers.items() if len(c) == 1 and is_width(k[1])}
     unread |= dict(by_tensors(trials.model, trials.copy(0)))
-    for kind in [k for k in unread if k not in chosen]:  # not read now, but perhaps by other methods
-        more = {**chosen, kind: unread[kind]}
+    unread = {kind: choice for kind, choice in unread.items() if kind not in chosen}
+    for some in [unread, *({kind: choice} for kind, choice in unread.items())] if unread else []:
+        more = {**chosen, **some}  # not read now, but perhaps by other methods
         if trials.run(_flat(more)).fits is not None:
             chosen = more
+            if some is unread:
+                break
     last = trials.run(_flat(chosen))
     return None if last.fits is None else (_flat(chosen), last.fits)
 

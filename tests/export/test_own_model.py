@@ -86,6 +86,45 @@ def test_attributes_follow_where_the_code_reads_widths(options: dict[str, Any]) 
     assert sum(p.numel() for p in own.parameters()) < sum(p.numel() for p in model.parameters())
 
 
+class Halves(nn.Module):
+    """A split with an attribute that only another method reads, as in YOLO's C2f, and a table kept with its shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c, self.limit, self.shape, self.table = 16, 16, None, torch.empty(0)
+        self.a, self.m, self.o = nn.Conv2d(3, 32, 1), nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(48, 4, 1)
+
+    def tabled(self, x: Tensor) -> Tensor:
+        if self.shape != x.shape:
+            self.shape, self.table = x.shape, torch.arange(x.size(-1), dtype=x.dtype).cos()  # type: ignore[assignment]
+        return x * self.table
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rest(list(torch.relu(self.a(x)).chunk(2, 1)))
+
+    def by_split(self, x: Tensor) -> Tensor:
+        return self.rest(list(torch.relu(self.a(x)).split((self.c, self.c), 1)))
+
+    def rest(self, y: list[Tensor]) -> Tensor:
+        return self.tabled(self.o(torch.cat([*y, torch.relu(self.m(y[-1]))], 1)))
+
+
+def test_attributes_that_other_methods_read_follow() -> None:
+    torch.manual_seed(0)
+    model, x = Halves().eval(), torch.randn(2, 3, 8, 8)
+    result = plain_merge(model, x, ratio=0.25)
+    assert model.shape is None
+    own = result.model
+    assert isinstance(own, Halves)
+    assert own.c == 12
+    for given in (torch.randn(2, 3, 8, 8), torch.randn(1, 3, 5, 9)):
+        with torch.no_grad():
+            expected = own(given)
+            assert difference([expected], [own.by_split(given)]) < 1e-6
+    with torch.no_grad():
+        assert difference([result.module(x)], [own(x)]) < 1e-5
+
+
 def test_it_comes_back_as_it_was() -> None:
     """Modes, frozen parameters and hooks are those of the user's model, which is not changed."""
     model, tokens = encoder()
