@@ -1,0 +1,34 @@
+"""The pages of docs/ that show a user's day: their snippets run, in order."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+
+
+def snippets(page: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+def test_hugging_face(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    space: dict[str, object] = {}
+    found = snippets("hugging_face.md")
+    assert len(found) == 7
+    for code in found:
+        exec(compile(code, "hugging_face.md", "exec"), space)
+    assert capsys.readouterr().out.splitlines()[-1] == "2 1 64"
+    assert not (tmp_path / "plain" / "modeling_fxmerge.py").exists()
+
+
+def test_yolo_is_the_example() -> None:
+    """The trainer of the page is that of `examples/yolo.py`, which the tests of the examples run."""
+    example = (DOCS.parent / "examples" / "yolo.py").read_text(encoding="utf-8")
+    for line in ("class KeepWidths(DetectionTrainer):", "return weights", "yolo.model = result.model"):
+        assert line in example
+        assert any(line in code for code in snippets("yolo.md"))
