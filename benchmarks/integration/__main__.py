@@ -1,0 +1,5 @@
+"""`python -m benchmarks.integration`."""
+
+from benchmarks.integration.run import main
+
+main()
