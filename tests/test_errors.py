@@ -109,6 +109,14 @@ CASES: dict[str, Case] = {
         lambda: plain_merge(nn.Sequential(nn.LazyLinear(4), nn.ReLU()), ROWS),
         r"0.weight has no shape yet \(a lazy module\); run the model once",
     ),
+    "a wrapper without forward": (
+        lambda: plain_merge(nn.ModuleDict({"model": Branching()}), ROWS),
+        r"ModuleDict has no forward of its own; give the part that computes, such as .model",
+    ),
+    "a list of models": (
+        lambda: plain_merge(nn.ModuleList([mlp(), mlp()]), X),
+        r"ModuleList has no forward of its own; give a model that can be called",
+    ),
     "unknown option": (lambda: plain_merge(mlp(), X, ration=0.5), r"unknown option 'ration'; the options are ratio"),
     "options of a wrong type": (lambda: plain_merge(mlp(), X, {"ratio": 0.5}), r"options is a dict; give fxmerge.Op"),  # type: ignore[arg-type]
     "options as a number": (lambda: plain_merge(mlp(), X, 0.5), r"options is a float"),  # type: ignore[arg-type]

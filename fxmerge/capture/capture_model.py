@@ -52,6 +52,10 @@ def check_model(model: Any) -> None:
     if not isinstance(model, nn.Module):
         hint = "; call it to make an instance first" if isinstance(model, type) else ""
         raise FxMergeError(f"model is a {type(model).__name__}, not a torch.nn.Module{hint}")
+    if type(model).forward is nn.Module.forward and "forward" not in vars(model):
+        inner = [name for name, part in model.named_children() if type(part).forward is not nn.Module.forward]
+        hint = f"the part that computes, such as .{inner[0]}" if len(inner) == 1 else "a model that can be called"
+        raise FxMergeError(f"{type(model).__name__} has no forward of its own; give {hint}")
     check_not_quantized(model)
     for name, value in [*model.named_parameters(), *model.named_buffers()]:
         if torch.nn.parameter.is_lazy(value):
