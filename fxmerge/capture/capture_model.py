@@ -6,6 +6,7 @@ the shape of each tensor is known, and so that a graph whose outputs differ from
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
@@ -24,7 +25,17 @@ from fxmerge.capture.symbolic import trace
 from fxmerge.capture.torch_export import graph_module_of
 from fxmerge.capture.training import differs_in_training
 from fxmerge.errors import FxMergeError, first_line, source_line
-from fxmerge.graph.eval_mode import FlagModule, State, moved, only_evaluating, put_back, reproducible, reseed, state_of
+from fxmerge.graph.eval_mode import (
+    FlagModule,
+    State,
+    forgetting,
+    moved,
+    only_evaluating,
+    put_back,
+    reproducible,
+    reseed,
+    state_of,
+)
 from fxmerge.graph.inputs import bind, is_exported
 from fxmerge.graph.nested import fresh, leaves
 from fxmerge.graph.outputs import agree, foreign, plain, returned, returning_plain
@@ -162,6 +173,10 @@ def _graph(
 
     state: what forward had kept before the model ran; a recorded model, which stays the user's code, starts from there
     """
+    if moved(state):
+        with contextlib.suppress(FxMergeError), forgetting(model, state):
+            return fold(trace(model, fresh(args), fresh(kwargs), check)), None
+        reseed()
     try:
         return fold(trace(model, fresh(args), fresh(kwargs), check)), None
     except FxMergeError as refused:

@@ -25,7 +25,7 @@ from fxmerge.graph.inputs import bind, other_sizes
 from fxmerge.graph.nested import fresh
 
 # in the formula of a size and in those of all sizes, at most; torch.export may take minutes over longer and more ones
-OPERATIONS, ALL_OPERATIONS = 24, 3000
+OPERATIONS, ALL_OPERATIONS = 48, 3000
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 Axes = Callable[[Tensor], Iterable[int]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
+from functools import wraps
 from io import StringIO
 from typing import Any, TypeVar
 
@@ -121,6 +122,31 @@ def put_back(before: State) -> None:
         for name in [name for name, value in now.items() if name not in held and _is_state(module, value)]:
             del now[name]
         now.update({name: value for name, value in held.items() if now.get(name, now) is not value})
+
+
+@contextmanager
+def forgetting(module: nn.Module, state: State) -> Iterator[None]:
+    """Starts from a state, and keeps nothing that forward assigns to attributes, while the module is exported.
+
+    What it has kept for the sizes of the example, such as the anchors of a detector, is then computed in the graph.
+    torch.export refuses a forward that leaves other tensors in attributes than it found.
+    """
+    now = state_of(module)
+
+    @wraps(module.forward)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        before = state_of(module)
+        try:
+            return type(module).forward(module, *args, **kwargs)
+        finally:
+            put_back(before)
+
+    put_back(state)
+    module.forward = forward
+    try:
+        yield
+    finally:
+        put_back(now)
 
 
 def random_states() -> list[Tensor]:

@@ -181,3 +181,43 @@ def test_inputs_that_are_single_samples_together() -> None:
     tokens, mask = sentences(2, 7)
     with pytest.raises(AssertionError, match="must agree"):
         result.module(tokens, mask[:1])
+
+
+class Anchored(Padded):
+    """Keeps a table together with the shape that it was made for, as the head of a YOLO keeps its anchors."""
+
+    shape: object = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        (x,) = (*[torch.relu(self.a(x))],)
+        if self.shape != x.shape:
+            self.shape, self.table = x.shape, torch.arange(x.size(-1), dtype=x.dtype).cos()
+        return self.o((self.b(x * self.table)).mean((2, 3)))
+
+
+def test_what_forward_keeps_for_the_sizes_of_the_example_is_no_constant() -> None:
+    model, x = Anchored().eval(), torch.randn(2, 3, 32, 32)
+    merged = plain_merge(model, x, ratio=0.0)
+    assert merged.analysis.captured.route == "export"
+    assert model.shape is None
+    for size in ((2, 32, 32), (1, 32, 32), (3, 17, 41)):
+        given = torch.randn(size[0], 3, *size[1:])
+        with torch.no_grad():
+            assert difference([model(given)], [merged.module(given)]) < 1e-6
+
+
+def test_what_the_users_model_had_kept_before_may_fix_a_size_but_not_silently() -> None:
+    model, x = Anchored().eval(), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        model(torch.randn(2, 3, 20, 20))
+        shape = model.shape
+        merged = plain_merge(model, x, ratio=0.0)
+        assert model.shape == shape
+        assert difference([model(x)], [merged.module(x)]) < 1e-6
+        for size in ((1, 32, 32), (2, 20, 20), (2, 17, 41)):
+            given = torch.randn(size[0], 3, *size[1:])
+            try:
+                found = merged.module(given)
+            except AssertionError:
+                continue
+            assert difference([model(given)], [found]) < 1e-6
