@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 from torch import fx
+
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class FxMergeError(ValueError):
@@ -30,5 +34,5 @@ def source_line(node: fx.Node) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an exception's message, or its type where the message is empty."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """The first line of an exception's message, or its type where the message is empty; without colours."""
+    return (_COLOUR.sub("", str(error)).strip().splitlines() or [type(error).__name__])[0]

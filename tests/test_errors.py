@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import fxmerge
 from fxmerge import FxMergeError, Options, Plan
+from fxmerge.errors import first_line
 from tests.helpers.netmaking import one_thread, plain_merge  # noqa: F401
 from tests.helpers.nets import NETS
 
@@ -243,3 +244,8 @@ def test_an_infinite_buffer_is_no_mistake() -> None:
     result = plain_merge(model, ROWS, ratio=0.5)
     assert [len(g.kept) for g in result.plan.groups] == [4]
     assert bool(torch.isfinite(result.module(ROWS)).all())
+
+
+def test_the_first_line_of_a_message_has_no_colours() -> None:
+    assert first_line(ValueError("\x1b[96mstep 2/3\x1b[0m failed\nmore")) == "step 2/3 failed"
+    assert first_line(KeyError()) == "KeyError"

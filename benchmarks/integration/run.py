@@ -39,7 +39,9 @@ def page(rows: Mapping[tuple[str, ...], Row]) -> str:
     cells = [row.get(c, row.get("error", "not reached")) for row in rows.values() for c in COLUMNS]
     tried = [cell for cell in cells if cell != NONE]
     share = sum(cell == YES for cell in tried) / max(len(tried), 1)
-    text = [HEAD, f"{sum(c == YES for c in tried)} of {len(tried)} are *yes* ({share:.0%}).\n"]
+    whole = sum(len(names) for names, _ in KINDS.values())
+    measured = f"{len(rows)} of {whole} models are measured. "
+    text = [HEAD, f"{measured}{sum(c == YES for c in tried)} of {len(tried)} are *yes* ({share:.0%}).\n"]
     for kind, (names, _) in KINDS.items():
         reasons: list[str] = []
         text += [
