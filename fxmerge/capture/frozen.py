@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxmerge.errors import FxMergeError, source_line
-from fxmerge.graph.eval_mode import evaluating, reseed
+from fxmerge.graph.eval_mode import evaluating, put_back, reseed, state_of
 from fxmerge.graph.inputs import is_exported, other_sizes, other_values
 from fxmerge.graph.nested import fresh, leaves
 from fxmerge.graph.outputs import agree, plain, returned
@@ -133,11 +133,8 @@ def _refuse_generators(traced: fx.GraphModule) -> None:
 @contextmanager
 def restored(model: nn.Module) -> Iterator[None]:
     """Restores the buffers, the plain attributes and the hooks of a model's modules on exit."""
-    before = [
-        (m, dict(vars(m)), {name: dict(v) for name, v in vars(m).items() if isinstance(v, dict)})
-        for m in model.modules()
-    ]
-    buffers = (b for _, _, held in before for b in held["_buffers"].values())
+    before = state_of(model, whole=True)
+    buffers = (b for m in model.modules() for b in m._buffers.values())
     values = {id(b): (b, b.clone(), _version(b)) for b in buffers if b is not None}
     try:
         yield
@@ -145,13 +142,7 @@ def restored(model: nn.Module) -> Iterator[None]:
         for buffer, value, version in values.values():
             if _version(buffer) != version or version is None:
                 buffer.copy_(value)
-        for module, fields, held in before:
-            vars(module).clear()
-            vars(module).update(fields)
-            for name, content in held.items():
-                if [(k, id(v)) for k, v in fields[name].items()] != [(k, id(v)) for k, v in content.items()]:
-                    fields[name].clear()
-                    fields[name].update(content)
+        put_back(before)
 
 
 def _version(value: Tensor) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
+from dataclasses import dataclass
 from functools import wraps
 from io import StringIO
 from typing import Any, TypeVar
@@ -90,38 +91,59 @@ def reseed() -> None:
 _SEED = 1750260509  # one that no forward sets itself: then a graph without that call would seem right
 
 
-State = list[tuple[nn.Module, dict[str, Any]]]
+_WRITTEN = ("_parameters", "_buffers", "_modules")  # dicts of a module that others write while it is in evaluation mode
 
 
-def state_of(module: nn.Module) -> State:
-    """The plain attributes of a module and its submodules, among them what forward keeps for later."""
-    return [(m, {name: v for name, v in vars(m).items() if _is_state(m, v)}) for m in module.modules()]
+@dataclass(frozen=True)
+class State:
+    """What modules hold: their attributes, and the content of those that are dicts, such as hooks.
+
+    whole: also parameters, buffers and submodules, and the code of a graph
+    """
+
+    held: tuple[tuple[nn.Module, dict[str, Any], dict[str, dict[Any, Any]]], ...]
+    whole: bool
+
+    def has(self, module: nn.Module, value: Any) -> bool:
+        """Of a graph, which keeps its code in attributes too, only what holds a tensor or None, unless it is whole."""
+        return self.whole or value is None or isinstance(value, Tensor) or not isinstance(module, fx.GraphModule)
 
 
-def _is_state(module: nn.Module, value: Any) -> bool:
-    """Of a graph, which keeps its code in attributes too, only what holds a tensor or None."""
-    return value is None or isinstance(value, Tensor) or not isinstance(module, fx.GraphModule)
+def state_of(module: nn.Module, whole: bool = False) -> State:
+    """What a module and its submodules hold now, among it what forward keeps for later."""
+    blank = State((), whole)
+    held = []
+    for m in module.modules():
+        fields = {name: value for name, value in vars(m).items() if blank.has(m, value)}
+        dicts = {n: dict(v) for n, v in fields.items() if isinstance(v, dict) and (whole or n not in _WRITTEN)}
+        held.append((m, fields, dicts))
+    return State(tuple(held), whole)
 
 
 def moved(before: State) -> bool:
     """Whether attributes hold other tensors than before, or new ones."""
     return any(
-        isinstance(value, Tensor) and held.get(name) is not value
-        for module, held in before
+        isinstance(value, Tensor) and fields.get(name) is not value
+        for module, fields, _ in before.held
         for name, value in vars(module).items()
     )
 
 
 def put_back(before: State) -> None:
-    """Gives attributes what they held before; new ones are deleted.
+    """Gives attributes and their dicts what they held before; new ones are deleted.
 
-    All of them: a tensor may be kept together with the shape that it was made for.
+    All of them: a tensor may be kept together with the shape that it was made for, and hooks together with the flag
+    that they are registered.
     """
-    for module, held in before:
+    for module, fields, dicts in before.held:
         now = vars(module)
-        for name in [name for name, value in now.items() if name not in held and _is_state(module, value)]:
+        for name in [name for name, value in now.items() if name not in fields and before.has(module, value)]:
             del now[name]
-        now.update({name: value for name, value in held.items() if now.get(name, now) is not value})
+        now.update({name: value for name, value in fields.items() if now.get(name, now) is not value})
+        for name, content in dicts.items():
+            if [(k, id(v)) for k, v in fields[name].items()] != [(k, id(v)) for k, v in content.items()]:
+                fields[name].clear()
+                fields[name].update(content)
 
 
 @contextmanager
@@ -133,11 +155,13 @@ def forgetting(module: nn.Module, state: State) -> Iterator[None]:
     """
     now = state_of(module)
 
-    @wraps(module.forward)
+    inner = module.forward
+
+    @wraps(inner)
     def forward(*args: Any, **kwargs: Any) -> Any:
         before = state_of(module)
         try:
-            return type(module).forward(module, *args, **kwargs)
+            return inner(*args, **kwargs)
         finally:
             put_back(before)
 

@@ -125,6 +125,34 @@ def test_attributes_that_other_methods_read_follow() -> None:
         assert difference([result.module(x)], [own(x)]) < 1e-5
 
 
+class Listening(Halves):
+    """Registers a hook when it is called for the first time, and says so in an attribute, as models of transformers."""
+
+    ready = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.ready:
+            self.ready, self.seen = True, list[Tensor]()
+            self.a.register_forward_hook(lambda m, args, out: self.seen.append(out))
+        self.seen.clear()
+        made = super().forward(x)
+        return made * len(self.seen)
+
+
+def test_hooks_of_the_first_use_are_registered_once() -> None:
+    """Every run of the class that the search makes starts without them, and so does what is handed out."""
+    torch.manual_seed(0)
+    model, x = Listening().eval(), torch.randn(2, 3, 8, 8)
+    result = plain_merge(model, x, ratio=0.25)
+    own = result.model
+    assert isinstance(own, Listening)
+    assert not model.a._forward_hooks
+    with torch.no_grad():
+        for _ in range(2):
+            assert difference([result.module(x)], [own(x)]) < 1e-5
+    assert len(own.a._forward_hooks) == 1
+
+
 def test_it_comes_back_as_it_was() -> None:
     """Modes, frozen parameters and hooks are those of the user's model, which is not changed."""
     model, tokens = encoder()
