@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from benchmarks.coverage import zoo, zoo_transformers
-from benchmarks.coverage.zoo_transformers import GQA, TOKENS, VIT
+from benchmarks.coverage.zoo_transformers import GQA, VIT
 
 MORE: Mapping[str, tuple[dict[str, Any], str]] = {  # architectures that benchmarks.coverage does not have
     "Qwen3ForCausalLM": (GQA | {"head_dim": 16}, "text"),
@@ -42,8 +42,8 @@ def _hugging_face(name: str) -> tuple[nn.Module, Any]:
         fields, kind = MORE[name]
         cls = getattr(transformers, name)
         model, inputs = cls(cls.config_class(**fields)), zoo_transformers.INPUTS[kind]()
-    model.config.use_cache = True if "ForCausalLM" in name else getattr(model.config, "use_cache", False)
-    assert TOKENS["vocab_size"] == zoo_transformers.VOCABULARY
+    if "ForCausalLM" in name:
+        model.config.use_cache = True
     return model, {k: torch.cat([v, v.flip(-1)]) for k, v in inputs.items()}  # two samples
 
 
@@ -52,10 +52,6 @@ def _yolo(name: str) -> tuple[nn.Module, Any]:
     import ultralytics
 
     return ultralytics.YOLO(f"{name}.yaml").model, (torch.rand(2, 3, 96, 96),)
-
-
-def _detection(name: str) -> tuple[nn.Module, Any]:
-    return zoo.torchvision_model(name)
 
 
 def _timm(name: str) -> tuple[nn.Module, Any]:
@@ -68,6 +64,6 @@ def _timm(name: str) -> tuple[nn.Module, Any]:
 KINDS: Mapping[str, tuple[tuple[str, ...], Callable[[str], tuple[nn.Module, Any]]]] = {
     "Hugging Face": (HUGGING_FACE, _hugging_face),
     "YOLO": (YOLO, _yolo),
-    "detection": (DETECTION, _detection),
+    "detection": (DETECTION, zoo.torchvision_model),
     "timm": (TIMM, _timm),
 }

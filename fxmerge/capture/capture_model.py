@@ -6,9 +6,8 @@ the shape of each tensor is known, and so that a graph whose outputs differ from
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -174,7 +173,7 @@ def _graph(
     state: what forward had kept before the model ran; a recorded model, which stays the user's code, starts from there
     """
     if moved(state):
-        with contextlib.suppress(FxMergeError), forgetting(model, state):
+        with suppress(FxMergeError), forgetting(model, state):
             return fold(trace(model, fresh(args), fresh(kwargs), check)), None
         reseed()
     try:

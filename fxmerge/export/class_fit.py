@@ -181,19 +181,19 @@ def _searched(trials: _Trials, numbers: Numbers) -> tuple[dict[str, int], Rows] 
         return None
     for kind in list(chosen):
         fewer = {k: v for k, v in chosen.items() if k != kind}
-        if trials.run(_flat(fewer)).fits is not None:
-            chosen = fewer
+        if (outcome := trials.run(_flat(fewer))).fits is not None:
+            chosen, best = fewer, outcome
     unread = {k: c[0] for k, c in numbers.items() if len(c) == 1 and is_width(k[1])}
     unread |= dict(by_tensors(trials.model, trials.copy(0)))
     unread = {kind: choice for kind, choice in unread.items() if kind not in chosen}
     for some in [unread, *({kind: choice} for kind, choice in unread.items())] if unread else []:
         more = {**chosen, **some}  # not read now, but perhaps by other methods
-        if trials.run(_flat(more)).fits is not None:
-            chosen = more
+        if (outcome := trials.run(_flat(more))).fits is not None:
+            chosen, best = more, outcome
             if some is unread:
                 break
-    last = trials.run(_flat(chosen))
-    return None if last.fits is None else (_flat(chosen), last.fits)
+    assert best.fits is not None
+    return _flat(chosen), best.fits
 
 
 def _step(trials: _Trials, numbers: Numbers, chosen: Chosen, best: _Outcome) -> tuple[Chosen, _Outcome] | None:
@@ -203,14 +203,14 @@ def _step(trials: _Trials, numbers: Numbers, chosen: Chosen, best: _Outcome) -> 
         order = {owner: i for i, owner in reversed(list(enumerate(best.raised)))}
         kinds = sorted((k for k in numbers if k[0] in order), key=lambda k: order[k[0]])
     single = [(kind, choice) for kind in kinds for choice in numbers[kind] if chosen.get(kind) != choice]
-    pairs = ((a, b) for a, b in itertools.combinations(single, 2) if a[0] != b[0])
-    moves: list[Iterator[tuple[tuple[Kind, Mapping[str, int]], ...]]] = [((m,) for m in single), iter(pairs)]
-    for several in moves:
+    for size in (1, 2):
         found: tuple[Chosen, _Outcome] | None = None
-        for move in several:
+        for move in itertools.combinations(single, size):
             if trials.left <= 0:
                 break
             tried = {**chosen, **dict(move)}
+            if len({kind for kind, _ in move}) < size:  # two numbers for one attribute
+                continue
             outcome = trials.run(_flat(tried))
             if outcome.fits is not None:
                 return tried, outcome

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fxmerge.errors import FxMergeError, first_line
 from fxmerge.export.check import Expected
 from fxmerge.export.hugging_face_code import CODE
-from fxmerge.weights.files import write_folder, write_text
+from fxmerge.weights.files import write_folder, write_tensors, write_text
 
 MODELLING, CONFIG = "modeling_fxmerge", "config.json"
 KEY = "fxmerge"  # of the configuration: what the modelling file needs to know
@@ -108,7 +108,7 @@ def plain_config(own: Any, original: Any) -> Any:
     """
     wanted = {name: tuple(value.shape) for name, value in own.state_dict().items()}
     config, left = copy.deepcopy(original.config), BUILDS
-    if getattr(config, "head_dim", 0) is None or (not hasattr(config, "head_dim") and hasattr(config, "hidden_size")):
+    if getattr(config, "head_dim", None) is None and hasattr(config, "hidden_size"):
         heads = getattr(config, "num_attention_heads", 0)
         if isinstance(heads, int) and heads and config.hidden_size % heads == 0:
             config.head_dim = config.hidden_size // heads
@@ -194,8 +194,6 @@ def _put(config: Any, place: Place, number: Any) -> None:
 
 def _write_with_code(there: Path, own: Any, original: Any) -> None:
     """Writes configuration, modelling file and weights of a model whose widths no configuration gives."""
-    from safetensors.torch import save_file
-
     name = type(original).__name__
     autos = _auto_classes(original)
     before, after = dict(original.named_buffers()), dict(own.named_buffers())
@@ -227,9 +225,9 @@ def _write_with_code(there: Path, own: Any, original: Any) -> None:
     if getattr(own, "generation_config", None) is not None:
         own.generation_config.save_pretrained(there)
     write_text(there / f"{MODELLING}.py", CODE.format(name=name, auto=autos[0] if autos else name))
-    state: dict[str, Tensor] = {n: v for n, v in held.items() if n not in _tied(own)} | buffers
-    save_file(
-        {n: v.detach().clone().contiguous() for n, v in state.items()}, there / "model.safetensors", {"format": "pt"}
+    tied = _tied(own)
+    write_tensors(
+        there / "model.safetensors", {n: v for n, v in held.items() if n not in tied} | buffers, {"format": "pt"}
     )
 
 
@@ -261,11 +259,8 @@ def _attributes(before: nn.Module, after: nn.Module) -> Iterator[tuple[str, Any]
         now = vars(theirs[path]) if path in theirs else {}
         for name, value in vars(module).items():
             new = now.get(name, value)
-            if name == "training" or name.startswith("_") or type(value) not in (int, tuple, list):
+            plain = new if isinstance(new, (tuple, list)) else (new,)
+            if name.startswith("_") or type(new) is not type(value) or new == value:
                 continue
-            if (
-                type(new) is type(value)
-                and new != value
-                and json.dumps(new, default=lambda v: None) == json.dumps(new, default=str)
-            ):
+            if type(value) in (int, tuple, list) and all(type(v) in (int, float, str) for v in plain):
                 yield f"{path}.{name}".lstrip("."), new

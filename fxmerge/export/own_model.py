@@ -30,18 +30,26 @@ class Own:
 
 def own_model(report: Report) -> Own:
     """A copy of the user's model with the merged tensors, which returns what the merged model does."""
-    captured, module, grouping = report.captured, report.module, report.grouping
-    alive = survivors(grouping, planned(grouping.everything, report.plan))
-    tensors = _with_biases(module.state_dict(), captured.model)
-    more = sources(captured, tensors, report.facts.params, alive)
-    fit = fitted(
-        captured, module, report.facts, alive, tensors,
-        expected=Expected(captured, module), sources=more, formats=memory_formats(module),
-    )  # fmt: skip
-    tensors = {**tensors, **more}
+    captured, module = report.captured, report.module
+    fit, tensors = fit_of(report, _with_biases(module.state_dict(), captured.model), Expected(captured, module))
     if fit.refused or captured.model is None:
         return Own(None, fit, tensors)
     return Own(_wrapped(_made(captured.model, tensors, fit), captured.given), fit, tensors)
+
+
+def fit_of(report: Report, tensors: Mapping[str, Tensor], expected: Expected) -> tuple[Fit, dict[str, Tensor]]:
+    """(what the user's class needs to take these tensors of the merged model, they and those it computes others from).
+
+    Only the tensors themselves if the class cannot take them.
+    """
+    captured, module, grouping = report.captured, report.module, report.grouping
+    alive = survivors(grouping, planned(grouping.everything, report.plan))
+    more = sources(captured, tensors, report.facts.params, alive)
+    fit = fitted(
+        captured, module, report.facts, alive, tensors,
+        expected=expected, sources=more, formats=memory_formats(module),
+    )  # fmt: skip
+    return fit, {**tensors} if fit.refused else {**tensors, **more}
 
 
 def into(other: nn.Module, report: Report, own: Own) -> nn.Module:
@@ -86,7 +94,7 @@ def _wrapped(model: nn.Module, given: nn.Module | None) -> nn.Module:
     if given is None or inside(given) is given:
         return model
     if isinstance(given, nn.DataParallel):
-        where = {name: vars(given)[name] for name in ("device_ids", "output_device", "dim") if vars(given).get(name)}
+        where = {name: vars(given)[name] for name in ("device_ids", "output_device", "dim") if name in vars(given)}
         return nn.DataParallel(_wrapped(model, given.module), **where)
     if isinstance(given, nn.parallel.DistributedDataParallel):
         inner = _wrapped(model, given.module)

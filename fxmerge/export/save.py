@@ -23,19 +23,16 @@ from torch import Tensor, fx, nn
 
 from fxmerge.errors import FxMergeError
 from fxmerge.export.check import Expected
-from fxmerge.export.class_fit import fitted
-from fxmerge.export.folded import sources
 from fxmerge.export.own_class import Fit, narrowed
+from fxmerge.export.own_model import fit_of
 from fxmerge.export.source.layers import layered
 from fxmerge.export.source.module import source
 from fxmerge.ir.capture import Capture
-from fxmerge.ir.groups import survivors
-from fxmerge.plan import Plan, planned
+from fxmerge.plan import Plan
 from fxmerge.report.reports import Report
 from fxmerge.weights.by_path import at
 from fxmerge.weights.disk_tensor import has_disk_tensors, open_tensors, raw, regions
 from fxmerge.weights.files import write_folder, write_tensors, write_text
-from fxmerge.weights.memory_format import memory_formats
 
 VERSION = 1
 MODEL, WEIGHTS, PLAN = "model.py", "weights.safetensors", "plan.json"
@@ -55,16 +52,10 @@ def save(folder: Path, report: Report) -> None:
             f"{folder} looks like a file, and result.save writes a folder; give a folder's name, or write a file with "
             "result.to_onnx or result.save_program"
         )
-    captured, module, plan, grouping = report.captured, report.module, report.plan, report.grouping
-    alive = survivors(grouping, planned(grouping.everything, plan))
+    captured, module, plan = report.captured, report.module, report.plan
     expected = Expected(captured, module)
     text, tensors, why = model_source(captured, module, expected)
-    more = sources(captured, tensors, report.facts.params, alive)
-    fit = fitted(
-        captured, module, report.facts, alive, tensors,
-        expected=expected, sources=more, formats=memory_formats(module),
-    )  # fmt: skip
-    tensors = tensors if fit.refused else {**tensors, **more}
+    fit, tensors = fit_of(report, tensors, expected)
     texts = {PLAN: plan.json()} | ({MODEL: text} if text else {})
     metadata = {
         _KEY: str(VERSION),

@@ -39,6 +39,7 @@ def by_ratio(
     """
     share, kept = 1 - options.ratio, dict[str, tuple[int, ...]]()
     left: dict[str, float] = {}  # share of each group that is kept
+    free: dict[str, Group] = {}  # the groups whose width `keep` does not say
     doubled = {name for g in groups for name in overlaps.get(g.name, ())}
     for group in sorted(groups, key=lambda g: g.name not in doubled):  # blocks first: the others depend on them
         gone = sum(part * (1 - left.get(name, 1)) for name, part in overlaps.get(group.name, {}).items())
@@ -46,10 +47,11 @@ def by_ratio(
         asked = _asked(group, options)
         kept[group.name] = spread(group, own, options.round_to) or all_of(group) if asked is None else asked
         left[group.name] = sum(kept[group.name]) / group.channels
-    by_name = {g.name: g for g in groups if _asked(g, options) is None}
-    for head in heads:
-        if options.round_to == 1 and not doubled and {head.values, head.queries} <= by_name.keys():
-            kept[head.values] = _as_wide(head, by_name[head.values], by_name[head.queries], kept)
+        if asked is None:
+            free[group.name] = group
+    for head in heads if options.round_to == 1 and not doubled else ():
+        if {head.values, head.queries} <= free.keys():
+            kept[head.values] = _as_wide(head, free[head.values], free[head.queries], kept)
     return kept
 
 
