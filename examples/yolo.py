@@ -63,7 +63,7 @@ def main() -> None:
         print("val:", "mAP50" if yolo.val(data=str(data), device="cpu", **quiet).box.map50 >= 0 else "")
 
         widths = [p.shape for p in yolo.model.parameters()]
-        yolo.ckpt = yolo.ckpt or {}
+        yolo.ckpt = yolo.ckpt or {"model": yolo.model}
         yolo.train(data=str(data), epochs=1, batch=4, device="cpu", trainer=KeepWidths, **quiet)
         print("train: widths are kept", [p.shape for p in yolo.model.parameters()] == widths)
         print("export:", Path(yolo.export(format="onnx", imgsz=SIZE)).suffix)

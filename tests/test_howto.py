@@ -29,6 +29,7 @@ def test_hugging_face(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
 def test_yolo_is_the_example() -> None:
     """The trainer of the page is that of `examples/yolo.py`, which the tests of the examples run."""
     example = (DOCS.parent / "examples" / "yolo.py").read_text(encoding="utf-8")
-    for line in ("class KeepWidths(DetectionTrainer):", "return weights", "yolo.model = result.model"):
+    kept = 'yolo.ckpt = yolo.ckpt or {"model": yolo.model}'
+    for line in ("class KeepWidths(DetectionTrainer):", "return weights", "yolo.model = result.model", kept):
         assert line in example
         assert any(line in code for code in snippets("yolo.md"))
