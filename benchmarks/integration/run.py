@@ -25,7 +25,7 @@ then used as their users would. *yes* was run, and compared with `result.module`
 refers to the reasons below each table; - means that there is nothing to try.
 
 - *own class*: `result.model` is of the class that was given, and returns what `result.module` does.
-- *any size*: other numbers of samples (1 and 4), and tokens of another length; detection: runs on two images of other sizes.
+- *any size*: other numbers of samples (1 and 4), and tokens of another length; detection: two other images run.
 - *save, load*: `result.save`, then `fxmerge.load`; models that were captured in parts go into their own class.
 - *from_pretrained*: `result.save_pretrained`, which loads what it wrote and compares.
 - *generate, predict*: the method of `result.model`, with its cache; YOLO's predict; the boxes of a detector.
