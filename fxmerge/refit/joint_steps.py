@@ -53,7 +53,7 @@ class JointSteps:
         self.waiting: dict[str, _End] = {}  # ends that have been solved, by node
         self._plan(self.regions if self.used else [])
         for region in self.planned:
-            paired.merged.keep(region.outside, region.ends[-1])
+            paired.merged.keep(region.outside | region.inputs, region.ends[-1])
 
     def _plan(self, regions: Sequence[Region]) -> None:
         """The regions that joint steps are still run on in this run."""

@@ -35,6 +35,7 @@ class Region:
     ends:      the last layers, whose outputs leave the region, in execution order
     replay:    all nodes before the final end that depend on a first layer
     outside:   the names of the nodes that `replay` and `nodes` read from outside of the region
+    inputs:    the names of the nodes that the ends read
     """
 
     nodes: tuple[fx.Node, ...]
@@ -42,6 +43,7 @@ class Region:
     ends: tuple[str, ...]
     replay: tuple[fx.Node, ...]
     outside: frozenset[str]
+    inputs: frozenset[str]
     versions: dict[str, list[int]] = field(default_factory=dict)  # of the outside values, by node and batch
 
     @property
@@ -191,4 +193,5 @@ class _Walk:
             ends=tuple(node.name for node in ends),
             replay=tuple(replay),
             outside=frozenset(source.name for source in read - depends),
+            inputs=frozenset(input_of(end, self.layers[end.name].op).name for end in ends),
         )

@@ -37,6 +37,21 @@ class Fire(nn.Module):
         return out
 
 
+class Fork(nn.Module):
+    """Two layers that read one stream, of which the first is reached long before the last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.w, self.a, self.b = nn.Conv2d(6, 8, 1), nn.Conv2d(8, 6, 1), nn.Conv2d(8, 6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.w(x))
+        a = self.a(x)
+        out: Tensor = a + self.b(F.pad(x, (1, 1, 1, 1)))
+        return out
+
+
 class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -183,7 +198,13 @@ def test_shared_weights_and_layers_that_lost_nothing_have_no_region() -> None:
     assert not regions_of(Attention(), shared={"q.weight"})
 
 
-NETS = [(Fire, (64, 6, 8, 8)), (Attention, (64, 10, 12)), (Gated, (64, 10, 12)), (Excited, (64, 6, 8, 8))]
+NETS = [
+    (Fire, (64, 6, 8, 8)),
+    (Attention, (64, 10, 12)),
+    (Gated, (64, 10, 12)),
+    (Excited, (64, 6, 8, 8)),
+    (Fork, (64, 6, 8, 8)),
+]
 
 
 def merged(model: nn.Module, x: Tensor, **changes: Any) -> fxmerge.Result:
