@@ -265,7 +265,7 @@ class Prepared:
             pruned = replace(choice, options=choice.options.replace(decomposition="prune"))
             others = {MERGED: lambda: self.draft(choice), PRUNED: lambda: self.draft(pruned)}
             streams = pair(captured.module, facts, draft.graph, draft.alive)
-            refitted, best = closest(streams, others, choice.batches, self.settings, self.stage)
+            refitted, best = closest(captured, streams, others, choice.batches, self.settings, stage=self.stage)
             draft = others[best.name]() if best.name in others else draft
         module = assembled(captured, draft.graph)
         self.stage("verify")

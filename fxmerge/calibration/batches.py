@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxmerge.calibration.held_out import HELD_OUT, sample_folds, samples
+from fxmerge.calibration.held_out import HELD_OUT, of_samples, sample_folds, samples
 from fxmerge.calibration.trial_runs import refused
 from fxmerge.calibration.user_data import given
 from fxmerge.errors import FxMergeError
@@ -160,8 +160,7 @@ def variants(captured: Capture, batches: Batches, wanted: int, seed: int) -> Bat
 def _rows(batch: Sequence[Any], index: Tensor) -> list[Any]:
     """As many samples as the batch has, from those with these indices in turn."""
     count = samples(batch)
-    chosen = index[torch.arange(count) % len(index)]
-    return [v[chosen.to(v.device)] if isinstance(v, Tensor) and v.dim() and v.size(0) == count else v for v in batch]
+    return of_samples(batch, index[torch.arange(count) % len(index)])
 
 
 def _described(captured: Capture, family: str, count: int, real: bool, words: bool) -> str:

@@ -25,6 +25,12 @@ def samples(batch: Sequence[Any]) -> int:
     return next((v.size(0) for v in batch if isinstance(v, Tensor) and v.dim()), 1)
 
 
+def of_samples(batch: Sequence[Any], index: Tensor) -> list[Any]:
+    """The samples of a batch with these indices, or those where a mask is True."""
+    count = samples(batch)
+    return [v[index.to(v.device)] if isinstance(v, Tensor) and v.dim() and v.size(0) == count else v for v in batch]
+
+
 def sample_folds(counts: Sequence[int], made: int = 0) -> list[Tensor]:
     """The fold of each sample, (samples,) by batch; NO_FOLD for all if there are fewer than 2 FOLDS.
 

@@ -10,7 +10,6 @@ from torch import Tensor, fx
 
 from fxmerge.errors import first_line
 from fxmerge.graph.eval_mode import evaluating
-from fxmerge.graph.inputs import is_exported
 from fxmerge.graph.nested import fresh
 from fxmerge.graph.outputs import returned
 from fxmerge.ir.capture import Capture
@@ -30,10 +29,8 @@ def refused(captured: Capture, values: Sequence[Any]) -> str:
 
 
 def takes_any_batch(captured: Capture) -> bool:
-    """Whether batches may be cut and joined: always if traced; an exported model is tried on one and on two samples."""
-    return not is_exported(captured.module) or not any(
-        refused(captured, [_first(value, count) for value in captured.inputs]) for count in (1, 2)
-    )
+    """Whether batches may be cut and joined: the model is tried on one and on two samples."""
+    return not any(refused(captured, [_first(value, count) for value in captured.inputs]) for count in (1, 2))
 
 
 def _first(value: Any, count: int) -> Any:

@@ -16,6 +16,8 @@ Correlations that are estimated from N rows are too large on average. Multiplied
 square error (Schaefer & Strimmer, "A shrinkage approach to large-scale covariance matrix estimation", 2005, section 2):
 
     a = sum_i!=j Var(r_ij) / sum_i!=j r_ij^2
+
+N is estimated on a sample of the columns, whose pairs are many enough.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from torch import Tensor
 from fxmerge.methods.least_squares import Reduce
 
 BLOCKS = 8  # of each process
+COLUMNS = 512  # of each of the patches' blocks, at most, on which N is estimated
 WORST = 0.05  # the smallest value of 1 - df / N
 
 
@@ -52,6 +55,8 @@ def independent_rows(rows: list[Tensor], mean: Tensor, second: Tensor, reduce: R
 
     It is at most the number of rows, and at least 1.
     """
+    some = _some_columns(second)
+    mean, second = mean[:, some], second[:, some][:, :, some]
     inverse = _inverse_deviations(second)
     solid = inverse > 0
     whole = second * inverse[:, :, None] * inverse[:, None, :]
@@ -63,7 +68,7 @@ def independent_rows(rows: list[Tensor], mean: Tensor, second: Tensor, reduce: R
         own = torch.zeros_like(second)
         for part in block:
             precise = torch.promote_types(part.dtype, torch.float32)
-            z = (part.double() - mean).mul_(inverse).to(precise).transpose(0, 1)
+            z = (part[:, :, some].double() - mean).mul_(inverse).to(precise).transpose(0, 1)
             own += (z.mT @ z).double() / count
         own.diagonal(dim1=1, dim2=2).zero_()
         varied, blocks = varied + (count / total) ** 2 * (own - whole).square().sum(), blocks + 1
@@ -72,6 +77,16 @@ def independent_rows(rows: list[Tensor], mean: Tensor, second: Tensor, reduce: R
     if several < 2 or pairs <= 0:
         return max(1.0, total)
     return min(max(1.0, total), max(1.0, pairs / max(several / (several - 1) * spread, 1e-300)))
+
+
+def _some_columns(second: Tensor) -> Tensor:
+    """The numbers of COLUMNS columns of second moments (g, p, p), the same on every process; of all if there are fewer.
+
+    They are drawn: the columns of a convolution's patches have a period.
+    """
+    count = second.size(-1)
+    drawn = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:COLUMNS].sort().values
+    return drawn.to(second.device)
 
 
 def pieces(rows: list[Tensor]) -> list[list[Tensor]]:

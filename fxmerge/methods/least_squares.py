@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fxmerge.methods.linalg import solve_ridge
+from fxmerge.methods.linalg import Lifted, lifted
 
 Reduce = Callable[[Tensor], Tensor]  # sums a tensor over all processes
 CHUNK = 2048  # rows whose products are summed in the rows' own precision, but at least float32
@@ -39,11 +39,17 @@ class System:
         cross = reduce(_product(rows, self.mean_p, targets, mean)) / self.count
         return replace(self, mean_t=mean, cross=cross)
 
-    def solve(self, start: Tensor, ridge: float) -> Tensor:
-        """W' (g, o, p) for W0 `start`."""
-        right = self.cross - self.gram @ start.mT
-        change = [solve_ridge(g, r, ridge) for g, r in zip(self.gram, right, strict=True)]
-        return start + torch.stack(change).mT
+    def lifted(self, ridge: float) -> Lifted:
+        """G + mu d I of each block, factored: it serves all systems of the same patches."""
+        return lifted(self.gram, ridge)
+
+    def gap(self, start: Tensor) -> Tensor:
+        """R - G W0 (g, p, o) for W0 `start`, (g, o, p)."""
+        return self.cross - self.gram @ start.mT
+
+    def solve(self, start: Tensor, factors: Lifted, gap: Tensor | None = None) -> Tensor:
+        """W' (g, o, p) for W0 `start`; its `gap`, if it is known."""
+        return start + factors.solve(self.gap(start) if gap is None else gap).mT
 
     def intercept(self, weight: Tensor, mean: Tensor) -> Tensor:
         """The bias (g, o) with which the outputs of `weight` have the mean `mean`, (g, o)."""

@@ -84,15 +84,32 @@ def coordinates(inner: Tensor) -> Tensor:
     return points
 
 
+@dataclass(frozen=True)
+class Lifted:
+    """A + ridge * mean(diag A) I for symmetric positive semidefinite A (..., p, p), factored for any right sides."""
+
+    factor: Tensor  # of Cholesky; the pseudoinverse where a matrix is singular nevertheless
+    singular: bool
+
+    def solve(self, right: Tensor) -> Tensor:
+        """X (..., p, q) for right sides (..., p, q); the least-norm solution where a matrix is singular."""
+        return self.factor @ right if self.singular else torch.cholesky_solve(right, self.factor)
+
+
+def lifted(normal: Tensor, ridge: float) -> Lifted:
+    """A + ridge * mean(diag A) I for symmetric positive semidefinite A (..., p, p), float64."""
+    moved = normal.clone()
+    diagonal = moved.diagonal(dim1=-2, dim2=-1)
+    diagonal += ridge * diagonal.mean(-1, keepdim=True).clamp(min=0) + torch.finfo(torch.float64).tiny
+    factor, failed = torch.linalg.cholesky_ex(moved)
+    if not bool(failed.any()):
+        return Lifted(factor, singular=False)
+    return Lifted(torch.linalg.pinv(moved, hermitian=True), singular=True)
+
+
 def solve_ridge(normal: Tensor, right: Tensor, ridge: float) -> Tensor:
     """X = (A + ridge * mean(diag A) I)^-1 B for symmetric positive semidefinite A (p, p) and B (p, q), float64.
 
     It is solved by Cholesky; if the matrix is singular nevertheless, by the pseudoinverse (the least-norm solution).
     """
-    shift = ridge * float(normal.diagonal().mean().clamp(min=0)) + torch.finfo(torch.float64).tiny
-    lifted = normal + shift * torch.eye(len(normal), dtype=normal.dtype, device=normal.device)
-    factor, failed = torch.linalg.cholesky_ex(lifted)
-    if not bool(failed):
-        return torch.cholesky_solve(right, factor)
-    least: Tensor = torch.linalg.pinv(lifted, hermitian=True) @ right
-    return least
+    return lifted(normal, ridge).solve(right)

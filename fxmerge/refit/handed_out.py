@@ -15,9 +15,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx
 
-from fxmerge.calibration.held_out import HELD_OUT, sample_folds, samples
+from fxmerge.calibration.held_out import HELD_OUT, JUDGES, of_samples, sample_folds, samples
 from fxmerge.calibration.output_error import output_error
 from fxmerge.calibration.paired_run import Pair, Settings
+from fxmerge.calibration.trial_runs import takes_any_batch
+from fxmerge.ir.capture import Capture
 from fxmerge.refit.records import Refitted
 from fxmerge.refit.refit_layers import refit
 
@@ -45,6 +47,7 @@ class HandedOut:
 
 
 def closest(
+    captured: Capture,
     pair: Pair,
     others: Mapping[str, Callable[[], Draft]],
     batches: Sequence[Sequence[Any]],
@@ -57,7 +60,7 @@ def closest(
             is closer to the original
     """
     assert pair.merged is not None
-    judging, judges = _judging(batches, settings.made)
+    judging, judges = _judging(captured, batches, settings)
     alone = replaced(settings, made=0)
 
     def off(graph: fx.GraphModule | None) -> float:
@@ -71,10 +74,19 @@ def closest(
     return refitted if best == REFITTED else (), HandedOut(best, errors)
 
 
-def _judging(batches: Sequence[Sequence[Any]], made: int) -> tuple[list[Sequence[Any]], list[Tensor]]:
-    """The batches with samples held out, and which they are; all samples of the first batch if none is held out."""
-    held = [folds == HELD_OUT for folds in sample_folds([samples(batch) for batch in batches], made)]
+def _judging(
+    captured: Capture, batches: Sequence[Sequence[Any]], settings: Settings
+) -> tuple[list[Sequence[Any]], list[Tensor]]:
+    """The batches with samples held out, and which they are; all samples of the first batch if none is held out.
+
+    The other samples are left out if the model takes any batch, unless streams are held and few samples would be left
+    to hold them by.
+    """
+    held = [folds == HELD_OUT for folds in sample_folds([samples(batch) for batch in batches], settings.made)]
     chosen = [(batch, some) for batch, some in zip(batches, held, strict=True) if some.any()]
     if not chosen:
-        chosen = [(batches[0], torch.ones(samples(batches[0]), dtype=torch.bool))]
+        return [batches[0]], [torch.ones(samples(batches[0]), dtype=torch.bool)]
+    enough = not settings.held or sum(int(some.sum()) for _, some in chosen) >= JUDGES
+    if enough and takes_any_batch(captured):
+        chosen = [(of_samples(batch, some), some[some]) for batch, some in chosen]
     return [batch for batch, _ in chosen], [some for _, some in chosen]

@@ -41,7 +41,8 @@ from fxmerge.refit.regions import Region
 from fxmerge.refit.targets import Target
 
 STEPS = 24  # of L-BFGS, at most, without a line search: these coordinates do not need one
-PATIENCE = 4  # steps after the best one, which is taken
+PATIENCE = 4  # steps without a gain that is worth them; the best one is taken
+GAIN = 0.03  # what is worth a step: a share of all that the held-out positions have gained so far, or of what is left
 HISTORY = 10  # steps that L-BFGS remembers
 PASSES = 36  # the cost of as many steps as are usual, in forward passes; a backward pass costs two
 BUDGET = 5e12  # FLOPs of all joint steps of a refit together, at most
@@ -162,10 +163,11 @@ class _Joint:
     def _descend(self, variables: Sequence[Coordinates]) -> bool:
         moving = [variable.at for variable in variables]
         first: dict[str, float] = {}
-        least, best, since = torch.inf, [at.detach().clone() for at in moving], 0
+        least, best = torch.inf, [at.detach().clone() for at in moving]
+        mark, since = torch.inf, 0  # the last energy that was worth its steps, and the steps since
 
         def energy() -> Tensor:
-            nonlocal first, least, best, since
+            nonlocal first, least, best, mark, since
             for variable in variables:
                 variable.write()
             total, judged, slopes = self._slopes()
@@ -173,7 +175,9 @@ class _Joint:
                 total = total + variable.slope(slopes)
             first, since = first or judged, since + 1
             if sum(judged.values()) < least and all(judged[name] <= first[name] for name in judged):
-                least, best, since = sum(judged.values()), [at.detach().clone() for at in moving], 0
+                least, best = sum(judged.values()), [at.detach().clone() for at in moving]
+                if least <= mark - GAIN * min(sum(first.values()) - least, least):
+                    mark, since = least, 0
             return total
 
         optimiser = torch.optim.LBFGS(

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fxmerge.calibration.held_out import FOLDS, HELD_OUT, NO_FOLD
 from fxmerge.methods.least_squares import Reduce, System, system
+from fxmerge.methods.linalg import Lifted
 from fxmerge.refit.targets import Target
 
 MATCH = 2.0  # the factor that matches the standard deviations stays between 1 / MATCH and MATCH
@@ -77,6 +78,17 @@ class Solution:
     after: float
 
 
+@dataclass(frozen=True)
+class _Plain:
+    """The solution for targets as they are: weights (g, o, p), biases (g, o), and G + ridge of each block, factored;
+    None for an infinite ridge.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    factors: Lifted | None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Problem:
     """What a layer is solved for.
@@ -103,22 +115,30 @@ class Problem:
         if judging.count(self.reduce) < FEW:
             judging = self.rows.only([folds != NO_FOLD for folds in self.rows.folds])
             splits = [self._split(judging, fold) for fold in range(FOLDS)]
-        tried: dict[int, float] = {}
+        gaps = [one.gap(self.start) for one, _ in splits]
 
-        def at(number: int) -> float:
-            if number not in tried:
-                ridge = LADDER[number] * RIDGE
-                tried[number] = sum(error(rows, *self._plain(one, ridge), self.reduce) for one, rows in splits)
-            return tried[number]
+        def at(number: int) -> tuple[float, _Plain]:
+            found, total = None, 0.0
+            for (one, rows), gap in zip(splits, gaps, strict=True):
+                found = self._plain(one, gap, LADDER[number] * RIDGE)
+                total += error(rows, found.weight, found.bias, self.reduce)
+            assert found is not None
+            return total, found
 
         here = LADDER.index(1.0)
-        step = 1 if at(here + 1) < at(here) else -1  # the error has one minimum along the ladder, or nearly so
-        while 0 <= here + step < len(LADDER) and at(here + step) < WORTH * at(here):
-            here += step
+        now, ahead, step = at(here), at(here + 1), 1
+        if not ahead[0] < now[0]:  # the error has one minimum along the ladder, or nearly so
+            ahead, step = at(here - 1), -1
+        while ahead[0] < WORTH * now[0]:
+            here, now = here + step, ahead
+            if not 0 <= here + step < len(LADDER):
+                break
+            ahead = at(here + step)
         ridge, rectified = LADDER[here] * RIDGE, any(t.bounds is not None for t in solved.targets)
-        weight, bias = self._solution(solved, normal, ridge, self.rounds if rectified else 0)
+        plain = now[1] if len(splits) == 1 else self._plain(normal, normal.gap(self.start), ridge)
+        weight, bias = self._solution(solved, normal, plain, self.rounds if rectified else 0)
         energy = max(judging.energy(self.reduce), 1e-300)
-        whole = at(here) if len(splits) > 1 else error(judging, weight, bias, self.reduce)
+        whole = now[0] if len(splits) > 1 else error(judging, weight, bias, self.reduce)
         before = error(judging, self.start, self.bias, self.reduce)
         return Solution(weight, bias, ridge, before / energy, whole / energy)
 
@@ -133,13 +153,14 @@ class Problem:
     def _shaped(self, targets: list[Tensor]) -> list[Tensor]:
         return [t.reshape(len(t), *self.start.shape[:2]) for t in targets]
 
-    def _plain(self, normal: System, ridge: float) -> tuple[Tensor, Tensor]:
-        weight = self.start if ridge == inf else normal.solve(self.start, ridge)
-        return weight, normal.intercept(weight, normal.mean_t)
+    def _plain(self, normal: System, gap: Tensor, ridge: float) -> _Plain:
+        factors = None if ridge == inf else normal.lifted(ridge)
+        weight = self.start if factors is None else normal.solve(self.start, factors, gap)
+        return _Plain(weight, normal.intercept(weight, normal.mean_t), factors)
 
-    def _solution(self, rows: Rows, normal: System, ridge: float, rounds: int) -> tuple[Tensor, Tensor]:
+    def _solution(self, rows: Rows, normal: System, plain: _Plain, rounds: int) -> tuple[Tensor, Tensor]:
         """(W', b'), (g, o, p) and (g, o), from the positions that are solved on and their system."""
-        weight, bias = self._plain(normal, ridge)
+        weight, bias = plain.weight, plain.bias
         last, pace = (weight, bias), 1.0
         for _ in range(rounds):
             # each round is a gradient step of a convex loss, in the Gram's metric: with FISTA's momentum fewer are
@@ -151,7 +172,7 @@ class Problem:
             predicted = [_predict(p, weight, bias) for p in rows.patches]
             moved = [target.given(y) for target, y in zip(rows.targets, predicted, strict=True)]
             normal = normal.with_targets(rows.patches, self._shaped(moved), self.reduce)
-            weight = weight if ridge == inf else normal.solve(weight, ridge)
+            weight = weight if plain.factors is None else normal.solve(weight, plain.factors)
             bias = normal.intercept(weight, normal.mean_t)
         if self.wanted is not None and self.centred:
             mean, variance = (t.view(self.start.shape[:2]) for t in self.wanted)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fxmerge.methods import generalisation
 from fxmerge.methods.elimination import curve
 from fxmerge.methods.evidence import Reading
 from fxmerge.methods.generalisation import elsewhere, independent_rows, pieces, shrunk
@@ -24,6 +25,15 @@ def test_positions_of_one_image_are_not_independent(copies: int, batch: int) -> 
     x = torch.randn(96, 1, 60) @ torch.randn(60, 60) + 2
     rows = [part.repeat_interleave(copies, 0) for part in x.split(batch)]
     assert counted(rows) == pytest.approx(96, rel=0.25)
+
+
+def test_a_sample_of_the_columns_counts_as_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(96, 2, 60) @ torch.randn(60, 60)
+    rows = [part.repeat_interleave(4, 0) for part in x.split(32)]
+    whole = counted(rows)
+    monkeypatch.setattr(generalisation, "COLUMNS", 24)
+    assert whole != counted(rows) == pytest.approx(whole, rel=0.15)
 
 
 def test_one_enormous_row_counts_for_all() -> None:

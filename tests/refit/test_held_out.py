@@ -90,9 +90,7 @@ def test_whole_samples_are_held_out() -> None:
 
 def test_a_layer_with_too_few_rows_keeps_its_weights() -> None:
     model, x = Classifier().eval(), mixed(1, 4)
-    result = fxmerge.merge(
-        model, x, calibration=[x], samples=1, ratio=0.25, selection="l2", decomposition="prune"
-    )
+    result = fxmerge.merge(model, x, calibration=[x], samples=1, ratio=0.25, selection="l2", decomposition="prune")
     assert [r.note for r in result.report.refitted] == [TOO_FEW]
 
 
@@ -116,6 +114,25 @@ def test_what_refit_spoils_is_not_handed_out(broken: float, monkeypatch: pytest.
     assert found is not None and found.name == handed_out.MERGED and not result.report.refitted
     text = " ".join(result.report.text().split())
     assert "handed out: merged without refit" in text
+
+
+def test_candidates_are_run_on_the_samples_held_out_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But on whole batches where few of them would have to hold the streams."""
+    seen: list[list[int]] = []
+    found = handed_out.output_error
+
+    def watched(pair: Any, batches: Any, settings: Any, judges: Any) -> float:
+        seen.append([len(batch[0]) for batch in batches])
+        assert [len(some) for some in judges] == seen[-1]
+        return found(pair, batches, settings, judges)
+
+    monkeypatch.setattr(handed_out, "output_error", watched)
+    model, x = Classifier().eval(), mixed(1, 64)
+    options: dict[str, Any] = {"ratio": 0.25, "scope": "all", "batch": 64}
+    fxmerge.merge(model, x[:2], calibration=[x, mixed(2, 64)], samples=1, **options)
+    fxmerge.merge(model, x[:2], samples=256, **options)
+    fxmerge.merge(model, x[:2], samples=128, **options)
+    assert [*map(list, dict.fromkeys(map(tuple, seen)))] == [[8, 8], [8, 8, 8, 8], [64, 64]]
 
 
 def test_a_bad_start_is_not_handed_out() -> None:

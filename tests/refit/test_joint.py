@@ -102,6 +102,26 @@ def test_half_precision_is_left_to_single_layers(dtype: torch.dtype, monkeypatch
     assert torch.equal(one.module.a.weight, other.module.a.weight)
 
 
+def test_steps_that_gain_little_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In comparison with all steps that gain anything; what a step must gain is a share of what is gained or left."""
+    steps: list[int] = []
+    slopes = joint._Joint._slopes
+
+    def counted(one: joint._Joint) -> Any:
+        steps[-1] += 1
+        return slopes(one)
+
+    monkeypatch.setattr(joint._Joint, "_slopes", counted)
+    torch.manual_seed(0)
+    model, x, fresh = Rectified().eval(), torch.randn(64, 6, 12, 12), torch.randn(64, 6, 12, 12)
+    errors = []
+    for gain in (0.0, 0.15):
+        monkeypatch.setattr(joint, "GAIN", gain)
+        steps.append(0)
+        errors.append(off(merged(model, x), model, fresh))
+    assert steps[1] < 0.8 * steps[0] and errors[0] < errors[1] < 1.1 * errors[0]
+
+
 def test_few_positions_are_left_to_single_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     """12 weights for each output and only 4 positions: they would be fitted to noise."""
     model, x = Narrow().double().eval(), torch.randn(4, 12, dtype=F64)
@@ -149,8 +169,7 @@ def test_slopes_by_differences(groups: int, bias: bool) -> None:
         variable.write()
         now = there.weight.detach().reshape(groups, outs, width)
         pull = sum(
-            0.2 / 2 * level[g] * torch.einsum("op,oq,qp->", d, variable.square[g], d)
-            for g, d in enumerate(now - start)
+            0.2 / 2 * level[g] * torch.einsum("op,oq,qp->", d, variable.square[g], d) for g, d in enumerate(now - start)
         )
         linear = (now * weights).sum()
         if there.bias is not None:

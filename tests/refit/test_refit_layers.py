@@ -88,7 +88,7 @@ def test_solve_is_ridge_regression(ridge: float, blocks: int) -> None:
     goal = torch.randn(60, blocks, 4, generator=g, dtype=torch.float64)
     start = torch.randn(blocks, 4, 5, generator=g, dtype=torch.float64)
     normal = system([rows[:25], rows[25:]], [goal[:25], goal[25:]], alone)
-    found = normal.solve(start, ridge)
+    found = normal.solve(start, normal.lifted(ridge))
     for b in range(blocks):
         p, t = rows[:, b] - rows[:, b].mean(0), goal[:, b] - goal[:, b].mean(0)
         pull = (ridge * p.square().mean(0).mean() * 60) ** 0.5 * torch.eye(5, dtype=torch.float64)
