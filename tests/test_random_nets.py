@@ -17,7 +17,7 @@ from tests.helpers.random_nets import HEAD, made, sources
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 stable = settings(
-    max_examples=40,
+    max_examples=25,
     deadline=None,
     derandomize=True,
     database=None,

@@ -27,7 +27,7 @@ from fxmerge.weights.files import _exchange
 from tests.helpers.netmaking import one_thread, plain_merge, randomised  # noqa: F401
 from tests.helpers.nets import NETS
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("saved")]
 TESTS = Path(__file__).resolve().parents[1]
 
 
@@ -308,6 +308,7 @@ def test_generate_in_the_users_class(folders: dict[str, Any]) -> None:
     assert sum(p.numel() for p in own.parameters()) < 0.8 * sum(p.numel() for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_a_detection_model(tmp_path: Path) -> None:
     """Only parts of it can be traced: there is no model.py, but the weights can be loaded into the user's class."""
     detection = pytest.importorskip("torchvision").models.detection
