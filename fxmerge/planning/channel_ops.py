@@ -245,6 +245,8 @@ def _function(node: fx.Node, captured: Capture, n: int) -> Callable[[Tensor], Te
     pooling = nn.modules.pooling
     if isinstance(module, (nn.modules.dropout._DropoutNd, pooling._MaxPoolNd, pooling._AvgPoolNd)):
         return None
+    if any(n.op == "get_attr" for n in node.all_input_nodes):
+        return lambda x: x  # a product with a parameter that has no channels
     if any(isinstance(a, fx.Node) for a in (*node.args[1:], *node.kwargs.values())):
         return None
 

@@ -44,7 +44,7 @@ def linear(ctx: RuleContext, input: Operand, weight: Operand, bias: Operand = No
         return found
     x, w, b, shape = found
     last = x.t.dim() - 1
-    if _maps_positions(x):  # as over the tokens of an MLP-Mixer, the same for every channel
+    if maps_positions(x):  # as over the tokens of an MLP-Mixer, the same for every channel
         ctx.freeze(w, "maps positions, not channels")
         ctx.freeze(b, "maps positions, not channels")
         return AsKind("per_channel", resized(x, shape))
@@ -56,7 +56,7 @@ def linear(ctx: RuleContext, input: Operand, weight: Operand, bias: Operand = No
     return Lab(spread(writes, shape, len(shape) - 1))
 
 
-def _maps_positions(x: Lab) -> bool:
+def maps_positions(x: Lab) -> bool:
     """Do labels vary along other axes than the last, which a product with a weight sums over?"""
     last = x.t.dim() - 1
     return bool(varying(x.t)) and last not in varying(x.t) and x.t.size(last) > 1
@@ -72,7 +72,7 @@ def matrix(ctx: RuleContext, input: Operand, weight: Operand, bias: Operand = No
     found = _operands(ctx, input, weight, bias)
     if isinstance(found, Unknown):
         return found
-    if _maps_positions(found[0]):
+    if maps_positions(found[0]):
         return Unknown("maps positions, not channels")
     return _product(ctx, "matrix", found, found[0].t.dim() - 1, transposed)
 
@@ -97,7 +97,7 @@ def experts(ctx: RuleContext, input: Operand, weight: Param, shape: Shape | None
     """
     if not isinstance(input, Lab) or shape is None:
         return Unknown("has an input that does not depend on the model's input")
-    if _maps_positions(input):
+    if maps_positions(input):
         return Unknown("maps positions, not channels")
     into, out = (1, 2) if transposed else (2, 1)
     reads, writes = ctx.along(input, input.t.dim() - 1), ctx.axis(weight, out)
