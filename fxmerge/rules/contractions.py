@@ -157,14 +157,13 @@ def matmul(
 
 def _product(ctx: RuleContext, a: Operand, b: Operand) -> Lab | Unknown:
     """A product of two activations, or of one with a raw parameter."""
-    shapes = operand_shape(a), operand_shape(b)
-    if shapes[0] is None or shapes[1] is None or min(map(len, shapes)) < 2 or ctx.shape is None:
+    dims = [len(shape) - 2 for shape in map(operand_shape, (a, b)) if shape is not None]
+    if len(dims) < 2 or min(dims) < 0 or ctx.shape is None:
         return Unknown("has an operand that is not an activation")
-    dims = [len(shape) - 2 for shape in shapes]
     batch = "abcdefgh"[: max(dims)]
     letters = [batch[len(batch) - dim :] + end for dim, end in zip(dims, ("mk", "kn"), strict=True)]
     found = named(ctx, (a, b), letters)
-    return found if isinstance(found, Unknown) else contract(ctx, *found, batch + "mn", ctx.shape)
+    return found if isinstance(found, Unknown) else contract(ctx, found[0], found[1], batch + "mn", ctx.shape)
 
 
 def named(ctx: RuleContext, operands: Sequence[Operand], letters: Sequence[str]) -> list[Named] | Unknown:
@@ -181,7 +180,7 @@ def named(ctx: RuleContext, operands: Sequence[Operand], letters: Sequence[str])
     }
     found = []
     for operand, axes in zip(operands, letters, strict=True):
-        known = operand
+        known = Lab(fixed(operand.shape)) if isinstance(operand, Tensor) else operand
         if isinstance(operand, (Param, View)) and channels & set(axes):
             known = as_table(ctx, operand)
         elif isinstance(operand, (Param, View)) and channels:
@@ -257,6 +256,7 @@ def attention(
     enable_gqa: bool = False,
 ) -> Lab | Unknown:
     """softmax(q k' / scale) v: q (..., t, d), k (..., s, d), v (..., s, e) give (..., t, e)."""
+    query, key, value = (as_table(ctx, o) if isinstance(o, View) else o for o in (query, key, value))
     if not isinstance(query, Lab) or not isinstance(key, Lab) or not isinstance(value, Lab) or ctx.shape is None:
         return Unknown("has an operand that is not an activation")
     batch = "abcdefgh"[: query.t.dim() - 2]
