@@ -67,7 +67,7 @@ def contract(ctx: RuleContext, a: Named, b: Named, out: str, shape: Shape) -> La
         batch = set(operand.varying - set(summed) if operand.varying & set(summed) else operand.varying & set(shared))
         ctx.hold_places(operand.t, operand.axes(sorted(batch - set(summed))), single=True)
     if (varying_a | varying_b) & set(summed):
-        if any(v and not v & set(summed) and v & set(shared) for v in (varying_a, varying_b)):
+        if any(not x.varying & set(summed) and x.varying & set(shared) and not ctx.is_number(x.t) for x in (a, b)):
             return Unknown("has channels on a batch axis only")
         # q k': tie what meets along the contracted axis, at each place along the other axes that labels vary along
         axes = shared + [c for c in a.letters + b.letters if c in (varying_a | varying_b) and c not in shared]
