@@ -24,7 +24,8 @@ from torch import Tensor
 from fxmerge.analysis.copies import copy_numbers
 from fxmerge.analysis.group_graph import group_graph
 from fxmerge.analysis.members import Builder
-from fxmerge.analysis.whole_blocks import atoms
+from fxmerge.analysis.whole_blocks import atoms, joining
+from fxmerge.errors import source_line
 from fxmerge.graph.nested import leaves
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.groups import Group, Grouping, Ints, Refusal, group_of_label
@@ -45,7 +46,7 @@ def group(captured: Capture, facts: Provenance) -> Grouping:
     of_group, components = _components(facts, atom, part, pinned, written)
     builder = Builder(captured, facts, atom, of_group, present)
     named = _named([builder.build(number, *inside) for number, inside in components.items()])
-    named, stuck = _without_choice(facts, atom, named)
+    named, stuck = _without_choice(captured, facts, atom, named)
     refusals = (*_refusals(facts, atom, pinned, named, {r.name for r in stuck}), *stuck)
     graph = group_graph(named, refusals, facts.layers)
     return Grouping(tuple(named), refusals, torch.from_numpy(atom), graph)
@@ -221,20 +222,34 @@ def _named(found: list[Group]) -> list[Group]:
     return named
 
 
-def _without_choice(facts: Provenance, atom: Ints, groups: list[Group]) -> tuple[list[Group], list[Refusal]]:
-    """(the groups that can lose channels, refusals of the others, whose blocks hold one channel of each kind)."""
-    able, refused = [], []
+def _without_choice(
+    captured: Capture, facts: Provenance, atom: Ints, groups: list[Group]
+) -> tuple[list[Group], list[Refusal]]:
+    """(the groups that can lose channels, refusals of the others).
+
+    Those hold one channel of each kind in their blocks, or one channel that is many rows of a layer, all tied.
+    """
+    able: list[Group] = []
+    refused: dict[tuple[str, str, str], int] = defaultdict(int)
     for g in groups:
-        if not g.blocks or len(torch.unique(g.cells)) < g.channels:
+        several = [m for m in g.producers if m.where.numel() > 1]
+        if len(torch.unique(g.cells)) < g.channels or not (g.blocks or several):
             able.append(g)
             continue
         inside = np.zeros(int(atom.max()) + 1, dtype=bool)
         inside[g.atoms.numpy()] = True
-        block = next(b for b in facts.blocks if inside[atom[b.labels.numpy()]].all())
-        why = f"the blocks at {block.node} must lose equally many channels, and none has two to choose from"
-        modules = {m.layer.module: len(m.channels) for m in g.producers}
-        refused += [Refusal(name, channels, why, block.where) for name, channels in modules.items()]
-    return able, refused
+        if g.blocks:
+            block = next(b for b in facts.blocks if inside[atom[b.labels.numpy()]].all())
+            why = f"the blocks at {block.node} must lose equally many channels, and none has two to choose from"
+            where = block.where
+        else:
+            node = joining(facts, several[0].layer)
+            why = f"its channels are tied to each other at {node}: all of them would leave, or none"
+            where = next((source_line(n) for n in captured.module.graph.nodes if n.name == node), "")
+        modules = {m.layer.module: len(m.channels) if g.blocks else m.where.numel() for m in g.producers}
+        for name, channels in modules.items():  # halves of a layer's channels may be two groups
+            refused[name, why, where] += channels
+    return able, [Refusal(name, channels, why, where) for (name, why, where), channels in refused.items()]
 
 
 def _refusals(

@@ -166,7 +166,7 @@ class _Interpreter:
         if isinstance(answer, Unknown):
             self.facts.take_back(sizes)
             kind, answer = "unknown", self.unknown(node, target, args, operands, answer.reason)
-        elif isinstance(answer, View) and rule is not None and rule.kind != "movement":
+        elif isinstance(answer, View) and kind != "movement":
             answer = Lab(answer.t)
         if in_place(node, target) and node.args and isinstance(node.args[0], fx.Node):
             self.renewed[self.latest(node.args[0])] = node

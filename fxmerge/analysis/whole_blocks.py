@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fxmerge.ir.labels import FIXED
-from fxmerge.ir.provenance import Provenance, Tie
+from fxmerge.ir.provenance import Layer, Provenance, Tie
 
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
@@ -31,6 +31,18 @@ def atoms(facts: Provenance) -> Ints:
     size = facts.label_count
     edges = coo_matrix((np.ones(len(left), dtype=np.int8), (left.numpy(), right.numpy())), shape=(size, size))
     return connected_components(edges, directed=False)[1].astype(np.int64)
+
+
+def joining(facts: Provenance, layer: Layer) -> str:
+    """The first node at which two channels that a layer writes are tied to each other, directly or by others; or ""."""
+    assert layer.writes is not None
+    rows = layer.writes.numpy()
+    apart, joined = 0, len(facts.ties)  # numbers of ties after which the rows are still apart, and not any more
+    while joined - apart > 1:
+        middle = (apart + joined) // 2
+        atom = atoms(replace(facts, ties=facts.ties[:middle]))[rows]
+        apart, joined = (middle, joined) if len(np.unique(atom)) == len(np.unique(rows)) else (apart, middle)
+    return facts.ties[joined - 1].node if facts.ties else ""
 
 
 def width(facts: Provenance) -> Provenance:

@@ -238,13 +238,15 @@ def _function(node: fx.Node, captured: Capture, n: int) -> Callable[[Tensor], Te
     module = captured.module.get_submodule(str(node.target)) if node.op == "call_module" else None
     if node.target is F.glu or isinstance(module, nn.GLU):
         return lambda x: x * torch.sigmoid(x)  # a channel is in both halves
-    if node.target is F.linear or isinstance(module, nn.Linear):
+    if node.target is F.linear or isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
         return lambda x: x  # a map over positions, which does not preserve constants
     if not isinstance(source, fx.Node) or captured.shapes.get(source.name) != captured.shapes.get(node.name):
         return None
     pooling = nn.modules.pooling
     if isinstance(module, (nn.modules.dropout._DropoutNd, pooling._MaxPoolNd, pooling._AvgPoolNd)):
         return None
+    if any(n.op == "get_attr" for n in node.all_input_nodes):
+        return lambda x: x  # a product with a parameter that has no channels
     if any(isinstance(a, fx.Node) for a in (*node.args[1:], *node.kwargs.values())):
         return None
 

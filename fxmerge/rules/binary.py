@@ -140,6 +140,12 @@ def operand_shape(operand: Operand) -> Shape | None:
     return tuple(value.shape) if isinstance(value, Tensor) else None
 
 
+def _spreads(labels: Tensor, shape: Sequence[int]) -> bool:
+    """Has an operand of that shape several entries along an axis where the tensor of the labels has one?"""
+    sizes = [1] * (len(shape) - labels.dim()) + list(labels.shape)
+    return any(own > 1 and size == 1 for own, size in zip(reversed(shape), reversed(sizes), strict=False))
+
+
 def meets(labels: Tensor, shape: Sequence[int]) -> bool:
     """Has an operand of that shape entries of its own along an axis that the labels vary along?"""
     offset = len(shape) - labels.dim()
@@ -150,8 +156,12 @@ def _raw_parameter(ctx: RuleContext, x: Lab, given: View | Param, op: LayerOp, s
     """x + p, x * p and the like: p carries the labels of x along each axis where it has entries of its own."""
     param, size = (given.param, given.t.shape) if isinstance(given, View) else (given, given.value.shape)
     if not meets(x.t, size):
-        ctx.freeze(param, "is not per channel")
-        return resized(x, shape)
+        if varying(x.t) or not _spreads(x.t, size):
+            ctx.freeze(param, "is not per channel")
+            return resized(x, shape)
+        # one number meets all of a parameter, as in gamma * rsqrt(variance): the channels are those of the parameter
+        ctx.pin(numbers(x.t), "is spread over the channels of another tensor")
+        return Lab(simplify(torch.broadcast_to(as_table(ctx, given).t, shape)))
     elements = ctx.elements(param)
     ctx.layer(op, {"weight": param}, carries=elements)
     return _meet(ctx, x.t, given.t if isinstance(given, View) else elements, shape)

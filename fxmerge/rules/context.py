@@ -192,11 +192,15 @@ class RuleContext:
         self.bond(torch.cat([number.view(-1, 1), *blocks], 1), pins=(number, "numbers the blocks of other channels"))
         return number
 
+    def is_number(self, labels: Tensor) -> bool:
+        """Are these the numbers of blocks, not channels?"""
+        known = torch.cat([torch.zeros(1, dtype=torch.int64), *self._facts.block_numbers])
+        return bool(torch.isin(thin(labels), known).all())
+
     def counted(self, a: Tensor, b: Tensor) -> bool:
         """Has b one value for each block of a, and no channels? Then it is recorded that they are dropped together."""
         blocks = [axis for axis in varying(a) if b.size(axis) > 1]
-        known = torch.cat([torch.zeros(1, dtype=torch.int64), *self._facts.block_numbers])
-        if not blocks or varying(a)[-1] in blocks or not bool(torch.isin(thin(b), known).all()):
+        if not blocks or varying(a)[-1] in blocks or not self.is_number(b):
             return False
         inside = rows(a, blocks)
         if bool((inside == FIXED).any()) or torch.unique(inside).numel() < inside.numel():

@@ -18,7 +18,7 @@ from fxmerge.ir.labels import fixed, holds, rows, simplify, varying
 from fxmerge.ir.provenance import Lab, Param, View
 from fxmerge.rules.binary import as_table, meets, operand_shape
 from fxmerge.rules.context import RuleContext
-from fxmerge.rules.layers import experts, matrix
+from fxmerge.rules.layers import experts, maps_positions, matrix
 from fxmerge.rules.rule import Answer, Operand, Unknown
 
 Shape = tuple[int, ...]
@@ -58,6 +58,7 @@ def contract(ctx: RuleContext, a: Named, b: Named, out: str, shape: Shape) -> La
     ctx.contraction(a.t, b.t, a.letters, b.letters)
     summed = [c for c in a.letters if c in b.letters and c not in out]
     alone = [c for c in a.letters + b.letters if c not in out and c not in summed]
+    a, b = _summed_over_blocks(ctx, a, b, summed), _summed_over_blocks(ctx, b, a, summed)
     varying_a, varying_b = a.varying, b.varying
     if set(alone) & (varying_a | varying_b):
         return Unknown("sums over the channels of one operand alone")
@@ -66,6 +67,8 @@ def contract(ctx: RuleContext, a: Named, b: Named, out: str, shape: Shape) -> La
         batch = set(operand.varying - set(summed) if operand.varying & set(summed) else operand.varying & set(shared))
         ctx.hold_places(operand.t, operand.axes(sorted(batch - set(summed))), single=True)
     if (varying_a | varying_b) & set(summed):
+        if any(not x.varying & set(summed) and x.varying & set(shared) and not ctx.is_number(x.t) for x in (a, b)):
+            return Unknown("has channels on a batch axis only")
         # q k': tie what meets along the contracted axis, at each place along the other axes that labels vary along
         axes = shared + [c for c in a.letters + b.letters if c in (varying_a | varying_b) and c not in shared]
         one, other = a.laid_out(axes), b.laid_out(axes)
@@ -100,6 +103,18 @@ def contract(ctx: RuleContext, a: Named, b: Named, out: str, shape: Shape) -> La
     return Lab(simplify(torch.broadcast_to(labels, shape)))
 
 
+def _summed_over_blocks(ctx: RuleContext, x: Named, other: Named, summed: list[str]) -> Named:
+    """Blocks that are added up with numbers which are the same for all channels: the same places of all are tied."""
+    axes = varying(x.t)
+    over = [axis for axis in axes if x.letters[axis] in summed]
+    kept = {x.letters[axis] for axis in axes} - set(summed)
+    if holds(other.t) or not over or axes[-1] in over or kept & set(other.letters):
+        return x
+    one = x.t[tuple(slice(0, 1) if axis in over else slice(None) for axis in range(x.t.dim()))]
+    ctx.tie(one, x.t)
+    return Named(simplify(one.expand(x.t.shape)), x.letters)
+
+
 def _scores(ctx: RuleContext, operands: tuple[Named, Named], batch: list[str], out: str, shape: Shape) -> Lab:
     """What is left where the channels of both operands were summed: a number for each block, dropped with its block."""
     if not ctx.whole or not batch:
@@ -132,22 +147,49 @@ def matmul(
 ) -> Answer:
     """a (..., m, k) @ b (..., k, n). The second operand has a name of its own in mm, bmm and Tensor.matmul."""
     a, b = input, next((o for o in (other, mat2, tensor2) if o is not None), None)
-    if isinstance(a, Lab) and isinstance(b, Param) and b.value.dim() == 2:
-        return matrix(ctx, a, b)
-    if isinstance(a, Lab) and isinstance(b, Param) and b.value.dim() == 3:
-        return experts(ctx, a, b, ctx.shape)
+    if isinstance(a, Lab) and isinstance(b, Param) and not maps_positions(a):
+        if b.value.dim() == 2:
+            return matrix(ctx, a, b)
+        if b.value.dim() == 3:
+            return experts(ctx, a, b, ctx.shape)
     return _product(ctx, a, b)
 
 
 def _product(ctx: RuleContext, a: Operand, b: Operand) -> Lab | Unknown:
-    """A product of two activations."""
-    a, b = tables(ctx, a, b)
-    if not isinstance(a, Lab) or not isinstance(b, Lab) or a.t.dim() < 2 or b.t.dim() < 2 or ctx.shape is None:
+    """A product of two activations, or of one with a raw parameter."""
+    dims = [len(shape) - 2 for shape in map(operand_shape, (a, b)) if shape is not None]
+    if len(dims) < 2 or min(dims) < 0 or ctx.shape is None:
         return Unknown("has an operand that is not an activation")
-    batch = "abcdefgh"[: max(a.t.dim(), b.t.dim()) - 2]
-    one = Named(simplify(a.t), batch[len(batch) - (a.t.dim() - 2) :] + "mk")
-    other = Named(simplify(b.t), batch[len(batch) - (b.t.dim() - 2) :] + "kn")
-    return contract(ctx, one, other, batch + "mn", ctx.shape)
+    batch = "abcdefgh"[: max(dims)]
+    letters = [batch[len(batch) - dim :] + end for dim, end in zip(dims, ("mk", "kn"), strict=True)]
+    found = named(ctx, (a, b), letters)
+    return found if isinstance(found, Unknown) else contract(ctx, found[0], found[1], batch + "mn", ctx.shape)
+
+
+def named(ctx: RuleContext, operands: Sequence[Operand], letters: Sequence[str]) -> list[Named] | Unknown:
+    """The labels of operands whose axes are named by letters.
+
+    A raw parameter that has an axis of the channels of an activation has labels of its own, which meet these. Any other
+    maps positions, or blocks of channels (the adjacency of a graph): it treats all channels alike, and stays.
+    """
+    operands = tables(ctx, *operands)
+    channels = {
+        axes[varying(o.t)[-1]]
+        for o, axes in zip(operands, letters, strict=True)
+        if isinstance(o, Lab) and not isinstance(o, View) and varying(o.t)
+    }
+    found = []
+    for operand, axes in zip(operands, letters, strict=True):
+        known = Lab(fixed(operand.shape)) if isinstance(operand, Tensor) else operand
+        if isinstance(operand, (Param, View)) and channels & set(axes):
+            known = as_table(ctx, operand)
+        elif isinstance(operand, (Param, View)) and channels:
+            ctx.freeze(operand.param if isinstance(operand, View) else operand, "maps positions, not channels")
+            known = Lab(fixed(operand_shape(operand) or ()))
+        if not isinstance(known, Lab):
+            return Unknown("has an operand that is not an activation")
+        found.append(Named(simplify(known.t), axes))
+    return found
 
 
 def tables(ctx: RuleContext, *operands: Operand) -> tuple[Operand, ...]:
@@ -214,6 +256,7 @@ def attention(
     enable_gqa: bool = False,
 ) -> Lab | Unknown:
     """softmax(q k' / scale) v: q (..., t, d), k (..., s, d), v (..., s, e) give (..., t, e)."""
+    query, key, value = (as_table(ctx, o) if isinstance(o, View) else o for o in (query, key, value))
     if not isinstance(query, Lab) or not isinstance(key, Lab) or not isinstance(value, Lab) or ctx.shape is None:
         return Unknown("has an operand that is not an activation")
     batch = "abcdefgh"[: query.t.dim() - 2]

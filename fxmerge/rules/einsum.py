@@ -9,9 +9,10 @@ import torch
 
 from fxmerge.ir.labels import simplify, varying
 from fxmerge.ir.provenance import Lab, Param
+from fxmerge.rules.binary import operand_shape
 from fxmerge.rules.context import RuleContext
-from fxmerge.rules.contractions import Named, contract, tables
-from fxmerge.rules.layers import experts, matrix
+from fxmerge.rules.contractions import Named, contract, named
+from fxmerge.rules.layers import experts, maps_positions, matrix
 from fxmerge.rules.rule import Answer, Operand, Unknown
 
 Shape = tuple[int, ...]
@@ -28,13 +29,14 @@ def einsum(ctx: RuleContext, equation: Operand, *operands: Operand, tensors: Ope
         found = _weighs(ctx, equation, operands)
         if found is not None:
             return found
-    labels = [o for o in tables(ctx, *operands) if isinstance(o, Lab)]
-    if len(labels) < len(operands):
+    shapes = [shape for shape in map(operand_shape, operands) if shape is not None]
+    if len(shapes) < len(operands):
         return Unknown("has an operand that is not an activation")
-    inputs, out = spelled(equation, [o.t.dim() for o in labels])
+    inputs, out = spelled(equation, [len(shape) for shape in shapes])
     if any(len(set(letters)) < len(letters) for letters in (*inputs, out)):
         return Unknown("takes a diagonal")
-    return _activations(ctx, [Named(o.t, letters) for o, letters in zip(labels, inputs, strict=True)], out, ctx.shape)
+    found = named(ctx, operands, inputs)
+    return found if isinstance(found, Unknown) else _activations(ctx, found, out, ctx.shape)
 
 
 def _weighs(ctx: RuleContext, equation: str, operands: Sequence[Operand]) -> Answer | None:
@@ -44,7 +46,7 @@ def _weighs(ctx: RuleContext, equation: str, operands: Sequence[Operand]) -> Ans
     """
     at = int(isinstance(operands[0], Lab))
     x, weight = operands[1 - at], operands[at]
-    if not isinstance(x, Lab) or not isinstance(weight, Param):
+    if not isinstance(x, Lab) or not isinstance(weight, Param) or maps_positions(x):
         return None
     dims = [x.t.dim(), weight.value.dim()]
     given, out = spelled(equation, dims if at else dims[::-1])

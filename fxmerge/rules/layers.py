@@ -44,10 +44,8 @@ def linear(ctx: RuleContext, input: Operand, weight: Operand, bias: Operand = No
         return found
     x, w, b, shape = found
     last = x.t.dim() - 1
-    if _maps_positions(x):  # as over the tokens of an MLP-Mixer, the same for every channel
-        ctx.freeze(w, "maps positions, not channels")
-        ctx.freeze(b, "maps positions, not channels")
-        return AsKind("per_channel", resized(x, shape))
+    if maps_positions(x):
+        return _over_positions(ctx, x, (w, b), shape)
     reads, writes = ctx.along(x, last), ctx.axis(w, 0)
     ctx.tie(reads, ctx.axis(w, 1))
     if b is not None:
@@ -56,7 +54,14 @@ def linear(ctx: RuleContext, input: Operand, weight: Operand, bias: Operand = No
     return Lab(spread(writes, shape, len(shape) - 1))
 
 
-def _maps_positions(x: Lab) -> bool:
+def _over_positions(ctx: RuleContext, x: Lab, params: tuple[Param | None, ...], shape: Shape) -> AsKind:
+    """A map over positions, as over the tokens of an MLP-Mixer: the same for every channel."""
+    for param in params:
+        ctx.freeze(param, "maps positions, not channels")
+    return AsKind("per_channel", resized(x, shape))
+
+
+def maps_positions(x: Lab) -> bool:
     """Do labels vary along other axes than the last, which a product with a weight sums over?"""
     last = x.t.dim() - 1
     return bool(varying(x.t)) and last not in varying(x.t) and x.t.size(last) > 1
@@ -72,7 +77,7 @@ def matrix(ctx: RuleContext, input: Operand, weight: Operand, bias: Operand = No
     found = _operands(ctx, input, weight, bias)
     if isinstance(found, Unknown):
         return found
-    if _maps_positions(found[0]):
+    if maps_positions(found[0]):
         return Unknown("maps positions, not channels")
     return _product(ctx, "matrix", found, found[0].t.dim() - 1, transposed)
 
@@ -97,7 +102,7 @@ def experts(ctx: RuleContext, input: Operand, weight: Param, shape: Shape | None
     """
     if not isinstance(input, Lab) or shape is None:
         return Unknown("has an input that does not depend on the model's input")
-    if _maps_positions(input):
+    if maps_positions(input):
         return Unknown("maps positions, not channels")
     into, out = (1, 2) if transposed else (2, 1)
     reads, writes = ctx.along(input, input.t.dim() - 1), ctx.axis(weight, out)
@@ -215,6 +220,9 @@ def conv(
         return found
     x, w, b, shape = found
     axis = _channel_axis(x, w)
+    alone = w.value[0, 0].numel() == 1 and x.t.shape[axis + 1 :] == shape[axis + 1 :]  # a kernel of size 1, stride 1
+    if groups == 1 and alone and varying(x.t) and min(varying(x.t)) > axis:
+        return _over_positions(ctx, x, (w, b), shape)
     reads = ctx.along(x, axis)
     out, per_group = w.value.shape[:2]
     if groups > 1 and per_group == 1:
@@ -268,32 +276,3 @@ def carry(
         ctx.tie(labels.expand(len(along), -1), torch.stack(along))
     ctx.layer(op, params, carries=labels, eps=eps, groups=groups, batch_statistics=batch_statistics)
     return x
-
-
-def batch_norm(
-    ctx: RuleContext,
-    input: Operand,
-    running_mean: Operand = None,
-    running_var: Operand = None,
-    weight: Operand = None,
-    bias: Operand = None,
-    training: Operand = False,
-    momentum: Operand = 0.1,
-    eps: float = 1e-5,
-) -> Lab | Unknown:
-    """y = gamma (x - mean) / sqrt(var + eps) + beta over axis 1."""
-    params = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
-    return carry_norm(ctx, "batch_norm", input, params, eps, bool(training))
-
-
-def carry_norm(
-    ctx: RuleContext, op: str, input: Operand, params: Mapping[str, Operand], eps: float, own_statistics: bool
-) -> Lab | Unknown:
-    """A norm with parameters for each channel, on axis 1.
-
-    own_statistics: whether it uses its input's mean and variance although it may have stored others
-    """
-    if not isinstance(input, Lab) or input.t.dim() < 2:
-        return Unknown("does not normalise an activation with channels on axis 1")
-    own = own_statistics or not isinstance(params["running_mean"], Param)
-    return carry(ctx, op, input, params, axis=1, eps=eps, batch_statistics=own)

@@ -1,18 +1,58 @@
-"""Rules of normalisations: LayerNorm, RMSNorm, GroupNorm and InstanceNorm.
+"""Rules of normalisations: BatchNorm, LayerNorm, RMSNorm, GroupNorm and InstanceNorm.
 
-Their weights follow the labels exactly. But all of these except InstanceNorm divide each channel by statistics of
+Their weights follow the labels exactly. But LayerNorm, RMSNorm and GroupNorm divide each channel by statistics of
 several channels: without one of them the others change, so dropping it is not exact. `ctx.mix` records that.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 from torch import nn
 
 from fxmerge.ir.labels import along, fixed, varying, without
 from fxmerge.ir.provenance import Lab, Param
 from fxmerge.rules.context import RuleContext
-from fxmerge.rules.layers import carry, carry_norm
+from fxmerge.rules.layers import carry
 from fxmerge.rules.rule import Answer, AsKind, Operand, Unknown
+
+
+def batch_norm(
+    ctx: RuleContext,
+    input: Operand,
+    running_mean: Operand = None,
+    running_var: Operand = None,
+    weight: Operand = None,
+    bias: Operand = None,
+    training: Operand = False,
+    momentum: Operand = 0.1,
+    eps: float = 1e-5,
+) -> Lab | Unknown:
+    """y = gamma (x - mean) / sqrt(var + eps) + beta over axis 1."""
+    params = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+    return carry_norm(ctx, "batch_norm", input, params, eps, bool(training))
+
+
+def carry_norm(
+    ctx: RuleContext, op: str, input: Operand, params: Mapping[str, Operand], eps: float, own_statistics: bool
+) -> Lab | Unknown:
+    """A norm with parameters for each channel, on axis 1, or for each position, if the channels are on another axis.
+
+    own_statistics: whether it uses its input's mean and variance although it may have stored others
+    """
+    if not isinstance(input, Lab) or input.t.dim() < 2:
+        return Unknown("does not normalise an activation with channels on axis 1")
+    own = own_statistics or not isinstance(params["running_mean"], Param)
+    if not own and varying(input.t) and 1 not in varying(input.t):
+        for param in params.values():
+            ctx.freeze(param, "normalises positions, not channels")
+        return input
+    return carry(ctx, op, input, params, axis=1, eps=eps, batch_statistics=own)
+
+
+def by_channel(ctx: RuleContext, input: Operand, *rest: Operand, **kwargs: Operand) -> bool:
+    """A factor passes a norm of each channel, in its affine map; it does not pass an affine map of each position."""
+    return isinstance(input, Lab) and 1 in varying(input.t)
 
 
 def layer_norm(

@@ -92,9 +92,9 @@ _ROWS: tuple[Rule, ...] = (
     Rule(
         "batch_norm",
         "per_channel_param",
-        layers.batch_norm,
+        norms.batch_norm,
         (*(Module(cls, _NORM) for cls in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)), F.batch_norm),
-        commutes=True,  # by its affine map, which planning/channel_ops.py applies exactly
+        commutes=norms.by_channel,  # by its affine map, which planning/channel_ops.py applies exactly
     ),
     Rule(
         "prelu",
@@ -108,7 +108,7 @@ _ROWS: tuple[Rule, ...] = (
         "per_channel_param",
         norms.instance_norm,
         (*(Module(c, _NORM) for c in (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)), F.instance_norm),
-        commutes=True,  # as batch_norm
+        commutes=norms.by_channel,  # as batch_norm
     ),
     # ties: the labels of two operands are tied, position by position
     Rule("add", "tie", binary.elementwise, (operator.add, operator.iadd, torch.add, "add", "add_"), adds_nothing),

@@ -69,7 +69,7 @@ def whole(captured: Capture, module: fx.GraphModule) -> nn.Module:
 def outputs_of(captured: Capture, module: fx.GraphModule, args: Any, kwargs: Any) -> list[Tensor]:
     """The outputs of `whole`. Raises FxMergeError for a model that does not run in float64."""
     try:
-        with quiet():
+        with quiet(), double_precision():
             return outputs(whole(captured, module), args, kwargs)
     except Exception as error:
         raise FxMergeError(
