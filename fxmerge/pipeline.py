@@ -31,7 +31,7 @@ from fxmerge.calibration.paired_run import Settings
 from fxmerge.calibration.readings import readings
 from fxmerge.calibration.sensitivity import sensitivity
 from fxmerge.calibration.trial_runs import takes_any_batch
-from fxmerge.capture.capture_model import capture, confined
+from fxmerge.capture.capture_model import capture, check_weights, confined
 from fxmerge.errors import FxMergeError
 from fxmerge.graph.cost import flops_by_node
 from fxmerge.graph.distributed import summed
@@ -66,20 +66,17 @@ if TYPE_CHECKING:
 
 @with_versions()
 def prepared(
-    model: nn.Module | ExportedProgram, example_inputs: Any, options: Options, given: Any, stage: Callable[[str], None]
-) -> Prepared:
+    model: nn.Module | ExportedProgram, example_inputs: Any, options: Options, given: Any,
+    stage: Callable[[str], None], dynamic_shapes: Any = None,
+) -> Prepared:  # fmt: skip
     """A model that is captured, to be merged with these options, or with others that differ only in their budget.
 
     given: the user's calibration data, or None
     """
     options = with_data(options, given)
     stage("capture")
-    captured = capture(model, example_inputs)
-    if captured.blank:
-        raise FxMergeError(
-            "the weights of this model are on the meta device, without values: it can be analyzed, but to merge it, "
-            "load the weights, or give fxmerge.on_disk(model, 'weights.safetensors'), which reads them when needed"
-        )
+    captured = capture(model, example_inputs, dynamic_shapes)
+    check_weights(captured)
     return Prepared(captured, options, given, stage)
 
 
