@@ -39,7 +39,7 @@ from fxmerge.graph.eval_mode import with_versions
 from fxmerge.graph.latency import compared
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.groups import Group, Grouping, Refusal
-from fxmerge.ir.provenance import Provenance
+from fxmerge.ir.provenance import Provenance, without_new_biases
 from fxmerge.methods.allocation import Counts
 from fxmerge.methods.evidence import Reading
 from fxmerge.methods.selection import select
@@ -50,6 +50,7 @@ from fxmerge.planning.candidates import candidates
 from fxmerge.planning.counts import by_ratio, rungs
 from fxmerge.planning.draft import Choice, Draft, drafted
 from fxmerge.planning.error_curves import curves
+from fxmerge.planning.roles import without
 from fxmerge.planning.scope import check_patterns, in_scope, replayed
 from fxmerge.planning.statistics import state
 from fxmerge.refit.contradiction import contradiction
@@ -94,6 +95,7 @@ class Prepared:
         """The provenance of every channel, and the merge groups."""
         self.stage("provenance")
         facts = provenance(self.captured, self.options.heads != "width")
+        facts = facts if self.options.new_biases else without_new_biases(facts)
         self.stage("groups")
         return grouped(self.captured, facts, self.options.heads)
 
@@ -171,10 +173,10 @@ class Prepared:
         while True:
             allotted = self.allocation(groups, options)
             chosen, edits, refused = self.selection(groups, allotted.counts, options)
-            refusals = (*refusals, *refused)
-            if not refused or not options.budget:
+            groups, mates = without(groups, refused, options.same_widths)
+            refusals = (*refusals, *refused, *mates)
+            if not mates and not (refused and options.budget):  # else the others meet the budget
                 break
-            groups = [g for g in groups if g.name not in {r.name for r in refused}]  # the others meet the budget
         narrows = any(sum(allotted.counts[g.name]) < g.channels for g in groups)
         batches, notes = (self.data.batches, self.data.notes) if narrows else ([], ())
         notes = (*notes, *allotted.notes)
