@@ -118,7 +118,7 @@ class Prepared:
     @property
     def settings(self) -> Settings:
         """How the batches are run."""
-        return replace(self.probing, held=self.data.held, made=self.data.made)
+        return replace(self.probing, held=self.data.held, made=self.data.made, padding=self.data.padding)
 
     def readings(self, groups: Sequence[Group], batches: Batches | None = None) -> Mapping[str, tuple[Reading, ...]]:
         """{group: the second moments at its consumers}, for these groups at least, on all of refit's data or a part."""

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fxmerge.calibration.batches import Batches, UnprobedError, fed
 from fxmerge.calibration.epilogue import pair
+from fxmerge.calibration.padding import Padding, padding_of
 from fxmerge.calibration.paired_run import PairedRun, Settings, channel_shape, moments
 from fxmerge.calibration.trial_runs import channels_last
 from fxmerge.graph.cost import cost
@@ -49,6 +50,7 @@ class RefitData:
     made:     the number of leading batches that hold the user's own samples; 0 for probes
     source:   what the batches hold, for the report; "" where refit is left out
     notes:    what else the report says about the data
+    padding:  which positions of the batches are no rows
     """
 
     batches: Batches
@@ -56,6 +58,7 @@ class RefitData:
     made: int = 0
     source: str = ""
     notes: tuple[str, ...] = ()
+    padding: Padding | None = None
 
 
 def refit_data(
@@ -78,7 +81,9 @@ def refit_data(
         return RefitData(batches=[], held=held, notes=(str(error),))
     batches, source = channels_last(captured, found.batches), found.source
     if given is not None:
-        return RefitData(batches=batches, held=held, made=found.made, source=source)
+        padding = padding_of(captured, batches)
+        source += ", without padding" if padding else ""
+        return RefitData(batches=batches, held=held, made=found.made, source=source, padding=padding)
     if found.real:  # real data leave the streams where training did
         held = False
     elif not holds(captured, facts, batches, settings):
