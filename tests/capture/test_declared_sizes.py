@@ -119,6 +119,29 @@ def test_a_size_that_the_model_fixes(length: Any) -> None:
     assert plain_merge(model, given(3, 12), dynamic_shapes=SAMPLES).module(*given(5, 12)).shape == (5, 12, 16)
 
 
+@pytest.mark.parametrize("most", [20, 300, 40000])
+def test_a_largest_size_that_is_declared_is_the_limit(most: int) -> None:
+    model = Sentence().eval()
+    ten = torch.randint(40, (2, 10))
+
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.up, self.down = model.embed, model.up, model.down
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            x = self.embed(tokens) if tokens.size(1) > 2 else self.embed(tokens) + 1
+            y: Tensor = self.down(torch.relu(self.up(x)))
+            return y
+
+    result = plain_merge(Plain().eval(), ten, dynamic_shapes=({1: Dim("length", min=3, max=most)},))
+    assert result.analysis.captured.route == "export"
+    assert result.module(torch.randint(40, (2, most))).size(1) == most
+    with pytest.raises(AssertionError, match=f"at most {most}"):
+        result.module(torch.randint(40, (2, most + 1)))
+    assert f"{most}" in str(result.exported().range_constraints)
+
+
 def test_the_report_says_where_it_has_no_effect() -> None:
     """The graph of symbolic tracing has no sizes; the exported program has those that were declared."""
     model, x = NETS["residual"]()
