@@ -1,8 +1,8 @@
 """Padding: positions of a batch that a mask among the inputs switches off, and that are therefore no rows for refit.
 
 A mask is an input of integers or booleans, (batch, length), whose name has "mask" in it. Whether it is zero at padding
-(an attention_mask) or elsewhere (a key_padding_mask), its name does not tell. So the model is run: positions are padding
-if other inputs may change there without a change of the outputs anywhere else.
+(an attention_mask) or elsewhere (a key_padding_mask), its name does not tell. So the model is run: positions are
+padding if other inputs may change there without a change of the outputs anywhere else.
 """
 
 from __future__ import annotations
