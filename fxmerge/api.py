@@ -22,18 +22,23 @@ if TYPE_CHECKING:
 
 
 def analyze(
-    model: nn.Module | ExportedProgram, example_inputs: Any = None, options: Options | None = None, **changes: Any
+    model: nn.Module | ExportedProgram,
+    example_inputs: Any = None,
+    options: Options | None = None,
+    dynamic_shapes: Any = None,
+    **changes: Any,
 ) -> Analysis:
     """Finds a model's merge groups, and the channels that cannot be merged, without changing anything.
 
     example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments; may be omitted for an
         ExportedProgram that has example inputs. Give real inputs: probes are made from them, from as many as they hold.
     options: `Options`, or its fields as keyword arguments.
+    dynamic_shapes: as in `merge`.
     Raises FxMergeError if the model cannot be traced or does not accept the inputs.
     """
     options = settled(options, changes)
     with older_left_alone():
-        captured = capture(model, example_inputs)
+        captured = capture(model, example_inputs, dynamic_shapes)
         facts, grouping = grouped(captured, provenance(captured, options.heads != "width"), options.heads)
     return Analysis(captured, facts, grouping, grouping.refusals)
 
@@ -50,6 +55,7 @@ def merge(
     example_inputs: Any = None,
     options: Options | None = None,
     calibration: Any = None,
+    dynamic_shapes: Any = None,
     **changes: Any,
 ) -> Result:
     """Makes a trained model structurally smaller. `model` itself is not modified.
@@ -59,19 +65,25 @@ def merge(
     options: `Options`, or its fields as keyword arguments.
     calibration: batches of inputs for refit, to be used instead of synthetic probes: an iterable of tensors, tuples or
         dicts, a DataLoader, or one tensor. Values that the model does not take, such as labels, are ignored.
+    dynamic_shapes: the sizes of the inputs that vary, as for torch.export.export; by default, as many as can. They hold
+        for the merged module if the model was captured by torch.export, and for what is exported from the result.
     Raises FxMergeError if the model cannot be merged; the message says why, and what to do instead.
     """
-    return _merge(model, example_inputs, settled(options, changes), None, calibration)
+    return _merge(model, example_inputs, settled(options, changes), None, calibration, dynamic_shapes)
 
 
 def apply(
-    plan: Plan, model: nn.Module | ExportedProgram, example_inputs: Any = None, calibration: Any = None
+    plan: Plan,
+    model: nn.Module | ExportedProgram,
+    example_inputs: Any = None,
+    calibration: Any = None,
+    dynamic_shapes: Any = None,
 ) -> Result:
     """Merges another copy of a model by a plan: the same channels are kept, whatever the weights.
 
     Raises FxMergeError if the model's groups are not those of the plan.
     """
-    return _merge(model, example_inputs, plan.options, {g.name: g for g in plan.groups}, calibration)
+    return _merge(model, example_inputs, plan.options, {g.name: g for g in plan.groups}, calibration, dynamic_shapes)
 
 
 def _merge(
@@ -80,6 +92,7 @@ def _merge(
     options: Options,
     decided: Mapping[str, GroupPlan] | None,
     given: Any,
+    dynamic_shapes: Any,
 ) -> Result:
     with progress() as stage, older_left_alone():
-        return prepared(model, example_inputs, options, given, stage).merged(options, decided)
+        return prepared(model, example_inputs, options, given, stage, dynamic_shapes).merged(options, decided)

@@ -92,6 +92,10 @@ class Options:
     """refit: largest number of output positions to solve a layer on; wide layers use fewer"""
     round_to: int = 1
     """the number of kept channels is a multiple of this"""
+    same_widths: bool = False
+    """groups of the same role in repeated blocks, such as the MLPs of all layers, keep equally many channels"""
+    new_biases: bool = True
+    """layers without a bias may be given one, which carries constants of dropped channels, and what refit finds"""
     seed: int = 0
     """seed of everything that is random"""
 
@@ -104,6 +108,9 @@ class Options:
             value, least = getattr(self, name), 0 if name in ("seed", "samples") else 1
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise FxMergeError(f"{name} is {value!r}; give an integer of at least {least}")
+        for name in ("same_widths", "new_biases"):
+            if not isinstance(getattr(self, name), bool):
+                raise FxMergeError(f"{name} is {getattr(self, name)!r}; give True or False")
         for name, allowed in choices().items():
             if getattr(self, name) not in allowed:
                 raise FxMergeError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")

@@ -31,7 +31,7 @@ from fxmerge.calibration.paired_run import Settings
 from fxmerge.calibration.readings import readings
 from fxmerge.calibration.sensitivity import sensitivity
 from fxmerge.calibration.trial_runs import takes_any_batch
-from fxmerge.capture.capture_model import capture, confined
+from fxmerge.capture.capture_model import capture, check_weights, confined
 from fxmerge.errors import FxMergeError
 from fxmerge.graph.cost import flops_by_node
 from fxmerge.graph.distributed import summed
@@ -39,7 +39,7 @@ from fxmerge.graph.eval_mode import with_versions
 from fxmerge.graph.latency import compared
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.groups import Group, Grouping, Refusal
-from fxmerge.ir.provenance import Provenance
+from fxmerge.ir.provenance import Provenance, without_new_biases
 from fxmerge.methods.allocation import Counts
 from fxmerge.methods.evidence import Reading
 from fxmerge.methods.selection import select
@@ -50,6 +50,7 @@ from fxmerge.planning.candidates import candidates
 from fxmerge.planning.counts import by_ratio, rungs
 from fxmerge.planning.draft import Choice, Draft, drafted
 from fxmerge.planning.error_curves import curves
+from fxmerge.planning.roles import without
 from fxmerge.planning.scope import check_patterns, in_scope, replayed
 from fxmerge.planning.statistics import state
 from fxmerge.refit.contradiction import contradiction
@@ -66,20 +67,17 @@ if TYPE_CHECKING:
 
 @with_versions()
 def prepared(
-    model: nn.Module | ExportedProgram, example_inputs: Any, options: Options, given: Any, stage: Callable[[str], None]
-) -> Prepared:
+    model: nn.Module | ExportedProgram, example_inputs: Any, options: Options, given: Any,
+    stage: Callable[[str], None], dynamic_shapes: Any = None,
+) -> Prepared:  # fmt: skip
     """A model that is captured, to be merged with these options, or with others that differ only in their budget.
 
     given: the user's calibration data, or None
     """
     options = with_data(options, given)
     stage("capture")
-    captured = capture(model, example_inputs)
-    if captured.blank:
-        raise FxMergeError(
-            "the weights of this model are on the meta device, without values: it can be analyzed, but to merge it, "
-            "load the weights, or give fxmerge.on_disk(model, 'weights.safetensors'), which reads them when needed"
-        )
+    captured = capture(model, example_inputs, dynamic_shapes)
+    check_weights(captured)
     return Prepared(captured, options, given, stage)
 
 
@@ -97,6 +95,7 @@ class Prepared:
         """The provenance of every channel, and the merge groups."""
         self.stage("provenance")
         facts = provenance(self.captured, self.options.heads != "width")
+        facts = facts if self.options.new_biases else without_new_biases(facts)
         self.stage("groups")
         return grouped(self.captured, facts, self.options.heads)
 
@@ -119,7 +118,7 @@ class Prepared:
     @property
     def settings(self) -> Settings:
         """How the batches are run."""
-        return replace(self.probing, held=self.data.held, made=self.data.made)
+        return replace(self.probing, held=self.data.held, made=self.data.made, padding=self.data.padding)
 
     def readings(self, groups: Sequence[Group], batches: Batches | None = None) -> Mapping[str, tuple[Reading, ...]]:
         """{group: the second moments at its consumers}, for these groups at least, on all of refit's data or a part."""
@@ -174,10 +173,10 @@ class Prepared:
         while True:
             allotted = self.allocation(groups, options)
             chosen, edits, refused = self.selection(groups, allotted.counts, options)
-            refusals = (*refusals, *refused)
-            if not refused or not options.budget:
+            groups, mates = without(groups, refused, options.same_widths)
+            refusals = (*refusals, *refused, *mates)
+            if not mates and not (refused and options.budget):  # else the others meet the budget
                 break
-            groups = [g for g in groups if g.name not in {r.name for r in refused}]  # the others meet the budget
         narrows = any(sum(allotted.counts[g.name]) < g.channels for g in groups)
         batches, notes = (self.data.batches, self.data.notes) if narrows else ([], ())
         notes = (*notes, *allotted.notes)

@@ -126,7 +126,8 @@ class Result:
     def exported(self, dynamic_shapes: Any = None) -> ExportedProgram:
         """The merged model as an ExportedProgram.
 
-        dynamic_shapes: as for torch.export.export; by default those of the original, if it was an ExportedProgram.
+        dynamic_shapes: as for torch.export.export; by default those given to `merge`, or those of the original if it
+            was an ExportedProgram.
         Raises FxMergeError if torch.export cannot export the model, or if the program returns other values.
         """
         return self._exported(self._expected(), dynamic_shapes)
@@ -153,5 +154,6 @@ class Result:
         return Expected(self.analysis.captured, self.module)
 
     def _exported(self, expected: Expected, dynamic_shapes: Any = None) -> ExportedProgram:
-        shapes = dynamic_shapes or program.dynamic(self.analysis.captured.program)
+        captured = self.analysis.captured
+        shapes = dynamic_shapes or program.dynamic(captured.program) or captured.dynamic_shapes
         return program.exported(self.module, expected, shapes)

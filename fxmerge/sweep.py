@@ -146,6 +146,7 @@ def sweep(
     options: Options | None = None,
     calibration: Any = None,
     out: str | Path | None = None,
+    dynamic_shapes: Any = None,
     **changes: Any,
 ) -> Sweep:
     """Merges a model at each budget, the largest first. `model` itself is not modified.
@@ -155,7 +156,7 @@ def sweep(
     evaluate: a function that takes a model in evaluation mode and returns a number, such as its accuracy. Without it,
         only the error of the outputs on the example inputs is reported.
     options: `Options` without ratio and budget, or its fields as keyword arguments.
-    calibration: batches of inputs for refit, as in `merge`.
+    calibration, dynamic_shapes: as in `merge`.
     out: a folder for finished points (one JSON file each, with the plan), which a later call with the same model,
         weights, inputs, options and evaluate does not compute again. sweep.json, sweep.txt and sweep.svg contain all
         points.
@@ -174,7 +175,8 @@ def sweep(
         folder.mkdir(parents=True, exist_ok=True)
     with progress() as stage, older_left_alone():
         prefix = [""]
-        ready = prepared(model, example_inputs, asked[0], calibration, lambda name: stage(f"{prefix[0]}{name}"))
+        shown = lambda name: stage(f"{prefix[0]}{name}")  # noqa: E731
+        ready = prepared(model, example_inputs, asked[0], calibration, shown, dynamic_shapes)
         digest = _digest(ready, evaluate) if folder is not None else ""
         points = []
         for one in asked:

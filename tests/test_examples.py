@@ -19,11 +19,13 @@ EXPECTED = {
     "aot_package.py": ["a batch of 5 gives (5, 10)", "has the output of the merged model: True"],
     "finetune.py": ["trained: ", "merged to a sixteenth of the channels: ", "fine-tuned: "],
     "yolo.py": ["predict: Results", "val: mAP50", "train: widths are kept True", "export: .onnx"],
+    "hugging_face.py": [" parameters", "pipeline: w1 w2 w3", "Trainer lowers the loss: True", "LoRA"],
     "quantise.py": ["(512, 512) torch.float32 -> (256, 256) Int8Tensor", "output by quantising: 0.0"],
 }
 NEEDS = {"merge_your_own.py": "torchvision", "quantise.py": "torchao", "yolo.py": "ultralytics"}
-SLOW = ("aot_package.py", "yolo.py")
-CHATTY = ("aot_package.py", "quantise.py", "yolo.py")  # torch, torchao and ultralytics log
+NEEDS["hugging_face.py"] = "accelerate"  # and with it transformers, as Trainer needs it
+SLOW = ("aot_package.py", "yolo.py", "hugging_face.py")
+CHATTY = ("aot_package.py", "quantise.py", "yolo.py", "hugging_face.py")  # libraries log
 
 
 def test_every_example_is_tested() -> None:

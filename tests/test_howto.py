@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+import sys
+import types
 from pathlib import Path
 
 import pytest
+import torch
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
@@ -19,11 +22,35 @@ def test_hugging_face(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     monkeypatch.chdir(tmp_path)
     space: dict[str, object] = {}
     found = snippets("hugging_face.md")
-    assert len(found) == 7
+    assert len(found) == 8
     for code in found:
         exec(compile(code, "hugging_face.md", "exec"), space)
-    assert capsys.readouterr().out.splitlines()[-1] == "2 1 64"
-    assert not (tmp_path / "plain" / "modeling_fxmerge.py").exists()
+    plain, even = (map(int, line.split()) for line in capsys.readouterr().out.splitlines()[-2:])
+    assert tuple(plain) == (2, 1, 64)
+    assert all(now <= before for now, before in zip(even, (4, 2, 128), strict=True))
+    assert not [*tmp_path.glob("plain/*.py"), *tmp_path.glob("budget/*.py")]
+
+
+@pytest.mark.parametrize(
+    ("page", "needs", "count"),
+    [
+        ("exporters.md", ("torchvision", "onnxscript", "onnxruntime"), 5),
+        ("timm.md", ("timm",), 3),
+        ("training.md", (), 3),
+        ("detection.md", ("torchvision",), 4),
+    ],
+)
+def test_page(page: str, needs: tuple[str, ...], count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in needs:
+        pytest.importorskip(package)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "the_page", types.ModuleType("the_page"))
+    space: dict[str, object] = {"__name__": "the_page"}
+    found = snippets(page)
+    assert len(found) == count
+    torch.manual_seed(0)
+    for code in found:
+        exec(compile(code, page, "exec"), space)
 
 
 def test_yolo_is_the_example() -> None:

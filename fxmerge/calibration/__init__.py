@@ -5,6 +5,7 @@ trial_runs    whether the model runs on other values, batch sizes and memory for
 user_data     calibration data as values of the graph's placeholders
 fit_probes    probes, optimised to match the running statistics of BatchNorms
 patches       linear layers and convolutions as one matrix product of patches
+padding       which positions of the batches a mask switches off
 held_out      which samples are held out of refit's solves, to judge them
 output_error  how far a merged graph's outputs are from the original's
 paired_run    the original and the merged graph, run side by side node by node

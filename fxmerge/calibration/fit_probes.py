@@ -22,6 +22,7 @@ from fxmerge.calibration.batches import Batches, UnprobedError, batch_size, fed
 from fxmerge.calibration.diverse_outputs import diversified
 from fxmerge.calibration.epilogue import pair
 from fxmerge.calibration.held_out import samples
+from fxmerge.calibration.padding import Padding, padding_of
 from fxmerge.calibration.paired_run import PairedRun, Settings, channel_shape, moments
 from fxmerge.calibration.trial_runs import channels_last
 from fxmerge.graph.cost import cost
@@ -52,6 +53,7 @@ class RefitData:
     made:     the number of leading batches that hold the user's own samples; 0 for probes
     source:   what the batches hold, for the report; "" where refit is left out
     notes:    what else the report says about the data
+    padding:  which positions of the batches are no rows
     """
 
     batches: Batches
@@ -59,6 +61,7 @@ class RefitData:
     made: int = 0
     source: str = ""
     notes: tuple[str, ...] = ()
+    padding: Padding | None = None
 
 
 def refit_data(
@@ -83,7 +86,9 @@ def refit_data(
     if given is not None:
         shown = sum(map(samples, batches[: found.made])) * rank_and_size()[1]
         batches[found.made :] = diversified(captured, facts, batches[found.made :], settings, shown=shown)
-        return RefitData(batches=batches, held=held, made=found.made, source=source)
+        padding = padding_of(captured, batches)
+        source += ", without padding" if padding else ""
+        return RefitData(batches=batches, held=held, made=found.made, source=source, padding=padding)
     if found.real:  # real data leave the streams where training did
         held = False
         if not normed(facts):

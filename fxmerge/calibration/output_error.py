@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fxmerge.calibration.batches import Batches
+from fxmerge.calibration.padding import rest
 from fxmerge.calibration.paired_run import Pair, PairedRun, Settings
 from fxmerge.graph.eval_mode import evaluating
 from fxmerge.graph.outputs import returned
@@ -35,7 +36,7 @@ def output_error(
             if visit.node.op == "output":
                 merged = [run.merged.call(visit.node, number) for number in range(len(visit.outputs))]
                 one, other = (list(zip(*map(returned, values), strict=True)) for values in (visit.outputs, merged))
-                sums = [_sums(y, z, judges) for y, z in zip(one, other, strict=True)]
+                sums = [_sums(run, y, z, judges) for y, z in zip(one, other, strict=True)]
     if not sums:
         return 0.0
     total = settings.reduce(torch.stack(sums))  # (outputs, 4)
@@ -64,12 +65,19 @@ def _cut(batch: list[Any]) -> Batches:
     return [[v[low:high] if cut else v for v, cut in zip(batch, along, strict=True)] for low, high in spans]
 
 
-def _sums(original: Sequence[Tensor], merged: Sequence[Tensor], judges: Sequence[Tensor] | None) -> Tensor:
+def _sums(
+    run: PairedRun, original: Sequence[Tensor], merged: Sequence[Tensor], judges: Sequence[Tensor] | None
+) -> Tensor:
     """Sums over batches and entries: of the squared differences, of squares, of entries, and of ones."""
     found = torch.zeros(4, dtype=torch.float64)
     for number, (y, z) in enumerate(zip(original, merged, strict=True)):
-        if judges is not None and y.dim() and y.size(0) == len(judges[number]):
-            y, z = (t[judges[number].to(t.device)] for t in (y, z))
+        own = None if judges is None else judges[number].to(y.device)
+        real = None if run.padding is None else run.padding.real("output", run.original.batches[number], y.shape)
+        if real is not None:
+            chosen = real if own is None or len(own) != len(real) else real & own[:, None]
+            y, z = (t.reshape(*real.shape, *rest(t.shape, real))[chosen] for t in (y, z))
+        elif own is not None and y.dim() and y.size(0) == len(own):
+            y, z = (t[own] for t in (y, z))
         y, z = (torch.view_as_real(t) if t.is_complex() else t for t in (y, z))
         parts = [(z.double() - y.double()).square().sum(), y.double().square().sum(), y.double().sum()]
         found += torch.stack([*(p.cpu() for p in parts), torch.tensor(float(y.numel()), dtype=torch.float64)])

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, fx
 
 from fxmerge.calibration.held_out import sample_folds, samples
+from fxmerge.calibration.padding import Padding
+from fxmerge.calibration.patches import Form, positions
 from fxmerge.graph.nested import fresh
 from fxmerge.ir.provenance import Layer, Provenance, batch_norms
 from fxmerge.methods.least_squares import Reduce
@@ -40,6 +42,7 @@ class Settings:
     held:    True to hold both streams where training left them (probes), False to run them as they are (data)
     reduce:  sums a tensor over all processes
     made:    the number of leading batches whose samples may be held out to judge solves, or 0 for all
+    padding: which positions of the batches are no rows
     """
 
     rows: int
@@ -47,6 +50,7 @@ class Settings:
     held: bool
     reduce: Reduce
     made: int = 0
+    padding: Padding | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +144,7 @@ class PairedRun:
         self.norms = batch_norms(pair.facts) if settings.held else {}
         self.rectified: Mapping[str, Layer] = pair.rectified if settings.held else {}
         self.shifts: dict[str, Tensor] = {}  # held layer -> what is added to its outputs, (c,)
-        self.kept, self.reduce = pair.kept, settings.reduce
+        self.kept, self.reduce, self.padding = pair.kept, settings.reduce, settings.padding
         self.folds = sample_folds([samples(batch) for batch in batches], settings.made)
         self.known: dict[str, tuple[Tensor, Tensor]] = {}  # BatchNorm -> mean and deviation over the batches
 
@@ -163,6 +167,26 @@ class PairedRun:
                 self.original.free(node.name)
             self._run(self.merged, node, self.kept)
             self.merged.free(node.name)
+
+    def real(self, node: str, outputs: Sequence[Tensor], form: Form, first: int = 0) -> list[Tensor | None]:
+        """Which output positions of a layer are not padding, (positions,) bool by batch; None for all of them.
+
+        first: the number of the first batch
+        """
+        if self.padding is None or form.spatial:
+            return [None] * len(outputs)
+        found = [self.padding.real(node, self.original.batches[i], y.shape) for i, y in enumerate(outputs, first)]
+        counts = [positions(y, form) for y in outputs]
+        return [
+            None if real is None else real.flatten().repeat_interleave(count // real.numel())
+            for real, count in zip(found, counts, strict=True)
+        ]
+
+    def unpadded(self, node: str, outputs: Sequence[Tensor]) -> list[Tensor]:
+        """The values of a node for each batch, without padding."""
+        if self.padding is None:
+            return list(outputs)
+        return [self.padding.of(node, self.original.batches[i], y) for i, y in enumerate(outputs)]
 
     def statistics(self, layer: Layer, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """What the original's BatchNorm subtracts and divides by for these inputs: (c,), (c,), float64."""

@@ -163,16 +163,22 @@ def enough(rows: int, width: int) -> int:
 
 
 def sample(
-    outputs: Sequence[Tensor], form: Form, rows: int, generator: torch.Generator, reduce: Reduce
-) -> list[Tensor]:
-    """About `rows` output positions at random, the same share of each batch: ascending indices, by batch."""
-    counts = [positions(y, form) for y in outputs]
+    outputs: Sequence[Tensor], form: Form, rows: int, generator: torch.Generator, reduce: Reduce,
+    real: Sequence[Tensor | None] | None = None,
+) -> list[Tensor]:  # fmt: skip
+    """About `rows` output positions at random, the same share of each batch: ascending indices, by batch.
+
+    real: the positions to choose from, (positions,) bool by batch; None for all
+    """
+    among = [None if own is None else own.nonzero().flatten().cpu() for own in real or [None] * len(outputs)]
+    counts = [positions(y, form) if own is None else len(own) for y, own in zip(outputs, among, strict=True)]
     total = float(reduce(torch.tensor(float(sum(counts)), dtype=torch.float64, device=outputs[0].device)))
     share, found = rows / max(total, 1), []
-    for y, count in zip(outputs, counts, strict=True):
+    for y, count, own in zip(outputs, counts, among, strict=True):
         index = torch.arange(count)
         if share < 1:
             index = torch.randperm(count, generator=generator)[: max(1, round(count * share))].sort().values
+        index = index if own is None else own[index]
         found.append(index.to(y.device))
     return found
 

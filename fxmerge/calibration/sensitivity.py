@@ -56,20 +56,23 @@ def sensitivity(
         with evaluating(captured.module), torch.enable_grad():
             outputs: dict[tuple[str, int], list[Tensor]] = {}  # a recurrent layer returns several tensors
             last: list[Any] = []
-            for visit in PairedRun(pair(captured.module, facts), some, alone):
+            run = PairedRun(pair(captured.module, facts), some, alone)
+            for visit in run:
                 if visit.node.name in layers:
                     several = zip(*map(returned, visit.outputs), strict=True)
                     outputs |= {(visit.node.name, at): list(values) for at, values in enumerate(several)}
                 last = visit.outputs
             tensors = [t for values in outputs.values() for t in values]
             for draw in range(DRAWS):
-                total = torch.stack([_drawn(t, generator) for out in last for t in returned(out)]).sum()
+                ends = [t for out in zip(*map(returned, last), strict=True) for t in run.unpadded("output", out)]
+                total = torch.stack([_drawn(t, generator) for t in ends]).sum()
                 slopes = iter(torch.autograd.grad(total, tensors, retain_graph=draw + 1 < DRAWS, allow_unused=True))
                 for (node, _), values in outputs.items():
                     layer = layers[node]
                     axis = axis_of_outputs(values[0], at(captured.module, layer.params["weight"]))
                     axes = [a for a in range(values[0].dim()) if a != axis]
-                    variance = moments([v.detach() for v in values], axis, alone.reduce)[1]
+                    rows = run.unpadded(node, [v.detach() for v in values])
+                    variance = moments(rows, axis - values[0].dim() + rows[0].dim(), alone.reduce)[1]
                     found.setdefault(node, variance.new_zeros(()))
                     for slope in [next(slopes) for _ in values]:
                         if slope is not None:

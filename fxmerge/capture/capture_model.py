@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxmerge.capture.constant_fold import fold
+from fxmerge.capture.declared_sizes import Shapes, SizesRefusedError, declared
 from fxmerge.capture.frozen import Check, checks, draws, unchecked
 from fxmerge.capture.output_cache import OutputCache
 from fxmerge.capture.parametrizations import computed_weights, unparametrize
@@ -83,8 +84,10 @@ def check_model(model: Any) -> None:
             raise FxMergeError(f"{name} holds {what}; a model with such weights cannot be merged")
 
 
-def capture(model: Any, example_inputs: Any) -> Capture:
+def capture(model: Any, example_inputs: Any, dynamic_shapes: Any = None) -> Capture:
     """Captures a model, or an ExportedProgram, whose own example inputs are used where none are given.
+
+    dynamic_shapes: the sizes of inputs that vary, as for torch.export.export; None to find out which can
 
     Raises FxMergeError where the model cannot be captured, does not run on the inputs, or returns other values than the
     captured graph. The message names the module and, where known, the source line.
@@ -96,6 +99,11 @@ def capture(model: Any, example_inputs: Any) -> Capture:
     check_model(model)
     own = program.example_inputs if program is not None and example_inputs is None else None
     args, kwargs = own if own is not None else arguments(example_inputs)
+    shapes = None
+    if dynamic_shapes is not None:
+        if program is not None or (isinstance(model, fx.GraphModule) and is_exported(model)):
+            raise FxMergeError("the model has been exported, with dynamic sizes of its own; leave out dynamic_shapes")
+        shapes = declared(dynamic_shapes, model, args, kwargs)
     if any(isinstance(v, Tensor) and not v.numel() for v in leaves([args, kwargs])):
         raise FxMergeError("example_inputs contain a tensor without elements; give at least one sample")
     # the copy shares the parameters, which no one writes, but not the buffers, which a forward may update
@@ -123,7 +131,7 @@ def capture(model: Any, example_inputs: Any) -> Capture:
         if left_out:
             expected, traced_model = plain(expected), returning_plain(traced_model)
         check = unchecked if blank else checks(model, traced_model, args, kwargs, moved(state))
-        module, recorded = _graph(traced_model, args, kwargs, check, state)
+        module, recorded = _graph(traced_model, args, kwargs, check, state, shapes)
         differs = recorded is None and not is_exported(module) and differs_in_training(traced_model, args, kwargs)
         values = list(recorded.inputs) if recorded else bind(module, args, kwargs)
         reseed()
@@ -156,6 +164,7 @@ def capture(model: Any, example_inputs: Any) -> Capture:
         blank=blank,
         exported=is_exported(module),
         random=is_random,
+        dynamic_shapes=shapes,
     )
 
 
@@ -166,7 +175,7 @@ _HINTS = {  # whether the model is blank -> what to do when it does not run
 
 
 def _graph(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], check: Check, state: State
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], check: Check, state: State, shapes: Shapes | None
 ) -> tuple[fx.GraphModule, Recorded | None]:
     """The graph of the model: traced, or recorded from one run where the model as a whole cannot be traced.
 
@@ -174,10 +183,12 @@ def _graph(
     """
     if moved(state):
         with suppress(FxMergeError), forgetting(model, state):
-            return fold(trace(model, fresh(args), fresh(kwargs), check)), None
+            return fold(trace(model, fresh(args), fresh(kwargs), check, shapes)), None
         reseed()
     try:
-        return fold(trace(model, fresh(args), fresh(kwargs), check)), None
+        return fold(trace(model, fresh(args), fresh(kwargs), check, shapes)), None
+    except SizesRefusedError:
+        raise
     except FxMergeError as refused:
         reseed()
         put_back(state)
@@ -187,6 +198,15 @@ def _graph(
             raise FxMergeError(f"{refused} (recording a run failed too: {first_line(error)})") from error
         put_back(state)
         return recorded.module, recorded
+
+
+def check_weights(captured: Capture) -> None:
+    """Raises FxMergeError for a model that can be analyzed, but not merged, as its weights have no values."""
+    if captured.blank:
+        raise FxMergeError(
+            "the weights of this model are on the meta device, without values: it can be analyzed, but to merge it, "
+            "load the weights, or give fxmerge.on_disk(model, 'weights.safetensors'), which reads them when needed"
+        )
 
 
 def confined(captured: Capture) -> Capture:

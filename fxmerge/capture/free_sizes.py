@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from fxmerge.capture.declared_sizes import Call, Shapes, differs, doubled, refused
 from fxmerge.capture.guards import Sizes, insert, sizes_of
 from fxmerge.capture.without_rule import without_rule
 from fxmerge.graph.inputs import bind, other_sizes
@@ -27,15 +28,12 @@ from fxmerge.graph.nested import fresh
 # in the formula of a size and in those of all sizes, at most; torch.export may take minutes over longer and more ones
 OPERATIONS, ALL_OPERATIONS = 48, 3000
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
+ModuleOf = Callable[[torch.export.ExportedProgram], fx.GraphModule]
 Axes = Callable[[Tensor], Iterable[int]]
 
 
 def with_free_sizes(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    module_of: Callable[[torch.export.ExportedProgram], fx.GraphModule],
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], module_of: ModuleOf
 ) -> fx.GraphModule | None:
     """The model exported with all sizes free, or the number of samples (the first axis); None where neither works.
 
@@ -48,13 +46,13 @@ def with_free_sizes(
     """
     from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-    free = None
+    free, call = None, (args, kwargs)
     with contextlib.suppress(Exception), _ShortFormulas():  # torch.export raises many types
-        free = _exported(model, (args, kwargs), lambda v: range(v.dim()), module_of)
+        free = _exported(model, call, _free(model, call, lambda v: range(v.dim())), module_of)
         if free is not None and not without_rule(free):
             return free
     try:
-        samples = _exported(model, (args, kwargs), lambda v: (0,), module_of)
+        samples = _exported(model, call, _free(model, call, lambda v: (0,)), module_of)
     except GuardOnDataDependentSymNode:  # a constant number of samples would not help
         raise
     except Exception:
@@ -62,18 +60,39 @@ def with_free_sizes(
     return min((m for m in (free, samples) if m is not None), key=without_rule, default=None)
 
 
-def _exported(
-    model: nn.Module, call: Call, axes: Axes, module_of: Callable[[torch.export.ExportedProgram], fx.GraphModule]
-) -> fx.GraphModule | None:
-    """The exported model with these axes free, and with assertions; None where it returns other values."""
-    sizes = {t.size(0) for t in tree_leaves(call) if isinstance(t, Tensor) and t.dim()}
-    given, named = tree_map(_doubled, call) if sizes == {1} else call
-    parameters = dict(inspect.signature(model.forward).bind(*given, **named).arguments)
+def with_declared_sizes(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], module_of: ModuleOf, shapes: Shapes
+) -> fx.GraphModule:
+    """The model exported with the sizes free that are declared so.
+
+    Raises SizesRefusedError where the declaration does not fit the model, and else whatever torch.export raises.
+    """
+    try:
+        found = _exported(model, (args, kwargs), shapes, module_of)
+    except Exception as error:
+        refusal = refused(error, shapes)
+        if refusal is None:
+            raise
+        raise refusal from error
+    if found is None:
+        raise differs(type(model).__name__)
+    return found
+
+
+def _free(model: nn.Module, call: Call, axes: Axes) -> Shapes:
+    """Sizes of these axes of each tensor that are free as far as torch.export finds that they can be."""
 
     def free(value: Any) -> Any:
         return dict.fromkeys(axes(value), torch.export.Dim.AUTO) if isinstance(value, Tensor) and value.dim() else None
 
-    program = torch.export.export(model, given, named, dynamic_shapes=tree_map(free, parameters), strict=False)
+    found: Shapes = tree_map(free, dict(inspect.signature(model.forward).bind(*call[0], **call[1]).arguments))
+    return found
+
+
+def _exported(model: nn.Module, call: Call, shapes: Shapes, module_of: ModuleOf) -> fx.GraphModule | None:
+    """The model exported with these sizes free, and with assertions; None where it returns other values."""
+    given, named = doubled(call, model.forward, shapes)
+    program = torch.export.export(model, given, named, dynamic_shapes=shapes, strict=False)
     module, found = module_of(program), sizes_of(program)
     if not _alike(model, module, call, if_raised=False):
         return None
@@ -155,7 +174,3 @@ def _agree(one: Any, other: Any) -> bool:
     if isinstance(other, FakeTensor):  # from a model on the meta device: a shape without values
         return one.shape == other.shape
     return one.shape == other.shape and torch.allclose(one, other, rtol=1e-3, atol=1e-5)
-
-
-def _doubled(value: Any) -> Any:
-    return torch.cat([value, value]) if isinstance(value, Tensor) and value.dim() else value

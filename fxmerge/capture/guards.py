@@ -177,7 +177,8 @@ def _allowed(guards: Sequence[str], limits: tuple[int, int | None], smallest: in
     steps = {b - a for a, b in itertools.pairwise(fits)}
     if fits and len(steps) <= 1:
         step = steps.pop() if steps else 1
-        return Allowed(low=fits[0], high=fits[-1] if high or fits[-1] + step <= last else None, step=step)
+        most = fits[-1] if last == high or fits[-1] + step <= last else high  # beyond what was tried, all fit
+        return Allowed(low=fits[0], high=most, step=step)
     for guard in guards:  # those that follow from the others are left out
         fewer = [g for g in needed if g != guard]
         needed = fewer if fitting(fewer) == fits else needed

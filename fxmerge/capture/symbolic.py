@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxmerge.capture.declared_sizes import Shapes, SizesRefusedError
 from fxmerge.capture.expand_modules import expansion_of
 from fxmerge.capture.frozen import Check, restored
 from fxmerge.capture.hooks import hooked, overridden, traced_call, without_hooks
@@ -122,12 +123,16 @@ def user_line() -> str:
     return ""
 
 
-def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], check: Check) -> fx.GraphModule:
+def trace(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], check: Check, shapes: Shapes | None = None
+) -> fx.GraphModule:
     """A graph module of the model: traced symbolically, or exported where that leaves fewer calls without a rule.
 
     check: raises for a graph that is not faithful to the model; the other tracer is then tried
+    shapes: the sizes of inputs that the user declares for an export
 
-    Raises FxMergeError where both fail. The message names the user's source line.
+    Raises FxMergeError where both fail. The message names the user's source line. Raises SizesRefusedError where the
+    model is exported and does not fit the declared sizes.
     """
     if isinstance(model, fx.GraphModule):
         return model
@@ -141,8 +146,10 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], check
         return traced
     try:
         with restored(model):
-            exported = export(model, args, kwargs)
+            exported = export(model, args, kwargs, shapes)
         check(exported)
+    except SizesRefusedError:
+        raise
     except Exception as error:
         if traced is not None:
             return traced

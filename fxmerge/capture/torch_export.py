@@ -19,14 +19,22 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxmerge.capture.free_sizes import with_free_sizes
+from fxmerge.capture.declared_sizes import Shapes
+from fxmerge.capture.free_sizes import with_declared_sizes, with_free_sizes
 from fxmerge.capture.guards import insert, sizes_of
 from fxmerge.errors import FxMergeError, first_line
 
 
-def export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
-    """The model as a graph module of aten ops with the model's call signature. Raises whatever torch.export raises."""
+def export(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Shapes | None = None
+) -> fx.GraphModule:
+    """The model as a graph module of aten ops with the model's call signature. Raises whatever torch.export raises.
+
+    shapes: the sizes that the user declares, or None, to find out which can vary
+    """
     with silence(), torch.no_grad():
+        if shapes is not None:
+            return with_declared_sizes(model, args, kwargs, _graph_module_of, shapes)
         found = with_free_sizes(model, args, kwargs, _graph_module_of)
         return found or graph_module_of(torch.export.export(model, args, kwargs, strict=False))
 

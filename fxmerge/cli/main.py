@@ -17,7 +17,7 @@ import tyro
 import fxmerge
 from fxmerge.api import analyze, merge
 from fxmerge.cli import demo as demonstration
-from fxmerge.cli.specs import function, load
+from fxmerge.cli.specs import dynamic_shapes, function, load
 from fxmerge.cli.terminal import plain_where_needed
 from fxmerge.errors import FxMergeError
 from fxmerge.options import BUDGETS, Options
@@ -38,6 +38,8 @@ class Input:
     """read the weights from the file (or folder of files) only when needed, for models larger than memory"""
     shape: tuple[int, ...] = (1, 3, 224, 224)
     """shape of the example input"""
+    dynamic: tuple[str, ...] = ()
+    """sizes that vary, as INPUT:AXIS[,AXIS...], such as x:0,2,3; others are fixed. Without it, what can vary does"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,19 +170,21 @@ def _run(command: Demo | Analyze | Merge | Sweep | Draw) -> str:
     if drawing is not None:
         drawn_as(drawing)  # raises for an unknown format before the computation, not after it
     measure = function(command.evaluate) if isinstance(command, Sweep) and command.evaluate else None
+    shapes = dynamic_shapes(command.input.dynamic)
     model, inputs = load(command.input.spec, command.input.weights, command.input.shape, command.input.on_disk)
     if isinstance(command, Analyze):
-        report = analyze(model, inputs).report
+        report = analyze(model, inputs, dynamic_shapes=shapes).report
         return report.json() if command.json else report.text(*demonstration.terminal()).rstrip()
     if isinstance(command, Draw):
-        analyze(model, inputs).report.draw(command.out)
+        analyze(model, inputs, dynamic_shapes=shapes).report.draw(command.out)
         return f"written: {command.out}"
     if isinstance(command, Sweep):
         curve = sweep(
-            model, inputs, command.budgets, measure, kind=command.kind, options=command.options, out=command.out
-        )
+            model, inputs, command.budgets, measure, kind=command.kind, options=command.options, out=command.out,
+            dynamic_shapes=shapes,
+        )  # fmt: skip
         return curve.json() if command.json else curve.text(*demonstration.terminal()) + f"written: {command.out}"
-    result = merge(model, inputs, command.options)
+    result = merge(model, inputs, command.options, dynamic_shapes=shapes)
     _written(command.out, result)
     if command.report is not None:
         result.report.draw(command.report)

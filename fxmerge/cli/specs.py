@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +73,20 @@ def load(
     if inputs is None:
         inputs = torch.randn(shape)
     return model, inputs
+
+
+def dynamic_shapes(words: Sequence[str]) -> dict[str, dict[int, Any]] | None:
+    """The sizes that `--dynamic x:0,2,3 mask:0` declares to vary, as torch.export.export takes them; None for none.
+
+    Raises FxMergeError for a word of another form.
+    """
+    found: dict[str, dict[int, Any]] = {}
+    for word in words:
+        name, _, axes = word.rpartition(":")
+        if not name or not all(axis.isdecimal() for axis in axes.split(",")):
+            raise FxMergeError(f"--dynamic {word}: give an input and its axes that vary, such as x:0,2,3")
+        found.setdefault(name, {}).update(dict.fromkeys(map(int, axes.split(",")), torch.export.Dim.DYNAMIC))
+    return found or None
 
 
 def function(spec: str) -> Any:

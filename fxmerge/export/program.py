@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fxmerge.capture.declared_sizes import declared, doubled, refused
 from fxmerge.capture.torch_export import silence
 from fxmerge.errors import FxMergeError, first_line
 from fxmerge.export.check import Expected
@@ -65,12 +66,16 @@ def exported(module: nn.Module, expected: Expected, dynamic_shapes: Any) -> Expo
     Raises FxMergeError with the reason if torch.export fails or if the program does not return what the module does.
     """
     (args, kwargs), _ = expected.calls[0]
+    shapes = None
     try:
+        shapes = declared(dynamic_shapes, module, args, kwargs)
+        args, kwargs = doubled((args, kwargs), module.forward, shapes) if shapes else (args, kwargs)
         with silence(), torch.no_grad():
-            made = torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+            made = torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
     except Exception as error:
+        why = (refused(error, shapes) if shapes else None) or error
         raise FxMergeError(
-            f"torch.export cannot export the merged model: {first_line(error)}; pass other dynamic_shapes"
+            f"torch.export cannot export the merged model: {first_line(why)}; pass other dynamic_shapes"
         ) from error
     if words := sorted({part for name in made.state_dict for part in name.split(".") if iskeyword(part)}):
         try:

@@ -35,6 +35,7 @@ class Capture:
     program: ExportedProgram | None = None  # the exported program that the model was given as
     blank: bool = False  # is the model on the meta device, so that its weights have no values?
     exported: bool = False  # was the graph made by torch.export?
+    dynamic_shapes: Mapping[str, Any] | None = None  # by input, what the user declared about its sizes
     random: bool = False  # do two runs of the model on the same inputs differ, in evaluation mode?
 
     @property

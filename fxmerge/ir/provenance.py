@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import Tensor
@@ -68,6 +68,7 @@ class Layer:
     reads:    labels of the input channels of a consumer, (groups, in/groups), or None
     writes:   labels of the output channels of a producer, (out,), or None
     carries:  labels of per-channel parameters, (C,) or shaped like a raw parameter, or None
+    bare:     has it no bias, and must it get none?
     inner:    does it read what its own node computes, as W_hh of a recurrent layer does?
     """
 
@@ -83,6 +84,7 @@ class Layer:
     eps: float = 0.0
     batch_statistics: bool = False  # does a norm use its input's own mean and variance, whatever it has stored?
     inner: bool = False
+    bare: bool = False
 
     @property
     def op(self) -> str:
@@ -98,7 +100,7 @@ class Layer:
     def takes_constants(self) -> bool:
         """Can a constant be added to its outputs, by its bias or after it? Not to each expert's, nor inside an RNN."""
         inside = self.op == "projection" or (self.operation.is_recurrent and "bias" not in self.params)
-        return not self.is_stacked and not inside
+        return not self.is_stacked and not inside and not self.bare
 
     @property
     def has_running_statistics(self) -> bool:
@@ -234,5 +236,10 @@ def batch_norms(facts: Provenance) -> dict[str, Layer]:
 
 
 def can_shift(layer: Layer) -> bool:
-    """May the layer have a bias? A matrix product has no place for one."""
-    return layer.op not in ("matrix", "experts") or "bias" in layer.params
+    """May the layer have a bias? A matrix product has no place for one, and the user may want no new ones."""
+    return "bias" in layer.params or not (layer.op in ("matrix", "experts") or layer.bare)
+
+
+def without_new_biases(facts: Provenance) -> Provenance:
+    """The same facts, with layers that have no bias marked, so that they get none."""
+    return replace(facts, layers=tuple(replace(la, bare="bias" not in la.params) for la in facts.layers))

@@ -4,6 +4,7 @@ scope         the groups that the options allow, and plans that are replayed
 channel_ops   what the nodes between a producer and a consumer do to each channel
 statistics    the similarity of a group's channels, from weights and norms or from data
 counts        how many channels a group keeps for a given ratio
+roles         groups that keep equally many channels, if asked for
 price         the cost of a model for given numbers of channels, without building it
 error_curves  the error of a group as a function of the number of channels kept
 budget        the numbers of channels that meet a budget

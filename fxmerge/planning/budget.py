@@ -29,6 +29,7 @@ from fxmerge.methods.selection import select
 from fxmerge.options import NAMES, TOLERANCE, Options
 from fxmerge.planning.candidates import candidates
 from fxmerge.planning.price import flops_price, parameters_price
+from fxmerge.planning.roles import in_roles
 from fxmerge.rewrite.reassemble import assembled
 from fxmerge.rewrite.rewriter import Rewriter
 
@@ -66,6 +67,11 @@ class Room:
     refitted: bool
     flops: Mapping[str, int]
 
+    @property
+    def roles(self) -> list[list[Group]]:
+        """The groups that keep equally many channels together; each by itself, unless the options ask for it."""
+        return in_roles(self.groups, self.ladders) if self.options.same_widths else [[g] for g in self.groups]
+
     def price(self, kind: str) -> Price:
         parts = (self.facts, self.groups, self.grouping.atom)
         if kind == "flops":
@@ -97,6 +103,7 @@ def allot(
     error: of the model's outputs with these channel counts. `uniform` is used instead of another allocation where it
            loses less
     """
+    room = replace(room, groups=[g for together in room.roles for g in together])  # prices are laid out in this order
     own = _allotted(room, tensors, stage)
     if room.options.allocation == "uniform" or all(sum(own.counts[g.name]) == g.channels for g in room.groups):
         return own
@@ -200,21 +207,28 @@ def by_budget(room: Room, price: Price, kind: str, share: float) -> dict[str, tu
 
     kind: what the price counts, a key of NAMES. Raises FxMergeError if the lowest rungs cost more.
     """
-    groups, ladders, options = room.groups, room.ladders, room.options
-    problem = Problem(
-        tuple(Ladder(ladders[g.name], room.errors[g.name]) for g in groups), price, share * price.original
+    roles, ladders, options = room.roles, room.ladders, room.options
+    slots = {r[0].name: slice(price.slots[r[0].name].start, price.slots[r[-1].name].stop) for r in roles}
+    joint = tuple(
+        Ladder(np.hstack([ladders[g.name] for g in role]), np.sum([room.errors[g.name] for g in role], axis=0))
+        for role in roles
     )
+    problem = Problem(joint, replace(price, slots=slots), share * price.original)
     if problem.cost(problem.bottom) > problem.target * (1 + TOLERANCE[kind]):
-        least, free = problem.cost(problem.bottom) / price.original, int((problem.bottom > 0).sum())
+        least, free = problem.cost(problem.bottom) / price.original, sum(len(ladders[g.name]) > 1 for g in room.groups)
         where = f"when the {free} groups in scope that may narrow drop as many channels as they may"
         raise FxMergeError(
             f"the budget asks for {share:.1%} of the {NAMES[kind]}, but {least:.1%} are left "
             f"{where if free else 'since no group may narrow'}; {remedies(options, bool(free))}"
         )
-    full = np.zeros(len(groups), dtype=np.int64)
+    full = np.zeros(len(roles), dtype=np.int64)
     chosen = full if problem.cost(full) <= problem.target or share >= 1 else ALLOCATORS[options.allocation](problem)
     chosen = _closer(problem, chosen, TOLERANCE[kind])
-    return {g.name: tuple(int(k) for k in ladders[g.name][rung]) for g, rung in zip(groups, chosen, strict=True)}
+    return {
+        g.name: tuple(int(k) for k in ladders[g.name][rung])
+        for role, rung in zip(roles, chosen, strict=True)
+        for g in role
+    }
 
 
 def _closer(problem: Problem, chosen: Ints, tolerance: float) -> Ints:

@@ -67,19 +67,25 @@ class End:
     """What the outputs of a region's last layer should be, for the batches that are used.
 
     held: (positions,) bool by batch: the output positions that only judge the steps
+    used: the same of those that are fitted; the others are padding
     """
 
     targets: Sequence[Target]
     held: Sequence[Tensor]
+    used: Sequence[Tensor]
 
     def first(self, count: int) -> End:
         """The same for the first batches."""
-        return End(targets=self.targets[:count], held=self.held[:count])
+        return End(targets=self.targets[:count], held=self.held[:count], used=self.used[:count])
 
     def variance(self, reduce: Reduce) -> float:
         """The variance of the targets as the residual measures it, the sum over the channels."""
-        first = self.targets[0]
-        _, found = moments([target.outputs for target in self.targets], first.axis, reduce)
+        first, seen = self.targets[0], [one | other for one, other in zip(self.held, self.used, strict=True)]
+        if all(bool(s.all()) for s in seen):
+            _, found = moments([target.outputs for target in self.targets], first.axis, reduce)
+        else:
+            rows = [t.outputs.movedim(t.axis, -1).flatten(0, -2)[s] for t, s in zip(self.targets, seen, strict=True)]
+            _, found = moments(rows, 1, reduce)
         return float((found * first.affine.gain.to(found).square()).sum())
 
 
@@ -135,6 +141,7 @@ class _Joint:
         self.paired, self.region, self.weights, self.seed, self.reduce = run, region, weights, seed, run.reduce
         self.residuals = {name: [target.residual() for target in end.targets] for name, end in ends.items()}
         self.held = {name: end.held for name, end in ends.items()}
+        self.used = {name: end.used for name, end in ends.items()}
         self.batches = len(next(iter(self.held.values())))
         self.ridges = {name: min(max(ridges.get(name, solve.RIDGE), solve.RIDGE), MOST) for name in weights}
         self.units = self._units(ends)
@@ -208,10 +215,10 @@ class _Joint:
                 residual, form = residuals[number], self.weights[name].form
                 missed = residual(outputs[name].detach())
                 squares = by_position(missed, form)
-                held, (used, judging) = self.held[name][number], counts[name]
-                total += squares[~held].sum() * (self.units[name] / (2 * used))
+                held, fitted, (used, judging) = self.held[name][number], self.used[name][number], counts[name]
+                total += squares[fitted].sum() * (self.units[name] / (2 * used))
                 aside[place] += squares[held].sum() * (self.units[name] / (2 * judging))
-                shares = (~held).to(missed) * (self.units[name] / used)
+                shares = fitted.to(missed) * (self.units[name] / used)
                 slopes_at_ends.append(scaled_by_position(residual.slope(missed), form, shares))
             ends = [outputs[name] for name in self.residuals]
             slopes = torch.autograd.grad(ends, self.leaves, slopes_at_ends)
@@ -226,7 +233,8 @@ class _Joint:
         """By end, the number of output positions that are fitted and of those that judge, on all processes."""
         found = {}
         for name, held in self.held.items():
-            counts = torch.stack([torch.stack([(~h).sum(), h.sum()]) for h in held]).sum(0).double()
+            pairs = zip(self.used[name], held, strict=True)
+            counts = torch.stack([torch.stack([u.sum(), h.sum()]) for u, h in pairs]).sum(0).double()
             used, judging = self.reduce(counts).tolist()
             found[name] = max(used, 1.0), judging
         return found
@@ -248,7 +256,9 @@ class _Joint:
                     for name, missed in self.residuals.items():
                         gap = missed[number](outputs[name])
                         signs = torch.randint(0, 2, gap.shape, generator=generator).to(gap) * 2 - 1
-                        noise = noise + (gap * signs).sum() * self.units[name] ** 0.5
+                        seen = (self.held[name][number] | self.used[name][number]).to(gap)
+                        noisy = scaled_by_position(gap * signs, self.weights[name].form, seen)
+                        noise = noise + noisy.sum() * self.units[name] ** 0.5
                     slopes = torch.autograd.grad(noise, list(outputs.values()))
             except RuntimeError:
                 return []
@@ -256,7 +266,9 @@ class _Joint:
                 form, source = self.weights[name].form, sources[name]
                 before = values[source] if source in values else self.paired.merged.values[source][number]
                 count = positions(out, form)
-                index = torch.randperm(count, generator=generator)[: -int(-ROWS // batches)]
+                (real,) = self.paired.real(name, [out], form, number)
+                among = torch.arange(count) if real is None else real.nonzero().flatten().cpu()
+                index = among[torch.randperm(len(among), generator=generator)[: -int(-ROWS // batches)]]
                 rows[name].append(patches(before.detach(), form, index.to(before.device)))
                 by_row = at_positions(slope, form, torch.arange(count, device=slope.device)).double()
                 by_row = by_row.reshape(count, form.groups, -1).transpose(0, 1)  # (g, rows, o)

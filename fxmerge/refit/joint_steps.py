@@ -100,7 +100,13 @@ class JointSteps:
     def _end(self, site: Site, index_of: Sequence[Tensor], rows: Rows, found: Refitted) -> _End:
         count = self._plenty(site)
         held = [folds == HELD_OUT for folds in self.sites.folds(site)[:count]]
-        wanted = joint.End(targets=[self.sites.target(site, number) for number in range(count)], held=held)
+        real = self.paired.real(site.visit.node.name, site.visit.outputs, site.held.form)[:count]
+        targets = [self.sites.target(site, number) for number in range(count)]
+        wanted = joint.End(
+            targets=targets,
+            held=[one if own is None else one & own for one, own in zip(held, real, strict=True)],
+            used=[~one if own is None else ~one & own for one, own in zip(held, real, strict=True)],
+        )
         judging = [index[folds == HELD_OUT] for index, folds in zip(index_of, rows.folds, strict=True)]
         return _End(site, wanted, judging, rows.judging, found, self._error(site, rows.judging))
 

@@ -179,7 +179,9 @@ class _Refit:
         count = enough(self.settings.rows, shape[0] * shape[2])
         if site.visit.node.name in self.joint.within:
             count = min(count, FEWEST)  # enough for the weights that joint steps start from
-        return sample(site.visit.outputs, site.held.form, -(-count // calls), self.generator, self.settings.reduce)
+        outputs, form = site.visit.outputs, site.held.form
+        real = self.paired.real(site.visit.node.name, outputs, form)
+        return sample(outputs, form, -(-count // calls), self.generator, self.settings.reduce, real)
 
     def _error(self, rows: Rows, weight: Tensor, bias: Tensor) -> float:
         """The relative square error of a layer's outputs at these positions."""

@@ -98,6 +98,6 @@ class Sites:
 
     def output_moments(self, site: Site) -> tuple[Tensor, Tensor]:
         """The mean and the variance of the original's outputs, of the channels that stay: (o,), (o,)."""
-        outputs = site.visit.outputs
+        outputs = self.paired.unpadded(site.visit.node.name, site.visit.outputs)
         mean, variance = moments(outputs, channel_axis(outputs[0], site.held.form), self.paired.reduce)
         return mean[site.stays], variance[site.stays]

@@ -28,10 +28,10 @@ from fxmerge.report.group_data import cost_json, group_json, members, producer_c
 from fxmerge.report.layout import WIDTH, Footnotes, Style, lists, names, numbers, table, wrap
 from fxmerge.report.operations import operation
 from fxmerge.report.tables import (
+    capture_lines,
     change,
     decimals,
     first_names,
-    left_out_line,
     percent,
     refit_lines,
     refusal_lines,
@@ -85,7 +85,7 @@ class AnalysisReport(Drawable):
         found = found if groups else wrap(f"{self.captured.name} has no merge groups", width, style)
         refused = refusal_lines("Cannot be merged", self.refusals, self.captured, width, style)
         total = f"{len(groups)} groups, {self.cost.parameters:,} parameters, {self.cost.flops:,} FLOPs"
-        return _text([found, refused], [total, *left_out_line(self.captured)], width, style)
+        return _text([found, refused], [total, *capture_lines(self.captured)], width, style)
 
     def json(self) -> str:
         """JSON text with the groups, refusals, parameters and FLOPs. Schema: fxmerge/assets/report.schema.json."""
@@ -234,7 +234,7 @@ class Report(Drawable):
             *([line] if self.handed_out and (line := self.handed_out.line()) else []),
             *self.notes,
             *self.later,
-            *left_out_line(self.captured),
+            *capture_lines(self.captured),
         ]
 
     def json(self) -> str:

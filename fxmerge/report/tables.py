@@ -111,6 +111,12 @@ def first_names(names: Sequence[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def left_out_line(captured: Capture) -> list[str]:
-    """A line with the outputs of the model that capture left out, if there are any."""
-    return [f"left out of the output: {', '.join(captured.left_out)}"] if captured.left_out else []
+def capture_lines(captured: Capture) -> list[str]:
+    """Lines on what capture left out of the model's output, and on declared sizes that it had no use for."""
+    lines = [f"left out of the output: {', '.join(captured.left_out)}"] if captured.left_out else []
+    if captured.dynamic_shapes is not None and captured.route != "export":
+        lines.append(
+            "dynamic_shapes holds for what is exported from the merged model, but not for the module itself: it was "
+            "captured without torch.export, and takes what the model takes"
+        )
+    return lines

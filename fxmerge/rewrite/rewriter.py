@@ -146,8 +146,8 @@ class Rewriter:
             bias = self.weights.own(layer.params["bias"])
             bias.copy_(change(precise(bias)))
             return
-        if layer.operation.is_recurrent:
-            return  # its module has biases everywhere or nowhere
+        if layer.operation.is_recurrent or layer.bare:
+            return  # the module of a recurrent layer has biases everywhere or nowhere
         path, node = layer.params["weight"], self.nodes[layer.node]
         weight, out_axis = self.weights[path], int(layer.transposed) + layer.is_stacked
         owner, _, name = path.rpartition(".")

@@ -114,7 +114,8 @@ def test_every_second_batch_of_probes_and_all_variants_but_no_sample_moves(monke
     monkeypatch.setattr(fit_probes, "diversified", lambda captured, facts, batches, settings, shown: batches)
     still = [data(Classifier(), samples=256), data(Classifier(), own, samples=24)]
     pairs = [zip(x.batches, y.batches, strict=True) for x, y in zip(found, still, strict=True)]
-    assert [[torch.equal(a[0], b[0]) for a, b in pair] for pair in pairs] == [[True, False, True, False], [True, True, *[False] * 4]]
+    stays = [[torch.equal(a[0], b[0]) for a, b in pair] for pair in pairs]
+    assert stays == [[True, False, True, False], [True, True, *[False] * 4]]
 
 
 def test_probes_that_are_fitted_to_norms_do_not_move(monkeypatch: pytest.MonkeyPatch) -> None:

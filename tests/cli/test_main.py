@@ -320,3 +320,39 @@ def test_weights_that_are_nothing_known(capsys: pytest.CaptureFixture[str], spec
     status, _, err = run(capsys, "analyze", spec, "--weights", str(tmp_path / "w.safetensors"))
     assert (status, err.count("\n")) == (1, 1)
     assert f"cannot read weights from {tmp_path}/w.safetensors: " in err
+
+
+SENTENCE = """
+import torch
+from torch import nn
+
+class Sentence(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.up, self.down = nn.Embedding(40, 8), nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def forward(self, tokens, mask):
+        x = self.embed(tokens) * mask[..., None] if tokens.size(1) < 99 else self.embed(tokens)
+        return self.down(torch.relu(self.up(x)))
+
+def example_inputs():
+    return torch.randint(40, (2, 6)), torch.ones(2, 6)
+"""
+
+
+def test_dynamic(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "sentence.py").write_text(SENTENCE)
+    spec, flags = f"{tmp_path / 'sentence.py'}:Sentence", ["--refit", "none", "--ratio", "0.25"]
+    out = tmp_path / "m.pt2"
+    given = torch.randint(40, (5, 6)), torch.ones(5, 6)
+    assert main(["merge", spec, "--out", str(out), *flags, "--dynamic", "tokens:0", "mask:0"]) == 0
+    program = torch.export.load(str(out)).module()
+    assert program(*given).shape == (5, 6, 8)
+    with pytest.raises((RuntimeError, AssertionError)):
+        program(*(x[:, :4] for x in given))
+    assert main(["merge", spec, "--out", str(out), *flags, "--dynamic", "tokens:0,1", "mask:0,1"]) == 0
+    assert torch.export.load(str(out)).module()(*(x[:, :4] for x in given)).shape == (5, 4, 8)
+    assert main(["analyze", spec, "--dynamic", "token:0"]) == 1
+    assert "names the input 'token', which is not given; the inputs are tokens, mask" in capsys.readouterr().err
+    assert main(["analyze", spec, "--dynamic", "tokens"]) == 1
+    assert "such as x:0,2,3" in capsys.readouterr().err

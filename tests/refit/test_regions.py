@@ -264,7 +264,8 @@ def test_ends_count_alike_whatever_their_units() -> None:
     def end(scale: float) -> joint.End:
         step = affine(torch.full((3,), scale, dtype=torch.float64), torch.zeros(3, dtype=torch.float64))
         targets = [Target(outputs=y, axis=1, affine=step, bounds=None) for y in outputs]
-        return joint.End(targets=targets, held=[torch.zeros(50, dtype=torch.bool)] * 2)
+        nothing = [torch.zeros(50, dtype=torch.bool)] * 2
+        return joint.End(targets=targets, held=nothing, used=[~none for none in nothing])
 
     small, large = (end(scale).variance(lambda t: t) for scale in (1.0, 100.0))
     assert small == pytest.approx(float(outputs.flatten(0, 1).var(0, correction=0).sum()))
