@@ -31,6 +31,7 @@ def test_hugging_face(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert not [*tmp_path.glob("plain/*.py"), *tmp_path.glob("budget/*.py")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("page", "needs", "count"),
     [
