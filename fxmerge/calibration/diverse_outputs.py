@@ -1,4 +1,4 @@
-"""Variants of samples that are moved so that the model's outputs are diverse.
+"""Variants of the example that are moved so that the model's outputs are diverse.
 
 However a few samples are cropped and coloured, deep layers see little besides what these samples show. A few steps of
 Adam on the variants themselves raise one output channel of each, drawn at random:
@@ -6,8 +6,8 @@ Adam on the variants themselves raise one output channel of each, drawn at rando
     loss = - mean over the positions of log softmax(SHARP z / deviation of z)_c,    the softmax over the channels
 
 Such an activation maximisation leaves natural images in the end (Yin et al., "Dreaming to distill", CVPR 2020, section
-3.1). It ends here when the variants have hardly changed to the eye. No weight is changed. Samples that are as many as
-the channels may show all of them: their variants stay as they are.
+3.1). It ends here when the variants have hardly changed to the eye. No weight is changed. An example of as many samples
+as there are channels may show all of them: its variants stay as they are.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from fxmerge.calibration.batches import Batches
+from fxmerge.calibration.batches import Batches, batch_size
 from fxmerge.calibration.epilogue import pair
 from fxmerge.calibration.paired_run import PairedRun, Settings
 from fxmerge.graph.cost import cost
@@ -36,16 +36,13 @@ BUDGET = 4e12  # FLOPs of all steps together, at most; variants stay as they are
 LEAST = 3
 
 
-def diversified(
-    captured: Capture, facts: Provenance, batches: Batches, settings: Settings, *, shown: int
-) -> Batches:  # fmt: skip
+def diversified(captured: Capture, facts: Provenance, batches: Batches, settings: Settings) -> Batches:
     """The batches with their floating-point inputs moved.
 
-    shown: the number of samples that these are variants of
-
-    They are returned unchanged if no output has more channels than that, if LEAST steps exceed BUDGET, or if an op has
-    no gradient.
+    They are returned unchanged if no output has more channels than the example has samples, if LEAST steps exceed
+    BUDGET, or if an op has no gradient.
     """
+    shown = batch_size(captured)
     places = [at for at in probed(captured.inputs) if captured.inputs[at].dtype in (torch.float32, torch.float64)]
     axes = {name: axis for name, (axis, channels) in output_channels(captured, facts).items() if channels > shown}
     if not batches or not places or not axes:

@@ -18,15 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxmerge.calibration.batches import Batches, UnprobedError, batch_size, fed
+from fxmerge.calibration.batches import Batches, UnprobedError, fed
 from fxmerge.calibration.diverse_outputs import diversified
 from fxmerge.calibration.epilogue import pair
-from fxmerge.calibration.held_out import samples
 from fxmerge.calibration.padding import Padding, padding_of
 from fxmerge.calibration.paired_run import PairedRun, Settings, channel_shape, moments
 from fxmerge.calibration.trial_runs import channels_last
 from fxmerge.graph.cost import cost
-from fxmerge.graph.distributed import rank_and_size
 from fxmerge.graph.eval_mode import evaluating
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.provenance import Layer, Provenance, batch_norms
@@ -84,16 +82,14 @@ def refit_data(
         return RefitData(batches=[], held=held, notes=(str(error),))
     batches, source = channels_last(captured, found.batches), found.source
     if given is not None:
-        shown = sum(map(samples, batches[: found.made])) * rank_and_size()[1]
-        batches[found.made :] = diversified(captured, facts, batches[found.made :], settings, shown=shown)
         padding = padding_of(captured, batches)
         source += ", without padding" if padding else ""
         return RefitData(batches=batches, held=held, made=found.made, source=source, padding=padding)
     if found.real:  # real data leave the streams where training did
         held = False
         if not normed(facts):
-            shown = batch_size(captured)
-            batches[1::2] = diversified(captured, facts, batches[1::2], settings, shown=shown)
+            batches[1::2] = moved = diversified(captured, facts, some := batches[1::2], settings)
+            source += "" if moved is some else "; every second batch moved, for diverse outputs"
     elif not holds(captured, facts, batches, settings):
         return RefitData(batches=batches, held=False, source=source, notes=(_STRAYED,))
     batches = fitted(captured, facts, batches, settings, stage)
