@@ -35,8 +35,8 @@ def noisy(net: Net, y: Tensor) -> Tensor:
 
 
 def attended(net: Net, y: Tensor) -> Tensor:
-    t = y.unflatten(1, (4, 4))
-    return F.scaled_dot_product_attention(t, t, t, dropout_p=0.5 if net.training else 0.0).flatten(1)
+    t = y.unflatten(1, (4, -1))
+    return F.scaled_dot_product_attention(t, t, t, dropout_p=0.5 if net.training else 0.0, scale=0.5).flatten(1)
 
 
 FROZEN: dict[str, Middle] = {

@@ -27,7 +27,7 @@ from fxmerge.weights.files import _exchange
 from tests.helpers.netmaking import one_thread, plain_merge, randomised  # noqa: F401
 from tests.helpers.nets import NETS
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("saved")]
+pytestmark = pytest.mark.usefixtures("one_thread")
 TESTS = Path(__file__).resolve().parents[1]
 
 
