@@ -92,8 +92,8 @@ def test_probes_are_made_from_images_and_streams_are_not_held() -> None:
     found = data(Plain(), IMAGES, samples=128)
     assert not found.held and found.made == 0
     assert found.source == (
-        "128 probes made from the 2 example inputs (crops, flips, colours; half dead leaves); every second batch moved, "
-        "for diverse outputs"
+        "128 probes made from the 2 example inputs (crops, flips, colours; half dead leaves); "
+        "every second batch moved, for diverse outputs"
     )
     assert torch.equal(found.batches[0][0][:2], IMAGES)
 
