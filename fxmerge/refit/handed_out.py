@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from fxmerge.calibration.held_out import HELD_OUT, JUDGES, of_samples, sample_folds, samples
 from fxmerge.calibration.output_error import output_error
 from fxmerge.calibration.paired_run import Pair, Settings
-from fxmerge.calibration.trial_runs import takes_any_batch
+from fxmerge.calibration.trial_runs import refused
 from fxmerge.ir.capture import Capture
 from fxmerge.refit.records import Refitted
 from fxmerge.refit.refit_layers import refit
@@ -79,14 +79,15 @@ def _judging(
 ) -> tuple[list[Sequence[Any]], list[Tensor]]:
     """The batches with samples held out, and which they are; all samples of the first batch if none is held out.
 
-    The other samples are left out if the model takes any batch, unless streams are held and few samples would be left
-    to hold them by.
+    The other samples are left out if the model takes batches of these alone, unless streams are held and few samples
+    would be left to hold them by.
     """
     held = [folds == HELD_OUT for folds in sample_folds([samples(batch) for batch in batches], settings.made)]
     chosen = [(batch, some) for batch, some in zip(batches, held, strict=True) if some.any()]
     if not chosen:
         return [batches[0]], [torch.ones(samples(batches[0]), dtype=torch.bool)]
     enough = not settings.held or sum(int(some.sum()) for _, some in chosen) >= JUDGES
-    if enough and takes_any_batch(captured):
-        chosen = [(of_samples(batch, some), some[some]) for batch, some in chosen]
+    alone = [of_samples(batch, some) for batch, some in chosen]
+    if enough and not any(refused(captured, batch) for batch in {samples(batch): batch for batch in alone}.values()):
+        return list(alone), [some[some] for _, some in chosen]
     return [batch for batch, _ in chosen], [some for _, some in chosen]

@@ -135,6 +135,19 @@ def test_candidates_are_run_on_the_samples_held_out_alone(monkeypatch: pytest.Mo
     assert [*map(list, dict.fromkeys(map(tuple, seen)))] == [[8, 8], [8, 8, 8, 8], [64, 64]]
 
 
+def test_candidates_are_run_on_whole_batches_if_the_model_takes_no_others() -> None:
+    """Its code refuses batches of as many samples as are held out of one."""
+
+    class Refuses(Classifier):
+        def forward(self, x: Tensor) -> Tensor:
+            torch._assert(x.size(0) != 8, "not 8")
+            return super().forward(x)
+
+    model, x = Refuses().eval(), mixed(1, 64)
+    found = fxmerge.merge(model, x[:2], ratio=0.25, scope="all", calibration=[x], samples=1).report.handed_out
+    assert found is not None and len(found.errors) == 3
+
+
 def test_a_bad_start_is_not_handed_out() -> None:
     """The published scale takes partners of a small cosine at |w_i| / |w_j|: here pruning is better, and is taken."""
     torch.manual_seed(0)
