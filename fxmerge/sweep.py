@@ -175,8 +175,9 @@ def sweep(
         folder.mkdir(parents=True, exist_ok=True)
     with progress() as stage, older_left_alone():
         prefix = [""]
-        shown = lambda name: stage(f"{prefix[0]}{name}")  # noqa: E731
-        ready = prepared(model, example_inputs, asked[0], calibration, shown, dynamic_shapes)
+        ready = prepared(
+            model, example_inputs, asked[0], calibration, lambda name: stage(f"{prefix[0]}{name}"), dynamic_shapes
+        )
         digest = _digest(ready, evaluate) if folder is not None else ""
         points = []
         for one in asked:

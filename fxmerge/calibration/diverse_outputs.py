@@ -21,13 +21,12 @@ from torch import Generator, Tensor
 
 from fxmerge.calibration.batches import Batches, batch_size
 from fxmerge.calibration.epilogue import pair
+from fxmerge.calibration.input_moves import affordable, extent, movable, step
 from fxmerge.calibration.paired_run import PairedRun, Settings
-from fxmerge.graph.cost import cost
 from fxmerge.graph.distributed import rank_and_size
 from fxmerge.graph.eval_mode import evaluating
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.provenance import Provenance
-from fxmerge.methods.probes import probed
 
 STEPS = 8  # of Adam, at most
 RATE, BETAS = 0.03, (0.5, 0.9)  # RATE: in deviations of the inputs
@@ -42,15 +41,12 @@ def diversified(captured: Capture, facts: Provenance, batches: Batches, settings
     They are returned unchanged if no output has more channels than the example has samples, if LEAST steps exceed
     BUDGET, or if an op has no gradient.
     """
-    shown = batch_size(captured)
-    places = [at for at in probed(captured.inputs) if captured.inputs[at].dtype in (torch.float32, torch.float64)]
+    shown, places = batch_size(captured), movable(captured)
     axes = {name: axis for name, (axis, channels) in output_channels(captured, facts).items() if channels > shown}
     if not batches or not places or not axes:
         return batches
-    samples = sum(len(batch[places[0]]) for batch in batches) / len(captured.inputs[places[0]])
-    once = 3 * samples * cost(captured.module, captured.inputs).flops  # a backward pass costs two forward passes
-    steps = min(STEPS, int(BUDGET / max(once, 1)))
-    if steps < LEAST:
+    steps = affordable(captured, batches, places[0], steps=STEPS, least=LEAST, budget=BUDGET)
+    if not steps:
         return batches
     raising = _Raising(captured, facts, replace(settings, held=False), axes, places, steps)
     rank, size = rank_and_size()
@@ -87,20 +83,17 @@ class _Raising:
     def moved(self, batch: Sequence[Any], generator: Generator) -> list[Any]:
         """A batch after all steps."""
         scale = {place: batch[place].std(correction=0) for place in self.places}
-        ranges = {place: (float(batch[place].min()), float(batch[place].max())) for place in self.places}
+        ranges = extent(batch, self.places)
         moves = {place: torch.zeros_like(batch[place], requires_grad=True) for place in self.places}
         aims: dict[str, tuple[Tensor, Tensor]] = {}
 
-        def values() -> list[Any]:  # a model may be undefined outside of the range, as a root is
+        def values() -> list[Any]:
             there = {at: (batch[at] + scale[at] * move).clamp(*ranges[at]) for at, move in moves.items()}
             return [there.get(place, value) for place, value in enumerate(batch)]
 
         adam = torch.optim.Adam(list(moves.values()), lr=RATE, betas=BETAS)
         for _ in range(self.steps):
-            slopes = torch.autograd.grad(self._loss(values(), aims, generator), list(moves.values()), allow_unused=True)
-            for move, slope in zip(moves.values(), slopes, strict=True):
-                move.grad = slope
-            adam.step()
+            step(adam, self._loss(values(), aims, generator), list(moves.values()))
         with torch.no_grad():
             return values()
 

@@ -21,15 +21,14 @@ from torch import Tensor
 from fxmerge.calibration.batches import Batches, UnprobedError, fed
 from fxmerge.calibration.diverse_outputs import diversified
 from fxmerge.calibration.epilogue import pair
+from fxmerge.calibration.input_moves import affordable, extent, movable, step
 from fxmerge.calibration.padding import Padding, padding_of
 from fxmerge.calibration.paired_run import PairedRun, Settings, channel_shape, moments
 from fxmerge.calibration.trial_runs import channels_last
-from fxmerge.graph.cost import cost
 from fxmerge.graph.eval_mode import evaluating
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.provenance import Layer, Provenance, batch_norms
 from fxmerge.methods.least_squares import Reduce
-from fxmerge.methods.probes import probed
 from fxmerge.options import Options
 from fxmerge.weights.by_path import at
 
@@ -88,8 +87,10 @@ def refit_data(
     if found.real:  # real data leave the streams where training did
         held = False
         if not normed(facts):
-            batches[1::2] = moved = diversified(captured, facts, some := batches[1::2], settings)
-            source += "" if moved is some else "; every second batch moved, for diverse outputs"
+            some = batches[1::2]
+            moved = diversified(captured, facts, some, settings)
+            if moved is not some:
+                batches[1::2], source = moved, f"{source}; every second batch moved, for diverse outputs"
     elif not holds(captured, facts, batches, settings):
         return RefitData(batches=batches, held=False, source=source, notes=(_STRAYED,))
     batches = fitted(captured, facts, batches, settings, stage)
@@ -124,13 +125,11 @@ def fitted(
 
     They are returned unchanged if there is no BatchNorm, if LEAST steps exceed BUDGET, or if an op has no gradient.
     """
-    places = [at for at in probed(captured.inputs) if captured.inputs[at].dtype in (torch.float32, torch.float64)]
+    places = movable(captured)
     if not places or not normed(facts):
         return batches
-    samples = sum(len(batch[places[0]]) for batch in batches) / len(captured.inputs[places[0]])
-    once = 3 * samples * cost(captured.module, captured.inputs).flops  # a backward pass costs two forward passes
-    steps = min(STEPS, int(BUDGET / max(once, 1)))
-    if steps < LEAST:
+    steps = affordable(captured, batches, places[0], steps=STEPS, least=LEAST, budget=BUDGET)
+    if not steps:
         return batches
     try:
         return _moved(captured, facts, batches, settings, places=places, steps=steps, stage=stage)
@@ -148,19 +147,15 @@ def _moved(
         for number, batch in enumerate(batches):
             stage(f"probes {number + 1} of {len(batches)}")
             moving = {place: batch[place].clone().requires_grad_() for place in places}
-            ranges = {place: (float(batch[place].min()), float(batch[place].max())) for place in places}
+            ranges = extent(batch, places)
             values = [moving.get(place, value) for place, value in enumerate(batch)]
             rates = [{"params": [x], "lr": RATE * float(x.detach().std())} for x in moving.values()]
             adam = torch.optim.Adam(rates, betas=BETAS)
             falling = torch.optim.lr_scheduler.LinearLR(adam, 1.0, FALL, total_iters=steps)
             for _ in range(steps):
-                loss = _divergence(captured, facts, [values], alone, _own_moments)
-                slopes = torch.autograd.grad(loss, list(moving.values()), allow_unused=True)
-                for value, slope in zip(moving.values(), slopes, strict=True):
-                    value.grad = slope
-                adam.step()
+                step(adam, _divergence(captured, facts, [values], alone, _own_moments), list(moving.values()))
                 falling.step()
-                with torch.no_grad():  # a model may be undefined outside of this range, as a root is
+                with torch.no_grad():
                     for place, value in moving.items():
                         value.clamp_(*ranges[place])
             found.append([moving[place].detach() if place in moving else value for place, value in enumerate(batch)])

@@ -25,10 +25,16 @@ def samples(batch: Sequence[Any]) -> int:
     return next((v.size(0) for v in batch if isinstance(v, Tensor) and v.dim()), 1)
 
 
-def of_samples(batch: Sequence[Any], index: Tensor) -> list[Any]:
-    """The samples of a batch with these indices, or those where a mask is True."""
+def of_samples(batch: Sequence[Any], index: Tensor | slice) -> list[Any]:
+    """The samples of a batch with these indices, or those where a mask is True; a view for a slice."""
     count = samples(batch)
-    return [v[index.to(v.device)] if isinstance(v, Tensor) and v.dim() and v.size(0) == count else v for v in batch]
+
+    def some(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.dim() or value.size(0) != count:
+            return value
+        return value[index if isinstance(index, slice) else index.to(value.device)]
+
+    return [some(value) for value in batch]
 
 
 def sample_folds(counts: Sequence[int], made: int = 0) -> list[Tensor]:

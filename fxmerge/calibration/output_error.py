@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fxmerge.calibration.batches import Batches
+from fxmerge.calibration.held_out import of_samples, samples
 from fxmerge.calibration.padding import rest
 from fxmerge.calibration.paired_run import Pair, PairedRun, Settings
 from fxmerge.graph.eval_mode import evaluating
@@ -58,11 +59,8 @@ def halves(batches: Batches, divisible: bool) -> tuple[Batches, Batches]:
 
 
 def _cut(batch: list[Any]) -> Batches:
-    size = next((v.size(0) for v in batch if isinstance(v, Tensor) and v.dim()), 1)
-    bounds = [size * number // FEWEST for number in range(FEWEST + 1)]
-    spans = [(low, high) for low, high in pairwise(bounds) if high > low]
-    along = [isinstance(v, Tensor) and v.dim() > 0 and v.size(0) == size for v in batch]
-    return [[v[low:high] if cut else v for v, cut in zip(batch, along, strict=True)] for low, high in spans]
+    bounds = [samples(batch) * number // FEWEST for number in range(FEWEST + 1)]
+    return [of_samples(batch, slice(low, high)) for low, high in pairwise(bounds) if high > low]
 
 
 def _sums(

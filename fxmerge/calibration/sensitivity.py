@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fxmerge.calibration.batches import batch_size
 from fxmerge.calibration.epilogue import pair
+from fxmerge.calibration.held_out import of_samples, samples
 from fxmerge.calibration.paired_run import PairedRun, Settings, axis_of_outputs, moments
 from fxmerge.calibration.trial_runs import takes_any_batch
 from fxmerge.graph.eval_mode import evaluating
@@ -92,9 +93,8 @@ def _some(captured: Capture, batches: Sequence[Sequence[Any]]) -> list[list[Any]
     wanted = max(1, min(SAMPLES, ELEMENTS // max(each, 1)))
     divisible, found, taken = takes_any_batch(captured), [], 0
     for batch in batches:
-        own = next((v.size(0) for v in batch if isinstance(v, Tensor) and v.dim()), 1)
-        part = min(own, wanted - taken) if divisible else own
-        cut = [v[:part] if isinstance(v, Tensor) and v.dim() and v.size(0) == own else v for v in batch]
+        part = min(samples(batch), wanted - taken) if divisible else samples(batch)
+        cut = of_samples(batch, slice(part))
         found.append([_leaf(v) if isinstance(v, Tensor) and v.is_floating_point() else v for v in cut])
         taken += part
         if taken >= wanted:
