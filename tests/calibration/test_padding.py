@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import fxmerge
 from fxmerge.calibration.padding import padding_of
 from fxmerge.capture.capture_model import capture
+from tests.helpers.language_models import llama
 from tests.helpers.netmaking import one_thread, randomised  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -81,13 +82,7 @@ def test_what_is_at_the_padding_changes_nothing(given: dict[str, Any], kind: str
 
 
 def test_refit_of_a_language_model() -> None:
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2, max_position_embeddings=64,
-    )  # fmt: skip
-    model = transformers.LlamaForCausalLM(config).eval()
+    model = llama(vocabulary=40)
     states, example = [], {"input_ids": torch.randint(40, (4, 9)), "attention_mask": torch.ones(4, 9, dtype=torch.long)}
     for other in (False, True):
         data = [{"input_ids": tokens, "attention_mask": mask} for tokens, mask in batches(False, other)]

@@ -14,6 +14,7 @@ from torch.export import Dim
 
 import fxmerge
 from fxmerge.export.check import difference
+from tests.helpers.language_models import llama
 from tests.helpers.netmaking import one_thread, plain_merge, randomised  # noqa: F401
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
@@ -25,15 +26,8 @@ def tokens(samples: int = 4, length: int = 9) -> dict[str, Tensor]:
     return {"input_ids": given, "attention_mask": torch.ones_like(given)}
 
 
-def llama(**given: Any) -> fxmerge.Result:
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=60, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2, max_position_embeddings=64,
-    )  # fmt: skip
-    model = transformers.LlamaForCausalLM(config).eval()
-    return fxmerge.merge(model, tokens(), ratio=0.25, samples=32, **given)
+def small(**given: Any) -> fxmerge.Result:
+    return fxmerge.merge(llama(), tokens(), ratio=0.25, samples=32, **given)
 
 
 def logits(model: nn.Module, given: dict[str, Tensor]) -> Tensor:
@@ -45,7 +39,7 @@ def logits(model: nn.Module, given: dict[str, Tensor]) -> Tensor:
 def test_peft() -> None:
     """LoRA starts at the merged model, learns, and its merged weights compute what the adapter does."""
     peft = pytest.importorskip("peft", reason="needs peft")
-    result, given = llama(), tokens()
+    result, given = small(), tokens()
     expected = logits(result.module, given)
     before = {name: value.clone() for name, value in result.model.state_dict().items()}
     tuned = peft.get_peft_model(
@@ -72,7 +66,7 @@ def test_peft() -> None:
 def test_accelerate_dispatches(tmp_path: Path) -> None:
     """A layer on disk, read when it runs; and a model that is merged while it is dispatched."""
     accelerate = pytest.importorskip("accelerate", reason="needs accelerate")
-    result, given = llama(refit="none"), tokens(2, 7)
+    result, given = small(refit="none"), tokens(2, 7)
     expected = logits(result.module, given)
     wanted = result.model.generate(given["input_ids"], max_new_tokens=6, do_sample=False)
     where = {"model.layers.1": "disk"} | dict.fromkeys(
@@ -83,7 +77,7 @@ def test_accelerate_dispatches(tmp_path: Path) -> None:
     assert spread.model.layers[1].mlp.up_proj.weight.is_meta
     assert difference([expected], [logits(spread, given)]) < 1e-6
     assert torch.equal(spread.generate(given["input_ids"], max_new_tokens=6, do_sample=False), wanted)
-    hooked = accelerate.dispatch_model(llama(refit="none").model, device_map={"": "cpu"}, force_hooks=True)
+    hooked = accelerate.dispatch_model(small(refit="none").model, device_map={"": "cpu"}, force_hooks=True)
     again = plain_merge(hooked, tokens(), ratio=0.25)
     assert difference([logits(again.module, given)], [logits(again.model, given)]) < 1e-5
 

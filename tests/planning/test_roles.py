@@ -13,6 +13,7 @@ import fxmerge
 from fxmerge.export.check import difference
 from fxmerge.ir.groups import Refusal
 from fxmerge.planning.roles import without
+from tests.helpers.language_models import llama
 from tests.helpers.netmaking import one_thread, plain_merge, randomised  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -65,8 +66,9 @@ def test_blocks_of_one_size_have_one_width_under_a_budget(allocation: str, kind:
 
 
 def test_without_the_option_they_differ() -> None:
+    """At this budget whatever the inputs are; at 0.6, dividing it equally loses less on one in four."""
     model, x = Tower().eval(), torch.randn(64, 12)
-    found = widths(plain_merge(model, x, budget={"params": 0.6}, ignore=("head",)).module)
+    found = widths(plain_merge(model, x, budget={"params": 0.7}, ignore=("head",)).module)
     assert len({found[0], found[1], found[3]}) > 1
 
 
@@ -116,12 +118,7 @@ def test_no_new_biases(decomposition: str, refit: str) -> None:
 @pytest.mark.parametrize("by", [{"budget": {"params": 0.7}, "same_widths": True}, {"ratio": 0.5}])
 def test_a_refitted_llama_is_a_plain_folder(by: dict[str, Any], tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=60, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2, max_position_embeddings=64,
-    )  # fmt: skip
-    model = transformers.LlamaForCausalLM(config).eval()
+    model = llama(layers=3)
     with torch.no_grad():
         for i, layer in enumerate(model.model.layers):
             layer.mlp.down_proj.weight.mul_(2.0**i)  # so that a budget would be divided unequally
