@@ -68,8 +68,9 @@ def test_what_cannot_be_measured_is_said(name: str, ratio: float) -> None:
 def test_entries_that_are_infinite_in_both_are_left_out() -> None:
     """The rest is measured, as without the mask."""
     hidden = torch.tensor([True, False, False])
-    masked = verdict(Ends(lambda y: y.masked_fill(hidden, -math.inf)))[0]
-    plain = verdict(Ends(lambda y: y.masked_fill(hidden, 0.0)))[0]
+    one, other = Ends(lambda y: y.masked_fill(hidden, -math.inf)), Ends(lambda y: y.masked_fill(hidden, 0.0))
+    other.load_state_dict(one.state_dict())
+    masked, plain = verdict(one)[0], verdict(other)[0]
     assert masked == plain and 0.01 < masked.error < 2
 
 
