@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from fxmerge.calibration.held_out import HELD_OUT, of_samples, sample_folds, samples
+from fxmerge.calibration.tail import tail
 from fxmerge.calibration.trial_runs import refused
 from fxmerge.calibration.user_data import given
 from fxmerge.errors import FxMergeError
@@ -28,6 +29,7 @@ ELEMENTS = 2**27  # of the largest activation over all batches, at most: half a 
 FEWEST, USUAL, MOST = 128, 512, 4096  # numbers of probes, unless `Options.samples` is given
 SMALL, FORWARD = 2**22, 5e11  # for all probes: elements of the largest activation, FLOPs of a forward pass
 BATCHES = 512  # at most, unless `Options.samples` is given: small ones cost as much time as large ones
+TOKENS = 2**13  # so many are enough where a forward pass is expensive
 ROWS = 64  # the first layers see at least so many rows of an example that probes are made of
 
 
@@ -63,14 +65,18 @@ def fed(
 
     Raises FxMergeError where the batches do not fit the model, UnprobedError where the model does not run on probes.
     """
-    limit = samples_at_most(captured)
+    limit = samples_at_most(captured, facts)
     if options.refit == "calibration":
-        found = given(captured, batches, limit, batch_size(captured))
+        found, more_given = given(captured, batches, limit, batch_size(captured))
         if fault := refused(captured, found[0]):
             raise FxMergeError(f"the model {fault} on a calibration batch; give inputs as its forward takes them")
         mine, (rank, size) = share(found), rank_and_size()
-        more = variants(captured, mine, min(limit, options.samples or enough(captured)) // size, options.seed + rank)
+        more = variants(
+            captured, mine, min(limit, options.samples or enough(captured, facts)) // size, options.seed + rank
+        )
         text = f"{sum(map(samples, found)):,} calibration samples"
+        if more_given:
+            text += ", the others left out for their memory"
         if more:
             text += f" and {sum(map(samples, more)) * size:,} variants of them"
         return Fed(batches=mine + more, made=len(mine), real=True, source=text)
@@ -88,7 +94,7 @@ def fed(
     else:
         raise UnprobedError(f"refit is left out, as the model {fault} on probes; give merge(..., calibration=batches)")
     real = example_counts(captured, facts)
-    family, count = options.probes, options.samples or enough(captured)
+    family, count = options.probes, options.samples or enough(captured, facts)
     if family == "auto":
         others = [name for name in PROBES if name != EXAMPLE]
         if normed:  # fitted to the norms, they are more diverse than variants of an example
@@ -180,21 +186,27 @@ class UnprobedError(FxMergeError):
     """Raised where the model does not run on probes."""
 
 
-def enough(captured: Capture) -> int:
+def enough(captured: Capture, facts: Provenance) -> int:
     """The number of probes: more where activations are small, fewer where a forward pass is expensive."""
-    wanted = max(USUAL, min(MOST, SMALL // largest_activation(captured)))
+    wanted = max(USUAL, min(MOST, SMALL // largest_activation(captured, facts)))
     each = cost(captured.module, captured.inputs).flops / batch_size(captured)
-    return max(FEWEST, min(wanted, int(FORWARD / max(each, 1))))
+    fewest = FEWEST
+    for place in vocabularies(captured, facts):  # each token is a row of every layer
+        fewest = min(fewest, max(1, TOKENS * batch_size(captured) // captured.inputs[place].numel()))
+    return max(fewest, min(wanted, int(FORWARD / max(each, 1))))
 
 
-def samples_at_most(captured: Capture) -> int:
+def samples_at_most(captured: Capture, facts: Provenance) -> int:
     """The number of samples at which the largest activation has ELEMENTS."""
-    return max(1, ELEMENTS // largest_activation(captured))
+    return max(1, ELEMENTS // largest_activation(captured, facts))
 
 
-def largest_activation(captured: Capture) -> int:
-    """The number of elements of the largest activation, for one sample."""
-    largest = max((int(torch.Size(s).numel()) for s in captured.shapes.values()), default=1)
+def largest_activation(captured: Capture, facts: Provenance) -> int:
+    """The number of elements of the largest activation that is stored in a paired run, for one sample."""
+    graph = captured.module.graph
+    apart = tail(captured.module, {layer.node for layer in facts.layers})
+    stored = {node.name for node in graph.nodes if node.op != "get_attr"}.difference(apart)
+    largest = max((int(torch.Size(s).numel()) for name, s in captured.shapes.items() if name in stored), default=1)
     return max(1, largest // max(batch_size(captured), 1))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from fxmerge.calibration.batches import Batches
 from fxmerge.calibration.held_out import of_samples, samples
 from fxmerge.calibration.padding import rest
-from fxmerge.calibration.paired_run import Pair, PairedRun, Settings
+from fxmerge.calibration.paired_run import Pair, PairedRun, Settings, Visit
 from fxmerge.graph.eval_mode import evaluating
 from fxmerge.graph.outputs import returned
 
@@ -35,9 +35,7 @@ def output_error(
         run = PairedRun(pair, batches, settings)
         for visit in run:
             if visit.node.op == "output":
-                merged = [run.merged.call(visit.node, number) for number in range(len(visit.outputs))]
-                one, other = (list(zip(*map(returned, values), strict=True)) for values in (visit.outputs, merged))
-                sums = [_sums(run, y, z, judges) for y, z in zip(one, other, strict=True)]
+                sums = _sums(run, visit, judges)
     if not sums:
         return 0.0
     total = settings.reduce(torch.stack(sums))  # (outputs, 4)
@@ -63,20 +61,26 @@ def _cut(batch: list[Any]) -> Batches:
     return [of_samples(batch, slice(low, high)) for low, high in pairwise(bounds) if high > low]
 
 
-def _sums(
-    run: PairedRun, original: Sequence[Tensor], merged: Sequence[Tensor], judges: Sequence[Tensor] | None
-) -> Tensor:
-    """Sums over batches and entries: of the squared differences, of squares, of entries, and of ones."""
-    found = torch.zeros(4, dtype=torch.float64)
-    for number, (y, z) in enumerate(zip(original, merged, strict=True)):
-        own = None if judges is None else judges[number].to(y.device)
-        real = None if run.padding is None else run.padding.real("output", run.original.batches[number], y.shape)
-        if real is not None:
-            chosen = real if own is None or len(own) != len(real) else real & own[:, None]
-            y, z = (t.reshape(*real.shape, *rest(t.shape, real))[chosen] for t in (y, z))
-        elif own is not None and y.dim() and y.size(0) == len(own):
-            y, z = (t[own] for t in (y, z))
-        y, z = (torch.view_as_real(t) if t.is_complex() else t for t in (y, z))
-        parts = [(z.double() - y.double()).square().sum(), y.double().square().sum(), y.double().sum()]
-        found += torch.stack([*(p.cpu() for p in parts), torch.tensor(float(y.numel()), dtype=torch.float64)])
-    return found
+def _sums(run: PairedRun, visit: Visit, judges: Sequence[Tensor] | None) -> list[Tensor]:
+    """By output, sums over batches and entries: of the squared differences, of squares, of entries, and of ones."""
+    found: dict[int, Tensor] = {}
+    for number, outputs in enumerate(visit.outputs):
+        merged = returned(run.merged.call(visit.node, number))
+        for place, (y, z) in enumerate(zip(returned(outputs), merged, strict=True)):
+            own = _own(run, number, y, z, None if judges is None else judges[number])
+            found[place] = found[place] + own if place in found else own
+    return list(found.values())
+
+
+def _own(run: PairedRun, number: int, y: Tensor, z: Tensor, judges: Tensor | None) -> Tensor:
+    """The sums for one output y of the original and z of the merged graph, and one batch."""
+    own = None if judges is None else judges.to(y.device)
+    real = None if run.padding is None else run.padding.real("output", run.original.batches[number], y.shape)
+    if real is not None:
+        chosen = real if own is None or len(own) != len(real) else real & own[:, None]
+        y, z = (t.reshape(*real.shape, *rest(t.shape, real))[chosen] for t in (y, z))
+    elif own is not None and y.dim() and y.size(0) == len(own):
+        y, z = (t[own] for t in (y, z))
+    y, z = (torch.view_as_real(t) if t.is_complex() else t for t in (y, z))
+    parts = [(z.double() - y.double()).square().sum(), y.double().square().sum(), y.double().sum()]
+    return torch.stack([*(p.cpu() for p in parts), torch.tensor(float(y.numel()), dtype=torch.float64)])

@@ -56,7 +56,7 @@ def sensitivity(
     try:
         with evaluating(captured.module), torch.enable_grad():
             outputs: dict[tuple[str, int], list[Tensor]] = {}  # a recurrent layer returns several tensors
-            last: list[Any] = []
+            last: Sequence[Any] = []
             run = PairedRun(pair(captured.module, facts), some, alone)
             for visit in run:
                 if visit.node.name in layers:

@@ -7,7 +7,6 @@ generator, which is read once.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import islice
 from typing import Any
 
 import torch
@@ -19,8 +18,9 @@ from fxmerge.graph.inputs import bind, is_exported
 from fxmerge.ir.capture import Capture
 
 
-def given(captured: Capture, batches: Any, limit: int, size: int) -> list[list[Any]]:
-    """The user's batches as values of the graph's placeholders, at most about `limit` samples of them.
+def given(captured: Capture, batches: Any, limit: int, size: int) -> tuple[list[list[Any]], bool]:
+    """The user's batches as values of the graph's placeholders, at most about `limit` samples of them, and whether
+    there are more.
 
     An exported model that does not take these batches gets the samples in batches of `size`, for which it was exported.
 
@@ -33,18 +33,19 @@ def given(captured: Capture, batches: Any, limit: int, size: int) -> list[list[A
         raise FxMergeError(f"calibration is of type {what}; give an iterable of batches, or a DataLoader")
     found: list[list[Any]] = []
     total = 0
-    for batch in islice(batches, limit):
+    more = False
+    for batch in batches:
+        if more := total >= limit:
+            break
         values = _placed(captured, batch)
         count = next((len(v) for v in values if isinstance(v, Tensor) and v.dim()), 0)
         if count == 0:
             raise FxMergeError("a calibration batch holds no samples; give tensors with at least one sample")
         found.append(values)
         total += count
-        if total >= limit:
-            break
     if not found:
         raise FxMergeError("calibration holds no batches; a generator can be read only once")
-    return found if _taken(captured, found) else _regrouped(captured, found, size)
+    return (found if _taken(captured, found) else _regrouped(captured, found, size)), more
 
 
 def _taken(captured: Capture, batches: Sequence[list[Any]]) -> bool:

@@ -136,7 +136,7 @@ class JointSteps:
             for number in range(len(self.paired.merged.batches)):
                 values, _ = joint.along(self.paired, region.replay, number)
                 for name in values.keys() & live.keys():
-                    live[name][number] = values[name]
+                    self.paired.merged.put(name, number, values[name])
         return better
 
     def _again(self, ends: Mapping[str, _End]) -> dict[str, Refitted]:

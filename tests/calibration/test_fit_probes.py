@@ -98,10 +98,10 @@ def test_without_statistics_or_a_gradient_probes_stay() -> None:
 
 @pytest.mark.parametrize(("forward", "count"), [(1e15, 4096), (5e11, 512), (0, 128)])
 def test_fewer_probes_where_they_are_expensive(monkeypatch: pytest.MonkeyPatch, forward: float, count: int) -> None:
-    _, captured, _, _ = given()
+    _, captured, facts, _ = given()
     flops = 2 * 36 * (27 * 8 + 72 * 6) + 2 * 6 * 4
     monkeypatch.setattr(batches, "FORWARD", 512 * flops if forward == 5e11 else forward)
-    assert enough(captured) == count
+    assert enough(captured, facts) == count
 
 
 class Picky(Normed):

@@ -1,0 +1,87 @@
+"""One graph that is run node by node, on all batches before the next node runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxmerge.calibration.tail import LARGE, Recomputed, size
+from fxmerge.weights.by_path import at
+
+Values = Sequence[Any]  # of a node, by batch
+
+
+class Stream:
+    """One graph of a paired run, and the values of its nodes that are still needed."""
+
+    def __init__(
+        self, module: fx.GraphModule, batches: Sequence[Sequence[Any]], tail: frozenset[str] = frozenset()
+    ) -> None:
+        self.module, self.batches, self.tail = module, batches, tail
+        self.values: dict[str, Values] = {}
+        self.nodes = list(module.graph.nodes)
+        self.named = {n.name: n for n in self.nodes}
+        self.placeholders = [n.name for n in self.nodes if n.op == "placeholder"]
+        last = {source.name: node.name for node in self.nodes for source in node.all_input_nodes}
+        last |= {s.name: self.nodes[-1].name for n in self.nodes if n.name in tail for s in n.all_input_nodes}
+        self.expires: dict[str, list[str]] = {}  # node -> the nodes that it is the last to read
+        for source_name, consumer in last.items():
+            self.expires.setdefault(consumer, []).append(source_name)
+
+    def every(self, node: fx.Node) -> Values:
+        """The values of a node for all batches."""
+        count = len(self.batches)
+        if node.name not in self.tail or torch.is_grad_enabled() or not count:
+            return [self.call(node, number) for number in range(count)]
+        first = self.call(node, 0)
+        if size(first) * count > LARGE:
+            return Recomputed(lambda number: self.call(node, number), range(count))
+        return [first, *(self.call(node, number) for number in range(1, count))]
+
+    def call(self, node: fx.Node, number: int, given: Mapping[str, Any] | None = None) -> Any:
+        """The value of a node for one batch; `given` holds values of its operands that replace the stored ones."""
+        if node.op == "placeholder":
+            return self.batches[number][self.placeholders.index(node.name)]
+        if node.op == "get_attr":
+            return at(self.module, str(node.target))
+
+        def operand(source: fx.Node) -> Any:
+            if given is not None and source.name in given:
+                return given[source.name]
+            if source.name not in self.values:  # a parameter that was added during the run
+                return at(self.module, str(source.target))
+            return self.values[source.name][number]
+
+        args, kwargs = fx.map_arg(node.args, operand), fx.map_arg(node.kwargs, operand)
+        if node.op == "call_module":
+            return self.module.get_submodule(str(node.target))(*args, **kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        return node.target(*args, **kwargs) if node.op == "call_function" else args[0]  # type: ignore[operator]
+
+    def put(self, name: str, number: int, value: Any) -> None:
+        """Replace the value of a node for one batch, after weights before it have changed."""
+        values = self.values[name]
+        if isinstance(values, list):
+            values[number] = value
+        elif isinstance(values, Recomputed):
+            values.forget()
+
+    def keep(self, names: Iterable[str], until: str) -> None:
+        """Keep the values of these nodes at least until a node has run."""
+        order = {node.name: number for number, node in enumerate(self.nodes)}
+        for name in names:
+            last = next((node for node, sources in self.expires.items() if name in sources), None)
+            if last is not None and order[last] < order[until]:
+                self.expires[last].remove(name)
+                self.expires.setdefault(until, []).append(name)
+
+    def free(self, name: str) -> None:
+        """Free the values that no node after this one reads."""
+        for source in self.expires.get(name, ()):
+            self.values.pop(source, None)
+        if not self.named[name].users:
+            self.values.pop(name, None)

@@ -1,0 +1,79 @@
+"""The tail of a graph: its last layers and what follows them, whose values need not be stored.
+
+The outputs of a language model's head are many times as large as all activations before it, and few nodes read them. In
+a paired run they are therefore computed again, batch by batch, whenever they are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterator, Sequence
+from typing import Any, overload
+
+import torch
+from torch import Tensor, fx
+
+from fxmerge.graph.nested import leaves
+from fxmerge.graph.ops import in_place
+
+LARGE = 2**24  # elements over all batches, above which values are computed again
+
+
+def tail(module: fx.GraphModule, layers: Container[str]) -> frozenset[str]:
+    """The nodes that no layer depends on, and that depend on a layer or are one; none if one of them is in place.
+
+    layers: the nodes that are layers
+    """
+    found: set[fx.Node] = set()
+    ahead: set[fx.Node] = set()  # nodes that a layer depends on
+    for node in reversed(module.graph.nodes):
+        if node.op in ("placeholder", "get_attr"):
+            continue
+        if not any(user in ahead or user.name in layers for user in node.users):
+            target = module.get_submodule(str(node.target)) if node.op == "call_module" else node.target
+            if in_place(node, target):
+                return frozenset()
+            found.add(node)
+        else:
+            ahead.add(node)
+    after: set[fx.Node] = set()
+    for node in module.graph.nodes:
+        if node in found and (node.name in layers or any(source in after for source in node.all_input_nodes)):
+            after.add(node)
+    return frozenset(node.name for node in after)
+
+
+def size(value: Any) -> int:
+    """The number of elements of the tensors in a value."""
+    return sum(leaf.numel() for leaf in leaves(value) if isinstance(leaf, Tensor))
+
+
+class Recomputed(Sequence[Any]):
+    """The values of a node by batch, each computed when it is read. The last one that was read is stored."""
+
+    def __init__(self, of: Callable[[int], Any], numbers: range) -> None:
+        self.of, self.numbers = of, numbers
+        self.last: tuple[int, Any] | None = None
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @overload
+    def __getitem__(self, at: int) -> Any: ...
+    @overload
+    def __getitem__(self, at: slice) -> Sequence[Any]: ...
+    def __getitem__(self, at: int | slice) -> Any:
+        if isinstance(at, slice):
+            return Recomputed(self.of, self.numbers[at])
+        number = self.numbers[at]
+        if self.last is None or self.last[0] != number:
+            self.last = None  # freed before the next one is computed
+            with torch.no_grad():
+                self.last = number, self.of(number)
+        return self.last[1]
+
+    def forget(self) -> None:
+        """Compute the next value again, whichever it is."""
+        self.last = None
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self[at] for at in range(len(self)))
