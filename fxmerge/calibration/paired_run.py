@@ -12,7 +12,7 @@ time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
@@ -23,12 +23,13 @@ from torch import Tensor, fx
 from fxmerge.calibration.held_out import sample_folds, samples
 from fxmerge.calibration.padding import Padding
 from fxmerge.calibration.patches import Form, positions
+from fxmerge.calibration.sample_run import SampleRun, narrowed
+from fxmerge.calibration.stream import Stream, Values
 from fxmerge.graph.nested import fresh
 from fxmerge.ir.provenance import Layer, Provenance, batch_norms
 from fxmerge.methods.least_squares import Reduce
 from fxmerge.weights.by_path import at
 
-Values = list[Any]
 FIRING = 0.1  # the share of a held layer's outputs that is positive, if they are Gaussian
 LEVEL = NormalDist().inv_cdf(FIRING)  # the mean of these outputs, in standard deviations
 
@@ -81,58 +82,6 @@ class Visit:
     outputs: Values  # the original's; those of a layer that is held, before the shift
 
 
-class Stream:
-    """One graph of a paired run, and the values of its nodes that are still needed."""
-
-    def __init__(self, module: fx.GraphModule, batches: Sequence[Sequence[Any]]) -> None:
-        self.module, self.batches = module, batches
-        self.values: dict[str, Values] = {}
-        self.nodes = list(module.graph.nodes)
-        self.named = {n.name: n for n in self.nodes}
-        self.placeholders = [n.name for n in self.nodes if n.op == "placeholder"]
-        last = {source.name: node.name for node in self.nodes for source in node.all_input_nodes}
-        self.expires: dict[str, list[str]] = {}  # node -> the nodes that it is the last to read
-        for source_name, consumer in last.items():
-            self.expires.setdefault(consumer, []).append(source_name)
-
-    def call(self, node: fx.Node, number: int, given: Mapping[str, Any] | None = None) -> Any:
-        """The value of a node for one batch; `given` holds values of its operands that replace the stored ones."""
-        if node.op == "placeholder":
-            return self.batches[number][self.placeholders.index(node.name)]
-        if node.op == "get_attr":
-            return at(self.module, str(node.target))
-
-        def operand(source: fx.Node) -> Any:
-            if given is not None and source.name in given:
-                return given[source.name]
-            if source.name not in self.values:  # a parameter that was added during the run
-                return at(self.module, str(source.target))
-            return self.values[source.name][number]
-
-        args, kwargs = fx.map_arg(node.args, operand), fx.map_arg(node.kwargs, operand)
-        if node.op == "call_module":
-            return self.module.get_submodule(str(node.target))(*args, **kwargs)
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        return node.target(*args, **kwargs) if node.op == "call_function" else args[0]  # type: ignore[operator]
-
-    def keep(self, names: Iterable[str], until: str) -> None:
-        """Keep the values of these nodes at least until a node has run."""
-        order = {node.name: number for number, node in enumerate(self.nodes)}
-        for name in names:
-            last = next((node for node, sources in self.expires.items() if name in sources), None)
-            if last is not None and order[last] < order[until]:
-                self.expires[last].remove(name)
-                self.expires.setdefault(until, []).append(name)
-
-    def free(self, name: str) -> None:
-        """Free the values that no node after this one reads."""
-        for source in self.expires.get(name, ()):
-            self.values.pop(source, None)
-        if not self.named[name].users:
-            self.values.pop(name, None)
-
-
 class PairedRun:
     """Runs the graphs of a pair, whose nodes have the same names, side by side. Iterating yields a `Visit` for each
     node that both graphs have, in the order of the merged graph.
@@ -145,6 +94,7 @@ class PairedRun:
         self.rectified: Mapping[str, Layer] = pair.rectified if settings.held else {}
         self.shifts: dict[str, Tensor] = {}  # held layer -> what is added to its outputs, (c,)
         self.kept, self.reduce, self.padding = pair.kept, settings.reduce, settings.padding
+        self.facts, self.alive = pair.facts, pair.alive
         self.folds = sample_folds([samples(batch) for batch in batches], settings.made)
         self.known: dict[str, tuple[Tensor, Tensor]] = {}  # BatchNorm -> mean and deviation over the batches
 
@@ -217,9 +167,20 @@ class PairedRun:
             values = self._normalise(stream, stream.values[node.all_input_nodes[0].name], self.norms[node.name], kept)
         else:
             values = [stream.call(node, i) for i in range(len(stream.batches))]
+            if kept is not None:
+                values = [self._narrowed(node, value, run) for value, run in zip(values, stream.batches, strict=True)]
         layer = self.rectified.get(node.name)
         stream.values[node.name] = values if layer is None else self._held(values, layer, kept)
         return values
+
+    def _narrowed(self, node: fx.Node, value: Any, run: Sequence[Any]) -> Any:
+        """What the user's own code makes in the merged model of a value that it makes as wide as channels."""
+        labels = self.facts.labels.get(node.name)
+        if value is None or labels is None or self.alive is None:
+            return value
+        if not isinstance(run, SampleRun) or node.name not in run.idle:
+            return value
+        return narrowed(value, labels, self.alive)
 
     def _held(self, values: list[Tensor], layer: Layer, kept: Callable[[Tensor], Tensor] | None) -> Values:
         axis = axis_of_outputs(values[0], at(self.original.module, layer.params["weight"]))

@@ -1,0 +1,85 @@
+"""One graph of a paired run, on all batches at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import fx
+
+from fxmerge.calibration.sample_run import SampleRun
+from fxmerge.graph.nested import tree
+from fxmerge.weights.by_path import at
+
+Values = list[Any]
+
+
+class Stream:
+    """One graph of a paired run, and the values of its nodes that are still needed."""
+
+    def __init__(self, module: fx.GraphModule, batches: Sequence[Sequence[Any]]) -> None:
+        self.module, self.batches = module, batches
+        self.values: dict[str, Values] = {}
+        self.nodes = list(module.graph.nodes)
+        self.named = {n.name: n for n in self.nodes}
+        self.placeholders = [n.name for n in self.nodes if n.op == "placeholder"]
+        last = {source.name: node.name for node in self.nodes for source in node.all_input_nodes}
+        self.expires: dict[str, list[str]] = {}  # node -> the nodes that it is the last to read
+        first = batches[0] if batches else None
+        self.ends = first.ends if isinstance(first, SampleRun) else ()
+        last |= dict.fromkeys(self.ends, self.nodes[-1].name)
+        for source_name, consumer in last.items():
+            self.expires.setdefault(consumer, []).append(source_name)
+
+    def call(self, node: fx.Node, number: int, given: Mapping[str, Any] | None = None) -> Any:
+        """The value of a node for one batch; `given` holds values of its operands that replace the stored ones."""
+        run = self.batches[number]
+        if isinstance(run, SampleRun):
+            if node.name in run.idle:
+                return run.value(node.name)
+            if node.op == "output":
+                return tuple(self.values[name][number] for name in self.ends)
+        if node.op == "placeholder":
+            return self.batches[number][self.placeholders.index(node.name)]
+        if node.op == "get_attr":
+            return at(self.module, str(node.target))
+
+        def operand(source: fx.Node) -> Any:
+            if given is not None and source.name in given:
+                return given[source.name]
+            if source.name not in self.values:  # a parameter that was added during the run
+                return at(self.module, str(source.target))
+            return self.values[source.name][number]
+
+        literals = run.literals.get(node.name) if isinstance(run, SampleRun) else None
+        if literals is None:
+            args, kwargs = fx.map_arg(node.args, operand), fx.map_arg(node.kwargs, operand)
+        else:
+            own = iter(literals)
+
+            def value(leaf: Any) -> Any:
+                other = next(own)
+                return operand(leaf) if isinstance(leaf, fx.Node) else other
+
+            args, kwargs = tree(value, (node.args, node.kwargs))
+        if node.op == "call_module":
+            return self.module.get_submodule(str(node.target))(*args, **kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        return node.target(*args, **kwargs) if node.op == "call_function" else args[0]  # type: ignore[operator]
+
+    def keep(self, names: Iterable[str], until: str) -> None:
+        """Keep the values of these nodes at least until a node has run."""
+        order = {node.name: number for number, node in enumerate(self.nodes)}
+        for name in names:
+            last = next((node for node, sources in self.expires.items() if name in sources), None)
+            if last is not None and order[last] < order[until]:
+                self.expires[last].remove(name)
+                self.expires.setdefault(until, []).append(name)
+
+    def free(self, name: str) -> None:
+        """Free the values that no node after this one reads."""
+        for source in self.expires.get(name, ()):
+            self.values.pop(source, None)
+        if not self.named[name].users:
+            self.values.pop(name, None)
