@@ -239,3 +239,44 @@ def test_same_seed_same_bits_and_the_model_stays() -> None:
     assert all(torch.equal(v, two[k]) for k, v in one.items())
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     assert {m: set(vars(m)) for m in model.modules()} == names
+
+
+class Bright(nn.Module):
+    """Reads the value of its input, so that the model is recorded."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 1e9:
+            raise ValueError("too bright")
+        return x
+
+
+class Functional(nn.Module):
+    """Calls a convolution without a bias in its own code, which cannot be given one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.check, self.one, self.two, self.head = Bright(), block(3, 16), block(16, 8), nn.Linear(8, 5)
+        self.weight = nn.Parameter(torch.randn(16, 16, 3, 3) / 12)
+        self.train()
+        with torch.no_grad():
+            for seed in range(6):
+                self(batch(seed, 8))
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.one(self.check(x)).relu()
+        h = nn.functional.conv2d(h, self.weight, padding=1).relu()
+        return self.head(self.two(h).mean((2, 3)))
+
+
+def test_a_layer_called_by_the_users_code_gets_no_bias() -> None:
+    model = Functional()
+    result = fxmerge.merge(model, batch(1), ratio=0.4, samples=32)
+    assert any(g.name == "one.3" for g in result.plan.groups)
+    assert "weight" in {r.name for r in result.report.refitted if r.solved}
+    handed, graph = result.report.handed_out, result.report.graph
+    assert handed is not None and handed.name == "refitted"
+    given = batch(1)
+    with torch.no_grad():
+        torch.testing.assert_close(result.module(given), graph(given))  # what was judged is what is handed out
