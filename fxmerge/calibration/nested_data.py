@@ -145,8 +145,10 @@ def varied(sample: Sample, count: int, vary: Callable[[Tensor, int], Tensor | No
 
     A tensor in a list is one sample.
 
-    Integers, booleans and numbers stay; so do tensors that have no variants. Empty if all stay.
+    Integers, booleans and numbers stay; so do tensors that have no variants. Empty if all stay, or if count is 0.
     """
+    if not count:
+        return []
     changed = False
 
     def made(value: Any, in_list: bool) -> list[Any]:

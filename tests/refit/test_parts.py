@@ -232,6 +232,11 @@ def test_a_data_loader_of_images_and_targets() -> None:
     assert "box: refit feeds both models" in text
 
 
+def test_as_many_samples_as_are_wanted_get_no_variants() -> None:
+    result = fxmerge.merge(Detector(), EXAMPLE, ratio=0.3, calibration=[images(4, 5)], samples=4)
+    assert "refit ran on 4 calibration samples, by the model's own code" in result.report.text(400)
+
+
 def test_same_seed_same_bits_and_the_model_stays() -> None:
     model = Detector()
     state, names = {k: v.clone() for k, v in model.state_dict().items()}, {m: set(vars(m)) for m in model.modules()}
