@@ -232,10 +232,10 @@ class Prepared:
     def error(self, groups: Sequence[Group], counts: Counts, options: Options) -> float:
         """The error of the outputs with these channel counts before refit, on samples that the draft was not fitted to.
 
-        On the example inputs if there is no data. 0 for a model that is traced in parts, whose outputs the user's code
-        computes.
+        On the example inputs if there is no data. 0 for a model that is traced in parts without data: the user's code
+        computes its outputs.
         """
-        if self.captured.recorded is not None:
+        if self.captured.recorded is not None and not self.data.batches:
             return 0.0
         chosen, edits, _ = self.selection(groups, counts, options)
         fit, held = self.divided

@@ -38,7 +38,7 @@ def test_hugging_face(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
         ("exporters.md", ("torchvision", "onnxscript", "onnxruntime"), 5),
         ("timm.md", ("timm",), 3),
         ("training.md", (), 3),
-        ("detection.md", ("torchvision",), 4),
+        ("detection.md", ("torchvision",), 5),
     ],
 )
 def test_page(page: str, needs: tuple[str, ...], count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from fxmerge.graph import nested
 from fxmerge.graph.ops import by_name, in_place, overload_name
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.labels import fixed, numbers
-from fxmerge.ir.provenance import Kind, Lab, Param, ParamLabels, Pin, Provenance, Tie, View
+from fxmerge.ir.provenance import Kind, Lab, Layer, Param, ParamLabels, Pin, Provenance, Tie, View
 from fxmerge.rules import movement
 from fxmerge.rules.call_names import call_name
 from fxmerge.rules.context import RuleContext
@@ -254,6 +255,15 @@ class _Interpreter:
                 facts.pins.append(Pin(numbers(everything), reason, node.name if node else "", where))
         return found
 
+    def layers(self) -> tuple[Layer, ...]:
+        """The layers. A call in the user's own code, which cannot be edited, is given no bias."""
+        recorded = self.capture.recorded
+        calls = {n.name for n in self.capture.module.graph.nodes if n.op != "call_module"}
+        own = calls & recorded.glue if recorded is not None else set[str]()
+        return tuple(
+            replace(la, bare=True) if la.node in own and "bias" not in la.params else la for la in self.facts.layers
+        )
+
     def found(self) -> Provenance:
         self.tie_unused_rows()
         facts, params = self.facts, self.params()
@@ -265,7 +275,7 @@ class _Interpreter:
             commutes=self.commutes,
             rules=self.rules,
             same_call=self.same_call,
-            layers=tuple(facts.layers),
+            layers=self.layers(),
             params=params,
             ties=tuple(facts.ties),
             pins=tuple(facts.pins),

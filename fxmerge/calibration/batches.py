@@ -24,7 +24,7 @@ from fxmerge.methods.probes import EXAMPLE, PROBES, probed, probes
 from fxmerge.options import Options
 from fxmerge.weights.by_path import at
 
-Batches = list[list[Any]]  # by batch, the values of the graph's placeholders
+Batches = list[Sequence[Any]]  # by batch, the values of the graph's placeholders, as a list or as a `SampleRun`
 ELEMENTS = 2**27  # of the largest activation over all batches, at most: half a GiB in float32
 FEWEST, USUAL, MOST = 128, 512, 4096  # numbers of probes, unless `Options.samples` is given
 SMALL, FORWARD = 2**22, 5e11  # for all probes: elements of the largest activation, FLOPs of a forward pass
@@ -70,10 +70,9 @@ def fed(
         found, more_given = given(captured, batches, limit, batch_size(captured))
         if fault := refused(captured, found[0]):
             raise FxMergeError(f"the model {fault} on a calibration batch; give inputs as its forward takes them")
-        mine, (rank, size) = share(found), rank_and_size()
-        more = variants(
-            captured, mine, min(limit, options.samples or enough(captured, facts)) // size, options.seed + rank
-        )
+        mine, (rank, size) = share([*found]), rank_and_size()
+        wanted = min(limit, options.samples or enough(captured, facts))
+        more = variants(captured, mine, wanted // size, options.seed + rank)
         text = f"{sum(map(samples, found)):,} calibration samples"
         if more_given:
             text += ", the others left out for their memory"
@@ -86,7 +85,7 @@ def fed(
     def made(family: str, count: int) -> Batches:
         whole = max(1, min(count, limit) // size) * size  # the last batch is as large as the others
         inputs = list(captured.inputs)
-        return probes(family, inputs, tables=tables, count=whole, batch=size, seed=options.seed)
+        return [*probes(family, inputs, tables=tables, count=whole, batch=size, seed=options.seed)]
 
     for size in dict.fromkeys((options.batch, own)):  # its code, or its graph, may hold the example's batch size
         if not (fault := refused(captured, made(next(iter(PROBES)), size)[0])):
@@ -107,10 +106,10 @@ def fed(
         count = min(count, BATCHES * size)
         if family == EXAMPLE:
             count = max(count, own)  # all samples of the example are used
-    found = share(made(family, count))
+    mine = share(made(family, count))
     real = real and family == EXAMPLE
-    text = _described(captured, family if probed(captured.inputs) else "", sum(map(samples, found)), real, bool(tables))
-    return Fed(batches=found, made=0, real=real, source=text)
+    text = _described(captured, family if probed(captured.inputs) else "", sum(map(samples, mine)), real, bool(tables))
+    return Fed(batches=mine, made=0, real=real, source=text)
 
 
 def example_counts(captured: Capture, facts: Provenance) -> bool:
@@ -163,7 +162,7 @@ def variants(captured: Capture, batches: Batches, wanted: int, seed: int) -> Bat
     return found
 
 
-def _rows(batch: Sequence[Any], index: Tensor) -> list[Any]:
+def _rows(batch: Sequence[Any], index: Tensor) -> Sequence[Any]:
     """As many samples as the batch has, from those with these indices in turn."""
     count = samples(batch)
     return of_samples(batch, index[torch.arange(count) % len(index)])
@@ -204,7 +203,8 @@ def samples_at_most(captured: Capture, facts: Provenance) -> int:
 def largest_activation(captured: Capture, facts: Provenance) -> int:
     """The number of elements of the largest activation that is stored in a paired run, for one sample."""
     graph = captured.module.graph
-    apart = tail(captured.module, {layer.node for layer in facts.layers})
+    layers = {layer.node for layer in facts.layers}
+    apart = tail(captured.module, layers) if captured.recorded is None else ()
     stored = {node.name for node in graph.nodes if node.op != "get_attr"}.difference(apart)
     largest = max((int(torch.Size(s).numel()) for name, s in captured.shapes.items() if name in stored), default=1)
     return max(1, largest // max(batch_size(captured), 1))
@@ -235,7 +235,7 @@ def vocabularies(captured: Capture, facts: Provenance) -> dict[int, Tensor]:
     return found
 
 
-def share(batches: Sequence[list[Any]]) -> list[list[Any]]:
+def share(batches: Sequence[Sequence[Any]]) -> Batches:
     """This process's share of the batches. Raises FxMergeError where some process would have none."""
     rank, size = rank_and_size()
     if size > len(batches):

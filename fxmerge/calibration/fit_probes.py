@@ -24,6 +24,7 @@ from fxmerge.calibration.epilogue import pair
 from fxmerge.calibration.input_moves import affordable, extent, movable, step
 from fxmerge.calibration.padding import Padding, padding_of
 from fxmerge.calibration.paired_run import PairedRun, Settings, channel_shape, moments
+from fxmerge.calibration.part_batches import fed_in_parts
 from fxmerge.calibration.trial_runs import channels_last
 from fxmerge.graph.eval_mode import evaluating
 from fxmerge.ir.capture import Capture
@@ -38,7 +39,6 @@ BUDGET = 2.4e12  # FLOPs of all steps together, at most; probes are not fitted i
 LEAST = 5
 STRAY = 0.5  # the largest divergence of a trained network's layers from the running statistics of their BatchNorms
 _STRAYED = "probes run as they are, since the BatchNorms' running statistics are far from those of the layers' outputs"
-_IN_PARTS = "refit is left out, as only parts of the model could be traced"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +72,9 @@ def refit_data(
     held = settings.held
     if options.refit == "none":
         return RefitData(batches=[], held=held)
-    if captured.recorded is not None:  # the user's code between the parts needs the original's channel counts
-        return RefitData(batches=[], held=held, notes=(_IN_PARTS,))
     stage("probes" if given is None else "calibration")
+    if captured.recorded is not None:
+        return _in_parts(captured, facts, options, given=given, settings=settings, stage=stage)
     try:
         found = fed(captured, facts, options, given, lambda b: mismatch(captured, facts, b, settings))
     except UnprobedError as error:
@@ -95,6 +95,21 @@ def refit_data(
         return RefitData(batches=batches, held=False, source=source, notes=(_STRAYED,))
     batches = fitted(captured, facts, batches, settings, stage)
     return RefitData(batches=batches, held=held, source=source)
+
+
+def _in_parts(
+    captured: Capture, facts: Provenance, options: Options, *, given: Any, settings: Settings,
+    stage: Callable[[str], None],
+) -> RefitData:  # fmt: skip
+    """The data for a model whose parts alone were traced: what reaches these when its own code runs. Never moved."""
+    try:
+        found, notes = fed_in_parts(captured, facts, options, given, stage)
+    except UnprobedError as error:
+        return RefitData(batches=[], held=settings.held, notes=(str(error),))
+    held = not found.real and settings.held and holds(captured, facts, found.batches, settings)
+    if not found.real and settings.held and not held:
+        notes = (*notes, _STRAYED)
+    return RefitData(batches=found.batches, held=held, made=found.made, source=found.source, notes=notes)
 
 
 def normed(facts: Provenance) -> dict[str, Layer]:
@@ -142,7 +157,8 @@ def _moved(
     stage: Callable[[str], None],
 ) -> Batches:  # fmt: skip
     """The batches after `steps` of Adam on the inputs at these places, one batch after another."""
-    alone, found = replace(settings, held=False), []
+    alone = replace(settings, held=False)
+    found: Batches = []
     with evaluating(captured.module), torch.enable_grad():
         for number, batch in enumerate(batches):
             stage(f"probes {number + 1} of {len(batches)}")

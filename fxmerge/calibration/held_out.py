@@ -15,18 +15,26 @@ import torch
 from torch import Tensor
 
 from fxmerge.calibration.patches import Form, positions
+from fxmerge.calibration.sample_run import SampleRun
 
 FOLDS, JUDGES = 8, 32
 HELD_OUT, NO_FOLD = FOLDS - 1, -1
 
 
 def samples(batch: Sequence[Any]) -> int:
-    """The number of samples in a batch: the first axis of its first tensor."""
+    """The number of samples in a batch: the first axis of its first tensor; 1 for a run of the user's own code."""
+    if isinstance(batch, SampleRun):
+        return 1
     return next((v.size(0) for v in batch if isinstance(v, Tensor) and v.dim()), 1)
 
 
-def of_samples(batch: Sequence[Any], index: Tensor | slice) -> list[Any]:
-    """The samples of a batch with these indices, or those where a mask is True; a view for a slice."""
+def of_samples(batch: Sequence[Any], index: Tensor | slice) -> Sequence[Any]:
+    """The samples of a batch with these indices, or those where a mask is True; a view for a slice.
+
+    A run of the user's own code is not divided.
+    """
+    if isinstance(batch, SampleRun):
+        return batch
     count = samples(batch)
 
     def some(value: Any) -> Any:

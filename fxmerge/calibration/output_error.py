@@ -56,7 +56,7 @@ def halves(batches: Batches, divisible: bool) -> tuple[Batches, Batches]:
     return (batches[:-last], batches[-last:]) if len(batches) > 1 else (batches, batches)
 
 
-def _cut(batch: list[Any]) -> Batches:
+def _cut(batch: Sequence[Any]) -> Batches:
     bounds = [samples(batch) * number // FEWEST for number in range(FEWEST + 1)]
     return [of_samples(batch, slice(low, high)) for low, high in pairwise(bounds) if high > low]
 

@@ -23,6 +23,7 @@ from torch import Tensor, fx
 from fxmerge.calibration.held_out import sample_folds, samples
 from fxmerge.calibration.padding import Padding
 from fxmerge.calibration.patches import Form, positions
+from fxmerge.calibration.sample_run import SampleRun, narrowed
 from fxmerge.calibration.stream import Stream, Values
 from fxmerge.calibration.tail import tail
 from fxmerge.graph.nested import fresh
@@ -94,12 +95,14 @@ class PairedRun:
         self.merged = self.original if pair.merged is None else self._stream(pair.merged, batches, pair.facts)
         self.shifts: dict[str, Tensor] = {}  # held layer -> what is added to its outputs, (c,)
         self.kept, self.reduce, self.padding = pair.kept, settings.reduce, settings.padding
+        self.facts, self.alive = pair.facts, pair.alive
         self.folds = sample_folds([samples(batch) for batch in batches], settings.made)
         self.known: dict[str, tuple[Tensor, Tensor]] = {}  # BatchNorm -> mean and deviation over the batches
 
     def _stream(self, module: fx.GraphModule, batches: Sequence[Sequence[Any]], facts: Provenance) -> Stream:
-        held = {*self.norms, *self.rectified}
-        ends = tail(module, {layer.node for layer in facts.layers}).difference(held)
+        layers = {layer.node for layer in facts.layers}
+        recorded = any(isinstance(batch, SampleRun) for batch in batches)  # what is compared is not at their end
+        ends = frozenset() if recorded else tail(module, layers).difference(self.norms, self.rectified)
         return Stream(module, fresh(list(batches)), ends)
 
     def __iter__(self) -> Iterator[Visit]:
@@ -171,9 +174,20 @@ class PairedRun:
             values = self._normalise(stream, stream.values[node.all_input_nodes[0].name], self.norms[node.name], kept)
         else:
             values = stream.every(node)
+            if kept is not None and any(isinstance(run, SampleRun) for run in stream.batches):
+                values = [self._narrowed(node, value, run) for value, run in zip(values, stream.batches, strict=True)]
         layer = self.rectified.get(node.name)
         stream.values[node.name] = values if layer is None else self._held(values, layer, kept)
         return values
+
+    def _narrowed(self, node: fx.Node, value: Any, run: Sequence[Any]) -> Any:
+        """What the user's own code makes in the merged model of a value that it makes as wide as channels."""
+        labels = self.facts.labels.get(node.name)
+        if value is None or labels is None or self.alive is None:
+            return value
+        if not isinstance(run, SampleRun) or node.name not in run.idle:
+            return value
+        return narrowed(value, labels, self.alive)
 
     def _held(self, values: Values, layer: Layer, kept: Callable[[Tensor], Tensor] | None) -> Values:
         axis = axis_of_outputs(values[0], at(self.original.module, layer.params["weight"]))

@@ -21,6 +21,7 @@ from fxmerge.calibration.batches import batch_size
 from fxmerge.calibration.epilogue import pair
 from fxmerge.calibration.held_out import of_samples, samples
 from fxmerge.calibration.paired_run import PairedRun, Settings, axis_of_outputs, moments
+from fxmerge.calibration.sample_run import SampleRun
 from fxmerge.calibration.trial_runs import takes_any_batch
 from fxmerge.graph.eval_mode import evaluating
 from fxmerge.graph.outputs import returned
@@ -86,16 +87,20 @@ def sensitivity(
     return dict(zip(found, sums.tolist(), strict=True)) if bool(torch.isfinite(sums).all()) and sums.any() else {}
 
 
-def _some(captured: Capture, batches: Sequence[Sequence[Any]]) -> list[list[Any]]:
+def _some(captured: Capture, batches: Sequence[Sequence[Any]]) -> list[Sequence[Any]]:
     """A few samples, with a gradient required for their floating-point inputs and so for all that depends on these."""
     size = batch_size(captured)
     each = sum(torch.Size(s).numel() for s in captured.shapes.values()) // max(size, 1)
     wanted = max(1, min(SAMPLES, ELEMENTS // max(each, 1)))
-    divisible, found, taken = takes_any_batch(captured), [], 0
+    divisible, taken = takes_any_batch(captured), 0
+    found: list[Sequence[Any]] = []
     for batch in batches:
         part = min(samples(batch), wanted - taken) if divisible else samples(batch)
         cut = of_samples(batch, slice(part))
-        found.append([_leaf(v) if isinstance(v, Tensor) and v.is_floating_point() else v for v in cut])
+        if isinstance(cut, SampleRun):
+            found.append(cut.with_gradients())
+        else:
+            found.append([_leaf(v) if isinstance(v, Tensor) and v.is_floating_point() else v for v in cut])
         taken += part
         if taken >= wanted:
             break

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxmerge.calibration.sample_run import SampleRun
 from fxmerge.calibration.tail import LARGE, Recomputed, size
+from fxmerge.graph.nested import tree
 from fxmerge.weights.by_path import at
 
 Values = Sequence[Any]  # of a node, by batch
@@ -26,8 +28,11 @@ class Stream:
         self.named = {n.name: n for n in self.nodes}
         self.placeholders = [n.name for n in self.nodes if n.op == "placeholder"]
         last = {source.name: node.name for node in self.nodes for source in node.all_input_nodes}
-        last |= {s.name: self.nodes[-1].name for n in self.nodes if n.name in tail for s in n.all_input_nodes}
         self.expires: dict[str, list[str]] = {}  # node -> the nodes that it is the last to read
+        first = batches[0] if batches else None
+        self.ends = first.ends if isinstance(first, SampleRun) else ()
+        late = [*self.ends, *(s.name for n in self.nodes if n.name in tail for s in n.all_input_nodes)]
+        last |= dict.fromkeys(late, self.nodes[-1].name)
         for source_name, consumer in last.items():
             self.expires.setdefault(consumer, []).append(source_name)
 
@@ -43,6 +48,12 @@ class Stream:
 
     def call(self, node: fx.Node, number: int, given: Mapping[str, Any] | None = None) -> Any:
         """The value of a node for one batch; `given` holds values of its operands that replace the stored ones."""
+        run = self.batches[number]
+        if isinstance(run, SampleRun):
+            if node.name in run.idle:
+                return run.value(node.name)
+            if node.op == "output":
+                return tuple(self.values[name][number] for name in self.ends)
         if node.op == "placeholder":
             return self.batches[number][self.placeholders.index(node.name)]
         if node.op == "get_attr":
@@ -55,7 +66,17 @@ class Stream:
                 return at(self.module, str(source.target))
             return self.values[source.name][number]
 
-        args, kwargs = fx.map_arg(node.args, operand), fx.map_arg(node.kwargs, operand)
+        literals = run.literals.get(node.name) if isinstance(run, SampleRun) else None
+        if literals is None:
+            args, kwargs = fx.map_arg(node.args, operand), fx.map_arg(node.kwargs, operand)
+        else:
+            own = iter(literals)
+
+            def value(leaf: Any) -> Any:
+                other = next(own)
+                return operand(leaf) if isinstance(leaf, fx.Node) else other
+
+            args, kwargs = tree(value, (node.args, node.kwargs))
         if node.op == "call_module":
             return self.module.get_submodule(str(node.target))(*args, **kwargs)
         if node.op == "call_method":

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxmerge.calibration.sample_run import SampleRun
 from fxmerge.errors import first_line
 from fxmerge.graph.eval_mode import evaluating
 from fxmerge.graph.nested import fresh
@@ -16,7 +17,12 @@ from fxmerge.ir.capture import Capture
 
 
 def refused(captured: Capture, values: Sequence[Any]) -> str:
-    """How the model fails on these values of its placeholders; "" where its outputs are finite."""
+    """How the model fails on these values of its placeholders; "" where its outputs are finite.
+
+    "" for a run of the user's own code, which has succeeded.
+    """
+    if isinstance(values, SampleRun):
+        return ""
     interpreter = fx.Interpreter(captured.module)
     interpreter.extra_traceback = False
     try:
@@ -29,7 +35,12 @@ def refused(captured: Capture, values: Sequence[Any]) -> str:
 
 
 def takes_any_batch(captured: Capture) -> bool:
-    """Whether batches may be cut and joined: the model is tried on one and on two samples."""
+    """Whether batches may be cut and joined: the model is tried on one and on two samples.
+
+    Runs of the user's own code are not.
+    """
+    if captured.recorded is not None:
+        return False
     return not any(refused(captured, [_first(value, count) for value in captured.inputs]) for count in (1, 2))
 
 
@@ -40,9 +51,9 @@ def _first(value: Any, count: int) -> Any:
     return torch.cat([value] * -(-count // max(len(value), 1)))[:count]
 
 
-def channels_last(captured: Capture, batches: list[list[Any]]) -> list[list[Any]]:
+def channels_last(captured: Capture, batches: list[Sequence[Any]]) -> list[Sequence[Any]]:
     """The batches with images in channels_last, in which processors convolve faster, if the model runs on them."""
-    found = [[_channels_last(value) for value in batch] for batch in batches]
+    found: list[Sequence[Any]] = [[_channels_last(value) for value in batch] for batch in batches]
     return batches if not found or refused(captured, found[0]) else found
 
 

@@ -31,17 +31,23 @@ from fxmerge.ir.capture import Part, Recorded
 from fxmerge.rules.lookup import rule_of_module
 from fxmerge.rules.movement import enter
 
+Templates = dict[str, fx.GraphModule | None]  # path -> the module's own graph, None if it is not a part
 
-def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recorded:
+
+def record(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], templates: Templates | None = None
+) -> Recorded:
     """Records one run of a copy of a model, which is changed in place.
+
+    templates: those of an earlier run of the same copy
 
     Raises whatever the model raises, and TypeError for models with ScriptModules.
     """
-    return _Recording(model).run(args, kwargs)
+    return _Recording(model, {} if templates is None else templates).run(args, kwargs)
 
 
 class _Recording(TorchFunctionMode):
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, templates: Templates) -> None:
         super().__init__()
         self.model, self.graph = model, fx.Graph()
         self.nodes: dict[int, fx.Node] = {}  # id of a tensor -> the node whose value it is
@@ -49,7 +55,7 @@ class _Recording(TorchFunctionMode):
         # id of a parameter or buffer -> its first path
         self.paths = {id(v): n for n, v in reversed([*model.named_buffers(), *model.named_parameters()])}
         self.familiar: set[int] = {id(v) for v in held_tensors(model)}  # ids of the tensors that need no node
-        self.templates: dict[str, fx.GraphModule | None] = {}  # path -> the module's own graph, None if not a part
+        self.templates = templates
         self.parts: dict[str, Part] = {}
         self.rewritable: set[str] = set()  # nodes inserted by parts
         self.frames: list[Frame] = []
@@ -85,6 +91,7 @@ class _Recording(TorchFunctionMode):
             parts=tuple(self.parts.values()),
             glue=frozenset(n.name for n in self.graph.nodes if n.name not in self.rewritable),
             held=held,
+            again=functools.partial(record, self.model, templates=self.templates),
         )
 
     def _close(self) -> None:

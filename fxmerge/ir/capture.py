@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +82,7 @@ class Recorded:
     host:   a copy of the model, in the user's own class, that shares the model's tensors
     glue:   nodes outside the parts, which are the user's own code and cannot be edited
     held:   nodes whose channels must stay, and why
+    again:  records a run of the host on other arguments
     """
 
     module: fx.GraphModule
@@ -90,3 +91,4 @@ class Recorded:
     parts: tuple[Part, ...]
     glue: frozenset[str]
     held: Mapping[str, str]
+    again: Callable[[tuple[Any, ...], dict[str, Any]], Recorded]

@@ -26,6 +26,7 @@ from torch import Tensor
 from fxmerge.calibration.epilogue import SOLVED
 from fxmerge.calibration.paired_run import Pair, PairedRun, Settings, Visit
 from fxmerge.calibration.patches import FEWEST, enough, sample
+from fxmerge.calibration.sample_run import idle
 from fxmerge.graph.cost import flops_by_node
 from fxmerge.graph.eval_mode import evaluating
 from fxmerge.ir.provenance import Layer, batch_norms, can_shift
@@ -71,7 +72,8 @@ class _Refit:
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.records: dict[str, Refitted] = {}  # by node
         self.ridges: dict[str, float] = {}  # of the layers that have been solved, by node
-        found = regions(self.layers, list(self.merged.graph.nodes), self._lost, self.shared)
+        self.idle = idle(batches)
+        found = regions(self.layers, list(self.merged.graph.nodes), self._lost, self.shared, self.idle)
         self.joint = JointSteps(found, self.weights, batches, settings, self.ridges)
         self._start()
 
@@ -102,7 +104,7 @@ class _Refit:
             layer = self.layers.get(node.name)
             comes[node.name] = any(gives.get(source.name, False) for source in node.all_input_nodes)
             own = layer is not None and any(self._changed(path) for path in layer.params.values())
-            gives[node.name] = comes[node.name] or own
+            gives[node.name] = node.name not in self.idle and (comes[node.name] or own)
         return comes
 
     def _together(self) -> dict[str, Shared]:

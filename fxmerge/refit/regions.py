@@ -71,15 +71,20 @@ def _versions(values: Sequence[object]) -> list[int]:
 
 
 def regions(
-    layers: Mapping[str, Layer], nodes: Sequence[fx.Node], lost: Callable[[Layer], bool], shared: Container[str]
+    layers: Mapping[str, Layer],
+    nodes: Sequence[fx.Node],
+    lost: Callable[[Layer], bool],
+    shared: Container[str],
+    idle: Container[str] = (),
 ) -> list[Region]:
     """The regions in which a layer that reads from another one has lost input channels, in the order of their ends.
 
-    layers: by node; lost: whether a layer lost input channels; shared: the weights that serve several calls
+    layers: by node; lost: whether a layer lost input channels; shared: the weights that serve several calls;
+    idle: the nodes that are not run (see `SampleRun`), which no region contains
     """
     found: list[Region] = []
     ended: set[str] = set()
-    walk = _Walk(layers, nodes, shared)
+    walk = _Walk(layers, nodes, shared, idle)
     for node in nodes:
         if node.name in ended or not walk.ends_at(node) or not lost(layers[node.name]):
             continue
@@ -91,13 +96,18 @@ def regions(
 
 
 class _Walk:
-    def __init__(self, layers: Mapping[str, Layer], nodes: Sequence[fx.Node], shared: Container[str]) -> None:
-        self.layers, self.nodes, self.shared = layers, nodes, shared
+    def __init__(
+        self, layers: Mapping[str, Layer], nodes: Sequence[fx.Node], shared: Container[str], idle: Container[str]
+    ) -> None:
+        self.layers, self.nodes, self.shared, self.idle = layers, nodes, shared, idle
         self.order = {node.name: number for number, node in enumerate(nodes)}
         self.live: set[fx.Node] = set()  # the nodes that depend on a layer
         for node in nodes:
-            if node.name in layers or any(source in self.live for source in node.all_input_nodes):
+            if node.name in layers or self._depends(node, self.live):
                 self.live.add(node)
+
+    def _depends(self, node: fx.Node, others: Container[fx.Node]) -> bool:
+        return node.name not in self.idle and any(source in others for source in node.all_input_nodes)
 
     def ends_at(self, node: fx.Node) -> bool:
         """Whether a region can begin or end at a node: a linear layer or convolution that is not depthwise."""
@@ -145,7 +155,7 @@ class _Walk:
         return True
 
     def _fits(self, node: fx.Node) -> bool:
-        if node.op not in ("call_module", "call_function", "call_method"):
+        if node.op not in ("call_module", "call_function", "call_method") or node.name in self.idle:
             return False
         layer = self.layers.get(node.name)
         if layer is None:
@@ -162,7 +172,7 @@ class _Walk:
         for node in self.nodes:
             if node is until:
                 return
-            if starts(node) or any(source in found for source in node.all_input_nodes):
+            if starts(node) or self._depends(node, found):
                 found.add(node)
                 yield node
 

@@ -46,7 +46,9 @@ class Sites:
         return Site(visit=visit, layer=layer, held=held, epilogue=found, affine=step, stays=stays)
 
     def _present(self) -> set[str]:
-        return set(self.paired.merged.values) & set(self.paired.original.values)
+        """The nodes with values in both graphs; nodes that are not run (see `SampleRun`) have none."""
+        both = self.paired.merged.values.keys() & self.paired.original.values.keys()
+        return {name for name in both if self.paired.merged.values[name][0] is not None}
 
     def _affine(self, visit: Visit, found: Epilogue, stays: Tensor) -> Affine:
         """The affine map of a layer's BatchNorm, or of the shift of its outputs, for the channels that stay."""

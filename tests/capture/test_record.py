@@ -197,12 +197,12 @@ def test_refusals_say_who_looked() -> None:
     assert "did not run its submodule two" in " ".join(r.reason for r in fxmerge.analyze(Unvisited(), X).refusals)
 
 
-@pytest.mark.parametrize("refit", ["none", "synthetic"])
-def test_the_report_says_that_nothing_was_re_solved(refit: str) -> None:
-    report = fxmerge.merge(Branch(), X, refit=refit).report
-    assert report.refitted == ()
-    assert ("refit is left out, as only parts of the model" in report.text(400)) == (refit == "synthetic")
-    assert len(json.loads(report.json())["notes"]) == (refit == "synthetic")
+def test_the_report_says_what_refit_ran_on() -> None:
+    report = fxmerge.merge(Branch(), X, samples=24).report
+    assert report.refitted and "by the model's own code" in report.text(400)
+    notes = json.loads(report.json())["notes"]
+    assert any("of 24 samples, on which the model takes another path" in note for note in notes)
+    assert not fxmerge.merge(Branch(), X, refit="none").report.refitted
 
 
 def test_what_other_code_asks_a_part_for_is_kept() -> None:
