@@ -51,7 +51,7 @@ _SELECTION = "how the kept channels are selected; repair is l2 without refit"
 _DECOMPOSITION = "how kept channels replace the dropped ones"
 _SCALE = "mostsim: how the scale is computed; reference reproduces the published code"
 _REFIT = "data for re-solving the layers: none, synthetic probes, or calibration data"
-_PROBES = "refit: family of probes; auto: closest to the BatchNorm statistics, or example where there are none"
+_PROBES = "refit: family of probes; auto: alike if the example has rows enough, else by the BatchNorms, or example"
 
 
 class _DefaultRatio(float):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxmerge.calibration.epilogue import SOLVED
 from fxmerge.calibration.held_out import HELD_OUT, of_samples, sample_folds, samples
 from fxmerge.calibration.tail import tail
 from fxmerge.calibration.trial_runs import refused
@@ -20,7 +21,7 @@ from fxmerge.ir.capture import Capture
 from fxmerge.ir.provenance import Provenance, batch_norms
 from fxmerge.methods.probe_statistics import is_image, looks_real
 from fxmerge.methods.probe_variants import augmented
-from fxmerge.methods.probes import EXAMPLE, PROBES, probed, probes
+from fxmerge.methods.probes import ALIKE, EXAMPLE, OF_EXAMPLE, PROBES, probed, probes
 from fxmerge.options import Options
 from fxmerge.weights.by_path import at
 
@@ -30,6 +31,7 @@ FEWEST, USUAL, MOST = 128, 512, 4096  # numbers of probes, unless `Options.sampl
 SMALL, FORWARD = 2**22, 5e11  # for all probes: elements of the largest activation, FLOPs of a forward pass
 BATCHES = 512  # at most, unless `Options.samples` is given: small ones cost as much time as large ones
 TOKENS = 2**13  # so many are enough where a forward pass is expensive
+PLENTY, MOSTLY = 4, 0.9
 ROWS = 64  # the first layers see at least so many rows of an example that probes are made of
 
 
@@ -50,12 +52,14 @@ class Fed:
              probes
     real:    whether the batches hold data or variants of data, and no synthetic numbers alone
     source:  what refit ran on, for the report
+    alike:   whether half of the batches is the example as it is, which determines the layers; they are not moved
     """
 
     batches: Batches
     made: int
     real: bool
     source: str
+    alike: bool = False
 
 
 def fed(
@@ -95,8 +99,10 @@ def fed(
     real = example_counts(captured, facts)
     family, count = options.probes, options.samples or enough(captured, facts)
     if family == "auto":
-        others = [name for name in PROBES if name != EXAMPLE]
-        if normed:  # fitted to the norms, they are more diverse than variants of an example
+        others = [name for name in PROBES if name not in OF_EXAMPLE]
+        if real and determines(captured, facts):
+            family = ALIKE
+        elif normed:  # fitted to the norms, they are more diverse than variants of an example
             family = min(others, key=lambda name: mismatch(made(name, size)))
         elif real:
             family = EXAMPLE
@@ -104,12 +110,12 @@ def fed(
             family = others[0]
     if not options.samples:
         count = min(count, BATCHES * size)
-        if family == EXAMPLE:
+        if family in OF_EXAMPLE:
             count = max(count, own)  # all samples of the example are used
     mine = share(made(family, count))
-    real = real and family == EXAMPLE
+    real = real and family in OF_EXAMPLE
     text = _described(captured, family if probed(captured.inputs) else "", sum(map(samples, mine)), real, bool(tables))
-    return Fed(batches=mine, made=0, real=real, source=text)
+    return Fed(batches=mine, made=0, real=real, source=text, alike=family == ALIKE)
 
 
 def example_counts(captured: Capture, facts: Provenance) -> bool:
@@ -134,6 +140,21 @@ def example_counts(captured: Capture, facts: Provenance) -> bool:
         return most
 
     return bool(places) and all(looks_real(inputs[at].detach()) and rows(names[at]) >= ROWS for at in places)
+
+
+def determines(captured: Capture, facts: Provenance) -> bool:
+    """Whether the example alone has rows enough: PLENTY for each column of a layer's patches, in layers that together
+    take MOSTLY of the FLOPs.
+    """
+    flops = {True: 0.0, False: 0.0}
+    for layer in facts.layers:
+        shape = captured.shapes.get(layer.node)
+        if layer.op not in SOLVED or layer.writes is None or shape is None:
+            continue
+        outputs, weight = len(layer.writes), at(captured.module, layer.params["weight"])
+        rows, columns = torch.Size(shape).numel() / max(outputs, 1), weight.numel() / max(outputs, 1)
+        flops[rows >= PLENTY * columns] += rows * weight.numel()
+    return flops[True] > 0 and flops[True] >= MOSTLY * sum(flops.values())
 
 
 def variants(captured: Capture, batches: Batches, wanted: int, seed: int) -> Batches:
@@ -175,6 +196,7 @@ def _described(captured: Capture, family: str, count: int, real: bool, words: bo
     floats = [captured.inputs[at] for at in probed(captured.inputs)]
     if real:
         of = "crops, flips, colours; half dead leaves" if any(map(is_image, floats)) else "half noise like them"
+        of = "half of them as they are, flipped or moved" if family == ALIKE else of
         return f"{text} made from {inputs} ({of})"
     if words:
         return f"{text} made from the tokens of {inputs} and of the vocabulary"

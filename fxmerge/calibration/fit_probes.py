@@ -86,6 +86,8 @@ def refit_data(
         return RefitData(batches=batches, held=held, made=found.made, source=source, padding=padding)
     if found.real:  # real data leave the streams where training did
         held = False
+        if found.alike:
+            return RefitData(batches=batches, held=held, source=source)
         if not normed(facts):
             some = batches[1::2]
             moved = diversified(captured, facts, some, settings)

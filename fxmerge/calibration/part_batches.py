@@ -27,7 +27,7 @@ from fxmerge.ir.capture import Capture
 from fxmerge.ir.provenance import Provenance
 from fxmerge.methods.probe_statistics import looks_real, placed
 from fxmerge.methods.probe_variants import augmented
-from fxmerge.methods.probes import EXAMPLE, PROBES
+from fxmerge.methods.probes import EXAMPLE, OF_EXAMPLE, PROBES
 from fxmerge.options import Options
 
 LEAST, MOST = 2 * FOLDS, 64  # runs of the user's code; LEAST are enough to hold some out
@@ -98,7 +98,7 @@ class _Runs:
 
             def vary(x: Tensor, count: int) -> Tensor:
                 drawn = PROBES[family](x, count * len(x), generator)  # noqa: B023
-                return drawn if family == EXAMPLE else placed(x, drawn)
+                return drawn if family in OF_EXAMPLE else placed(x, drawn)
 
             each = -(-self.limit // sum(s.count for s in samples))
             made.append(varied(sample, each, vary) or [sample])
@@ -107,7 +107,7 @@ class _Runs:
             rows = self._grouped(rows, self._each) or rows
         found = self._run(rows[self.rank :: self.size])
         self._check(found)
-        real = real and family == EXAMPLE
+        real = real and family in OF_EXAMPLE
         of = "made from the example inputs" if real else family if len(rows) > len(samples) else "the example inputs"
         return self._fed(found, 0, real, f"{sum(s.count for s, _ in found):,} probes ({of})")
 

@@ -42,6 +42,29 @@ def example(example: Tensor, count: int, generator: Generator) -> Tensor:
     return made
 
 
+def alike(example: Tensor, count: int, generator: Generator) -> Tensor:
+    """The example (n, ...), then in turn its samples, flipped or moved but otherwise as they are, and variants of them.
+
+    `leaves` alone, if the example is noise or constant.
+    """
+    x = example.detach().float().cpu()
+    if not looks_real(x):
+        return placed(x, leaves(x, count, generator))
+    n = len(x)
+    order, source = torch.arange(count) // n, x[torch.arange(count) % n]
+    made = torch.where(_along(order % 2 == 0, x), _flipped(source, generator), _varied(x, count, generator))
+    made[: min(n, count)] = x[:count]
+    return made
+
+
+def _flipped(x: Tensor, generator: Generator) -> Tensor:
+    """Images flipped sideways at random, sequences moved along their steps, features as they are."""
+    if is_image(x):
+        return torch.where(_along(torch.rand(len(x), generator=generator) < 0.5, x), x.flip(-1), x)
+    steps = axis_of_steps(x)
+    return x if steps is None else moved(x, steps, generator, stretch=1.0)
+
+
 def augmented(values: Tensor, count: int, generator: Generator) -> Tensor | None:
     """`count` further variants of the user's samples (n, ...), which stay close to them; None if none can be made.
 

@@ -7,6 +7,8 @@ family.
 
     example  the example inputs, variants of them, and leaves or noise with their statistics (`probe_variants`); the
              family that is used if the example is data and there are no BatchNorms
+    alike    the example inputs, flipped or moved, and variants of them; the family that is used if the example alone
+             has rows enough to solve the layers, as where a network returns images
     white    independent Gaussian numbers
     pink     a spectrum of 1/f over the spatial axes, as images have, half of it common to all channels (Field, 1987)
     leaves   textured discs and boxes of random sizes that cover each other, which have edges (the dead leaves of Lee et
@@ -23,11 +25,11 @@ from torch import Generator, Tensor
 from fxmerge.methods.probe_families import leaves, pink, white
 from fxmerge.methods.probe_statistics import placed
 from fxmerge.methods.probe_tokens import tokens
-from fxmerge.methods.probe_variants import example
+from fxmerge.methods.probe_variants import alike, example
 
-EXAMPLE = "example"
+EXAMPLE, ALIKE = OF_EXAMPLE = ("example", "alike")  # families that are made of the example, and need not be placed
 PROBES: dict[str, Callable[[Tensor, int, Generator], Tensor]] = {
-    "pink": pink, "white": white, "leaves": leaves, EXAMPLE: example,
+    "pink": pink, "white": white, "leaves": leaves, EXAMPLE: example, ALIKE: alike,
 }  # fmt: skip
 
 
@@ -87,7 +89,7 @@ def probes(
             drawn = tokens(value.cpu(), tables[number], count, generator, stays.get(tuple(value.shape)))
         elif number in drawn_anew:
             drawn = PROBES[family](value, count, generator)
-            drawn = drawn if family == EXAMPLE else placed(value, drawn)
+            drawn = drawn if family in OF_EXAMPLE else placed(value, drawn)
         else:
             drawn = repeated(value, count)
         return list(torch.split(drawn.to(value), sizes))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import fxmerge
 from fxmerge.analysis.propagate import provenance
-from fxmerge.calibration.batches import example_counts, variants, vocabularies
+from fxmerge.calibration.batches import determines, example_counts, variants, vocabularies
 from fxmerge.calibration.fit_probes import RefitData, refit_data
 from fxmerge.calibration.held_out import samples
 from fxmerge.calibration.paired_run import Settings
@@ -89,13 +89,52 @@ def test_an_example_counts_if_it_is_data_and_has_rows(model: nn.Module, x: Tenso
 
 
 def test_probes_are_made_from_images_and_streams_are_not_held() -> None:
-    found = data(Plain(), IMAGES, samples=128)
+    image = IMAGES[:1]  # too few rows for the second convolution
+    found = data(Plain(), image, samples=128)
     assert not found.held and found.made == 0
     assert found.source == (
-        "128 probes made from the 2 example inputs (crops, flips, colours; half dead leaves); "
+        "128 probes made from the one example input (crops, flips, colours; half dead leaves); "
         "every second batch moved, for diverse outputs"
     )
-    assert torch.equal(found.batches[0][0][:2], IMAGES)
+    assert torch.equal(found.batches[0][0][:1], image)
+
+
+class Denoiser(nn.Module):
+    """Images in, images out: an example of a few images has thousands of rows for each layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.b, self.head = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 3, 3, padding=1)
+        randomised(self, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - self.head(torch.relu(self.b(torch.relu(self.norm(self.a(x))))))
+
+
+LARGE = 100 + 40 * smooth(2, 3, 32, 32, axes=2)
+
+
+@pytest.mark.parametrize(
+    ("model", "x", "enough"),
+    [
+        (Denoiser(), LARGE, True),  # 2048 rows, 4 x 72 wanted
+        (Denoiser(), IMAGES[:1, :, :8], False),  # 128
+        (Flat(), IMAGES, False),
+        (Plain(), 100 + 40 * smooth(4, 3, 32, 32, axes=2), True),  # its head has 4 rows, but hardly any FLOPs
+    ],
+)
+def test_an_example_determines_the_layers_if_most_have_rows_enough(model: nn.Module, x: Tensor, enough: bool) -> None:
+    captured = capture(model.eval(), x)
+    assert determines(captured, provenance(captured)) == enough
+
+
+def test_half_of_the_probes_is_the_example_where_that_determines_the_layers() -> None:
+    found = data(Denoiser(), LARGE, samples=64)
+    assert found.source == "64 probes made from the 2 example inputs (half of them as they are, flipped or moved)"
+    (images,) = (batch[0] for batch in found.batches)
+    same = [any(torch.equal(y, z) for x in LARGE for z in (x, x.flip(-1))) for y in images]
+    assert same == [True, True, False, False] * 16 and not found.held
 
 
 def test_noise_is_not_used_and_streams_are_held() -> None:
