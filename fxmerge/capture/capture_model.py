@@ -109,7 +109,7 @@ def capture(model: Any, example_inputs: Any, dynamic_shapes: Any = None) -> Capt
     # the copy shares the parameters, which no one writes, but not the buffers, which a forward may update
     traced_model = deep_copy(model, [*model.parameters(), *computed_weights(model)])
     training = {name: m.training for name, m in traced_model.named_modules()}
-    for inner in traced_model.modules():  # not by .eval(), which raises on an exported graph module
+    for inner in nn.Module.modules(traced_model):  # not by .eval(), which raises on an exported graph module
         if inner.training:
             inner.training = False
     blank = make_fake(traced_model)

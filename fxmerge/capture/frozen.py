@@ -90,7 +90,7 @@ def suspects(traced: fx.GraphModule, copied: nn.Module) -> list[str]:
     These are constants that are neither parameters nor buffers, and hooks. Where there are none, all values that the
     graph uses come from its inputs and parameters.
     """
-    known = {id(t) for m in traced.modules() for t in [*m._parameters.values(), *m._buffers.values()]}
+    known = {id(t) for m in nn.Module.modules(traced) for t in [*m._parameters.values(), *m._buffers.values()]}
     found = []
     for node in traced.graph.nodes:
         if node.op == "get_attr" and _constant(traced, str(node.target), known):
@@ -134,7 +134,7 @@ def _refuse_generators(traced: fx.GraphModule) -> None:
 def restored(model: nn.Module) -> Iterator[None]:
     """Restores the buffers, the plain attributes and the hooks of a model's modules on exit."""
     before = state_of(model, whole=True)
-    buffers = (b for m in model.modules() for b in m._buffers.values())
+    buffers = (b for m in nn.Module.modules(model) for b in m._buffers.values())
     values = {id(b): (b, b.clone(), _version(b)) for b in buffers if b is not None}
     try:
         yield

@@ -108,7 +108,7 @@ def without_hooks(traced: fx.GraphModule, leaves: set[nn.Module]) -> None:
         bare[leaf] = copy.copy(leaf)
         for name in ("_forward_hooks", "_forward_pre_hooks"):
             vars(bare[leaf])[name] = OrderedDict()
-    for owner in list(traced.modules()):
+    for owner in list(nn.Module.modules(traced)):
         for name, child in owner._modules.items():
             if child in bare:
                 owner._modules[name] = bare[child]

@@ -31,7 +31,7 @@ class OutputCache:
         """Caches the calls of the model's plain layers in this context."""
         watched = [
             m
-            for m in model.modules()
+            for m in nn.Module.modules(model)
             if type(m) in _PLAIN and not (m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__)
         ]
         self.room = sum(p.numel() for p in model.parameters() if not isinstance(p, DiskTensor))

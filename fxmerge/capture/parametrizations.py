@@ -24,7 +24,7 @@ def unparametrize(model: nn.Module) -> None:
     torch.nn.utils.parametrize.remove_parametrizations is not used, since it also edits the class, which a copy of a
     module shares with the original.
     """
-    for module in list(model.modules()):
+    for module in list(nn.Module.modules(model)):
         for key, hook in list(module._forward_pre_hooks.items()):
             if isinstance(hook, WeightNorm):
                 remove_weight_norm(module, hook.name)
@@ -71,5 +71,5 @@ def _unmask(module: nn.Module, hook: BasePruningMethod) -> None:
 
 def computed_weights(model: nn.Module) -> list[Tensor]:
     """The tensors with a grad_fn that hooks have set as plain attributes; these cannot be deep-copied."""
-    held = (value for module in model.modules() for value in module.__dict__.values())
+    held = (value for module in nn.Module.modules(model) for value in module.__dict__.values())
     return [value for value in held if isinstance(value, Tensor) and value.grad_fn is not None]

@@ -245,7 +245,7 @@ class _Recording(TorchFunctionMode):
         if not all(tensors(v) for v in [*args, *kwargs.values()]):
             return None  # a flag or None may differ in another call
         if path not in self.templates:
-            if any(hooked(inner) for inner in module.modules()):  # their hooks run with the part's own leaves
+            if any(hooked(inner) for inner in nn.Module.modules(module)):  # their hooks run with the part's own leaves
                 return None
             self.off += 1
             try:

@@ -169,7 +169,7 @@ def symbolic(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     parameters = inspect.signature(model.forward).parameters
     given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
     left_out = {k: p.default for k, p in parameters.items() if k not in given and p.default is not p.empty}
-    tracer, before = Tracer(), [(m, dict(vars(m))) for m in model.modules()]
+    tracer, before = Tracer(), [(m, dict(vars(m))) for m in nn.Module.modules(model)]
     graph = writable(tracer.trace(model, concrete_args=left_out or None))
     for module, fields in before:  # what forward assigned while it was traced is no value that the graph can fetch
         for name, value in list(vars(module).items()):

@@ -26,7 +26,7 @@ def differs_in_training(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping
     """
     if isinstance(model, fx.GraphModule) or not _reads_flag(model):
         return False
-    flags, found = [(m, m.training) for m in model.modules()], []
+    flags, found = [(m, m.training) for m in nn.Module.modules(model)], []
     try:
         for mode in (False, True):
             for module, _ in flags:
@@ -46,7 +46,7 @@ def _reads_flag(model: nn.Module) -> bool:
     tracer = Tracer()
     traced = {
         type(m)
-        for m in model.modules()
+        for m in nn.Module.modules(model)
         if m is model or expansion_of(m) is not None or not tracer.is_leaf_module(m, "")
     }
     classes = {c for kind in traced for c in kind.__mro__ if issubclass(c, nn.Module) and c is not nn.Module}

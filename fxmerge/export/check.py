@@ -38,7 +38,7 @@ def run(module: Callable[..., Any], call: Call, seed: int = 0) -> Values:
 @contextlib.contextmanager
 def _buffers_kept(*modules: nn.Module) -> Iterator[None]:
     """Restores the buffers that a run writes, such as counters and caches."""
-    held = [(owner._buffers, dict(owner._buffers)) for module in modules for owner in module.modules()]
+    held = [(owner._buffers, dict(owner._buffers)) for module in modules for owner in nn.Module.modules(module)]
     values = [value for _, buffers in held for value in buffers.values() if value is not None]
     before = [(value, value._version, value.detach().clone()) for value in values]
     try:

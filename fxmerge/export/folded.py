@@ -25,7 +25,7 @@ Labels = Mapping[str, ParamLabels]
 def plain_copy(model: nn.Module) -> nn.Module:
     """A copy of the user's model in evaluation mode, in which parametrized weights are plain parameters."""
     copied = deep_copy(model, computed_weights(model))
-    for module in copied.modules():  # not by .eval(), which raises on an exported graph module
+    for module in nn.Module.modules(copied):  # not by .eval(), which raises on an exported graph module
         module.training = False
     unparametrize(copied)
     return copied

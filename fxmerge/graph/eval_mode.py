@@ -45,7 +45,7 @@ class FlagModule(EvaluationModule):
 
 def only_evaluating(module: fx.GraphModule, kind: type[EvaluationModule] = EvaluationModule) -> None:
     """Makes a graph module an `EvaluationModule`, in place, and clears its training flags."""
-    for inner in module.modules():
+    for inner in nn.Module.modules(module):
         inner.training = False
     if not isinstance(module, EvaluationModule):
         own = type("GraphModuleImpl", (kind,), {})  # torch.fx knows its classes of one instance by that name
@@ -113,7 +113,7 @@ def state_of(module: nn.Module, whole: bool = False) -> State:
     """What a module and its submodules hold now, among it what forward keeps for later."""
     blank = State((), whole)
     held = []
-    for m in module.modules():
+    for m in nn.Module.modules(module):
         fields = {name: value for name, value in vars(m).items() if blank.has(m, value)}
         dicts = {n: dict(v) for n, v in fields.items() if isinstance(v, dict) and (whole or n not in _WRITTEN)}
         held.append((m, fields, dicts))
@@ -187,7 +187,7 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
 
     The flags are set one by one, since `.eval()` raises on a graph module made by torch.export.
     """
-    modes = {part: part.training for module in modules for part in module.modules() if part.training}
+    modes = {part: part.training for module in modules for part in nn.Module.modules(module) if part.training}
     states = [state_of(module) for module in modules]
     for part in modes:
         part.training = False

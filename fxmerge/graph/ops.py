@@ -59,7 +59,9 @@ def tensors(value: Any) -> list[Tensor]:
 def held_tensors(model: nn.Module) -> list[Tensor]:
     """The tensors in the parameters, buffers and plain attributes of a model's modules."""
     return [
-        t for m in model.modules() for t in tensors([*vars(m).values(), *m._buffers.values(), *m._parameters.values()])
+        t
+        for m in nn.Module.modules(model)
+        for t in tensors([*vars(m).values(), *m._buffers.values(), *m._parameters.values()])
     ]
 
 

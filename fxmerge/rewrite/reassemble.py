@@ -31,7 +31,8 @@ def assembled(captured: Capture, merged: fx.GraphModule) -> nn.Module:
     nodes = {n.name: n for n in merged.graph.nodes}
     inside = {name for part in recorded.parts for name in part.nodes}
     modules = {
-        id(m): [p for p, other in host.named_modules(remove_duplicate=False) if other is m] for m in host.modules()
+        id(m): [p for p, other in host.named_modules(remove_duplicate=False) if other is m]
+        for m in nn.Module.modules(host)
     }
     paths = {p: same for same in modules.values() for p in same}
     for part in sorted(recorded.parts, key=lambda p: p.path):

@@ -234,7 +234,7 @@ def _original(captured: Capture, chosen: Chosen, example: Unseen) -> Callable[[]
         return None
     plain, model = partial(_Reweighted, captured.model), captured.model
     # a copy has the weights that hooks and parametrizations compute as parameters
-    computed = any(parametrize.is_parametrized(m) for m in model.modules()) or computed_weights(model)
+    computed = any(parametrize.is_parametrized(m) for m in nn.Module.modules(model)) or computed_weights(model)
     make: Callable[[], nn.Module] = partial(_copied, model) if computed else plain
     return None if isinstance(_run(make(), example), Exception) else make
 

@@ -19,7 +19,7 @@ M = TypeVar("M", bound=nn.Module)
 
 def sharing_copy(module: fx.GraphModule) -> tuple[fx.GraphModule, Weights]:
     """A copy of a module that shares all of its tensors, and its `Weights`, which copy a tensor before writing it."""
-    held = (d for m in module.modules() for d in (m._parameters, m._buffers, m.__dict__))
+    held = (d for m in nn.Module.modules(module) for d in (m._parameters, m._buffers, m.__dict__))
     tensors = [v for values in held for v in values.values() if isinstance(v, Tensor)]
     copied = deep_copy(module, tensors)
     return copied, Weights(copied, frozenset(id(t) for t in tensors))
@@ -55,7 +55,7 @@ class _Detached(TorchFunctionMode):
 
 def _copied(module: M, shared: Iterable[Tensor]) -> M:
     memo: dict[int, Any] = {id(t): t for t in shared}
-    modules = list(module.modules())
+    modules = list(nn.Module.modules(module))
     classes = {cls: _plain(cls) for cls in {type(m) for m in modules}}
     wrapped = {m: inside(m) for m in modules if inside(m) is not m}
     plain = [m for m in modules if classes[type(m)] and "__deepcopy__" not in m.__dict__ and m not in wrapped]
@@ -69,7 +69,7 @@ def _copied(module: M, shared: Iterable[Tensor]) -> M:
         copied = {name: v if type(v) in _ATOMS else _field(v, memo) for name, v in state.items()}
         memo[id(m)].__setstate__(copied)
     made: M = copy.deepcopy(module, memo)
-    rebind(made.modules(), memo)
+    rebind(nn.Module.modules(made), memo)
     return made
 
 
