@@ -35,7 +35,7 @@ from fxmerge.capture.capture_model import capture, check_weights, confined
 from fxmerge.errors import FxMergeError
 from fxmerge.graph.cost import flops_by_node
 from fxmerge.graph.distributed import summed
-from fxmerge.graph.eval_mode import with_versions
+from fxmerge.graph.eval_mode import computing
 from fxmerge.graph.latency import compared
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.groups import Group, Grouping, Refusal
@@ -65,7 +65,7 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 
-@with_versions()
+@computing()
 def prepared(
     model: nn.Module | ExportedProgram, example_inputs: Any, options: Options, given: Any,
     stage: Callable[[str], None], dynamic_shapes: Any = None,
@@ -137,7 +137,7 @@ class Prepared:
         groups = in_scope(grouping, self.options)[0]
         return sensitivity(self.captured, facts, groups, self.data.batches, self.settings, self.stage)
 
-    @with_versions()
+    @computing()
     def merged(self, options: Options, decided: Mapping[str, GroupPlan] | None = None) -> Result:
         """The model merged with these options, which may differ from those it was prepared with in their budget only.
 
