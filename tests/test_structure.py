@@ -70,6 +70,18 @@ def test_no_pickle_and_no_printing() -> None:
     assert set(printing) <= {"cli/main.py"}
 
 
+def test_modules_are_listed_by_the_class() -> None:
+    """`nn.Module.modules(model)`, since a model may hold an attribute named `modules`, as ESPNet does."""
+    calling = [
+        named(p)
+        for p in FILES
+        for node in ast.walk(ast.parse(p.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+        and node.func.attr == "modules" and not node.args
+    ]  # fmt: skip
+    assert not calling
+
+
 def test_public_names() -> None:
     """Other people's scripts use these."""
     names = {"merge", "analyze", "apply", "Options", "Plan", "MergePass", "FxMergeError", "RULES", "per_channel",

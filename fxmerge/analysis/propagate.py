@@ -260,9 +260,11 @@ class _Interpreter:
         recorded = self.capture.recorded
         calls = {n.name for n in self.capture.module.graph.nodes if n.op != "call_module"}
         own = calls & recorded.glue if recorded is not None else set[str]()
-        return tuple(
-            replace(la, bare=True) if la.node in own and "bias" not in la.params else la for la in self.facts.layers
-        )
+
+        def known(layer: Layer) -> Layer:
+            return replace(layer, bare=True) if layer.node in own and "bias" not in layer.params else layer
+
+        return tuple(map(known, self.facts.layers))
 
     def found(self) -> Provenance:
         self.tie_unused_rows()

@@ -31,7 +31,7 @@ FEWEST, USUAL, MOST = 128, 512, 4096  # numbers of probes, unless `Options.sampl
 SMALL, FORWARD = 2**22, 5e11  # for all probes: elements of the largest activation, FLOPs of a forward pass
 BATCHES = 512  # at most, unless `Options.samples` is given: small ones cost as much time as large ones
 TOKENS = 2**13  # so many are enough where a forward pass is expensive
-PLENTY, MOSTLY = 4, 0.9
+PLENTY, MOSTLY = 4, 0.9  # rows for each column, and a share of the FLOPs: see `determines`
 ROWS = 64  # the first layers see at least so many rows of an example that probes are made of
 
 
@@ -194,9 +194,10 @@ def _described(captured: Capture, family: str, count: int, real: bool, words: bo
     n, text = batch_size(captured), f"{count:,} probes"
     inputs = f"the {n:,} example inputs" if n > 1 else "the one example input"
     floats = [captured.inputs[at] for at in probed(captured.inputs)]
+    if real and family == ALIKE:
+        return f"{text} made from {inputs} (half of them as they are, flipped or moved)"
     if real:
         of = "crops, flips, colours; half dead leaves" if any(map(is_image, floats)) else "half noise like them"
-        of = "half of them as they are, flipped or moved" if family == ALIKE else of
         return f"{text} made from {inputs} ({of})"
     if words:
         return f"{text} made from the tokens of {inputs} and of the vocabulary"

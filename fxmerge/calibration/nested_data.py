@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxmerge.calibration.user_data import NO_SAMPLES, check_axes, named
 from fxmerge.errors import FxMergeError
 from fxmerge.graph.nested import tree
 from fxmerge.ir.capture import Capture
@@ -93,11 +94,7 @@ def given_batch(captured: Capture, batch: Any) -> Sample:
     if isinstance(batch, Mapping) and not names:
         raise FxMergeError("a calibration batch is a dict; the example inputs are positional: give a tuple of them")
     if isinstance(batch, Mapping):
-        missing = [name for name in names if name not in batch]
-        if missing:
-            has = ", ".join(map(str, batch))
-            raise FxMergeError(f"a calibration batch has no {', '.join(missing)}; it has {has}")
-        values = [batch[name] for name in names]
+        values = named(batch, names)
     else:
         alone = isinstance(batch, Tensor) or (_is_list(batch) and _is_list(example[0]))
         values = [batch] if alone else list(batch) if isinstance(batch, (tuple, list)) else []
@@ -111,11 +108,9 @@ def given_batch(captured: Capture, batch: Any) -> Sample:
 
 def _placed(value: Any, example: Any) -> Any:
     if isinstance(example, Tensor):
-        if not (isinstance(value, Tensor) and value.dim() == example.dim()):
-            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise FxMergeError(f"a calibration batch has {got} where the example inputs have {tuple(example.shape)}")
+        check_axes(value, example)
         if not value.numel():
-            raise FxMergeError("a calibration batch holds no samples; give tensors with at least one sample")
+            raise FxMergeError(NO_SAMPLES)
         return value.to(example)
     if _is_list(example):
         if isinstance(value, Tensor) and value.dim() == example[0].dim() + 1:
@@ -125,7 +120,7 @@ def _placed(value: Any, example: Any) -> Any:
             what = f"a {type(items).__name__} where the example inputs have a {type(example).__name__} of tensors"
             raise FxMergeError(f"a calibration batch has {what}")
         if not items:
-            raise FxMergeError("a calibration batch holds no samples; give tensors with at least one sample")
+            raise FxMergeError(NO_SAMPLES)
         return type(example)(_placed(item, example[0]) for item in items)
     if isinstance(example, Mapping):
         if not isinstance(value, Mapping) or not set(example) <= set(value):

@@ -91,6 +91,7 @@ class PairedRun:
     def __init__(self, pair: Pair, batches: Sequence[Sequence[Any]], settings: Settings) -> None:
         self.norms = batch_norms(pair.facts) if settings.held else {}
         self.rectified: Mapping[str, Layer] = pair.rectified if settings.held else {}
+        self.recorded = any(isinstance(batch, SampleRun) for batch in batches)
         self.original = self._stream(pair.original, batches, pair.facts)
         self.merged = self.original if pair.merged is None else self._stream(pair.merged, batches, pair.facts)
         self.shifts: dict[str, Tensor] = {}  # held layer -> what is added to its outputs, (c,)
@@ -101,8 +102,8 @@ class PairedRun:
 
     def _stream(self, module: fx.GraphModule, batches: Sequence[Sequence[Any]], facts: Provenance) -> Stream:
         layers = {layer.node for layer in facts.layers}
-        recorded = any(isinstance(batch, SampleRun) for batch in batches)  # what is compared is not at their end
-        ends = frozenset() if recorded else tail(module, layers).difference(self.norms, self.rectified)
+        # of a recorded graph, what is compared is not at its end
+        ends = frozenset() if self.recorded else tail(module, layers).difference(self.norms, self.rectified)
         return Stream(module, fresh(list(batches)), ends)
 
     def __iter__(self) -> Iterator[Visit]:
@@ -174,7 +175,7 @@ class PairedRun:
             values = self._normalise(stream, stream.values[node.all_input_nodes[0].name], self.norms[node.name], kept)
         else:
             values = stream.every(node)
-            if kept is not None and any(isinstance(run, SampleRun) for run in stream.batches):
+            if kept is not None and self.recorded:
                 values = [self._narrowed(node, value, run) for value, run in zip(values, stream.batches, strict=True)]
         layer = self.rectified.get(node.name)
         stream.values[node.name] = values if layer is None else self._held(values, layer, kept)

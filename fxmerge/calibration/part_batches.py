@@ -6,7 +6,7 @@ whole samples can be held out; where the model's code does not run on single sam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -19,6 +19,7 @@ from fxmerge.calibration.held_out import FOLDS, HELD_OUT, sample_folds
 from fxmerge.calibration.nested_data import Sample, example_of, given_batch, grouped, varied
 from fxmerge.calibration.part_inputs import Declined, OwnCode
 from fxmerge.calibration.sample_run import SampleRun
+from fxmerge.calibration.user_data import NO_BATCHES, iterable
 from fxmerge.errors import FxMergeError
 from fxmerge.graph.cost import call_cost
 from fxmerge.graph.distributed import rank_and_size
@@ -56,14 +57,9 @@ class _Runs:
 
     def of_data(self, given: Any) -> tuple[Fed, tuple[str, ...]]:
         """Runs on the user's samples, and on variants of those that are not held out."""
-        if isinstance(given, (Tensor, Mapping)):
-            given = [given]
-        if not isinstance(given, Iterable):
-            what = type(given).__name__
-            raise FxMergeError(f"calibration is of type {what}; give an iterable of batches, or a DataLoader")
-        batches = self._read(given)
+        batches = self._read(iterable(given))
         if not batches:
-            raise FxMergeError("calibration holds no batches; a generator can be read only once")
+            raise FxMergeError(NO_BATCHES)
         samples = self._divided(batches)[self.rank :: self.size]
         mine = self._run(samples)
         failed = next((d.reason for d in self.declined if d.failed), "")

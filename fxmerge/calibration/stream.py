@@ -9,8 +9,9 @@ import torch
 from torch import fx
 
 from fxmerge.calibration.sample_run import SampleRun
-from fxmerge.calibration.tail import LARGE, Recomputed, size
+from fxmerge.calibration.tail import LARGE, Recomputed
 from fxmerge.graph.nested import tree
+from fxmerge.graph.ops import tensors
 from fxmerge.weights.by_path import at
 
 Values = Sequence[Any]  # of a node, by batch
@@ -42,7 +43,7 @@ class Stream:
         if node.name not in self.tail or torch.is_grad_enabled() or not count:
             return [self.call(node, number) for number in range(count)]
         first = self.call(node, 0)
-        if size(first) * count > LARGE:
+        if sum(t.numel() for t in tensors(first)) * count > LARGE:
             return Recomputed(lambda number: self.call(node, number), range(count))
         return [first, *(self.call(node, number) for number in range(1, count))]
 

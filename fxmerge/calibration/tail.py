@@ -10,9 +10,8 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any, overload
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
-from fxmerge.graph.nested import leaves
 from fxmerge.graph.ops import in_place
 
 LARGE = 2**24  # elements over all batches, above which values are computed again
@@ -40,11 +39,6 @@ def tail(module: fx.GraphModule, layers: Container[str]) -> frozenset[str]:
         if node in found and (node.name in layers or any(source in after for source in node.all_input_nodes)):
             after.add(node)
     return frozenset(node.name for node in after)
-
-
-def size(value: Any) -> int:
-    """The number of elements of the tensors in a value."""
-    return sum(leaf.numel() for leaf in leaves(value) if isinstance(leaf, Tensor))
 
 
 class Recomputed(Sequence[Any]):

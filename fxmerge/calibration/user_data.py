@@ -17,6 +17,9 @@ from fxmerge.errors import FxMergeError
 from fxmerge.graph.inputs import bind, is_exported
 from fxmerge.ir.capture import Capture
 
+NO_BATCHES = "calibration holds no batches; a generator can be read only once"
+NO_SAMPLES = "a calibration batch holds no samples; give tensors with at least one sample"
+
 
 def given(captured: Capture, batches: Any, limit: int, size: int) -> tuple[list[list[Any]], bool]:
     """The user's batches as values of the graph's placeholders, at most about `limit` samples of them, and whether
@@ -26,26 +29,47 @@ def given(captured: Capture, batches: Any, limit: int, size: int) -> tuple[list[
 
     Raises FxMergeError where the batches do not fit the model.
     """
-    if isinstance(batches, (Tensor, Mapping)):
-        batches = [batches]
-    if not isinstance(batches, Iterable):
-        what = type(batches).__name__
-        raise FxMergeError(f"calibration is of type {what}; give an iterable of batches, or a DataLoader")
     found: list[list[Any]] = []
     total = 0
     more = False
-    for batch in batches:
+    for batch in iterable(batches):
         if more := total >= limit:
             break
         values = _placed(captured, batch)
         count = next((len(v) for v in values if isinstance(v, Tensor) and v.dim()), 0)
         if count == 0:
-            raise FxMergeError("a calibration batch holds no samples; give tensors with at least one sample")
+            raise FxMergeError(NO_SAMPLES)
         found.append(values)
         total += count
     if not found:
-        raise FxMergeError("calibration holds no batches; a generator can be read only once")
+        raise FxMergeError(NO_BATCHES)
     return (found if _taken(captured, found) else _regrouped(captured, found, size)), more
+
+
+def iterable(batches: Any) -> Iterable[Any]:
+    """The user's batches, or the only one. Raises FxMergeError for anything else."""
+    if isinstance(batches, (Tensor, Mapping)):
+        return [batches]
+    if not isinstance(batches, Iterable):
+        what = type(batches).__name__
+        raise FxMergeError(f"calibration is of type {what}; give an iterable of batches, or a DataLoader")
+    return batches
+
+
+def named(batch: Mapping[str, Any], names: Sequence[str]) -> list[Any]:
+    """The entries of a batch with these names. Raises FxMergeError if some are missing."""
+    missing = [name for name in names if name not in batch]
+    if missing:
+        has = ", ".join(map(str, batch))
+        raise FxMergeError(f"a calibration batch has no {', '.join(missing)}; it has {has}")
+    return [batch[name] for name in names]
+
+
+def check_axes(value: Any, example: Tensor) -> None:
+    """Raises FxMergeError if a value of a batch is no tensor with as many axes as the example's."""
+    if not (isinstance(value, Tensor) and value.dim() == example.dim()):
+        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise FxMergeError(f"a calibration batch has {got} where the example inputs have {tuple(example.shape)}")
 
 
 def _taken(captured: Capture, batches: Sequence[list[Any]]) -> bool:
@@ -60,11 +84,8 @@ def _placed(captured: Capture, batch: Any) -> list[Any]:
     if isinstance(batch, Mapping):
         placeholders = [str(n.target) for n in captured.module.graph.nodes if n.op == "placeholder"]
         wanted = names or placeholders[: len(captured.args)]
-        missing = [name for name in wanted if name not in batch]
-        if missing:
-            has = ", ".join(map(str, batch))
-            raise FxMergeError(f"a calibration batch has no {', '.join(missing)}; it has {has}")
-        args, kwargs = tuple(batch[n] for n in wanted if not names), {n: batch[n] for n in names}
+        entries = named(batch, wanted)
+        args, kwargs = ((), dict(zip(names, entries, strict=True))) if names else (tuple(entries), {})
     else:
         parts = (batch,) if isinstance(batch, Tensor) else tuple(batch) if isinstance(batch, (tuple, list)) else None
         count = len(names) or len(captured.args)
@@ -75,9 +96,8 @@ def _placed(captured: Capture, batch: Any) -> list[Any]:
         kwargs = dict(zip(names, parts, strict=False))
     values = bind(captured.module, args, kwargs)
     for value, example in zip(values, captured.inputs, strict=True):
-        if isinstance(example, Tensor) and not (isinstance(value, Tensor) and value.dim() == example.dim()):
-            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise FxMergeError(f"a calibration batch has {got} where the example inputs have {tuple(example.shape)}")
+        if isinstance(example, Tensor):
+            check_axes(value, example)
     return [v.to(e) if isinstance(e, Tensor) else v for v, e in zip(values, captured.inputs, strict=True)]
 
 

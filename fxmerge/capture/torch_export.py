@@ -78,9 +78,7 @@ def _graph_module_of(program: torch.export.ExportedProgram) -> fx.GraphModule:
     remove_guards(module)
     module.graph.eliminate_dead_code()
     module.recompile()
-    for owner in nn.Module.modules(
-        module
-    ):  # an exported module's .train() and .eval() raise; `EvaluationModule` replaces them
+    for owner in nn.Module.modules(module):  # their .train() and .eval() raise; `EvaluationModule` replaces them
         owner.__dict__.pop("train", None)
         owner.__dict__.pop("eval", None)
     return module

@@ -12,6 +12,8 @@ given (n, ...), so that several inputs of one sample stay together; generators w
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Generator, Tensor
 
@@ -31,15 +33,7 @@ def example(example: Tensor, count: int, generator: Generator) -> Tensor:
 
     `leaves` alone, if the example is noise or constant.
     """
-    x = example.detach().float().cpu()
-    if not looks_real(x):
-        return placed(x, leaves(x, count, generator))
-    n = len(x)
-    order = torch.arange(count) // n  # each sample itself, then a variant of each, then as many leaves, and so on
-    others = placed(x, _unlike(x, count, generator))
-    made = torch.where(_along(order % 2 == 0, x), others, _varied(x, count, generator))
-    made[: min(n, count)] = x[:count]
-    return made
+    return _in_turn(example, count, generator, lambda x: placed(x, _unlike(x, count, generator)))
 
 
 def alike(example: Tensor, count: int, generator: Generator) -> Tensor:
@@ -47,13 +41,20 @@ def alike(example: Tensor, count: int, generator: Generator) -> Tensor:
 
     `leaves` alone, if the example is noise or constant.
     """
+    return _in_turn(example, count, generator, lambda x: _flipped(x[torch.arange(count) % len(x)], generator))
+
+
+def _in_turn(example: Tensor, count: int, generator: Generator, others: Callable[[Tensor], Tensor]) -> Tensor:
+    """Each sample of the example, then a variant of each, then as many of `others`, and so on: (count, ...).
+
+    `leaves` alone, if the example is noise or constant.
+    """
     x = example.detach().float().cpu()
     if not looks_real(x):
         return placed(x, leaves(x, count, generator))
-    n = len(x)
-    order, source = torch.arange(count) // n, x[torch.arange(count) % n]
-    made = torch.where(_along(order % 2 == 0, x), _flipped(source, generator), _varied(x, count, generator))
-    made[: min(n, count)] = x[:count]
+    order = torch.arange(count) // len(x)
+    made = torch.where(_along(order % 2 == 0, x), others(x), _varied(x, count, generator))
+    made[: min(len(x), count)] = x[:count]
     return made
 
 
