@@ -54,6 +54,22 @@ def test_page(page: str, needs: tuple[str, ...], count: int, tmp_path: Path, mon
         exec(compile(code, page, "exec"), space)
 
 
+def test_get_started_and_the_pages_that_go_on_from_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "the_page", types.ModuleType("the_page"))
+    space: dict[str, object] = {"__name__": "the_page"}
+    torch.manual_seed(0)
+    for page, count in (("index.md", 7), ("options.md", 2), ("saving.md", 1), ("large_models.md", 1)):
+        found = [code for code in snippets(page) if "..." not in code]
+        assert len(found) == count
+        for code in found:
+            exec(compile(code, page, "exec"), space)
+    assert "parameters" in capsys.readouterr().out
+    assert {"net.html", "small", "curve.svg", "narrow"} <= {p.name for p in tmp_path.iterdir()}
+
+
 def test_yolo_is_the_example() -> None:
     """The trainer of the page is that of `examples/yolo.py`, which the tests of the examples run."""
     example = (DOCS.parent / "examples" / "yolo.py").read_text(encoding="utf-8")
