@@ -25,6 +25,8 @@ from fxmerge.rules.elementwise import per_channel
 from fxmerge.rules.rule import Module, Rule
 from fxmerge.rules.table import RULES
 from fxmerge.sweep import Sweep, sweep
+from fxmerge.training.distill import distill
+from fxmerge.training.distillation import Distillation
 from fxmerge.weights.on_disk import in_memory, on_disk
 
 __version__ = "0.1.0"
@@ -36,6 +38,7 @@ __all__ = [
     "RULES",
     "SELECTORS",
     "Analysis",
+    "Distillation",
     "FxMergeError",
     "MergePass",
     "Module",
@@ -47,6 +50,7 @@ __all__ = [
     "analyze",
     "apply",
     "compile",
+    "distill",
     "in_memory",
     "load",
     "merge",

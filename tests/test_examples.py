@@ -17,6 +17,7 @@ EXPECTED = {
     "custom_rule.py": ["without rules: []", "bessel_j0", "with them: ['a: 16 -> 8 channels']", "{'a':"],
     "look_at_groups.py": ["stem: 16 channels", "conv1: 32 channels", "stem -> layer:conv1: read", "bn2: carry"],
     "aot_package.py": ["a batch of 5 gives (5, 10)", "has the output of the merged model: True"],
+    "distill.py": ["merged: error ", "distilled: error ", "own loop: error "],
     "finetune.py": ["trained: ", "merged to a sixteenth of the channels: ", "fine-tuned: "],
     "yolo.py": ["predict: Results", "val: mAP50", "train: widths are kept True", "export: .onnx"],
     "hugging_face.py": [" parameters", "pipeline: w1 w2 w3", "Trainer lowers the loss: True", "LoRA"],
@@ -25,7 +26,7 @@ EXPECTED = {
 NEEDS = {"merge_your_own.py": "torchvision", "quantise.py": "torchao", "yolo.py": "ultralytics"}
 NEEDS["hugging_face.py"] = "accelerate"  # and with it transformers, as Trainer needs it
 SLOW = ("aot_package.py", "yolo.py", "hugging_face.py")
-CHATTY = ("aot_package.py", "quantise.py", "yolo.py", "hugging_face.py")  # libraries log
+CHATTY = ("distill.py", "aot_package.py", "quantise.py", "yolo.py", "hugging_face.py")  # libraries log
 
 
 def test_every_example_is_tested() -> None:
@@ -46,6 +47,13 @@ def test_example(name: str, tmp_path: Path) -> None:
     for line in EXPECTED[name]:
         assert line in done.stdout, done.stdout
     assert not list(tmp_path.iterdir())
+
+
+def test_distilling_in_every_loop_comes_closer() -> None:
+    done = subprocess.run([sys.executable, str(EXAMPLES / "distill.py")], capture_output=True, text=True, timeout=300)
+    merged, *trained = map(float, re.findall(r"error ([\d.]+)", done.stdout))
+    assert len(trained) >= 2
+    assert all(error < 0.7 * merged for error in trained), done.stdout
 
 
 def test_finetuning_restores_accuracy(tmp_path: Path) -> None:

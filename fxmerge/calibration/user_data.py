@@ -35,7 +35,7 @@ def given(captured: Capture, batches: Any, limit: int, size: int) -> tuple[list[
     for batch in iterable(batches):
         if more := total >= limit:
             break
-        values = _placed(captured, batch)
+        values = placed(captured, batch)
         count = next((len(v) for v in values if isinstance(v, Tensor) and v.dim()), 0)
         if count == 0:
             raise FxMergeError(NO_SAMPLES)
@@ -78,7 +78,7 @@ def _taken(captured: Capture, batches: Sequence[list[Any]]) -> bool:
     return not is_exported(captured.module) or not any(refused(captured, batch) for batch in by_shape.values())
 
 
-def _placed(captured: Capture, batch: Any) -> list[Any]:
+def placed(captured: Capture, batch: Any) -> list[Any]:
     """One batch as values of the placeholders, on the devices and in the dtypes of the example inputs."""
     names = list(captured.kwargs)
     if isinstance(batch, Mapping):

@@ -1,4 +1,4 @@
-"""A script for two processes that train a merged model with DDP and FSDP2 (tests/test_training.py)."""
+"""A script for two processes that train a merged model with DDP and FSDP2 (tests/training/test_training_mode.py)."""
 
 import sys
 

@@ -1,0 +1,174 @@
+"""The loss with which a merged model is trained towards its original, as a module for any training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from fxmerge import verify
+from fxmerge.calibration.epilogue import SOLVED
+from fxmerge.errors import FxMergeError
+from fxmerge.graph.eval_mode import EvaluationModule, evaluating
+from fxmerge.graph.inputs import bind
+from fxmerge.graph.outputs import returned
+from fxmerge.ir.groups import survivors
+from fxmerge.ir.labels import varying
+from fxmerge.plan import planned
+from fxmerge.result import Result
+from fxmerge.weights.copy import deep_copy
+
+
+@dataclass(frozen=True)
+class Tap:
+    """The outputs of a layer, compared in the original and in the merged model.
+
+    axis: of the channels; kept: (k,) which of the original's channels the merged model still has
+    """
+
+    node: str
+    axis: int
+    kept: Tensor
+
+
+class Distillation(nn.Module):
+    """A merged model, and the loss of its outputs and activations against those of the original.
+
+        distillation = fxmerge.Distillation(result)
+        loss = distillation(images)["loss"]      # in any loop: accelerate, Lightning, transformers.Trainer
+        trained = distillation.result()          # a Result with the trained weights: .model, .save, .to_onnx
+
+    Only the merged model's parameters are parameters of this module. `student` is a copy of `result.module`; `result`
+    and the original are not changed. It is trained like any module, except if torch.export captured it: then it
+    stays in evaluation mode (BatchNorms use their running statistics, and dropout is off).
+
+    hidden:       weight of the activations: the mean, over the layers that read a merged group, of the squared error
+                  of their outputs in the channels that both models have, relative to the variance (as FitNets, Romero
+                  et al., 2015, without regressors: the channels correspond)
+    temperature:  None: the squared error of the outputs relative to their variance; a number T: T^2 times the
+                  Kullback-Leibler divergence of their softmax over the last axis at temperature T, for models that
+                  return logits (Hinton et al., 2015)
+    Raises FxMergeError for a model that was captured in parts, which has no single graph.
+    """
+
+    def __init__(self, result: Result, hidden: float = 1.0, temperature: float | None = None) -> None:
+        super().__init__()
+        captured = result.analysis.captured
+        if captured.recorded is not None or not isinstance(result.module, fx.GraphModule):
+            raise FxMergeError(
+                f"{captured.name} was captured in parts, and has no single graph to distil; train result.module with "
+                "your own code"
+            )
+        if temperature is not None and not temperature > 0:
+            raise FxMergeError(f"temperature is {temperature!r}; give a positive number, or None")
+        if not hidden >= 0:
+            raise FxMergeError(f"hidden is {hidden!r}; it is a weight, at least 0")
+        self.hidden, self.temperature = hidden, temperature
+        self.student = _trainable(result.module)
+        self._merged = result
+        self._teacher = [captured.module]  # in a list, so that it is no submodule: not trained, not saved
+        self._taps = {tap.node: tap for tap in taps(result)} if hidden else {}
+
+    def train(self, mode: bool = True) -> Distillation:
+        """Puts the merged model in training mode, if it has one."""
+        self.training = mode
+        if not isinstance(self.student, EvaluationModule):
+            self.student.train(mode)
+        return self
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """{"loss": ..., "output_loss": ..., "hidden_loss": ..., "outputs": the merged model's} for one batch."""
+        teacher = self._teacher[0]
+        values = bind(teacher, args, kwargs)
+        with torch.no_grad(), evaluating(teacher):
+            wanted, targets = _run(teacher, values, self._taps)
+        outputs, found = _run(self.student, values, self._taps)
+        pairs = list(zip(returned(wanted), returned(outputs), strict=True))
+        loss = torch.stack([self._distance(y, z) for y, z in pairs]).mean()
+        behind = [relative(_channels(targets[n], tap), found[n]) for n, tap in self._taps.items()]
+        between = torch.stack(behind).mean() if behind else loss.new_zeros(())
+        return {
+            "loss": loss + self.hidden * between,
+            "output_loss": loss,
+            "hidden_loss": between,
+            "outputs": outputs,
+        }
+
+    def _distance(self, wanted: Tensor, found: Tensor) -> Tensor:
+        if self.temperature is None:
+            return relative(wanted, found)
+        soft, own = ((t.float() / self.temperature).log_softmax(-1) for t in (wanted, found))
+        each = F.kl_div(own, soft, reduction="none", log_target=True).sum(-1)
+        return self.temperature**2 * each.mean()
+
+    def result(self) -> Result:
+        """The merge with the weights that the student has now. The student may be trained further."""
+        module = deep_copy(self.student, ()).eval()
+        for (name, trained), before in zip(module.named_parameters(), self._merged.module.parameters(), strict=True):
+            assert trained.shape == before.shape, name
+            trained.requires_grad_(before.requires_grad)
+        captured = self._merged.analysis.captured
+        verdict = verify.compare(captured, module)
+        report = replace(self._merged.report, module=module, graph=module, verdict=verdict, later=[])
+        return replace(self._merged, module=module, report=report)
+
+
+def taps(result: Result) -> list[Tap]:
+    """Where the activations behind merged groups are compared: at the outputs of the layers that read them."""
+    facts, grouping = result.analysis.facts, result.analysis.grouping
+    narrowed = planned(result.analysis.groups, result.plan)
+    alive = survivors(grouping, narrowed)
+    layers = {c.layer.node: c.layer for group, _ in narrowed for c in group.consumers if c.layer.op in SOLVED}
+    present = {node.name for node in result.module.graph.nodes}  # type: ignore[union-attr]
+    found = []
+    for node, layer in layers.items():
+        labels = facts.labels.get(node)
+        axes = varying(labels) if labels is not None else ()
+        if labels is None or len(axes) != 1 or layer.writes is None or node not in present:
+            continue
+        along = labels[tuple(slice(None) if a == axes[0] else 0 for a in range(labels.dim()))]
+        found.append(Tap(node, axes[0], alive[along].nonzero().flatten()))
+    return found
+
+
+def relative(wanted: Tensor, found: Tensor) -> Tensor:
+    """The squared error as a share of the variance of the wanted values."""
+    wanted, found = wanted.float(), found.float()
+    return (found - wanted).square().mean() / wanted.var(correction=0).clamp(min=1e-12)
+
+
+def _channels(value: Tensor, tap: Tap) -> Tensor:
+    return value if len(tap.kept) == value.size(tap.axis) else value.index_select(tap.axis, tap.kept.to(value.device))
+
+
+def _trainable(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy whose floating-point parameters are trained."""
+    copy = deep_copy(module, ())
+    for p in copy.parameters():
+        p.requires_grad_(p.is_floating_point())
+    return copy
+
+
+class _Tapped(fx.Interpreter):
+    """Runs a graph and keeps the values of some nodes."""
+
+    def __init__(self, module: fx.GraphModule, names: Mapping[str, Tap]) -> None:
+        super().__init__(module)
+        self.extra_traceback = False
+        self.names, self.values = names, dict[str, Tensor]()
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.name in self.names:
+            self.values[n.name] = value
+        return value
+
+
+def _run(module: fx.GraphModule, values: list[Any], names: Mapping[str, Tap]) -> tuple[Any, dict[str, Tensor]]:
+    run = _Tapped(module, names)
+    outputs = run.run(*values, enable_io_processing=False)
+    return outputs, run.values
