@@ -73,7 +73,7 @@ if importlib.util.find_spec("accelerate") and importlib.util.find_spec("transfor
     distillation = fxmerge.Distillation(result)
     with tempfile.TemporaryDirectory() as folder:
         settings = TrainingArguments(
-            folder, num_train_epochs=1, per_device_train_batch_size=32, learning_rate=1e-3, report_to=[], use_cpu=True,
+            folder, num_train_epochs=4, per_device_train_batch_size=32, learning_rate=1e-3, report_to=[], use_cpu=True,
             disable_tqdm=True, save_strategy="no", remove_unused_columns=False,
         )  # fmt: skip
         Trainer(distillation, settings, train_dataset=[{"input": x} for x in images(512, 2)]).train()
