@@ -27,6 +27,7 @@ from fxmerge.rules.table import RULES
 from fxmerge.sweep import Sweep, sweep
 from fxmerge.training.distill import distill
 from fxmerge.training.distillation import Distillation
+from fxmerge.training.shrinker import Shrinker
 from fxmerge.weights.on_disk import in_memory, on_disk
 
 __version__ = "0.1.0"
@@ -46,6 +47,7 @@ __all__ = [
     "Plan",
     "Result",
     "Rule",
+    "Shrinker",
     "Sweep",
     "analyze",
     "apply",

@@ -37,7 +37,7 @@ def test_hugging_face(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     [
         ("exporters.md", ("torchvision", "onnxscript", "onnxruntime"), 5),
         ("timm.md", ("timm",), 3),
-        ("training.md", (), 4),
+        ("training.md", (), 5),
         ("detection.md", ("torchvision",), 5),
     ],
 )

@@ -39,7 +39,7 @@ def net() -> Net:
 
 @pytest.fixture(scope="module")
 def merged() -> Result:
-    return fxmerge.merge(net(), torch.randn(8, 3, 6, 6, generator=torch.Generator().manual_seed(1)), ratio=0.5, refit="none")
+    return fxmerge.merge(net(), batches(1, seed=1)[0][:8], ratio=0.5, refit="none")
 
 
 def batches(count: int = 6, seed: int = 2) -> list[Tensor]:
@@ -67,7 +67,8 @@ def test_the_loss_by_hand(merged: Result) -> None:
     for name, model in (("o", net()), ("m", copy.deepcopy(merged.model))):
         assert isinstance(model, nn.Module)
         for layer in ("conv2", "head"):
-            model.get_submodule(layer).register_forward_hook(lambda _, __, out, key=name + layer: seen.update({key: out}))
+            watched = model.get_submodule(layer)
+            watched.register_forward_hook(lambda _, __, out, key=name + layer: seen.update({key: out}))
         with torch.no_grad():
             seen[name] = model(x)
     kept = {g.name: list(g.kept) for g in merged.plan.groups}
@@ -125,7 +126,7 @@ def test_labels_by_a_loss_of_ones_own(merged: Result) -> None:
         assert float((trained.module(batches(1, seed=9)[0]).argmax(1) == 3).float().mean()) > 0.9
 
 
-class Interrupted(RuntimeError):
+class StoppedError(RuntimeError):
     pass
 
 
@@ -142,7 +143,7 @@ class Batches:
         self.epoch += 1
         for place, index in enumerate(torch.randperm(len(self.data)).tolist()):
             if self.epoch == self.stops and place == 3:
-                raise Interrupted
+                raise StoppedError
             yield self.data[index]
 
 
@@ -152,7 +153,7 @@ def test_interrupted_and_resumed_it_ends_with_the_same_weights(merged: Result, t
         return fxmerge.distill(merged, data, epochs=4, checkpoint=tmp_path / name, **more)
 
     whole = run(Batches(), "whole.safetensors")
-    with pytest.raises(Interrupted):
+    with pytest.raises(StoppedError):
         run(Batches(stops=3), "part.safetensors")
     resumed = run(Batches(), "part.safetensors")
     assert equal(bits(resumed.module), bits(whole.module))
