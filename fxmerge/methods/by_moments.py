@@ -12,15 +12,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fxmerge.methods.linalg import solve_ridge
+from fxmerge.methods.linalg import others, solve_ridge
 
 EXACT = 1e-9  # the share of a channel's power below which its loss is rounding
 
 
 def least_squares(mean: Tensor, covariance: Tensor, kept: Tensor, ridge: float = 1e-4) -> tuple[Tensor, Tensor]:
     """up (n, k) = C[:,K] C[K,K]^-1 and shift (n,) = mean - up mean_K, for the mean (n,) and covariance C (n, n)."""
-    up = solve_ridge(covariance[kept][:, kept], covariance[kept], ridge).T.contiguous()
-    up[kept] = torch.eye(len(kept), dtype=up.dtype)
+    dropped, across = others(kept, len(mean)), covariance[kept]
+    up, _ = alone(mean, kept)
+    up[dropped] = solve_ridge(across[:, kept], across[:, dropped], ridge).T
     return up, mean - up @ mean[kept]
 
 
@@ -54,8 +55,13 @@ def nearest(mean: Tensor, covariance: Tensor, kept: Tensor, cells: Tensor) -> tu
 
 def residual(up: Tensor, shift: Tensor, mean: Tensor, covariance: Tensor, kept: Tensor) -> Tensor:
     """E (x_i - up_i x_K - shift_i)^2 of each channel, (n,)."""
-    spread = covariance.diagonal() - 2 * (up * covariance[:, kept]).sum(1)
-    spread = spread + ((up @ covariance[kept][:, kept]) * up).sum(1)
+    power, across = covariance.diagonal(), covariance[:, kept]
+    at = up.abs().argmax(1, keepdim=True)  # the only entry of most candidates' rows
+    factor, one = up.gather(1, at)[:, 0], across.gather(1, at)[:, 0]
+    spread = power + factor * (factor * power[kept[at[:, 0]]] - 2 * one)
+    full = (up != 0).sum(1) > 1
+    rows = up[full]
+    spread[full] = power[full] + (rows * (rows @ across[kept] - 2 * across[full])).sum(1)
     return spread.clamp(min=0) + (mean - up @ mean[kept] - shift).square()
 
 
@@ -90,6 +96,8 @@ def least_loss(
     losses = torch.stack([residual(up, shift, mean, covariance, kept) for up, shift in found])
     own = exactly(exact, mean, covariance, kept) if represented is None else represented
     losses[0] = torch.where(own, -1, losses[0])
-    best, at = losses.argmin(0), torch.arange(len(mean))
-    ups, shifts = (torch.stack(parts) for parts in zip(*found, strict=True))
-    return ups[best, at], shifts[best, at], losses[best, at].clamp(min=0)
+    least, best = losses.min(0)
+    up, shift = exact
+    for number, (other, moved) in enumerate(found[1:], 1):
+        up, shift = torch.where((best == number)[:, None], other, up), torch.where(best == number, moved, shift)
+    return up, shift, least.clamp(min=0)

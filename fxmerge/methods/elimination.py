@@ -21,34 +21,43 @@ from fxmerge.methods.evidence import Reading
 from fxmerge.methods.generalisation import elsewhere
 
 RIDGE = 1e-2  # of H, as a share of the mean diagonal of G
-SHRINK = 0.1  # the share of removed columns at which the matrices are copied without them
+WIDE = 1024  # columns from which matrices are factored in float32, whose rounding errors are far below the ridge
 ROUNDS = 48  # at most; in a wide group, several channels are removed in each round
 
 
 class _Consumer:
-    """The weights W and H^-1 of one consumer, from which channels are removed."""
+    """The weights W of one consumer, from which channels are removed, and what remains of H^-1.
 
-    def __init__(self, reading: Reading) -> None:
-        gram, self.weight = reading.gram.double(), reading.weight.double().clone()
+    The matrix H^-1 itself is not written. If the removed columns c left H^-1 - F'F, with F = K^-1 H^-1_c: and K K' =
+    H^-1_cc, then the rows of the next ones are computed from H^-1 and all F so far, and only the diagonal blocks of the
+    channels that are left are kept up to date.
+    """
+
+    def __init__(self, reading: Reading, drop: int) -> None:
+        """drop: the number of channels that will be removed."""
+        precise = torch.float64 if len(reading.gram) < WIDE else torch.float32
+        gram = reading.gram.to(precise)
+        self.weight = reading.weight.T.to(precise, memory_format=torch.contiguous_format, copy=True)  # (p, o)
         self.inverse, self.ridge = _inverse(gram)
         self.lost, self.independent = 0.0, reading.independent  # the loss so far, and independent rows of the readings
-        self.left = torch.ones(len(gram), dtype=torch.bool)  # the columns that have not been removed
-        self.scale = float(((self.weight @ gram) * self.weight).sum().clamp(min=1e-300))
+        # the number of columns that are left, and the sum of H^-1's diagonal there
+        self.left, self.trace = len(gram), float(self.inverse.diagonal().sum(dtype=torch.float64))
+        self.scale = float(((gram @ self.weight) * self.weight).sum(dtype=torch.float64).clamp(min=1e-300))
         self.columns, self.channels = reading.columns, reading.channels
+        self.blocks = self.inverse[self.columns[:, :, None], self.columns[:, None, :]].double()  # (m, q, q)
+        most = drop * int(torch.bincount(self.channels).max()) * self.columns.size(1)
+        self.factors, self.known = gram.new_empty(min(most, len(gram)), len(gram)), 0  # all F, and their rows so far
 
     def losses(self, count: int) -> Tensor:
         """The loss of each of the group's channels at this consumer: (count,), 0 for channels that it does not read."""
-        at = self.columns  # (m, q)
-        own = self.weight[:, at].permute(1, 2, 0)  # (m, q, o)
-        solved = torch.linalg.solve(self.inverse[at[:, :, None], at[:, None, :]], own)
-        found = (own * solved).sum((1, 2)).cpu() / self.scale
+        own = self.weight[self.columns]  # (m, q, o)
+        found = (torch.linalg.inv_ex(self.blocks)[0] * (own @ own.mT)).sum((1, 2)).cpu() / self.scale
         return torch.zeros(count, dtype=torch.float64).index_add_(0, self.channels, found)
 
     @property
     def expected(self) -> float:
         """The loss so far as it is on other rows than those of the readings."""
-        freedom = float(self.left.sum()) - self.ridge * float(self.inverse.diagonal().sum())
-        return self.lost * elsewhere(freedom, self.independent)
+        return self.lost * elsewhere(self.left - self.ridge * self.trace, self.independent)
 
     def remove(self, removed: Tensor) -> None:
         """Remove channels. removed: bool, by channel of the group."""
@@ -56,21 +65,19 @@ class _Consumer:
         columns = self.columns[here].flatten()
         if not len(columns):
             return
-        share = torch.linalg.solve(self.inverse[columns][:, columns], self.inverse[columns])  # (q, p)
-        solved = torch.linalg.solve(self.inverse[columns][:, columns], self.weight[:, columns].T)
-        self.lost += float((self.weight[:, columns].T * solved).sum()) / self.scale
-        self.weight.addmm_(self.weight[:, columns], share, alpha=-1)
-        self.inverse.addmm_(self.inverse[:, columns], share, alpha=-1)
+        before = self.factors[: self.known]
+        across = torch.addmm(self.inverse[columns], before[:, columns].T, before, alpha=-1)  # (c, p) of H^-1 as it is
+        root = _inverse_root(across[:, columns])
+        own = self.factors[self.known : self.known + len(columns)]
+        torch.mm(root, across, out=own)
+        share = root @ self.weight[columns]  # (c, o)
+        self.lost += float(share.square().sum(dtype=torch.float64)) / self.scale
+        self.weight.addmm_(own.T, share, alpha=-1)
+        self.known, self.left = self.known + len(columns), self.left - len(columns)
+        self.trace -= float(own.square().sum(dtype=torch.float64))
         self.columns, self.channels = self.columns[~here], self.channels[~here]
-        self.left[columns] = False
-        if self.left.sum() < (1 - SHRINK) * len(self.left):
-            self._shrink()
-
-    def _shrink(self) -> None:
-        """Copy the matrices without the removed columns."""
-        self.columns = (torch.cumsum(self.left, 0) - 1)[self.columns]
-        self.inverse, self.weight = self.inverse[self.left][:, self.left], self.weight[:, self.left]
-        self.left = self.left[self.left]
+        parts = own[:, self.columns].permute(1, 2, 0)  # (m, q, c)
+        self.blocks = self.blocks[~here] - parts @ parts.mT
 
 
 def _inverse(gram: Tensor) -> tuple[Tensor, float]:
@@ -79,24 +86,31 @@ def _inverse(gram: Tensor) -> tuple[Tensor, float]:
     Where G has negative eigenvalues beyond the ridge by rounding, as for inputs that are nearly constant, these are set
     to zero first.
     """
-    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     for change in (_as_it_is, _positive):
         found = change(gram)
-        level = found.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
-        factor, failed = torch.linalg.cholesky_ex(found + RIDGE * level * eye)
+        level = found.diagonal().mean().clamp(min=torch.finfo(gram.dtype).tiny / RIDGE)
+        found.diagonal().add_(RIDGE * level)
+        factor, failed = torch.linalg.cholesky_ex(found)
         if not bool(failed):
             return torch.cholesky_inverse(factor), RIDGE * float(level)
-    return eye, 0.0
+    return torch.eye(len(gram), dtype=gram.dtype, device=gram.device), 0.0
 
 
 def _as_it_is(gram: Tensor) -> Tensor:
-    return gram
+    return gram.clone()
 
 
 def _positive(gram: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = torch.linalg.eigh(gram.double())
     positive: Tensor = (vectors * values.clamp(min=0)) @ vectors.T
-    return positive
+    return positive.to(gram)
+
+
+def _inverse_root(block: Tensor) -> Tensor:
+    """K^-1 (c, c) for positive definite blocks K K', whatever rounding has made of their smallest eigenvalues."""
+    values, vectors = torch.linalg.eigh(block.double())
+    values = values.clamp(min=torch.finfo(block.dtype).eps * float(values[-1]))
+    return (vectors / values.sqrt()).T.to(block)
 
 
 def eliminate(readings: Sequence[Reading], candidates: Tensor, count: int) -> Tensor:
@@ -127,7 +141,7 @@ def _descent(readings: Sequence[Reading], candidates: Tensor, drop: int) -> Iter
     """Yields (positions in `candidates` of the channels removed next, the expected loss of all that are removed by
     then), until `drop` are removed.
     """
-    consumers = [_Consumer(r) for r in readings]
+    consumers = [_Consumer(r, drop) for r in readings]
     channels = 1 + max(int(candidates.max()), *(int(r.channels.max()) for r in readings))
     left = torch.ones(len(candidates), dtype=torch.bool)
     at_once = max(1, -(-drop // ROUNDS))
