@@ -150,7 +150,7 @@ class Report(Drawable):
 
     def _outcome(self) -> tuple[Sequence[Refitted], dict[str, float | str]]:
         told = {"sentence": merged(self), "reason": self.verdict.reason}
-        return self.refitted, {"error": self.verdict.error, "seconds": self.seconds, **told}
+        return self.refitted, {"error": self.verdict.error, **told}
 
     def text(self, width: int = 120, ascii: bool = False) -> str:
         """The merged groups, refit, what was not merged and why, and the totals, as plain text.

@@ -40,7 +40,7 @@ def layer_panels(
         {
             "parameters": [c.of(box.nodes)[0] for c in costs],
             "flops": [c.of(box.nodes)[1] for c in costs],
-            "layers": [found.of(*names) for names in list(zip(box.nodes, box.modules, strict=True))[:LAYERS]],
+            "layers": [found.of(name) for name in box.nodes[:LAYERS]],
         }
         for box in boxes
     ]
@@ -59,8 +59,8 @@ class _Details:
         for layer in layers:
             self.params[layer.node] |= {path: slot for slot, path in layer.params.items()}
 
-    def of(self, name: str, module: str) -> dict[str, Any]:
-        """One node: its name for the user, what it computes, its output on the example inputs, its two tables.
+    def of(self, name: str) -> dict[str, Any]:
+        """One node: what it computes, its output on the example inputs, its two tables.
 
         Of an entry of a table, the value after the merge is there only if it differs.
         """
@@ -69,7 +69,6 @@ class _Details:
         after = _constants(self.after[name], self.graph) if self.graph and name in self.after else before
         shape, dtype = self.captured.shapes.get(name), self.captured.dtypes.get(name)
         return {
-            "name": module,
             "op": operation(node, self.captured.module),
             "output": [*shape] if shape is not None else None,
             "dtype": str(dtype).removeprefix("torch.") if dtype else "",

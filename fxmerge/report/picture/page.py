@@ -31,6 +31,10 @@ def page(
     layers:  for each box of the picture, the data of its panel (`layer_panels`)
     """
     index = {box.id: at for at, box in enumerate(picture.boxes)}
+    tables: dict[str, int] = {}  # what is said of a layer -> its number; layers of repeated blocks share one
+    numbered = [
+        [tables.setdefault(json.dumps(finite(each)), len(tables)) for each in layer["layers"]] for layer in layers
+    ]
     shades = [{**asdict(shade), **panel} for shade, panel in zip(picture.shades, panels, strict=True)]
     data = {
         "title": picture.title,
@@ -39,10 +43,12 @@ def page(
         "refusals": [asdict(r) for r in picture.refusals],
         "boxes": [
             {"label": b.label, "frame": b.frame, "op": b.op, "kind": b.kind, "modules": b.modules, "before": b.before,
-             "after": b.after, "roles": b.roles, "refused": b.refused, **layer}
-            for b, layer in zip(picture.boxes, layers, strict=True)
+             "after": b.after, "roles": b.roles, "refused": b.refused,
+             "parameters": layer["parameters"], "flops": layer["flops"], "tables": numbers}
+            for b, layer, numbers in zip(picture.boxes, layers, numbered, strict=True)
         ],
         "arrows": [[index[a.source], index[a.target], a.groups, " · ".join(a.through)] for a in picture.arrows],
+        "tables": [json.loads(text) for text in tables],
         "frames": [{"id": f.id, "label": f.label, "parent": f.parent, "open": f.opened} for f in picture.frames],
     }  # fmt: skip
     fills = {

@@ -22,7 +22,10 @@ fx.choose = (what, fromPanel) => {
   fx.panel.show(fx.chosen);
   fx.scene.mark();
   fx.address.write(fx.chosen);
-  if (fromPanel) document.getElementById("panel").focus({preventScroll: true});
+  if (!fromPanel) return;
+  const panel = document.getElementById("panel");
+  panel.focus({preventScroll: true});
+  if (window.matchMedia("(max-width: 800px)").matches) panel.scrollIntoView(); // there the whole page scrolls, not the panel
 };
 
 fx.address = (() => { // page.html#layer1.0.conv1 for a layer, page.html#group:layer1.0.conv1 for a group

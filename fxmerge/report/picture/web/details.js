@@ -1,7 +1,7 @@
 // The panel of the selected group or layer: its figures, members, weights and attributes.
 "use strict";
 fx.details = (() => {
-  const {groups, boxes, refusals} = fx.data, {measure, text, widgets} = fx;
+  const {groups, boxes, refusals, tables} = fx.data, {measure, text, widgets} = fx;
 
   function chips(place, title, names) {
     if (!names.length) return;
@@ -51,7 +51,7 @@ fx.details = (() => {
     widgets.table(panel, g.refit.map((r) => r.before === r.after ? [r.name, r.note || text.error(r.before), ""] : [r.name, text.error(r.before), text.error(r.after)]));
   }
 
-  function unit(panel, {name, op, output, dtype, weights, attributes}) { // one layer of a box: its weights and attributes
+  function unit(panel, name, {op, output, dtype, weights, attributes}) { // one layer of a box: its weights and attributes
     const shape = (sizes) => sizes === null || sizes === undefined ? "–" : sizes.join(" × ") || "scalar";
     const head = panel.append("h3");
     widgets.dotted(head, name);
@@ -80,8 +80,9 @@ fx.details = (() => {
       list.append("li").attr("class", "soft does").text(roles[0][1] === "pass" ? "passes on" : `${roles.map((r) => words[r[1]]).join(", ")} of`);
       widgets.groupRow(list, g);
     }
-    box.layers.forEach((each) => { if (each.weights.length || each.attributes.length || each.output) unit(panel, each); });
-    if (box.layers.length < box.modules.length) panel.append("p").attr("class", "soft").text(`and ${box.modules.length - box.layers.length} more`);
+    box.tables.forEach((number, i) => unit(panel, box.modules[i], tables[number]));
+    const others = box.modules.length - box.tables.length;
+    if (others) panel.append("p").attr("class", "soft").text(`and ${others} more`);
   }
 
   return {group, layer};

@@ -14,14 +14,14 @@ fx.lists = (() => {
 
   const sorts = {
     groups: {
-      saved: ["saves most", descending(measure.groupSaved)],
+      saved: ["saves most parameters", descending(measure.groupSaved)],
       loss: [`loses most (${measure.lossName})`, descending(measure.groupLoss)],
       wide: ["widest", descending(groups.map((g) => g.channels))],
       order: ["in network order", d3.ascending],
     },
     layers: {
       order: ["in network order", d3.ascending],
-      saved: ["saves most", descending(measure.boxSaved)],
+      saved: ["saves most parameters", descending(measure.boxSaved)],
       loss: [`loses most (${measure.lossName})`, descending(measure.boxLoss)],
       large: ["largest", descending(boxes.map((b) => b.parameters[0]))],
     },
@@ -46,7 +46,7 @@ fx.lists = (() => {
     const by = state.sort.groups, loss = measure.groupLoss[at], saved = measure.groupSaved[at];
     if (groups[at].refused) return "not merged";
     if (by === "loss") return Number.isFinite(loss) ? `${measure.lossName} ${text.error(loss)}` : "";
-    return fx.merged ? (saved > 0 ? `−${text.short(saved)} parameters` : "") : `${text.short(groups[at].parameters[0])} parameters`;
+    return fx.merged ? (saved > 0 ? `saves ${text.short(saved)}` : "") : `${text.short(groups[at].parameters[0])} parameters`;
   }
 
   function fill(most = PAGE) {

@@ -29,7 +29,7 @@ fx.text = (() => {
 
   const counted = (number, noun) => `${whole(number)} ${noun}${number === 1 ? "" : "s"}`;
   const cut = (text, most) => text.length <= most ? text : `${text.slice(0, most / 2)}…${text.slice(-most / 2)}`;
-  return {whole, short, difference, change, error, counted, cut, costs: (pair) => change(...pair, short)};
+  return {whole, short, difference, change, error, counted, cut, costs: ([before, after]) => change(before, after, short)};
 })();
 
 fx.measure = (() => {
@@ -79,7 +79,7 @@ fx.colour = (() => {
     get most() { return most; },
     choose: (name) => { by = name; },
     scale: (items) => { most = by === "group" ? 1 : d3.max(items, value) || 1; },
-    body: (item) => by === "group" || tint(item) === undefined ? null : mixed(0.5 * tint(item), "--card"), // text stays legible
+    body: (item) => by === "group" || tint(item) === undefined ? null : mixed(0.42 * tint(item), "--card"), // text stays legible
     dot: (item) => {
       if (by !== "group") return mixed(tint(item) ?? 0, "--none");
       return item.holds.length ? fx.data.groups[item.holds[0]].colour : "var(--wire)";

@@ -15,12 +15,11 @@ fx.panel = (() => {
   }
 
   function summary() {
-    const {sentence, parameters, flops, error, reason, seconds} = fx.data.summary, list = d3.select("#summary");
+    const {sentence, parameters, flops, error, reason} = fx.data.summary, list = d3.select("#summary");
     d3.select("#title").text(fx.data.title);
     d3.select("#sentence").text(sentence ?? "");
     const rows = [["parameters", text.costs(parameters)], ["FLOPs", text.costs(flops)]];
     if (fx.merged) rows.push(["output error", error === null ? "not measurable" : text.error(error), reason]);
-    if (seconds) rows.push(["merge time", `${d3.format(".2r")(seconds)} s`]);
     for (const [name, value, why] of rows) {
       const row = list.append("div");
       row.append("dt").text(name);
