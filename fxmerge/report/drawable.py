@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
+from torch import fx
+
 from fxmerge.analysis.group_graph import graphml
 from fxmerge.errors import FxMergeError
 from fxmerge.graph.cost import Cost
@@ -14,9 +16,11 @@ from fxmerge.ir.groups import Group, Grouping, Refusal
 from fxmerge.ir.provenance import Provenance
 from fxmerge.plan import Plan
 from fxmerge.refit.records import Refitted
+from fxmerge.report.headline import analysed
 from fxmerge.report.picture import formats
 from fxmerge.report.picture.build import draw
 from fxmerge.report.picture.group_panel import group_panels
+from fxmerge.report.picture.layer_panel import layer_panels
 from fxmerge.report.picture.page import frame, page
 from fxmerge.report.picture.records import Picture
 from fxmerge.weights.files import write_text
@@ -37,6 +41,7 @@ class Drawable:
     grouping: Grouping
     refusals: tuple[Refusal, ...]
     plan: Plan | None
+    graph: fx.GraphModule | None  # of the merged model, after a merge
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -54,7 +59,7 @@ class Drawable:
 
     def _outcome(self) -> tuple[Sequence[Refitted], dict[str, float | str]]:
         """The refitted layers and the figures of the merge that the page's header shows."""
-        return (), {}
+        return (), {"sentence": analysed(self.captured.name, len(self.groups), len(self.refusals))}
 
     def json(self) -> str:
         """The report's records as JSON text."""
@@ -70,8 +75,9 @@ class Drawable:
         costs = self._costs()
         refitted, figures = self._outcome()
         panels = group_panels(self.groups, self.captured, self.plan, costs, refitted)
+        layers = layer_panels(self.picture.boxes, self.captured, self.facts.layers, costs, self.graph)
         summary = {"parameters": [c.parameters for c in costs], "flops": [c.flops for c in costs], **figures}
-        return _written(page(self.picture, summary, panels), path)
+        return _written(page(self.picture, summary, panels, layers), path)
 
     def _repr_html_(self) -> str:
         """The page, for a notebook."""

@@ -25,6 +25,7 @@ from fxmerge.refit.records import Refitted
 from fxmerge.report.budget_line import Spent, spent
 from fxmerge.report.drawable import Drawable
 from fxmerge.report.group_data import cost_json, group_json, members, producer_cost, refusals_json
+from fxmerge.report.headline import merged
 from fxmerge.report.layout import WIDTH, Footnotes, Style, lists, names, numbers, table, wrap
 from fxmerge.report.operations import operation
 from fxmerge.report.tables import (
@@ -50,6 +51,7 @@ class AnalysisReport(Drawable):
     grouping: Grouping
     refusals: tuple[Refusal, ...]
     plan: None = None
+    graph: None = None
 
     def __repr__(self) -> str:
         return f"<AnalysisReport of {self.captured.name}: {len(self.groups)} groups; .text() shows them>"
@@ -123,8 +125,8 @@ class Report(Drawable):
     timing: Timing | None = None  # of the merged model, if a latency budget was given
 
     def __repr__(self) -> str:
-        merged = f"{len(self.plan.groups)} of {len(self.groups)} groups merged"
-        return f"<Report of {self.captured.name}: {merged}; .text() shows them>"
+        groups = f"{len(self.plan.groups)} of {len(self.groups)} groups merged"
+        return f"<Report of {self.captured.name}: {groups}; .text() shows them>"
 
     @cached_property
     def before(self) -> Cost:
@@ -147,7 +149,8 @@ class Report(Drawable):
         return (self.before, self.after)
 
     def _outcome(self) -> tuple[Sequence[Refitted], dict[str, float | str]]:
-        return self.refitted, {"error": self.verdict.error, "reason": self.verdict.reason, "seconds": self.seconds}
+        told = {"sentence": merged(self), "reason": self.verdict.reason}
+        return self.refitted, {"error": self.verdict.error, **told}
 
     def text(self, width: int = 120, ascii: bool = False) -> str:
         """The merged groups, refit, what was not merged and why, and the totals, as plain text.
@@ -179,8 +182,8 @@ class Report(Drawable):
             columns.append(numbers(header, exact, compact))
         columns.append(numbers("similarity", [decimals(plans[g.name].similarity, 2) for g in groups]))
         if self.plan.options.decomposition == "mostsim":
-            merged = {g.name for g in groups if not unmerged(g, self._tensors, self.plan.options)}
-            alone = [sum(p.into < 0 for p in plans[g.name].partners) if g.name in merged else 0 for g in groups]
+            carried = {g.name for g in groups if not unmerged(g, self._tensors, self.plan.options)}
+            alone = [sum(p.into < 0 for p in plans[g.name].partners) if g.name in carried else 0 for g in groups]
             columns.append(numbers("no partner", [f"{n:,}" for n in alone]))
         found = table(f"Merged groups of {self.captured.name}", [*columns, *notes.columns], width, style)
         return found + notes.lines(width, style)

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import fxmerge
 from fxmerge.ir.groups import Refusal
 from fxmerge.report.picture.frames import nested
 from fxmerge.report.picture.records import Arrow, Box, Frame, Picture, Shade
+from tests.helpers.netmaking import plain_merge
 
 NASTY = ['"quoted"', "<script>alert(1)</script>", "Schicht_ä漢😀", "back\\slash", "{|}<p>", "a&amp;b", "end"]
 
@@ -89,3 +91,27 @@ def data_of(text: str) -> dict[str, Any]:
     found = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
     assert found is not None
     return json.loads(found[1])  # type: ignore[no-any-return]
+
+
+class Blocks(nn.Module):
+    """Nine residual blocks, each a module of its own, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Conv2d(3, 8, 1)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(8, 12, 3, padding=1), nn.ReLU(), nn.Conv2d(12, 8, 1)) for _ in range(9)
+        )
+        self.head = nn.Conv2d(8, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x)  # type: ignore[no-any-return]
+
+
+def blocks(**options: Any) -> fxmerge.Result:
+    """A merge of `Blocks`."""
+    return plain_merge(Blocks().eval(), torch.randn(1, 3, 6, 6), **{"ratio": 0.5} | options)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import itertools
-import re
 from typing import Any
 
 import numpy as np
@@ -108,9 +107,9 @@ def test_refit_errors_are_shown() -> None:
     assert {"a", "b", "fc"} <= set(shown)
 
 
-def test_same_model_same_page_but_for_the_seconds() -> None:
+def test_same_model_same_page() -> None:
     model, x = NETS["dense"]()
-    one, other = (re.sub(r'"seconds":[\d.e-]+', "", plain_merge(model, x, ratio=0.5).report.html()) for _ in range(2))
+    one, other = (plain_merge(model, x, ratio=0.5).report.html() for _ in range(2))
     assert one == other
 
 

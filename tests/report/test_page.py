@@ -2,115 +2,28 @@
 
 from __future__ import annotations
 
-import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 import fxmerge
 from benchmarks.demo.picture import screenshot
 from fxmerge.report.picture.page import page
 from fxmerge.report.picture.records import Picture
-from tests.helpers.drawings import Named, nasty, wide
+from tests.helpers.browser import MINUS, Opened, needs_chromium
+from tests.helpers.drawings import NASTY, Named, blocks, nasty, wide
 from tests.helpers.netmaking import one_thread, plain_merge  # noqa: F401
 from tests.helpers.nets import NETS
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium"),
-]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    api = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
-    with api.sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        yield started
-        started.close()
-
-
-class Opened:
-    """A page in the browser, with its console messages, errors, dialogs and network requests."""
-
-    def __init__(self, browser: Any, path: Path, **context: Any) -> None:
-        self.said: list[str] = []
-        self.context = browser.new_context(viewport={"width": 1400, "height": 900}, **context)
-        self.tab = self.context.new_page()
-        self.tab.on("console", lambda message: self.said.append(message.text))
-        self.tab.on("pageerror", lambda error: self.said.append(str(error)))
-        self.tab.on("dialog", lambda dialog: self.said.append(dialog.message) or dialog.dismiss())
-        self.tab.on("request", lambda request: self.said.append(request.url) if not self._own(request.url) else None)
-        started = time.monotonic()
-        self.tab.goto(path.as_uri())
-        self.tab.wait_for_selector("html[data-ready]", timeout=30_000)
-        self.seconds = time.monotonic() - started
-
-    @staticmethod
-    def _own(url: str) -> bool:
-        return url.startswith(("file:", "data:", "blob:"))
-
-    def modules(self, which: str) -> set[str]:
-        return {m for held in self.all(which, "e => e.dataset.modules") for m in held.split("\n")}
-
-    def all(self, which: str, what: str) -> list[Any]:
-        return self.tab.eval_on_selector_all(which, f"all => all.map({what})")  # type: ignore[no-any-return]
-
-    def settle(self) -> None:
-        self.tab.wait_for_function("document.getElementById('status').textContent === ''")
-
-    def close(self) -> None:
-        self.context.close()
-        assert self.said == []
-
-
-@pytest.fixture
-def opened(browser: Any, tmp_path: Path) -> Iterator[Any]:
-    tabs: list[Opened] = []
-
-    def open_(text: str, **context: Any) -> Opened:
-        path = tmp_path / f"{len(tabs)}.html"
-        path.write_text(text, encoding="utf-8")
-        tabs.append(Opened(browser, path, **context))
-        return tabs[-1]
-
-    yield open_
-    for tab in tabs:
-        tab.close()
+pytestmark = [pytest.mark.usefixtures("one_thread"), needs_chromium]
 
 
 def merged(name: str, **options: Any) -> fxmerge.Result:
     model, x = NETS[name]()
     return plain_merge(model, x, **{"ratio": 0.5, "decomposition": "mostsim"} | options)
-
-
-class Blocks(nn.Module):
-    """Nine residual blocks, each a module of its own, and a head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.stem = nn.Conv2d(3, 8, 1)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(8, 12, 3, padding=1), nn.ReLU(), nn.Conv2d(12, 8, 1)) for _ in range(9)
-        )
-        self.head = nn.Conv2d(8, 5, 1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.stem(x)
-        for block in self.blocks:
-            x = x + block(x)
-        return self.head(x)  # type: ignore[no-any-return]
-
-
-def blocks() -> fxmerge.Result:
-    return plain_merge(Blocks().eval(), torch.randn(1, 3, 6, 6), ratio=0.5)
 
 
 @pytest.mark.parametrize("name", ["residual", "dense", "projection", "chain_1d"])
@@ -163,7 +76,8 @@ def test_summary_partners_and_heat_map(opened: Any) -> None:
     summary = tab.tab.inner_text("#summary")
     assert "parameters" in summary
     assert "output error" in summary
-    assert f"{100 * result.report.after.parameters / result.report.before.parameters:.1f}% left" in summary
+    left = result.report.after.parameters / result.report.before.parameters
+    assert f"{MINUS}{100 - 100 * left:.0f} %" in summary
     for number, plan in enumerate(result.plan.groups):
         tab.tab.click(f'.row[data-group="{number}"]')
         lines = tab.all(".partners path", "e => 1")
@@ -189,7 +103,8 @@ def test_collapse_and_expand(opened: Any) -> None:
     result = blocks()
     tab = opened(result.report.html())
     every = {m for b in result.report.picture.boxes for m in b.modules}
-    assert tab.modules(".box:not(.closed)") == every
+    assert tab.modules(".box.closed") == {f"blocks.{i}.{j}" for i in range(9) for j in (0, 2)}  # an overview at first
+    assert tab.modules(".box") == every
     tab.tab.keyboard.press("c")
     tab.settle()
     assert len(tab.all(".frame", "e => 1")) == 0
@@ -327,18 +242,22 @@ def test_data_flows_down(opened: Any) -> None:
     assert tops["x"] < tops["stem"] < tops["a"] < tops["b"] < tops["add"] < tops["fc"] < tops["output"]
 
 
-def panels_of(picture: Picture) -> list[dict[str, Any]]:
+def panels_of(picture: Picture) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     lists = ("producers", "per_channel_params", "consumers", "mixers", "ties", "scaleBlocks", "refit", "partners")
     plain: dict[str, Any] = {key: [] for key in lists}
     like = {"channels": [0], "kept": "1", "cosines": ""}
-    counts = {"parameters": [1], "flops": [1], "similarity": 1.0, "dropped": 0, "unpartnered": 0}
-    return [{**plain, **counts, "likeness": like} for _ in picture.shades]
+    costs = {"parameters": [1], "flops": [1]}
+    counts = {**costs, "similarity": 1.0, "estimate": 0.0, "dropped": 0, "unpartnered": 0}
+    layer = {"op": NASTY[1], "output": [1, 4], "dtype": NASTY[1]}
+    tables = {"weights": [[NASTY[1], [4, 4]]], "attributes": [[NASTY[1], NASTY[1]]]}
+    layers = [{**costs, "layers": [{**layer, **tables}]} for _ in picture.boxes]
+    return [{**plain, **counts, "likeness": like} for _ in picture.shades], layers
 
 
 def test_names_do_no_harm(opened: Any) -> None:
     for text in (
         fxmerge.analyze(Named().eval(), torch.randn(1, 3, 2, 2)).report.html(),
-        page(nasty(), {"parameters": [1], "flops": [1]}, panels_of(nasty())),
+        page(nasty(), {"parameters": [1], "flops": [1]}, *panels_of(nasty())),
     ):
         tab = opened(text)
         assert tab.tab.evaluate("document.querySelectorAll('script').length") == text.count("<script")
@@ -353,7 +272,7 @@ def test_names_do_no_harm(opened: Any) -> None:
 
 def test_ten_thousand_layers_open_and_stay_usable(opened: Any) -> None:
     picture = wide(10_000)
-    text = page(picture, {"parameters": [1], "flops": [1]}, panels_of(picture))
+    text = page(picture, {"parameters": [1], "flops": [1]}, *panels_of(picture))
     assert len(text) < 5e6
     tab = opened(text)
     assert tab.seconds < 10  # about 1.5 s on an idle machine

@@ -14,7 +14,7 @@ from fxmerge.report.picture.records import Arrow, Box, Frame, Picture
 
 MANY = 64  # a frame with more items is divided into runs
 RUN = 32  # items in a run
-SHOWN = 110  # boxes and collapsed frames that the page shows at first
+SHOWN = 24  # boxes and collapsed frames that the page shows at first
 
 
 @dataclass

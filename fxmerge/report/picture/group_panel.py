@@ -85,11 +85,20 @@ def _panel(group: Group, plan: GroupPlan | None, source: _Source) -> dict[str, A
         "scaleBlocks": list(group.scale_blocks),
         "refit": [vars(source.refitted[name]) for name in names if name in source.refitted],
         "similarity": round(plan.similarity, 4) if plan else 1.0,
+        "estimate": round(_estimate(plan), 4) if plan else 0.0,
         "dropped": len(plan.partners) if plan else 0,
         "unpartnered": sum(p.into < 0 for p in plan.partners) if plan else 0,
         "partners": _partners(plan) if plan else [],
         "likeness": _likeness(group, plan, source),
     }
+
+
+def _estimate(plan: GroupPlan) -> float:
+    """The share of the channels' rows that no kept channel carries: 1 - cosine^2 of a dropped channel, 0 of a kept one.
+
+    By it, groups are compared where refit measured nothing.
+    """
+    return sum(1 - p.cosine**2 for p in plan.partners) / plan.channels
 
 
 def _names(layers: Iterable[Layer]) -> list[str]:

@@ -12,16 +12,29 @@ from typing import Any
 from fxmerge.graph.nested import finite
 from fxmerge.report.picture.records import Picture
 
-SCRIPTS = ("vendor/d3.min.js", "vendor/elk.bundled.js", "network.js", "scene.js", "panel.js", "page.js")  # fmt: skip
+SCRIPTS = (  # in the order in which they are run
+    "vendor/d3.min.js", "vendor/elk.bundled.js", "measures.js", "network.js", "scene.js", "camera.js", "widgets.js",
+    "lists.js", "details.js", "channels.js", "panel.js", "choice.js", "save.js", "page.js",
+)  # fmt: skip
 
 
-def page(picture: Picture, summary: Mapping[str, Any], panels: Sequence[Mapping[str, Any]]) -> str:
+def page(
+    picture: Picture,
+    summary: Mapping[str, Any],
+    panels: Sequence[Mapping[str, Any]],
+    layers: Sequence[Mapping[str, Any]],
+) -> str:
     """The HTML text. Names of layers are safe whatever characters they have: they are only ever shown as text.
 
     summary: the figures in the header
     panels:  for each group of the picture, the data of its panel (`group_panels`)
+    layers:  for each box of the picture, the data of its panel (`layer_panels`)
     """
     index = {box.id: at for at, box in enumerate(picture.boxes)}
+    tables: dict[str, int] = {}  # what is said of a layer -> its number; layers of repeated blocks share one
+    numbered = [
+        [tables.setdefault(json.dumps(finite(each)), len(tables)) for each in layer["layers"]] for layer in layers
+    ]
     shades = [{**asdict(shade), **panel} for shade, panel in zip(picture.shades, panels, strict=True)]
     data = {
         "title": picture.title,
@@ -30,15 +43,18 @@ def page(picture: Picture, summary: Mapping[str, Any], panels: Sequence[Mapping[
         "refusals": [asdict(r) for r in picture.refusals],
         "boxes": [
             {"label": b.label, "frame": b.frame, "op": b.op, "kind": b.kind, "modules": b.modules, "before": b.before,
-             "after": b.after, "roles": b.roles, "refused": b.refused}
-            for b in picture.boxes
+             "after": b.after, "roles": b.roles, "refused": b.refused,
+             "parameters": layer["parameters"], "flops": layer["flops"], "tables": numbers}
+            for b, layer, numbers in zip(picture.boxes, layers, numbered, strict=True)
         ],
         "arrows": [[index[a.source], index[a.target], a.groups, " · ".join(a.through)] for a in picture.arrows],
+        "tables": [json.loads(text) for text in tables],
         "frames": [{"id": f.id, "label": f.label, "parent": f.parent, "open": f.opened} for f in picture.frames],
     }  # fmt: skip
     fills = {
         "TITLE": html.escape(f"{picture.title} - fxmerge"),
         "STYLE": _asset("page.css"),
+        "DRAWING": _asset("drawing.css"),
         "DATA": json.dumps(finite(data), separators=(",", ":")).replace("<", "\\u003c"),
         "SCRIPTS": "\n".join(f"<script>\n{_asset(name)}\n</script>" for name in SCRIPTS),
     }

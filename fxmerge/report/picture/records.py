@@ -58,8 +58,10 @@ class Box:
 
     @property
     def width(self) -> str:
-        """`64`, or `64 → 32` if channels were dropped."""
-        return f"{self.before} → {self.after}" if self.after != self.before else str(self.before or "")
+        """`64`, or `64 → 32 (-50 %)` if channels were dropped, which cannot be read as in_channels and out_channels."""
+        if self.after == self.before:
+            return str(self.before or "")
+        return f"{self.before} → {self.after} (-{100 - 100 * self.after / self.before:.0f} %)"
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,22 @@
 // The visible part of the network: which frames are open, the boxes in place of collapsed ones, and the layout by ELK.
 "use strict";
-const fx = {data: JSON.parse(document.getElementById("data").textContent)};
 fx.frames = new Map(fx.data.frames.map((f, at) => [f.id, {...f, at}]));
 fx.open = new Set(fx.data.frames.filter((f) => f.open).map((f) => f.id));
 fx.LIMIT = 450; // visible boxes, at most
 
 fx.network = (() => {
-  const {boxes, arrows} = fx.data;
+  const {boxes, arrows} = fx.data, {text} = fx;
   const elk = new ELK();
   const pen = document.createElement("canvas").getContext("2d");
   const children = d3.group(fx.data.frames, (f) => f.parent);
   const inside = d3.rollup(boxes, (all) => all.length, (b) => b.frame);
+  const FAMILY = "system-ui, DejaVu Sans, sans-serif";
+  const FONT = {name: `600 12.5px ${FAMILY}`, details: `11px ${FAMILY}`, title: `600 12px ${FAMILY}`};
+  const BAR = 40; // a bar and the gap after it
 
-  function textWidth(text, font) {
+  function textWidth(words, font) {
     pen.font = font;
-    return pen.measureText(text).width;
+    return pen.measureText(words).width;
   }
 
   function size(frame) {
@@ -40,52 +42,64 @@ fx.network = (() => {
     return seen;
   }
 
+  function fits(frame) { // may it be opened without showing more than LIMIT boxes?
+    return shown() + size(frame) - 1 <= fx.LIMIT;
+  }
+
   function expand() { // open one more level of frames, as far as LIMIT allows
     const before = fx.open.size;
     const level = (frame) => (children.get(frame) || []).flatMap((f) => fx.open.has(f.id) ? level(f.id) : [f.id]);
-    for (const id of level("")) {
-      if (shown() + size(id) - 1 <= fx.LIMIT) fx.open.add(id);
-    }
+    for (const id of level("")) if (fits(id)) fx.open.add(id);
     return fx.open.size > before;
   }
 
-  function details(box) { // the second line of a box
-    const width = box.after !== box.before ? `${box.before} → ${box.after}` : box.before ? `${box.before}` : "";
-    return [box.op !== box.label && box.op !== box.kind ? box.op : "", width].filter(Boolean).join("  ");
+  function figures(item) { // the last line of a box, {words, share of the bar}, for each choice of colours
+    const first = boxes[item.boxes[0]], costs = fx.measure.total(item.boxes, "parameters"), [before, after] = costs;
+    const saving = before > 0 ? {words: text.costs(costs), share: after / before} : {words: ""};
+    const loss = d3.max(item.boxes, (at) => fx.measure.boxLoss[at]);
+    const width = {words: first.before ? `${text.change(first.before, first.after)}${first.after === first.before ? " channels" : ""}` : "",
+      share: first.after !== first.before ? first.after / first.before : undefined};
+    return {
+      group: item.closed === undefined ? width : {...saving, words: saving.words && `${saving.words} parameters`},
+      saving: fx.merged ? saving : {words: ""},
+      error: Number.isFinite(loss) ? {words: `${fx.measure.lossName} ${text.error(loss)}`, share: loss / fx.measure.mostLoss} : {words: ""},
+    };
   }
 
-  function short(text, most) {
-    return text.length <= most ? text : `${text.slice(0, most / 2)}…${text.slice(-most / 2)}`;
+  function describe(item) { // what a box says, and its size
+    const roles = item.boxes.flatMap((at) => boxes[at].roles), groups = (keep) => [...new Set(roles.filter(([, role]) => keep(role)).map(([g]) => g))];
+    const first = boxes[item.boxes[0]], weighted = item.boxes.filter((at) => boxes[at].parameters[0] > 0).length;
+    if (item.closed !== undefined) {
+      item.label = text.cut(fx.frames.get(item.closed).label, 34);
+      item.details = weighted ? text.counted(weighted, "layer") : text.counted(item.boxes.length, "operation");
+    } else {
+      item.label = text.cut(first.label, 34);
+      item.details = first.op !== first.label && first.op !== first.kind ? text.cut(first.op, 34) : "";
+    }
+    item.groups = new Set(groups((role) => role !== "pass"));
+    item.via = new Set(groups((role) => role === "pass"));
+    item.consumes = groups((role) => role === "consumer");
+    item.holds = groups((role) => role !== "consumer");
+    item.refused = [...new Set(item.boxes.flatMap((at) => boxes[at].refused))];
+    item.figures = figures(item);
+    for (const f of Object.values(item.figures)) f.width = textWidth(f.words, FONT.details);
+    const said = Object.values(item.figures).filter((f) => f.words);
+    item.width = Math.ceil(Math.max(84, 34 + textWidth(item.label, FONT.name), 22 + textWidth(item.details, FONT.details),
+      ...said.map((f) => 22 + f.width + (f.share === undefined ? 0 : BAR))));
+    item.height = 31 + 15 * Boolean(item.details) + 15 * Boolean(said.length);
+    return item;
   }
 
   function view() {
-    const items = new Map();
+    const items = new Map(), home = new Map(), wires = new Map();
     boxes.forEach((box, at) => {
       const frame = collapsed(box.frame);
       const id = frame === undefined ? `b${at}` : `f${fx.frames.get(frame).at}`;
-      if (!items.has(id)) {
-        const own = frame === undefined
-          ? {label: short(box.label, 34), details: short(details(box), 34), frame: box.frame}
-          : {label: short(fx.frames.get(frame).label, 34), closed: frame, frame: fx.frames.get(frame).parent};
-        items.set(id, {id, boxes: [], ...own});
-      }
+      if (!items.has(id)) items.set(id, {id, boxes: [], closed: frame, frame: frame === undefined ? box.frame : fx.frames.get(frame).parent});
       items.get(id).boxes.push(at);
+      home.set(at, id);
     });
-    const home = new Map();
-    for (const item of items.values()) {
-      item.boxes.forEach((at) => home.set(at, item.id));
-      if (item.closed !== undefined) item.details = `${item.boxes.length} boxes, collapsed`;
-      const roles = item.boxes.flatMap((at) => boxes[at].roles);
-      item.groups = new Set(roles.filter(([, role]) => role !== "pass").map(([group]) => group));
-      item.via = new Set(roles.filter(([, role]) => role === "pass").map(([group]) => group));
-      item.consumes = [...new Set(roles.filter(([, role]) => role === "consumer").map(([group]) => group))];
-      item.holds = [...new Set(roles.filter(([, role]) => role !== "consumer").map(([group]) => group))];
-      item.refused = [...new Set(item.boxes.flatMap((at) => boxes[at].refused))];
-      item.width = Math.max(84, 26 + textWidth(item.label, "600 12.5px system-ui, DejaVu Sans, sans-serif"),
-        22 + textWidth(item.details, "11px system-ui, DejaVu Sans, sans-serif"));
-      item.height = item.details ? 44 : 32;
-    }
-    const wires = new Map();
+    items.forEach(describe);
     for (const [source, target, groups, through] of arrows) {
       const ends = [home.get(source), home.get(target)];
       if (ends[0] === ends[1]) continue;
@@ -106,7 +120,7 @@ fx.network = (() => {
           id: `f${fx.frames.get(f.id).at}`, frame: f.id, children: inner, first: d3.min(inner, (c) => c.first),
           layoutOptions: {"elk.padding": "[top=34,left=14,bottom=14,right=14]",
             "elk.nodeSize.constraints": "MINIMUM_SIZE",
-            "elk.nodeSize.minimum": `(${50 + textWidth(f.label, "600 12px system-ui, DejaVu Sans, sans-serif")},40)`},
+            "elk.nodeSize.minimum": `(${50 + textWidth(f.label, FONT.title)},40)`},
         };
       }),
     ].sort((one, other) => one.first - other.first);
@@ -139,5 +153,5 @@ fx.network = (() => {
     return {items, wires, frames, width: laid.width, height: laid.height};
   }
 
-  return {view, layout, ancestors, expand, shown, size};
+  return {BAR, view, layout, ancestors, expand, shown, fits};
 })();
