@@ -11,6 +11,7 @@ from fxmerge.analysis.feasible import shaken
 from fxmerge.analysis.groups import aligned, group, joined
 from fxmerge.analysis.literal_sizes import Failure, recompute
 from fxmerge.analysis.places import upright
+from fxmerge.analysis.stacks import apart
 from fxmerge.analysis.whole_blocks import whole, width
 from fxmerge.errors import source_line
 from fxmerge.ir.capture import Capture
@@ -23,6 +24,7 @@ Chosen = list[tuple[Group, Tensor]]  # groups that lose channels, and the channe
 
 def grouped(captured: Capture, facts: Provenance, heads: str) -> tuple[Provenance, Grouping]:
     """The groups, for blocks that lose width, leave whole, or both (`Options.heads`)."""
+    facts = apart(captured, facts)
     if heads == "whole":
         return _unshuffled(captured, upright(whole(facts)))
     narrower, grouping = _unshuffled(captured, upright(width(facts)))

@@ -106,5 +106,6 @@ def narrowed(value: Any, facts: Provenance, alive: Tensor) -> Any:
         for axis, labels in known.axes.items():
             stays = alive[labels]
             rows = int(stays.view(known.groups, -1).any(1).sum()) if known.groups > 1 and axis == 1 else 1
+            rows = len(labels) if labels.dim() > 1 else rows
             shape[axis] = int(stays.sum()) // rows
     return Param(value.path, value.value.new_empty(()).expand(shape))

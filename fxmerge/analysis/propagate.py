@@ -23,13 +23,14 @@ from fxmerge.errors import source_line
 from fxmerge.graph import nested
 from fxmerge.graph.ops import by_name, in_place, overload_name
 from fxmerge.ir.capture import Capture
-from fxmerge.ir.labels import fixed, numbers
-from fxmerge.ir.provenance import Kind, Lab, Layer, Param, ParamLabels, Pin, Provenance, Tie, View
+from fxmerge.ir.labels import fixed, numbers, simplify
+from fxmerge.ir.provenance import Kind, Lab, Layer, Param, ParamLabels, Pin, Provenance, Turned, View
 from fxmerge.rules import movement
 from fxmerge.rules.call_names import call_name
 from fxmerge.rules.context import RuleContext
 from fxmerge.rules.facts import FactsBuilder
-from fxmerge.rules.lookup import attributes_of, rule_of, takes_params
+from fxmerge.rules.lookup import attributes_of, name_of, rule_of, takes_params
+from fxmerge.rules.products import STACKED
 from fxmerge.rules.rule import Answer, AsKind, Rule, Unknown
 from fxmerge.weights.by_path import at
 
@@ -136,6 +137,9 @@ class _Interpreter:
             known = isinstance(value, Tensor) and not node.meta.get("constant")
             return self.param(str(node.target), value) if known else value, "query"
 
+        if name_of(rule_of(node, self.capture.module)) not in STACKED:
+            self.untwist(node)
+
         def operand(value: Any) -> Any:
             return self.values[self.latest(value)] if isinstance(value, fx.Node) else value
 
@@ -145,12 +149,20 @@ class _Interpreter:
             return None, "output"
         return self.call(node, args, kwargs)
 
+    def untwist(self, node: fx.Node) -> None:
+        """Labels the elements of transposed stacks that a node takes."""
+        for source in node.all_input_nodes:
+            value = self.values[self.latest(source)]
+            if isinstance(value, Turned):
+                elements = self.facts.labelled_elements(value.param)
+                self.values[self.latest(source)] = View(simplify(elements.transpose(1, 2)), value.param)
+
     def call(self, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> tuple[Any, Kind]:
         """The value and kind of a call: by its rule, or with everything that it touches pinned."""
         operands = nested.leaves([*args, *kwargs.values()])
         is_module = node.op == "call_module"
         target: Any = self.capture.module.get_submodule(str(node.target)) if is_module else node.target
-        if not is_module and not any(isinstance(leaf, (Lab, Param, Opaque)) for leaf in operands):
+        if not is_module and not any(isinstance(leaf, (Lab, Param, Turned, Opaque)) for leaf in operands):
             return movement.run(target, tuple(args), kwargs), "query"  # a plain value: computed as it is
         rule, why = rule_of(node, self.capture.module), "has no rule"
         if is_module and (target._forward_hooks or target._forward_pre_hooks):
@@ -217,23 +229,9 @@ class _Interpreter:
         for leaf in nested.leaves(values):
             if isinstance(leaf, Lab):
                 self.facts.pin(node, leaf.t, reason)
-            elif isinstance(leaf, Param):
-                self.facts.freeze(node, leaf, of_param or reason)
-
-    def tie_unused_rows(self) -> None:
-        """Rows of a table that nothing uses are tied to a row that is used, so that what is left is a rectangle."""
-        met = torch.zeros(self.facts.label_count, dtype=torch.bool)
-        for tie in self.facts.ties:
-            met[tie.left], met[tie.right] = True, True
-        for pin in self.facts.pins:
-            met[pin.labels] = True
-        for elements in self.facts.elements.values():
-            for axis in range(elements.dim() if elements.dim() > 1 else 0):
-                along = elements.movedim(axis, 0).flatten(1)
-                taken = met[along].any(1)
-                if bool(taken.any()) and not bool(taken.all()):
-                    first, others = along[taken][:1], along[~taken]
-                    self.facts.ties.append(Tie("", first.expand_as(others).flatten(), others.flatten()))
+            elif isinstance(leaf, (Param, Turned)):
+                held = leaf.param if isinstance(leaf, Turned) else leaf
+                self.facts.freeze(node, held, of_param or reason)
 
     def params(self) -> dict[str, ParamLabels]:
         """The labels of each parameter; those of frozen ones are pinned."""
@@ -267,7 +265,7 @@ class _Interpreter:
         return tuple(map(known, self.facts.layers))
 
     def found(self) -> Provenance:
-        self.tie_unused_rows()
+        self.facts.tie_unused_rows()
         facts, params = self.facts, self.params()
         return Provenance(
             labels={n.name: v.t for n, v in self.values.items() if isinstance(v, Lab)},
@@ -288,6 +286,7 @@ class _Interpreter:
             views=frozenset(n.name for n, v in self.values.items() if isinstance(v, View)),
             contractions=tuple(facts.contractions),
             grids=tuple(facts.grids),
+            stacks=tuple(facts.stacks),
             bonds=tuple(facts.bonds),
             untouched=untouched(self.capture, facts, self.owners),
         )

@@ -19,7 +19,8 @@ from torch import Tensor, fx, nn
 from fxmerge.graph.ops import in_place, overload_name
 from fxmerge.ir.capture import FOLDED
 from fxmerge.rules import movement
-from fxmerge.rules.lookup import rule_of
+from fxmerge.rules.lookup import name_of, rule_of
+from fxmerge.rules.products import STACKED
 from fxmerge.rules.rule import Rule
 from fxmerge.weights.by_path import at
 from fxmerge.weights.disk_tensor import beside
@@ -60,7 +61,7 @@ def fold(module: fx.GraphModule) -> fx.GraphModule:
         outside = [u for u in node.users if u not in constant]
         if node.op == "get_attr" or not outside:
             continue
-        weighs = [u for u in outside if _is_weight(module, u, node)]
+        weighs = [u for u in outside if _is_weight(module, u, node) and not _turned(module, u, node)]
         if computed or weighs:
             users = outside if computed else weighs
             _replace(module, node, users, as_weight=bool(weighs), folded=folded, updated=updated)
@@ -189,6 +190,12 @@ def _is_weight(module: fx.GraphModule, user: fx.Node, node: fx.Node) -> bool:
         return False
     found = rule_of(user, module)
     return found is not None and found.kind in ("producer", "per_channel_param") and node not in user.args[:1]
+
+
+def _turned(module: fx.GraphModule, user: fx.Node, node: fx.Node) -> bool:
+    """Returns whether a layer of stacked experts takes its matrices transposed, which its rule knows."""
+    row = rule_of(node, module)
+    return name_of(rule_of(user, module)) in STACKED and name_of(row) in ("transpose", "permute")
 
 
 def _text(value: Any, updated: Container[fx.Node]) -> str:

@@ -1,4 +1,4 @@
-"""torch's FLOP counter, extended by the fused kernels of recurrent layers, which it would count as 0."""
+"""torch's FLOP counter, extended by the kernels of recurrent layers and of experts that it would count as 0."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ def flop_counter() -> FlopCounterMode:
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    return FlopCounterMode(display=False, custom_mapping=_FUSED)
+    fallback = getattr(torch.ops.transformers, "grouped_mm_fallback", None)  # None unless transformers is in use
+    grouped = {fallback: _grouped} if fallback is not None else {}
+    return FlopCounterMode(display=False, custom_mapping=_FUSED | grouped)
 
 
 def _mkldnn(x: Shape, ih: Shape, hh: Shape, *rest: Any, **kwargs: Any) -> int:
@@ -33,6 +35,11 @@ def _mkldnn(x: Shape, ih: Shape, hh: Shape, *rest: Any, **kwargs: Any) -> int:
 def _cudnn(x: Shape, weights: Sequence[Shape], *rest: Any, **kwargs: Any) -> int:
     """All layers and directions; biases are the weights of one axis."""
     return 2 * prod(x[:-1]) * sum(prod(w) for w in weights if len(w) == 2)
+
+
+def _grouped(x: Shape, weight: Shape, *rest: Any, **kwargs: Any) -> int:
+    """Rows (rows, in) times the matrix of their expert. weight: (experts, in, out)"""
+    return 2 * prod(x) * weight[-1]
 
 
 _FUSED: dict[Any, Any] = {torch.ops.aten.mkldnn_rnn_layer: _mkldnn, torch.ops.aten._cudnn_rnn: _cudnn}

@@ -48,10 +48,18 @@ class View(Lab):
 
 
 @dataclass(frozen=True)
+class Turned:
+    """A stack of matrices, (n, a, b), as an operand, each of them transposed. Its elements have no labels yet."""
+
+    param: Param
+
+
+@dataclass(frozen=True)
 class ParamLabels:
     """The labels of one parameter: the only index map that `rewrite` slices by.
 
-    axes:      axis -> labels along it; with groups > 1, axis 1 has (groups * in/groups,) labels, one row for each group
+    axes:      axis -> labels along it; with groups > 1, axis 1 has (groups * in/groups,) labels, one row for each
+               group; (experts, size) along an axis of stacked matrices that each have labels of their own
     elements:  or, for a raw parameter, a label for each element
     """
 
@@ -69,6 +77,8 @@ class Layer:
     writes:   labels of the output channels of a producer, (out,), or None
     carries:  labels of per-channel parameters, (C,) or shaped like a raw parameter, or None
     bare:     has it no bias, and must it get none?
+    reads_apart, writes_apart:  has each of stacked experts labels of its own? Then there are those of all of them, one
+              expert after another: reads (1, experts * in), writes (experts * out,)
     inner:    does it read what its own node computes, as W_hh of a recurrent layer does?
     """
 
@@ -85,6 +95,8 @@ class Layer:
     batch_statistics: bool = False  # does a norm use its input's own mean and variance, whatever it has stored?
     inner: bool = False
     bare: bool = False
+    reads_apart: bool = False
+    writes_apart: bool = False
 
     @property
     def op(self) -> str:
@@ -141,6 +153,28 @@ class Block:
     where: str = ""  # the user's source line
     outer: tuple[int, ...] = ()
     leaves_whole: bool = True
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The channels of an axis of a parameter that holds one matrix, or one row of values, for each of several experts.
+
+    An activation has one label for a channel of all experts; which expert computed a place is decided by its values.
+
+    path:    the parameter's, whose first axis numbers the experts
+    labels:  (n,) those of the activations
+    rows:    (experts, n) the elements of a raw parameter, the first row of which is `labels`; None for a weight
+    axis:    of a weight's channels
+    key:     the node that tells which expert computed a place; equal where two layers use the same experts at each
+    """
+
+    node: str
+    path: str
+    labels: Tensor
+    experts: int
+    key: str
+    rows: Tensor | None = None
+    axis: int = 0
 
 
 @dataclass(frozen=True)
@@ -217,6 +251,7 @@ class Provenance:
     views: frozenset[str] = frozenset()  # nodes that are views of raw parameters, not activations
     contractions: tuple[Contraction, ...] = ()
     grids: tuple[Grid, ...] = ()
+    stacks: tuple[Stack, ...] = ()
     bonds: tuple[Bond, ...] = ()  # empty unless whole blocks may leave
     whole: Tensor | None = None  # labels of the blocks that leave whole
     untouched: tuple[Untouched, ...] = ()

@@ -146,7 +146,7 @@ class Rewriter:
             bias = self.weights.own(layer.params["bias"])
             bias.copy_(change(precise(bias)))
             return
-        if layer.operation.is_recurrent or layer.bare:
+        if layer.operation.is_recurrent or layer.bare or layer.writes_apart:
             return  # the module of a recurrent layer has biases everywhere or nowhere
         path, node = layer.params["weight"], self.nodes[layer.node]
         weight, out_axis = self.weights[path], int(layer.transposed) + layer.is_stacked

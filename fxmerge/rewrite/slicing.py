@@ -33,7 +33,9 @@ def gather(weights: Weights, labels: ParamLabels, pick: Callable[[Tensor], Tenso
         shape = compact(torch.arange(labels.elements.numel()).view(labels.elements.shape), taken)[0].shape
         weights.put(labels.path, value.flatten()[chosen.to(value.device)].reshape(shape).view(dtype))
         return
-    if labels.groups == 1:
+    if any(along.dim() > 1 for along in labels.axes.values()):
+        value = _of_experts(value, labels, pick)
+    elif labels.groups == 1:
         value = _taken(value, {axis: pick(along).to(value.device) for axis, along in labels.axes.items()})
     else:
         # each group of the weight (groups, out/groups, in/groups, *kernel) has its own places
@@ -43,6 +45,18 @@ def gather(weights: Weights, labels: ParamLabels, pick: Callable[[Tensor], Tenso
         out, into = out.view(len(block), -1) % split.size(1), into.view(len(block), -1) % split.size(2)
         value = split[block[:, None, None], out[:, :, None], into[:, None, :]].flatten(0, 1)
     weights.put(labels.path, value.contiguous().view(dtype))
+
+
+def _of_experts(value: Tensor, labels: ParamLabels, pick: Callable[[Tensor], Tensor]) -> Tensor:
+    """The entries of stacked matrices at the places to take, which each expert may have of its own along an axis."""
+    for axis, along in labels.axes.items():
+        chosen = pick(along.flatten()).to(value.device)
+        if along.dim() == 1:
+            value = value.index_select(axis, chosen)
+        else:
+            own = (chosen % along.size(1)).view(len(along), -1)
+            value = torch.stack([one.index_select(axis - 1, i) for one, i in zip(value, own, strict=True)])
+    return value
 
 
 _SMALL = 2**20  # elements; a smaller tensor and its intermediate copies fit into the cache

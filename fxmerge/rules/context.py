@@ -14,9 +14,10 @@ from fxmerge.errors import source_line
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.labels import FIXED, numbers, rows, simplify, spread, thin, varying
 from fxmerge.ir.layer_ops import LayerOp
-from fxmerge.ir.provenance import Block, Bond, Contraction, Grid, Lab, Layer, Param
+from fxmerge.ir.provenance import Block, Bond, Contraction, Grid, Lab, Layer, Param, Stack
 from fxmerge.rules.call_names import call_name, layer_name
 from fxmerge.rules.facts import FactsBuilder, pins_of
+from fxmerge.rules.routing import routing
 from fxmerge.rules.rule import Operand, Unknown
 from fxmerge.rules.ties import tied
 from fxmerge.weights.by_path import at
@@ -56,16 +57,12 @@ class RuleContext:
 
     def elements(self, param: Param) -> Tensor:
         """A label for each element of a raw parameter, made at its first use; shaped like the parameter."""
-        known = self._facts.elements.get(param.path)
-        if known is None:
-            labels = self._facts.fresh(param.value.numel()).view(param.value.shape)
-            known = self._facts.elements[param.path] = labels
-        return known
+        return self._facts.labelled_elements(param)
 
     def raw(self, labels: Tensor) -> list[Param]:
         """The raw parameters that have elements among these labels."""
-        inside = [(path, own) for path, own in self._facts.elements.items() if bool(torch.isin(own, labels).any())]
-        return [Param(path, at(self._capture.module, path)) for path, _ in inside]
+        inside = [path for path, own in self._facts.elements.items() if bool(torch.isin(own, labels).any())]
+        return [Param(path, at(self._capture.module, path)) for path in inside]
 
     def along(self, x: Lab, axis: int) -> Tensor:
         """The label at each place along an axis, (size,). All labels at one place are tied to each other."""
@@ -98,8 +95,6 @@ class RuleContext:
         one = x.t[tuple(slice(0, 1) if axis >= first else slice(None) for axis in range(x.t.dim()))]
         self.tie(one.expand_as(x.t), x.t)
         return Lab(simplify(one.expand_as(x.t)))
-
-    # facts
 
     @property
     def whole(self) -> bool:
@@ -139,6 +134,19 @@ class RuleContext:
         inside = tuple(at for at, axis in enumerate(axes) if axis in held)
         if inside and len(inside) < len(axes):
             self._grid(labels, inside, single)
+
+    def stack(
+        self, param: Param, labels: Tensor, key: fx.Node | None, *, rows: Tensor | None = None, axis: int = 0
+    ) -> None:
+        """A parameter's first axis numbers experts; see `ir.Stack`. key: None where each place has all experts."""
+        source = routing(key) if key is not None else ""
+        self._facts.stacks.append(Stack(self._node.name, param.path, labels, len(param.value), source, rows, axis))
+
+    def operand(self, index: int, name: str) -> fx.Node | None:
+        """The node of an argument of the call, by its position or its name."""
+        given = self._node.args[index] if index < len(self._node.args) else self._node.kwargs.get(name)
+        given = given[0] if isinstance(given, (list, tuple)) and len(given) == 1 else given
+        return given if isinstance(given, fx.Node) else None
 
     def _laid_out_alike(self, *operands: Tensor) -> None:
         """Operands that meet position by position are packed along the same axis when channels leave."""

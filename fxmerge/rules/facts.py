@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from fxmerge.errors import source_line
 from fxmerge.ir.labels import numbers, varying
-from fxmerge.ir.provenance import Block, Bond, Contraction, Grid, Lab, Layer, Param, Pin, Tie
+from fxmerge.ir.provenance import Block, Bond, Contraction, Grid, Lab, Layer, Param, Pin, Stack, Tie
 
 
 class FactsBuilder:
@@ -29,6 +29,7 @@ class FactsBuilder:
         self.blocks: list[Block] = []
         self.grids: list[Grid] = []
         self.bonds: list[Bond] = []
+        self.stacks: list[Stack] = []
         self.contractions: list[Contraction] = []
         self.mixers: list[tuple[str, Tensor]] = []
         self.layers: list[Layer] = []
@@ -39,7 +40,7 @@ class FactsBuilder:
         self.frozen: dict[str, tuple[str, fx.Node]] = {}  # parameter -> (why it keeps its shape, the node)
         self._collections: tuple[list[Any] | dict[Any, Any], ...] = (
             self.ties, self.pins, self.blocks, self.grids, self.bonds, self.contractions, self.mixers, self.layers,
-            self.block_numbers, self.axes, self.elements, self.groups, self.frozen,
+            self.block_numbers, self.axes, self.elements, self.groups, self.frozen, self.stacks,
         )  # fmt: skip
 
     def sizes(self) -> tuple[int, ...]:
@@ -60,6 +61,13 @@ class FactsBuilder:
         self.label_count += count
         return torch.arange(self.label_count - count, self.label_count)
 
+    def labelled_elements(self, param: Param) -> Tensor:
+        """A label for each element of a raw parameter, made at its first use; shaped like the parameter."""
+        known = self.elements.get(param.path)
+        if known is None:
+            known = self.elements[param.path] = self.fresh(param.value.numel()).view(param.value.shape)
+        return known
+
     def want(self, constant: object, labels: Tensor) -> None:
         """Note the axes of a constant, whose value some node gave, along which it meets labels that vary."""
         node, value = self.node_of.get(id(constant)), constant.t if isinstance(constant, Lab) else constant
@@ -74,6 +82,21 @@ class FactsBuilder:
     def freeze(self, node: fx.Node, param: Param, reason: str) -> None:
         """The parameter may not change its shape; the first reason is kept."""
         self.frozen.setdefault(param.path, (f"{param.path} {reason}", node))
+
+    def tie_unused_rows(self) -> None:
+        """Rows of a table that nothing uses are tied to a row that is used, so that what is left is a rectangle."""
+        met = torch.zeros(self.label_count, dtype=torch.bool)
+        for tie in self.ties:
+            met[tie.left], met[tie.right] = True, True
+        for pin in self.pins:
+            met[pin.labels] = True
+        for elements in self.elements.values():
+            for axis in range(elements.dim() if elements.dim() > 1 else 0):
+                along = elements.movedim(axis, 0).flatten(1)
+                taken = met[along].any(1)
+                if bool(taken.any()) and not bool(taken.all()):
+                    first, others = along[taken][:1], along[~taken]
+                    self.ties.append(Tie("", first.expand_as(others).flatten(), others.flatten()))
 
 
 def pins_of(node: fx.Node, labels: Tensor, reason: str) -> list[Pin]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from fxmerge.ir.labels import holds, spread, varying
 from fxmerge.ir.provenance import Lab, Param
@@ -95,10 +95,13 @@ def _product(
     return Lab(spread(writes, shape, axis))
 
 
-def experts(ctx: RuleContext, input: Operand, weight: Param, shape: Shape | None, transposed: bool = True) -> Answer:
+def experts(
+    ctx: RuleContext, input: Operand, weight: Param, shape: Shape | None, transposed: bool = True,
+    key: fx.Node | None = None,
+) -> Answer:  # fmt: skip
     """A product with a matrix for each expert: W (experts, in, out), or (experts, out, in) if not `transposed`.
 
-    Channels are on the last axis. All experts lose the same ones.
+    Channels are on the last axis. key: the node that tells which expert each row is for; None if all compute each row
     """
     if not isinstance(input, Lab) or shape is None:
         return Unknown("has an input that does not depend on the model's input")
@@ -107,6 +110,8 @@ def experts(ctx: RuleContext, input: Operand, weight: Param, shape: Shape | None
     into, out = (1, 2) if transposed else (2, 1)
     reads, writes = ctx.along(input, input.t.dim() - 1), ctx.axis(weight, out)
     ctx.tie(reads, ctx.axis(weight, into))
+    for axis in (into, out):
+        ctx.stack(weight, ctx.axis(weight, axis), key, axis=axis)
     ctx.layer("experts", {"weight": weight}, reads=reads[None], writes=writes, transposed=transposed)
     return Lab(spread(writes, shape, len(shape) - 1))
 

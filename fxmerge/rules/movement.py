@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from fxmerge.graph.nested import leaves, tree
 from fxmerge.graph.ops import Aten
 from fxmerge.ir.labels import FIXED, fixed, holds, rows, simplify, spread, varying
-from fxmerge.ir.provenance import Lab, Param, View
+from fxmerge.ir.provenance import Lab, Param, Turned, View
 from fxmerge.rules.context import RuleContext, resized
 from fxmerge.rules.rule import Answer, AsKind, Operand, Unknown
+from fxmerge.rules.tables import row_of, turns
 
 SPELLINGS: dict[str, tuple[Any, ...]] = {
     "view": ("view", "reshape", torch.reshape, "view_as", "reshape_as"),
@@ -102,7 +103,12 @@ def execute(ctx: RuleContext, *args: Operand, **kwargs: Operand) -> Answer:
         if any(isinstance(leaf, Lab) for leaf in leaves(args[1])):
             return Unknown("is indexed by values that depend on the input")
         return run(ctx.target, args, kwargs)
+    if isinstance(args[0], Param) and turns(ctx, args, kwargs):
+        return Turned(args[0])
     if indexing and any(isinstance(leaf, Lab) for leaf in leaves([*args[1:], kwargs])):
+        row = row_of(ctx, args) if isinstance(args[0], Param) else None
+        if row is not None:
+            return row
         return _indexed_by_values(ctx, tree(as_labels, list(args)), tree(as_labels, kwargs), args)
     plain_args, plain_kwargs = tree(as_labels, list(args)), tree(as_labels, kwargs)
     if ctx.rule_name in _JOINING and isinstance(args[0], (list, tuple)):

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxmerge.ir.labels import fixed, spread, varying
-from fxmerge.ir.provenance import Lab, Param
+from fxmerge.graph.ops import Aten
+from fxmerge.ir.labels import fixed, holds, spread, varying
+from fxmerge.ir.provenance import Lab, Param, Turned
 from fxmerge.rules.binary import combined, operand_shape
 from fxmerge.rules.context import RuleContext
 from fxmerge.rules.contractions import Named, contract
@@ -93,18 +94,23 @@ def bilinear(ctx: RuleContext, input1: Operand, input2: Operand, weight: Operand
 
 
 def grouped_mm(
-    ctx: RuleContext, input: Operand, mat2: Operand, offs: Operand = None, bias: Operand = None, *rest: Operand,
-    **kwargs: Operand,
+    ctx: RuleContext, input: Operand, mat2: Operand = None, offs: Operand = None, bias: Operand = None, *rest: Operand,
+    weight: Operand = None, **kwargs: Operand,
 ) -> Answer:  # fmt: skip
-    """Rows of the input times the matrix of their expert. W: (experts, in, out)."""
-    if not isinstance(mat2, Param) or mat2.value.dim() != 3 or bias is not None:
+    """Rows of the input times the matrix of their expert. W: (experts, in, out), or its transpose."""
+    given = weight if mat2 is None else mat2
+    matrices = given.param if isinstance(given, Turned) else given
+    if not isinstance(matrices, Param) or matrices.value.dim() != 3 or bias is not None:
         return Unknown("has a weight that is not a parameter of three axes, or adds a bias")
-    return experts(ctx, input, mat2, ctx.shape)
+    if isinstance(offs, Lab) and holds(offs.t):
+        return Unknown("has offsets that hold channels")
+    return experts(ctx, input, matrices, ctx.shape, not isinstance(given, Turned), ctx.operand(2, "offs"))
 
 
+STACKED = ("grouped_mm",)  # rules that take a transposed stack of matrices as it is
 _GROUPED = [f for f in (getattr(torch, "_grouped_mm", None), getattr(F, "grouped_mm", None)) if f is not None]
 ROWS: tuple[Rule, ...] = (
-    *([Rule("grouped_mm", "producer", grouped_mm, tuple(_GROUPED))] if _GROUPED else []),
+    Rule("grouped_mm", "producer", grouped_mm, (*_GROUPED, Aten("transformers::grouped_mm_fallback"))),
     Rule("cosine_similarity", "mixer", cosine_similarity,
          (Module(nn.CosineSimilarity, ("dim", "eps")), F.cosine_similarity)),
     Rule("pairwise_distance", "mixer", pairwise_distance,

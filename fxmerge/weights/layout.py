@@ -11,9 +11,10 @@ from fxmerge.ir.provenance import Layer
 
 
 def out_first(weight: Tensor, layer: Layer) -> Tensor:
-    """A producer's weight with its output axis first: (out, ...)."""
+    """A producer's weight with its output axis first: (out, ...), or (experts * out, in)."""
     if layer.is_stacked:
-        return weight.movedim(2 if layer.transposed else 1, 0)
+        each = weight.transpose(1, 2) if layer.transposed else weight  # (experts, out, in)
+        return each.flatten(0, 1) if layer.writes_apart else each.transpose(0, 1)
     if not layer.transposed:
         return weight
     if layer.groups == 1:
@@ -25,7 +26,8 @@ def out_first(weight: Tensor, layer: Layer) -> Tensor:
 def from_out_first(rows: Tensor, like: Tensor, layer: Layer) -> Tensor:
     """The inverse of `out_first`; `like` has the shape of the weight."""
     if layer.is_stacked:
-        return rows.movedim(0, 2 if layer.transposed else 1)
+        each = rows.view(len(like), -1, rows.size(-1)) if layer.writes_apart else rows.transpose(0, 1)
+        return each.transpose(1, 2) if layer.transposed else each
     if not layer.transposed:
         return rows.reshape(like.shape)
     if layer.groups == 1:
@@ -35,9 +37,13 @@ def from_out_first(rows: Tensor, like: Tensor, layer: Layer) -> Tensor:
 
 
 def columns(weight: Tensor, layer: Layer) -> Tensor:
-    """A consumer's weight with one row per input place: (groups * in/groups, out/groups * kernel)."""
+    """A consumer's weight with one row per input place: (groups * in/groups, out/groups * kernel).
+
+    Of stacked experts: (in, experts * out), or (experts * in, out) where each has channels of its own.
+    """
     if layer.is_stacked:
-        return weight.movedim(1 if layer.transposed else 2, 0).flatten(1)
+        each = weight if layer.transposed else weight.transpose(1, 2)  # (experts, in, out)
+        return each.flatten(0, 1) if layer.reads_apart else each.transpose(0, 1).flatten(1)
     if layer.transposed:
         return weight.flatten(1)
     split = weight.reshape(layer.groups, -1, *weight.shape[1:])  # (groups, out/groups, in/groups, *kernel)
@@ -47,8 +53,12 @@ def columns(weight: Tensor, layer: Layer) -> Tensor:
 def from_columns(rows: Tensor, like: Tensor, layer: Layer) -> Tensor:
     """The inverse of `columns`; `like` has the shape of the weight."""
     if layer.is_stacked:
-        into = 1 if layer.transposed else 2
-        return rows.reshape(like.size(into), like.size(0), like.size(3 - into)).movedim(0, into)
+        into, experts = 1 if layer.transposed else 2, like.size(0)
+        if layer.reads_apart:
+            each = rows.view(experts, like.size(into), -1)
+        else:
+            each = rows.reshape(like.size(into), experts, -1).transpose(0, 1)
+        return each if layer.transposed else each.transpose(1, 2)
     if layer.transposed:
         return rows.reshape(like.shape)
     split = rows.reshape(layer.groups, like.size(1), like.size(0) // layer.groups, *like.shape[2:])

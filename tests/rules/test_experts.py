@@ -1,0 +1,118 @@
+"""Mixtures of experts of transformers: each expert narrows by its own choice, on whatever tokens it gets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxmerge
+from fxmerge import verify
+from tests.helpers.netmaking import one_thread, plain_merge  # noqa: F401
+
+transformers = pytest.importorskip("transformers", minversion="5", reason="stacks experts since version 5")
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TEXT = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 8,
+        "num_key_value_heads": 2, "num_experts_per_tok": 2, "max_position_embeddings": 64, "pad_token_id": 0,
+        "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+# class -> its configuration, and that of the width of its experts
+KINDS: dict[str, tuple[dict[str, Any], str]] = {
+    "Mixtral": ({"intermediate_size": 12, "num_local_experts": 4}, "intermediate_size"),
+    "Qwen3Moe": ({"moe_intermediate_size": 12, "num_experts": 4, "norm_topk_prob": True}, "moe_intermediate_size"),
+    "GptOss": ({"intermediate_size": 12, "num_local_experts": 4}, "intermediate_size"),
+    "DeepseekV3": (
+        {"moe_intermediate_size": 12, "n_routed_experts": 4, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 0,
+         "q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8},
+        "moe_intermediate_size",
+    ),
+}  # fmt: skip
+EXPERTS = "model.layers.0.mlp.experts.gate_up_proj"
+
+
+def model_of(name: str, **more: Any) -> Any:
+    torch.manual_seed(0)
+    kind = getattr(transformers, f"{name}ForCausalLM")
+    made = kind(kind.config_class(**TEXT | KINDS[name][0] | more)).eval()
+    with torch.no_grad():
+        for p in made.parameters():
+            p.normal_(0, 0.3) if p.dim() > 1 else p.add_(0.1 * torch.randn(p.shape))
+    return made
+
+
+def tokens(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randint(3, 60, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def logits(model: nn.Module, ids: Tensor) -> Tensor:
+    found = model(input_ids=ids)
+    return (found["logits"] if isinstance(found, dict) else found.logits).detach()
+
+
+def halves(name: str, width: int) -> Tensor:
+    """The rows of gate and up of each channel, (width, 2)."""
+    at = torch.arange(width)
+    return torch.stack([2 * at, 2 * at + 1] if name == "GptOss" else [at, at + width], 1)
+
+
+def narrowed(name: str, model: Any, kept: Tensor) -> Any:
+    """A model of a narrower configuration whose experts have these channels, (experts, k), of the model's."""
+    width = getattr(model.config, KINDS[name][1])
+    small = model_of(name, **{KINDS[name][1]: kept.size(1)})
+    state = model.state_dict()
+    experts = "model.layers.0.mlp.experts."
+    for e, own in enumerate(kept):
+        rows = halves(name, width)[own]
+        into = halves(name, kept.size(1))
+        for key in [k for k in state if k.startswith(experts)]:
+            value, target = state[key][e], dict(small.state_dict())[key]
+            if key.endswith("gate_up_proj_bias"):
+                target[e, into] = value[rows]
+            elif key.endswith("gate_up_proj"):
+                if name == "GptOss":
+                    target[e][:, into] = value[:, rows]
+                else:
+                    target[e, into] = value[rows]
+            elif key.endswith("down_proj"):
+                target[e] = value[own] if name == "GptOss" else value[:, own]
+            else:
+                target[e] = value
+    small.load_state_dict({k: v for k, v in state.items() if not k.startswith(experts)}, strict=False)
+    return small
+
+
+def kept_of(result: fxmerge.Result, experts: int) -> Tensor:
+    """The channels that each expert keeps, (experts, k)."""
+    (plan,) = (p for p in result.plan.groups if p.name == EXPERTS)
+    kept = torch.tensor(plan.kept)
+    width = plan.channels // experts
+    return torch.stack([kept[kept // width == e] % width for e in range(experts)])
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_each_expert_narrows_by_its_own_choice(name: str) -> None:
+    """As a model of a narrower configuration with the same weights; on other numbers of tokens, routed otherwise."""
+    model = model_of(name)
+    keep = {"*embed_tokens*": 1.0, "*self_attn*": 1.0, "*shared*": 1.0}
+    result = plain_merge(model, {"input_ids": tokens(2, 7)}, ratio=0.5, decomposition="prune", keep=keep)
+    kept = kept_of(result, 4)
+    assert kept.shape == (4, 6)
+    assert len({tuple(row) for row in kept.tolist()}) > 1  # not the same channels in all experts
+    if name != "DeepseekV3":
+        small = narrowed(name, model, kept)
+        for shape in ((1, 3), (5, 2), (3, 11)):
+            ids = tokens(*shape, seed=sum(shape))
+            assert torch.allclose(logits(result.module, ids), logits(small, ids), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_experts_pass_the_oracles(name: str) -> None:
+    """All groups, whatever they hold; the silenced copy runs in the user's own class, on other tokens."""
+    result = plain_merge(model_of(name), {"input_ids": tokens(2, 7)}, ratio=0.5, decomposition="prune")
+    found = result.analysis
+    assert max(verify.permutation(found.captured, found.facts, found.grouping).values()) < 1e-10
+    silence = verify.silence(found.captured, found.facts, found.grouping, result.plan)
+    assert "all" in silence.errors
+    assert max(silence.errors.values()) < 1e-9, silence
