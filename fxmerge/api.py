@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -10,10 +9,11 @@ from torch import nn
 from fxmerge.analysis.grouping import grouped
 from fxmerge.analysis.propagate import provenance
 from fxmerge.capture.capture_model import capture
+from fxmerge.depth import merged
 from fxmerge.errors import FxMergeError
 from fxmerge.options import Options
 from fxmerge.pipeline import prepared
-from fxmerge.plan import GroupPlan, Plan
+from fxmerge.plan import Plan
 from fxmerge.progress import older_left_alone, progress
 from fxmerge.result import Analysis, Result
 
@@ -79,20 +79,22 @@ def apply(
     calibration: Any = None,
     dynamic_shapes: Any = None,
 ) -> Result:
-    """Merges another copy of a model by a plan: the same channels are kept, whatever the weights.
+    """Merges another copy of a model by a plan: the same channels and branches are dropped, whatever the weights.
 
-    Raises FxMergeError if the model's groups are not those of the plan.
+    Raises FxMergeError if the model's groups, or its residual branches, are not those of the plan.
     """
-    return _merge(model, example_inputs, plan.options, {g.name: g for g in plan.groups}, calibration, dynamic_shapes)
+    return _merge(model, example_inputs, plan.options, plan, calibration, dynamic_shapes)
 
 
 def _merge(
     model: nn.Module | ExportedProgram,
     example_inputs: Any,
     options: Options,
-    decided: Mapping[str, GroupPlan] | None,
+    plan: Plan | None,
     given: Any,
     dynamic_shapes: Any,
 ) -> Result:
+    if options.depth and not options.budget:
+        raise FxMergeError("depth=True needs a budget, which says how much is removed; give budget={'flops': 0.7}")
     with progress() as stage, older_left_alone():
-        return prepared(model, example_inputs, options, given, stage, dynamic_shapes).merged(options, decided)
+        return merged(prepared(model, example_inputs, options, given, stage, dynamic_shapes), options, plan)

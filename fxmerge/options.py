@@ -69,6 +69,8 @@ class Options:
     allocation: Annotated[str, _one_of("allocation", _ALLOCATION)] = "greedy"
     max_ratio: float = 0.9
     """with a budget: largest share of its channels that a group may drop"""
+    depth: bool = False
+    """with a budget: drop whole residual branches too, such as the MLP of a layer, where that loses less"""
     keep: Mapping[str, int | float] = field(default_factory=dict)
     """{group name pattern: channels (int) or share (float) to keep}; overrides ratio"""
     ignore: tuple[str, ...] = ()
@@ -108,7 +110,7 @@ class Options:
             value, least = getattr(self, name), 0 if name in ("seed", "samples") else 1
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise FxMergeError(f"{name} is {value!r}; give an integer of at least {least}")
-        for name in ("same_widths", "new_biases"):
+        for name in ("depth", "same_widths", "new_biases"):
             if not isinstance(getattr(self, name), bool):
                 raise FxMergeError(f"{name} is {getattr(self, name)!r}; give True or False")
         for name, allowed in choices().items():

@@ -24,9 +24,9 @@ from fxmerge.analysis.groups import overlaps
 from fxmerge.analysis.head_widths import head_widths
 from fxmerge.analysis.propagate import provenance
 from fxmerge.calibration.batches import Batches, with_data
-from fxmerge.calibration.epilogue import pair
+from fxmerge.calibration.epilogue import against
 from fxmerge.calibration.fit_probes import RefitData, refit_data
-from fxmerge.calibration.output_error import halves, output_error
+from fxmerge.calibration.output_error import halves
 from fxmerge.calibration.paired_run import Settings
 from fxmerge.calibration.readings import readings
 from fxmerge.calibration.sensitivity import sensitivity
@@ -56,6 +56,7 @@ from fxmerge.planning.statistics import state
 from fxmerge.refit.contradiction import contradiction
 from fxmerge.refit.handed_out import MERGED, PRUNED, HandedOut, closest
 from fxmerge.refit.records import Refitted
+from fxmerge.refit.trials import trial_error
 from fxmerge.report.reports import Report
 from fxmerge.result import Analysis, Result
 from fxmerge.rewrite.reassemble import assembled
@@ -84,8 +85,12 @@ def prepared(
 class Prepared:
     """A captured model and all that is computed once for any number of merges; each part is computed on first use."""
 
-    def __init__(self, captured: Capture, options: Options, given: Any, stage: Callable[[str], None]) -> None:
+    def __init__(
+        self, captured: Capture, options: Options, given: Any, stage: Callable[[str], None],
+        data: RefitData | None = None,
+    ) -> None:  # fmt: skip
         self.captured, self.options, self.given, self.stage = captured, options, given, stage
+        self.known = data  # of the whole model, if the capture lacks branches of it
         self.probing = Settings(rows=options.rows, seed=options.seed, held=options.refit == "synthetic", reduce=summed)
         self.tensors = state(captured.module)
         self.seen: dict[int, dict[str, tuple[Reading, ...]]] = {}  # by the identity of the batches
@@ -112,8 +117,9 @@ class Prepared:
     @cached_property
     def data(self) -> RefitData:
         """What refit runs on."""
-        facts = self.found[0]
-        return refit_data(self.captured, facts, self.options, given=self.given, settings=self.probing, stage=self.stage)
+        return self.known or refit_data(
+            self.captured, self.found[0], self.options, given=self.given, settings=self.probing, stage=self.stage
+        )
 
     @property
     def settings(self) -> Settings:
@@ -164,11 +170,10 @@ class Prepared:
         """The same model with all channels kept that the user's own code sees."""
         return Prepared(confined(self.captured), self.options, self.given, self.stage)
 
-    # Choosing
-
     def choose(self, options: Options) -> Choice:
         """Decides which channels each group keeps: as many as `allocation` says, and those that `selection` chooses."""
-        check_patterns(self.found[1].everything, [n for n, _ in self.captured.module.named_modules()], options)
+        if self.captured.cut is None:
+            check_patterns(self.found[1].everything, [n for n, _ in self.captured.module.named_modules()], options)
         groups, refusals = in_scope(self.found[1], options)
         while True:
             allotted = self.allocation(groups, options)
@@ -177,17 +182,20 @@ class Prepared:
             refusals = (*refusals, *refused, *mates)
             if not mates and not (refused and options.budget):  # else the others meet the budget
                 break
-        narrows = any(sum(allotted.counts[g.name]) < g.channels for g in groups)
-        batches, notes = (self.data.batches, self.data.notes) if narrows else ([], ())
+        batches, notes = self.refitted_on(any(sum(allotted.counts[g.name]) < g.channels for g in groups))
         notes = (*notes, *allotted.notes)
         return Choice(options=options, chosen=chosen, edits=edits, refusals=refusals, batches=batches, notes=notes)
+
+    def refitted_on(self, narrows: bool) -> tuple[Batches, tuple[str, ...]]:
+        """The batches and the notes on them, if anything changes. narrows: whether any group does"""
+        return (self.data.batches, self.data.notes) if narrows or self.captured.cut else ([], ())
 
     def replay(self, options: Options, decided: Mapping[str, GroupPlan]) -> Choice:
         """Keeps the channels that a plan keeps. Raises FxMergeError if the plan's groups are not the model's."""
         groups, refusals = in_scope(self.found[1], options)
         counts = replayed(groups, decided)
         narrowed = [g for g in groups if sum(counts[g.name]) < g.channels]
-        batches, notes = (self.data.batches, self.data.notes) if narrowed else ([], ())
+        batches, notes = self.refitted_on(bool(narrowed))
         chosen = [(g, torch.tensor(decided[g.name].kept)) for g in narrowed]
         chosen, edits, refused = provable(self.captured, *self.found, chosen)
         refusals = (*refusals, *refused)
@@ -238,19 +246,21 @@ class Prepared:
         if self.captured.recorded is not None and not self.data.batches:
             return 0.0
         chosen, edits, _ = self.selection(groups, counts, options)
-        fit, held = self.divided
-        draft = self.draft(Choice(options=options, chosen=chosen, edits=edits, refusals=(), batches=fit, notes=()))
-        streams = pair(self.captured.module, self.found[0], draft.graph, draft.alive)
-        settings = self.settings if held else replace(self.settings, held=False)
-        return output_error(streams, held or [self.captured.inputs], settings)
+        return self.judged(Choice(options=options, chosen=chosen, edits=edits, refusals=(), batches=[], notes=()))
+
+    def judged(self, choice: Choice, refitted: bool = False) -> float:
+        """The error of a choice, as in `error`; refitted: after a short refit of the draft, if that is better."""
+        (fit, held), settings = self.divided, self.settings
+        draft = self.draft(replace(choice, batches=fit))
+        streams = against(self.captured, self.found[0], draft.graph, draft.alive)
+        fit, settings = fit if refitted and choice.batches else [], settings if held else replace(settings, held=False)
+        return trial_error(streams, fit, held or [self.captured.inputs], settings, self.stage)
 
     @cached_property
     def divided(self) -> tuple[Batches, Batches]:
         """Refit's data without variants, divided into batches to fit a draft on and batches to judge it on."""
         own = self.data.batches[: self.data.made or None]
         return halves(own, takes_any_batch(self.captured)) if own else ([], [])
-
-    # Applying
 
     def apply(self, choice: Choice, started: float) -> Result:
         """Builds the merged model of a choice, refits it, and compares it with the original.
@@ -260,36 +270,26 @@ class Prepared:
         captured, (facts, grouping), draft = self.captured, self.found, self.draft(choice)
         refitted: tuple[Refitted, ...] = ()
         best: HandedOut | None = None
-        if choice.batches and choice.chosen:
+        if choice.batches and (choice.chosen or captured.cut):
             pruned = replace(choice, options=choice.options.replace(decomposition="prune"))
             others = {MERGED: lambda: self.draft(choice), PRUNED: lambda: self.draft(pruned)}
-            streams = pair(captured.module, facts, draft.graph, draft.alive)
+            streams = against(captured, facts, draft.graph, draft.alive)
             refitted, best = closest(captured, streams, others, choice.batches, self.settings, stage=self.stage)
             draft = others[best.name]() if best.name in others else draft
         module = assembled(captured, draft.graph)
         self.stage("verify")
         verdict = verify.compare(captured, module)
         timing = None
-        if "latency" in choice.options.budget and choice.chosen:
+        if "latency" in choice.options.budget and (choice.chosen or captured.cut):
             self.stage("latency")
             timing = compared(self.original, module, captured.args, captured.kwargs)
-        plan = Plan(choice.options, draft.plans)
+        plan = Plan(choice.options, draft.plans, tuple(b.name for b in captured.cut.dropped) if captured.cut else ())
+        notes = (*choice.notes, *contradiction(refitted, verdict.error, len(captured.outputs)))
         report = Report(
-            captured=captured,
-            facts=facts,
-            grouping=grouping,
-            refusals=choice.refusals,
-            module=module,
-            graph=draft.graph,
-            plan=plan,
-            verdict=verdict,
-            refitted=refitted,
-            source=self.data.source if refitted else "",
-            handed_out=best,
-            notes=(*choice.notes, *contradiction(refitted, verdict.error, len(captured.outputs))),
-            seconds=time.perf_counter() - started,
-            timing=timing,
-        )
+            captured=captured, facts=facts, grouping=grouping, refusals=choice.refusals, module=module,
+            graph=draft.graph, plan=plan, verdict=verdict, refitted=refitted, handed_out=best, notes=notes,
+            source=self.data.source if refitted else "", seconds=time.perf_counter() - started, timing=timing,
+        )  # fmt: skip
         return Result(module, plan, report, Analysis(captured, facts, grouping, choice.refusals))
 
     def draft(self, choice: Choice) -> Draft:

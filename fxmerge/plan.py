@@ -46,10 +46,11 @@ class GroupPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The decisions of a merge: the options, and the channels that each narrowed group keeps."""
+    """The decisions of a merge: the options, the channels that each narrowed group keeps, and the branches dropped."""
 
     options: Options
     groups: tuple[GroupPlan, ...]
+    branches: tuple[str, ...] = ()  # names of residual branches, in the order in which they were dropped
 
     def json(self) -> str:
         """The plan as JSON text, which `Plan.from_json` reads back as an equal plan."""
@@ -68,7 +69,7 @@ class Plan:
             raise FxMergeError(f'this is not a plan of version {VERSION}: no "fxmerge_plan": {VERSION} at its top')
         try:
             options = Options().replace(**data["options"])
-            return Plan(options, tuple(_group(g) for g in data["groups"]))
+            return Plan(options, tuple(_group(g) for g in data["groups"]), tuple(map(str, data.get("branches", ()))))
         except FxMergeError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError) as error:

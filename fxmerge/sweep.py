@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fxmerge.api import settled
+from fxmerge.depth import merged
 from fxmerge.errors import FxMergeError
 from fxmerge.graph.eval_mode import evaluating
 from fxmerge.graph.nested import finite
@@ -202,7 +203,7 @@ def _point(ready: Prepared, options: Options, evaluate: Evaluate | None, folder:
     def made() -> tuple[Point, Any]:
         started = time.perf_counter()
         try:
-            result = ready.merged(options)
+            result = merged(ready, options)
         except FxMergeError as error:
             return Point(kind=kind, asked=share, failed=str(error)), None
         report = result.report

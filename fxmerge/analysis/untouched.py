@@ -42,7 +42,7 @@ def untouched(capture: Capture, facts: FactsBuilder, owners: Mapping[int, str]) 
 
 def _not_run(capture: Capture) -> dict[str, int]:
     """Layers of the user's model that the graph does not call, and the size of their first axis."""
-    nodes = capture.module.graph.nodes
+    nodes = capture.whole.module.graph.nodes
     called = tuple(f"{n.target}." for n in nodes if n.op == "call_module")
     owners = {str(n.target).rpartition(".")[0] for n in nodes if n.op == "get_attr"}
     folded = {path for n in nodes for path in n.meta.get(FOLDED, ())}

@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 
 from fxmerge.calibration.paired_run import Pair
 from fxmerge.calibration.rectifiers import Bounds, bounds_of
+from fxmerge.ir.capture import Capture
 from fxmerge.ir.layer_ops import NORMS
 from fxmerge.ir.provenance import Layer, Provenance
 from fxmerge.rules.lookup import rule_of
@@ -67,6 +68,23 @@ def pair(
     """The two graphs, or the original alone, as `PairedRun` takes them."""
     rectified = rectified_layers(original, facts)
     return Pair(original=original, facts=facts, rectified=rectified, merged=merged, alive=alive)
+
+
+def against(captured: Capture, facts: Provenance, merged: fx.GraphModule, alive: Tensor) -> Pair:
+    """The original and a merged graph; the original has all residual branches, also those that the capture lacks."""
+    cut = captured.cut
+    if cut is None:
+        return pair(captured.module, facts, merged, alive)
+    original, own = cut.whole.module, {layer.node: layer for layer in facts.layers}
+    return Pair(
+        original=original,
+        facts=facts,
+        rectified={name: own.get(name, layer) for name, layer in rectified_layers(original, cut.facts).items()},
+        merged=merged,
+        alive=alive,
+        beyond=tuple(layer for layer in cut.facts.layers if layer.node not in facts.kinds),
+        starts=cut.starts,
+    )
 
 
 def rectified_layers(module: fx.GraphModule, facts: Provenance) -> dict[str, Layer]:

@@ -16,6 +16,7 @@ from fxmerge.calibration.padding import rest
 from fxmerge.calibration.paired_run import Pair, PairedRun, Settings, Visit
 from fxmerge.graph.eval_mode import evaluating
 from fxmerge.graph.outputs import returned
+from fxmerge.methods.least_squares import Reduce
 
 FEWEST = 4  # batches that are divided without cutting one
 
@@ -36,9 +37,14 @@ def output_error(
         for visit in run:
             if visit.node.op == "output":
                 sums = _sums(run, visit, judges)
+    return relative(sums, settings.reduce)
+
+
+def relative(sums: Sequence[Tensor], reduce: Reduce) -> float:
+    """The relative square error, the mean over outputs, from `difference` summed over batches, for each output."""
     if not sums:
         return 0.0
-    total = settings.reduce(torch.stack(sums))  # (outputs, 4)
+    total = reduce(torch.stack(list(sums)))  # (outputs, 4)
     lost, power, level, count = total.unbind(1)
     found = float((lost / (power - level.square() / count.clamp(min=1)).clamp(min=1e-300)).mean())
     return found if isfinite(found) else inf
@@ -67,13 +73,15 @@ def _sums(run: PairedRun, visit: Visit, judges: Sequence[Tensor] | None) -> list
     for number, outputs in enumerate(visit.outputs):
         merged = returned(run.merged.call(visit.node, number))
         for place, (y, z) in enumerate(zip(returned(outputs), merged, strict=True)):
-            own = _own(run, number, y, z, None if judges is None else judges[number])
+            own = difference(run, number, y, z, None if judges is None else judges[number])
             found[place] = found[place] + own if place in found else own
     return list(found.values())
 
 
-def _own(run: PairedRun, number: int, y: Tensor, z: Tensor, judges: Tensor | None) -> Tensor:
-    """The sums for one output y of the original and z of the merged graph, and one batch."""
+def difference(run: PairedRun, number: int, y: Tensor, z: Tensor, judges: Tensor | None = None) -> Tensor:
+    """Sums over the entries of one output, y of the original and z of the merged graph, in the batch with this number:
+    of the squared differences, of the squares of y, of y, and of ones, (4,).
+    """
     own = None if judges is None else judges.to(y.device)
     real = None if run.padding is None else run.padding.real("output", run.original.batches[number], y.shape)
     if real is not None:

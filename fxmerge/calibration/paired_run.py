@@ -27,7 +27,7 @@ from fxmerge.calibration.sample_run import SampleRun, narrowed
 from fxmerge.calibration.stream import Stream, Values
 from fxmerge.calibration.tail import tail
 from fxmerge.graph.nested import fresh
-from fxmerge.ir.provenance import Layer, Provenance, batch_norms
+from fxmerge.ir.provenance import Layer, Provenance
 from fxmerge.methods.least_squares import Reduce
 from fxmerge.weights.by_path import at
 
@@ -59,9 +59,11 @@ class Settings:
 class Pair:
     """The original graph and the merged graph, or the original alone.
 
-    facts:      the provenance of the original
+    facts:      the provenance of the original; without some of its residual branches, if the merged graph lacks them
     rectified:  the layers that are held in a network without norms, by node
     alive:      (label_count,) which channels the merged graph still has, as `ir.groups.survivors` returns it
+    beyond:     the layers that the original alone has
+    starts:     the nodes of the merged graph that read other values than those of the same names in the original
     """
 
     original: fx.GraphModule
@@ -69,6 +71,8 @@ class Pair:
     rectified: Mapping[str, Layer]
     merged: fx.GraphModule | None = None
     alive: Tensor | None = None
+    beyond: tuple[Layer, ...] = ()
+    starts: frozenset[str] = frozenset()
 
     def kept(self, labels: Tensor) -> Tensor:
         """The positions in labels (m,) of the channels that the merged graph still has."""
@@ -89,19 +93,20 @@ class PairedRun:
     """
 
     def __init__(self, pair: Pair, batches: Sequence[Sequence[Any]], settings: Settings) -> None:
-        self.norms = batch_norms(pair.facts) if settings.held else {}
+        self.layers = (*pair.facts.layers, *pair.beyond)
+        self.norms = {la.node: la for la in self.layers if la.op == "batch_norm"} if settings.held else {}
         self.rectified: Mapping[str, Layer] = pair.rectified if settings.held else {}
         self.recorded = any(isinstance(batch, SampleRun) for batch in batches)
-        self.original = self._stream(pair.original, batches, pair.facts)
-        self.merged = self.original if pair.merged is None else self._stream(pair.merged, batches, pair.facts)
+        self.original = self._stream(pair.original, batches)
+        self.merged = self.original if pair.merged is None else self._stream(pair.merged, batches)
         self.shifts: dict[str, Tensor] = {}  # held layer -> what is added to its outputs, (c,)
         self.kept, self.reduce, self.padding = pair.kept, settings.reduce, settings.padding
         self.facts, self.alive = pair.facts, pair.alive
         self.folds = sample_folds([samples(batch) for batch in batches], settings.made)
         self.known: dict[str, tuple[Tensor, Tensor]] = {}  # BatchNorm -> mean and deviation over the batches
 
-    def _stream(self, module: fx.GraphModule, batches: Sequence[Sequence[Any]], facts: Provenance) -> Stream:
-        layers = {layer.node for layer in facts.layers}
+    def _stream(self, module: fx.GraphModule, batches: Sequence[Sequence[Any]]) -> Stream:
+        layers = {layer.node for layer in self.layers}
         # of a recorded graph, what is compared is not at its end
         ends = frozenset() if self.recorded else tail(module, layers).difference(self.norms, self.rectified)
         return Stream(module, fresh(list(batches)), ends)
@@ -169,6 +174,10 @@ class PairedRun:
         """A value of the merged graph after the shift, if the node is a layer that is held."""
         layer = self.rectified.get(node.name)
         return value if layer is None else self._held([value], layer, self.kept)[0]
+
+    def advance(self, node: fx.Node) -> Values:
+        """Runs a node of the original alone, and frees nothing."""
+        return self._run(self.original, node, None)
 
     def _run(self, stream: Stream, node: fx.Node, kept: Callable[[Tensor], Tensor] | None) -> Values:
         if node.name in self.norms:

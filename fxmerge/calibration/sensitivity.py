@@ -19,10 +19,9 @@ from torch import Tensor
 
 from fxmerge.calibration.batches import batch_size
 from fxmerge.calibration.epilogue import pair
-from fxmerge.calibration.held_out import of_samples, samples
 from fxmerge.calibration.paired_run import PairedRun, Settings, axis_of_outputs, moments
 from fxmerge.calibration.sample_run import SampleRun
-from fxmerge.calibration.trial_runs import takes_any_batch
+from fxmerge.calibration.trial_runs import first_samples
 from fxmerge.graph.eval_mode import evaluating
 from fxmerge.graph.outputs import returned
 from fxmerge.ir.capture import Capture
@@ -92,19 +91,12 @@ def _some(captured: Capture, batches: Sequence[Sequence[Any]]) -> list[Sequence[
     size = batch_size(captured)
     each = sum(torch.Size(s).numel() for s in captured.shapes.values()) // max(size, 1)
     wanted = max(1, min(SAMPLES, ELEMENTS // max(each, 1)))
-    divisible, taken = takes_any_batch(captured), 0
-    found: list[Sequence[Any]] = []
-    for batch in batches:
-        part = min(samples(batch), wanted - taken) if divisible else samples(batch)
-        cut = of_samples(batch, slice(part))
-        if isinstance(cut, SampleRun):
-            found.append(cut.with_gradients())
-        else:
-            found.append([_leaf(v) if isinstance(v, Tensor) and v.is_floating_point() else v for v in cut])
-        taken += part
-        if taken >= wanted:
-            break
-    return found
+    return [
+        cut.with_gradients()
+        if isinstance(cut, SampleRun)
+        else [_leaf(v) if isinstance(v, Tensor) and v.is_floating_point() else v for v in cut]
+        for cut in first_samples(captured, batches, wanted)
+    ]
 
 
 def _leaf(value: Tensor) -> Tensor:

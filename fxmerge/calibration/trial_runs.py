@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxmerge.calibration.held_out import of_samples, samples
 from fxmerge.calibration.sample_run import SampleRun
 from fxmerge.errors import first_line
 from fxmerge.graph.eval_mode import evaluating
@@ -42,6 +43,19 @@ def takes_any_batch(captured: Capture) -> bool:
     if captured.recorded is not None:
         return False
     return not any(refused(captured, [_first(value, count) for value in captured.inputs]) for count in (1, 2))
+
+
+def first_samples(captured: Capture, batches: Sequence[Sequence[Any]], wanted: int) -> list[Sequence[Any]]:
+    """The first `wanted` samples; whole batches where the model does not take parts of them."""
+    divisible, taken = takes_any_batch(captured), 0
+    found: list[Sequence[Any]] = []
+    for batch in batches:
+        part = min(samples(batch), wanted - taken) if divisible else samples(batch)
+        found.append(of_samples(batch, slice(part)))
+        taken += part
+        if taken >= wanted:
+            break
+    return found
 
 
 def _first(value: Any, count: int) -> Any:

@@ -15,6 +15,7 @@ from fxmerge.export.own_class import Fit, narrowed
 from fxmerge.ir.groups import survivors
 from fxmerge.plan import planned
 from fxmerge.report.reports import Report
+from fxmerge.report.tables import first_names
 from fxmerge.weights.copy import inside
 from fxmerge.weights.memory_format import memory_formats
 
@@ -43,6 +44,9 @@ def fit_of(report: Report, tensors: Mapping[str, Tensor], expected: Expected) ->
     Only the tensors themselves if the class cannot take them.
     """
     captured, module, grouping = report.captured, report.module, report.grouping
+    if report.plan.branches:
+        some = first_names(report.plan.branches)
+        return Fit(refused=f"the code of {captured.name} runs the branches that were dropped: {some}"), {**tensors}
     alive = survivors(grouping, planned(grouping.everything, report.plan))
     more = sources(captured, tensors, report.facts.params, alive)
     fit = fitted(

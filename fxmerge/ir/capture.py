@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxmerge.ir.branches import Measured
+from fxmerge.ir.provenance import Provenance
+
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
@@ -37,6 +40,12 @@ class Capture:
     exported: bool = False  # was the graph made by torch.export?
     dynamic_shapes: Mapping[str, Any] | None = None  # by input, what the user declared about its sizes
     random: bool = False  # do two runs of the model on the same inputs differ, in evaluation mode?
+    cut: Cut | None = None  # for a graph that lacks residual branches of the model
+
+    @property
+    def whole(self) -> Capture:
+        """The capture of the model as it was given, with all of its residual branches."""
+        return self if self.cut is None else self.cut.whole
 
     @property
     def name(self) -> str:
@@ -55,6 +64,23 @@ class Capture:
         if self.recorded is not None:
             return "recorded"
         return "export" if self.exported else "symbolic"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """How a capture without some residual branches differs from that of the whole model.
+
+    whole, facts:  the capture of the whole model, and its provenance
+    dropped:       the branches that are left out
+    starts:        the nodes that read other values than they do in the whole model
+    left:          {kind of budget: the share of the whole model's cost that the graph has}
+    """
+
+    whole: Capture
+    facts: Provenance
+    dropped: tuple[Measured, ...]
+    starts: frozenset[str]
+    left: Mapping[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -84,6 +84,7 @@ class Room:
             return []
         free = [g for g in self.groups if len(self.ladders[g.name]) > 1]
         moved = {m.layer.node for g in free for m in (*g.producers, *g.per_channel_params)}
+        moved |= self.captured.cut.starts if self.captured.cut else frozenset()
         used = Counter(layer.params["weight"] for layer in self.facts.layers if "weight" in layer.params)
         layers, found = {layer.node: layer for layer in self.facts.layers if layer.op in SOLVED}, []
         for node in self.captured.module.graph.nodes:
@@ -127,7 +128,8 @@ def _allotted(room: Room, tensors: Mapping[str, Tensor], stage: Callable[[str], 
     ((kind, share),) = room.options.budget.items()
     if kind == "latency":
         return _timed(room, share, tensors, stage)
-    price = room.price(kind)
+    price, cut = room.price(kind), room.captured.cut
+    share = share if cut is None else min(1.0, share / cut.left[kind])
     counts = by_budget(room, price, kind, share)
     reached = price(counts) / price.original
     if share == 1 or abs(reached / share - 1) <= TOLERANCE[kind]:
@@ -144,10 +146,10 @@ def _timed(room: Room, share: float, tensors: Mapping[str, Tensor], stage: Calla
     """Adjusts the share of FLOPs, by false position, until the graph with those widths has the latency asked for."""
     price, captured = room.price("flops"), room.captured
     tolerance = TOLERANCE["latency"]
-    known: list[tuple[float, float, Counts]] = [(1.0, 1.0, {g.name: all_of(g) for g in room.groups})]
+    known: list[tuple[float, float, Counts]] = [(1.0, _uncut(captured), {g.name: all_of(g) for g in room.groups})]
     lowest = {g.name: tuple(int(k) for k in room.ladders[g.name][-1]) for g in room.groups}
     least, noise, asked = price(lowest) / price.original, 0.0, max(share, price(lowest) / price.original)
-    for _ in range(TRIES if share < 1 else 0):
+    for _ in range(TRIES if share < known[0][1] else 0):
         counts: Counts = by_budget(room, price, "flops", asked)
         stage(f"latency at {asked:.0%} of the FLOPs")
         cut = sliced(room, counts, tensors)
@@ -189,6 +191,14 @@ def _timed(room: Room, share: float, tensors: Mapping[str, Tensor], stage: Calla
     return Allotted(counts, tuple(notes))
 
 
+def _uncut(captured: Capture) -> float:
+    """The latency of a capture with all channels, as a share of the original's."""
+    if captured.cut is None:
+        return 1.0
+    timing = compared(original_of(captured), captured.module, captured.args, captured.kwargs, BRIEF)
+    return _agreed(captured, timing).share
+
+
 def _agreed(captured: Capture, timing: Timing) -> Timing:
     """The mean over all processes, so that all of them make the same decisions."""
     device = next((v.device for v in captured.inputs if isinstance(v, Tensor)), None)
@@ -199,7 +209,7 @@ def _agreed(captured: Capture, timing: Timing) -> Timing:
 
 def original_of(captured: Capture) -> nn.Module:
     """The original model, as a merged model is compared with it."""
-    return captured.module if captured.recorded is None else captured.recorded.host
+    return captured.whole.module if captured.recorded is None else captured.recorded.host
 
 
 def by_budget(room: Room, price: Price, kind: str, share: float) -> dict[str, tuple[int, ...]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch
@@ -31,8 +31,13 @@ def _some(known: Sequence[str]) -> str:
 def ignored(group: Group, options: Options) -> bool:
     """Whether a pattern of `ignore` matches the group, the module of one of its layers, or a parent of that module."""
     names = [group.name, *(m.layer.module for m in (*group.producers, *group.per_channel_params, *group.consumers))]
+    return matched(names, options.ignore)
+
+
+def matched(names: Iterable[str], patterns: Iterable[str]) -> bool:
+    """Whether one of the patterns matches one of the names, or a parent of a module that is named."""
     around = {".".join(name.split(".")[:n]) for name in names for n in range(1, len(name.split(".")) + 1)}
-    return any(fnmatchcase(name, pattern) for pattern in options.ignore for name in around)
+    return any(fnmatchcase(name, pattern) for pattern in patterns for name in around)
 
 
 def in_scope(grouping: Grouping, options: Options) -> tuple[list[Group], tuple[Refusal, ...]]:

@@ -48,21 +48,23 @@ def refit(
     batches: Sequence[Sequence[object]],
     settings: Settings,
     stage: Callable[[str], None] = lambda name: None,
+    jointly: bool = True,
 ) -> tuple[Refitted, ...]:
     """Re-solve the layers of the pair's merged graph in place. Returns a record of each layer.
 
     batches: by batch, the values of the graph's placeholders
+    jointly: whether to fit layers together too; each alone is a faster trial
 
     The cost is two forward passes, a product (p, rows) (rows, p) for each layer with p weights for each output, and
     `joint.PASSES` forward passes of the merged layers that are fitted jointly, within `joint.BUDGET`.
     """
     assert pair.merged is not None
     with evaluating(pair.original, pair.merged), torch.no_grad():
-        return _Refit(pair, batches, settings).run(stage)
+        return _Refit(pair, batches, settings, jointly).run(stage)
 
 
 class _Refit:
-    def __init__(self, pair: Pair, batches: Sequence[Sequence[object]], settings: Settings) -> None:
+    def __init__(self, pair: Pair, batches: Sequence[Sequence[object]], settings: Settings, jointly: bool) -> None:
         assert pair.merged is not None
         self.pair, self.batches, self.kept, self.settings = pair, batches, pair.kept, settings
         self.original, self.merged, self.weights = pair.original, pair.merged, GraphWeights(pair.merged)
@@ -73,7 +75,8 @@ class _Refit:
         self.records: dict[str, Refitted] = {}  # by node
         self.ridges: dict[str, float] = {}  # of the layers that have been solved, by node
         self.idle = idle(batches)
-        found = regions(self.layers, list(self.merged.graph.nodes), self._lost, self.shared, self.idle)
+        nodes = list(self.merged.graph.nodes)
+        found = regions(self.layers, nodes, self._lost, self.shared, self.idle) if jointly else []
         self.joint = JointSteps(found, self.weights, batches, settings, self.ridges)
         self._start()
 
@@ -103,7 +106,8 @@ class _Refit:
         for node in self.merged.graph.nodes:
             layer = self.layers.get(node.name)
             comes[node.name] = any(gives.get(source.name, False) for source in node.all_input_nodes)
-            own = layer is not None and any(self._changed(path) for path in layer.params.values())
+            own = node.name in self.pair.starts
+            own = own or (layer is not None and any(self._changed(path) for path in layer.params.values()))
             gives[node.name] = node.name not in self.idle and (comes[node.name] or own)
         return comes
 

@@ -1,4 +1,4 @@
-"""What the reports say about one group or one refusal, as plain data."""
+"""What the reports say about one group, one refusal or one dropped branch, as plain data."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fxmerge.graph.cost import Cost
+from fxmerge.graph.nested import finite
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.groups import Group, Refusal
 from fxmerge.report.refusals import parameters_held
@@ -56,4 +57,18 @@ def refusals_json(refusals: Sequence[Refusal], captured: Capture) -> list[dict[s
             "where": r.where,
         }
         for r in refusals
+    ]
+
+
+def branches_json(captured: Capture) -> list[dict[str, Any]]:
+    """The entries of the residual branches that were dropped, in the order in which they were."""
+    return [
+        {
+            "name": b.name,
+            "layers": list(b.branch.layers),
+            "parameters": b.parameters,
+            "flops": b.flops,
+            "loss": finite(b.loss),
+        }
+        for b in (captured.cut.dropped if captured.cut else ())
     ]

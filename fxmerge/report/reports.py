@@ -24,7 +24,7 @@ from fxmerge.refit.handed_out import HandedOut
 from fxmerge.refit.records import Refitted
 from fxmerge.report.budget_line import Spent, spent
 from fxmerge.report.drawable import Drawable
-from fxmerge.report.group_data import cost_json, group_json, members, producer_cost, refusals_json
+from fxmerge.report.group_data import branches_json, cost_json, group_json, members, producer_cost, refusals_json
 from fxmerge.report.headline import merged
 from fxmerge.report.layout import WIDTH, Footnotes, Style, lists, names, numbers, table, wrap
 from fxmerge.report.operations import operation
@@ -276,6 +276,7 @@ class Report(Drawable):
                 **({"refit_data": self.source} if self.source else {}),
                 **({"handed_out": finite(vars(self.handed_out))} if self.handed_out else {}),
                 **({"budget": finite(vars(self.spent))} if self.spent else {}),
+                **({"branches": branches_json(self.captured)} if self.captured.cut else {}),
                 "notes": [*self.notes, *self.later],
                 "groups": groups,
                 "refusals": refusals_json(self.refusals, self.captured),
@@ -287,7 +288,7 @@ class Report(Drawable):
 def original_cost(captured: Capture) -> Cost:
     """Parameters and FLOPs of the model that was captured."""
     if captured.recorded is None:
-        return cost(captured.module, captured.inputs)
+        return cost(captured.whole.module, captured.inputs)
     host = captured.recorded.host
     return call_cost(host, captured.args, captured.kwargs, captured.module, captured.inputs)
 

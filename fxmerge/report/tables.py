@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 
+from fxmerge.ir.branches import Measured
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.groups import Refusal
 from fxmerge.refit.records import Refitted
@@ -112,11 +113,18 @@ def first_names(names: Sequence[str]) -> str:
 
 
 def capture_lines(captured: Capture) -> list[str]:
-    """Lines on what capture left out of the model's output, and on declared sizes that it had no use for."""
-    lines = [f"left out of the output: {', '.join(captured.left_out)}"] if captured.left_out else []
+    """Lines on dropped branches, on what capture left out of the model's output, and on declared sizes without use."""
+    lines = [_dropped(b) for b in (captured.cut.dropped if captured.cut else ())]
+    lines += [f"left out of the output: {', '.join(captured.left_out)}"] if captured.left_out else []
     if captured.dynamic_shapes is not None and captured.route != "export":
         lines.append(
             "dynamic_shapes holds for what is exported from the merged model, but not for the module itself: it was "
             "captured without torch.export, and takes what the model takes"
         )
     return lines
+
+
+def _dropped(branch: Measured) -> str:
+    """The line on a dropped branch: what it cost, and what was lost without it."""
+    costs = f"{branch.parameters:,} parameters and {branch.flops:,} FLOPs"
+    return f"dropped    {branch.name}, with {costs}; alone, that gives an error of {error(branch.loss)} of the outputs"

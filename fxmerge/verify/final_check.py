@@ -18,7 +18,7 @@ def compare(captured: Capture, merged: nn.Module) -> Verdict:
     model's code is not that of its graph, where it does not run, or where its outputs have other shapes.
     """
     _is_its_own_graph(captured, merged)
-    recorded = captured.recorded
+    captured, recorded = captured.whole, captured.recorded
     return judged(
         captured.module if recorded is None else recorded.host,
         merged,

@@ -79,7 +79,7 @@ def silence(
     module, args, kwargs = in_float64(captured)
     chosen, left_out = _silent(captured, facts, grouping, planned(grouping.everything, plan))
     given = tuple(unseen(args, kwargs, seed) if inputs is None else inputs)
-    original = _original(captured, chosen, Unseen("example", args, kwargs))
+    original = _original(captured, chosen, Unseen("example", args, kwargs)) if captured.cut is None else None
     check = _Check(captured, facts, grouping, module)
     errors: dict[str, float] = {}
     if original is not None and any(FOLDED in node.meta for node in captured.module.graph.nodes):
