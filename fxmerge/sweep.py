@@ -24,6 +24,7 @@ from fxmerge.api import settled
 from fxmerge.errors import FxMergeError
 from fxmerge.graph.eval_mode import evaluating
 from fxmerge.graph.nested import finite
+from fxmerge.keywords import Budget, SweepKeywords
 from fxmerge.options import NAMES, Options
 from fxmerge.pipeline import Prepared, prepared
 from fxmerge.progress import older_left_alone, progress
@@ -35,6 +36,7 @@ from fxmerge.weights.files import write_text
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
+    from typing_extensions import Unpack
 
 VERSION = 1  # of the format of the files in a folder
 Evaluate = Callable[[nn.Module], Any]
@@ -142,12 +144,12 @@ def sweep(
     example_inputs: Any,
     budgets: Sequence[float],
     evaluate: Evaluate | None = None,
-    kind: str = "flops",
+    kind: Budget = "flops",
     options: Options | None = None,
     calibration: Any = None,
     out: str | Path | None = None,
     dynamic_shapes: Any = None,
-    **changes: Any,
+    **changes: Unpack[SweepKeywords],
 ) -> Sweep:
     """Merges a model at each budget, the largest first. `model` itself is not modified.
 
