@@ -11,6 +11,7 @@ from fxmerge.analysis.propagate import provenance
 from fxmerge.capture.capture_model import capture
 from fxmerge.depth import merged
 from fxmerge.errors import FxMergeError
+from fxmerge.keywords import Keywords
 from fxmerge.options import Options
 from fxmerge.pipeline import prepared
 from fxmerge.plan import Plan
@@ -19,6 +20,7 @@ from fxmerge.result import Analysis, Result
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
+    from typing_extensions import Unpack
 
 
 def analyze(
@@ -26,7 +28,7 @@ def analyze(
     example_inputs: Any = None,
     options: Options | None = None,
     dynamic_shapes: Any = None,
-    **changes: Any,
+    **changes: Unpack[Keywords],
 ) -> Analysis:
     """Finds a model's merge groups, and the channels that cannot be merged, without changing anything.
 
@@ -43,7 +45,7 @@ def analyze(
     return Analysis(captured, facts, grouping, grouping.refusals)
 
 
-def settled(options: Options | None, changes: dict[str, Any]) -> Options:
+def settled(options: Options | None, changes: Mapping[str, Any]) -> Options:
     """The options with changes given as keyword arguments; the default options if there are none."""
     if options is not None and not isinstance(options, Options):
         raise FxMergeError(f"options is a {type(options).__name__}; give fxmerge.Options(...) or keyword arguments")
@@ -56,7 +58,7 @@ def merge(
     options: Options | None = None,
     calibration: Any = None,
     dynamic_shapes: Any = None,
-    **changes: Any,
+    **changes: Unpack[Keywords],
 ) -> Result:
     """Makes a trained model structurally smaller. `model` itself is not modified.
 

@@ -6,14 +6,18 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 from fxmerge.errors import FxMergeError
 from fxmerge.graph import latency
+from fxmerge.keywords import Heads, Keywords, MostsimScale, Refit, Scope
 from fxmerge.methods.allocation import ALLOCATORS
 from fxmerge.methods.decomposition import DECOMPOSITIONS
 from fxmerge.methods.probes import PROBES
 from fxmerge.methods.selection import SELECTORS
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 NAMES = {"flops": "FLOPs", "params": "parameters", "latency": "latency"}  # kind of budget -> its name in texts
 BUDGETS = tuple(NAMES)
@@ -26,32 +30,22 @@ def choices() -> dict[str, tuple[str, ...]]:
     The registries are read on every call, so that an entry added by a user is a choice.
     """
     return {
-        "scope": ("internal", "all"),
-        "heads": ("width", "whole", "both"),
+        "scope": get_args(Scope),
+        "heads": get_args(Heads),
         "allocation": tuple(ALLOCATORS),
         "selection": tuple(SELECTORS),
         "decomposition": tuple(DECOMPOSITIONS),
-        "mostsim_scale": ("exact", "reference"),
-        "refit": ("none", "synthetic", "calibration"),
+        "mostsim_scale": get_args(MostsimScale),
+        "refit": get_args(Refit),
         "probes": ("auto", *PROBES),
     }
 
 
-def _one_of(name: str, text: str) -> Any:
-    """The help of an option with `choices`. It is evaluated when the command line reads the annotations."""
+def _open(name: str) -> Any:
+    """Lists the `choices` of an option in its help. It is evaluated when the command line reads the annotations."""
     from tyro.conf import arg
 
-    return arg(help=f"{text}; one of {', '.join(choices()[name])}")
-
-
-_SCOPE = "internal: groups with one producer and one consumer, as in the paper; all: also residual and shared groups"
-_HEADS = "attention heads, and groups of convolutions and norms: reduce their width, remove whole ones, or both"
-_ALLOCATION = "how a budget is divided among the groups"
-_SELECTION = "how the kept channels are selected; repair is l2 without refit"
-_DECOMPOSITION = "how kept channels replace the dropped ones"
-_SCALE = "mostsim: how the scale is computed; reference reproduces the published code"
-_REFIT = "data for re-solving the layers: none, synthetic probes, or calibration data"
-_PROBES = "refit: family of probes; auto: alike if the example has rows enough, else by the BatchNorms, or example"
+    return arg(help_behavior_hint=lambda default: f"(one of {', '.join(choices()[name])}; default: {default})")
 
 
 class _DefaultRatio(float):
@@ -66,7 +60,8 @@ class Options:
     """share of its channels that each group drops, 0 <= ratio < 1"""
     budget: Mapping[str, float] = field(default_factory=dict)
     """instead of ratio: share of the original's cost that may remain, as flops 0.5, params 0.36 or latency 0.7"""
-    allocation: Annotated[str, _one_of("allocation", _ALLOCATION)] = "greedy"
+    allocation: Annotated[str, _open("allocation")] = "greedy"
+    """how a budget is divided among the groups"""
     max_ratio: float = 0.9
     """with a budget: largest share of its channels that a group may drop"""
     depth: bool = False
@@ -75,17 +70,24 @@ class Options:
     """{group name pattern: channels (int) or share (float) to keep}; overrides ratio"""
     ignore: tuple[str, ...] = ()
     """patterns of module or group names to leave unchanged"""
-    scope: Annotated[str, _one_of("scope", _SCOPE)] = "all"
-    heads: Annotated[str, _one_of("heads", _HEADS)] = "width"
-    selection: Annotated[str, _one_of("selection", _SELECTION)] = "repair"
-    decomposition: Annotated[str, _one_of("decomposition", _DECOMPOSITION)] = "auto"
+    scope: Scope = "all"
+    """internal: groups with one producer and one consumer, as in the paper; all: also residual and shared groups"""
+    heads: Heads = "width"
+    """attention heads, and groups of convolutions and norms: reduce their width, remove whole ones, or both"""
+    selection: Annotated[str, _open("selection")] = "repair"
+    """how the kept channels are selected; repair is l2 without refit"""
+    decomposition: Annotated[str, _open("decomposition")] = "auto"
+    """how kept channels replace the dropped ones"""
     threshold: float = 0.1
     """mostsim: a channel is dropped without a partner if its largest cosine is below this"""
     lam: float = 0.85
     """mostsim, with a BatchNorm: weight of the cosine against the remaining constant, 0 to 1"""
-    mostsim_scale: Annotated[str, _one_of("mostsim_scale", _SCALE)] = "exact"
-    refit: Annotated[str, _one_of("refit", _REFIT)] = "synthetic"
-    probes: Annotated[str, _one_of("probes", _PROBES)] = "auto"
+    mostsim_scale: MostsimScale = "exact"
+    """mostsim: how the scale is computed; reference reproduces the published code"""
+    refit: Refit = "synthetic"
+    """data for re-solving the layers: none, synthetic probes, or calibration data"""
+    probes: Annotated[str, _open("probes")] = "auto"
+    """refit: family of probes; auto: alike if the example has rows enough, else by the BatchNorms, or example"""
     samples: int = 0
     """refit: number of probes, or of calibration samples with variants of them; 0 chooses 128 to 4096, by their cost"""
     batch: int = 64
@@ -168,13 +170,14 @@ class Options:
                     f"ratio {self.ratio:g} and budget {{{kind!r}: {share:g}}} contradict each other; give one of them"
                 )
 
-    def replace(self, **changes: Any) -> Options:
+    def replace(self, **changes: Unpack[Keywords]) -> Options:
         """A copy with some fields changed. Raises FxMergeError for an unknown field."""
         known = [f.name for f in dataclasses.fields(self)]
         for name in changes:
             if name not in known:
                 raise FxMergeError(f"unknown option {name!r}; the options are {', '.join(known)}")
-        return dataclasses.replace(self, **changes)
+        found: Options = dataclasses.replace(self, **changes)  # type: ignore[arg-type]  # ignore may be a list
+        return found
 
 
 def _is_number(value: Any) -> bool:

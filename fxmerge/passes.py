@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,7 +17,11 @@ from fxmerge.errors import FxMergeError
 from fxmerge.graph.eval_mode import evaluating
 from fxmerge.graph.inputs import pytree_codegen
 from fxmerge.ir.capture import Capture
+from fxmerge.keywords import CompileKeywords
 from fxmerge.options import Options
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _DONE = "fxmerge_merged"  # key in GraphModule.meta of a module that this pass has merged
 
@@ -56,8 +60,9 @@ class MergePass(PassBase):
 
 
 def compile(
-    model: nn.Module, example_inputs: Any, options: Options | None = None, calibration: Any = None, **arguments: Any
-) -> Any:
+    model: nn.Module, example_inputs: Any, options: Options | None = None, calibration: Any = None,
+    **arguments: Unpack[CompileKeywords],
+) -> Any:  # fmt: skip
     """Merges a model, then compiles it with torch.compile.
 
     arguments: fields of `Options`, as `fxmerge.merge` takes them, and arguments of torch.compile. `fullgraph` is True
@@ -72,9 +77,9 @@ def compile(
                 f"unknown argument {name!r}; the options of a merge are {', '.join(fields)}, and the arguments of "
                 f"torch.compile are {', '.join(own)}"
             )
-    changes = {name: value for name, value in arguments.items() if name in fields}
+    changes: dict[str, Any] = {name: value for name, value in arguments.items() if name in fields}
     module = merge(model, example_inputs, options, calibration, **changes).module
-    given = {name: value for name, value in arguments.items() if name not in fields}
+    given: dict[str, Any] = {name: value for name, value in arguments.items() if name not in fields}
     if isinstance(module, fx.GraphModule):
         given.setdefault("fullgraph", True)
     return torch.compile(module, **given)

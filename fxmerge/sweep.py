@@ -25,6 +25,7 @@ from fxmerge.depth import merged
 from fxmerge.errors import FxMergeError
 from fxmerge.graph.eval_mode import evaluating
 from fxmerge.graph.nested import finite
+from fxmerge.keywords import Budget, SweepKeywords
 from fxmerge.options import NAMES, Options
 from fxmerge.pipeline import Prepared, prepared
 from fxmerge.progress import older_left_alone, progress
@@ -36,6 +37,7 @@ from fxmerge.weights.files import write_text
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
+    from typing_extensions import Unpack
 
 VERSION = 1  # of the format of the files in a folder
 Evaluate = Callable[[nn.Module], Any]
@@ -143,12 +145,12 @@ def sweep(
     example_inputs: Any,
     budgets: Sequence[float],
     evaluate: Evaluate | None = None,
-    kind: str = "flops",
+    kind: Budget = "flops",
     options: Options | None = None,
     calibration: Any = None,
     out: str | Path | None = None,
     dynamic_shapes: Any = None,
-    **changes: Any,
+    **changes: Unpack[SweepKeywords],
 ) -> Sweep:
     """Merges a model at each budget, the largest first. `model` itself is not modified.
 

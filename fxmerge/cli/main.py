@@ -20,7 +20,8 @@ from fxmerge.cli import demo as demonstration
 from fxmerge.cli.specs import dynamic_shapes, function, load
 from fxmerge.cli.terminal import plain_where_needed
 from fxmerge.errors import FxMergeError
-from fxmerge.options import BUDGETS, Options
+from fxmerge.keywords import Budget
+from fxmerge.options import Options
 from fxmerge.report.drawable import drawn_as
 from fxmerge.result import Result
 from fxmerge.sweep import sweep
@@ -82,9 +83,8 @@ class Sweep:
     """shares of the original's cost that may remain"""
     out: Path
     """folder for the results; points that are already there are not computed again"""
-    kind: Annotated[str, tyro.conf.arg(help=f"cost that the budgets are shares of; one of {', '.join(BUDGETS)}")] = (
-        "flops"
-    )
+    kind: Budget = "flops"
+    """cost that the budgets are shares of"""
     evaluate: str | None = None
     """package.module:function or path/to/file.py:function, which takes a model and returns a number"""
     options: Annotated[Options, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Options)
