@@ -110,7 +110,8 @@ def _inverse_root(block: Tensor) -> Tensor:
     """K^-1 (c, c) for positive definite blocks K K', whatever rounding has made of their smallest eigenvalues."""
     values, vectors = torch.linalg.eigh(block.double())
     values = values.clamp(min=torch.finfo(block.dtype).eps * float(values[-1]))
-    return (vectors / values.sqrt()).T.to(block)
+    root: Tensor = (vectors / values.sqrt()).T
+    return root.to(block)
 
 
 def eliminate(readings: Sequence[Reading], candidates: Tensor, count: int) -> Tensor:
