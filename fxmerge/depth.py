@@ -77,7 +77,7 @@ class _Trials:
 
     def error(self, number: int) -> float:
         """The error of the outputs with the first branches dropped; infinite if the budget cannot be met."""
-        self.ready.stage(f"{number} branches dropped")
+        self.ready.stage(f"branches dropped: {number}")
         ready = _without(self.ready, self.order[:number]) if number else self.ready
         try:
             choice = ready.choose(self.options)

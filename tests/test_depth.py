@@ -15,15 +15,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxmerge
-from fxmerge import FxMergeError, Options, Plan
+from fxmerge import FxMergeError, Options, Plan, pipeline
 from fxmerge.analysis.branches import branches
+from fxmerge.analysis.grouping import grouped
 from fxmerge.analysis.propagate import provenance
 from fxmerge.calibration.branch_losses import measured
 from fxmerge.calibration.paired_run import Settings
 from fxmerge.capture.capture_model import capture
-from fxmerge.graph.cost import flops_by_node
+from fxmerge.graph.cost import cost, flops_by_node
+from fxmerge.graph.latency import Timing
 from fxmerge.ir.branches import Branch, Measured
+from fxmerge.planning import budget
 from fxmerge.planning.depth import in_order, searched
+from fxmerge.rewrite.branches import without_branches
 from tests.helpers.netmaking import Net, conv, one_thread, plain_merge, randomised  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -386,6 +390,26 @@ def test_a_constant_branch_leaves_its_mean() -> None:
     assert not [name for name in bare.module.state_dict() if "mean_of" in name]
 
 
+@pytest.mark.parametrize(("model", "x", "names"), [
+    (Transformer(), TOKENS, ("layers.1.mlp", "layers.0.attn")),
+    (ResNet(), IMAGES, ("layer1.0", "layer2.0.conv1 to layer2.0.conv2")),
+], ids=["transformer", "resnet"])  # fmt: skip
+def test_the_oracles_hold_without_branches(model: nn.Module, x: Tensor, names: tuple[str, ...]) -> None:
+    """The means that take the branches' places have the channels of the stream that they are added to."""
+    captured = capture(made(model), x)
+    facts, flops = provenance(captured), flops_by_node(captured.module, captured.inputs)
+    known = {branch.name: branch for branch in branches(captured, facts)[0]}
+    settings = Settings(rows=100, seed=0, held=False, reduce=lambda t: t)
+    found = measured(captured, facts, [known[name] for name in names], [[x]], settings, flops=flops)
+    cut = without_branches(captured, facts, found, flops)
+    assert sum(layer.op == "offset" for layer in provenance(cut).layers) == len(names)
+    assert len(captured.module.graph.nodes) > len(cut.module.graph.nodes)
+    narrower, grouping = grouped(cut, provenance(cut), "width")
+    errors = fxmerge.verify.permutation(cut, narrower, grouping)
+    assert errors
+    assert max(errors.values()) < 1e-12
+
+
 def test_layer_scale_and_dropout() -> None:
     gamma = nn.Parameter(torch.full((8,), 1e-9))
     model = Net(scaled_and_dropped_out, **parts(drop=nn.Dropout(), gamma=gamma)).eval()
@@ -550,6 +574,40 @@ def test_in_a_sweep_and_a_pass() -> None:
     done = fxmerge.MergePass(Options(budget={"params": share}, depth=True, refit="none"), TOKENS)(traced)
     assert done.modified
     assert elements(done.graph_module) == elements(model) - elements(model.layers[1].mlp) - 16
+
+
+def test_a_latency(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that goes by FLOPs: the whole model is what all graphs are timed against."""
+    model = made(Transformer())
+    scaled(model.layers[1].mlp.fc2, 0)
+    whole = cost(torch.fx.symbolic_trace(model), [TOKENS]).flops
+
+    def compared(original: nn.Module, other: Any, args: Any, kwargs: Any, seconds: float = 1.0) -> Timing:
+        assert cost(original, [TOKENS]).flops == whole  # type: ignore[arg-type]
+        return Timing(cost(other, [TOKENS]).flops / whole, 0.001, 1e-3)
+
+    for module in (budget, pipeline):
+        monkeypatch.setattr(module, "compared", compared)
+    gone = 2 * 8 * 16 * 2 * TOKENS[..., 0].numel() / whole
+    result = plain_merge(model, TOKENS, budget={"latency": 1 - gone}, depth=True)
+    assert result.plan.branches == ("layers.1.mlp",)
+    assert apart(model, result.module, TOKENS) < 1e-6
+    assert result.report.spent is not None
+    assert result.report.spent.met
+
+
+def test_weights_on_disk(tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    model = made(Transformer(count=2))
+    scaled(model.layers[1].mlp.fc2, 0)
+    safetensors.save_file(model.state_dict(), tmp_path / "w.safetensors")
+    with torch.device("meta"):
+        empty = Transformer(count=2).eval()
+    stored = fxmerge.on_disk(empty, tmp_path / "w.safetensors")
+    share = share_without(model, elements(model.layers[1].mlp) + 16)
+    result = plain_merge(stored, TOKENS, budget={"params": share}, depth=True)
+    assert result.plan.branches == ("layers.1.mlp",)
+    assert apart(model, result.module, TOKENS) < 1e-6
 
 
 def test_a_graph_of_torch_export() -> None:
