@@ -77,7 +77,7 @@ class _Trials:
 
     def error(self, number: int) -> float:
         """The error of the outputs with the first branches dropped; infinite if the budget cannot be met."""
-        self.ready.stage(f"{number} branches dropped")
+        self.ready.stage(f"branches dropped: {number}")
         ready = _without(self.ready, self.order[:number]) if number else self.ready
         try:
             choice = ready.choose(self.options)
@@ -94,10 +94,10 @@ def _measured(ready: Prepared, found: Sequence[Branch]) -> tuple[Measured, ...]:
     """The branches with their costs and losses, on some of refit's data, or on the example inputs if there is none."""
     batches, settings = ready.data.batches or [ready.captured.inputs], ready.settings
     settings = settings if ready.data.batches else replace(settings, held=False)
-    made = measured(
-        ready.captured, ready.found[0], found, batches, settings, flops=ready.flops, stage=ready.stage
+    return measured(
+        ready.captured, ready.found[0], found, batches, settings,
+        flops=ready.flops, means=ready.options.new_biases, stage=ready.stage,
     )  # fmt: skip
-    return made if ready.options.new_biases else tuple(replace(one, level=None) for one in made)
 
 
 def _named(ready: Prepared, names: Sequence[str]) -> tuple[Measured, ...]:

@@ -79,10 +79,12 @@ class _Walk:
             if not self._is_add(add):
                 continue
             one, other = add.all_input_nodes
-            for kept, end in ((one, other), (other, one)):
+            for kept, end in ((other, one), (one, other)):
                 inside = self._dead(add, kept, end)
                 mixing = [n for n in inside if any(layer.reads is not None for layer in self.layers.get(n.name, ()))]
-                if not mixing or not self.fed[end] & self.fed[kept] or not self._whole(kept, end, inside):
+                if not mixing or not self.fed[end] & self.fed[kept]:
+                    continue
+                if self._carries(end, inside) or not self._whole(kept, end, inside):
                     continue
                 layers = dict.fromkeys(layer.module for n in inside for layer in self.layers.get(n.name, ()))
                 branch = Branch(
@@ -115,6 +117,16 @@ class _Walk:
             if possible >> self.at[node] & 1 and called and node.users and all(user in found for user in node.users):
                 found.add(node)
         return sorted(found, key=self.at.__getitem__)
+
+    def _carries(self, end: fx.Node, inside: Sequence[fx.Node]) -> bool:
+        """Whether the end is a sum that a value from outside is a term of: then it is a stream, and not a branch."""
+        terms = [end]
+        while terms:
+            node = terms.pop()
+            if node not in inside:
+                return True
+            terms += node.all_input_nodes if self._is_add(node) else []
+        return False
 
     def _whole(self, kept: fx.Node, end: fx.Node, inside: Sequence[fx.Node]) -> bool:
         """Whether all layers on the way from what `kept` depends on to the end are inside, and mix channels only there.

@@ -41,17 +41,19 @@ def measured(
     settings: Settings,
     *,
     flops: Mapping[str, int],
+    means: bool = True,
     stage: Callable[[str], None] = lambda name: None,
 ) -> tuple[Measured, ...]:
     """The branches with their costs and losses, in the same order.
 
     flops: of each node of the original
+    means: whether the mean of a branch may take its place; otherwise nothing does
     """
     if not branches:
         return ()
     some = first_samples(captured, batches, _affordable(captured, len(branches), flops))
     with evaluating(captured.module), torch.no_grad():
-        losses = _Losses(captured, facts, some, settings)
+        losses = _Losses(captured, facts, some, settings, means)
         without = losses.without(branches)
         stage("branches")
         losses.run()
@@ -102,9 +104,9 @@ class _Losses:
     """One run of the original whose values are all kept, and runs of what follows an add on other values."""
 
     def __init__(
-        self, captured: Capture, facts: Provenance, batches: Sequence[Sequence[Any]], settings: Settings
+        self, captured: Capture, facts: Provenance, batches: Sequence[Sequence[Any]], settings: Settings, means: bool
     ) -> None:
-        self.module, self.facts = captured.module, facts
+        self.module, self.facts, self.means = captured.module, facts, means
         self.paired = PairedRun(pair(captured.module, facts), batches, settings)
         self.nodes: list[fx.Node] = list(captured.module.graph.nodes)
         self.starts: dict[str, list[_Start]] = {}  # by the node of the add
@@ -135,7 +137,7 @@ class _Losses:
         rest = [total - end for total, end in zip(sums, ends, strict=True)]
         labels = self.facts.labels.get(start.branch.add)
         axes = varying(labels) if labels is not None and labels.dim() == rest[0].dim() else ()
-        if len(axes) == 1:
+        if len(axes) == 1 and self.means:
             own = self.paired.unpadded(start.branch.end, ends)
             along = axes[0] - ends[0].dim() + own[0].dim()
             mean = moments(own, along, self.paired.reduce)[0].to(rest[0].dtype)

@@ -127,4 +127,4 @@ def capture_lines(captured: Capture) -> list[str]:
 def _dropped(branch: Measured) -> str:
     """The line on a dropped branch: what it cost, and what was lost without it."""
     costs = f"{branch.parameters:,} parameters and {branch.flops:,} FLOPs"
-    return f"dropped    {branch.name}, with {costs}; alone, that gives an error of {error(branch.loss)} of the outputs"
+    return f"dropped    {branch.name}: {costs}; dropped alone, it changes the outputs by {math.sqrt(branch.loss):.2g}"
