@@ -15,6 +15,9 @@ from fxmerge.analysis.meetings import meetings
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.groups import Group, Ints, Member
 from fxmerge.ir.provenance import Layer, Provenance
+from fxmerge.weights.by_path import at as tensor_at
+
+ROW_BYTES = 16  # torch.nn.functional.grouped_mm takes matrices whose rows are a multiple of this
 
 
 class Builder:
@@ -23,7 +26,7 @@ class Builder:
     def __init__(
         self, captured: Capture, facts: Provenance, atom: Ints, of_group: Ints, present: dict[str, Ints]
     ) -> None:
-        self.facts, self.atom, self.of_group = facts, atom, of_group
+        self.facts, self.atom, self.of_group, self.module = facts, atom, of_group, captured.module
         self.copies = Copies(captured, facts, atom)
         self.order = {name: number for number, name in enumerate(facts.kinds)}
         self.lookup = np.full(len(of_group), -1, dtype=np.int64)  # atom -> its index in the group that is being built
@@ -97,7 +100,14 @@ class Builder:
             blocks=blocks,
             partners=partners,
             meetings=met,
+            multiple=max((self._multiple(m.layer) for m in (*producers, *consumers)), default=1),
         )
+
+    def _multiple(self, layer: Layer) -> int:
+        """The number of channels of which a layer takes multiples only."""
+        if self.facts.rules.get(layer.node) != "grouped_mm":
+            return 1
+        return max(1, ROW_BYTES // tensor_at(self.module, layer.params["weight"]).element_size())
 
     def _blocks(self, number: int, lookup: Ints, cell: Ints) -> tuple[tuple[tuple[int, ...], ...], ...]:
         """The group's blocks: for each row of labels its cells, each as often as one of its channels is in the row.

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxmerge.calibration.decided import as_decided, decisions
 from fxmerge.calibration.held_out import sample_folds, samples
 from fxmerge.calibration.padding import Padding
 from fxmerge.calibration.patches import Form, positions
@@ -92,13 +93,17 @@ class PairedRun:
     node that both graphs have, in the order of the merged graph.
     """
 
-    def __init__(self, pair: Pair, batches: Sequence[Sequence[Any]], settings: Settings) -> None:
+    def __init__(
+        self, pair: Pair, batches: Sequence[Sequence[Any]], settings: Settings, *, decided: bool = False
+    ) -> None:
+        """decided: whether the merged graph sends its rows to the experts that the original chooses"""
         self.layers = (*pair.facts.layers, *pair.beyond)
         self.norms = {la.node: la for la in self.layers if la.op == "batch_norm"} if settings.held else {}
         self.rectified: Mapping[str, Layer] = pair.rectified if settings.held else {}
         self.recorded = any(isinstance(batch, SampleRun) for batch in batches)
         self.original = self._stream(pair.original, batches)
         self.merged = self.original if pair.merged is None else self._stream(pair.merged, batches)
+        self.decided = decisions(pair.original, pair.facts) if decided else frozenset[str]()
         self.shifts: dict[str, Tensor] = {}  # held layer -> what is added to its outputs, (c,)
         self.kept, self.reduce, self.padding = pair.kept, settings.reduce, settings.padding
         self.facts, self.alive = pair.facts, pair.alive
@@ -184,6 +189,9 @@ class PairedRun:
             values = self._normalise(stream, stream.values[node.all_input_nodes[0].name], self.norms[node.name], kept)
         else:
             values = stream.every(node)
+            if kept is not None and node.name in self.decided:
+                scores, chosen = stream.values[node.all_input_nodes[0].name], self.original.values[node.name]
+                values = [as_decided(node, x, own) for x, own in zip(scores, chosen, strict=True)]
             if kept is not None and self.recorded:
                 values = [self._narrowed(node, value, run) for value, run in zip(values, stream.batches, strict=True)]
         layer = self.rectified.get(node.name)

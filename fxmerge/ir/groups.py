@@ -101,6 +101,7 @@ class Group:
     blocks: tuple[tuple[tuple[int, ...], ...], ...] = ()  # blocks of rows of cells; a block's rows keep equally many
     partners: bool = True  # False: copies do not line up, so channels can be dropped but not merged
     meetings: tuple[Meeting, ...] = ()  # how several producers meet; the last one is the group's channels
+    multiple: int = 1  # each cell keeps a multiple of this: torch's grouped products take rows of whole 16 bytes
 
     @property
     def channels(self) -> int:

@@ -45,7 +45,7 @@ def by_ratio(
         gone = sum(part * (1 - left.get(name, 1)) for name, part in overlaps.get(group.name, {}).items())
         own = math.sqrt(share) if group.name in doubled else min(1.0, share / (1 - gone))
         asked = _asked(group, options)
-        kept[group.name] = spread(group, own, options.round_to) or all_of(group) if asked is None else asked
+        kept[group.name] = spread(group, own, step_of(group, options)) or all_of(group) if asked is None else asked
         left[group.name] = sum(kept[group.name]) / group.channels
         if asked is None:
             free[group.name] = group
@@ -66,11 +66,16 @@ def _as_wide(head: HeadWidth, values: Group, queries: Group, kept: Mapping[str, 
     return tuple(own)
 
 
+def step_of(group: Group, options: Options) -> int:
+    """The number that the channels which a group keeps are a multiple of."""
+    return math.lcm(options.round_to, group.multiple * len(set(group.cells.tolist())) if group.multiple > 1 else 1)
+
+
 def _asked(group: Group, options: Options) -> tuple[int, ...] | None:
     """Channels kept in each cell, as `keep` says; None if no pattern matches the group."""
     asked = next((v for pattern, v in options.keep.items() if fnmatchcase(group.name, pattern)), None)
     if not isinstance(asked, int):
-        return None if asked is None else spread(group, asked, options.round_to) or all_of(group)
+        return None if asked is None else spread(group, asked, step_of(group, options)) or all_of(group)
     counts = spread(group, asked / group.channels, 1, asked) if asked <= group.channels else None
     if counts is None:
         cells = f", in {len(set(group.cells.tolist()))} cells of connected blocks" if group.blocks else ""
@@ -90,12 +95,14 @@ def rungs(group: Group, options: Options) -> Floats:
     least = (1 - options.max_ratio) * group.channels - 1e-9
     if bool((sizes == sizes[0]).all()):
         size, cells = int(sizes[0]), len(sizes)
-        step = options.round_to // math.gcd(options.round_to, cells)
+        step = step_of(group, options) // math.gcd(step_of(group, options), cells)
         multiples = range((size - 1) // step * step, 0, -step * max(1, size // (RUNGS * step)))
         found = [(size,) * cells, *((k,) * cells for k in multiples if k * cells >= least)]
     else:
         shares = np.linspace(1, 1 - options.max_ratio, TRIED)[1:]
-        tried = {sum(c): c for share in shares if (c := spread(group, float(share), options.round_to)) is not None}
+        tried = {
+            sum(c): c for share in shares if (c := spread(group, float(share), step_of(group, options))) is not None
+        }
         fewer = sorted((total for total in tried if least <= total < group.channels), reverse=True)
         found = [all_of(group), *(tried[total] for total in fewer)]
     return np.array(found, dtype=np.float64)

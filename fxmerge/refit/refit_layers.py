@@ -31,6 +31,7 @@ from fxmerge.graph.cost import flops_by_node
 from fxmerge.graph.eval_mode import evaluating
 from fxmerge.ir.provenance import Layer, batch_norms, can_shift
 from fxmerge.refit import joint
+from fxmerge.refit.experts import Experts, is_routed
 from fxmerge.refit.joint_steps import JointSteps
 from fxmerge.refit.layer_weights import GraphWeights, LayerWeights
 from fxmerge.refit.records import EXACTLY, NO_BETTER, TOO_FEW, Refitted
@@ -82,8 +83,10 @@ class _Refit:
 
     def _start(self) -> None:
         """Begins a run of both graphs, with the weights as they are now."""
-        self.paired = PairedRun(self.pair, self.batches, self.settings)
+        self.paired = PairedRun(self.pair, self.batches, self.settings, decided=True)
         self.sites = Sites(self.paired, self.norms)
+        self.experts = Experts(self.paired, self.settings, EXACT)
+        self.experts.expect([layer for layer in self.layers.values() if is_routed(layer, self.pair.facts)])
         self.joint.start(self.paired, self.sites)
 
     def _lost(self, layer: Layer) -> bool:
@@ -148,7 +151,9 @@ class _Refit:
     def _is_due(self, node: str, gathered: Gathered | None) -> bool:
         """Whether a layer is solved in this run: not before a shared weight that it depends on."""
         waits = gathered is not None and node in gathered.shared.after
-        return self.moved[node] and self.layers[node].op in SOLVED and node not in self.records and not waits
+        layer = self.layers[node]
+        able = layer.op in SOLVED or is_routed(layer, self.pair.facts)
+        return self.moved[node] and able and node not in self.records and not waits
 
     def _changed(self, path: str) -> bool:
         before, now = at(self.original, path), at(self.merged, path)
@@ -159,6 +164,8 @@ class _Refit:
         held, node = self.weights.of(visit.node, layer), visit.node.name
         if layer.params["weight"] in self.shared:
             return {node: Refitted(layer.module, 0.0, 0.0, self.shared[layer.params["weight"]].reason or COSTLY)}
+        if layer.is_stacked:
+            return {node: self.experts.solve(visit, layer, self.weights.weight(layer), self.generator)}
         if why := self._unsolvable(visit, held):
             return {node: Refitted(layer.module, 0.0, 0.0, why)}
         assert held is not None

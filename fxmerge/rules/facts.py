@@ -90,7 +90,8 @@ class FactsBuilder:
             met[tie.left], met[tie.right] = True, True
         for pin in self.pins:
             met[pin.labels] = True
-        for elements in self.elements.values():
+        stacked = {stack.path for stack in self.stacks}  # see `analysis.stacks`
+        for elements in (own for path, own in self.elements.items() if path not in stacked):
             for axis in range(elements.dim() if elements.dim() > 1 else 0):
                 along = elements.movedim(axis, 0).flatten(1)
                 taken = met[along].any(1)

@@ -20,12 +20,13 @@ TEXT = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 1, "num_attent
         "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
 # class -> its configuration, and that of the width of its experts
 KINDS: dict[str, tuple[dict[str, Any], str]] = {
-    "Mixtral": ({"intermediate_size": 12, "num_local_experts": 4}, "intermediate_size"),
-    "Qwen3Moe": ({"moe_intermediate_size": 12, "num_experts": 4, "norm_topk_prob": True}, "moe_intermediate_size"),
-    "GptOss": ({"intermediate_size": 12, "num_local_experts": 4}, "intermediate_size"),
+    "Mixtral": ({"intermediate_size": 16, "num_local_experts": 4}, "intermediate_size"),
+    "Qwen3Moe": ({"moe_intermediate_size": 16, "num_experts": 4, "norm_topk_prob": True}, "moe_intermediate_size"),
+    "GptOss": ({"intermediate_size": 16, "num_local_experts": 4}, "intermediate_size"),
     "DeepseekV3": (
-        {"moe_intermediate_size": 12, "n_routed_experts": 4, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 0,
-         "q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8},
+        {"moe_intermediate_size": 16, "n_routed_experts": 4, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 0,
+         "q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8,
+         "head_dim": 4},
         "moe_intermediate_size",
     ),
 }  # fmt: skip
@@ -57,10 +58,13 @@ def halves(name: str, width: int) -> Tensor:
     return torch.stack([2 * at, 2 * at + 1] if name == "GptOss" else [at, at + width], 1)
 
 
-def narrowed(name: str, model: Any, kept: Tensor) -> Any:
-    """A model of a narrower configuration whose experts have these channels, (experts, k), of the model's."""
+def narrowed(name: str, model: Any, kept: Tensor, shared: Tensor, **more: Any) -> Any:
+    """A model of a narrower configuration whose experts have these channels, (experts, k), of the model's.
+
+    shared: the channels, (k,), of an expert for all tokens
+    """
     width = getattr(model.config, KINDS[name][1])
-    small = model_of(name, **{KINDS[name][1]: kept.size(1)})
+    small = model_of(name, **{KINDS[name][1]: kept.size(1)} | more)
     state = model.state_dict()
     experts = "model.layers.0.mlp.experts."
     for e, own in enumerate(kept):
@@ -79,7 +83,11 @@ def narrowed(name: str, model: Any, kept: Tensor) -> Any:
                 target[e] = value[own] if name == "GptOss" else value[:, own]
             else:
                 target[e] = value
-    small.load_state_dict({k: v for k, v in state.items() if not k.startswith(experts)}, strict=False)
+    others = {k: v for k, v in state.items() if not k.startswith(experts)}
+    for key, value in others.items():
+        if "shared_experts" in key:
+            others[key] = value[:, shared] if "down_proj" in key else value[shared]
+    small.load_state_dict(others, strict=False)
     return small
 
 
@@ -95,16 +103,16 @@ def kept_of(result: fxmerge.Result, experts: int) -> Tensor:
 def test_each_expert_narrows_by_its_own_choice(name: str) -> None:
     """As a model of a narrower configuration with the same weights; on other numbers of tokens, routed otherwise."""
     model = model_of(name)
-    keep = {"*embed_tokens*": 1.0, "*self_attn*": 1.0, "*shared*": 1.0}
+    keep = {"*embed_tokens*": 1.0, "*self_attn*": 1.0}
     result = plain_merge(model, {"input_ids": tokens(2, 7)}, ratio=0.5, decomposition="prune", keep=keep)
     kept = kept_of(result, 4)
-    assert kept.shape == (4, 6)
+    assert kept.shape == (4, 8)
     assert len({tuple(row) for row in kept.tolist()}) > 1  # not the same channels in all experts
-    if name != "DeepseekV3":
-        small = narrowed(name, model, kept)
-        for shape in ((1, 3), (5, 2), (3, 11)):
-            ids = tokens(*shape, seed=sum(shape))
-            assert torch.allclose(logits(result.module, ids), logits(small, ids), rtol=0, atol=1e-5)
+    shared = [torch.tensor(p.kept) for p in result.plan.groups if "shared_experts" in p.name]
+    small = narrowed(name, model, kept, shared[0] if shared else kept[0])
+    for shape in ((1, 3), (5, 2), (3, 11)):
+        ids = tokens(*shape, seed=sum(shape))
+        assert torch.allclose(logits(result.module, ids), logits(small, ids), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -116,3 +124,77 @@ def test_experts_pass_the_oracles(name: str) -> None:
     silence = verify.silence(found.captured, found.facts, found.grouping, result.plan)
     assert "all" in silence.errors
     assert max(silence.errors.values()) < 1e-9, silence
+
+
+def few_tokens(model: Any) -> Tensor:
+    """Tokens that are sent to some of the experts only."""
+    ids, used = torch.full((2, 4), 7), set[int]()
+    gate = model.model.layers[0].mlp.gate
+    hook = gate.register_forward_hook(lambda m, args, out: used.update(out[2].flatten().tolist()))
+    logits(model, ids)
+    hook.remove()
+    assert len(used) < model.config.num_local_experts
+    return ids
+
+
+def test_experts_that_get_no_token_of_the_example_narrow_too() -> None:
+    model = model_of("Mixtral", num_local_experts=8)
+    keep = {"*embed_tokens*": 1.0, "*self_attn*": 1.0}
+    ids = few_tokens(model)
+    result = plain_merge(model, {"input_ids": ids}, ratio=0.5, decomposition="prune", keep=keep)
+    kept = kept_of(result, 8)
+    small, other = narrowed("Mixtral", model, kept, kept[0], num_local_experts=8), tokens(3, 11)
+    assert torch.allclose(logits(result.module, other), logits(small, other), rtol=0, atol=1e-5)
+
+
+def test_a_loop_over_the_experts_in_use_is_not_frozen() -> None:
+    """It cannot be traced; the experts stay in the user's code, which runs as it did."""
+    model = model_of("Mixtral", num_local_experts=8)
+    model.set_experts_implementation("eager")
+    result = plain_merge(model, {"input_ids": few_tokens(model)}, ratio=0.5, decomposition="prune")
+    assert not any("experts" in p.name for p in result.plan.groups)
+    assert any("experts" in r.name and "depend on the input" in r.reason for r in result.report.refusals)
+    other = tokens(3, 11)
+    assert torch.allclose(logits(result.module, other), logits(model, other), rtol=0, atol=1e-6)
+
+
+def test_refit_solves_each_expert_on_its_own_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the channels are copies: without them, the others carry all. An expert without tokens is not changed."""
+    monkeypatch.setitem(fxmerge.SELECTORS, "first", lambda channels, count: torch.arange(count))
+    model = model_of("GptOss")
+    mlp, width = model.model.layers[0].mlp, 16
+    first, second = halves("GptOss", width)[:8].flatten(), halves("GptOss", width)[8:].flatten()
+    with torch.no_grad():
+        mlp.router.bias[3] = -100.0
+        for name in ("gate_up_proj", "gate_up_proj_bias"):
+            value = getattr(mlp.experts, name)
+            value[..., second] = value[..., first]
+    data = [{"input_ids": tokens(32, 12, seed=s)} for s in range(4)]
+    options: dict[str, Any] = {"ratio": 0.5, "decomposition": "prune", "selection": "first",
+                               "keep": {"*embed_tokens*": 1.0, "*self_attn*": 1.0}}  # fmt: skip
+    pruned = plain_merge(model, {"input_ids": tokens(2, 7)}, **options)
+    fitted = fxmerge.merge(model, {"input_ids": tokens(2, 7)}, calibration=data, **options)
+    ids = tokens(6, 9, seed=99)
+    right = logits(model, ids)
+    lost = [float((logits(r.module, ids) - right).norm() / right.norm()) for r in (pruned, fitted)]
+    assert lost[1] < 0.1 * lost[0], lost
+    down = "model.layers.0.mlp.experts.down_proj"
+    one, other = (r.module.get_parameter(down) for r in (pruned, fitted))
+    assert torch.equal(one[3], other[3])
+    whole = mlp.experts.down_proj
+    assert torch.allclose(other[:3], whole[:3, :8] + whole[:3, 8:], rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_own_class_and_plain_folder(name: str, tmp_path: Any) -> None:
+    """One configuration describes the experts, whichever channels each of them has kept."""
+    model = model_of(name)
+    keep = {"*embed_tokens*": 1.0, "*self_attn*": 1.0}
+    result = plain_merge(model, {"input_ids": tokens(2, 7)}, ratio=0.5, decomposition="prune", keep=keep)
+    assert type(result.model) is type(model), result.report.text()
+    ids = tokens(3, 5, seed=4)
+    assert torch.allclose(logits(result.model, ids), logits(result.module, ids), rtol=0, atol=1e-5)
+    result.save_pretrained(tmp_path / "small")
+    again = type(model).from_pretrained(tmp_path / "small").eval()
+    assert getattr(again.config, KINDS[name][1]) == 8
+    assert torch.allclose(logits(again, ids), logits(result.module, ids), rtol=0, atol=1e-5)
