@@ -21,6 +21,7 @@ from fxmerge.methods.linalg import Lifted, lifted
 
 Reduce = Callable[[Tensor], Tensor]  # sums a tensor over all processes
 CHUNK = 2048  # rows whose products are summed in the rows' own precision, but at least float32
+BLOCK = 576  # columns of a Gram matrix that are multiplied at a time with those after them, as it is symmetric
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,51 @@ def system(rows: list[Tensor], targets: list[Tensor], reduce: Reduce, centred: b
     return System(count, mean_p, mean_t, gram, cross)
 
 
+def without_each(
+    rows: list[Tensor], targets: list[Tensor], folds: list[Tensor], count: int, reduce: Reduce, centred: bool = True
+) -> list[System]:
+    """The systems of all rows but those of one fold, for each of `count` folds, from one pass over the rows.
+
+    folds: (rows,) by batch, the fold of each row
+    """
+    middle = tuple(_mean(parts, _count(rows, reduce), reduce) * centred for parts in (rows, targets))
+    parts = []
+    for fold in range(count):
+        inside = [(own == fold).nonzero().flatten() for own in folds]
+        own, wanted = ([x.index_select(0, i) for x, i in zip(of, inside, strict=True)] for of in (rows, targets))
+        number = _count(own, reduce)
+        sums = (_mean(of, 1.0, reduce) * centred - number * m for of, m in zip((own, wanted), middle, strict=True))
+        gram, cross = (reduce(_product(own, middle[0], *of)) for of in ((own, middle[0]), (wanted, middle[1])))
+        parts.append(_Sums(number, *sums, gram, cross))
+    whole, found = sum(parts[1:], parts[0]), []
+    while parts:  # of each fold, the sums are freed once its system is known
+        found.append(whole.without(parts.pop(0), *middle))
+    return found
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Sums over rows of patches and targets, and of their products, about the means of all rows."""
+
+    count: float
+    p: Tensor  # (g, p)
+    t: Tensor  # (g, o)
+    gram: Tensor  # (g, p, p)
+    cross: Tensor  # (g, p, o)
+
+    def __add__(self, other: _Sums) -> _Sums:
+        parts = ("p", "t", "gram", "cross")
+        return _Sums(self.count + other.count, *(getattr(self, name) + getattr(other, name) for name in parts))
+
+    def without(self, fold: _Sums, middle_p: Tensor, middle_t: Tensor) -> System:
+        """The system of all rows but those of a fold. middle_p, middle_t: the means of all rows"""
+        count = self.count - fold.count
+        p, t = (self.p - fold.p) / count, (self.t - fold.t) / count
+        gram = ((self.gram - fold.gram) / count).sub_(p[:, :, None] * p[:, None])
+        cross = ((self.cross - fold.cross) / count).sub_(p[:, :, None] * t[:, None])
+        return System(count, middle_p + p, middle_t + t, gram, cross)
+
+
 def second_moments(rows: list[Tensor], reduce: Reduce) -> tuple[Tensor, Tensor]:
     """The mean of patches (rows, g, p) and their second moments about it: (g, p), (g, p, p), float64."""
     count = _count(rows, reduce)
@@ -81,7 +127,15 @@ def _count(rows: list[Tensor], reduce: Reduce) -> float:
 
 
 def _mean(parts: list[Tensor], count: float, reduce: Reduce) -> Tensor:
-    return reduce(torch.stack([part.sum(0, dtype=torch.float64) for part in parts]).sum(0)) / count
+    return reduce(torch.stack([_sum(part) for part in parts]).sum(0)) / count
+
+
+def _sum(rows: Tensor) -> Tensor:
+    """The sum of rows, float64: of CHUNK rows in their own precision, but at least float32, as long as it is finite."""
+    precise = torch.promote_types(rows.dtype, torch.float32)
+    chunks = torch.split(rows, CHUNK)
+    found = torch.stack([chunk.sum(0, dtype=precise) for chunk in chunks]).sum(0, dtype=torch.float64)
+    return found if bool(found.isfinite().all()) else rows.sum(0, dtype=torch.float64)
 
 
 def _product(rows: list[Tensor], mean: Tensor, others: list[Tensor], other_mean: Tensor) -> Tensor:
@@ -100,13 +154,18 @@ def _product(rows: list[Tensor], mean: Tensor, others: list[Tensor], other_mean:
 def _summed_products(
     rows: list[Tensor], mean: Tensor, others: list[Tensor], other_mean: Tensor, least: torch.dtype
 ) -> Tensor:
-    total: Tensor | None = None
+    square = all(other is row for row, other in zip(rows, others, strict=True))
+    total = mean.new_zeros(*mean.shape, other_mean.size(-1))  # (g, p, o)
     for row, other in zip(rows, others, strict=True):
         for a, b in zip(torch.split(row, CHUNK), torch.split(other, CHUNK), strict=True):
             precise = torch.promote_types(torch.promote_types(a.dtype, b.dtype), least)
             one = (a.to(precise) - mean.to(precise)).transpose(0, 1)
-            two = one if other is row else (b.to(precise) - other_mean.to(precise)).transpose(0, 1)
-            part = (one.mT @ two).double()
-            total = part if total is None else total.add_(part)
-    assert total is not None
+            if not square:
+                total += one.mT @ (b.to(precise) - other_mean.to(precise)).transpose(0, 1)
+                continue
+            for first in range(0, one.size(2), BLOCK):
+                last = first + BLOCK
+                total[:, first:last, first:] += one[:, :, first:last].mT @ one[:, :, first:]
+    for first in range(BLOCK, total.size(1) if square else 0, BLOCK):
+        total[:, first : first + BLOCK, :first] = total[:, :first, first : first + BLOCK].mT
     return total

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fxmerge.calibration.held_out import FOLDS, HELD_OUT, NO_FOLD
-from fxmerge.methods.least_squares import Reduce, System, system
+from fxmerge.methods.least_squares import Reduce, System, system, without_each
 from fxmerge.methods.linalg import Lifted
 from fxmerge.refit.targets import Target
 
@@ -49,10 +49,11 @@ class Rows:
 
     def only(self, inside: list[Tensor]) -> Rows:
         """Some of the positions: (rows,) bool by batch."""
+        index_of = [i.nonzero().flatten() for i in inside]
         return Rows(
-            [p[i] for p, i in zip(self.patches, inside, strict=True)],
-            [t.rows(i) for t, i in zip(self.targets, inside, strict=True)],
-            [f[i] for f, i in zip(self.folds, inside, strict=True)],
+            [p.index_select(0, i) for p, i in zip(self.patches, index_of, strict=True)],
+            [t.rows(i) for t, i in zip(self.targets, index_of, strict=True)],
+            [f[i] for f, i in zip(self.folds, index_of, strict=True)],
         )
 
     def count(self, reduce: Reduce) -> int:
@@ -114,7 +115,7 @@ class Problem:
         splits = [(normal, judging)]
         if judging.count(self.reduce) < FEW:
             judging = self.rows.only([folds != NO_FOLD for folds in self.rows.folds])
-            splits = [self._split(judging, fold) for fold in range(FOLDS)]
+            splits = self._splits(judging)
         gaps = [one.gap(self.start) for one, _ in splits]
 
         def at(number: int) -> tuple[float, _Plain]:
@@ -142,10 +143,11 @@ class Problem:
         before = error(judging, self.start, self.bias, self.reduce)
         return Solution(weight, bias, ridge, before / energy, whole / energy)
 
-    def _split(self, rows: Rows, fold: int) -> tuple[System, Rows]:
-        """The system of all folds but one, and the rows of that one."""
-        inside = [folds == fold for folds in rows.folds]
-        return self._system(rows.only([~i for i in inside])), rows.only(inside)
+    def _splits(self, rows: Rows) -> list[tuple[System, Rows]]:
+        """For each fold, the system of all others and the rows of that one."""
+        targets = self._shaped([t.corrected for t in rows.targets])
+        systems = without_each(rows.patches, targets, rows.folds, FOLDS, self.reduce, self.centred)
+        return [(one, rows.only([folds == fold for folds in rows.folds])) for fold, one in enumerate(systems)]
 
     def _system(self, rows: Rows) -> System:
         return system(rows.patches, self._shaped([t.corrected for t in rows.targets]), self.reduce, self.centred)
