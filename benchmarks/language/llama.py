@@ -83,6 +83,15 @@ def after_attention(layer: nn.Module, state: State) -> Tensor:
     return state.hidden + first_output(attention)
 
 
+def attention_values(layer: nn.Module, state: State) -> Tensor:
+    """The inputs of `o_proj`: the values that the queries of each head have read."""
+    found: list[Tensor] = []
+    handle = layer.self_attn.o_proj.register_forward_pre_hook(lambda _, args: found.append(args[0]))
+    after_attention(layer, state)
+    handle.remove()
+    return found[0]
+
+
 def hidden_channels(layer: nn.Module, hidden: Tensor) -> Tensor:
     """The inputs of `down_proj`, given the hidden states after attention."""
     mlp, z = layer.mlp, layer.post_attention_layernorm(hidden)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import fxmerge
 from benchmarks.language.llama import LAYERS
-from benchmarks.language.pruning import Choice, flap, kept_share, prune_mlps, second_order, wanda
+from benchmarks.language.pruning import Choice, flap, kept_share, prune, second_order, wanda
 from benchmarks.language.slicegpt import sliced_width, slicegpt
 
 DENSE = "dense"
@@ -33,8 +33,8 @@ class Task:
 Method = Callable[[Task], nn.Module]
 
 
-def _by_pruning_mlps(choice: Choice) -> Method:
-    return lambda task: prune_mlps(task.model, task.batches, task.removed, choice)
+def _by_pruning(choice: Choice) -> Method:
+    return lambda task: prune(task.model, task.batches, task.removed, choice)
 
 
 def _by_slicegpt(task: Task) -> nn.Module:
@@ -58,9 +58,9 @@ def budget(model: nn.Module, removed: float) -> dict[str, Any]:
 
 METHODS: Mapping[str, Method] = {
     DENSE: lambda task: task.model,
-    "wanda": _by_pruning_mlps(wanda),
+    "wanda": _by_pruning(wanda),
     "flap": lambda task: flap(task.model, task.batches, task.removed),
-    "second-order": _by_pruning_mlps(second_order),
+    "second-order": _by_pruning(second_order),
     "slicegpt": _by_slicegpt,
     "fxmerge": partial(_by_fxmerge, samples=True),
     "fxmerge-no-data": partial(_by_fxmerge, samples=False),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from benchmarks.language.llama import (
     State,
     after_attention,
+    attention_values,
     columns_of,
     decoder_layers,
     entering,
@@ -22,27 +23,39 @@ from benchmarks.language.llama import (
 )
 
 Batches = Sequence[Mapping[str, Tensor]]
-# (weight of down_proj, its inputs, number of channels to keep) -> the kept channels, and the weight that reads them
-Choice = Callable[[Tensor, Sequence[Tensor], int], tuple[Tensor, Tensor]]
+# (weight that reads the channels, its inputs, blocks to keep, channels of a block)
+# -> the kept channels, and the weight that reads them
+Choice = Callable[[Tensor, Sequence[Tensor], int, int], tuple[Tensor, Tensor]]
 
 RIDGE = 0.03  # times the mean of the diagonal of the second moments
 STEP = 16  # channels that are eliminated at a time
 
 
 @torch.no_grad()
-def prune_mlps(model: nn.Module, batches: Batches, removed: float, choice: Choice) -> nn.Module:
-    """Narrow all MLPs alike, layer by layer; attention stays as it is.
+def prune(model: nn.Module, batches: Batches, removed: float, choice: Choice) -> nn.Module:
+    """Narrow all layers alike, one after the other: whole heads as far as they go into the share, and MLPs.
 
-    Each layer sees the hidden states that the narrowed layers before it give.
+    Each layer sees the hidden states that the narrowed layers before it give. As in Wanda-sp, a layer loses the share
+    `removed` of its heads, rounded down; MLPs lose what is left to remove.
     """
     layers = decoder_layers(model)
-    share = kept_share(model, removed)
+    heads = int(removed * key_value_heads(layers[0].self_attn))
+    share = kept_share(model, removed, heads)
     states = entering(model, batches)
     for layer in layers:
-        down = layer.mlp.down_proj
-        hidden = [after_attention(layer, state) for state in states]
+        attention, down = layer.self_attn, layer.mlp.down_proj
+        if heads:
+            count = key_value_heads(attention)
+            size = attention.o_proj.in_features // count
+            values = [attention_values(layer, state) for state in states]
+            kept, weight = choice(attention.o_proj.weight, values, count - heads, size)
+            keep_heads(attention, kept[::size] // size)
+            set_weight(attention.o_proj, weight)
+            hidden = [s.hidden + attention.o_proj(v[..., kept]) for v, s in zip(values, states, strict=True)]
+        else:
+            hidden = [after_attention(layer, state) for state in states]
         inputs = [hidden_channels(layer, h) for h in hidden]
-        kept, weight = choice(down.weight, inputs, max(1, round(share * down.in_features)))
+        kept, weight = choice(down.weight, inputs, max(1, round(share * down.in_features)), 1)
         keep_channels(layer.mlp, kept)
         set_weight(down, weight)
         states = [
@@ -51,35 +64,46 @@ def prune_mlps(model: nn.Module, batches: Batches, removed: float, choice: Choic
     return model
 
 
-def kept_share(model: nn.Module, removed: float) -> float:
-    """The share of their channels that MLPs keep if they alone lose the share `removed` of the layers' parameters."""
-    mlps = sum(p.numel() for layer in decoder_layers(model) for p in layer.mlp.parameters())
-    share = 1 - removed * layer_parameters(model) / mlps
+def key_value_heads(attention: nn.Module) -> int:
+    return attention.k_proj.out_features // attention.head_dim
+
+
+def kept_share(model: nn.Module, removed: float, heads: int = 0) -> float:
+    """The share of their channels that MLPs keep if the share `removed` of the layers' parameters leaves.
+
+    heads:  key-value heads that leave in each layer, with their queries
+    """
+    layers = decoder_layers(model)
+    mlps = sum(p.numel() for layer in layers for p in layer.mlp.parameters())
+    attentions = (layer.self_attn for layer in layers)
+    by_heads = sum(heads * cost_of_each(attention, key_value_heads(attention)) for attention in attentions)
+    share = 1 - (removed * layer_parameters(model) - by_heads) / mlps
     if share <= 0:
         raise ValueError(f"the MLPs have too few parameters to remove {removed:.0%} of the layers'")
     return share
 
 
-def wanda(weight: Tensor, inputs: Sequence[Tensor], keep: int) -> tuple[Tensor, Tensor]:
-    """Keep the channels with the largest norm of the weight's column times norm of its input. Nothing is re-solved.
+def wanda(weight: Tensor, inputs: Sequence[Tensor], keep: int, size: int = 1) -> tuple[Tensor, Tensor]:
+    """Keep the blocks with the largest sum of norms of the weight's columns times norms of their inputs.
 
-    Sun et al., A Simple and Effective Pruning Approach for Large Language Models, ICLR 2024, with a column in place of
-    a weight, as in the Wanda-sp of An et al.
+    Nothing is re-solved. Sun et al., A Simple and Effective Pruning Approach for Large Language Models, ICLR 2024, with
+    columns in place of weights, as in the Wanda-sp of An et al.
     """
     energy = sum(x.flatten(0, -2).double().square().sum(0) for x in inputs)
-    kept = (weight.double().norm(dim=0) * energy.sqrt()).topk(keep).indices.sort().values
+    score = weight.double().norm(dim=0) * energy.sqrt()
+    kept = columns_of(score.unflatten(0, (-1, size)).sum(1).topk(keep).indices.sort().values, size)
     return kept, weight[:, kept]
 
 
-def second_order(weight: Tensor, inputs: Sequence[Tensor], keep: int) -> tuple[Tensor, Tensor]:
-    """Eliminate the channels whose loss is smallest if all others are re-solved; then solve the weight with a ridge.
+def second_order(weight: Tensor, inputs: Sequence[Tensor], keep: int, size: int = 1) -> tuple[Tensor, Tensor]:
+    """Eliminate the blocks whose loss is smallest if all others are re-solved; then solve the weight with a ridge.
 
     The elimination is Optimal Brain Surgeon for columns (Hassibi and Stork, 1993), as in ZipLM (Kurtic et al., NeurIPS
     2023) and SlimGPT (Ling et al., NeurIPS 2024). The ridge draws towards the original weight.
     """
     moments = second_moments(inputs)
     moments.diagonal().add_(RIDGE * moments.diagonal().mean())
-    kept = eliminate(weight.double(), torch.linalg.inv(moments), keep)
+    kept = columns_of(eliminate(weight.double(), torch.linalg.inv(moments), keep, size), size)
     solved = torch.linalg.solve(moments[kept][:, kept], moments[kept] @ weight.double().T).T
     return kept, solved
 
@@ -93,23 +117,27 @@ def second_moments(inputs: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def eliminate(weight: Tensor, inverse: Tensor, keep: int, step: int = STEP) -> Tensor:
-    """The `keep` columns that stay if those of smallest loss |w_j|^2 / inverse_jj leave, `step` of them at a time.
+def eliminate(weight: Tensor, inverse: Tensor, keep: int, size: int = 1, step: int | None = None) -> Tensor:
+    """The `keep` blocks that stay if those of smallest loss leave, `step` of them at a time.
 
     inverse:  of the second moments of the inputs
 
-    The weight, and the inverse, follow each step as if the remaining columns were re-solved.
+    The loss of a block of columns W_b is tr(W_b inverse_bb^-1 W_b^T). The weight and the inverse follow each step as if
+    the remaining columns were re-solved.
     """
-    kept = torch.arange(len(inverse))
+    step = step or max(1, STEP // size)
+    kept = torch.arange(len(inverse) // size)
     while len(kept) > keep:
-        loss = weight.square().sum(0) / inverse.diagonal()
+        blocks = inverse.reshape(len(kept), size, len(kept), size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        columns = weight.T.reshape(len(kept), size, -1)
+        loss = (columns * torch.linalg.solve(blocks, columns)).sum((1, 2))
         stays = torch.ones(len(kept), dtype=torch.bool)
         stays[loss.topk(min(step, len(kept) - keep), largest=False).indices] = False
+        kept, stays = kept[stays], stays.repeat_interleave(size)
         rows = inverse[~stays]
         carried = torch.linalg.solve(rows[:, ~stays], rows[:, stays])
         weight = weight[:, stays] - weight[:, ~stays] @ carried
         inverse = inverse[stays][:, stays] - rows[:, stays].T @ carried
-        kept = kept[stays]
     return kept
 
 
@@ -130,7 +158,7 @@ def flap(model: nn.Module, batches: Batches, removed: float, heads: bool = True)
     for layer in layers:
         attention, down = layer.self_attn, layer.mlp.down_proj
         metric = fluctuation(attention.o_proj, variances[attention.o_proj]).square()
-        per_head = standardised(metric).reshape(attention.k_proj.out_features // attention.head_dim, -1).mean(1)
+        per_head = standardised(metric).reshape(key_value_heads(attention), -1).mean(1)
         scores += [per_head if heads else torch.full_like(per_head, torch.inf)]
         scores += [standardised(fluctuation(down, variances[down]))]
         costs += [cost_of_each(attention, len(per_head)), cost_of_each(layer.mlp, down.in_features)]

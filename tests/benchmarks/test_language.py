@@ -94,7 +94,7 @@ def test_the_width_of_slicegpt_counts_the_matrices_in_the_adds() -> None:
 
 def test_second_order_that_removes_nothing_changes_nothing() -> None:
     original = model()
-    assert distance(pruning.prune_mlps(copy.deepcopy(original), tokens(), 0.0, pruning.second_order), original) < 1e-5
+    assert distance(pruning.prune(copy.deepcopy(original), tokens(), 0.0, pruning.second_order), original) < 1e-5
 
 
 def doubled(original: nn.Module) -> nn.Module:
@@ -110,27 +110,28 @@ def doubled(original: nn.Module) -> nn.Module:
 
 
 def test_second_order_merges_duplicates_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = model(intermediate_size=48)
+    original = model(intermediate_size=48, num_key_value_heads=2)
     wide = doubled(original)
     assert distance(wide, original) < 1e-5
     removed = llama.layer_parameters(wide) - llama.layer_parameters(original)
     monkeypatch.setattr(pruning, "RIDGE", 1e-9)
-    small = pruning.prune_mlps(wide, tokens(8), removed / llama.layer_parameters(wide), pruning.second_order)
+    small = pruning.prune(wide, tokens(8), removed / llama.layer_parameters(wide), pruning.second_order)
     assert small.model.layers[0].mlp.down_proj.in_features in (48, 49)  # biases are not counted exactly
     assert distance(small, original) < 1e-3
 
 
-def test_elimination_is_greedy_with_all_others_solved_again() -> None:
+@pytest.mark.parametrize("size", [1, 2])
+def test_elimination_is_greedy_with_all_others_solved_again(size: int) -> None:
     torch.manual_seed(0)
-    x, weight = torch.randn(40, 7).double() @ torch.randn(7, 7).double(), torch.randn(5, 7).double()
-    kept = list(range(7))
+    x, weight = torch.randn(90, 14).double() @ torch.randn(14, 14).double(), torch.randn(5, 14).double()
+    kept = list(range(14 // size))
     while len(kept) > 3:  # by least squares on the rows, for each candidate
         def loss(candidate: int, kept: Sequence[int] = tuple(kept)) -> float:
-            rest = x[:, [k for k in kept if k != candidate]]
+            rest = x[:, llama.columns_of(torch.tensor([k for k in kept if k != candidate]), size)]
             y = x @ weight.T
             return float((rest @ torch.linalg.lstsq(rest, y).solution - y).norm())
         kept.remove(min(kept, key=loss))
-    found = pruning.eliminate(weight, torch.linalg.inv(x.T @ x), 3, step=1)
+    found = pruning.eliminate(weight, torch.linalg.inv(x.T @ x), 3, size, step=1)
     assert found.tolist() == kept
 
 
@@ -143,10 +144,22 @@ def silenced(original: nn.Module, channels: Tensor) -> nn.Module:
 
 @pytest.mark.parametrize("choice", [pruning.wanda, pruning.second_order])
 def test_channels_that_nothing_reads_leave_first(choice: pruning.Choice) -> None:
-    original = silenced(model(), torch.arange(0, 384, 3))
+    original = silenced(model(num_key_value_heads=2), torch.arange(0, 384, 3))
     removed = 2 * 128 * (3 * 128 + 2) / llama.layer_parameters(original)
-    small = pruning.prune_mlps(copy.deepcopy(original), tokens(), removed * 0.995, choice)
+    small = pruning.prune(copy.deepcopy(original), tokens(), removed * 0.995, choice)
     assert 256 <= small.model.layers[1].mlp.down_proj.in_features <= 260
+    assert small.model.layers[1].self_attn.k_proj.out_features == 16
+    assert distance(small, original) < 1e-4
+
+
+@pytest.mark.parametrize("choice", [pruning.wanda, pruning.second_order])
+def test_heads_that_nothing_reads_leave_first(choice: pruning.Choice) -> None:
+    original = silenced(model(), torch.arange(0, 384, 3))
+    for layer, heads in zip(original.model.layers, ([1, 4], [0, 7]), strict=True):
+        layer.self_attn.o_proj.weight[:, llama.columns_of(torch.tensor(heads), 16)] = 0
+    silent = 2 * (128 * (3 * 128 + 2) + 2 * (2 * 16 + 2 * 8) * 128)  # two heads of eight are less than the share of all
+    small = pruning.prune(copy.deepcopy(original), tokens(), 0.995 * silent / llama.layer_parameters(original), choice)
+    assert [layer.self_attn.k_proj.out_features for layer in small.model.layers] == [48, 48]
     assert distance(small, original) < 1e-4
 
 
@@ -158,19 +171,20 @@ def test_wanda_weighs_columns_by_their_inputs() -> None:
     assert pruning.wanda(weight, [x], 3)[0].tolist() == [0, 1, 3]
 
 
-def test_each_mlp_sees_what_the_narrowed_ones_before_it_give() -> None:
+def test_each_layer_sees_what_the_narrowed_ones_before_it_give() -> None:
     seen: list[Tensor] = []
 
-    def choice(weight: Tensor, inputs: Sequence[Tensor], keep: int) -> tuple[Tensor, Tensor]:
-        kept = torch.arange(keep)
+    def choice(weight: Tensor, inputs: Sequence[Tensor], keep: int, size: int) -> tuple[Tensor, Tensor]:
+        kept = torch.arange(keep * size)
         seen.append(torch.cat(list(inputs))[..., kept])
         return kept, 2 * weight[:, kept]
 
-    batches = tokens(2)
-    small = pruning.prune_mlps(model(), batches, 0.3, choice)
-    found: list[list[Tensor]] = [[], []]
-    for layer, into in zip(small.model.layers, found, strict=True):
-        layer.mlp.down_proj.register_forward_pre_hook(lambda _, args, into=into: into.append(args[0]))
+    batches, found = tokens(2), []
+    small = pruning.prune(model(), batches, 0.3, choice)
+    for layer in small.model.layers:
+        for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            found.append([])
+            linear.register_forward_pre_hook(lambda _, args, into=found[-1]: into.append(args[0]))
     for batch in batches:
         small(**batch)
     for ours, theirs in zip(seen, found, strict=True):
