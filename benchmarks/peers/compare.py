@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fxmerge
 from benchmarks.accuracy.ratios import CASES, Case
+from benchmarks.harness.memory import peak_memory, reset_peak_memory
 from benchmarks.networks.data import accuracy
 from benchmarks.networks.models import load_checkpoint
 from benchmarks.networks.published import BATCH, NETWORKS, Network, find_weights, flags, images, parse
@@ -99,11 +100,11 @@ def measure(case: Case, ratio: float, method: str, data: Path, weights: Path) ->
         fxmerge.merge(nn.Linear(4, 4), torch.zeros(1, 4))  # imports what fxmerge imports on first use
     elif method == "Torch-Pruning":
         import torch_pruning  # noqa: F401
-    before = _reset_peak()
+    before = reset_peak_memory()
     start, wall = time.process_time(), time.perf_counter()
     small = METHODS[method](task).eval()
     seconds, wall = time.process_time() - start, time.perf_counter() - wall
-    peak = _peak() - before
+    peak = (peak_memory() - before) / 2**20
     network = NETWORKS[case.network]
     metadata = load_checkpoint(find_weights(network, weights), network.build())
     x, y = images(network, metadata, data, "test", case.images)
@@ -112,22 +113,6 @@ def measure(case: Case, ratio: float, method: str, data: Path, weights: Path) ->
         small(task.example[:1])
     found = {"cpu": seconds, "wall": wall, "peak": peak, "parameters": size, "flops": counter.get_total_flops()}
     return {**found, "accuracy": accuracy(small, x, y, BATCH)}
-
-
-def _reset_peak() -> float:
-    """Reset the peak memory of this process (Linux) and return its memory now, in MiB."""
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    return _status("VmRSS")
-
-
-def _peak() -> float:
-    """Peak memory of this process since `_reset_peak`, in MiB."""
-    return _status("VmHWM")
-
-
-def _status(entry: str) -> float:
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(float(line.split()[1]) / 1024 for line in lines if line.startswith(entry))
 
 
 def markdown(key: str, rows: Mapping[float, Mapping[str, Mapping[str, float]]]) -> str:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks.harness import process
-from benchmarks.harness.rows import Row, append_row, read_rows
+from benchmarks.harness import process, runs
+from benchmarks.harness.rows import Row, read_rows
 from benchmarks.real import nets, one_row
 from benchmarks.real.methods import BUDGETS, METHODS, ORIGINAL, installed
 from benchmarks.real.page import Key, page, plot
@@ -27,11 +27,7 @@ LIBRARIES = ("torchvision", "timm", "transformers", "torch_pruning")
 def measure(key: Key, folder: Path, limit: float) -> Row:
     """Measure one row in its own process, which is stopped after `limit` seconds."""
     seed, network, budget, method = key
-    found, wall = process.measured(one_row.findings, (folder, network, budget, method, seed), limit)
-    ended = found.pop("ended", "")
-    if ended:
-        found["error"] = f"{ended}, in {found.get('stage', 'start')}"
-    return {**dict(zip(KEY, key, strict=True)), **found, "wall": wall}
+    return runs.measure(key, KEY, one_row.findings, (folder, network, budget, method, seed), limit)
 
 
 def requested(networks: Sequence[str], budgets: Sequence[str], methods: Sequence[str], seed: int) -> Iterator[Key]:
@@ -49,15 +45,6 @@ def progress_line(row: Row) -> str:
     left = f", {row['flops']:.1%} of the FLOPs" if "flops" in row else ""
     title = " ".join(part for part in (row["network"], row["budget"], row["method"]) if part)
     return f"{title}: {outcome}{left}, {row['wall']:.0f} s"
-
-
-def run(todo: Sequence[Key], folder: Path, limit: float, path: Path, console: Console) -> None:
-    """Measure rows one by one and append them to the file."""
-    for number, key in enumerate(todo, 1):
-        with console.status(" ".join(map(str, key[1:]))):
-            row = measure(key, folder, limit)
-        append_row(path, row)
-        console.print(f"{number}/{len(todo)} {progress_line(row)}", markup=False, soft_wrap=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -89,7 +76,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     keys = requested([n for n in networks if n in (args.only or networks)], args.budgets, methods, args.seed)
     process.preload(*filter(importlib.util.find_spec, LIBRARIES), one_row.__name__)
     try:
-        run([key for key in keys if args.again or key not in rows], args.nets, args.limit, path, console)
+        todo = [key for key in keys if args.again or key not in rows]
+        runs.run(todo, lambda key: measure(key, args.nets, args.limit), progress_line, path, console)
     finally:
         write(path, args.seed, args.out, console)
 

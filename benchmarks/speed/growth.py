@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import fxmerge
+from benchmarks.harness.memory import peak_memory, reset_peak_memory
 from benchmarks.harness.page import pyplot, save_plot
 
 MOST = 300_000_000  # parameters of a model in memory; four times as many on disk
@@ -112,17 +113,6 @@ class Point:
     model: int  # bytes
 
 
-def peak_memory() -> int:
-    """Peak resident memory of this process since `reset_peak_memory`, in bytes (Linux)."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
-
-
-def reset_peak_memory() -> None:
-    """Make `peak_memory` count from the current memory of this process (Linux)."""
-    Path("/proc/self/clear_refs").write_text("5")
-
-
 def write_layers(net: Net, folder: Path) -> None:
     """Write random weights with one file for each tensor, so that only one tensor is in memory at a time."""
     generator = torch.Generator().manual_seed(0)
@@ -149,8 +139,7 @@ def measure(net: Net, options: Mapping[str, Any], on_disk: bool) -> Point:
         else:
             model = net.model()
         parameters = sum(p.numel() for p in model.parameters())
-        reset_peak_memory()
-        before, start = peak_memory(), time.process_time()
+        before, start = reset_peak_memory(), time.process_time()
         result = fxmerge.merge(model, net.example(), **options)
         if on_disk:
             result.save(Path(place, "merged"))

@@ -1,0 +1,1 @@
+"""Language models against the published post-training pruners, on the same tokens."""
