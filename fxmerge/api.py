@@ -14,6 +14,7 @@ from fxmerge.errors import FxMergeError
 from fxmerge.options import Options
 from fxmerge.pipeline import prepared
 from fxmerge.plan import GroupPlan, Plan
+from fxmerge.planning.counted import check_of
 from fxmerge.progress import older_left_alone, progress
 from fxmerge.result import Analysis, Result
 
@@ -94,5 +95,6 @@ def _merge(
     given: Any,
     dynamic_shapes: Any,
 ) -> Result:
+    check_of(options)
     with progress() as stage, older_left_alone():
         return prepared(model, example_inputs, options, given, stage, dynamic_shapes).merged(options, decided)

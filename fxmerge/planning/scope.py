@@ -11,6 +11,7 @@ from fxmerge.errors import FxMergeError
 from fxmerge.ir.groups import Group, Grouping, Refusal
 from fxmerge.options import Options
 from fxmerge.plan import GroupPlan
+from fxmerge.planning.counted import within
 
 
 def check_patterns(groups: Sequence[Group], modules: Sequence[str], options: Options) -> None:
@@ -30,9 +31,8 @@ def _some(known: Sequence[str]) -> str:
 
 def ignored(group: Group, options: Options) -> bool:
     """Whether a pattern of `ignore` matches the group, the module of one of its layers, or a parent of that module."""
-    names = [group.name, *(m.layer.module for m in (*group.producers, *group.per_channel_params, *group.consumers))]
-    around = {".".join(name.split(".")[:n]) for name in names for n in range(1, len(name.split(".")) + 1)}
-    return any(fnmatchcase(name, pattern) for pattern in options.ignore for name in around)
+    names = {group.name, *(m.layer.module for m in (*group.producers, *group.per_channel_params, *group.consumers))}
+    return any(within(name, options.ignore) for name in names)
 
 
 def in_scope(grouping: Grouping, options: Options) -> tuple[list[Group], tuple[Refusal, ...]]:
