@@ -126,7 +126,7 @@ class Prepared:
         missing = [g for g in groups if g.name not in known]
         if batches and missing:
             self.stage("survey")
-            known |= readings(self.captured, self.found[0], missing, batches, self.settings, self.stage)
+            known |= readings(self.captured, *self.found, missing, batches, self.settings, self.stage)
         return known
 
     @cached_property
