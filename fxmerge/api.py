@@ -16,6 +16,7 @@ from fxmerge.keywords import Keywords
 from fxmerge.options import Options
 from fxmerge.pipeline import prepared
 from fxmerge.plan import Plan
+from fxmerge.planning.counted import check_of
 from fxmerge.progress import older_left_alone, progress
 from fxmerge.result import Analysis, Result
 
@@ -99,5 +100,6 @@ def _merge(
 ) -> Result:
     if options.depth and not options.budget:
         raise FxMergeError("depth=True needs a budget, which says how much is removed; give budget={'flops': 0.7}")
+    check_of(options)
     with progress() as stage, older_left_alone():
         return merged(prepared(model, example_inputs, options, given, stage, dynamic_shapes), options, plan)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, TypedDict
 
-Budget = Literal["flops", "params", "latency"]
+Budget = Literal["flops", "params", "cache", "latency"]
 Scope = Literal["internal", "all"]
 Heads = Literal["width", "whole", "both"]
 MostsimScale = Literal["exact", "reference"]
@@ -25,7 +25,9 @@ class SweepKeywords(TypedDict, total=False):
     """The options that `fxmerge.sweep` takes; its budgets take the place of ratio and budget."""
 
     allocation: Allocation
+    of: str | tuple[str, ...] | list[str]
     max_ratio: float
+    depth: bool
     keep: Mapping[str, int | float]
     ignore: tuple[str, ...] | list[str] | set[str]  # a string alone is a mistake
     scope: Scope

@@ -19,9 +19,11 @@ from fxmerge.methods.selection import SELECTORS
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-NAMES = {"flops": "FLOPs", "params": "parameters", "latency": "latency"}  # kind of budget -> its name in texts
+# kind of budget -> its name in texts
+NAMES = {"flops": "FLOPs", "params": "parameters", "cache": "key-value cache", "latency": "latency"}
 BUDGETS = tuple(NAMES)
-TOLERANCE = {"flops": 0.01, "params": 0.01, "latency": latency.TOLERANCE}  # relative error with which a budget is met
+# relative error with which a budget is met
+TOLERANCE = {"flops": 0.01, "params": 0.01, "cache": 0.01, "latency": latency.TOLERANCE}
 
 
 def choices() -> dict[str, tuple[str, ...]]:
@@ -59,7 +61,9 @@ class Options:
     ratio: float = _DefaultRatio(0.5)
     """share of its channels that each group drops, 0 <= ratio < 1"""
     budget: Mapping[str, float] = field(default_factory=dict)
-    """instead of ratio: share of the original's cost that may remain, as flops 0.5, params 0.36 or latency 0.7"""
+    """instead of ratio: share of the original's cost that may remain: flops 0.5, params 0.36, cache 0.5, latency 0.7"""
+    of: tuple[str, ...] = ()
+    """with a budget: patterns of the modules whose cost it is a share of, with all that is inside them; default: all"""
     allocation: Annotated[str, _open("allocation")] = "greedy"
     """how a budget is divided among the groups"""
     max_ratio: float = 0.9
@@ -121,7 +125,9 @@ class Options:
         self._check_ignore()
         self._check_keep()
         self._check_budget()
+        self._check_of()
         object.__setattr__(self, "ignore", tuple(self.ignore))
+        object.__setattr__(self, "of", (self.of,) if isinstance(self.of, str) else tuple(self.of))
         object.__setattr__(self, "keep", dict(self.keep))
         object.__setattr__(self, "budget", dict(self.budget))
 
@@ -150,9 +156,8 @@ class Options:
                 )
 
     def _check_budget(self) -> None:
-        form = (
-            'give one of {"flops": 0.5}, {"params": 0.5}, {"latency": 0.5}: the share of the original that may remain'
-        )
+        kinds = ", ".join(f'{{"{kind}": 0.5}}' for kind in BUDGETS)
+        form = f"give one of {kinds}: the share of the original that may remain"
         if not isinstance(self.budget, Mapping) or len(self.budget) > 1:
             raise FxMergeError(f"budget is {self.budget!r}; {form}")
         for kind, share in self.budget.items():
@@ -169,6 +174,13 @@ class Options:
                 raise FxMergeError(
                     f"ratio {self.ratio:g} and budget {{{kind!r}: {share:g}}} contradict each other; give one of them"
                 )
+
+    def _check_of(self) -> None:
+        patterns = [self.of] if isinstance(self.of, str) else self.of
+        if not isinstance(patterns, (tuple, list)) or not all(isinstance(p, str) and p for p in patterns):
+            raise FxMergeError(f"of is {self.of!r}; give a pattern of module names, or a tuple of them")
+        if patterns and "latency" in self.budget:
+            raise FxMergeError(f"of is {self.of!r}, but a latency is that of the whole model; give another budget")
 
     def replace(self, **changes: Unpack[Keywords]) -> Options:
         """A copy with some fields changed. Raises FxMergeError for an unknown field."""

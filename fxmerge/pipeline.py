@@ -14,7 +14,6 @@ from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -45,12 +44,13 @@ from fxmerge.methods.evidence import Reading
 from fxmerge.methods.selection import select
 from fxmerge.options import Options
 from fxmerge.plan import GroupPlan, Plan
-from fxmerge.planning.budget import Allotted, Room, allot, original_of
+from fxmerge.planning.budget import Allotted, allot, original_of
 from fxmerge.planning.candidates import candidates
-from fxmerge.planning.counts import by_ratio, rungs
+from fxmerge.planning.counts import by_ratio
 from fxmerge.planning.draft import Choice, Draft, drafted
 from fxmerge.planning.error_curves import curves
 from fxmerge.planning.roles import without
+from fxmerge.planning.room import Room
 from fxmerge.planning.scope import check_patterns, in_scope, replayed
 from fxmerge.planning.statistics import state
 from fxmerge.refit.contradiction import contradiction
@@ -133,7 +133,7 @@ class Prepared:
         missing = [g for g in groups if g.name not in known]
         if batches and missing:
             self.stage("survey")
-            known |= readings(self.captured, self.found[0], missing, batches, self.settings, self.stage)
+            known |= readings(self.captured, *self.found, missing, batches, self.settings, self.stage)
         return known
 
     @cached_property
@@ -207,21 +207,17 @@ class Prepared:
         facts, grouping = self.found
         if not options.budget:
             return Allotted(by_ratio(groups, options, overlaps(grouping), head_widths(facts, grouping)))
-        ladders = {g.name: rungs(g, options) for g in groups}
-        free = [g for g in groups if len(ladders[g.name]) > 1]
-        errors = {name: np.zeros(len(kept)) for name, kept in ladders.items()}
+        room = Room.before_survey(self.captured, facts, grouping, groups, options, self.flops)
+        free, errors = room.free, dict(room.errors)
         batches = self.data.batches if free else []
         if options.allocation != "uniform":
             surveyed = self.readings(free) if batches else {}
             self.stage("curves")
             errors |= curves(
-                self.captured, facts, free, options, ladders=ladders, readings=surveyed, tensors=self.tensors,
+                self.captured, facts, free, options, ladders=room.ladders, readings=surveyed, tensors=self.tensors,
                 refitted=bool(batches), sensitivity=self.sensitive if batches else {},
             )  # fmt: skip
-        room = Room(
-            captured=self.captured, facts=facts, grouping=grouping, groups=groups, ladders=ladders, errors=errors,
-            options=options, refitted=bool(batches), flops=self.flops,
-        )  # fmt: skip
+        room = replace(room, errors=errors, refitted=bool(batches))
         return allot(room, self.tensors, self.stage, lambda counts: self.error(groups, counts, options))
 
     def selection(

@@ -11,8 +11,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,118 +25,19 @@ from fxmerge.errors import FxMergeError
 from fxmerge.graph.eval_mode import evaluating
 from fxmerge.graph.nested import finite
 from fxmerge.keywords import Budget, SweepKeywords
-from fxmerge.options import NAMES, Options
+from fxmerge.options import Options
 from fxmerge.pipeline import Prepared, prepared
+from fxmerge.planning.counted import named
 from fxmerge.progress import older_left_alone, progress
-from fxmerge.report.layout import WIDTH, Style, names, numbers, table, wrap
-from fxmerge.report.picture.curve import curve
+from fxmerge.report.points import VERSION, Point, Sweep
 from fxmerge.report.reports import original_cost
-from fxmerge.report.tables import short
 from fxmerge.weights.files import write_text
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
     from typing_extensions import Unpack
 
-VERSION = 1  # of the format of the files in a folder
 Evaluate = Callable[[nn.Module], Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Point:
-    """One merged model, or a budget that could not be met.
-
-    kind:     "flops", "params" or "latency"
-    asked:    the budget, as a share of the original
-    left:     the share of the original that is left
-    noise:    the standard error of a latency; otherwise None
-    error:    the relative error of the outputs on the example inputs
-    value:    the value of `evaluate`, if it was given
-    widths:   {group: channels kept}, for the groups that were narrowed
-    notes:    requests that were not, or not fully, carried out
-    failed:   why the budget could not be met; "" if it was
-    """
-
-    kind: str
-    asked: float
-    left: float = math.nan
-    noise: float | None = None
-    parameters: int = 0
-    flops: int = 0
-    error: float = math.nan
-    value: float | None = None
-    widths: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-    seconds: float = 0.0
-    failed: str = ""
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """The points of a sweep, the largest budget first, and the original model as a point.
-
-    measure: the name of the `evaluate` function; "" if there was none
-    """
-
-    original: Point
-    points: tuple[Point, ...]
-    measure: str = ""
-
-    def text(self, width: int = 120, ascii: bool = False) -> str:
-        """A table with a row for each budget, and below it the notes about them, as plain text.
-
-        width: of the longest line, at least 20; columns that do not fit are left out
-        ascii: use ASCII characters only
-        """
-        style, width, points = Style(ascii), max(width, WIDTH), (self.original, *self.points)
-
-        def figures(cell: Callable[[Point], str]) -> list[str]:
-            return ["" if p.failed else cell(p) for p in points]
-
-        columns = [
-            names("budget", ["original", *(f"{p.asked:.1%}" for p in self.points)]),
-            numbers("left", ["not met" if p.failed else f"{p.left:.1%}" for p in points]),
-            numbers("parameters", figures(lambda p: f"{p.parameters:,}"), figures(lambda p: short(p.parameters))),
-            numbers("FLOPs", figures(lambda p: f"{p.flops:,}"), figures(lambda p: short(p.flops))),
-            numbers("output error", figures(lambda p: f"{p.error:.3g}" if p.error == p.error else "not measurable")),
-            numbers("seconds", figures(lambda p: f"{p.seconds:.0f}")),
-        ]
-        if self.measure:
-            columns.insert(-1, numbers(self.measure, ["" if p.value is None else f"{p.value:.4g}" for p in points]))
-        lines = table(f"Models merged to a share of the original's {NAMES[self.original.kind]}", columns, width, style)
-        notes = [f"{p.asked:.1%}: {note}" for p in self.points for note in (p.failed, *p.notes) if note]
-        return "\n".join([*lines, *(line for note in notes for line in wrap(note, width, style, 4)), ""])
-
-    def __repr__(self) -> str:
-        return f"<Sweep: {len(self.points)} budgets of {NAMES[self.original.kind]}>"
-
-    def json(self) -> str:
-        """JSON text: {"fxmerge_sweep", "original", "measure", "points"}, the fields of `Point`, and null for NaN."""
-        original, *points = [finite(dataclasses.asdict(p)) for p in (self.original, *self.points)]
-        data = {"fxmerge_sweep": VERSION, "original": original, "measure": self.measure, "points": points}
-        return json.dumps(data, indent=1)
-
-    def svg(self, path: str | Path | None = None) -> str:
-        """A plot of the value, or without `evaluate` of the output error, against the share left in %, as SVG text.
-
-        path: a file to write the text to, with the extension .svg
-        Raises FxMergeError if nothing was met or measurable, or for another extension.
-        """
-        met = [p for p in self.points if not p.failed]
-        if not met:
-            raise FxMergeError("no budget of this sweep was met, so there is nothing to plot")
-        points = [(100 * p.left, p.value if p.value is not None else p.error) for p in met]
-        points = [point for point in points if math.isfinite(point[1])]
-        if not points:
-            raise FxMergeError("the output error of no budget was measurable, so there is nothing to plot")
-        kind, up = NAMES[self.original.kind], self.measure or "relative error of the outputs"
-        level = (self.original.value, "original") if self.original.value is not None else None
-        drawn = curve(points, f"{len(met)} budgets of {kind}", f"{kind} left, %", up, level)
-        if path is not None:
-            if Path(path).suffix != ".svg":
-                raise FxMergeError(f"{path}: a sweep is written as SVG; give a path that ends in .svg")
-            write_text(Path(path), drawn)
-        return drawn
 
 
 def sweep(
@@ -155,7 +55,7 @@ def sweep(
     """Merges a model at each budget, the largest first. `model` itself is not modified.
 
     budgets: shares of the original that may remain.
-    kind: what the budgets are shares of: "flops", "params" or "latency".
+    kind: what the budgets are shares of: "flops", "params", "cache" or "latency".
     evaluate: a function that takes a model in evaluation mode and returns a number, such as its accuracy. Without it,
         only the error of the outputs on the example inputs is reported.
     options: `Options` without ratio and budget, or its fields as keyword arguments.
@@ -185,10 +85,10 @@ def sweep(
         points = []
         for one in asked:
             ((_, share),) = one.budget.items()
-            prefix[0] = f"{share:.1%} of the {NAMES[kind]}: "
+            prefix[0] = f"{share:.1%} of the {named(kind, one.of)}: "
             points.append(_point(ready, one.replace(refit=ready.options.refit), evaluate, folder, digest))
         prefix[0] = "original: "
-        original = _original(ready, kind, evaluate, folder, digest)
+        original = _original(ready, asked[0], evaluate, folder, digest)
     found = Sweep(original, tuple(points), _name(evaluate))
     if all(p.failed for p in points):
         raise FxMergeError(points[0].failed)
@@ -207,7 +107,7 @@ def _point(ready: Prepared, options: Options, evaluate: Evaluate | None, folder:
         try:
             result = merged(ready, options)
         except FxMergeError as error:
-            return Point(kind=kind, asked=share, failed=str(error)), None
+            return Point(kind=kind, asked=share, failed=str(error), of=options.of), None
         report = result.report
         spent, after = report.spent, report.after
         point = Point(
@@ -222,13 +122,16 @@ def _point(ready: Prepared, options: Options, evaluate: Evaluate | None, folder:
             widths={g.name: len(g.kept) for g in result.plan.groups},
             notes=(*report.notes, *([report.verdict.reason] if report.verdict.reason else [])),
             seconds=time.perf_counter() - started,
+            of=options.of,
         )
         return point, json.loads(result.plan.json())
 
     return _kept(made, folder, f"{kind}-{share:g}", f"{digest} {options}")
 
 
-def _original(ready: Prepared, kind: str, evaluate: Evaluate | None, folder: Path | None, digest: str) -> Point:
+def _original(ready: Prepared, options: Options, evaluate: Evaluate | None, folder: Path | None, digest: str) -> Point:
+    ((kind, _),) = options.budget.items()
+
     def made() -> tuple[Point, Any]:
         before = original_cost(ready.captured)
         point = Point(
@@ -239,10 +142,11 @@ def _original(ready: Prepared, kind: str, evaluate: Evaluate | None, folder: Pat
             flops=before.flops,
             error=0.0,
             value=_value(evaluate, ready.original),
+            of=options.of,
         )
         return point, None
 
-    return _kept(made, folder, f"{kind}-original", digest)
+    return _kept(made, folder, f"{kind}-original", f"{digest} {options.of}" if options.of else digest)
 
 
 def _kept(made: Callable[[], tuple[Point, Any]], folder: Path | None, name: str, digest: str) -> Point:
@@ -255,7 +159,7 @@ def _kept(made: Callable[[], tuple[Point, Any]], folder: Path | None, name: str,
         if known["fxmerge_point"] == VERSION and known["digest"] == digest:
             given = known["point"]
             numbers = {f: math.nan for f in ("left", "error") if given[f] is None}
-            return Point(**{**given, **numbers, "notes": tuple(given["notes"])})
+            return Point(**{**given, **numbers, "notes": tuple(given["notes"]), "of": tuple(given.get("of", ()))})
     except (OSError, ValueError, KeyError, TypeError):
         pass  # the file is missing or of another format
     point, plan = made()

@@ -25,6 +25,7 @@ NONSENSE: dict[str, list[Any]] = {
                {"flops": "a"},
                {"flops": True}, {"flops": None}, {"flops": 0.5, "params": 0.5}, {5: 0.5}, 0.5, "flops", None,
                [("flops", 0.5)]],
+    "of": [5, None, (5,), ["a", None], "", ("",), {"a": 1}],
     "allocation": ["magic", "", None, 0],
     "max_ratio": [0, 0.0, -0.1, 1, 1.5, NAN, "a", True, None],
     "threshold": [-1.1, 1.1, NAN, "a", False, None],
@@ -51,6 +52,7 @@ NONSENSE: dict[str, list[Any]] = {
 GOOD: dict[str, list[Any]] = {
     "ratio": [0, 0.0, 0.5, 0.999],
     "budget": [{}, {"flops": 0.5}, {"params": 1}, {"latency": 1e-3}],
+    "of": [(), ("layers.*",), ["a", "b*"]],
     "allocation": list(ALLOCATORS),
     "max_ratio": [0.01, 0.9, 0.999],
     "threshold": [-1, 0, 0.45, 1],
@@ -91,7 +93,7 @@ def test_nonsense_is_refused_by_name(name: str, value: Any) -> None:
 @pytest.mark.parametrize(("name", "value"), [(n, v) for n, values in GOOD.items() for v in values], ids=repr)
 def test_good_values_pass(name: str, value: Any) -> None:
     found = getattr(Options(**{name: value}), name)
-    assert found == (tuple(value) if name == "ignore" else value)
+    assert found == (tuple(value) if name in ("ignore", "of") else value)
     changed = Options(threshold=0.25, seed=3).replace(**{name: value})
     assert getattr(changed, name) == found
     for other in dataclasses.fields(Options):

@@ -6,6 +6,7 @@ groups           labels, joined into atoms and merge groups
 members          the layers of a group, and the places of its channels in each of them
 grouping         the groups for given options, limited to those that can be cut out of the graph
 literal_sizes    literal sizes in calls, recomputed for the channels that are kept
+attentions       the attentions, and what each stores of a token in a key-value cache
 untouched        the parameters that no layer of the graph holds channels with, and why
 feasible         the numbers of channels that a group can keep
 constants        constants that follow the channels that they meet: `torch.zeros(b, 16, h, w)`, `x.new_full(x.shape, 0

@@ -12,5 +12,6 @@ paired_run    the original and the merged graph, run side by side node by node
 epilogue      the norm, add and activation that follow a layer
 rectifiers    activations that clamp their input to bounds
 readings      the second moments of the consumers' patches, for selections that use them
+score_readings  what attention scores lose without some channels of queries and keys
 sensitivity   how much the outputs of the model change with an error at one layer
 """

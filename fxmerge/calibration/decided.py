@@ -43,7 +43,8 @@ def as_decided(node: fx.Node, scores: Tensor, chosen: Any) -> Any:
     """The scores (values, indices) at the places that the original has chosen."""
     given = dict(zip(("input", "k", "dim"), node.args, strict=False)) | dict(node.kwargs)
     indices = chosen[1]
-    return Ordered(scores.gather(given.get("dim", -1), indices), indices)
+    axis: Any = given.get("dim", -1)
+    return Ordered(scores.gather(axis, indices), indices)
 
 
 def rows_of(node: fx.Node, facts: Provenance) -> fx.Node | None:

@@ -1,4 +1,4 @@
-"""The survey: the second moments of the consumers' patches, from one run of the original on refit's batches.
+"""The survey: second moments of the consumers' patches and of scores, from one run of the original on refit's batches.
 
 The `repair` selection chooses channels by them.
 """
@@ -15,9 +15,10 @@ from torch import Tensor
 from fxmerge.calibration.epilogue import epilogue_of, pair
 from fxmerge.calibration.paired_run import PairedRun, Settings, Visit, line
 from fxmerge.calibration.patches import enough, form_of, input_of, matrices_of, patches, sample
+from fxmerge.calibration.score_readings import score_reading, scores_of
 from fxmerge.graph.eval_mode import evaluating
 from fxmerge.ir.capture import Capture
-from fxmerge.ir.groups import Group
+from fxmerge.ir.groups import Group, Grouping
 from fxmerge.ir.provenance import Layer, Provenance, batch_norms
 from fxmerge.methods.evidence import Reading
 from fxmerge.methods.generalisation import independent_rows
@@ -31,23 +32,28 @@ WIDEST = 8192  # columns of a consumer's patches, all its blocks together; a con
 def readings(
     captured: Capture,
     facts: Provenance,
+    grouping: Grouping,
     groups: Sequence[Group],
     batches: Sequence[Sequence[Any]],
     settings: Settings,
     stage: Callable[[str], None] = lambda name: None,
 ) -> dict[str, tuple[Reading, ...]]:
-    """Group name -> how its consumers read it. Consumers that are not layers, as attention scores, are left out."""
+    """Group name -> how its consumers read it; for a group that no layer reads, how attention scores sum it."""
     consumers: dict[str, list[tuple[Group, int, Any]]] = {}
     for group in groups:
         for number, member in enumerate(group.consumers):
             consumers.setdefault(member.layer.node, []).append((group, number, member))
     found: dict[str, list[Reading]] = {g.name: [] for g in groups}
     module = captured.module
-    norms = batch_norms(facts)
+    norms, scored = batch_norms(facts), scores_of(module.graph, facts, grouping, groups)
     generator = torch.Generator().manual_seed(settings.seed)
     with evaluating(module), torch.no_grad():
         run = PairedRun(pair(module, facts), batches, settings)
         for visit in run:
+            for scores in scored.get(visit.node.name, ()):
+                stage(f"survey {visit.node.name}")
+                of_scores = score_reading(run, scores)
+                found[scores.group.name] += [of_scores] if of_scores is not None else []
             members = consumers.get(visit.node.name, ())
             if not members:
                 continue

@@ -27,7 +27,7 @@ from fxmerge.capture.without_rule import without_rule
 from fxmerge.graph.nested import leaves, tree
 from fxmerge.graph.odd_names import writable
 from fxmerge.graph.ops import HARMLESS, PLAIN, held_tensors, node_call, tensors
-from fxmerge.ir.capture import Part, Recorded
+from fxmerge.ir.capture import CALLER, Part, Recorded
 from fxmerge.rules.lookup import rule_of_module
 from fxmerge.rules.movement import enter
 
@@ -185,6 +185,7 @@ class _Recording(TorchFunctionMode):
         frame.seen.update(self._node(t) for t in operands)
         out = func(*args, **kwargs)
         node = self.graph.create_node(op, target, tuple(nodes[0]), nodes[1])
+        node.meta[CALLER] = frame.path
         node.stack_trace = user_line()
         if isinstance(out, Tensor) or tensors(out):
             self._assign(node, out)

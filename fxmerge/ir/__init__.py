@@ -5,6 +5,7 @@ branches    residual branches, and what a model loses without them
 capture     a traced model and what its example run showed
 layer_ops   what a layer computes with its parameters
 provenance  which channel of which parameter went where: layers, ties, pins, blocks
+scores      which contractions give scores, of which nodes
 groups      merge groups, their members, what was refused, what a rewrite does
 """
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 FOLDED = "folded_from"  # in a node's meta: the paths of the tensors that its parameter was computed from
+CALLER = "caller"  # in the meta of a recorded node: the path of the module whose own code makes the call
 SIZE_CHECK = "size_check"  # in a node's meta: an assertion on the size of an input, which is kept although unused
 
 

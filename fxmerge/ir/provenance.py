@@ -221,12 +221,16 @@ class Untouched:
 
 @dataclass(frozen=True)
 class Contraction:
-    """One sum of products of two activations: their label tensors, and a letter for each axis as in einsum."""
+    """One sum of products of two activations: their label tensors, and a letter for each axis as in einsum.
+
+    out: the letters of the result's axes
+    """
 
     node: str
     left: Tensor
     right: Tensor
     letters: tuple[str, str]
+    out: str
 
 
 @dataclass(frozen=True, kw_only=True)

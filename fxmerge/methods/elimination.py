@@ -7,7 +7,8 @@ moments of the patches about their mean. Removing the columns of c and re-solvin
 
 (Hassibi & Stork, 1993, "Optimal brain surgeon", equations 5 and 6, for blocks of columns). The channel with the least
 loss is removed, repeatedly. The losses at several consumers are added, each as a share of the variance of the
-consumer's own outputs.
+consumer's own outputs. Where a consumer is not solved again, as the scores of queries and keys, removing the columns u
+altogether costs u' (G o W'W) u, with 1 in u for each of them.
 """
 
 from __future__ import annotations
@@ -80,6 +81,34 @@ class _Consumer:
         self.blocks = self.blocks[~here] - parts @ parts.mT
 
 
+class _Sum:
+    """The outputs W p of a consumer that is not solved again, without some of its columns."""
+
+    def __init__(self, reading: Reading) -> None:
+        gram, weight = reading.gram.double(), reading.weight.double()
+        self.products = gram * (weight.T @ weight)  # (p, p) second moments of what the columns contribute
+        self.scale = float(self.products.sum().clamp(min=1e-300))
+        self.gone = torch.zeros(len(gram), dtype=torch.float64, device=gram.device)
+        self.columns, self.channels = reading.columns, reading.channels
+
+    def losses(self, count: int) -> Tensor:
+        """The change of the loss with each of the group's channels: (count,), 0 for channels that are not summed."""
+        at = self.columns  # (m, q)
+        own = self.products[at[:, :, None], at[:, None, :]].sum((1, 2)) + 2 * (self.products @ self.gone)[at].sum(1)
+        return torch.zeros(count, dtype=torch.float64).index_add_(0, self.channels, own.cpu() / self.scale)
+
+    @property
+    def expected(self) -> float:
+        """The loss so far."""
+        return float(self.gone @ self.products @ self.gone) / self.scale
+
+    def remove(self, removed: Tensor) -> None:
+        """Remove channels. removed: bool, by channel of the group."""
+        here = removed[self.channels]
+        self.gone[self.columns[here].flatten()] = 1
+        self.columns, self.channels = self.columns[~here], self.channels[~here]
+
+
 def _inverse(gram: Tensor) -> tuple[Tensor, float]:
     """(G + ridge)^-1, and the ridge.
 
@@ -142,7 +171,7 @@ def _descent(readings: Sequence[Reading], candidates: Tensor, drop: int) -> Iter
     """Yields (positions in `candidates` of the channels removed next, the expected loss of all that are removed by
     then), until `drop` are removed.
     """
-    consumers = [_Consumer(r, drop) for r in readings]
+    consumers = [_Consumer(r, drop) if r.solved else _Sum(r) for r in readings]
     channels = 1 + max(int(candidates.max()), *(int(r.channels.max()) for r in readings))
     left = torch.ones(len(candidates), dtype=torch.bool)
     at_once = max(1, -(-drop // ROUNDS))

@@ -15,7 +15,7 @@ from fxmerge.methods.linalg import Pairs, coordinates, gram
 
 @dataclass(frozen=True)
 class Reading:
-    """How one layer reads the channels of a group."""
+    """How one layer reads the channels of a group, or how scores sum them."""
 
     gram: Tensor  # (p, p) second moments of the layer's patches about their mean
     weight: Tensor  # (o, p)
@@ -24,6 +24,7 @@ class Reading:
     mean: Tensor | None = None  # (p,) of the patches; None if it is not known
     consumer: int = 0  # its number among the group's consumers
     independent: float = math.inf  # rows that would determine the moments as well, if they were independent
+    solved: bool = True  # whether the layer is solved again for the channels that stay; scores are not
 
 
 @dataclass(frozen=True)

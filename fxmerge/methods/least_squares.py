@@ -83,9 +83,9 @@ def without_each(
         inside = [(own == fold).nonzero().flatten() for own in folds]
         own, wanted = ([x.index_select(0, i) for x, i in zip(of, inside, strict=True)] for of in (rows, targets))
         number = _count(own, reduce)
-        sums = (_mean(of, 1.0, reduce) * centred - number * m for of, m in zip((own, wanted), middle, strict=True))
+        p, t = (_mean(of, 1.0, reduce) * centred - number * m for of, m in zip((own, wanted), middle, strict=True))
         gram, cross = (reduce(_product(own, middle[0], *of)) for of in ((own, middle[0]), (wanted, middle[1])))
-        parts.append(_Sums(number, *sums, gram, cross))
+        parts.append(_Sums(number, p, t, gram, cross))
     whole, found = sum(parts[1:], parts[0]), []
     while parts:  # of each fold, the sums are freed once its system is known
         found.append(whole.without(parts.pop(0), *middle))

@@ -7,8 +7,7 @@ latency is right.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,19 +16,17 @@ from torch import Tensor, fx, nn
 
 from fxmerge.analysis.feasible import all_of
 from fxmerge.analysis.grouping import provable
-from fxmerge.calibration.epilogue import SOLVED
 from fxmerge.errors import FxMergeError
 from fxmerge.graph.distributed import rank_and_size, summed
 from fxmerge.graph.latency import Timing, compared
 from fxmerge.ir.capture import Capture
-from fxmerge.ir.groups import Group, Grouping, survivors
-from fxmerge.ir.provenance import Layer, Provenance, can_shift
-from fxmerge.methods.allocation import ALLOCATORS, Counts, Floats, Ints, Ladder, Price, Problem
+from fxmerge.ir.groups import survivors
+from fxmerge.methods.allocation import ALLOCATORS, Counts, Ints, Ladder, Price, Problem
 from fxmerge.methods.selection import select
-from fxmerge.options import NAMES, TOLERANCE, Options
+from fxmerge.options import TOLERANCE, Options
 from fxmerge.planning.candidates import candidates
-from fxmerge.planning.price import flops_price, parameters_price
-from fxmerge.planning.roles import in_roles
+from fxmerge.planning.counted import named
+from fxmerge.planning.room import Room
 from fxmerge.rewrite.reassemble import assembled
 from fxmerge.rewrite.rewriter import Rewriter
 
@@ -45,55 +42,6 @@ class Allotted:
 
     counts: Counts
     notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Room:
-    """The groups that a budget is divided among, and what each width of them costs.
-
-    ladders:  {group: its rungs, the numbers of channels that its cells may keep, (R, cells)}
-    errors:   {group: the error at each rung, (R,)}
-    refitted: whether layers will be re-solved, and may be given biases
-    flops:    of the original, by node
-    """
-
-    captured: Capture
-    facts: Provenance
-    grouping: Grouping
-    groups: Sequence[Group]
-    ladders: Mapping[str, Floats]
-    errors: Mapping[str, Floats]
-    options: Options
-    refitted: bool
-    flops: Mapping[str, int]
-
-    @property
-    def roles(self) -> list[list[Group]]:
-        """The groups that keep equally many channels together; each by itself, unless the options ask for it."""
-        return in_roles(self.groups, self.ladders) if self.options.same_widths else [[g] for g in self.groups]
-
-    def price(self, kind: str) -> Price:
-        parts = (self.facts, self.groups, self.grouping.atom)
-        if kind == "flops":
-            return flops_price(*parts, self.flops)
-        return parameters_price(self.captured, *parts, self.gaining())
-
-    def gaining(self) -> list[Layer]:
-        """The layers that refit will give a bias: layers without one that are downstream of a group that may narrow."""
-        if not self.refitted:
-            return []
-        free = [g for g in self.groups if len(self.ladders[g.name]) > 1]
-        moved = {m.layer.node for g in free for m in (*g.producers, *g.per_channel_params)}
-        moved |= self.captured.cut.starts if self.captured.cut else frozenset()
-        used = Counter(layer.params["weight"] for layer in self.facts.layers if "weight" in layer.params)
-        layers, found = {layer.node: layer for layer in self.facts.layers if layer.op in SOLVED}, []
-        for node in self.captured.module.graph.nodes:
-            if any(source.name in moved for source in node.all_input_nodes):
-                moved.add(node.name)
-                layer = layers.get(node.name)
-                if layer and "bias" not in layer.params and can_shift(layer) and used[layer.params["weight"]] == 1:
-                    found.append(layer)
-        return found
 
 
 def allot(
@@ -225,10 +173,10 @@ def by_budget(room: Room, price: Price, kind: str, share: float) -> dict[str, tu
     )
     problem = Problem(joint, replace(price, slots=slots), share * price.original)
     if problem.cost(problem.bottom) > problem.target * (1 + TOLERANCE[kind]):
-        least, free = problem.cost(problem.bottom) / price.original, sum(len(ladders[g.name]) > 1 for g in room.groups)
+        least, free = problem.cost(problem.bottom) / price.original, len(room.free)
         where = f"when the {free} groups in scope that may narrow drop as many channels as they may"
         raise FxMergeError(
-            f"the budget asks for {share:.1%} of the {NAMES[kind]}, but {least:.1%} are left "
+            f"the budget asks for {share:.1%} of the {named(kind, options.of)}, but {least:.1%} are left "
             f"{where if free else 'since no group may narrow'}; {remedies(options, bool(free))}"
         )
     full = np.zeros(len(roles), dtype=np.int64)

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fxmerge.ir.capture import Capture
+from fxmerge.analysis.attentions import Attention
 from fxmerge.ir.groups import Group
 from fxmerge.ir.labels import thin, varying
 from fxmerge.ir.provenance import Contraction, Layer, ParamLabels, Provenance
@@ -88,12 +88,19 @@ class _Pricer:
 
 
 def parameters_price(
-    captured: Capture, facts: Provenance, groups: Sequence[Group], atom: Tensor, biases: Sequence[Layer] = ()
+    facts: Provenance,
+    groups: Sequence[Group],
+    atom: Tensor,
+    counted: Mapping[str, int],
+    biases: Sequence[Layer] = (),
 ) -> Price:
-    """The elements of all parameters, shared ones counted once, and of the biases that refit will give these layers."""
+    """The elements of some parameters, and of the biases that refit will give these layers.
+
+    counted: {path: elements in the original}, with shared parameters once (`counted.parameters_within`)
+    """
     pricer = _Pricer(groups, atom)
-    for path, value in captured.module.named_parameters():
-        pricer.add(value.numel(), _along(pricer, facts.params[path]) if path in facts.params else [])
+    for path, elements in counted.items():
+        pricer.add(elements, _along(pricer, facts.params[path]) if path in facts.params else [])
     for layer in biases:
         labels = layer.writes if layer.writes is not None else layer.carries
         assert labels is not None
@@ -102,7 +109,7 @@ def parameters_price(
 
 
 def flops_price(facts: Provenance, groups: Sequence[Group], atom: Tensor, counted: Mapping[str, int]) -> Price:
-    """The FLOPs of one run on the example inputs. counted: those of the original, by node (`cost.flops_by_node`)."""
+    """The FLOPs of one run on the example inputs. counted: those of the original, by node (`counted.flops_within`)."""
     pricer = _Pricer(groups, atom)
     layers: dict[str, list[Layer]] = {}
     for layer in facts.layers:
@@ -124,6 +131,15 @@ def flops_price(facts: Provenance, groups: Sequence[Group], atom: Tensor, counte
         else:  # a map over positions, the same for every channel; or an op without a rule, whose channels are all kept
             labels = facts.labels.get(node)
             pricer.add(flops, [pricer.width(thin(labels))] if labels is not None else [])
+    return pricer.price()
+
+
+def cache_price(groups: Sequence[Group], atom: Tensor, counted: Sequence[Attention]) -> Price:
+    """The bytes of the keys and values of these attentions that a key-value cache stores for each token."""
+    pricer = _Pricer(groups, atom)
+    for one in counted:
+        for labels, size in zip((one.keys, one.values), one.sizes, strict=True):
+            pricer.add(len(labels) * size, [pricer.width(labels)])
     return pricer.price()
 
 

@@ -11,6 +11,7 @@ from fxmerge.errors import FxMergeError
 from fxmerge.ir.groups import Group, Grouping, Refusal
 from fxmerge.options import Options
 from fxmerge.plan import GroupPlan
+from fxmerge.planning.counted import within
 
 
 def check_patterns(groups: Sequence[Group], modules: Sequence[str], options: Options) -> None:
@@ -34,10 +35,9 @@ def ignored(group: Group, options: Options) -> bool:
     return matched(names, options.ignore)
 
 
-def matched(names: Iterable[str], patterns: Iterable[str]) -> bool:
+def matched(names: Iterable[str], patterns: Sequence[str]) -> bool:
     """Whether one of the patterns matches one of the names, or a parent of a module that is named."""
-    around = {".".join(name.split(".")[:n]) for name in names for n in range(1, len(name.split(".")) + 1)}
-    return any(fnmatchcase(name, pattern) for pattern in patterns for name in around)
+    return any(within(name, patterns) for name in dict.fromkeys(names))
 
 
 def in_scope(grouping: Grouping, options: Options) -> tuple[list[Group], tuple[Refusal, ...]]:

@@ -143,7 +143,7 @@ class Report(Drawable):
     @property
     def spent(self) -> Spent | None:
         """The budget and its outcome; None without a budget."""
-        return spent(self.plan.options.budget, self.before, self.after, self.timing)
+        return spent(self)
 
     def _costs(self) -> tuple[Cost, ...]:
         return (self.before, self.after)

@@ -262,9 +262,9 @@ class RuleContext:
             )
         )
 
-    def contraction(self, a: Tensor, b: Tensor, letters_a: str, letters_b: str) -> None:
+    def contraction(self, a: Tensor, b: Tensor, letters: tuple[str, str], out: str) -> None:
         """Record a sum of products of two activations, with a letter for each axis as in einsum."""
-        self._facts.contractions.append(Contraction(self._node.name, a, b, (letters_a, letters_b)))
+        self._facts.contractions.append(Contraction(self._node.name, a, b, letters, out))
 
     # the call in its graph
 

@@ -55,7 +55,7 @@ def contract(ctx: RuleContext, a: Named, b: Named, out: str, shape: Shape) -> La
     """The labels of a sum of products of two operands, whose axes `out` names and which has that shape."""
     if len(set(a.letters)) < len(a.letters) or len(set(b.letters)) < len(b.letters):
         return Unknown("takes a diagonal")
-    ctx.contraction(a.t, b.t, a.letters, b.letters)
+    ctx.contraction(a.t, b.t, (a.letters, b.letters), out)
     summed = [c for c in a.letters if c in b.letters and c not in out]
     alone = [c for c in a.letters + b.letters if c not in out and c not in summed]
     a, b = _summed_over_blocks(ctx, a, b, summed), _summed_over_blocks(ctx, b, a, summed)

@@ -58,4 +58,4 @@ def _whole(counts: fx.Node) -> bool:
     names = ("input", "bins", "min", "max")
     given = dict(zip(names, counts.args, strict=False)) | dict(counts.kwargs)
     bins = given.get("bins")
-    return isinstance(bins, int) and given.get("min") == 0 and bool(given.get("max") == bins - 1)
+    return bool(isinstance(bins, int) and given.get("min") == 0 and given.get("max") == bins - 1)

@@ -117,7 +117,8 @@ def test_a_budget_is_met_within_one_percent(name: str, budget: dict[str, float],
     spent = result.report.spent
     assert spent is not None and spent.met and spent.left == pytest.approx(left)
     assert "within 1%" in result.report.text() and "NOT" not in spent.line()
-    assert json.loads(result.report.json())["budget"] == {"kind": kind, "asked": share, "left": left, "noise": None}
+    told = json.loads(result.report.json())["budget"]
+    assert told == {"kind": kind, "asked": share, "left": left, "noise": None, "of": []}
     again = fxmerge.apply(Plan.from_json(result.plan.json()), model, x)
     assert [g.kept for g in again.plan.groups] == [g.kept for g in result.plan.groups]
 

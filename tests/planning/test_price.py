@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fxmerge
 import tests.helpers.nets  # noqa: F401  (fills NETS)
 from fxmerge.graph.cost import flops_by_node
+from fxmerge.planning.counted import parameters_within
 from fxmerge.planning.price import flops_price, parameters_price
 from tests.helpers.netmaking import NETS, one_thread, plain_merge  # noqa: F401
 
@@ -35,7 +36,7 @@ def check(model: nn.Module, inputs: Any, **options: Any) -> int:
     counts = {p.name: tuple(torch.bincount(named[p.name].cells[list(p.kept)]).tolist()) for p in result.plan.groups}
     parts = (found.facts, found.groups, found.grouping.atom)
     flops = flops_price(*parts, flops_by_node(found.captured.module, found.captured.inputs))
-    size = parameters_price(found.captured, *parts)
+    size = parameters_price(*parts, parameters_within(found.captured.module, ()))
     assert flops.original == pytest.approx(counted(found.captured.module, inputs), rel=1e-12)
     assert flops(counts) == pytest.approx(counted(result.module, inputs), rel=1e-12)
     assert flops({}) == pytest.approx(flops.original) and size({}) == pytest.approx(size.original)

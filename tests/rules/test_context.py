@@ -39,7 +39,7 @@ def records_all(ctx: RuleContext, input: Operand, other: Operand) -> Lab:
     ctx.mix(labels)
     ctx.layer("mine", {"weight": param}, carries=ctx.elements(param))
     ctx.tie(labels, ctx.axis(param, 0))
-    ctx.contraction(input.t, other.t, "ab", "ab")
+    ctx.contraction(input.t, other.t, ("ab", "ab"), "ab")
     ctx.freeze(param, "is frozen")
     return input
 
