@@ -81,7 +81,8 @@ def test_on_a_phone_the_network_stays_in_sight(text: str, opened: Any) -> None:
 
 
 LEGIBLE = """
-(which) => [...document.querySelectorAll(which)].filter(e => !e.childElementCount && e.textContent.trim() && e.checkVisibility()).map(e => {
+(which) => [...document.querySelectorAll(which)]
+.filter(e => !e.childElementCount && e.textContent.trim() && e.checkVisibility()).map(e => {
   const pen = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
   const over = (colours) => {
     pen.clearRect(0, 0, 1, 1);
@@ -119,6 +120,7 @@ def test_every_control_has_a_name_and_a_visible_focus(text: str, opened: Any) ->
     tab = opened(text)
     for step in ("#tab-layers", "#tab-groups", '.row[data-group="3"]'):
         tab.tab.click(step)
+        tab.tab.wait_for_selector("#back" if "row" in step else "#lists")
         unnamed = tab.all(
             "button, input, select, [role=button], [role=tab]",
             "e => e.ariaLabel || e.title || e.textContent.trim() || e.labels?.length ? '' : e.outerHTML",

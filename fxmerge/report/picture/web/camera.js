@@ -4,7 +4,7 @@ fx.camera = (() => {
   const svg = d3.select("#network"), root = d3.select("#scene"), map = d3.select("#map");
   const still = map.append("g");
   map.append("rect").attr("class", "window");
-  const READABLE = 0.5, CLOSE = 1.1, SMALLEST = 0.1; // scales
+  const READABLE = 0.45, CLOSE = 1.1, SMALLEST = 0.1; // scales
   const calm = window.matchMedia("(prefers-reduced-motion: reduce)");
   const zoom = d3.zoom().scaleExtent([0.03, 3]).on("zoom", (event) => {
     root.attr("transform", event.transform);
