@@ -52,4 +52,4 @@ class Opened:
 
     def close(self) -> None:
         self.context.close()
-        assert self.said == []
+        assert not self.said, self.said[:3]

@@ -313,5 +313,10 @@ def test_large_models_open_at_once(name: str, opened: Any) -> None:
     assert overlapping(tab) == []
     before = time.monotonic()
     tab.tab.click('.row[data-group="0"]')
+    tab.tab.wait_for_selector("#back")
     assert tab.modules(".box.on")
-    assert time.monotonic() - before < 1
+    assert time.monotonic() - before < 3  # with a layout; 0.5 s on an idle machine
+    tab.tab.select_option("#colour", "error")
+    tab.tab.click("#back")
+    tab.tab.click("#tab-layers")
+    assert time.monotonic() - before < 6

@@ -45,6 +45,8 @@ def shown_whole(tab: Opened, group: Any) -> None:
     assert len(tab.all("#map .dot.on", "e => 1")) == len(tab.all(".box.on", "e => 1"))
     assert set(opacities(tab, "#map .dot.on")) == {1.0}
     assert max(opacities(tab, "#map .dot:not(.on, .via)")) < 0.4
+    (shade,) = set(tab.all("#map .dot.on", "e => getComputedStyle(e).fill"))
+    assert shade == tab.all("#panel h2 .swatch", "e => getComputedStyle(e).backgroundColor")[0]
 
 
 @pytest.mark.parametrize("width", [1400, 1024, 390])

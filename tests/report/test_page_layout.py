@@ -6,14 +6,18 @@ import io
 import itertools
 import re
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import fxmerge
+from fxmerge.refit.records import NO_BETTER
 from tests.helpers.browser import Opened, needs_chromium
 from tests.helpers.drawings import blocks
 from tests.helpers.netmaking import one_thread  # noqa: F401
+from tests.helpers.nets import NETS
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), needs_chromium]
 
@@ -44,6 +48,7 @@ def test_nothing_covers_the_network_and_nothing_spills(width: int, text: str, op
         tab.tab.evaluate("scrollTo(0, 0)")
         wide = tab.tab.evaluate("[document.documentElement.scrollWidth, innerWidth]")
         assert wide[0] <= wide[1] == width, step
+        assert tab.tab.evaluate("(p => p.scrollWidth <= p.clientWidth)(document.querySelector('#panel'))"), step
         spilling = tab.all("header *, #panel *, footer *", "e => e.getBoundingClientRect().right")
         assert max(spilling) <= width + 1, step
         parts = ["header", "#canvas", "footer", "#panel"] + (["#map"] if width > 800 else [])
@@ -52,6 +57,20 @@ def test_nothing_covers_the_network_and_nothing_spills(width: int, text: str, op
             assert apart(found[one], found[other]), (one, other, step)
         tools = tab.boxes("#tools button, #tools input, #tools select")
         assert all(apart(a, b) for a, b in itertools.combinations(tools, 2))
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_long_texts_do_not_widen_the_panel(width: int, opened: Any) -> None:
+    model, x = NETS["residual"]()
+    report = fxmerge.merge(model, x, ratio=0.5, refit="synthetic", samples=16).report
+    noted = replace(report, refitted=[replace(r, after=r.before, note=NO_BETTER) for r in report.refitted])
+    tab = opened(noted.html(), width=width)
+    for number in range(len(report.groups)):
+        tab.tab.click(f'.row[data-group="{number}"]')
+        tab.tab.wait_for_selector("#back")
+        assert NO_BETTER in tab.tab.inner_text("#panel")
+        assert tab.tab.evaluate("(p => p.scrollWidth <= p.clientWidth)(document.querySelector('#panel'))")
+        tab.tab.click("#back")
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -81,7 +100,8 @@ def test_on_a_phone_the_network_stays_in_sight(text: str, opened: Any) -> None:
 
 
 LEGIBLE = """
-(which) => [...document.querySelectorAll(which)].filter(e => !e.childElementCount && e.textContent.trim() && e.checkVisibility()).map(e => {
+(which) => [...document.querySelectorAll(which)]
+.filter(e => !e.childElementCount && e.textContent.trim() && e.checkVisibility()).map(e => {
   const pen = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
   const over = (colours) => {
     pen.clearRect(0, 0, 1, 1);
@@ -119,6 +139,7 @@ def test_every_control_has_a_name_and_a_visible_focus(text: str, opened: Any) ->
     tab = opened(text)
     for step in ("#tab-layers", "#tab-groups", '.row[data-group="3"]'):
         tab.tab.click(step)
+        tab.tab.wait_for_selector("#back" if "row" in step else "#lists")
         unnamed = tab.all(
             "button, input, select, [role=button], [role=tab]",
             "e => e.ariaLabel || e.title || e.textContent.trim() || e.labels?.length ? '' : e.outerHTML",

@@ -4,7 +4,7 @@ fx.camera = (() => {
   const svg = d3.select("#network"), root = d3.select("#scene"), map = d3.select("#map");
   const still = map.append("g");
   map.append("rect").attr("class", "window");
-  const READABLE = 0.5, CLOSE = 1.1, SMALLEST = 0.1; // scales
+  const READABLE = 0.45, CLOSE = 1.1, SMALLEST = 0.1; // scales
   const calm = window.matchMedia("(prefers-reduced-motion: reduce)");
   const zoom = d3.zoom().scaleExtent([0.03, 3]).on("zoom", (event) => {
     root.attr("transform", event.transform);
@@ -29,13 +29,14 @@ fx.camera = (() => {
     still.selectAll(null).data(laid.wires.filter((w) => w.groups.size)).join("path").attr("class", "line").attr("d", (w) => path(w.points))
       .style("stroke", (w) => fx.colour.wire(w.groups) ?? "var(--wire)").style("stroke-width", 1.6 / scale);
     still.selectAll(null).data(laid.items).join("rect").attr("class", "dot").attr("x", (d) => d.x).attr("y", (d) => d.y)
-      .attr("width", (d) => d.width).attr("height", (d) => d.height).style("fill", fx.colour.dot);
+      .attr("width", (d) => d.width).attr("height", (d) => d.height);
     drawWindow();
   }
 
   function mark(group) { // dim what is not of a group; null: nothing
     still.classed("dimmed", group !== null);
-    still.selectAll(".dot").classed("on", (item) => item.groups.has(group)).classed("via", (item) => item.via.has(group));
+    still.selectAll(".dot").classed("on", (item) => item.groups.has(group)).classed("via", (item) => item.via.has(group))
+      .style("fill", (item) => fx.colour.dot(item, group));
     still.selectAll(".line").classed("on", (w) => w.groups.has(group))
       .style("stroke", (w) => fx.colour.wire(w.groups, group ?? undefined) ?? "var(--wire)");
   }

@@ -72,7 +72,7 @@ fx.details = (() => {
     widgets.dotted(panel.append("h2"), box.modules.slice(0, 12).join(", "));
     panel.append("p").attr("class", "soft").text(box.op);
     comparison(panel, [["channels of its output", fx.merged ? [box.before, box.after] : [box.before], text.whole], ["parameters", box.parameters, text.short], ["FLOPs", box.flops, text.short]]);
-    if (Number.isFinite(measure.boxLoss[at])) widgets.table(panel, [[measure.lossName, text.error(measure.boxLoss[at])]]);
+    if (Number.isFinite(measure.boxLoss[at])) widgets.table(panel, [[measure.isMeasured ? "error after refit" : measure.lossName, text.error(measure.boxLoss[at])]]);
     box.refused.forEach((r) => widgets.refusal(panel, refusals[r], refusals[r].name));
     const words = {producer: "producer", per_channel_param: "per-channel parameter", consumer: "consumer", mixer: "mixer", tie: "tie"};
     const list = panel.append("ul");

@@ -52,7 +52,7 @@ fx.lists = (() => {
   function fill(most = PAGE) {
     const [hits, all] = found(), list = d3.select("#list"), {tab} = state;
     d3.select("#count").text(hits.length < all ? `${hits.length} of ${all}` : all ? "" : {groups: "There are no groups.", layers: "There are no layers.", refusals: "Nothing was left out."}[tab]);
-    list.selectAll("*").remove();
+    list.node().replaceChildren();
     const value = (b) => state.which === "channels" ? b.before : b[state.which][0];
     const largest = d3.max(boxes, (b) => isCosted(b) ? value(b) : 0) || 1;
     for (const at of hits.slice(0, most)) {
@@ -84,7 +84,7 @@ fx.lists = (() => {
     function turn(name) {
       state.tab = name;
       buttons.attr("aria-selected", ([other]) => String(other === name)).attr("tabindex", ([other]) => other === name ? 0 : -1);
-      body.attr("aria-labelledby", `tab-${name}`).selectAll("*").remove();
+      body.attr("aria-labelledby", `tab-${name}`).node().replaceChildren();
       if (hints[name]) body.append("p").attr("class", "soft").text(hints[name]);
       const controls = body.append("div").attr("class", "controls");
       controls.append("input").attr("id", "filter").attr("type", "search").attr("placeholder", "Filter by name").attr("autocomplete", "off")

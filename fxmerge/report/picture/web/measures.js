@@ -80,9 +80,10 @@ fx.colour = (() => {
     choose: (name) => { by = name; },
     scale: (items) => { most = by === "group" ? 1 : d3.max(items, value) || 1; },
     body: (item) => by === "group" || tint(item) === undefined ? null : mixed(0.42 * tint(item), "--card"), // text stays legible
-    dot: (item) => {
+    dot: (item, chosen) => { // on the map
       if (by !== "group") return mixed(tint(item) ?? 0, "--none");
-      return item.holds.length ? fx.data.groups[item.holds[0]].colour : "var(--wire)";
+      const group = item.groups.has(chosen) ? chosen : item.holds[0];
+      return group === undefined ? "var(--wire)" : fx.data.groups[group].colour;
     },
     wire: (groups, chosen) => by === "group" || groups.has(chosen) ? fx.data.groups[groups.has(chosen) ? chosen : fx.chosenGroup([...groups])].colour : null,
   };

@@ -55,7 +55,7 @@ fx.network = (() => {
 
   function figures(item) { // the last line of a box, {words, share of the bar}, for each choice of colours
     const first = boxes[item.boxes[0]], costs = fx.measure.total(item.boxes, "parameters"), [before, after] = costs;
-    const saving = before > 0 ? {words: text.costs(costs), share: after / before} : {words: ""};
+    const saving = before > 0 ? {words: text.costs(costs), share: Number.isFinite(after) ? after / before : undefined} : {words: ""};
     const loss = d3.max(item.boxes, (at) => fx.measure.boxLoss[at]);
     const width = {words: first.before ? `${text.change(first.before, first.after)}${first.after === first.before ? " channels" : ""}` : "",
       share: first.after !== first.before ? first.after / first.before : undefined};

@@ -4,7 +4,7 @@ fx.panel = (() => {
   const panel = d3.select("#panel"), {text} = fx;
 
   function show(chosen) {
-    panel.selectAll("*").remove();
+    panel.node().replaceChildren();
     panel.node().scrollTop = 0;
     if (!chosen) return fx.lists.show(panel);
     panel.append("button").text("← all groups").attr("id", "back").on("click", () => fx.choose(null, true));

@@ -45,14 +45,20 @@ fx.save = (() => {
     if (blob) download(blob, "png"); else fx.say("the browser cannot make a picture of this size; save an SVG");
   }
 
-  let theme = null;
+  let theme = null; // of the screen, while the page is printed
   const sheet = document.createElement("style");
+
+  function shade(name) { // the heat map is a picture, and is drawn again in the theme's colours
+    const isOther = document.documentElement.dataset.theme !== name;
+    document.documentElement.dataset.theme = name;
+    if (isOther) fx.panel.show(fx.chosen);
+  }
 
   function beforePrint() { // a page as large as the drawing, in light colours
     if (theme !== null) return;
     const {width, height} = fx.scene.laid;
     theme = document.documentElement.dataset.theme;
-    document.documentElement.dataset.theme = "light";
+    shade("light");
     d3.select("#network").attr("viewBox", `0 0 ${width} ${height}`).style("width", `${width}px`).style("height", `${height}px`);
     d3.select("#scene").attr("transform", null);
     const side = Math.min(Math.max(width + 80, 820), 14_000);
@@ -62,7 +68,7 @@ fx.save = (() => {
 
   function afterPrint() {
     if (theme === null) return;
-    document.documentElement.dataset.theme = theme;
+    shade(theme);
     theme = null;
     sheet.remove();
     d3.select("#network").attr("viewBox", null).style("width", null).style("height", null);

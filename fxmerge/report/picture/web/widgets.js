@@ -36,7 +36,7 @@ fx.widgets = (() => {
     for (const [name, ...values] of rows) {
       const row = body.append("tr");
       row.append("th").attr("scope", "row").text(name);
-      values.forEach((value) => row.append("td").attr("class", "number").text(value));
+      values.forEach((value) => row.append("td").attr("class", value.length > 24 ? null : "number").text(value)); // words may break
     }
   }
 
