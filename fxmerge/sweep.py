@@ -28,9 +28,9 @@ from fxmerge.keywords import Budget, SweepKeywords
 from fxmerge.options import NAMES, Options
 from fxmerge.pipeline import Prepared, prepared
 from fxmerge.progress import older_left_alone, progress
+from fxmerge.report.group_data import original_cost
 from fxmerge.report.layout import WIDTH, Style, names, numbers, table, wrap
 from fxmerge.report.picture.curve import curve
-from fxmerge.report.reports import original_cost
 from fxmerge.report.tables import short
 from fxmerge.weights.files import write_text
 

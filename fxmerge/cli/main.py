@@ -24,6 +24,7 @@ from fxmerge.errors import FxMergeError
 from fxmerge.keywords import Budget
 from fxmerge.options import Options
 from fxmerge.report.drawable import drawn_as
+from fxmerge.report.layout import Style, wrap
 from fxmerge.result import Result
 from fxmerge.sweep import sweep
 
@@ -235,5 +236,6 @@ def _run(command: Demo | Analyze | Merge | Sweep | Draw) -> str:
         return result.report.json()
     files = sorted(command.out.iterdir()) if command.out.is_dir() else [command.out]
     files += [command.report] if command.report is not None else []
-    written = f"written: {', '.join(map(str, files))}"
-    return result.report.text(*demonstration.terminal()) + written
+    width, ascii = demonstration.terminal()
+    written = wrap(f"written: {', '.join(map(str, files))}", width, Style(ascii), 4)
+    return result.report.text(width, ascii) + "\n".join(written)

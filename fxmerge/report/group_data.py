@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fxmerge.graph.cost import Cost
+from fxmerge.graph.cost import Cost, call_cost, cost
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.groups import Group, Refusal
 from fxmerge.report.refusals import parameters_held
@@ -57,3 +57,11 @@ def refusals_json(refusals: Sequence[Refusal], captured: Capture) -> list[dict[s
         }
         for r in refusals
     ]
+
+
+def original_cost(captured: Capture) -> Cost:
+    """Parameters and FLOPs of the model that was captured."""
+    if captured.recorded is None:
+        return cost(captured.module, captured.inputs)
+    host = captured.recorded.host
+    return call_cost(host, captured.args, captured.kwargs, captured.module, captured.inputs)
