@@ -170,7 +170,7 @@ class Options:
                     "heads='both' needs a ratio, since a budget does not determine how much to remove as whole blocks "
                     "and how much from their width; give ratio instead of budget, or heads='width' or heads='whole'"
                 )
-            if not isinstance(self.ratio, _DefaultRatio):
+            if self.has_ratio:
                 raise FxMergeError(
                     f"ratio {self.ratio:g} and budget {{{kind!r}: {share:g}}} contradict each other; give one of them"
                 )
@@ -181,6 +181,11 @@ class Options:
             raise FxMergeError(f"of is {self.of!r}; give a pattern of module names, or a tuple of them")
         if patterns and "latency" in self.budget:
             raise FxMergeError(f"of is {self.of!r}, but a latency is that of the whole model; give another budget")
+
+    @property
+    def has_ratio(self) -> bool:
+        """Whether a ratio was given. A budget contradicts it, but not the default."""
+        return not isinstance(self.ratio, _DefaultRatio)
 
     def replace(self, **changes: Unpack[Keywords]) -> Options:
         """A copy with some fields changed. Raises FxMergeError for an unknown field."""

@@ -1,13 +1,16 @@
-"""A progress bar on a terminal, and how the garbage collector is kept from slowing down a run."""
+"""The stages on a progress bar and in the log; how the garbage collector is kept from slowing down a run."""
 
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
+
+LOG = logging.getLogger("fxmerge")
 
 
 @contextmanager
@@ -16,9 +19,11 @@ def progress() -> Iterator[Callable[[str], None]]:
 
     The line is erased at the end, also after an error or Ctrl-C. Nothing is shown where stderr is not a terminal that
     can erase a line: in a pipe, a file, a notebook, or with TERM=dumb.
+
+    Stages are also logged, by the logger `fxmerge` at level INFO.
     """
     if not _on_terminal():
-        yield lambda stage: None
+        yield LOG.info
         return
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -33,7 +38,12 @@ def progress() -> Iterator[Callable[[str], None]]:
     piped = not _is_terminal(sys.stdout)  # what the user's model prints into a pipe or a file stays there
     with Progress(*columns, console=console, transient=True, expand=True, redirect_stdout=not piped) as bar:
         task = bar.add_task("")
-        yield lambda stage: bar.update(task, description=stage)
+
+        def show(stage: str) -> None:
+            LOG.info(stage)
+            bar.update(task, description=stage)
+
+        yield show
 
 
 def _on_terminal() -> bool:

@@ -53,7 +53,7 @@ class Analysis:
         return f"<Analysis of {name}: {len(self.groups)} groups, {len(self.refusals)} refusals; .report shows them>"
 
     def _repr_html_(self) -> str:
-        """The report as a page in a notebook."""
+        """For a notebook: the figures, and a button that opens the page."""
         return self.report._repr_html_()
 
 
@@ -71,7 +71,7 @@ class Result:
         return f"<Result of {name}: {groups} merged; .module is the model, .report what was done>"
 
     def _repr_html_(self) -> str:
-        """The report as a page in a notebook."""
+        """For a notebook: the figures, and a button that opens the page."""
         return self.report._repr_html_()
 
     @property

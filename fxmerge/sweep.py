@@ -29,8 +29,8 @@ from fxmerge.options import Options
 from fxmerge.pipeline import Prepared, prepared
 from fxmerge.planning.counted import named
 from fxmerge.progress import older_left_alone, progress
+from fxmerge.report.group_data import original_cost
 from fxmerge.report.points import VERSION, Point, Sweep
-from fxmerge.report.reports import original_cost
 from fxmerge.weights.files import write_text
 
 if TYPE_CHECKING:
@@ -69,6 +69,8 @@ def sweep(
     base = settled(options, changes)
     if base.budget:
         raise FxMergeError("a sweep takes its budgets as the argument budgets; leave out the option budget")
+    if base.has_ratio:
+        raise FxMergeError(f"a sweep's budgets take the place of a ratio; leave out ratio={base.ratio:g}")
     if isinstance(budgets, (str, int, float)) or not isinstance(budgets, Sequence) or not budgets:
         raise FxMergeError(f"budgets is {budgets!r}; give a list of shares of the original, such as [0.75, 0.5, 0.25]")
     asked = [base.replace(budget={kind: share}) for share in budgets]

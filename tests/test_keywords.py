@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import itertools
 import shutil
 import subprocess
 import sys
@@ -55,8 +56,8 @@ def test_every_function_with_options_names_its_keywords() -> None:
     for name in fxmerge.__all__:
         function = getattr(fxmerge, name)
         if inspect.isfunction(function):
-            taken = inspect.signature(function).parameters.values()
-            found |= {name: p.annotation for p in taken if p.kind == p.VAR_KEYWORD}
+            *_, last = inspect.signature(function).parameters.values()
+            found |= {name: last.annotation} if last.kind == last.VAR_KEYWORD else {}
     assert found == {"merge": "Unpack[Keywords]", "analyze": "Unpack[Keywords]", "sweep": "Unpack[SweepKeywords]",
                      "compile": "Unpack[CompileKeywords]"}  # fmt: skip
 
@@ -67,7 +68,7 @@ def test_every_option_has_a_sentence() -> None:
     body = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Options").body
     told = {
         one.target.id
-        for one, other in zip(body, body[1:], strict=False)
+        for one, other in itertools.pairwise(body)
         if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name)
         and isinstance(other, ast.Expr) and isinstance(other.value, ast.Constant)
     }  # fmt: skip
@@ -121,12 +122,13 @@ def installed(folder: Path) -> Path:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="the environment's folders have other names there")
 def test_mypy_finds_a_misspelt_option(tmp_path: Path) -> None:
-    """In an editable install, which mypy only follows if it is a path. torch is skipped: its types take minutes."""
+    """In an editable install, which mypy only follows if it is a path. torch's types take minutes and are skipped."""
     pytest.importorskip("mypy")
     pytest.importorskip("setuptools", minversion="77")
     python = installed(tmp_path)
     (tmp_path / "user.py").write_text(SCRIPT)
-    (tmp_path / "mypy.ini").write_text("[mypy]\nstrict = True\n[mypy-torch.*,numpy.*,scipy.*,networkx.*,rich.*]\nfollow_imports = skip\n")
+    skipped = ",".join(f"{name}.*" for name in ("torch", "numpy", "scipy", "networkx", "rich"))
+    (tmp_path / "mypy.ini").write_text(f"[mypy]\nstrict = True\n[mypy-{skipped}]\nfollow_imports = skip\n")
     command = [sys.executable, "-m", "mypy", "--config-file", "mypy.ini", "--python-executable", str(python), "user.py"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     lines = {int(line.split(":")[1]): line for line in done.stdout.splitlines() if ": error: " in line}

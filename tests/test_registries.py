@@ -87,7 +87,7 @@ def test_an_added_entry_is_a_choice_of_the_command_line(
 ) -> None:
     (tmp_path / "net.py").write_text(NET)
     command = ["merge", f"{tmp_path}/net.py:net", "--out", f"{tmp_path}/out", "--refit", "none", "--selection", "mine"]
-    assert main(command) == 1
+    assert main(command) == 2
     assert "selection is 'mine'; choose one of" in capsys.readouterr().err
     monkeypatch.setitem(SELECTORS, "mine", SELECTORS["l1"])
     assert main(command) == 0

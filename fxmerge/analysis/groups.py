@@ -105,7 +105,9 @@ def aligned(facts: Provenance, grouping: Grouping, groups: Sequence[Group]) -> P
 
 def _pinned(facts: Provenance, atom: Ints, written: set[int]) -> dict[int, Pin]:
     """The first pin of each pinned atom. A block is pinned if one of its atoms is, or is written by no layer."""
-    pinned: dict[int, Pin] = {int(atom[0]): Pin(torch.zeros(0), "fixed", "", "")}
+    pinned: dict[int, Pin] = {
+        int(atom[0]): Pin(torch.zeros(0), "meets values that are not channels of a layer", "", "")
+    }
     for pin in facts.pins:
         for a in np.unique(atom[pin.labels.numpy()]):
             pinned.setdefault(int(a), pin)

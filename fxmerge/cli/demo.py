@@ -15,9 +15,13 @@ from torch import Tensor, nn
 
 from fxmerge.api import merge
 from fxmerge.options import Options
-from fxmerge.report.layout import Style, names, numbers, table
+from fxmerge.report.layout import Style, names, numbers, table, wrap
 
 RATIOS = (0.5, 0.6, 0.7, 0.8)
+NOTE = (
+    "refit brings the outputs close to the original's on all inputs; it does not know the labels. Where pruning hardly "
+    "costs accuracy, as at 50 %, the difference of a few images may fall to either side."
+)
 METHODS = {
     "prune": Options(decomposition="prune", refit="none"),
     "mostsim": Options(decomposition="mostsim", threshold=0.45, refit="none"),  # threshold: t of the paper for LeNet
@@ -90,7 +94,8 @@ def as_text(rows: list[Row], width: int = 120, ascii: bool = False) -> str:
         accuracies = [original.accuracy, *(of[ratio, m].accuracy for ratio in RATIOS)]
         columns.append(numbers(f"{m}, accuracy", [f"{accuracy:.2f} %" for accuracy in accuracies]))
     title = "LeNet-300-100 on 2,000 Fashion-MNIST test images, no fine-tuning"
-    return "\n".join(table(title, columns, width, Style(ascii)))
+    style = Style(ascii)
+    return "\n".join([*table(title, columns, width, style), *wrap(NOTE, width, style)])
 
 
 def terminal() -> tuple[int, bool]:

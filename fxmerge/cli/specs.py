@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fxmerge.cli import published
 from fxmerge.errors import FxMergeError
 from fxmerge.export import program, save
 from fxmerge.weights import on_disk as stored_models
@@ -27,52 +29,80 @@ _FORMS = (
 )
 
 
-def load(
-    spec: str, weights: Path | None, shape: tuple[int, ...], on_disk: bool = False
-) -> tuple[nn.Module | ExportedProgram, Any]:
-    """A model and example inputs for it.
+@dataclass(frozen=True)
+class Source:
+    """A model as the command line names it, and what is known about its inputs.
 
-    The inputs are random numbers of this shape, unless the file or module of the model has `example_inputs`, a value or
-    a function.
+    spec:       the words that name it
+    inputs:     `example_inputs` of the file or module of the model, or None
+    transform:  the model's preprocessing of a PIL image, or None if it is not known
+    random:     whether its weights are random for certain
+    """
+
+    spec: str
+    model: nn.Module | ExportedProgram
+    inputs: Any = None
+    transform: Callable[[Any], Any] | None = None
+    random: bool = False
+
+
+def load(
+    spec: str, weights: Path | None = None, on_disk: bool = False, pretrained: bool = False, dtype: str | None = None
+) -> Source:
+    """The model of a spec. `example_inputs` of its file or module, a value or a function, are its inputs.
 
     weights: a safetensors file with the model's state_dict
     on_disk: read the weights from the file only when needed (see `fxmerge.on_disk`)
+    pretrained: with the published weights of torchvision or timm
+    dtype: of the weights; by default, as they are
     Raises FxMergeError for a spec, a factory or a weights file that cannot be used, naming it.
     """
-    if spec.endswith(".pt2") or Path(spec).is_dir():
-        if weights is not None:
-            raise FxMergeError(f"{spec} includes its weights; leave out --weights")
-        if on_disk and spec.endswith(".pt2"):
-            raise FxMergeError(f"torch.export can only read {spec} as a whole; leave out --on-disk")
-        found: Any = program.load(Path(spec)) if spec.endswith(".pt2") else save.load(spec, on_disk=on_disk)
-        return found, None if isinstance(found, torch.export.ExportedProgram) else torch.randn(shape)
-    source, _, name = spec.rpartition(":")
-    if not source or not name:
+    stored = spec.endswith(".pt2") or Path(spec).is_dir()
+    if stored and (weights is not None or pretrained):
+        raise FxMergeError(f"{spec} includes its weights; leave out {'--pretrained' if pretrained else '--weights'}")
+    if on_disk and spec.endswith(".pt2"):
+        raise FxMergeError(f"torch.export can only read {spec} as a whole; leave out --on-disk")
+    if dtype and (on_disk or spec.endswith(".pt2")):
+        raise FxMergeError(f"--dtype: the weights of {spec} cannot be converted; leave it out")
+    if pretrained and weights is not None:
+        raise FxMergeError("--pretrained and --weights contradict each other; give one of them")
+    if stored:
+        source = Source(spec, program.load(Path(spec)) if spec.endswith(".pt2") else save.load(spec, on_disk=on_disk))
+    else:
+        source = _created(spec, weights, on_disk, pretrained)
+    if dtype and isinstance(source.model, nn.Module):
+        source = replace(source, model=source.model.to(getattr(torch, dtype)))
+    return source
+
+
+def _created(spec: str, weights: Path | None, on_disk: bool, pretrained: bool) -> Source:
+    """The model that a factory makes, of torchvision, timm or the user's own."""
+    origin, _, name = spec.rpartition(":")
+    if not origin or not name:
         raise FxMergeError(f"{spec!r} does not name a model; give {_FORMS}")
     if on_disk and weights is None:
         raise FxMergeError("--on-disk needs --weights, the safetensors file, or folder of files, to read them from")
+    if pretrained and origin not in published.ORIGINS:
+        raise FxMergeError(f"--pretrained is for torchvision:NAME and timm:NAME; {spec} makes its own weights")
     torch.manual_seed(0)
     made = _without_memory if on_disk else _made
-    if source == "torchvision":
-        module = _imported("torchvision.models", spec)
-        model = made(spec, lambda: module.get_model(name, weights=None))
-        inputs: Any = None
-    elif source == "timm":
-        module = _imported("timm", spec)
-        model = made(spec, lambda: module.create_model(name, pretrained=False))
-        inputs = None
+    inputs: Any = None
+    if origin in published.ORIGINS:
+        module = _imported(published.ORIGINS[origin], spec)
+        model = made(spec, lambda: published.create(origin, module, name, pretrained))
+        transform = published.transform(origin, module, name, model)
     else:
         module, factory = _named(spec, _FORMS)
         model = made(spec, factory)
         inputs = getattr(module, "example_inputs", None)
         inputs = inputs() if callable(inputs) else inputs
+        transform = getattr(module, "transform", None)
     if weights is not None and on_disk:
         model = stored_models.on_disk(model, weights)
     elif weights is not None:
         load_weights(model, weights)
-    if inputs is None:
-        inputs = torch.randn(shape)
-    return model, inputs
+    random = origin in published.ORIGINS and not pretrained and weights is None
+    return Source(spec, model, inputs, transform, random)
 
 
 def dynamic_shapes(words: Sequence[str]) -> dict[str, dict[int, Any]] | None:
@@ -145,6 +175,8 @@ def _file(path: Path) -> Any:
 def _made(spec: str, factory: Any) -> nn.Module:
     try:
         model = factory()
+    except FxMergeError:
+        raise
     except Exception as error:
         raise FxMergeError(f"the model of {spec} cannot be created: {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):

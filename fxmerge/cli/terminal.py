@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import os
 import sys
 import unicodedata
 from collections.abc import Iterator
@@ -19,14 +20,20 @@ _SIGNS = {  # a word in the name of a character -> a similar one
 def plain_where_needed() -> Iterator[None]:
     """While it is open, characters that stdout or stderr cannot encode are written as similar ASCII characters."""
     codecs.register_error(_HANDLER, _similar)
-    streams = [(s, s.errors) for s in (sys.stdout, sys.stderr) if hasattr(s, "reconfigure")]
-    for stream, _ in streams:
-        stream.reconfigure(errors=_HANDLER)
+    streams = [(s, s.encoding, s.errors) for s in (sys.stdout, sys.stderr) if hasattr(s, "reconfigure")]
+    for stream, encoding, _ in streams:
+        stream.reconfigure(encoding="ascii" if _asks_for_ascii() else encoding, errors=_HANDLER)
     try:
         yield
     finally:
-        for stream, errors in streams:
-            stream.reconfigure(errors=errors)
+        for stream, encoding, errors in streams:
+            stream.reconfigure(encoding=encoding, errors=errors)
+
+
+def _asks_for_ascii() -> bool:
+    """Whether the user set the C locale. Python itself writes UTF-8 there (PEP 538 and 540), whatever the terminal."""
+    locale = os.environ.get("LC_ALL") or os.environ.get("LANG")
+    return locale in ("C", "POSIX") and not os.environ.get("PYTHONIOENCODING") and os.environ.get("PYTHONUTF8") != "1"
 
 
 def _similar(error: UnicodeError) -> tuple[str, int]:

@@ -48,12 +48,21 @@ def in_scope(grouping: Grouping, options: Options) -> tuple[list[Group], tuple[R
         if ignored(g, options):
             why = "is ignored: it matches a pattern of the option ignore"
         elif options.scope == "internal" and not g.internal:
-            why = "is not internal: it has several producers, several consumers, or a mixer"
+            why = f'is excluded by scope="internal": {_not_internal(g)}'
         if why:
             out.append(Refusal(g.name, g.channels, why, ""))
         else:
             inside.append(g)
     return inside, tuple(out)
+
+
+def _not_internal(group: Group) -> str:
+    """Why a group is not that of one producer and one consumer alone."""
+    found = [f"{len(group.producers)} layers produce these channels"] if len(group.producers) > 1 else []
+    found += [f"{len(group.consumers) or 'no'} layers consume them"] if len(group.consumers) != 1 else []
+    found += [f"{group.ties[0]} combines them with others"] if group.ties and len(group.producers) == 1 else []
+    found += [f"{group.mixers[0]} normalises over them"] if group.mixers else []
+    return ", ".join(found)
 
 
 def replayed(groups: Sequence[Group], decided: Mapping[str, GroupPlan]) -> dict[str, tuple[int, ...]]:

@@ -21,8 +21,10 @@ from fxmerge.report.picture import formats
 from fxmerge.report.picture.build import draw
 from fxmerge.report.picture.group_panel import group_panels
 from fxmerge.report.picture.layer_panel import layer_panels
-from fxmerge.report.picture.page import frame, page
+from fxmerge.report.picture.notebook import cell
+from fxmerge.report.picture.page import page
 from fxmerge.report.picture.records import Picture
+from fxmerge.report.tables import percent
 from fxmerge.weights.files import write_text
 
 # file extension -> the method of `Drawable` that returns the file's text
@@ -80,8 +82,20 @@ class Drawable:
         return _written(page(self.picture, summary, panels, layers), path)
 
     def _repr_html_(self) -> str:
-        """The page, for a notebook."""
-        return frame(self.html())
+        """For a notebook: the figures, and a button that opens the page."""
+        return cell(self.picture.title, self._figures(), getattr(self, "notices", ()), self.html())
+
+    def _figures(self) -> list[tuple[str, str]]:
+        """The rows of the table in a notebook."""
+        costs, (_, figures), groups = self._costs(), self._outcome(), f"{len(self.groups):,}"
+        if self.plan is None:
+            counts = [(c.parameters, c.flops) for c in costs]
+            return [("parameters", f"{counts[0][0]:,}"), ("FLOPs", f"{counts[0][1]:,}"), ("groups", groups)]
+        pairs = zip(*((c.parameters, c.flops) for c in costs), strict=True)
+        sizes = [f"{one:,} -> {two:,} ({percent(two, one)} left)" for one, two in pairs]
+        error = f"{figures['error']:.3g}" if figures["error"] == figures["error"] else str(figures["reason"])
+        merged = f"{len(self.plan.groups)} of {groups} merged"
+        return [("parameters", sizes[0]), ("FLOPs", sizes[1]), ("groups", merged), ("error of the outputs", error)]
 
     def dot(self, path: str | Path | None = None) -> str:
         """The whole network in Graphviz's DOT language."""

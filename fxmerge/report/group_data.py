@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fxmerge.graph.cost import Cost
+from fxmerge.graph.cost import Cost, call_cost, cost
 from fxmerge.graph.nested import finite
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.groups import Group, Refusal
@@ -72,3 +72,11 @@ def branches_json(captured: Capture) -> list[dict[str, Any]]:
         }
         for b in (captured.cut.dropped if captured.cut else ())
     ]
+
+
+def original_cost(captured: Capture) -> Cost:
+    """Parameters and FLOPs of the model that was captured."""
+    if captured.recorded is None:
+        return cost(captured.whole.module, captured.inputs)
+    host = captured.recorded.host
+    return call_cost(host, captured.args, captured.kwargs, captured.module, captured.inputs)

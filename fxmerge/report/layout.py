@@ -286,3 +286,10 @@ def wrap(text: str, width: int, style: Style, indent: int = 0) -> list[str]:
             line, word = " " * indent, word[len(part) :]
         line += word
     return [*lines, line] if line.strip() else lines
+
+
+def joined(tables: Sequence[Sequence[str]], totals: Sequence[str], width: int, style: Style) -> str:
+    """Tables with an empty line after each, and below them the totals."""
+    lines = [line for found in tables if found for line in (*found, "")]
+    lines += [line for total in totals for line in wrap(total, width, style, 4)]
+    return "\n".join(lines) + "\n"

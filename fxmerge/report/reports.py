@@ -24,9 +24,18 @@ from fxmerge.refit.handed_out import HandedOut
 from fxmerge.refit.records import Refitted
 from fxmerge.report.budget_line import Spent, spent
 from fxmerge.report.drawable import Drawable
-from fxmerge.report.group_data import branches_json, cost_json, group_json, members, producer_cost, refusals_json
+from fxmerge.report.group_data import (
+    branches_json,
+    cost_json,
+    group_json,
+    members,
+    original_cost,
+    producer_cost,
+    refusals_json,
+)
 from fxmerge.report.headline import merged
-from fxmerge.report.layout import WIDTH, Footnotes, Style, lists, names, numbers, table, wrap
+from fxmerge.report.layout import WIDTH, Footnotes, Style, joined, lists, names, numbers, table, wrap
+from fxmerge.report.notices import notices
 from fxmerge.report.operations import operation
 from fxmerge.report.tables import (
     capture_lines,
@@ -40,6 +49,7 @@ from fxmerge.report.tables import (
 )
 
 VERSION = 2  # of the schema of the JSON
+SIMILARITY = "similarity: how alike dropped channels and what replaces them are, on average (1: equal, 0: unrelated)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +97,7 @@ class AnalysisReport(Drawable):
         found = found if groups else wrap(f"{self.captured.name} has no merge groups", width, style)
         refused = refusal_lines("Cannot be merged", self.refusals, self.captured, width, style)
         total = f"{len(groups)} groups, {self.cost.parameters:,} parameters, {self.cost.flops:,} FLOPs"
-        return _text([found, refused], [total, *capture_lines(self.captured)], width, style)
+        return joined([found, refused], [total, *capture_lines(self.captured)], width, style)
 
     def json(self) -> str:
         """JSON text with the groups, refusals, parameters and FLOPs. Schema: fxmerge/assets/report.schema.json."""
@@ -124,9 +134,17 @@ class Report(Drawable):
     seconds: float  # duration of the merge
     timing: Timing | None = None  # of the merged model, if a latency budget was given
 
+    def __post_init__(self) -> None:
+        _ = self.notices  # now, since the user may put the model in another mode later
+
     def __repr__(self) -> str:
         groups = f"{len(self.plan.groups)} of {len(self.groups)} groups merged"
         return f"<Report of {self.captured.name}: {groups}; .text() shows them>"
+
+    @cached_property
+    def notices(self) -> tuple[str, ...]:
+        """What the user may not have meant: random weights, training mode, a ratio below one channel."""
+        return notices(self.captured, self.grouping, self.refusals, self.plan)
 
     @cached_property
     def before(self) -> Cost:
@@ -161,7 +179,7 @@ class Report(Drawable):
         style, width = Style(ascii), max(width, WIDTH)
         refitted = refit_lines(self.refitted, width, style) if self.refitted else []
         refused = refusal_lines("Not merged", self.refusals, self.captured, width, style)
-        return _text([self._merged(width, style), refitted, refused], self._totals(), width, style)
+        return joined([self._merged(width, style), refitted, refused], self._totals(), width, style)
 
     def _merged(self, width: int, style: Style) -> list[str]:
         """The table of merged groups; parameters and FLOPs are those of their producers."""
@@ -180,13 +198,14 @@ class Report(Drawable):
         for header, at in (("parameters", 0), ("FLOPs", 1)):
             exact, compact = ([change(one[at], two[at], few) for one, two in costs] for few in (False, True))
             columns.append(numbers(header, exact, compact))
-        columns.append(numbers("similarity", [decimals(plans[g.name].similarity, 2) for g in groups]))
+        if explained := any(plans[g.name].partners for g in groups):
+            columns.append(numbers("similarity", [decimals(plans[g.name].similarity, 2) for g in groups]))
         if self.plan.options.decomposition == "mostsim":
             carried = {g.name for g in groups if not unmerged(g, self._tensors, self.plan.options)}
             alone = [sum(p.into < 0 for p in plans[g.name].partners) if g.name in carried else 0 for g in groups]
             columns.append(numbers("no partner", [f"{n:,}" for n in alone]))
         found = table(f"Merged groups of {self.captured.name}", [*columns, *notes.columns], width, style)
-        return found + notes.lines(width, style)
+        return found + notes.lines(width, style) + (wrap(SIMILARITY, width, style, 4) if explained else [])
 
     def _notes(self, group: Group, plan: GroupPlan) -> list[str]:
         decomposition, notes = self.plan.options.decomposition, []
@@ -235,6 +254,7 @@ class Report(Drawable):
             *([self.spent.line()] if self.spent else []),
             *([f"refit ran on {self.source}"] if self.source else []),
             *([line] if self.handed_out and (line := self.handed_out.line()) else []),
+            *self.notices,
             *self.notes,
             *self.later,
             *capture_lines(self.captured),
@@ -277,24 +297,9 @@ class Report(Drawable):
                 **({"handed_out": finite(vars(self.handed_out))} if self.handed_out else {}),
                 **({"budget": finite(vars(self.spent))} if self.spent else {}),
                 **({"branches": branches_json(self.captured)} if self.captured.cut else {}),
-                "notes": [*self.notes, *self.later],
+                "notes": [*self.notices, *self.notes, *self.later],
                 "groups": groups,
                 "refusals": refusals_json(self.refusals, self.captured),
             },
             convert=lambda record: finite(fields(record)),
         )
-
-
-def original_cost(captured: Capture) -> Cost:
-    """Parameters and FLOPs of the model that was captured."""
-    if captured.recorded is None:
-        return cost(captured.whole.module, captured.inputs)
-    host = captured.recorded.host
-    return call_cost(host, captured.args, captured.kwargs, captured.module, captured.inputs)
-
-
-def _text(tables: Sequence[Sequence[str]], totals: Sequence[str], width: int, style: Style) -> str:
-    """Tables with an empty line after each, and below them the totals."""
-    lines = [line for found in tables if found for line in (*found, "")]
-    lines += [line for total in totals for line in wrap(total, width, style, 4)]
-    return "\n".join(lines) + "\n"

@@ -218,7 +218,7 @@ ERRORS: dict[str, tuple[list[str], str]] = {
 def test_errors_are_one_line(what: str, capsys: pytest.CaptureFixture[str], spec: str, tmp_path: Path) -> None:
     arguments, message = ERRORS[what]
     status, out, err = run(capsys, *[a.format(dir=tmp_path) for a in arguments])
-    assert status == 1
+    assert status == 2
     assert out == ""
     assert re.search(message, err), err
     assert err.startswith("fxmerge: ")
@@ -247,7 +247,7 @@ def test_help_lists_every_option(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"--{option.name.replace('_', '-')}" in text, option.name
 
 
-def test_in_a_pipe_stderr_is_silent_and_errors_have_status_1(spec: str, tmp_path: Path) -> None:
+def test_in_a_pipe_stderr_is_silent_and_errors_have_status_2(spec: str, tmp_path: Path) -> None:
     """As users run it: another process, no terminal."""
     command = [sys.executable, "-m", "fxmerge"]
     good = subprocess.run([*command, "merge", spec, "--out", str(tmp_path / "o")], capture_output=True, text=True)
@@ -255,7 +255,7 @@ def test_in_a_pipe_stderr_is_silent_and_errors_have_status_1(spec: str, tmp_path
     assert "parameters" in good.stdout
     assert "\x1b" not in good.stdout
     bad = subprocess.run([*command, "analyze", "nothing:here"], capture_output=True, text=True)
-    assert bad.returncode == 1
+    assert bad.returncode == 2
     assert bad.stdout == ""
     assert len(bad.stderr.splitlines()) == 1
 
@@ -273,7 +273,7 @@ def test_out_that_looks_like_another_file(
     """The error comes before the model is made."""
     command, *rest = (a.format(dir=tmp_path) for a in arguments)
     status, out, err = run(capsys, command, "no_such_module:f", *rest)
-    assert (status, out) == (1, "")
+    assert (status, out) == (2, "")
     assert re.search(message, err.strip()) is not None
     assert not list(tmp_path.iterdir())
 
@@ -306,7 +306,7 @@ def test_weights_that_are_a_pickle(
     path = tmp_path / "net.pth"
     torch.save(namespace["small"]().state_dict(), path, _use_new_zipfile_serialization=not legacy)
     status, out, err = run(capsys, "analyze", spec, "--weights", str(path), *more)
-    assert (status, out) == (1, "")
+    assert (status, out) == (2, "")
     first, *code = err.rstrip().split("\n")
     assert first.startswith(f"fxmerge: {path} is a pickle written by torch.save, not a safetensors file;")
     assert len(code) == 2
@@ -318,7 +318,7 @@ def test_weights_that_are_a_pickle(
 def test_weights_that_are_nothing_known(capsys: pytest.CaptureFixture[str], spec: str, tmp_path: Path) -> None:
     (tmp_path / "w.safetensors").write_bytes(b"neither of them")
     status, _, err = run(capsys, "analyze", spec, "--weights", str(tmp_path / "w.safetensors"))
-    assert (status, err.count("\n")) == (1, 1)
+    assert (status, err.count("\n")) == (2, 1)
     assert f"cannot read weights from {tmp_path}/w.safetensors: " in err
 
 
@@ -352,7 +352,7 @@ def test_dynamic(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         program(*(x[:, :4] for x in given))
     assert main(["merge", spec, "--out", str(out), *flags, "--dynamic", "tokens:0,1", "mask:0,1"]) == 0
     assert torch.export.load(str(out)).module()(*(x[:, :4] for x in given)).shape == (5, 4, 8)
-    assert main(["analyze", spec, "--dynamic", "token:0"]) == 1
+    assert main(["analyze", spec, "--dynamic", "token:0"]) == 2
     assert "names the input 'token', which is not given; the inputs are tokens, mask" in capsys.readouterr().err
-    assert main(["analyze", spec, "--dynamic", "tokens"]) == 1
+    assert main(["analyze", spec, "--dynamic", "tokens"]) == 2
     assert "such as x:0,2,3" in capsys.readouterr().err

@@ -62,7 +62,7 @@ def test_help_and_errors_in_ascii(spec: str) -> None:
     assert (helped.returncode, helped.stderr) == (0, b"")
     assert "--out" in helped.stdout.decode("ascii")
     wrong = command("analyze", f"{spec}:größe", encoding="ascii")
-    assert wrong.returncode == 1
+    assert wrong.returncode == 2
     assert b"has no callable 'groe'" in wrong.stderr.replace(b"?", b"")
 
 

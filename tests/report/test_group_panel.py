@@ -16,7 +16,6 @@ import fxmerge
 from fxmerge.graph.nested import finite
 from fxmerge.planning.statistics import state
 from fxmerge.report.picture import group_panel
-from fxmerge.report.picture.page import frame
 from tests.helpers.drawings import data_of
 from tests.helpers.netmaking import one_thread, plain_merge  # noqa: F401
 from tests.helpers.nets import NETS
@@ -115,11 +114,3 @@ def test_same_model_same_page() -> None:
 
 def test_numbers_that_json_does_not_have() -> None:
     assert finite({"a": [1.5, float("nan")], "b": (float("inf"), "x")}) == {"a": [1.5, None], "b": [None, "x"]}
-
-
-def test_notebooks_show_results() -> None:
-    model, x = NETS["mlp"]()
-    result = plain_merge(model, x, ratio=0.5)
-    assert result._repr_html_() == frame(result.report.html())
-    assert result.analysis._repr_html_().startswith("<iframe srcdoc=")
-    assert "<script" not in result._repr_html_()

@@ -209,7 +209,7 @@ def test_refused_groups_are_hatched_and_tell_why(opened: Any) -> None:
     assert fills == {"0": "url(#hatch0)", "1": result.report.picture.shades[1].colour}
     assert "fc" in tab.modules(".box.refused")
     tab.tab.click('.row[data-group="0"]')
-    assert "is not internal" in tab.tab.inner_text("#panel .refusal")
+    assert "is excluded by scope" in tab.tab.inner_text("#panel .refusal")
 
 
 def overlapping(tab: Opened) -> list[tuple[str, str]]:

@@ -167,7 +167,7 @@ def test_refused_groups_tell_why() -> None:
     result = plain_merge(model, x, ratio=0.5, scope="internal")
     p = drawn(result.analysis, result.plan)
     assert {s.name: bool(s.refused) for s in p.shades} == {"stem": True, "a": False}
-    assert "not internal" in p.shades[0].refused
+    assert "excluded by scope" in p.shades[0].refused
 
 
 def test_frames_follow_paths() -> None:

@@ -62,11 +62,6 @@ def page(
     return head + "".join(fills[name] + after for name, _, after in (part.partition("}}") for part in rest))
 
 
-def frame(text: str) -> str:
-    """The page inside an iframe, for a notebook."""
-    return f'<iframe srcdoc="{html.escape(text)}" style="width: 100%; height: 720px; border: 0"></iframe>'
-
-
 def _asset(name: str) -> str:
     folder = files("fxmerge") / "assets" if name.startswith("vendor/") else files(__package__) / "web"
     return (folder / name).read_text(encoding="utf-8")
