@@ -17,7 +17,8 @@ from fxmerge.ir.capture import Capture
 from fxmerge.ir.groups import Group, Grouping, Refusal
 from fxmerge.ir.provenance import Provenance
 from fxmerge.plan import Plan
-from fxmerge.report.reports import AnalysisReport, Report
+from fxmerge.report.analysis_report import AnalysisReport
+from fxmerge.report.reports import Report
 from fxmerge.weights.copy import inside
 
 if TYPE_CHECKING:

@@ -1,8 +1,7 @@
-"""The reports of an analysis and of a merge, as tables and as JSON; `drawable.py` adds the pictures."""
+"""The report of a merge, as tables and as JSON; `drawable.py` adds the pictures."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,19 +21,19 @@ from fxmerge.planning.decompose import unmerged
 from fxmerge.planning.statistics import state
 from fxmerge.refit.handed_out import HandedOut
 from fxmerge.refit.records import Refitted
+from fxmerge.report.analysis_report import VERSION
 from fxmerge.report.budget_line import Spent, spent
 from fxmerge.report.drawable import Drawable
 from fxmerge.report.group_data import (
     branches_json,
     cost_json,
     group_json,
-    members,
     original_cost,
     producer_cost,
     refusals_json,
 )
 from fxmerge.report.headline import merged
-from fxmerge.report.layout import WIDTH, Footnotes, Style, joined, lists, names, numbers, table, wrap
+from fxmerge.report.layout import WIDTH, Footnotes, Style, joined, names, numbers, table, wrap
 from fxmerge.report.notices import notices
 from fxmerge.report.operations import operation
 from fxmerge.report.tables import (
@@ -45,73 +44,9 @@ from fxmerge.report.tables import (
     percent,
     refit_lines,
     refusal_lines,
-    short,
 )
 
-VERSION = 2  # of the schema of the JSON
 SIMILARITY = "similarity: how alike dropped channels and what replaces them are, on average (1: equal, 0: unrelated)"
-
-
-@dataclass(frozen=True, kw_only=True)
-class AnalysisReport(Drawable):
-    """The merge groups of a model, and the channels that cannot be merged."""
-
-    captured: Capture
-    facts: Provenance
-    grouping: Grouping
-    refusals: tuple[Refusal, ...]
-    plan: None = None
-    graph: None = None
-
-    def __repr__(self) -> str:
-        return f"<AnalysisReport of {self.captured.name}: {len(self.groups)} groups; .text() shows them>"
-
-    @cached_property
-    def cost(self) -> Cost:
-        """Parameters and FLOPs of the model."""
-        return original_cost(self.captured)
-
-    def _costs(self) -> tuple[Cost, ...]:
-        return (self.cost,)
-
-    def text(self, width: int = 120, ascii: bool = False) -> str:
-        """The groups with their members, the refusals with their reasons, and the totals, as plain text.
-
-        width: of the longest line, at least 20; columns that do not fit are left out
-        ascii: use ASCII characters only
-        """
-        style, groups, width = Style(ascii), self.groups, max(width, WIDTH)
-        costs = [producer_cost(g, self.cost) for g in groups]
-        columns = [
-            names("group", [g.name for g in groups]),
-            numbers("channels", [f"{g.channels:,}" for g in groups]),
-            numbers("parameters", [f"{p:,}" for p, _ in costs], [short(p) for p, _ in costs]),
-        ]
-        parts = [members(g) for g in groups]
-        columns += [
-            lists("consumers", [m["consumers"] for m in parts]),
-            lists("other producers", [m["producers"][1:] for m in parts]),  # a group has the name of its first
-            lists("per-channel parameters", [m["per_channel_params"] for m in parts]),
-        ]
-        found = table(f"Merge groups of {self.captured.name}", columns, width, style)
-        found = found if groups else wrap(f"{self.captured.name} has no merge groups", width, style)
-        refused = refusal_lines("Cannot be merged", self.refusals, self.captured, width, style)
-        total = f"{len(groups)} groups, {self.cost.parameters:,} parameters, {self.cost.flops:,} FLOPs"
-        return joined([found, refused], [total, *capture_lines(self.captured)], width, style)
-
-    def json(self) -> str:
-        """JSON text with the groups, refusals, parameters and FLOPs. Schema: fxmerge/assets/report.schema.json."""
-        return json.dumps(
-            {
-                "fxmerge_report": VERSION,
-                "model": self.captured.name,
-                "parameters": self.cost.parameters,
-                "flops": self.cost.flops,
-                "groups": [group_json(g) | cost_json(g, self.cost) for g in self.groups],
-                "refusals": refusals_json(self.refusals, self.captured),
-            },
-            indent=1,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
