@@ -39,9 +39,9 @@ def test_the_keywords_are_the_fields_of_options() -> None:
     for name, allowed in choices().items():
         assert literals(hints[name]) == set(allowed), name
         assert literals(fields[name]) == (set() if name in REGISTRIES else set(allowed)), name
-    plain = set(hints) - set(choices()) - {"ignore"}
+    plain = set(hints) - set(choices()) - {"ignore", "of"}
     assert {name: hints[name] for name in plain} == {name: fields[name] for name in plain}
-    assert fields["ignore"] in get_args(hints["ignore"])
+    assert all(fields[name] in get_args(hints[name]) for name in ("ignore", "of"))
     assert {*get_args(keywords.Budget)} == set(BUDGETS)
 
 
