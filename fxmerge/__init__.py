@@ -27,7 +27,7 @@ from fxmerge.rules.table import RULES
 from fxmerge.sweep import Sweep, sweep
 from fxmerge.weights.on_disk import in_memory, on_disk
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "ALLOCATORS",
