@@ -31,7 +31,7 @@ from fxmerge.training.distillation import Distillation
 from fxmerge.training.shrinker import Shrinker
 from fxmerge.weights.on_disk import in_memory, on_disk
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "ALLOCATORS",
