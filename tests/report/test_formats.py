@@ -72,7 +72,7 @@ def test_the_svg_shows_every_box_with_its_widths(tmp_path: Path) -> None:
     assert path.read_text(encoding="utf-8") == text
     texts = [t.text or "" for t in ET.fromstring(text).iter(f"{SVG}text")]
     assert {"stem · n", "a · an", "b · bn", "add", "fc"} <= set(texts)
-    assert any(t.endswith("16 → 8") for t in texts)
+    assert any(t.endswith("16 → 8 (-50 %)") for t in texts)
 
 
 def test_svg_without_graphviz_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,7 +153,7 @@ def test_model_explorer_reads_node_data_and_graph(tmp_path: Path) -> None:
     assert data["main"]["results"]["fc"]["value"] == 100.0
     sources = {(e["sourceNodeId"], n["id"]) for n in nodes.values() for e in n["incomingEdges"]}
     assert sources == {(a.source, a.target) for a in report.picture.arrows}
-    assert {"key": "channels", "value": "16 → 8"} in nodes["a"]["attrs"]
+    assert {"key": "channels", "value": "16 → 8 (-50 %)"} in nodes["a"]["attrs"]
 
 
 @pytest.mark.parametrize("name", NETS)

@@ -8,7 +8,6 @@ import re
 from typing import Any
 
 import pytest
-import torch
 
 import fxmerge
 from tests.helpers.browser import ARROW, MINUS, TIMES, Opened, needs_chromium
@@ -313,4 +312,18 @@ def test_too_many_members_to_show(opened: Any) -> None:
     tab.tab.wait_for_selector("#back")
     assert "too many" in tab.tab.inner_text("#status")
     assert "blocks.8.2" in tab.modules(".box.on")  # the closed module that contains it
-    assert torch.tensor(opacities(tab, ".box.on")).min() == 1
+    assert set(opacities(tab, ".box.on")) == {1.0}
+
+
+def test_a_group_in_many_modules_is_shown_by_them_first(opened: Any) -> None:
+    tab = opened(blocks().report.html())
+    tab.tab.evaluate("fx.ROOM = 8")  # the nine modules hold a box more each
+    tab.tab.click('.row[data-group="0"]')
+    tab.tab.wait_for_selector("#back")
+    assert len(tab.all(".box.closed.on", "e => 1")) == 9
+    assert tab.tab.inner_text("#open") == "Open 9 closed modules with members"
+    tab.tab.click("#open")
+    tab.tab.wait_for_selector("#open", state="detached")
+    assert tab.all(".box.closed", "e => 1") == []
+    (window,) = tab.boxes("#canvas")
+    assert all(inside(box, window) for box in tab.boxes(".box.on .body"))

@@ -2,6 +2,7 @@
 "use strict";
 fx.chosen = null;
 fx.helped = new Set(); // frames that were opened to show a choice; the next choice closes them
+fx.ROOM = 16; // boxes that choosing a group adds to the drawing, at most, so that it stays legible
 fx.turn = 0; // counts layouts, so that a slow one does not undo a later one
 
 fx.say = (words) => d3.select("#status").text(words);
@@ -64,24 +65,31 @@ fx.lay = async () => {
   return true;
 };
 
-fx.reveal = async (boxes) => { // open the frames around some boxes, and close those that an earlier choice opened
-  const needed = new Set(boxes.flatMap((at) => fx.network.ancestors(fx.data.boxes[at].frame)));
+fx.members = (at) => d3.range(fx.data.boxes.length)
+  .filter((b) => fx.data.boxes[b].roles.some(([g, role]) => g === at && role !== "pass"));
+
+fx.reveal = async (boxes, room = Infinity) => { // open the frames around some boxes; close those of an earlier choice
+  const paths = boxes.map((at) => fx.network.ancestors(fx.data.boxes[at].frame)), needed = new Set(paths.flat());
   const before = [...fx.open].sort().join();
   fx.helped.forEach((f) => { if (!needed.has(f)) { fx.open.delete(f); fx.helped.delete(f); } });
+  const seen = fx.network.shown();
   let isWhole = true;
-  for (const frame of fx.data.frames.map((f) => f.id).filter((f) => needed.has(f) && !fx.open.has(f))) { // outer ones first
-    if (!fx.network.fits(frame)) { isWhole = false; continue; }
-    fx.open.add(frame);
-    fx.helped.add(frame);
+  for (let depth = 0; depth < d3.max(paths, (path) => path.length); depth++) { // whole levels, the outermost first
+    const level = [...new Set(paths.map((path) => path[depth]))].filter((f) => f !== undefined && !fx.open.has(f));
+    if (fx.network.shown() + d3.sum(level, (f) => fx.network.size(f) - 1) - seen > room) break;
+    for (const frame of level) {
+      if (!fx.network.fits(frame)) { isWhole = false; continue; }
+      fx.open.add(frame);
+      fx.helped.add(frame);
+    }
   }
   const isLaid = before === [...fx.open].sort().join() || await fx.lay();
-  if (isLaid && !isWhole) fx.say("some members are in closed modules: there are too many to show");
+  if (isLaid && !isWhole) fx.say("some modules stay closed: there are too many layers to show");
   return isLaid;
 };
 
-fx.goGroup = async (at, fromPanel) => { // select a group and show all of its members
-  const members = d3.range(fx.data.boxes.length).filter((b) => fx.data.boxes[b].roles.some(([g, role]) => g === at && role !== "pass"));
-  if (!await fx.reveal(members)) return;
+fx.goGroup = async (at, fromPanel, room = fx.ROOM) => { // select a group and show all of its members
+  if (!await fx.reveal(fx.members(at), room)) return;
   fx.choose({group: at}, fromPanel);
   fx.camera.showAll(fx.scene.laid.items.filter((item) => item.groups.has(at)));
 };

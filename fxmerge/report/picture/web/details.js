@@ -29,6 +29,9 @@ fx.details = (() => {
     widgets.swatch(head, at);
     widgets.dotted(head.append("span"), g.name);
     if (g.refused) widgets.refusal(panel, {channels: g.channels, reason: g.refused}, "The whole group");
+    const closed = new Set(fx.members(at).map((b) => fx.network.collapsed(boxes[b].frame)).filter((f) => f !== undefined));
+    if (closed.size) panel.append("button").attr("id", "open").text(`Open ${text.counted(closed.size, "closed module")} with members`)
+      .on("click", () => fx.goGroup(at, true, Infinity));
     const solved = g.refit.filter((r) => r.before !== r.after), lost = g.channels - g.kept;
     comparison(panel, [["channels", fx.merged ? [g.channels, g.kept] : [g.channels], text.whole],
       ["parameters of its layers", g.parameters, text.short], ["FLOPs of its layers", g.flops, text.short]]);

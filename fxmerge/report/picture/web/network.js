@@ -153,5 +153,5 @@ fx.network = (() => {
     return {items, wires, frames, width: laid.width, height: laid.height};
   }
 
-  return {BAR, view, layout, ancestors, expand, shown, fits};
+  return {BAR, view, layout, ancestors, collapsed, expand, shown, size, fits};
 })();
