@@ -7,6 +7,7 @@ from typing import Any
 from benchmarks.harness.page import escaped, pyplot, save_plot, short
 from benchmarks.harness.rows import Row
 from benchmarks.language.methods import DENSE, METHODS, WINDOWS
+from benchmarks.language.pruning import RIDGE
 
 Key = tuple[Any, ...]  # seed, network, removed share, method
 Rows = Mapping[tuple[float, str], Row]  # (removed share, method) -> the row, of one network and seed
@@ -22,18 +23,21 @@ INTRODUCTION = f"""\
 is removed, without any training, and the perplexity is measured on {WINDOWS} windows of the test text. All methods get
 the same tokens, which are from the validation text. Nothing is chosen on the test text.
 
-- *wanda*: for each MLP, the channels with the largest norm of the weight's column times norm of its input stay; nothing
-  is re-solved (Sun et al., ICLR 2024, for structures). All MLPs lose the same share; attention stays.
+- *wanda*: channels with the largest norm of the weight's column times norm of its input stay; nothing is re-solved (Sun
+  et al., ICLR 2024, for structures as in An et al.). All layers lose the same share of their heads, rounded down, and
+  the rest from their MLPs.
 - *flap*: heads and channels of MLPs with the smallest fluctuation leave, all layers together, and their means go into
-  biases (An et al., AAAI 2024). Under grouped queries a key-value head leaves with its queries.
-- *second-order*: the channels of each MLP are eliminated by their loss with all others re-solved (Optimal Brain Surgeon
-  for columns, as in ZipLM and SlimGPT), then `down_proj` is solved once, with a ridge of 0.03 times the mean of the
-  diagonal. All MLPs lose the same share; attention stays.
+  biases (An et al., AAAI 2024).
+- *second-order*: as many heads and channels as with *wanda* are eliminated, by their loss if all others are re-solved
+  (Optimal Brain Surgeon for columns, as in ZipLM and SlimGPT); then each `o_proj` and `down_proj` that lost some is
+  solved once, with a ridge of {RIDGE} times the mean of the diagonal.
 - *slicegpt*: the residual stream is rotated to principal components and sliced (Ashkboos et al., ICLR 2024). The
   matrices in its adds are parameters of the layers. Its embedding and head are sliced too, but no longer tied, which
   the column *whole model* shows.
 - *fxmerge*: a budget of the decoder layers' parameters and the calibration tokens; all else as by default.
 - *fxmerge-no-data*: the same without the calibration tokens, with one window of them as the example input.
+
+A head, for the first three, is a key-value head with the queries that read it.
 
 *ratio*: perplexity over that of the dense model. *layers*, *whole model*: share of the parameters that is left in the
 decoder layers and in all. *s*: CPU seconds of the method on one thread. *MiB*: its peak of memory in excess of the

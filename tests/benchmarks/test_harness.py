@@ -12,6 +12,7 @@ import torch
 
 import fxmerge
 from benchmarks.harness import process
+from benchmarks.harness.memory import peak_memory, reset_peak_memory
 from benchmarks.harness.rows import append_row, read_rows
 
 
@@ -92,3 +93,12 @@ def test_an_error_is_the_last_finding(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_incomplete_line_of_a_stopped_process_is_skipped() -> None:
     assert process.combined(['{"a": 1}', '{"a": 2, "b": 3}', '{"le']) == {"a": 2, "b": 3}
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux resets the peak")
+def test_peak_memory_counts_what_was_freed_until_it_is_reset() -> None:
+    held = reset_peak_memory()
+    big = torch.ones(2**25)  # 128 MiB
+    del big
+    assert peak_memory() - held > 100 * 2**20
+    assert reset_peak_memory() - held < 64 * 2**20
