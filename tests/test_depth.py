@@ -296,6 +296,8 @@ def test_losses_and_costs(model: nn.Module, x: Tensor, ends: dict[str, str], axe
             z = dropped_by_hand(model, end, x, axes)(x)
             loss = float((z - y).square().sum() / (y - y.mean()).square().sum())
             assert found[name].loss == pytest.approx(loss, 1e-4)
+            without = without_branches(captured, facts, [found[name]], flops).module
+            assert torch.allclose(without(x), z, atol=1e-5 * float(y.abs().max()))
             if isinstance(model, Transformer):
                 assert found[name].parameters == elements(model.get_submodule(name)) + 16 * model.layers[0].first
 
@@ -469,6 +471,19 @@ def test_refit_aims_at_the_whole_model(dropped: tuple[nn.Module, fxmerge.Result]
     new = drawn(64, 6, 5, seed=5)
     assert apart(model, result.module, new) < 0.7 * apart(model, bare.module, new)
     assert result.report.verdict.error == pytest.approx(apart(model, result.module, TOKENS), rel=1e-3)
+
+
+def test_refit_begins_at_a_dropped_branch() -> None:
+    """Though no channel is dropped, and so no weight has changed before it."""
+    model = made(Transformer())
+    scaled(model.layers[0].mlp.fc2, 0.3)
+    share = share_without(model, elements(model.layers[0].mlp) + 16 - 8)
+    plan = Plan(Options(budget={"params": share}, depth=True, refit="calibration"), (), ("layers.0.mlp",))
+    result = fxmerge.apply(plan, model, TOKENS, calibration=drawn(256, 6, 5, seed=4))
+    assert not result.plan.groups
+    bare = fxmerge.apply(Plan(plan.options.replace(refit="none"), (), plan.branches), model, TOKENS)
+    new = drawn(64, 6, 5, seed=5)
+    assert apart(model, result.module, new) < 0.9 * apart(model, bare.module, new)
 
 
 def test_the_plan_is_replayed(dropped: tuple[nn.Module, fxmerge.Result]) -> None:
