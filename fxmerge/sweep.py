@@ -206,8 +206,7 @@ def _point(ready: Prepared, options: Options, evaluate: Evaluate | None, folder:
             result = merged(ready, options)
         except FxMergeError as error:
             return Point(kind=kind, asked=share, failed=str(error)), None
-        report = result.report
-        spent, after = report.spent, report.after
+        report, spent, after = result.report, result.report.spent, result.report.after
         point = Point(
             kind=kind,
             asked=share,
