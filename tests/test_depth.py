@@ -498,6 +498,11 @@ def test_the_plan_is_replayed(dropped: tuple[nn.Module, fxmerge.Result]) -> None
     assert {name: value.shape for name, value in other.module.state_dict().items()}.items() <= shapes.items()
     with pytest.raises(FxMergeError, match=r"the branch layers\.9\.mlp, which does not exist .* layers\.0\.attn"):
         fxmerge.apply(Plan(plan.options, (), ("layers.9.mlp",)), model, TOKENS)
+    with pytest.raises(FxMergeError, match="this plan is damaged"):
+        Plan.from_json(json.dumps({**json.loads(plan.json()), "branches": "layers.1.mlp"}))
+    both = ("layer2.0.conv1 to layer2.0.conv2", "layer2.0.down")
+    with pytest.raises(FxMergeError, match="only one of them can be dropped"):
+        fxmerge.apply(Plan(plan.options, (), both), made(ResNet()), IMAGES)
 
 
 def test_written_and_read_back(dropped: tuple[nn.Module, fxmerge.Result], tmp_path: Path) -> None:
@@ -577,6 +582,8 @@ def test_messages() -> None:
         Options(depth="yes")  # type: ignore[arg-type]
     with pytest.raises(FxMergeError, match=r"the budget asks for 1\.0% of the parameters"):
         plain_merge(made(Transformer()), TOKENS, budget={"params": 0.01}, depth=True)
+    with pytest.raises(FxMergeError, match="ignore: 'layer' matches no module"):
+        plain_merge(made(Transformer()), TOKENS, budget={"params": 0.8}, depth=True, ignore=("layer",))
 
 
 def test_in_a_sweep_and_a_pass() -> None:
