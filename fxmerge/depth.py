@@ -24,6 +24,7 @@ from fxmerge.pipeline import Prepared
 from fxmerge.plan import Plan
 from fxmerge.planning.depth import droppable, in_order, searched
 from fxmerge.planning.draft import Choice
+from fxmerge.planning.scope import check_patterns
 from fxmerge.report.tables import first_names
 from fxmerge.result import Result
 from fxmerge.rewrite.branches import without_branches
@@ -42,6 +43,7 @@ def merged(ready: Prepared, options: Options, plan: Plan | None = None) -> Resul
         return ready.merged(options)
     started = time.perf_counter()
     ((kind, share),) = options.budget.items()
+    check_patterns(ready.found[1].everything, [n for n, _ in ready.captured.module.named_modules()], options)
     found, why = branches(ready.captured, ready.found[0])
     free = droppable(found, ready.found[1].everything, options) if share < 1 else []
     if not free:
@@ -108,7 +110,12 @@ def _named(ready: Prepared, names: Sequence[str]) -> tuple[Measured, ...]:
         if name not in known:
             has = f"the model's branches are {first_names(list(known))}" if known else why
             raise FxMergeError(f"the plan drops the branch {name}, which does not exist in this model: {has}")
-    return _measured(ready, [known[name] for name in names])
+    chosen = [known[name] for name in names]
+    for number, branch in enumerate(chosen):
+        for other in chosen[:number]:
+            if branch.overlaps(other):
+                raise FxMergeError(f"the plan drops {other.name} and {branch.name}; only one of them can be dropped")
+    return _measured(ready, chosen)
 
 
 def _without(ready: Prepared, dropped: Sequence[Measured]) -> Prepared:

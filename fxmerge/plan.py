@@ -69,7 +69,7 @@ class Plan:
             raise FxMergeError(f'this is not a plan of version {VERSION}: no "fxmerge_plan": {VERSION} at its top')
         try:
             options = Options().replace(**data["options"])
-            return Plan(options, tuple(_group(g) for g in data["groups"]), tuple(map(str, data.get("branches", ()))))
+            return Plan(options, tuple(_group(g) for g in data["groups"]), _branches(data.get("branches", [])))
         except FxMergeError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -86,6 +86,12 @@ def json_text(data: Any, sort_keys: bool = False, convert: Callable[[Any], Any] 
     text = io.StringIO()
     json.dump(data, text, indent=1, sort_keys=sort_keys, default=convert)
     return text.getvalue()
+
+
+def _branches(data: Any) -> tuple[str, ...]:
+    if not isinstance(data, list) or not all(isinstance(name, str) for name in data):
+        raise TypeError(f"branches is {data!r}; it should be a list of names")
+    return tuple(data)
 
 
 def _group(data: dict[str, Any]) -> GroupPlan:

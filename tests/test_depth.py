@@ -296,6 +296,8 @@ def test_losses_and_costs(model: nn.Module, x: Tensor, ends: dict[str, str], axe
             z = dropped_by_hand(model, end, x, axes)(x)
             loss = float((z - y).square().sum() / (y - y.mean()).square().sum())
             assert found[name].loss == pytest.approx(loss, 1e-4)
+            without = without_branches(captured, facts, [found[name]], flops).module
+            assert torch.allclose(without(x), z, atol=1e-5 * float(y.abs().max()))
             if isinstance(model, Transformer):
                 assert found[name].parameters == elements(model.get_submodule(name)) + 16 * model.layers[0].first
 
@@ -471,6 +473,19 @@ def test_refit_aims_at_the_whole_model(dropped: tuple[nn.Module, fxmerge.Result]
     assert result.report.verdict.error == pytest.approx(apart(model, result.module, TOKENS), rel=1e-3)
 
 
+def test_refit_begins_at_a_dropped_branch() -> None:
+    """Though no channel is dropped, and so no weight has changed before it."""
+    model = made(Transformer())
+    scaled(model.layers[0].mlp.fc2, 0.3)
+    share = share_without(model, elements(model.layers[0].mlp) + 16 - 8)
+    plan = Plan(Options(budget={"params": share}, depth=True, refit="calibration"), (), ("layers.0.mlp",))
+    result = fxmerge.apply(plan, model, TOKENS, calibration=drawn(256, 6, 5, seed=4))
+    assert not result.plan.groups
+    bare = fxmerge.apply(Plan(plan.options.replace(refit="none"), (), plan.branches), model, TOKENS)
+    new = drawn(64, 6, 5, seed=5)
+    assert apart(model, result.module, new) < 0.9 * apart(model, bare.module, new)
+
+
 def test_the_plan_is_replayed(dropped: tuple[nn.Module, fxmerge.Result]) -> None:
     model, result = dropped
     plan = Plan.from_json(result.plan.json())
@@ -483,6 +498,11 @@ def test_the_plan_is_replayed(dropped: tuple[nn.Module, fxmerge.Result]) -> None
     assert {name: value.shape for name, value in other.module.state_dict().items()}.items() <= shapes.items()
     with pytest.raises(FxMergeError, match=r"the branch layers\.9\.mlp, which does not exist .* layers\.0\.attn"):
         fxmerge.apply(Plan(plan.options, (), ("layers.9.mlp",)), model, TOKENS)
+    with pytest.raises(FxMergeError, match="this plan is damaged"):
+        Plan.from_json(json.dumps({**json.loads(plan.json()), "branches": "layers.1.mlp"}))
+    both = ("layer2.0.conv1 to layer2.0.conv2", "layer2.0.down")
+    with pytest.raises(FxMergeError, match="only one of them can be dropped"):
+        fxmerge.apply(Plan(plan.options, (), both), made(ResNet()), IMAGES)
 
 
 def test_written_and_read_back(dropped: tuple[nn.Module, fxmerge.Result], tmp_path: Path) -> None:
@@ -562,6 +582,8 @@ def test_messages() -> None:
         Options(depth="yes")  # type: ignore[arg-type]
     with pytest.raises(FxMergeError, match=r"the budget asks for 1\.0% of the parameters"):
         plain_merge(made(Transformer()), TOKENS, budget={"params": 0.01}, depth=True)
+    with pytest.raises(FxMergeError, match="ignore: 'layer' matches no module"):
+        plain_merge(made(Transformer()), TOKENS, budget={"params": 0.8}, depth=True, ignore=("layer",))
 
 
 def test_in_a_sweep_and_a_pass() -> None:
