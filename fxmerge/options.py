@@ -166,6 +166,11 @@ class Options:
                     f"ratio {self.ratio:g} and budget {{{kind!r}: {share:g}}} contradict each other; give one of them"
                 )
 
+    @property
+    def by_channels(self) -> Options:
+        """The options as they are for groups that cannot be rotated, whose channels are kept as they are."""
+        return self.replace(decomposition="auto") if self.decomposition == "pca" else self
+
     def replace(self, **changes: Any) -> Options:
         """A copy with some fields changed. Raises FxMergeError for an unknown field."""
         known = [f.name for f in dataclasses.fields(self)]

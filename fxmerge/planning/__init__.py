@@ -10,5 +10,7 @@ error_curves  the error of a group as a function of the number of channels kept
 budget        the numbers of channels that meet a budget
 draft         the merged graph of a choice of channels, before refit
 decompose     the decomposition of a group, and what each consumer absorbs
+components    the principal components of a group whose paths are linear
+selecting     which channels a group keeps, or that it keeps components
 candidates    the candidates of a group: what selectors choose the kept channels by
 """
