@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -50,7 +51,7 @@ class GroupPlan:
         For components, the cosine between what the consumers compute and what is left of it.
         """
         if self.components is not None:
-            return max(self.components, 0.0) ** 0.5
+            return math.sqrt(max(self.components, 0.0))
         return sum(p.cosine for p in self.partners) / len(self.partners) if self.partners else 1.0
 
 

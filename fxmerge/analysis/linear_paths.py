@@ -42,7 +42,7 @@ def nonlinear(captured: Capture, facts: Provenance, path: Path) -> str:
     if not path.consumers:
         return "no layer reads its channels"
     if path.per_channel_params:
-        return f"{path.per_channel_params[0].layer.module} has a parameter for each channel"
+        return f"its channels have parameters of their own ({path.per_channel_params[0].layer.op})"
     if path.mixers:
         return f"{_called(captured, path.mixers[0])} normalises its channels together"
     if any(meeting.op not in ("add", "sub", "either") for meeting in path.meetings):
@@ -50,7 +50,8 @@ def nonlinear(captured: Capture, facts: Provenance, path: Path) -> str:
     for member in (*path.producers, *path.consumers):
         layer = member.layer
         if layer.op not in _LAYERS or layer.groups > 1 or layer.inner or layer.is_stacked:
-            return f"{layer.module} is not a plain linear layer or convolution"
+            kind = f"{layer.op} in groups" if layer.groups > 1 else layer.op
+            return f"it is written or read by a layer whose rows or columns are not mixed ({kind})"
     return _hindered(captured, facts, path)
 
 
@@ -126,4 +127,8 @@ def _operands(node: fx.Node) -> list[fx.Node]:
 
 
 def _called(captured: Capture, name: str) -> str:
-    return next(call_name(node) for node in captured.module.graph.nodes if node.name == name)
+    """What a node calls: the class of a module, or a function."""
+    node = next(node for node in captured.module.graph.nodes if node.name == name)
+    if node.op == "call_module":
+        return type(captured.module.get_submodule(str(node.target))).__name__
+    return call_name(node)

@@ -90,10 +90,10 @@ def _modelled(
 
 
 def _by_weights(group: Group, number: int, tensors: Mapping[str, Tensor], modelled: tuple[Tensor, Tensor]) -> Read:
-    """About zero, unless there is nothing on the way that could change a constant."""
+    """About zero, unless there is nothing on the way that could change a constant, as padding does."""
     consumer = group.consumers[number]
     layer, strands = consumer.layer, list(group.strands.consumers[number])
-    straight = not any(member.steps for member in (*group.producers, *group.consumers))
+    straight = layer.op != "conv" and not any(member.steps for member in (*group.producers, *group.consumers))
     mean, covariance = (part[strands] for part in modelled)
     # without refit, a bias is added only where it is exact
     constants = straight and layer.takes_constants and ("bias" in layer.params or not bool(mean.any()))

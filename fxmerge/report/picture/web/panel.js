@@ -74,7 +74,7 @@ fx.panel = (() => {
   }
 
   function heat(g) {
-    const {channels, kept, cosines} = g.likeness, n = channels.length;
+    const {channels, kept, cosines} = g.likeness, n = channels.length, shown = merged && !g.components;
     if (n < 2) return;
     panel.append("h3").text(n < g.channels ? `Similarity of ${n} of ${g.channels} channels, clustered` : "Similarity of the channels, clustered");
     const canvas = panel.append("canvas").attr("width", n).attr("height", n).attr("role", "img")
@@ -88,11 +88,11 @@ fx.panel = (() => {
     pen.putImageData(image, 0, 0);
     const legend = panel.append("div").attr("class", "legend");
     ["cosine -1 (grey)", "0", "1 (the group's colour)"].forEach((t) => legend.append("span").text(t));
-    const hint = panel.append("p").attr("class", "soft").text(`Hover over a cell to see its channels. ${merged ? `${[...kept].filter((c) => c === "1").length} of them are kept.` : ""}`);
+    const hint = panel.append("p").attr("class", "soft").text(`Hover over a cell to see its channels. ${shown ? `${[...kept].filter((c) => c === "1").length} of them are kept.` : ""}`);
     d3.select(canvas).on("mousemove", (event) => {
       const [x, y] = d3.pointer(event), side = canvas.clientWidth / n;
       const i = Math.min(n - 1, Math.floor(y / side)), j = Math.min(n - 1, Math.floor(x / side));
-      const fate = (at) => merged ? (kept[at] === "1" ? " (kept)" : " (dropped)") : "";
+      const fate = (at) => shown ? (kept[at] === "1" ? " (kept)" : " (dropped)") : "";
       hint.text(`channels ${channels[i]}${fate(i)} and ${channels[j]}${fate(j)}: cosine ${value(i, j).toFixed(2)}`);
     });
   }
@@ -131,7 +131,8 @@ fx.panel = (() => {
     const lost = g.channels - g.kept, solved = g.refit.filter((r) => r.before !== r.after);
     table([
       ["channels", width(g)],
-      ...(merged && lost ? [["similarity of dropped to kept channels", Number.isFinite(g.similarity) ? g.similarity.toFixed(2) : "–"],
+      ...(merged && lost && g.components ? [["kept as principal components; cosine of what its consumers read and what is left of it", Number.isFinite(g.similarity) ? g.similarity.toFixed(2) : "–"]] : []),
+      ...(merged && lost && !g.components ? [["similarity of dropped to kept channels", Number.isFinite(g.similarity) ? g.similarity.toFixed(2) : "–"],
         ["dropped channels with a partner", whole(g.dropped - g.unpartnered)], ["dropped channels without a partner", whole(g.unpartnered)]] : []),
       ...(solved.length ? [["mean error of its layers before and after refit", pair(["before", "after"].map((k) => d3.mean(solved, (r) => r[k])), d3.format(".2r"))]] : []),
       ["parameters of its layers", pair(g.parameters, short)], ["FLOPs of its layers", pair(g.flops, short)],
