@@ -17,7 +17,7 @@ Refit = Literal["none", "synthetic", "calibration"]
 # the entries that come with the package; tests/test_keywords.py compares them with the registries
 Allocation = Literal["greedy", "uniform"]
 Selection = Literal["l1", "l2", "gm", "random", "repair", "reprune", "reprune-kernel"]
-Decomposition = Literal["auto", "prune", "mostsim", "fold", "lstsq"]
+Decomposition = Literal["auto", "prune", "mostsim", "fold", "lstsq", "pca"]
 Probes = Literal["auto", "example", "alike", "pink", "white", "leaves"]
 
 

@@ -187,6 +187,11 @@ class Options:
         """Whether a ratio was given. A budget contradicts it, but not the default."""
         return not isinstance(self.ratio, _DefaultRatio)
 
+    @property
+    def by_channels(self) -> Options:
+        """The options as they are for groups that cannot be rotated, whose channels are kept as they are."""
+        return self.replace(decomposition="auto") if self.decomposition == "pca" else self
+
     def replace(self, **changes: Unpack[Keywords]) -> Options:
         """A copy with some fields changed. Raises FxMergeError for an unknown field."""
         known = [f.name for f in dataclasses.fields(self)]

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from fxmerge import verify
-from fxmerge.analysis.grouping import Chosen, grouped, provable
+from fxmerge.analysis.grouping import grouped, provable
 from fxmerge.analysis.groups import overlaps
 from fxmerge.analysis.head_widths import head_widths
 from fxmerge.analysis.propagate import provenance
@@ -41,17 +41,16 @@ from fxmerge.ir.groups import Group, Grouping, Refusal
 from fxmerge.ir.provenance import Provenance, without_new_biases
 from fxmerge.methods.allocation import Counts
 from fxmerge.methods.evidence import Reading
-from fxmerge.methods.selection import select
 from fxmerge.options import Options
 from fxmerge.plan import GroupPlan, Plan
 from fxmerge.planning.budget import Allotted, allot, original_of
-from fxmerge.planning.candidates import candidates
 from fxmerge.planning.counts import by_ratio
 from fxmerge.planning.draft import Choice, Draft, drafted
 from fxmerge.planning.error_curves import curves
 from fxmerge.planning.roles import without
 from fxmerge.planning.room import Room
 from fxmerge.planning.scope import check_patterns, in_scope, replayed
+from fxmerge.planning.selecting import Selected, selected, wanted
 from fxmerge.planning.statistics import state
 from fxmerge.refit.contradiction import contradiction
 from fxmerge.refit.handed_out import MERGED, PRUNED, HandedOut, closest
@@ -60,7 +59,6 @@ from fxmerge.refit.trials import trial_error
 from fxmerge.report.reports import Report
 from fxmerge.result import Analysis, Result
 from fxmerge.rewrite.reassemble import assembled
-from fxmerge.rules.resize import Call
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -177,14 +175,14 @@ class Prepared:
         groups, refusals = in_scope(self.found[1], options)
         while True:
             allotted = self.allocation(groups, options)
-            chosen, edits, refused = self.selection(groups, allotted.counts, options)
-            groups, mates = without(groups, refused, options.same_widths)
-            refusals = (*refusals, *refused, *mates)
-            if not mates and not (refused and options.budget):  # else the others meet the budget
+            found = self.selection(groups, allotted.counts, options)
+            groups, mates = without(groups, found.refused, options.same_widths)
+            refusals = (*refusals, *found.refused, *mates)
+            if not mates and not (found.refused and options.budget):  # else the others meet the budget
                 break
         batches, notes = self.refitted_on(any(sum(allotted.counts[g.name]) < g.channels for g in groups))
         notes = (*notes, *allotted.notes)
-        return Choice(options=options, chosen=chosen, edits=edits, refusals=refusals, batches=batches, notes=notes)
+        return self.choice(options, found, refusals, batches, notes)
 
     def refitted_on(self, narrows: bool) -> tuple[Batches, tuple[str, ...]]:
         """The batches and the notes on them, if anything changes. narrows: whether any group does"""
@@ -197,9 +195,17 @@ class Prepared:
         narrowed = [g for g in groups if sum(counts[g.name]) < g.channels]
         batches, notes = self.refitted_on(bool(narrowed))
         chosen = [(g, torch.tensor(decided[g.name].kept)) for g in narrowed]
-        chosen, edits, refused = provable(self.captured, *self.found, chosen)
-        refusals = (*refusals, *refused)
-        return Choice(options=options, chosen=chosen, edits=edits, refusals=refusals, batches=batches, notes=notes)
+        turned = frozenset(name for name, plan in decided.items() if plan.components is not None)
+        found = Selected(*provable(self.captured, *self.found, chosen), turned)
+        return self.choice(options, found, (*refusals, *found.refused), batches, notes)
+
+    def choice(
+        self, options: Options, found: Selected, refusals: Sequence[Refusal], batches: Batches, notes: tuple[str, ...]
+    ) -> Choice:
+        return Choice(
+            options=options, chosen=found.chosen, edits=found.edits, refusals=tuple(refusals), batches=batches,
+            notes=notes, turned=found.turned,
+        )  # fmt: skip
 
     def allocation(self, groups: Sequence[Group], options: Options) -> Allotted:
         """How many channels each group keeps, by the ratio or by the budget."""
@@ -220,18 +226,12 @@ class Prepared:
         room = replace(room, errors=errors, refitted=bool(batches))
         return allot(room, self.tensors, self.stage, lambda counts: self.error(groups, counts, options))
 
-    def selection(
-        self, groups: Sequence[Group], counts: Counts, options: Options
-    ) -> tuple[Chosen, Mapping[str, Call], Sequence[Refusal]]:
+    def selection(self, groups: Sequence[Group], counts: Counts, options: Options) -> Selected:
         """Which channels each group keeps, `counts` of them in each of its cells; edits of sizes, and refusals."""
         narrowed = [g for g in groups if sum(counts[g.name]) < g.channels]
-        surveyed = self.readings(narrowed) if narrowed and options.selection == "repair" else {}
-        chosen: Chosen = []
-        for g in narrowed:
-            self.stage(f"selection {g.name}")
-            seen = candidates(g, self.captured, self.tensors, options.seed, surveyed.get(g.name, ()))
-            chosen.append((g, select(options.selection, seen, g.cells, counts[g.name])))
-        return provable(self.captured, *self.found, chosen)
+        needed = wanted(narrowed, options)
+        surveyed = self.readings(needed) if needed else {}
+        return selected(narrowed, counts, self.captured, *self.found, self.tensors, options, surveyed, self.stage)
 
     def error(self, groups: Sequence[Group], counts: Counts, options: Options) -> float:
         """The error of the outputs with these channel counts before refit, on samples that the draft was not fitted to.
@@ -241,14 +241,13 @@ class Prepared:
         """
         if self.captured.recorded is not None and not self.data.batches:
             return 0.0
-        chosen, edits, _ = self.selection(groups, counts, options)
-        return self.judged(Choice(options=options, chosen=chosen, edits=edits, refusals=(), batches=[], notes=()))
+        return self.judged(self.choice(options, self.selection(groups, counts, options), (), [], ()))
 
     def judged(self, choice: Choice, refitted: bool = False) -> float:
         """The error of a choice, as in `error`; refitted: after a short refit of the draft, if that is better."""
         (fit, held), settings = self.divided, self.settings
         draft = self.draft(replace(choice, batches=fit))
-        streams = against(self.captured, self.found[0], draft.graph, draft.alive)
+        streams = against(self.captured, self.found[0], draft.graph, draft.alive, draft.original)
         fit, settings = fit if refitted and choice.batches else [], settings if held else replace(settings, held=False)
         return trial_error(streams, fit, held or [self.captured.inputs], settings, self.stage)
 
@@ -269,7 +268,7 @@ class Prepared:
         if choice.batches and (choice.chosen or captured.cut):
             pruned = replace(choice, options=choice.options.replace(decomposition="prune"))
             others = {MERGED: lambda: self.draft(choice), PRUNED: lambda: self.draft(pruned)}
-            streams = against(captured, facts, draft.graph, draft.alive)
+            streams = against(captured, facts, draft.graph, draft.alive, draft.original)
             refitted, best = closest(captured, streams, others, choice.batches, self.settings, stage=self.stage)
             draft = others[best.name]() if best.name in others else draft
         module = assembled(captured, draft.graph)
@@ -290,6 +289,7 @@ class Prepared:
 
     def draft(self, choice: Choice) -> Draft:
         """The merged graph of a choice before refit."""
-        by_moments = choice.batches and choice.options.decomposition == "auto"
-        seen = self.readings([g for g, _ in choice.chosen], choice.batches) if by_moments else {}
+        auto = choice.options.by_channels.decomposition == "auto"
+        read = [g for g, _ in choice.chosen if auto or g.name in choice.turned]
+        seen = self.readings(read, choice.batches) if choice.batches and read else {}
         return drafted(choice, self.captured, *self.found, tensors=self.tensors, readings=seen, stage=self.stage)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,16 +32,26 @@ class Partner:
 
 @dataclass(frozen=True)
 class GroupPlan:
-    """The decision for one group: which of its channels are kept, and the partners of the others."""
+    """The decision for one group: which of its channels are kept, and the partners of the others.
+
+    components: None, or the group was rotated: what is kept are principal components in the places of the channels
+                `kept`, which hold this share of what the consumers compute. They follow from the weights and the data
+    """
 
     name: str
     channels: int
     kept: tuple[int, ...]
     partners: tuple[Partner, ...] = ()
+    components: float | None = None
 
     @property
     def similarity(self) -> float:
-        """The mean cosine of dropped channels and their partners, 0 for those without one; 1 if none was dropped."""
+        """The mean cosine of dropped channels and their partners, 0 for those without one; 1 if none was dropped.
+
+        For components, the cosine between what the consumers compute and what is left of it.
+        """
+        if self.components is not None:
+            return math.sqrt(max(self.components, 0.0))
         return sum(p.cosine for p in self.partners) / len(self.partners) if self.partners else 1.0
 
 
@@ -102,7 +113,10 @@ def _group(data: dict[str, Any]) -> GroupPlan:
         raise FxMergeError(
             f"this plan is damaged: the kept channels of {data['name']} are not a subset of its channels"
         )
-    return GroupPlan(str(data["name"]), int(data["channels"]), kept, partners)
+    held = data.get("components")
+    return GroupPlan(
+        str(data["name"]), int(data["channels"]), kept, partners, None if held is None else float(held)
+    )  # fmt: skip
 
 
 def planned(groups: Sequence[Group], plan: Plan) -> list[tuple[Group, Tensor]]:

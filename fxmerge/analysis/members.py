@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from fxmerge.analysis.copies import Copies, alike
+from fxmerge.analysis.linear_paths import Path, nonlinear, strands
 from fxmerge.analysis.meetings import meetings
 from fxmerge.ir.capture import Capture
-from fxmerge.ir.groups import Group, Ints, Member
+from fxmerge.ir.groups import Group, Ints, Member, Strands
 from fxmerge.ir.provenance import Layer, Provenance
 from fxmerge.weights.by_path import at as tensor_at
 
@@ -26,7 +27,8 @@ class Builder:
     def __init__(
         self, captured: Capture, facts: Provenance, atom: Ints, of_group: Ints, present: dict[str, Ints]
     ) -> None:
-        self.facts, self.atom, self.of_group, self.module = facts, atom, of_group, captured.module
+        self.captured, self.facts, self.atom, self.of_group = captured, facts, atom, of_group
+        self.module = captured.module
         self.copies = Copies(captured, facts, atom)
         self.order = {name: number for number, name in enumerate(facts.kinds)}
         self.lookup = np.full(len(of_group), -1, dtype=np.int64)  # atom -> its index in the group that is being built
@@ -85,6 +87,8 @@ class Builder:
         blocks = self._blocks(number, lookup, cell)
         lookup[inside] = -1
         met = meetings(self.facts, ordered, producers)
+        path = Path(frozenset(nodes), tuple(producers), tuple(members["carry"]), tuple(consumers), met, tuple(mixed))
+        why = nonlinear(self.captured, self.facts, path) if partners else "its channels cannot be mixed"
         single = len(producers) == 1 and len(consumers) == 1 and not junctions and not mixed
         return Group(
             name=first,
@@ -101,6 +105,8 @@ class Builder:
             partners=partners,
             meetings=met,
             multiple=max((self._multiple(m.layer) for m in (*producers, *consumers)), default=1),
+            nonlinear=why,
+            strands=strands(self.facts, path, self.atom, inside) if not why else Strands(),
         )
 
     def _multiple(self, layer: Layer) -> int:

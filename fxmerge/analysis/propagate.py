@@ -66,6 +66,7 @@ class _Interpreter:
         self.inputs = iter(capture.inputs)
         self.kinds: dict[str, Kind] = {}
         self.commutes: dict[str, bool] = {}
+        self.linear: dict[str, bool] = {}
         self.rules: dict[str, str] = {}
         self.calls: dict[tuple[Any, ...], str] = {}  # a call without its activations -> the first node that makes it
         self.same_call: dict[str, str] = {}
@@ -207,9 +208,9 @@ class _Interpreter:
         except (TypeError, IndexError, RuntimeError, ValueError) as error:
             return Unknown(f"is called in a way that its rule does not know ({error})")
         if not isinstance(answer, Unknown):
-            commutes = rule.commutes
             self.rules[node.name] = rule.name
-            self.commutes[node.name] = bool(commutes(ctx, *args, **kwargs) if callable(commutes) else commutes)
+            for found, passes in ((self.commutes, rule.commutes), (self.linear, rule.linear)):
+                found[node.name] = bool(passes(ctx, *args, **kwargs) if callable(passes) else passes)
         return answer
 
     def unknown(self, node: fx.Node, target: Any, args: list[Any], operands: list[Any], reason: str) -> Lab | Opaque:
@@ -273,6 +274,7 @@ class _Interpreter:
             kinds=self.kinds,
             sources=self.sources,
             commutes=self.commutes,
+            linear=self.linear,
             rules=self.rules,
             same_call=self.same_call,
             layers=self.layers(),

@@ -70,11 +70,16 @@ def pair(
     return Pair(original=original, facts=facts, rectified=rectified, merged=merged, alive=alive)
 
 
-def against(captured: Capture, facts: Provenance, merged: fx.GraphModule, alive: Tensor) -> Pair:
-    """The original and a merged graph; the original has all residual branches, also those that the capture lacks."""
+def against(
+    captured: Capture, facts: Provenance, merged: fx.GraphModule, alive: Tensor, turned: fx.GraphModule
+) -> Pair:
+    """The original and a merged graph; the original has all residual branches, also those that the capture lacks.
+
+    turned: the captured graph module with its groups rotated, of which the merged one is a part
+    """
     cut = captured.cut
     if cut is None:
-        return pair(captured.module, facts, merged, alive)
+        return pair(turned, facts, merged, alive)
     original, own = cut.whole.module, {layer.node: layer for layer in facts.layers}
     return Pair(
         original=original,

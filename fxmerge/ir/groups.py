@@ -57,6 +57,20 @@ class Meeting:
     operands: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Strands:
+    """Copies of the channels that never meet on a linear path, such as heads that lose the same places.
+
+    Each strand may be mixed by a matrix of its own. Where copies meet, or cannot be told apart, all are one strand.
+
+    producers, consumers: for each member, the strand of each of its copies
+    """
+
+    count: int = 0
+    producers: tuple[tuple[int, ...], ...] = ()
+    consumers: tuple[tuple[int, ...], ...] = ()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Group:
     """A merge group: n channels that are compared with each other and merged into each other.
@@ -102,6 +116,9 @@ class Group:
     partners: bool = True  # False: copies do not line up, so channels can be dropped but not merged
     meetings: tuple[Meeting, ...] = ()  # how several producers meet; the last one is the group's channels
     multiple: int = 1  # each cell keeps a multiple of this: torch's grouped products take rows of whole 16 bytes
+    nonlinear: str = "it is not known whether its paths are linear"  # why no matrix passes from producers to consumers;
+    # "" where channels of a cell may be mixed by any matrix if the consumers are multiplied by its inverse
+    strands: Strands = Strands()  # of a group with linear paths
 
     @property
     def channels(self) -> int:
@@ -138,7 +155,10 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Decomposition:
-    """x ~ up @ x_kept + shift, as one consumer of a group absorbs it: up (n, k), shift (n,), float64."""
+    """x ~ up @ x_kept + shift, as one consumer of a group absorbs it: up (n, k), shift (n,), float64.
+
+    With an `up` and a shift for each copy of the channels, up (copies, n, k) and shift (n, copies).
+    """
 
     up: Tensor
     shift: Tensor

@@ -242,6 +242,7 @@ class Provenance:
     kinds: Mapping[str, Kind]  # node -> the kind of its rule
     sources: Mapping[str, tuple[str, ...]]  # node -> the nodes whose values it reads, after updates in place
     commutes: Mapping[str, bool]  # node -> does a positive factor pass through it unchanged?
+    linear: Mapping[str, bool]  # node -> is it linear, in the same way for each channel (`Rule.linear`)?
     rules: Mapping[str, str]  # node -> the name of its rule, for calls that have one
     same_call: Mapping[str, str]  # node -> the first node that calls the same op with the same parameters and constants
     layers: tuple[Layer, ...]

@@ -25,13 +25,15 @@ def least_squares(mean: Tensor, covariance: Tensor, kept: Tensor, ridge: float =
     return up, mean - up @ mean[kept]
 
 
-def cellwise_least_squares(mean: Tensor, covariance: Tensor, kept: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
+def cellwise_least_squares(
+    mean: Tensor, covariance: Tensor, kept: Tensor, cells: Tensor, ridge: float = 1e-4
+) -> tuple[Tensor, Tensor]:
     """`least_squares` within each cell: a channel is expressed by the kept channels of its own cell only."""
     up, shift = torch.zeros(len(mean), len(kept), dtype=mean.dtype), torch.zeros_like(mean)
     for cell in torch.unique(cells).tolist():
         inside, columns = (cells == cell).nonzero().flatten(), (cells[kept] == cell).nonzero().flatten()
         local = torch.searchsorted(inside, kept[columns])
-        own, moved = least_squares(mean[inside], covariance[inside][:, inside], local)
+        own, moved = least_squares(mean[inside], covariance[inside][:, inside], local, ridge)
         up[inside[:, None], columns[None, :]], shift[inside] = own, moved
     return up, shift
 

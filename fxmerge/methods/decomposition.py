@@ -198,11 +198,13 @@ def push(
 
 
 # `lstsq` is `prune` in the common coordinates; its `up` is computed at each consumer by `cellwise_least_squares`.
-# `auto` is `mostsim`, unless `least_loss` finds a better row of `up` at a consumer.
+# `auto` is `mostsim`, unless `least_loss` finds a better row of `up` at a consumer. `pca` is `auto` for groups that
+# cannot be rotated (see `components`).
 DECOMPOSITIONS: dict[str, Callable[[Evidence, Tensor], DownUp]] = {
     "auto": mostsim,
     "prune": prune,
     "mostsim": mostsim,
     "fold": fold,
     "lstsq": prune,
+    "pca": mostsim,
 }

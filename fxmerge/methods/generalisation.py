@@ -40,14 +40,18 @@ def elsewhere(df: float, rows: float) -> float:
 
 def shrunk(covariance: Tensor, rows: float) -> Tensor:
     """A covariance (n, n), estimated from `rows` independent rows, with its correlations multiplied by 1 - a."""
+    found = covariance * (1 - shrinkage(covariance, rows))
+    found.diagonal().copy_(covariance.diagonal())
+    return found
+
+
+def shrinkage(covariance: Tensor, rows: float) -> float:
+    """The share a of the correlations of a covariance (n, n) that is due to its `rows` being few."""
     inverse = _inverse_deviations(covariance)
     correlations = covariance * inverse[:, None] * inverse[None, :]
     squares, solid = float(correlations.fill_diagonal_(0).square().sum()), int((inverse > 0).sum())
     pairs = solid * (solid - 1) + squares
-    share = min(1.0, pairs / rows / max(squares, 1e-300))
-    found = covariance * (1 - share)
-    found.diagonal().copy_(covariance.diagonal())
-    return found
+    return min(1.0, pairs / rows / max(squares, 1e-300))
 
 
 def independent_rows(rows: list[Tensor], mean: Tensor, second: Tensor, reduce: Reduce) -> float:

@@ -12,5 +12,7 @@ room          the groups that a budget is divided among, and what each width of 
 budget        the numbers of channels that meet a budget
 draft         the merged graph of a choice of channels, before refit
 decompose     the decomposition of a group, and what each consumer absorbs
+components    the principal components of a group whose paths are linear
+selecting     which channels a group keeps, or that it keeps components
 candidates    the candidates of a group: what selectors choose the kept channels by
 """

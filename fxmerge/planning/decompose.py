@@ -45,12 +45,12 @@ def decompose(
     if by_weights and method == "auto":
         mapping = least_squares_scales(mapping)
     consumers: dict[int, Decomposition] = {}
-    for numbers in _served(group):
+    for numbers in served(group):
         layer = group.consumers[numbers[0]].layer
         constants = layer.takes_constants
         paths = list({group.consumers[n].steps: n for n in numbers}.values())  # one call for each way to the weight
         if method == "lstsq":
-            own = _mixture([moments(found, n, options.seed) for n in paths])
+            own = mixture([moments(found, n, options.seed) for n in paths])
             up, shift = cellwise_least_squares(*_about(own, constants), kept, group.cells)
         else:
             with_shift = constants and method in ("mostsim", "auto")
@@ -71,7 +71,7 @@ def decompose(
     return mapping, Merge(group, kept, mapping.down, in_order, found.producer_maps)
 
 
-def _served(group: Group) -> list[list[int]]:
+def served(group: Group) -> list[list[int]]:
     """The numbers of a group's consumers: together, those that are calls of one weight, which absorbs once."""
     found: dict[tuple[str, bytes], list[int]] = {}
     for number, consumer in enumerate(group.consumers):
@@ -81,7 +81,7 @@ def _served(group: Group) -> list[list[int]]:
 
 def _seen(readings: Sequence[Reading], channels: int) -> tuple[Moments, Moments]:
     """The moments on data of all calls of one weight, and the same with shrunk correlations, which judge losses."""
-    mean, covariance = _mixture([moments_seen(reading, channels) for reading in readings])
+    mean, covariance = mixture([moments_seen(reading, channels) for reading in readings])
     return (mean, covariance), (mean, shrunk(covariance, sum(reading.independent for reading in readings)))
 
 
@@ -90,11 +90,11 @@ def _modelled_moments(found: Statistics, calls: Sequence[int], seed: int) -> tup
 
     Copies are equal whichever are taken; losses are judged by the latter.
     """
-    running, fitting = (_mixture([moments(found, n, seed, trained) for n in calls]) for trained in (False, True))
+    running, fitting = (mixture([moments(found, n, seed, trained) for n in calls]) for trained in (False, True))
     return running, fitting
 
 
-def _mixture(parts: Sequence[Moments]) -> Moments:
+def mixture(parts: Sequence[Moments]) -> Moments:
     """Mean (n,) and covariance (n, n) over samples of which each part gives as many as any other."""
     mean = torch.stack([part[0] for part in parts]).mean(0)
     second = torch.stack([covariance + torch.outer(m - mean, m - mean) for m, covariance in parts])

@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, fx
 
 from fxmerge.analysis.grouping import Chosen
 from fxmerge.calibration.batches import Batches
 from fxmerge.ir.capture import Capture
-from fxmerge.ir.groups import Grouping, Refusal, survivors
+from fxmerge.ir.groups import Grouping, Merge, Refusal, survivors
 from fxmerge.ir.provenance import Provenance
 from fxmerge.methods.evidence import Reading
 from fxmerge.options import Options
 from fxmerge.plan import GroupPlan
+from fxmerge.planning.components import components_of, merge_of
 from fxmerge.planning.decompose import decompose, group_plan
+from fxmerge.planning.statistics import state
 from fxmerge.rewrite.rewriter import Rewriter
+from fxmerge.rewrite.rotate import rotated
 from fxmerge.rules.resize import Call
 
 
@@ -25,6 +29,7 @@ class Choice:
     """The decisions of a merge that are made before anything is rewritten.
 
     chosen:    the groups that narrow, with the channels that they keep
+    turned:    the names of those that are rotated first, so that these channels are principal components
     edits:     {node: its call with new literal sizes}, for sizes that follow the widths of groups
     refusals:  the channels that are not merged, with reasons
     batches:   the data that refit runs on; empty if there is no refit
@@ -37,15 +42,20 @@ class Choice:
     refusals: tuple[Refusal, ...]
     batches: Batches
     notes: tuple[str, ...]
+    turned: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A merged graph, what was decided for each of its groups, and (label_count,) which labels are alive in it."""
+    """A merged graph, what was decided for each of its groups, and (label_count,) which labels are alive in it.
+
+    original: the graph module that it is a part of: the captured one, with groups rotated
+    """
 
     graph: fx.GraphModule
     plans: tuple[GroupPlan, ...]
     alive: Tensor
+    original: fx.GraphModule
 
 
 def drafted(
@@ -63,12 +73,30 @@ def drafted(
     tensors:  the model's parameters and buffers by path
     readings: {group: its consumers' second moments on refit's data}, where there is data
     """
-    rewriter, plans = Rewriter(captured.module, facts), []
+    options, plans = choice.options.by_channels, []
+    turning: dict[str, Tensor] = {}
+    regressed: dict[str, tuple[GroupPlan, Merge]] = {}
+    for group, kept in choice.chosen:
+        if group.name in choice.turned:
+            stage(f"components {group.name}")
+            own, reads = components_of(group, captured, tensors, options, readings.get(group.name, ()))
+            turning[group.name] = own.rotation
+            counts = tuple(torch.bincount(group.cells[kept], minlength=int(group.cells.max()) + 1).tolist())
+            plan = GroupPlan(group.name, group.channels, tuple(kept.tolist()), components=own.share(counts))
+            regression = merge_of(group, kept, reads, own.rotation)
+            regressed[group.name] = plan, Merge(group, kept) if options.decomposition == "prune" else regression
+    turned = rotated(captured, [(g, turning[g.name]) for g, _ in choice.chosen if g.name in turning])
+    tensors = tensors if turned is captured else state(turned.module)
+    rewriter = Rewriter(turned.module, facts)
     for group, kept in choice.chosen:  # one at a time, as the decompositions of wide groups take much memory
         stage(f"decomposition {group.name}")
-        mapping, merge = decompose(group, kept, captured, tensors, choice.options, readings.get(group.name, ()))
+        if group.name in regressed:
+            plan, merge = regressed[group.name]
+        else:
+            mapping, merge = decompose(group, kept, turned, tensors, options, readings.get(group.name, ()))
+            plan = group_plan(group, kept, mapping)
         rewriter.absorb(merge)
-        plans.append(group_plan(group, kept, mapping))
+        plans.append(plan)
     stage("rewrite")
     alive = survivors(grouping, choice.chosen)
-    return Draft(rewriter.finish(alive, choice.edits), tuple(plans), alive)
+    return Draft(rewriter.finish(alive, choice.edits), tuple(plans), alive, turned.module)

@@ -4,7 +4,7 @@ The error is the lost share of the variance of the consumers' outputs, summed ov
 re-solved later, it is the share that re-solving cannot recover (`elimination.curve`, on the readings of refit's data);
 without such data, the channels are taken as Gaussian, with the moments given by the weights and BatchNorms. If layers
 are not re-solved, channels are dropped in the order of their rows' norms, and each loses what its most similar kept
-channel cannot replace.
+channel cannot replace. A group that may keep principal components loses those that are dropped (`Components.curve`).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from fxmerge.methods.elimination import curve
 from fxmerge.methods.evidence import Reading
 from fxmerge.options import Options
 from fxmerge.planning.candidates import candidates
+from fxmerge.planning.components import able, components_of
 from fxmerge.planning.sources import covariance_of
 from fxmerge.planning.statistics import Statistics, moments, statistics
 from fxmerge.weights.layout import columns
@@ -55,7 +56,7 @@ def curves(
     sensitivity:  {layer: how much the model's outputs change with an error in its outputs}
     """
     norms = batch_norms(facts)
-    refitted = refitted or options.decomposition in ("lstsq", "auto")
+    refitted = refitted or options.by_channels.decomposition in ("lstsq", "auto")
     found = {}
     for group in groups:
         kept = ladders[group.name]
@@ -63,10 +64,17 @@ def curves(
         if len(kept) > 1:
             seen = readings.get(group.name) or _expected(captured, group, tensors, norms, options, refitted)
             ranked = None if refitted else _ranked(captured, group, seen, tensors, options)
+            turned = None
+            if able(group, options):
+                turned = components_of(group, captured, tensors, options, readings.get(group.name, ()))[0]
             for cell in range(kept.shape[1]):
                 inside = (group.cells == cell).nonzero().flatten()
                 least = int(kept[:, cell].min())
-                own = curve(seen, inside, least).numpy() if ranked is None else ranked(inside)
+                if turned is None or options.decomposition != "pca":
+                    own = curve(seen, inside, least).numpy() if ranked is None else ranked(inside)
+                if turned is not None:
+                    by_components = turned.curve(cell).numpy()
+                    own = by_components if options.decomposition == "pca" else np.minimum(own, by_components)
                 total += own[kept[:, cell].astype(np.int64)]
         weights = [sensitivity.get(m.layer.node, 0.0) for m in group.consumers or group.producers]
         found[group.name] = np.maximum.accumulate(total) * (sum(weights) ** POWER if sensitivity else 1.0)

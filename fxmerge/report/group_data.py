@@ -9,6 +9,7 @@ from fxmerge.graph.cost import Cost, call_cost, cost
 from fxmerge.graph.nested import finite
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.groups import Group, Refusal
+from fxmerge.plan import GroupPlan
 from fxmerge.report.refusals import parameters_held
 
 
@@ -37,6 +38,17 @@ def group_json(group: Group) -> dict[str, Any]:
         "ties": list(group.ties),
         "internal": group.internal,
         "scale_blocks": list(group.scale_blocks),
+    }
+
+
+def plan_json(plan: GroupPlan | None, group: Group) -> dict[str, Any]:
+    """The entries of what was decided for a group; without a plan, it keeps all channels."""
+    plan = plan or GroupPlan(group.name, group.channels, tuple(range(group.channels)))
+    return {
+        "kept": list(plan.kept),
+        "similarity": finite(plan.similarity),
+        "partners": list(plan.partners),
+        **({} if plan.components is None else {"components": finite(plan.components)}),
     }
 
 

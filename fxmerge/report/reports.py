@@ -29,6 +29,7 @@ from fxmerge.report.group_data import (
     cost_json,
     group_json,
     original_cost,
+    plan_json,
     producer_cost,
     refusals_json,
 )
@@ -147,9 +148,14 @@ class Report(Drawable):
         staying = self._in_kept_blocks(group, plan)
         if staying < len(plan.kept):
             notes.append(f"kept channels in blocks that remain: {staying}")
+        if plan.components is not None:
+            notes.append("kept as principal components of what its consumers read, not as single channels")
+            return notes
+        if decomposition == "pca":
+            notes.append(f"merged as by auto, because a rotation does not pass: {group.nonlinear}")
         if decomposition == "mostsim" and group.scale_blocks:
             notes.append(f"merged without rescaling, because scaling does not pass through {self._ops(group)}")
-        if why := unmerged(group, self._tensors, self.plan.options):
+        if why := unmerged(group, self._tensors, self.plan.options.by_channels):
             notes.append(f"dropped without merging: {why}")
         return notes
 
@@ -204,16 +210,12 @@ class Report(Drawable):
         plans = {g.name: g for g in self.plan.groups}
         groups = []
         for g in self.groups:
-            plan = plans.get(g.name)
-            kept = list(plan.kept) if plan else list(range(g.channels))
             groups.append(
                 {
                     **group_json(g),
                     **cost_json(g, self.before, "_before"),
                     **cost_json(g, self.after, "_after"),
-                    "kept": kept,
-                    "similarity": finite(plan.similarity) if plan else 1.0,
-                    "partners": list(plan.partners) if plan else [],
+                    **plan_json(plans.get(g.name), g),
                 }
             )
         return json_text(

@@ -75,8 +75,11 @@ class Rewriter:
                 continue  # a module that is called twice absorbs once
             done.add(consumer.place)
             shift, (here, local) = part.shift[consumer.channels], consumer.local(merge.kept)
-            up = part.up if len(consumer.channels) == merge.group.channels else part.up[consumer.channels][:, here]
-            partners = _partners(consumer, up, local) if not bool(shift.any()) else None
+            up = part.up
+            if len(consumer.channels) != merge.group.channels:
+                up = up[..., consumer.channels, :][..., here]
+            plain = up.dim() == 2 and not bool(shift.any())
+            partners = _partners(consumer, up, local) if plain else None
             if partners is not None:
                 self.partners.setdefault(path, []).append(partners)
                 continue
@@ -86,7 +89,8 @@ class Rewriter:
             if bool(shift.any()):
                 gained = _gained(consumer, own, shift, weight)
                 self._move_bias(consumer.layer, lambda bias: bias + gained)  # noqa: B023
-            rows[consumer.where[local]] = torch.einsum("mk,mcx->kcx", up.to(rows), own)
+            form = "mk,mcx->kcx" if up.dim() == 2 else "cmk,mcx->kcx"
+            rows[consumer.where[local]] = torch.einsum(form, up.to(rows), own)
             weight.copy_(from_columns(rows, weight, consumer.layer))
 
     def _slice_and_add(self, labels: ParamLabels, alive: Tensor) -> None:
@@ -156,7 +160,7 @@ class Rewriter:
         known = added in self.held
         old = self.weights[added] if known else weight.new_zeros(len(out_first(weight, layer)))
         new = change(precise(old)).to(weight)
-        if not takes_one and not known and not bool(new.any()):
+        if not known and not bool(new.any()):
             return
         self.weights.add(added, new, weight.requires_grad)
         if path in self.held:
@@ -255,7 +259,8 @@ def _gained(consumer: Member, own: Tensor, shift: Tensor, weight: Tensor) -> Ten
     """W shift, (out,): each place adds its shift times the sum of its kernel to the outputs of its group."""
     layer = consumer.layer
     out = weight.size(1) if layer.transposed else weight.size(0) // layer.groups
-    each = torch.einsum("n,ncok->nco", shift.to(own), own.reshape(*own.shape[:2], out, -1))
+    form = "n,ncok->nco" if shift.dim() == 1 else "nc,ncok->nco"
+    each = torch.einsum(form, shift.to(own), own.reshape(*own.shape[:2], out, -1))
     block = consumer.where // (columns(weight, layer).size(0) // layer.groups)  # (n, copies)
     blocks = own.new_zeros(layer.groups, out)
     return blocks.index_add_(0, block.flatten().to(own.device), each.flatten(0, 1)).flatten()

@@ -138,7 +138,7 @@ class RuleContext:
     def stack(
         self, param: Param, labels: Tensor, key: fx.Node | None, *, rows: Tensor | None = None, axis: int = 0
     ) -> None:
-        """The first axis of a parameter numbers experts (`ir.provenance.Stack`). key: None if each place has all of them."""
+        """The first axis of a parameter numbers experts (`ir.provenance.Stack`). key: None if places have all."""
         source = routing(key) if key is not None else ""
         self._facts.stacks.append(Stack(self._node.name, param.path, labels, len(param.value), source, rows, axis))
 

@@ -6,7 +6,7 @@ from collections import namedtuple
 from collections.abc import Callable
 from typing import Concatenate
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fxmerge.graph import nested
 from fxmerge.ir.labels import along, fixed, holds, rows, varying, without
@@ -32,10 +32,11 @@ def per_channel_rule(ctx: RuleContext, x: Operand, *rest: Operand, **kwargs: Ope
 
 
 def per_channel(
-    name: str, *spellings: Spelling, commutes: bool | Callable[Concatenate[RuleContext, ...], bool] = False
-) -> Rule:
+    name: str, *spellings: Spelling, commutes: bool | Callable[Concatenate[RuleContext, ...], bool] = False,
+    linear: bool = False,
+) -> Rule:  # fmt: skip
     """A row for an op that maps each channel by itself: activations, pooling, dropout, ..."""
-    return Rule(name, "per_channel", per_channel_rule, spellings, commutes)
+    return Rule(name, "per_channel", per_channel_rule, spellings, commutes, linear)
 
 
 def identity_rule(ctx: RuleContext, x: Operand, *rest: Operand, **kwargs: Operand) -> Answer:
@@ -59,9 +60,12 @@ def spatial_rule(ctx: RuleContext, x: Operand, *rest: Operand, **kwargs: Operand
     return per_channel_rule(ctx, x, *rest, **kwargs)
 
 
-def spatial(name: str, *spellings: Spelling, commutes: bool = False) -> Rule:
+def spatial(
+    name: str, *spellings: Spelling, commutes: bool = False,
+    linear: bool | Callable[Concatenate[RuleContext, ...], bool] = False,
+) -> Rule:  # fmt: skip
     """A row for an op that mixes the places of each channel."""
-    return Rule(name, "per_channel", spatial_rule, spellings, commutes)
+    return Rule(name, "per_channel", spatial_rule, spellings, commutes, linear)
 
 
 def reduction_rule(
@@ -101,9 +105,9 @@ def reduced(ctx: RuleContext, x: Lab, dim: Dims, keepdim: bool, shape: tuple[int
     return Lab(out)
 
 
-def reduction(name: str, *spellings: Spelling, commutes: bool = False) -> Rule:
+def reduction(name: str, *spellings: Spelling, commutes: bool = False, linear: bool = False) -> Rule:
     """A row for a reduction."""
-    return Rule(name, "per_channel", reduction_rule, spellings, commutes)
+    return Rule(name, "per_channel", reduction_rule, spellings, commutes, linear)
 
 
 Extreme = namedtuple("Extreme", ["values", "indices"])  # as torch.return_types.max has them
@@ -185,3 +189,19 @@ def one_factor(ctx: RuleContext, *args: Operand, **kwargs: Operand) -> bool:
     """A product commutes with scaling if exactly one operand is an activation; a quotient if it is the numerator."""
     labs = [isinstance(a, Lab) and not isinstance(a, View) for a in args[:2]]
     return labs == [True, False] or (labs == [False, True] and ctx.rule_name != "div")
+
+
+def averages(ctx: RuleContext, *args: Operand, **kwargs: Operand) -> bool:
+    """Of the pools in one row, those that average are linear."""
+    name = type(ctx.target).__name__ if isinstance(ctx.target, nn.Module) else ctx.called
+    return "max" not in name.lower()
+
+
+def by_numerator(ctx: RuleContext, input: Operand, other: Operand, **kwargs: Operand) -> bool:
+    """A quotient is linear in its numerator, unless it is rounded."""
+    return kwargs.get("rounding_mode") is None and not (isinstance(other, Lab) and holds(other.t))
+
+
+def fills_with_zero(ctx: RuleContext, input: Operand, mask: Operand, value: Operand) -> bool:
+    """A mask that sets entries to zero is linear."""
+    return isinstance(value, (int, float)) and value == 0

@@ -67,6 +67,9 @@ class Rule:
 
     commutes: does f(s x) = s f(x) hold for every s > 0, as for ReLU, pooling and any linear map? Or a function of the
         rule's own arguments that returns it for one call. False is the safe answer.
+    linear: does f(x + y) = f(x) + f(y) hold as well, with the same f for each channel and in each operand of a product
+        (of a sum, in all operands together)? Then any matrix that mixes channels passes through it. False is the safe
+        answer; movement needs none.
     """
 
     name: str
@@ -74,3 +77,4 @@ class Rule:
     apply: Callable[Concatenate[RuleContext, ...], Answer]
     spellings: tuple[Spelling, ...]
     commutes: bool | Callable[Concatenate[RuleContext, ...], bool] = field(default=False)
+    linear: bool | Callable[Concatenate[RuleContext, ...], bool] = False

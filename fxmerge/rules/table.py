@@ -34,7 +34,10 @@ from fxmerge.rules import (
 )
 from fxmerge.rules.elementwise import (
     adds_nothing,
+    averages,
+    by_numerator,
     extreme,
+    fills_with_zero,
     identity_rule,
     one_factor,
     per_channel,
@@ -54,7 +57,7 @@ _NORM = ("running_mean", "running_var", "weight", "bias", "eps")
 _ROWS: tuple[Rule, ...] = (
     # producers: read the labels along their reduction axis and make new ones along their output axis
     Rule("linear", "producer", layers.linear, (Module(nn.Linear, ("weight", "bias")), F.linear),
-         layers.adds_no_bias),
+         layers.adds_no_bias, layers.adds_no_bias),
     Rule(
         "conv",
         "producer",
@@ -82,12 +85,12 @@ _ROWS: tuple[Rule, ...] = (
     *RECURRENT_LAYERS,
     # contractions: the labels of both operands along the contracted axis are tied
     Rule("matmul", "contraction", contractions.matmul, (operator.matmul, torch.matmul, "matmul", torch.bmm, "bmm",
-                                                          torch.mm, "mm")),
+                                                          torch.mm, "mm"), linear=True),
     Rule("outer", "contraction", contractions.outer, (torch.outer, torch.ger)),
     Rule("addmm", "producer", contractions.addmm, (torch.addmm, "addmm")),
     Rule("baddbmm", "contraction", contractions.baddbmm, (torch.baddbmm, "baddbmm")),
-    Rule("einsum", "contraction", einsum.einsum, (torch.einsum, torch.functional.einsum)),
-    Rule("attention", "contraction", contractions.attention, (F.scaled_dot_product_attention,)),
+    Rule("einsum", "contraction", einsum.einsum, (torch.einsum, torch.functional.einsum), linear=True),
+    Rule("attention", "contraction", contractions.attention, (F.scaled_dot_product_attention,), linear=True),
     # layers with per-channel parameters, which follow the labels
     Rule(
         "batch_norm",
@@ -111,12 +114,14 @@ _ROWS: tuple[Rule, ...] = (
         commutes=norms.by_channel,  # as batch_norm
     ),
     # ties: the labels of two operands are tied, position by position
-    Rule("add", "tie", binary.elementwise, (operator.add, operator.iadd, torch.add, "add", "add_"), adds_nothing),
+    Rule("add", "tie", binary.elementwise, (operator.add, operator.iadd, torch.add, "add", "add_"), adds_nothing,
+         adds_nothing),
     Rule(
         "sub",
         "tie",
         binary.elementwise,
         (operator.sub, operator.isub, torch.sub, torch.subtract, "sub", "sub_"),
+        adds_nothing,
         adds_nothing,
     ),
     Rule(
@@ -125,6 +130,7 @@ _ROWS: tuple[Rule, ...] = (
         binary.elementwise,
         (operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_"),
         one_factor,
+        linear=True,
     ),
     Rule(
         "div",
@@ -132,6 +138,7 @@ _ROWS: tuple[Rule, ...] = (
         binary.elementwise,
         (operator.truediv, operator.itruediv, torch.div, torch.true_divide, torch.divide, "div", "div_"),
         one_factor,
+        by_numerator,
     ),
     Rule("rsub", "tie", binary.elementwise, (torch.rsub,)),
     Rule("maximum", "tie", binary.elementwise, (torch.maximum, "maximum")),
@@ -143,15 +150,16 @@ _ROWS: tuple[Rule, ...] = (
           torch.le, torch.gt, torch.ge, "eq", "ne", "lt", "le", "gt", "ge")),
     Rule("addcmul", "tie", binary.addcmul, (torch.addcmul, "addcmul", "addcmul_")),
     Rule("glu", "tie", binary.glu, (Module(nn.GLU, ("dim",)), F.glu)),
-    Rule("masked_fill", "tie", binary.masked_fill, (torch.masked_fill, "masked_fill", "masked_fill_")),
+    Rule("masked_fill", "tie", binary.masked_fill, (torch.masked_fill, "masked_fill", "masked_fill_"),
+         linear=fills_with_zero),
     # activations with f(s x) = s f(x) for s > 0
     per_channel("relu", nn.ReLU, F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_", commutes=True),
     per_channel("leaky_relu", nn.LeakyReLU, F.leaky_relu, F.leaky_relu_, commutes=True),
     per_channel("rrelu", nn.RReLU, F.rrelu, commutes=True),
     Rule("identity", "per_channel", identity_rule,
          (nn.Identity, "contiguous", "clone", torch.clone, "detach", "float", "double", "half", "bfloat16", "to", "cpu",
-          "cuda", Aten("alias"), Aten("lift_fresh_copy"), Aten("_to_copy")), True),
-    per_channel("stochastic_depth", "torchvision.ops.stochastic_depth.stochastic_depth", commutes=True),
+          "cuda", Aten("alias"), Aten("lift_fresh_copy"), Aten("_to_copy")), True, True),
+    per_channel("stochastic_depth", "torchvision.ops.stochastic_depth.stochastic_depth", commutes=True, linear=True),
     per_channel("zeros_like", torch.zeros_like, commutes=True),
     per_channel("ones_like", torch.ones_like),
     per_channel("full_like", torch.full_like),
@@ -159,7 +167,7 @@ _ROWS: tuple[Rule, ...] = (
     per_channel("random_like", torch.rand_like, torch.randn_like, torch.randint_like),
     per_channel("dropout", nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
                 nn.FeatureAlphaDropout, F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout,
-                F.feature_alpha_dropout, torch.dropout, commutes=True),
+                F.feature_alpha_dropout, torch.dropout, commutes=True, linear=True),
     # activations for which this does not hold
     per_channel("relu6", nn.ReLU6, F.relu6),
     per_channel("hardtanh", nn.Hardtanh, F.hardtanh),
@@ -181,19 +189,19 @@ _ROWS: tuple[Rule, ...] = (
     *unary.ROWS,
     # pooling and interpolation: spatial axes change, channels do not
     spatial("avg_pool", nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d,
-            commutes=True),
+            commutes=True, linear=True),
     spatial("max_pool", nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, F.max_pool1d, F.max_pool2d, F.max_pool3d,
             torch.max_pool1d, torch.max_pool2d, torch.max_pool3d, commutes=True),
     spatial("lp_pool", nn.LPPool1d, nn.LPPool2d, F.lp_pool1d, F.lp_pool2d, commutes=True),
     spatial("adaptive_pool", nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
             nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d, F.adaptive_avg_pool1d,
             F.adaptive_avg_pool2d, F.adaptive_avg_pool3d, F.adaptive_max_pool1d, F.adaptive_max_pool2d,
-            F.adaptive_max_pool3d, torch.adaptive_avg_pool1d, commutes=True),
+            F.adaptive_max_pool3d, torch.adaptive_avg_pool1d, commutes=True, linear=averages),
     spatial("interpolate", nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d, F.interpolate,
             F.upsample, Aten("upsample_bilinear2d"), Aten("upsample_nearest2d"), Aten("upsample_bicubic2d"),
-            Aten("_upsample_bicubic2d_aa"), commutes=True),
-    reduction("mean", torch.mean, "mean", commutes=True),
-    reduction("sum", torch.sum, "sum", commutes=True),
+            Aten("_upsample_bicubic2d_aa"), commutes=True, linear=True),
+    reduction("mean", torch.mean, "mean", commutes=True, linear=True),
+    reduction("sum", torch.sum, "sum", commutes=True, linear=True),
     extreme("max", torch.max, "max"),
     extreme("min", torch.min, "min"),
     extreme("median", torch.median, "median"),
@@ -226,7 +234,7 @@ _ROWS: tuple[Rule, ...] = (
     Rule("pixel_shuffle", "per_channel", shuffles.pixel_shuffle,
          (Module(nn.PixelShuffle, ("upscale_factor",)), torch.pixel_shuffle), True),
     Rule("fold", "per_channel", shuffles.fold, (nn.Fold, F.fold, Aten("col2im")), True),
-    Rule("type_as", "per_channel", type_as_rule, ("type_as",), True),
+    Rule("type_as", "per_channel", type_as_rule, ("type_as",), True, True),
     Rule("expand_as", "movement", movement.expand_as, ("expand_as",), True),
     Rule("enter", "movement", movement.entered, (movement.enter,), True),
     *indexed.ROWS,

@@ -16,7 +16,7 @@ from fxmerge.rules.elementwise import per_channel, per_channel_rule
 from fxmerge.rules.rule import Answer, AsKind, Operand, Rule, Spelling, Unknown
 
 
-def unary(name: str, *more: Spelling, commutes: bool = False) -> Rule:
+def unary(name: str, *more: Spelling, commutes: bool = False, linear: bool = False) -> Rule:
     """A row for a function of one number, in all spellings that torch has.
 
     more: other names for it (strings that torch has too, as "arcsin" for "asin"), and further functions and modules
@@ -27,7 +27,8 @@ def unary(name: str, *more: Spelling, commutes: bool = False) -> Rule:
         found += [getattr(torch, each)] if hasattr(torch, each) else []
         found += [each] if callable(getattr(Tensor, each, None)) else []
     found += [getattr(torch.special, n) for n in (*names, *_SPECIAL.get(name, ())) if hasattr(torch.special, n)]
-    return per_channel(name, *dict.fromkeys([*found, *(m for m in more if not isinstance(m, str))]), commutes=commutes)
+    functions = (m for m in more if not isinstance(m, str))
+    return per_channel(name, *dict.fromkeys([*found, *functions]), commutes=commutes, linear=linear)
 
 
 _SPECIAL = {"sigmoid": ("expit",), "lgamma": ("gammaln",), "digamma": ("psi",)}  # names in torch.special
@@ -86,8 +87,8 @@ _ALIASES = {
 ROWS: tuple[Rule, ...] = (
     # f(s x) = s f(x) for s > 0
     unary("abs", "absolute", operator.abs, commutes=True),
-    unary("neg", "negative", operator.neg, commutes=True),
-    unary("positive", operator.pos, commutes=True),
+    unary("neg", "negative", operator.neg, commutes=True, linear=True),
+    unary("positive", operator.pos, commutes=True, linear=True),
     unary("deg2rad", commutes=True),
     unary("rad2deg", commutes=True),
     unary("real", commutes=True),

@@ -18,6 +18,7 @@ from fxmerge.graph import compare
 from fxmerge.rules import lookup
 from tests.helpers.masking import masked_by_hand
 from tests.helpers.netmaking import one_thread, plain_merge, raw  # noqa: F401
+from tests.helpers.rotation import rotation_errors
 from tests.helpers.rule_samples import SAMPLES
 from tests.helpers.sandwich import Sample, spelled
 
@@ -92,6 +93,25 @@ def test_commutes(key: Any, rule: fxmerge.Rule) -> None:
             one, other = sample.op(model, scale * before), scale * sample.op(model, before.clone())
             errors.append(compare.difference([one], [other]))
     assert (max(errors) < 1e-10) == rule.commutes
+
+
+@every_spelling
+@pytest.mark.filterwarnings("ignore:.*deprecated:UserWarning")
+def test_a_rotation_passes_linear_ops_only(key: Any, rule: fxmerge.Rule) -> None:
+    """Whatever path is taken for linear, any rotation of its channels leaves the outputs as they are."""
+    sample = sample_of(key, rule)
+    found = fxmerge.analyze(*sample.make())
+    errors = rotation_errors(found)
+    exact = sample.double and rule.name != "identity"  # which may be a cast to half precision
+    assert all(error < (1e-10 if exact else 0.03) for error in errors.values()), errors
+    if rule.linear is not True and rule.kind in ("per_channel", "tie") and not callable(rule.linear):
+        assert "producer" not in errors
+
+
+@pytest.mark.parametrize("name", [r.name for r in fxmerge.RULES.values() if r.linear is True and r.kind != "tie"])
+def test_linear_ops_are_found_to_be(name: str) -> None:
+    keys = [key for key, rule, _ in SPELLINGS if rule.name == name and key != "cuda"]
+    assert any("producer" in rotation_errors(fxmerge.analyze(*SAMPLES[name](key).make())) for key in keys)
 
 
 def test_softmax_over_the_channels_is_a_mixer() -> None:

@@ -86,7 +86,8 @@ def _panel(group: Group, plan: GroupPlan | None, source: _Source) -> dict[str, A
         "refit": [vars(source.refitted[name]) for name in names if name in source.refitted],
         "similarity": round(plan.similarity, 4) if plan else 1.0,
         "estimate": round(_estimate(plan), 4) if plan else 0.0,
-        "dropped": len(plan.partners) if plan else 0,
+        "dropped": plan.channels - len(plan.kept) if plan else 0,
+        "components": plan is not None and plan.components is not None,
         "unpartnered": sum(p.into < 0 for p in plan.partners) if plan else 0,
         "partners": _partners(plan) if plan else [],
         "likeness": _likeness(group, plan, source),
@@ -98,6 +99,8 @@ def _estimate(plan: GroupPlan) -> float:
 
     By it, groups are compared where refit measured nothing.
     """
+    if plan.components is not None:
+        return 1 - plan.components
     return sum(1 - p.cosine**2 for p in plan.partners) / plan.channels
 
 
@@ -133,7 +136,7 @@ def _likeness(group: Group, plan: GroupPlan | None, source: _Source) -> dict[str
         order = leaves_list(linkage(squareform(apart, checks=False), "average", optimal_ordering=True)).astype(np.int64)
     cosine, channels = cosine[np.ix_(order, order)], at.numpy()[order]
     upper = cosine[np.triu_indices(len(at), 1)]
-    kept = set(plan.kept) if plan else set(range(n))
+    kept = set(plan.kept) if plan and plan.components is None else set(range(n))
     return {
         "channels": channels.tolist(),
         "kept": "".join("01"[int(c) in kept] for c in channels),

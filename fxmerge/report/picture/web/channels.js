@@ -2,7 +2,7 @@
 "use strict";
 fx.channels = (() => {
   function heat(panel, g) {
-    const {channels, kept, cosines} = g.likeness, n = channels.length;
+    const {channels, kept, cosines} = g.likeness, n = channels.length, shown = fx.merged && !g.components;
     if (n < 2) return;
     panel.append("h3").text(n < g.channels ? `Similarity of ${n} of ${g.channels} channels, clustered` : "Similarity of the channels, clustered");
     const canvas = panel.append("canvas").attr("width", n).attr("height", n).attr("role", "img")
@@ -16,11 +16,11 @@ fx.channels = (() => {
     pen.putImageData(image, 0, 0);
     const legend = panel.append("div").attr("class", "legend");
     ["cosine -1 (grey)", "0", "1 (the group's colour)"].forEach((t) => legend.append("span").text(t));
-    const hint = panel.append("p").attr("class", "soft").text(`Point at a cell to see its channels. ${fx.merged ? `${[...kept].filter((c) => c === "1").length} of them are kept.` : ""}`);
+    const hint = panel.append("p").attr("class", "soft").text(`Point at a cell to see its channels. ${shown ? `${[...kept].filter((c) => c === "1").length} of them are kept.` : ""}`);
     d3.select(canvas).on("pointermove", (event) => {
       const [x, y] = d3.pointer(event), side = canvas.clientWidth / n;
       const i = Math.max(0, Math.min(n - 1, Math.floor(y / side))), j = Math.max(0, Math.min(n - 1, Math.floor(x / side)));
-      const fate = (at) => fx.merged ? (kept[at] === "1" ? " (kept)" : " (dropped)") : "";
+      const fate = (at) => shown ? (kept[at] === "1" ? " (kept)" : " (dropped)") : "";
       hint.text(`channels ${channels[i]}${fate(i)} and ${channels[j]}${fate(j)}: cosine ${value(i, j).toFixed(2)}`);
     });
   }

@@ -39,7 +39,9 @@ fx.details = (() => {
     widgets.table(panel, [
       ...(solved.length ? [["mean error of its layers, before refit", mean("before")], ["after refit", mean("after")]] : []),
       ...(fx.merged && lost && !measure.isMeasured ? [["estimated loss", text.error(measure.groupLoss[at])]] : []),
-      ...(fx.merged && lost ? [["similarity of dropped to kept channels", Number.isFinite(g.similarity) ? g.similarity.toFixed(2) : "–"],
+      ...(fx.merged && lost && g.components ? [["kept as principal components; cosine of what its consumers read and what is left of it",
+        Number.isFinite(g.similarity) ? g.similarity.toFixed(2) : "–"]] : []),
+      ...(fx.merged && lost && !g.components ? [["similarity of dropped to kept channels", Number.isFinite(g.similarity) ? g.similarity.toFixed(2) : "–"],
         ["dropped channels with a partner", text.whole(g.dropped - g.unpartnered)], ["dropped channels without a partner", text.whole(g.unpartnered)]] : []),
     ]);
     if (g.scaleBlocks.length) panel.append("p").attr("class", "soft").text(`Channels are merged without rescaling, because scaling does not pass through ${g.scaleBlocks.slice(0, 3).join(", ")}${g.scaleBlocks.length > 3 ? " and others" : ""}.`);
