@@ -52,9 +52,8 @@ def selected(
     for g in groups:
         stage(f"selection {g.name}")
         own = readings.get(g.name, ())
-        parts = (
-            components_of(g, captured, tensors, options, own)[0] if able(g, options) and captured.cut is None else None
-        )
+        turns = able(g, options) and captured.cut is None  # the original of a cut graph is another graph
+        parts = components_of(g, captured, tensors, options, own)[0] if turns else None
         if parts is None or options.decomposition != "pca":
             seen = candidates(g, captured, tensors, options.seed, own if options.selection == "repair" else ())
             kept = select(options.selection, seen, g.cells, counts[g.name])
