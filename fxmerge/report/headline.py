@@ -36,7 +36,7 @@ class Merged(Protocol):
 
 def analysed(name: str, groups: int, refusals: int) -> str:
     """The sentence about an analysis, of a model of the class `name`."""
-    found = f"{counted(groups, 'group')} of layers that can lose channels together"
+    found = f"{counted(groups, 'group') if groups else 'no group'} of layers that can lose channels together"
     refused = f", and {counted(refusals, 'layer')} whose channels must stay" if refusals else ""
     return f"fxmerge read the graph of {name} and found {found}{refused}; nothing was changed."
 

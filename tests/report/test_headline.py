@@ -72,6 +72,7 @@ def test_nothing_merged_and_an_analysis() -> None:
     assert "found 2 groups of layers" in text
     assert "1 layer whose channels must stay" in text
     assert text.endswith("nothing was changed.")
+    assert "found no group of layers" in sentence(fxmerge.analyze(nn.Linear(8, 16), torch.randn(4, 8)).report)
 
 
 class Indices(nn.Module):

@@ -316,7 +316,6 @@ def test_large_models_open_at_once(name: str, opened: Any) -> None:
     tab.tab.wait_for_selector("#back")
     assert tab.modules(".box.on")
     assert time.monotonic() - before < 3  # with a layout; 0.5 s on an idle machine
-    tab.tab.select_option("#colour", "error")
     tab.tab.click("#back")
     tab.tab.click("#tab-layers")
     assert time.monotonic() - before < 6
