@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from fxmerge.api import settled
 from fxmerge.depth import merged
 from fxmerge.errors import FxMergeError
-from fxmerge.graph.eval_mode import evaluating
+from fxmerge.graph.measured import Evaluate, measured, name_of
 from fxmerge.graph.nested import finite
 from fxmerge.keywords import Budget, SweepKeywords
 from fxmerge.options import Options
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
     from typing_extensions import Unpack
 
-Evaluate = Callable[[nn.Module], Any]
 
 
 def sweep(
@@ -67,10 +66,8 @@ def sweep(
     budget can be met, and if `evaluate` does not return a number.
     """
     base = settled(options, changes)
-    if base.budget:
-        raise FxMergeError("a sweep takes its budgets as the argument budgets; leave out the option budget")
-    if base.has_ratio:
-        raise FxMergeError(f"a sweep's budgets take the place of a ratio; leave out ratio={base.ratio:g}")
+    if base.budget or base.has_ratio:
+        raise FxMergeError("a sweep takes its budgets as the argument budgets; leave out the options budget and ratio")
     if isinstance(budgets, (str, int, float)) or not isinstance(budgets, Sequence) or not budgets:
         raise FxMergeError(f"budgets is {budgets!r}; give a list of shares of the original, such as [0.75, 0.5, 0.25]")
     asked = [base.replace(budget={kind: share}) for share in budgets]
@@ -91,7 +88,7 @@ def sweep(
             points.append(_point(ready, one.replace(refit=ready.options.refit), evaluate, folder, digest))
         prefix[0] = "original: "
         original = _original(ready, asked[0], evaluate, folder, digest)
-    found = Sweep(original, tuple(points), _name(evaluate))
+    found = Sweep(original, tuple(points), name_of(evaluate))
     if all(p.failed for p in points):
         raise FxMergeError(points[0].failed)
     if folder is not None:
@@ -120,7 +117,7 @@ def _point(ready: Prepared, options: Options, evaluate: Evaluate | None, folder:
             parameters=after.parameters,
             flops=after.flops,
             error=report.verdict.error,
-            value=_value(evaluate, result.module),
+            value=measured(evaluate, result.module),
             widths={g.name: len(g.kept) for g in result.plan.groups},
             notes=(*report.notes, *([report.verdict.reason] if report.verdict.reason else [])),
             seconds=time.perf_counter() - started,
@@ -143,7 +140,7 @@ def _original(ready: Prepared, options: Options, evaluate: Evaluate | None, fold
             parameters=before.parameters,
             flops=before.flops,
             error=0.0,
-            value=_value(evaluate, ready.original),
+            value=measured(evaluate, ready.original),
             of=options.of,
         )
         return point, None
@@ -169,27 +166,6 @@ def _kept(made: Callable[[], tuple[Point, Any]], folder: Path | None, name: str,
         data = {"fxmerge_point": VERSION, "digest": digest, "point": finite(dataclasses.asdict(point)), "plan": plan}
         write_text(path, json.dumps(data, indent=1))
     return point
-
-
-def _value(evaluate: Evaluate | None, module: nn.Module) -> float | None:
-    if evaluate is None:
-        return None
-    with evaluating(module), torch.no_grad():
-        given = evaluate(module)
-    try:
-        value = float(given)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise FxMergeError(f"evaluate returned a {type(given).__name__}; it should return one number") from error
-    if not math.isfinite(value):
-        raise FxMergeError(f"evaluate returned {value}; it should return a finite number")
-    return value
-
-
-def _name(evaluate: Evaluate | None) -> str:
-    if evaluate is None:
-        return ""
-    name = getattr(evaluate, "__name__", type(evaluate).__name__)
-    return name if name.isidentifier() else "value"
 
 
 def _digest(ready: Prepared, evaluate: Evaluate | None) -> str:

@@ -140,7 +140,7 @@ def test_a_budget_that_cannot_be_met_is_a_row_that_says_why(tmp_path: Path) -> N
 @pytest.mark.parametrize(("given", "match"), [
     ({"budgets": []}, "budgets"), ({"budgets": 0.5}, "budgets"), ({"budgets": "0.5"}, "budgets"),
     ({"budgets": [0.5, 2]}, "flops"), ({"budgets": ["a"]}, "flops"), ({"kind": "flop"}, "flop"),
-    ({"ratio": 0.5}, "contradict"), ({"budget": {"flops": 0.5}}, "leave out the option"),
+    ({"ratio": 0.5}, "leave out the options budget and ratio"), ({"budget": {"flops": 0.5}}, "leave out the option"),
     ({"evaluate": lambda module: "good"}, "evaluate returned a str"),
     ({"evaluate": lambda module: math.nan}, "evaluate returned nan"),
     ({"evaluate": lambda module: torch.zeros(3)}, "evaluate returned a Tensor"),
