@@ -51,7 +51,7 @@ class GroupPlan:
         For components, the cosine between what the consumers compute and what is left of it.
         """
         if self.components is not None:
-            return math.sqrt(max(self.components, 0.0))
+            return float(math.sqrt(max(self.components, 0.0)))
         return sum(p.cosine for p in self.partners) / len(self.partners) if self.partners else 1.0
 
 

@@ -41,10 +41,10 @@ def nonlinear(captured: Capture, facts: Provenance, path: Path) -> str:
     """Why the channels of a group cannot be mixed by any matrix, a clause; "" where they can."""
     if not path.consumers:
         return "no layer reads its channels"
+    if path.mixers:
+        return f"{_called(captured, path.mixers[0])} mixes its channels"
     if path.per_channel_params:
         return f"its channels have parameters of their own ({path.per_channel_params[0].layer.op})"
-    if path.mixers:
-        return f"{_called(captured, path.mixers[0])} normalises its channels together"
     if any(meeting.op not in ("add", "sub", "either") for meeting in path.meetings):
         return "its channels are multiplied by each other"
     for member in (*path.producers, *path.consumers):

@@ -89,15 +89,15 @@ class Components:
     def lose_less(self, kept: Tensor) -> bool:
         """Do components lose less on other rows than as many channels (k,), from which the others are regressed?
 
-        False where the channels lose nothing.
+        False where the channels lose nothing, as each of the others is a multiple of one of them.
         """
         whole = max(sum(float(cell.powers.sum()) for cell in self.cells), torch.finfo(torch.float64).tiny)
         exact, by_channels, by_components = 0.0, 0.0, 0.0
         for cell in self.cells:
-            stays = torch.isin(cell.channels, kept)
-            lost = float((cell.mass * missed(cell.covariance, stays.nonzero().flatten())).sum())
-            count = int(stays.sum())
-            exact += lost
+            stays = torch.isin(cell.channels, kept).nonzero().flatten()
+            lost = float((cell.mass * missed(cell.covariance, stays)).sum())
+            count = len(stays)
+            exact += float((cell.mass.diagonal() * _missed_by_one(cell.covariance, stays)).sum())
             by_channels += lost * elsewhere(count, self.independent)
             by_components += float(self.curve(cell.cell)[count]) if cell.strand == 0 else 0.0
         return exact > EXACT * whole and by_components < by_channels
@@ -113,6 +113,14 @@ def missed(covariance: Tensor, kept: Tensor) -> Tensor:
     across = covariance[kept]
     left = covariance - across.T @ solve_ridge(across[:, kept], across, RIDGE) if len(kept) else covariance
     return (left + left.T) / 2
+
+
+def _missed_by_one(covariance: Tensor, kept: Tensor) -> Tensor:
+    """What the best multiple of one kept channel leaves of the power of each channel, (n,)."""
+    power = covariance.diagonal()
+    solid = power[kept] > power.max().clamp(min=0) * NULL
+    removed = torch.where(solid, covariance[:, kept].square() / torch.where(solid, power[kept], 1), 0)
+    return (power - removed.amax(1)).clamp(min=0) if len(kept) else power
 
 
 def components(covariance: Tensor, mass: Tensor, cells: Tensor, independent: float) -> Components:

@@ -194,7 +194,7 @@ def one_factor(ctx: RuleContext, *args: Operand, **kwargs: Operand) -> bool:
 def averages(ctx: RuleContext, *args: Operand, **kwargs: Operand) -> bool:
     """Of the pools in one row, those that average are linear."""
     name = type(ctx.target).__name__ if isinstance(ctx.target, nn.Module) else ctx.called
-    return "max" not in name.lower()
+    return "avg" in name.lower()
 
 
 def by_numerator(ctx: RuleContext, input: Operand, other: Operand, **kwargs: Operand) -> bool:

@@ -234,7 +234,7 @@ _ROWS: tuple[Rule, ...] = (
     Rule("pixel_shuffle", "per_channel", shuffles.pixel_shuffle,
          (Module(nn.PixelShuffle, ("upscale_factor",)), torch.pixel_shuffle), True),
     Rule("fold", "per_channel", shuffles.fold, (nn.Fold, F.fold, Aten("col2im")), True),
-    Rule("type_as", "per_channel", type_as_rule, ("type_as",), True, True),
+    Rule("type_as", "per_channel", type_as_rule, ("type_as",), True),
     Rule("expand_as", "movement", movement.expand_as, ("expand_as",), True),
     Rule("enter", "movement", movement.entered, (movement.enter,), True),
     *indexed.ROWS,

@@ -1,4 +1,4 @@
-"""`decomposition="pca"` and what `auto` takes of it: exact at full rank, the truncated SVD of two layers, never worse."""
+"""`decomposition="pca"`, and `auto` where it takes it: exact at the rank, the truncated SVD of two layers, no worse."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from tests.helpers.rotation import rotation_errors
 from tests.helpers.values import HEAD, LAYOUTS, Attention, tokens
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+ALONE = [layout for layout in LAYOUTS if layout != "packed"]
 
 
 def chain(m: Any, x: Tensor) -> Tensor:
@@ -56,7 +57,7 @@ def narrowed(model: Attention, x: Tensor, keep: float, **options: Any) -> fxmerg
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ALONE)
 def test_values_of_attention_may_be_rotated(layout: str, bias: bool) -> None:
     """Each head by a matrix of its own, also where all heads lose the same places; queries and keys may not."""
     model = Attention(layout, bias)
@@ -67,20 +68,32 @@ def test_values_of_attention_may_be_rotated(layout: str, bias: bool) -> None:
     assert rotation_errors(found)[name] < 1e-12
 
 
+def test_values_in_one_block_with_queries_are_merged_as_by_auto() -> None:
+    """A view as (3, heads, width) makes them one group with queries and keys, whose products are no linear path."""
+    model, x = Attention("packed"), tokens(4)
+    result = plain_merge(model, x, ratio=0.5, decomposition="pca")
+    assert result.plan.groups[0].components is None
+    assert "attention is not linear" in result.report.text(width=300)
+    assert torch.equal(result.module(x), plain_merge(model, x, ratio=0.5).module(x))
+
+
 HINDERED = {
     "a function": (lambda m, x: m.b(torch.relu(m.a(x))), {}, "relu is not linear"),
     "a module": (lambda m, x: m.b(m.n(m.a(x))), {"n": nn.GELU()}, "GELU is not linear"),
-    "a norm": (lambda m, x: m.b(m.n(m.a(x))), {"n": nn.LayerNorm(14)}, "parameters of their own"),
-    "a norm alone": (lambda m, x: m.b(F.layer_norm(m.a(x), (14,))), {}, "normalises its channels together"),
+    "a norm": (lambda m, x: m.b(m.n(m.a(x))), {"n": nn.LayerNorm(14)}, "LayerNorm mixes its channels"),
+    "a norm of each channel": (
+        lambda m, x: m.b(m.n(m.a(x))), {"n": nn.BatchNorm1d(14)}, "parameters of their own (batch_norm)"
+    ),
+    "a norm alone": (lambda m, x: m.b(F.layer_norm(m.a(x), (14,))), {}, "layer_norm mixes its channels"),
     "a scale": (lambda m, x: m.b(m.a(x) * m.s), {"s": nn.Parameter(torch.rand(14))}, "parameters of their own"),
-    "a gate": (lambda m, x: m.b(m.a(x) * torch.sigmoid(m.a(x))), {}, "is not linear"),
+    "a gate": (lambda m, x: m.b(m.a(x) * torch.sigmoid(m.a(x))), {}, "multiplied by each other"),
     "a square": (lambda m, x: m.b(m.a(x) * m.a(x)), {}, "multiplied by each other"),
     "a constant": (lambda m, x: m.b(m.a(x) + 1.0), {}, "add is not linear"),
     "keys and values": (
         lambda m, x: m.b(F.scaled_dot_product_attention(m.q(x), m.a(x), m.a(x))), {"q": nn.Linear(10, 14)}, "linear"
     ),
-    "a mask by itself": (lambda m, x: m.b(m.a(x) * (m.a(x) > 0)), {}, "linear"),
-    "a norm beside": (lambda m, x: m.b(m.a(x)) * m.a(x).norm(dim=-1, keepdim=True), {}, "normalises"),
+    "a mask by itself": (lambda m, x: m.b(m.a(x) * (m.a(x) > 0)), {}, "multiplied by each other"),
+    "a norm beside": (lambda m, x: m.b(m.a(x)) * m.a(x).norm(dim=-1, keepdim=True), {}, "norm mixes its channels"),
     "a grouped layer": (
         lambda m, x: m.c(m.a(x)[..., None]), {"c": nn.Conv1d(14, 8, 1, groups=2)}, "not mixed (conv in groups)"
     ),
@@ -94,7 +107,7 @@ def test_what_hinders_a_rotation_is_told(case: str) -> None:
     parts = {n: nn.Parameter(p.double()) if isinstance(p, nn.Parameter) else p for n, p in parts.items()}
     model = Net(wiring, a=nn.Linear(10, 14), b=nn.Linear(14, 9), **parts).double().eval()
     x = torch.randn(3, 6, 10, dtype=torch.float64)
-    x = x[:, 0] if case == "a grouped layer" else x
+    x = x[:, 0] if case in ("a grouped layer", "a norm of each channel") else x
     found = fxmerge.analyze(model, x)
     groups = [g for g in found.groups if any(p.layer.module == "a" for p in g.producers)]
     assert groups and all(reason in g.nonlinear for g in groups), [g.nonlinear for g in groups]
@@ -148,7 +161,7 @@ def test_linear_paths_are_exact_at_their_rank(case: str) -> None:
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ALONE)
 def test_values_of_low_rank_lose_nothing(layout: str, bias: bool) -> None:
     """Each head's rows have rank 3; with a bias, which attention passes on unchanged, 4 are enough without data."""
     model = Attention(layout, bias)
@@ -184,7 +197,7 @@ def test_two_layers_with_data_are_the_best_of_their_rank() -> None:
     x = x + torch.randn(10).double()
     centred = x - x.mean(0)
     root = torch.linalg.cholesky(centred.T @ centred / len(x))
-    u, s, _ = torch.linalg.svd(model.b.weight @ model.a.weight @ root)
+    s = torch.linalg.svdvals((model.b.weight @ model.a.weight @ root).detach())
     least = float(s[k:].square().sum() / s.square().sum())
     for decomposition in ("pca", "auto"):
         result = fxmerge.merge(
@@ -198,7 +211,7 @@ def test_two_layers_with_data_are_the_best_of_their_rank() -> None:
     assert float((result.module(x) - model(x)).square().sum() / (model(x) - model(x).mean(0)).square().sum()) > found
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ALONE)
 def test_components_lose_less_than_channels(layout: str) -> None:
     """Before refit, on the tokens that both were chosen by."""
     model, x = Attention(layout, True), tokens(64)
@@ -309,12 +322,12 @@ def test_budgets_know_what_components_lose(decomposition: str) -> None:
     x = tokens(64)
     ignore = ("*.q", "*.k", "*.head")
     result = fxmerge.merge(
-        model, x, budget={"params": 0.87}, calibration=[x], decomposition=decomposition, ignore=ignore
+        model, x, budget={"params": 0.86}, calibration=[x], decomposition=decomposition, ignore=ignore
     )
     kept = {g.name: len(g.kept) for g in result.plan.groups}
     assert kept["0.v"] <= 8 < 20 <= kept.get("1.v", 24), kept
     spent = result.report.spent
-    assert spent is not None and spent.left < 0.88
+    assert spent is not None and spent.left < 0.87
 
 
 def test_images_and_half_precision() -> None:
