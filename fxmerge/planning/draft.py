@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, fx
@@ -10,12 +10,14 @@ from torch import Tensor, fx
 from fxmerge.analysis.grouping import Chosen
 from fxmerge.calibration.batches import Batches
 from fxmerge.ir.capture import Capture
-from fxmerge.ir.groups import Grouping, Refusal, survivors
+from fxmerge.ir.groups import Group, Grouping, Merge, Refusal, survivors
 from fxmerge.ir.provenance import Provenance
+from fxmerge.methods.decomposition import DownUp
 from fxmerge.methods.evidence import Reading
 from fxmerge.options import Options
 from fxmerge.plan import GroupPlan
-from fxmerge.planning.decompose import decompose, group_plan
+from fxmerge.planning.by_expert import by_expert
+from fxmerge.planning.decompose import decompose
 from fxmerge.rewrite.rewriter import Rewriter
 from fxmerge.rules.resize import Call
 
@@ -63,12 +65,14 @@ def drafted(
     tensors:  the model's parameters and buffers by path
     readings: {group: its consumers' second moments on refit's data}, where there is data
     """
+
+    def decomposed(group: Group, kept: Tensor, seen: Sequence[Reading]) -> tuple[DownUp | None, Merge]:
+        return decompose(group, kept, captured, tensors, choice.options, seen)
+
     rewriter, plans = Rewriter(captured.module, facts), []
     for group, kept in choice.chosen:  # one at a time, as the decompositions of wide groups take much memory
         stage(f"decomposition {group.name}")
-        mapping, merge = decompose(group, kept, captured, tensors, choice.options, readings.get(group.name, ()))
-        rewriter.absorb(merge)
-        plans.append(group_plan(group, kept, mapping))
+        plans.append(by_expert(group, kept, readings.get(group.name, ()), decomposed, rewriter.absorb))
     stage("rewrite")
     alive = survivors(grouping, choice.chosen)
     return Draft(rewriter.finish(alive, choice.edits), tuple(plans), alive)

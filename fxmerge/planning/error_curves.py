@@ -66,7 +66,8 @@ def curves(
             for cell in range(kept.shape[1]):
                 inside = (group.cells == cell).nonzero().flatten()
                 least = int(kept[:, cell].min())
-                own = curve(seen, inside, least).numpy() if ranked is None else ranked(inside)
+                seeing = [r for r in seen if bool(torch.isin(r.channels, inside).any())] or seen
+                own = curve(seeing, inside, least).numpy() if ranked is None else ranked(inside)
                 total += own[kept[:, cell].astype(np.int64)]
         weights = [sensitivity.get(m.layer.node, 0.0) for m in group.consumers or group.producers]
         found[group.name] = np.maximum.accumulate(total) * (sum(weights) ** POWER if sensitivity else 1.0)
