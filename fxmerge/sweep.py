@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-
 def sweep(
     model: nn.Module | ExportedProgram,
     example_inputs: Any,

@@ -206,6 +206,8 @@ class _Interpreter:
         try:
             answer = rule.apply(ctx, *args, **kwargs)
         except (TypeError, IndexError, RuntimeError, ValueError) as error:
+            if any(isinstance(leaf, Lab) and not leaf.t.numel() for leaf in nested.leaves([*args, *kwargs.values()])):
+                return Unknown("takes no row of these example inputs; give inputs of which it does")
             return Unknown(f"is called in a way that its rule does not know ({error})")
         if not isinstance(answer, Unknown):
             self.rules[node.name] = rule.name

@@ -190,8 +190,8 @@ class PairedRun:
         else:
             values = stream.every(node)
             if kept is not None and node.name in self.decided:
-                scores, chosen = stream.values[node.all_input_nodes[0].name], self.original.values[node.name]
-                values = [as_decided(node, x, own) for x, own in zip(scores, chosen, strict=True)]
+                taken = stream.values[node.all_input_nodes[0].name], values, self.original.values[node.name]
+                values = [as_decided(node, *of_batch) for of_batch in zip(*taken, strict=True)]
             if kept is not None and self.recorded:
                 values = [self._narrowed(node, value, run) for value, run in zip(values, stream.batches, strict=True)]
         layer = self.rectified.get(node.name)

@@ -1,24 +1,27 @@
 """The survey: second moments of the consumers' patches and of scores, from one run of the original on refit's batches.
 
+An expert reads its channels on the rows that are sent to it.
+
 The `repair` selection chooses channels by them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fxmerge.calibration.decided import expert_rows, is_routed, real_rows, routed_operands, rows_of
 from fxmerge.calibration.epilogue import epilogue_of, pair
 from fxmerge.calibration.paired_run import PairedRun, Settings, Visit, line
 from fxmerge.calibration.patches import enough, form_of, input_of, matrices_of, patches, sample
 from fxmerge.calibration.score_readings import score_reading, scores_of
 from fxmerge.graph.eval_mode import evaluating
 from fxmerge.ir.capture import Capture
-from fxmerge.ir.groups import Group, Grouping
+from fxmerge.ir.groups import Group, Grouping, Member
 from fxmerge.ir.provenance import Layer, Provenance, batch_norms
 from fxmerge.methods.evidence import Reading
 from fxmerge.methods.generalisation import independent_rows
@@ -49,6 +52,10 @@ def readings(
     generator = torch.Generator().manual_seed(settings.seed)
     with evaluating(module), torch.no_grad():
         run = PairedRun(pair(module, facts), batches, settings)
+        for name in consumers:
+            index = rows_of(run.original.named[name], facts)
+            if index is not None:
+                run.original.keep([index.name], name)
         for visit in run:
             for scores in scored.get(visit.node.name, ()):
                 stage(f"survey {visit.node.name}")
@@ -59,6 +66,10 @@ def readings(
                 continue
             layer = members[0][2].layer
             stage(f"survey {layer.module}")
+            if is_routed(layer, facts):
+                for group, number, member in members if layer.reads_apart else ():
+                    found[group.name] += _of_experts(run, visit, layer, member, number, settings)
+                continue
             made = _consumer(run, visit, layer, norms=norms, settings=settings, generator=generator)
             if made is None:
                 continue
@@ -112,6 +123,38 @@ def _consumer(
         independent=independent_rows(parts, mean, second, settings.reduce),
     )
     return reading, each
+
+
+def _of_experts(
+    run: PairedRun, visit: Visit, layer: Layer, member: Member, number: int, settings: Settings
+) -> Iterator[Reading]:
+    """How each expert reads its channels, on the rows that are sent to it; none of an expert that has no row.
+
+    number: of the consumer in its group
+    """
+    taken, real = routed_operands(visit.node), real_rows(run, visit.node)
+    if taken is None or real is None:
+        return
+    inputs, ends = (run.original.values[operand.name] for operand in taken)
+    weight = at(run.original.module, layer.params["weight"])
+    width = weight.size(1 if layer.transposed else 2)
+    for expert in range(len(weight) if width <= WIDEST else 0):
+        here = member.where[:, 0] // width == expert
+        index = [i if r is None else i[r[i]] for i, r in zip(expert_rows(ends, expert), real, strict=True)]
+        parts = [x[i[: settings.rows]][:, None] for x, i in zip(inputs, index, strict=True)]
+        if not sum(map(len, parts)) or not bool(here.any()):
+            continue
+        mean, second = second_moments(parts, settings.reduce)
+        matrix = weight[expert].T if layer.transposed else weight[expert]
+        yield Reading(
+            gram=beside(weight, second[0].cpu()),
+            weight=beside(weight, matrix.double().cpu()),
+            channels=member.channels[here],
+            columns=member.where[here] % width,
+            mean=mean.flatten().cpu(),
+            consumer=number,
+            independent=independent_rows(parts, mean, second, settings.reduce),
+        )
 
 
 def _diagonal(blocks: Tensor) -> Tensor:

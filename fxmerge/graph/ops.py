@@ -101,6 +101,14 @@ def overload_name(target: Any) -> str | None:
     return name.removesuffix("_") if name.endswith("_") and not name.endswith("__") else name
 
 
+def plain_name(node: fx.Node | None) -> str:
+    """The plain name of the function or method that a node calls; "" for any other node."""
+    if node is None or node.op not in ("call_function", "call_method"):
+        return ""
+    named = overload_name(node.target) or node.target
+    return named if isinstance(named, str) else getattr(named, "__name__", "")
+
+
 def by_name(target: Any, args: list[Any], kwargs: dict[str, Any], accepted: dict[str, Any]) -> tuple[list[Any], Any]:
     """The arguments of an aten call as (args, kwargs) for its rule, whose parameters may come in another order.
 

@@ -130,10 +130,9 @@ def reprune_kernel(channels: Candidates, count: int) -> Tensor:
 
 def repair(channels: Candidates, count: int) -> Tensor:
     """The channels that remain after `eliminate`; `l2` without readings."""
-    if not channels.readings:
-        return l2(channels, count)
     index = torch.arange(len(channels)) if channels.index is None else channels.index
-    return eliminate(channels.readings, index, count)
+    seeing = [r for r in channels.readings if bool(torch.isin(r.channels, index).any())]
+    return eliminate(seeing, index, count) if seeing else l2(channels, count)
 
 
 SELECTORS: dict[str, Callable[[Candidates, int], Tensor]] = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,13 +11,15 @@ from torch import Tensor, fx
 from fxmerge.analysis.grouping import Chosen
 from fxmerge.calibration.batches import Batches
 from fxmerge.ir.capture import Capture
-from fxmerge.ir.groups import Grouping, Merge, Refusal, survivors
+from fxmerge.ir.groups import Group, Grouping, Merge, Refusal, survivors
 from fxmerge.ir.provenance import Provenance
+from fxmerge.methods.decomposition import DownUp
 from fxmerge.methods.evidence import Reading
 from fxmerge.options import Options
 from fxmerge.plan import GroupPlan
+from fxmerge.planning.by_expert import by_expert
 from fxmerge.planning.components import components_of, merge_of
-from fxmerge.planning.decompose import decompose, group_plan
+from fxmerge.planning.decompose import decompose
 from fxmerge.planning.statistics import state
 from fxmerge.rewrite.rewriter import Rewriter
 from fxmerge.rewrite.rotate import rotated
@@ -87,15 +89,18 @@ def drafted(
             regressed[group.name] = plan, Merge(group, kept) if options.decomposition == "prune" else regression
     turned = rotated(captured, [(g, turning[g.name]) for g, _ in choice.chosen if g.name in turning])
     tensors = tensors if turned is captured else state(turned.module)
+
+    def decomposed(group: Group, kept: Tensor, seen: Sequence[Reading]) -> tuple[DownUp | None, Merge]:
+        return decompose(group, kept, turned, tensors, options, seen)
+
     rewriter = Rewriter(turned.module, facts)
     for group, kept in choice.chosen:  # one at a time, as the decompositions of wide groups take much memory
         stage(f"decomposition {group.name}")
         if group.name in regressed:
             plan, merge = regressed[group.name]
+            rewriter.absorb(merge)
         else:
-            mapping, merge = decompose(group, kept, turned, tensors, options, readings.get(group.name, ()))
-            plan = group_plan(group, kept, mapping)
-        rewriter.absorb(merge)
+            plan = by_expert(group, kept, readings.get(group.name, ()), decomposed, rewriter.absorb)
         plans.append(plan)
     stage("rewrite")
     alive = survivors(grouping, choice.chosen)

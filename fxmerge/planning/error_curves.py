@@ -70,8 +70,9 @@ def curves(
             for cell in range(kept.shape[1]):
                 inside = (group.cells == cell).nonzero().flatten()
                 least = int(kept[:, cell].min())
+                seeing = [r for r in seen if bool(torch.isin(r.channels, inside).any())] or seen
                 if turned is None or options.decomposition != "pca":
-                    own = curve(seen, inside, least).numpy() if ranked is None else ranked(inside)
+                    own = curve(seeing, inside, least).numpy() if ranked is None else ranked(inside)
                 if turned is not None:
                     by_components = turned.curve(cell).numpy()
                     own = by_components if options.decomposition == "pca" else np.minimum(own, by_components)

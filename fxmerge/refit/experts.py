@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from fxmerge.calibration.decided import rows_of
+from fxmerge.calibration.decided import expert_rows, real_rows, routed_operands, row_folds
 from fxmerge.calibration.epilogue import affine
-from fxmerge.calibration.held_out import FOLDS, HELD_OUT, NO_FOLD
+from fxmerge.calibration.held_out import NO_FOLD
 from fxmerge.calibration.paired_run import PairedRun, Settings, Visit
-from fxmerge.ir.provenance import Layer, Provenance
+from fxmerge.ir.provenance import Layer
 from fxmerge.refit.records import EXACTLY, NO_BETTER, TOO_FEW, Refitted
 from fxmerge.refit.solve import Problem, Rows, relative_error
 from fxmerge.refit.targets import Target
@@ -24,26 +24,13 @@ from fxmerge.refit.targets import Target
 UNKNOWN = "unchanged: which rows an expert computes is not known"
 
 
-def is_routed(layer: Layer, facts: Provenance) -> bool:
-    """Is it a layer of experts whose rows are sorted by expert?"""
-    return layer.is_stacked and facts.rules.get(layer.node) == "grouped_mm"
-
-
 @dataclass(frozen=True)
 class Experts:
-    """Solves layers of experts in one paired run, whose values it keeps as long as it needs them."""
+    """Solves layers of experts in one paired run."""
 
     paired: PairedRun
     settings: Settings
     exact: float
-
-    def expect(self, layers: Sequence[Layer]) -> None:
-        """Keeps the values that tell which position each row of these layers is."""
-        stream = self.paired.original
-        for layer in layers:
-            index = rows_of(stream.named[layer.node], self.paired.facts)
-            if index is not None:
-                stream.keep([index.name], layer.node)
 
     def solve(self, visit: Visit, layer: Layer, weight: Tensor, generator: torch.Generator) -> Refitted:
         """Solves each expert's matrix in place, where that is better on samples held out. weight: the merged graph's"""
@@ -56,8 +43,7 @@ class Experts:
         total = torch.zeros(3, dtype=torch.float64)  # energy, and the square errors before and after
         solved = judged = False
         for expert in range(len(weight)):
-            index = [torch.arange(int(e[expert - 1]) if expert else 0, int(e[expert])) for e in ends]
-            index = [i[f[i] != PADDED] for i, f in zip(index, folds, strict=True)]
+            index = [i[f[i] != PADDED] for i, f in zip(expert_rows(ends, expert), folds, strict=True)]
             index = _fewer(index, self.settings.rows, generator)
             stays = self.paired.alive[every[expert]].nonzero().flatten()
             unit = torch.ones(len(stays), dtype=torch.float64)
@@ -101,27 +87,14 @@ class Experts:
 
     def _rows(self, visit: Visit, layer: Layer) -> tuple[Sequence[Tensor], Sequence[Tensor], list[Tensor]] | None:
         """By batch: the merged graph's inputs, where each expert's rows end, and the fold of each row."""
-        node, twin = visit.node, self.paired.original.named[visit.node.name]
-        source, offsets = _operand(node, 0, "input"), _operand(node, 2, "offs")
-        position = rows_of(twin, self.paired.facts)
-        values = self.paired.original.values
-        if source is None or offsets is None or position is None or position.name not in values:
+        node, values = visit.node, self.paired.merged.values
+        twin, taken = self.paired.original.named[node.name], routed_operands(node)
+        folds = row_folds(self.paired, twin, list(map(len, visit.outputs)))
+        real = real_rows(self.paired, twin)
+        if taken is None or folds is None or real is None:
             return None
-        folds = []
-        for number, (y, at) in enumerate(zip(visit.outputs, values[position.name], strict=True)):
-            own, count = self.paired.folds[number], int(at.max()) + 1 if at.numel() else 0
-            if len(at) != len(y) or not count or count % len(own):
-                return None
-            held = any(bool((f == HELD_OUT).any()) for f in self.paired.folds)
-            of_position = own.repeat_interleave(count // len(own)) if held else torch.arange(count) * FOLDS // count
-            real = None
-            if self.paired.padding is not None:
-                shape = (count, y.size(-1))
-                real = self.paired.padding.real(layer.node, self.paired.original.batches[number], shape)
-            if real is not None:
-                of_position = torch.where(real.flatten().cpu(), of_position, PADDED)
-            folds.append(of_position[at.cpu()])
-        return self.paired.merged.values[source.name], values[offsets.name], folds
+        folds = [f if r is None else torch.where(r, f, PADDED) for f, r in zip(folds, real, strict=True)]
+        return values[taken[0].name], values[taken[1].name], folds
 
 
 PADDED = NO_FOLD - 1  # the fold of rows that are padding
@@ -135,8 +108,3 @@ def _fewer(index: list[Tensor], most: int, generator: torch.Generator) -> list[T
     return [
         i[torch.randperm(len(i), generator=generator)[: max(1, len(i) * most // total)].sort().values] for i in index
     ]
-
-
-def _operand(node: fx.Node, at: int, name: str) -> fx.Node | None:
-    given = node.args[at] if at < len(node.args) else node.kwargs.get(name)
-    return given if isinstance(given, fx.Node) else None

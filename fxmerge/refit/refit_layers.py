@@ -23,6 +23,7 @@ from math import isfinite
 import torch
 from torch import Tensor
 
+from fxmerge.calibration.decided import is_routed, rows_of
 from fxmerge.calibration.epilogue import SOLVED
 from fxmerge.calibration.paired_run import Pair, PairedRun, Settings, Visit
 from fxmerge.calibration.patches import FEWEST, enough, sample
@@ -31,7 +32,7 @@ from fxmerge.graph.cost import flops_by_node
 from fxmerge.graph.eval_mode import evaluating
 from fxmerge.ir.provenance import Layer, batch_norms, can_shift
 from fxmerge.refit import joint
-from fxmerge.refit.experts import Experts, is_routed
+from fxmerge.refit.experts import Experts
 from fxmerge.refit.joint_steps import JointSteps
 from fxmerge.refit.layer_weights import GraphWeights, LayerWeights
 from fxmerge.refit.records import EXACTLY, NO_BETTER, TOO_FEW, Refitted
@@ -86,7 +87,10 @@ class _Refit:
         self.paired = PairedRun(self.pair, self.batches, self.settings, decided=True)
         self.sites = Sites(self.paired, self.norms)
         self.experts = Experts(self.paired, self.settings, EXACT)
-        self.experts.expect([layer for layer in self.layers.values() if is_routed(layer, self.pair.facts)])
+        for name in self.layers:
+            index = rows_of(self.paired.original.named[name], self.pair.facts)
+            if index is not None:
+                self.paired.original.keep([index.name], name)
         self.joint.start(self.paired, self.sites)
 
     def _lost(self, layer: Layer) -> bool:

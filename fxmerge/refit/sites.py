@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fxmerge.calibration.decided import row_folds
 from fxmerge.calibration.epilogue import Affine, Epilogue, affine, epilogue_of
 from fxmerge.calibration.held_out import position_folds
 from fxmerge.calibration.paired_run import PairedRun, Visit, line, moments
@@ -75,6 +76,11 @@ class Sites:
         outputs, form = site.visit.outputs, site.held.form
         if index_of is None:
             index_of = [torch.arange(positions(y, form), device=y.device) for y in outputs]
+        every = [positions(y, form) for y in outputs]
+        if any(len(f) and count % len(f) for f, count in zip(self.paired.folds, every, strict=True)):
+            rows = row_folds(self.paired, site.visit.node, every)
+            if rows is not None:
+                return [f[i.cpu()].to(i.device) for f, i in zip(rows, index_of, strict=True)]
         return position_folds(outputs, form, index_of, self.paired.folds)
 
     def target(self, site: Site, number: int, index: Tensor | None = None) -> Target:

@@ -21,6 +21,7 @@ from fxmerge.rules.context import RuleContext, resized
 from fxmerge.rules.pointwise import spellings
 from fxmerge.rules.rule import Answer, AsKind, Operand, Rule, Unknown
 
+_NOTHING = "writes nothing for these example inputs; give inputs for which it does"
 _OVER_CHANNELS = "runs over the axis of the channels"
 
 
@@ -91,7 +92,7 @@ def setitem(ctx: RuleContext, x: Operand, index: Operand, value: Operand) -> Ans
         axis = labels.dim() - place.dim() + _kept_before(whole, plain, given[0])
         if axis >= 0:
             if not labels.size(axis):
-                return Unknown("writes nothing for these example inputs; give inputs for which it does")
+                return Unknown(_NOTHING)
             if axis in varying(labels):
                 return Unknown(_OVER_CHANNELS)
             labels = labels.narrow(axis, 0, 1)
@@ -216,7 +217,9 @@ def index_copy(
     if not isinstance(source, Lab) or (isinstance(index, Lab) and holds(index.t)):
         return Unknown("takes operands other than activations, or indices that hold channels")
     axis = dim % source.t.dim()
-    if axis in varying(source.t) or not source.t.size(axis):
+    if not source.t.size(axis):
+        return Unknown(_NOTHING)
+    if axis in varying(source.t):
         return Unknown(_OVER_CHANNELS)
     if not isinstance(input, Lab) or (not holds(input.t) and varying(source.t)):
         ctx.want(input, source.t)

@@ -10,7 +10,7 @@ import operator
 
 from torch import fx
 
-from fxmerge.graph.ops import in_place, overload_name
+from fxmerge.graph.ops import in_place, plain_name
 
 _PASSING = ("to", "_to_copy", "clone", "contiguous", "detach", "int", "long", "float", "type_as")
 
@@ -18,8 +18,8 @@ _PASSING = ("to", "_to_copy", "clone", "contiguous", "detach", "int", "long", "f
 def routing(node: fx.Node) -> str:
     """The name of the node that holds the numbers of the experts, given that of the numbers or of offsets."""
     numbers = _without_casts(node)
-    counts = _without_casts(_first(numbers)) if _called(numbers) == "cumsum" else None
-    if counts is not None and _called(counts) == "histc":
+    counts = _without_casts(_first(numbers)) if plain_name(numbers) == "cumsum" else None
+    if counts is not None and plain_name(counts) == "histc":
         counted = _without_casts(_first(counts))
         if counted is not None and _ascending(counted) and _whole(counts):
             return counted.name
@@ -31,15 +31,9 @@ def _ascending(node: fx.Node) -> bool:
     if node.target is not operator.getitem or node.args[1] != 0 or any(in_place(u, u.target) for u in node.users):
         return False
     ordered = _first(node)
-    if ordered is None or _called(ordered) != "sort" or ordered.kwargs.get("descending"):
+    if ordered is None or plain_name(ordered) != "sort" or ordered.kwargs.get("descending"):
         return False
     return not any(given is True for given in ordered.args[1:])
-
-
-def _called(node: fx.Node | None) -> str:
-    if node is None or node.op not in ("call_function", "call_method"):
-        return ""
-    return overload_name(node.target) or (node.target if isinstance(node.target, str) else node.target.__name__)
 
 
 def _first(node: fx.Node | None) -> fx.Node | None:
@@ -48,7 +42,7 @@ def _first(node: fx.Node | None) -> fx.Node | None:
 
 
 def _without_casts(node: fx.Node | None) -> fx.Node | None:
-    while _called(node) in _PASSING and _first(node) is not None:
+    while plain_name(node) in _PASSING and _first(node) is not None:
         node = _first(node)
     return node
 
