@@ -20,11 +20,12 @@ from fxmerge.methods.selection import SELECTORS
 from fxmerge.options import Options
 from fxmerge.passes import MergePass, compile
 from fxmerge.plan import Plan
+from fxmerge.report.points import Sweep
 from fxmerge.result import Analysis, Result
 from fxmerge.rules.elementwise import per_channel
 from fxmerge.rules.rule import Module, Rule
 from fxmerge.rules.table import RULES
-from fxmerge.sweep import Sweep, sweep
+from fxmerge.sweep import sweep
 from fxmerge.weights.on_disk import in_memory, on_disk
 
 __version__ = "0.1.0"

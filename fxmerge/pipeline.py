@@ -44,12 +44,13 @@ from fxmerge.methods.evidence import Reading
 from fxmerge.methods.selection import select
 from fxmerge.options import Options
 from fxmerge.plan import GroupPlan, Plan
-from fxmerge.planning.budget import Allotted, Room, allot, original_of
+from fxmerge.planning.budget import Allotted, allot, original_of
 from fxmerge.planning.candidates import candidates
 from fxmerge.planning.counts import by_ratio
 from fxmerge.planning.draft import Choice, Draft, drafted
 from fxmerge.planning.error_curves import curves
 from fxmerge.planning.roles import without
+from fxmerge.planning.room import Room
 from fxmerge.planning.scope import check_patterns, in_scope, replayed
 from fxmerge.planning.statistics import state
 from fxmerge.refit.contradiction import contradiction
