@@ -165,11 +165,6 @@ class Options:
                 raise FxMergeError(f"budget has the key {kind!r}; {form}")
             if not _is_number(share) or not 0 < share <= 1:
                 raise FxMergeError(f"budget[{kind!r}] is {share!r}; it is a share of the original, 0 < share <= 1")
-            if self.heads == "both":
-                raise FxMergeError(
-                    "heads='both' needs a ratio, since a budget does not determine how much to remove as whole blocks "
-                    "and how much from their width; give ratio instead of budget, or heads='width' or heads='whole'"
-                )
             if self.has_ratio:
                 raise FxMergeError(
                     f"ratio {self.ratio:g} and budget {{{kind!r}: {share:g}}} contradict each other; give one of them"

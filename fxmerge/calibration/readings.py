@@ -41,7 +41,7 @@ def readings(
     settings: Settings,
     stage: Callable[[str], None] = lambda name: None,
 ) -> dict[str, tuple[Reading, ...]]:
-    """Group name -> how its consumers read it; for a group that no layer reads, how attention scores sum it."""
+    """Group name -> how its consumers read it, and how attention scores sum channels that no layer reads."""
     consumers: dict[str, list[tuple[Group, int, Any]]] = {}
     for group in groups:
         for number, member in enumerate(group.consumers):

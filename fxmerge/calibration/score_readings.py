@@ -31,7 +31,7 @@ class Scores:
 
     queries, keys:  their nodes
     at:             (places..., width) the group's channel along the summed axes, for each of the places that labels
-                    vary along (heads); n, the number of channels, for what is not in the group
+                    vary along (heads); n, the number of channels, for what is not in the group, or is read by a layer
     centred:        whether the scores go through a softmax only, so that keys count about their mean
     """
 
@@ -46,7 +46,7 @@ class Scores:
 def scores_of(
     graph: fx.Graph, facts: Provenance, grouping: Grouping, groups: Sequence[Group]
 ) -> dict[str, list[Scores]]:
-    """Node -> the scores that it computes with channels of these groups, for groups that no layer reads."""
+    """Node -> the scores that it computes with channels of these groups that no layer reads."""
     nodes, found = {n.name: n for n in graph.nodes}, dict[str, list[Scores]]()
     contractions = {record.node for record in facts.contractions}
     for record in facts.contractions:
@@ -59,12 +59,16 @@ def scores_of(
         centred = is_attention(node, facts) or any(facts.rules.get(n.name) == "softmax" for n in passed)
         for part in grouping.parts:
             for group in part.groups:
-                if group.consumers or all(group is not g for g in groups):
+                if all(group is not g for g in groups):
                     continue
-                of_atom = torch.full((int(part.atom.max()) + 1,), group.channels)
-                of_atom[group.atoms] = torch.arange(group.channels)
+                n = group.channels
+                unread = torch.ones(n, dtype=torch.bool)
+                for consumer in group.consumers:
+                    unread[consumer.channels] = False
+                of_atom = torch.full((int(part.atom.max()) + 1,), n)
+                of_atom[group.atoms] = torch.where(unread, torch.arange(n), n)
                 at = of_atom[part.atom[labels]]
-                if bool((at < group.channels).any()):
+                if bool((at < n).any()):
                     found.setdefault(record.node, []).append(Scores(group, record, *pair, at, centred))
     return found
 

@@ -8,6 +8,7 @@ methods/allocation.py). An op's cost in the original is the one given by torch.u
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 from math import prod
 
 import numpy as np
@@ -16,27 +17,42 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fxmerge.analysis.attentions import Attention
-from fxmerge.ir.groups import Group
+from fxmerge.ir.groups import Group, Grouping
 from fxmerge.ir.labels import thin, varying
 from fxmerge.ir.provenance import Contraction, Layer, ParamLabels, Provenance
 from fxmerge.methods.allocation import Floats, Price
 
+Cells = NDArray[np.int64]
 LARGEST = 2**22  # places at which the two operands of a contraction are compared, at most
 
 
-class _Pricer:
-    """Collects the terms of a `Price`, with each distinct width as one row of a matrix."""
+Width = tuple[tuple[int, ...], ...]  # a sum of products of rows
 
-    def __init__(self, groups: Sequence[Group], atom: Tensor) -> None:
-        self.atom, self.slots = atom, {}
-        self.cell = np.full(int(atom.max()) + 1, -1, dtype=np.int64)
+
+class _Pricer:
+    """Collects the terms of a `Price`, with each distinct linear width as one row of a matrix.
+
+    Where blocks may leave whole besides (`Grouping.wholes`), a label is alive if its channel and its block are. All
+    blocks lose equally many channels, so that of the labels in a cell of blocks a share of k / n is left, with k of n
+    blocks kept, whatever its channels have lost: a width is a sum of products of linear ones.
+    """
+
+    def __init__(self, groups: Sequence[Group], grouping: Grouping) -> None:
+        self.slots: dict[str, slice] = {}
+        self.atoms = [part.atom.numpy() for part in grouping.parts]  # (label_count,) for the widths, and the blocks
+        self.cells: list[Cells] = []  # (label_count,) the cell of each label, -1 for none; likewise
         sizes: list[Floats] = []
         for group in groups:
-            own = np.bincount(group.cells.numpy())
+            own = np.bincount(group.cells.numpy()).astype(np.float64)
             start = sum(len(s) for s in sizes)
             self.slots[group.name] = slice(start, start + len(own))
-            self.cell[group.atoms.numpy()] = group.cells.numpy() + start
-            sizes.append(own.astype(np.float64))
+            sizes.append(own)
+        for part, atom in zip(grouping.parts, self.atoms, strict=True):
+            names, of_atom = {g.name for g in part.groups}, np.full(int(atom.max()) + 1, -1, dtype=np.int64)
+            for group in groups:
+                if group.name in names:
+                    of_atom[group.atoms.numpy()] = group.cells.numpy() + self.slots[group.name].start
+            self.cells.append(of_atom[atom])
         self.full = np.concatenate([np.zeros(0), *sizes])
         self.rows: dict[tuple[float, bytes], int] = {}
         self.widths: list[Floats] = []
@@ -44,13 +60,24 @@ class _Pricer:
         self.terms: list[tuple[float, list[int]]] = []
         self.original = 0.0
 
-    def width(self, labels: Tensor) -> int:
-        """The row of the width that counts how many of the labels are alive."""
-        return self.counted(self.atom[labels.reshape(-1)].numpy())
+    def width(self, labels: Tensor) -> Width:
+        """How many of the labels are alive."""
+        index = labels.reshape(-1).numpy()
+        return self.counted([cells[index] for cells in self.cells])
 
-    def counted(self, atoms: NDArray[np.int64]) -> int:
-        """The row of the width that counts how many of the atoms are alive."""
-        cells = self.cell[atoms]
+    def counted(self, cells: Sequence[Cells]) -> Width:
+        """How many labels in these cells are alive. cells: (m,) for the widths, and for the blocks if there are any."""
+        of_width, *of_blocks = cells
+        if not of_blocks:
+            return ((self._row(of_width),),)
+        (blocks,) = of_blocks
+        return tuple(
+            (self._row(of_width[blocks == cell]), *([self._row(np.array([cell]))] if cell >= 0 else []))
+            for cell in np.unique(blocks)
+        )
+
+    def _row(self, cells: Cells) -> int:
+        """The row that counts how many labels in these cells are alive."""
         held = np.bincount(cells[cells >= 0], minlength=len(self.full)) / np.maximum(self.full, 1)
         fixed = float((cells < 0).sum())
         key = (fixed, held.tobytes())
@@ -60,12 +87,20 @@ class _Pricer:
             self.fixed.append(fixed)
         return self.rows[key]
 
-    def add(self, total: float, factors: Sequence[int]) -> None:
-        """Adds a term: a product of widths, scaled so that it is `total` in the original."""
-        whole = prod(float(self.widths[f] @ self.full) + self.fixed[f] for f in factors)
+    def add(self, total: float, factors: Sequence[Width]) -> None:
+        """Adds a product of widths, scaled so that it is `total` in the original."""
+        whole = prod(sum(prod(self._whole(row) for row in rows) for rows in width) for width in factors)
         self.original += total
         if total:
-            self.terms.append((total / whole, list(factors)))
+            self.multiplied(total / whole, factors)
+
+    def multiplied(self, coefficient: float, factors: Sequence[Width]) -> None:
+        """Adds a coefficient times a product of widths, as the terms of which it is the sum."""
+        self.terms += [(coefficient, [row for rows in chosen for row in rows]) for chosen in product(*factors)]
+
+    def _whole(self, row: int) -> float:
+        """A linear width in the original."""
+        return float(self.widths[row] @ self.full) + self.fixed[row]
 
     def price(self) -> Price:
         from scipy.sparse import csr_array
@@ -90,7 +125,7 @@ class _Pricer:
 def parameters_price(
     facts: Provenance,
     groups: Sequence[Group],
-    atom: Tensor,
+    grouping: Grouping,
     counted: Mapping[str, int],
     biases: Sequence[Layer] = (),
 ) -> Price:
@@ -98,19 +133,19 @@ def parameters_price(
 
     counted: {path: elements in the original}, with shared parameters once (`counted.parameters_within`)
     """
-    pricer = _Pricer(groups, atom)
+    pricer = _Pricer(groups, grouping)
     for path, elements in counted.items():
         pricer.add(elements, _along(pricer, facts.params[path]) if path in facts.params else [])
     for layer in biases:
         labels = layer.writes if layer.writes is not None else layer.carries
         assert labels is not None
-        pricer.terms.append((1.0, [pricer.width(labels)]))
+        pricer.multiplied(1.0, [pricer.width(labels)])
     return pricer.price()
 
 
-def flops_price(facts: Provenance, groups: Sequence[Group], atom: Tensor, counted: Mapping[str, int]) -> Price:
+def flops_price(facts: Provenance, groups: Sequence[Group], grouping: Grouping, counted: Mapping[str, int]) -> Price:
     """The FLOPs of one run on the example inputs. counted: those of the original, by node (`counted.flops_within`)."""
-    pricer = _Pricer(groups, atom)
+    pricer = _Pricer(groups, grouping)
     layers: dict[str, list[Layer]] = {}
     for layer in facts.layers:
         if layer.reads is not None or layer.operation.is_depthwise:
@@ -134,27 +169,30 @@ def flops_price(facts: Provenance, groups: Sequence[Group], atom: Tensor, counte
     return pricer.price()
 
 
-def cache_price(groups: Sequence[Group], atom: Tensor, counted: Sequence[Attention]) -> Price:
+def cache_price(groups: Sequence[Group], grouping: Grouping, counted: Sequence[Attention]) -> Price:
     """The bytes of the keys and values of these attentions that a key-value cache stores for each token."""
-    pricer = _Pricer(groups, atom)
+    pricer = _Pricer(groups, grouping)
     for one in counted:
         for labels, size in zip((one.keys, one.values), one.sizes, strict=True):
             pricer.add(len(labels) * size, [pricer.width(labels)])
     return pricer.price()
 
 
-def _along(pricer: _Pricer, labels: ParamLabels) -> list[int]:
+def _along(pricer: _Pricer, labels: ParamLabels) -> list[Width]:
     """The widths of a parameter's axes that have labels: its number of elements is proportional to their product."""
     if labels.elements is not None:
         return [pricer.width(labels.elements)]
     found = []
     for axis, along in labels.axes.items():
         if axis == 1 and labels.groups > 1:
-            rows = pricer.atom[along.reshape(labels.groups, -1)]
-            if not bool(
-                (rows == rows[:, :1]).all()
-            ):  # otherwise whole rows are removed, and the width of the others does not change
-                found.append(pricer.width(along))
+            index = along.reshape(labels.groups, -1).numpy()
+            rows = [atom[index] for atom in pricer.atoms]
+            leaving = [bool((r == r[:, :1]).all()) for r in rows]  # whole rows, so that the others stay as wide
+            cells = [c[index].reshape(-1) for c in pricer.cells]
+            if not all(leaving):
+                found.append(
+                    pricer.counted([np.full_like(c, -1) if w else c for c, w in zip(cells, leaving, strict=True)])
+                )
         else:
             found.append(pricer.width(along))
     return found
@@ -168,26 +206,28 @@ def _sizes(contraction: Contraction) -> dict[str, int]:
     return sizes
 
 
-def _contracted(pricer: _Pricer, contraction: Contraction) -> Iterator[int]:
+def _contracted(pricer: _Pricer, contraction: Contraction) -> Iterator[Width]:
     """The widths whose product is proportional to a contraction's cost, of the axes along which labels vary."""
     sides = ((contraction.left, contraction.letters[0]), (contraction.right, contraction.letters[1]))
     held = [[letters[axis] for axis in varying(labels)] for labels, letters in sides]
-    (left, a), (right, b) = ((pricer.atom[thin(t)].squeeze(), axes) for (t, _), axes in zip(sides, held, strict=True))
+    (left, a), (right, b) = ((thin(t).squeeze(), axes) for (t, _), axes in zip(sides, held, strict=True))
     axes = list(dict.fromkeys(a + b))
     if set(a) & set(b) and prod(_sizes(contraction)[c] for c in axes) <= LARGEST:
         left, right = (_spread(t, own, axes) for t, own in ((left, a), (right, b)))
         one, other = (x.reshape(-1).numpy() for x in torch.broadcast_tensors(left, right))  # type: ignore[no-untyped-call]
-        free, bound = pricer.cell[one] >= 0, pricer.cell[other] >= 0
-        if not bool(((one != other) & free & bound).any()):  # each channel is multiplied with itself only
-            yield pricer.counted(np.where(free, one, other))
+        cells = [(c[one], c[other]) for c in pricer.cells]
+        apart = [atom[one] != atom[other] for atom in pricer.atoms]
+        met = [(x >= 0) & (y >= 0) & differ for (x, y), differ in zip(cells, apart, strict=True)]
+        if not any(bool(m.any()) for m in met):  # each channel is multiplied with itself only
+            yield pricer.counted([np.where(x >= 0, x, y) for x, y in cells])
             return
-    for atoms, own in ((left, a), (right, b)):
+    for labels, own in ((left, a), (right, b)):
         if own:
-            yield pricer.counted(atoms.reshape(-1).numpy())
+            yield pricer.width(labels)
 
 
-def _spread(atoms: Tensor, own: Sequence[str], axes: Sequence[str]) -> Tensor:
-    """Atoms with the axes `own`, permuted and expanded with axes of length 1 to broadcast over `axes`."""
-    return atoms.permute([own.index(c) for c in axes if c in own]).reshape(
-        [atoms.shape[own.index(c)] if c in own else 1 for c in axes]
+def _spread(labels: Tensor, own: Sequence[str], axes: Sequence[str]) -> Tensor:
+    """Labels with the axes `own`, permuted and expanded with axes of length 1 to broadcast over `axes`."""
+    return labels.permute([own.index(c) for c in axes if c in own]).reshape(
+        [labels.shape[own.index(c)] if c in own else 1 for c in axes]
     )

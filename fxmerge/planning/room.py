@@ -79,11 +79,11 @@ class Room:
 
     def price(self, kind: str) -> Price:
         """What `kind` counts, in all modules or in those that the option `of` names."""
-        parts, of = (self.facts, self.groups, self.grouping.atom), self.options.of
+        parts, of = (self.facts, self.groups, self.grouping), self.options.of
         if kind == "flops":
             return flops_price(*parts, flops_within(self.captured, self.flops, of))
         if kind == "cache":
-            return cache_price(self.groups, self.grouping.atom, attentions_within(self.captured, self.facts, of))
+            return cache_price(self.groups, self.grouping, attentions_within(self.captured, self.facts, of))
         biases = [la for la in self.gaining() if not of or within(la.params["weight"].rpartition(".")[0], of)]
         return parameters_price(*parts, parameters_within(self.captured.module, of), biases)
 

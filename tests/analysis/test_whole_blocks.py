@@ -19,6 +19,7 @@ from fxmerge.graph import compare
 from fxmerge.plan import GroupPlan
 from tests.helpers.netmaking import one_thread, plain_merge, randomised  # noqa: F401
 from tests.helpers.written_by_others import made
+from tests.planning.test_price import check
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -422,9 +423,46 @@ def test_keep_and_ignore_name_blocks_and_widths_apart() -> None:
     assert {p.name: len(p.kept) for p in result.plan.groups}["qkv"] == 16  # half of 32: no block leaves
 
 
-def test_both_takes_no_budget() -> None:
-    with pytest.raises(fxmerge.FxMergeError, match=r"heads='both' needs a ratio.*'width' or heads='whole'"):
-        Options(heads="both", budget={"flops": 0.5})
+@every_whole
+def test_both_have_one_price(cls: Any) -> None:
+    """Counted on the merged net, in which some heads are gone and the others are narrower."""
+    check(*built(cls, 8), heads="both", ratio=0.5)
+
+
+@pytest.mark.parametrize("allocation", ["greedy", "uniform"])
+@pytest.mark.parametrize("cls", [Attention, GroupedQueries, GroupedConv], ids=lambda c: c.__name__)
+def test_both_meet_a_budget(cls: Any, allocation: str) -> None:
+    model, x = built(cls, 8)
+    result = plain_merge(model, x, heads="both", budget={"params": 0.6}, allocation=allocation)
+    left, whole = (sum(p.numel() for p in m.parameters()) for m in (result.module, model))
+    assert result.report.spent is not None and result.report.spent.left == pytest.approx(left / whole)
+    assert left / whole == pytest.approx(0.6, rel=0.04)  # 8 blocks of 4 channels are coarse
+
+
+@pytest.mark.parametrize("useless", ["head", "place"])
+def test_a_budget_takes_heads_or_widths_whichever_lose_less(useless: str) -> None:
+    """The projection does not read one of 4 heads, or one of the 4 channels of each head: as many parameters.
+
+    Queries, keys and values are rows of one block and keep equally many channels: one of the keys is useless too.
+    """
+    model, x = built(Attention, 4)
+    parts: Any = model
+    with torch.no_grad():
+        columns = parts.proj.weight.view(7, 4, SIZE)
+        (columns[:, 2] if useless == "head" else columns[:, :, 1]).zero_()
+        if useless == "place":
+            for rows in (parts.qkv.weight, parts.qkv.bias):
+                rows.unflatten(0, (3, 4, SIZE))[1, :, 3] = 0
+    share = (7 * 12 + 7) / (7 * 16 + 7)
+    result = fxmerge.merge(model, x, heads="both", budget={"params": share + 1e-6}, of="proj", samples=64)
+    (plan,) = result.plan.groups
+    if useless == "head":
+        assert plan.name == "qkv#whole" and plan.kept == (0, 1, 3)
+    else:
+        assert plan.name == "qkv"
+        assert [c for c in range(32) if c not in plan.kept] == [3, 7, 11, 15, 17, 21, 25, 29]
+    with torch.no_grad():
+        assert compare.difference([model(x)], [result.module(x)]) < 1e-5
 
 
 class Shuffled(GroupedConv):

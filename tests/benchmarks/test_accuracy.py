@@ -11,7 +11,7 @@ import fxmerge
 from benchmarks.accuracy import budgets
 from benchmarks.accuracy import ratios as accuracy
 from benchmarks.accuracy.ratios import CASES, METHODS, Case, Cell
-from fxmerge.sweep import Point
+from fxmerge.report.points import Point
 
 CASE = Case("resnet56", "internal", (0.3, 0.5), 500, 2000)
 ROWS = [

@@ -34,7 +34,7 @@ def check(model: nn.Module, inputs: Any, **options: Any) -> int:
     found = result.analysis
     named = {g.name: g for g in found.groups}
     counts = {p.name: tuple(torch.bincount(named[p.name].cells[list(p.kept)]).tolist()) for p in result.plan.groups}
-    parts = (found.facts, found.groups, found.grouping.atom)
+    parts = (found.facts, found.groups, found.grouping)
     flops = flops_price(*parts, flops_by_node(found.captured.module, found.captured.inputs))
     size = parameters_price(*parts, parameters_within(found.captured.module, ()))
     assert flops.original == pytest.approx(counted(found.captured.module, inputs), rel=1e-12)
@@ -45,7 +45,7 @@ def check(model: nn.Module, inputs: Any, **options: Any) -> int:
     return len(counts)
 
 
-@pytest.mark.parametrize("heads", ["width", "whole"])
+@pytest.mark.parametrize("heads", ["width", "whole", "both"])
 @pytest.mark.parametrize("ratio", [0.3, 0.6])
 @pytest.mark.parametrize("name", NETS)
 def test_a_price_is_what_the_merged_net_costs(name: str, ratio: float, heads: str) -> None:
@@ -70,7 +70,7 @@ def test_a_price_is_what_a_merged_dense_net_costs() -> None:
     assert check(model, torch.randn(1, 3, 32, 32)) > 10
 
 
-@pytest.mark.parametrize("heads", ["width", "whole"])
+@pytest.mark.parametrize("heads", ["width", "whole", "both"])
 def test_a_price_is_what_the_merged_transformer_costs(heads: str) -> None:
     models = pytest.importorskip("torchvision.models")
     torch.manual_seed(0)
@@ -84,7 +84,7 @@ def test_the_gradient_is_what_one_channel_more_costs(name: str) -> None:
     model, x = NETS[name]()
     found = fxmerge.analyze(model, x)
     flops = flops_by_node(found.captured.module, found.captured.inputs)
-    price = flops_price(found.facts, found.groups, found.grouping.atom, flops)
+    price = flops_price(found.facts, found.groups, found.grouping, flops)
     k = price.full * 0.5
     value, slope = price.gradient(k)
     assert value == pytest.approx(price.at(k))
