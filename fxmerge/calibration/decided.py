@@ -41,7 +41,8 @@ def as_decided(node: fx.Node, scores: Any, made: Any, chosen: Any) -> Any:
         return made
     names = ("input", "k", "dim") if plain_name(node) == "topk" else ("input", "dim", "keepdim")
     given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-    dim, indices = given.get("dim", -1), chosen[1]
+    dim: Any = given.get("dim", -1)
+    indices = chosen[1]
     if indices.dim() < scores.dim():
         return Ordered(scores.gather(dim, indices.unsqueeze(dim)).squeeze(dim), indices)
     return Ordered(scores.gather(dim, indices), indices)
