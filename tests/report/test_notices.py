@@ -1,4 +1,4 @@
-"""Silent non-events speak: nothing merged, a ratio below one channel, random weights, training mode. Words explained."""
+"""Silent non-events speak: nothing merged, a ratio below one channel, random weights, training mode; words."""
 
 from __future__ import annotations
 
