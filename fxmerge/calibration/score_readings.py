@@ -98,7 +98,7 @@ def _laid_out(x: Tensor, letters: str, kept: Sequence[str], summed: Sequence[str
 
 
 def score_reading(run: PairedRun, scores: Scores) -> Reading | None:
-    """The second moments of what a group's channels contribute to scores; None if they are not finite.
+    """The second moments of what a group's channels contribute to scores; None if they are not known, or not finite.
 
     Its matrix has one more row, for what is not in the group.
     """
@@ -107,6 +107,8 @@ def score_reading(run: PairedRun, scores: Scores) -> Reading | None:
     total = torch.zeros((n + 1) ** 2, dtype=torch.float64)
     values = (run.original.values[node.name] for node in (scores.queries, scores.keys))
     for number, (q, k) in enumerate(zip(*values, strict=True)):
+        if any(not isinstance(x, Tensor) or x.dim() != len(axes) for x, axes in ((q, own), (k, others))):
+            return None  # the user's own code, which does not run again, made it
         q, k = _laid_out(q, own, kept, summed), _laid_out(k, others, kept, summed)
         of_queries = _gram(q, _real(run, scores.queries, number, q), False)
         of_keys = _gram(k, _real(run, scores.keys, number, k), scores.centred)
