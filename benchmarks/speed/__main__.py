@@ -1,6 +1,11 @@
-"""Command line of `python -m benchmarks.speed`; see vgg16.py."""
+"""Command line of `python -m benchmarks.speed`; see vgg16.py, and refit.py for `python -m benchmarks.speed refit`."""
 
-from benchmarks.speed.vgg16 import main
+import sys
+
+from benchmarks.speed import refit, vgg16
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["refit"]:
+        refit.main(sys.argv[2:])
+    else:
+        vgg16.main()

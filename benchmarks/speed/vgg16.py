@@ -107,6 +107,14 @@ def check_same(layers: dict[str, Layer], classifier: Tensor, result: fxmerge.Res
     torch.testing.assert_close(classifier, weights["classifier.weight"], rtol=1e-3, atol=1e-4)
 
 
+def by_stage(marks: Sequence[tuple[str, float]]) -> dict[str, float]:
+    """Seconds of each stage, from when stages began; the last mark is the end."""
+    found: dict[str, float] = defaultdict(float)
+    for (stage, start), (_, end) in pairwise(marks):
+        found[stage] += end - start
+    return dict(found)
+
+
 @contextmanager
 def stage_seconds() -> Iterator[dict[str, float]]:
     """CPU seconds of each stage, summed over the merges inside the context; stages are those of the progress bar."""
@@ -117,8 +125,8 @@ def stage_seconds() -> Iterator[dict[str, float]]:
         marks: list[tuple[str, float]] = []
         yield lambda stage: marks.append((stage.split()[0], time.process_time()))
         marks.append(("", time.process_time()))
-        for (stage, start), (_, end) in pairwise(marks):
-            seconds[stage] += end - start
+        for stage, own in by_stage(marks).items():
+            seconds[stage] += own
 
     with patch.object(importlib.import_module("fxmerge.api"), "progress", watch):
         yield seconds
