@@ -1,4 +1,4 @@
-"""`decomposition="pca"`, and `auto` where it takes it: exact at the rank, the truncated SVD of two layers, no worse."""
+"""`decomposition="pca"`, and what `auto` takes of it: exact at full rank, the truncated SVD of two layers."""
 
 from __future__ import annotations
 
