@@ -1,17 +1,15 @@
 """What benchmarks.language measures: the methods that remove a share of the decoder layers' parameters."""
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import fxmerge
 from benchmarks.language.llama import LAYERS
-from benchmarks.language.pruning import Choice, flap, kept_share, prune, second_order, wanda
+from benchmarks.language.pruning import Choice, flap, prune, second_order, wanda
 from benchmarks.language.slicegpt import sliced_width, slicegpt
 
 DENSE = "dense"
@@ -44,16 +42,9 @@ def _by_slicegpt(task: Task) -> nn.Module:
 def _by_fxmerge(task: Task, samples: bool) -> nn.Module:
     """fxmerge with a budget. Its example input is the first calibration window; without samples it sees no other."""
     example = {name: value[:1] for name, value in task.batches[0].items()}
-    options = fxmerge.Options(seed=task.seed, **budget(task.model, task.removed))
+    options = fxmerge.Options(budget={"params": 1 - task.removed}, of=(f"{LAYERS}*",), seed=task.seed)
     batches = list(task.batches) if samples else None
     return fxmerge.merge(task.model, example, options, calibration=batches).module.eval()
-
-
-def budget(model: nn.Module, removed: float) -> dict[str, Any]:
-    """The options of fxmerge with which the share `removed` of the decoder layers' parameters leaves."""
-    if "of" in {field.name for field in dataclasses.fields(fxmerge.Options)}:
-        return {"budget": {"params": 1 - removed}, "of": (f"{LAYERS}*",)}
-    return {"ratio": 1 - kept_share(model, removed), "ignore": ("*embed_tokens*", "*self_attn*")}
 
 
 METHODS: Mapping[str, Method] = {
