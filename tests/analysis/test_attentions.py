@@ -126,7 +126,7 @@ def test_what_is_stored_is_found_and_halved(name: str) -> None:
     assert {g.name for g in result.plan.groups} <= {"q", "k", "v", "q2", "v3"}  # nothing else saves any of it
 
 
-def test_half_precision_stores_half_the_bytes() -> None:
+def test_double_precision_stores_twice_the_bytes() -> None:
     model, x, _ = made("sdpa")
     found = fxmerge.analyze(model.double(), x.double())
     everything = torch.ones(found.facts.label_count, dtype=torch.bool)
