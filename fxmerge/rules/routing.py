@@ -52,4 +52,4 @@ def _whole(counts: fx.Node) -> bool:
     names = ("input", "bins", "min", "max")
     given = dict(zip(names, counts.args, strict=False)) | dict(counts.kwargs)
     bins = given.get("bins")
-    return bool(isinstance(bins, int) and given.get("min") == 0 and given.get("max") == bins - 1)
+    return isinstance(bins, int) and (given.get("min"), given.get("max")) == (0, bins - 1)

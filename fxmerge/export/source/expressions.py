@@ -189,6 +189,10 @@ class Body:
 
     def _aten(self, node: fx.Node, target: Any, args: list[Any], kwargs: dict[str, Any]) -> str:
         name, spelled = overload_name(target) or "", f"torch.ops.{target.namespace}.{target.__name__}"
+        if name == "transformers::grouped_mm_fallback":  # rows that are sorted by expert times the expert's matrix
+            x, matrices, ends = map(self._tight, (*args, *kwargs.values()))
+            parts = f"{x}.tensor_split({ends}[:-1].long().cpu())"
+            return f"torch.cat([rows @ matrix for rows, matrix in zip({parts}, {matrices})])"
         if target.namespace != "aten":
             raise _unwritable(node, f"calls {spelled}, which is not part of torch")
         if self.plain and not target._schema.is_mutable:
