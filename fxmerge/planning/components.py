@@ -82,7 +82,7 @@ def _modelled(
     if group.strands.count == 1:
         sources = statistics(group, captured, tensors, options).sources
         level = torch.stack([source.share * source.mean for source in sources]).sum(0)
-        return level[None], covariance_of(sources)[None]
+        return level.cpu()[None], covariance_of(sources).cpu()[None]
     layer, where = group.producers[0].layer, group.producers[0].where
     rows = out_first(tensors[layer.params["weight"]], layer).flatten(1).double().cpu()[where]  # (n, strands, x)
     level = bias_of(layer, tensors).cpu()[where].T
