@@ -40,14 +40,8 @@ def as_decided(node: fx.Node, scores: Any, made: Any, chosen: Any) -> Any:
     if not isinstance(scores, Tensor) or len(chosen) != 2 or chosen[1].shape != made[1].shape:
         return made
     names = ("input", "k", "dim") if plain_name(node) == "topk" else ("input", "dim", "keepdim")
-<<<<<<< HEAD
-    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-    dim: Any = given.get("dim", -1)
-    indices = chosen[1]
-=======
     given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
     dim, indices = given.get("dim", -1), chosen[1]
->>>>>>> h20d
     if indices.dim() < scores.dim():
         return Ordered(scores.gather(dim, indices.unsqueeze(dim)).squeeze(dim), indices)
     return Ordered(scores.gather(dim, indices), indices)
