@@ -72,7 +72,8 @@ class Coordinates:
 def _inverse_factor(square: Tensor, precise: torch.dtype) -> Tensor:
     """K^-1 for K K' = `square`, (g, n, n), float64. Raises RuntimeError where there is no Cholesky factor."""
     factor = torch.linalg.cholesky(square).to(precise)
-    return torch.linalg.solve_triangular(factor, _eye(factor), upper=False)
+    inverse: Tensor = torch.linalg.solve_triangular(factor, _eye(factor), upper=False)
+    return inverse
 
 
 def _level(square: Tensor) -> Tensor:
