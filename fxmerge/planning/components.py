@@ -15,7 +15,7 @@ from torch import Tensor
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.groups import Decomposition, Group, Merge
 from fxmerge.methods.by_moments import cellwise_least_squares
-from fxmerge.methods.components import RIDGE, Components, blended, components
+from fxmerge.methods.components import NULL, RIDGE, Components, blended, components
 from fxmerge.methods.evidence import Reading
 from fxmerge.methods.generalisation import shrinkage
 from fxmerge.options import Options
@@ -138,8 +138,10 @@ def merge_of(group: Group, kept: Tensor, reads: Sequence[Read], rotation: Tensor
             mean, covariance = mixture([(reads[n].mean[copy], reads[n].covariance[copy]) for n in numbers])
             turned = rotation[strand] @ mean, rotation[strand] @ covariance @ rotation[strand].T
             up, shift = cellwise_least_squares(*turned, kept, group.cells, RIDGE)
+            power = (covariance.diagonal() + mean.square()).mean()
+            solid = reads[numbers[0]].constants and shift.square() > NULL**2 * power  # not for rounding: it adds a bias
             ups.append(up)
-            shifts.append(shift if reads[numbers[0]].constants else torch.zeros_like(shift))
+            shifts.append(torch.where(torch.as_tensor(solid), shift, 0.0))
         part = Decomposition(torch.stack(ups), torch.stack(shifts, 1))
         consumers |= dict.fromkeys(numbers, part)
     return Merge(group, kept, None, tuple(consumers[number] for number in range(len(group.consumers))))
