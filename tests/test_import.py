@@ -45,3 +45,12 @@ def test_help_is_light(torch_modules: set[str]) -> None:
     help_text = "from fxmerge.cli.main import main\ntry:\n    main(['--help'])\nexcept SystemExit:\n    pass"
     added = {m.split(".")[0] for m in heavy(modules_after(help_text) - torch_modules)}
     assert added <= {"rich", "tyro"}
+
+
+def test_the_report_of_a_merge_without_refit_imports_no_compiler() -> None:
+    """torch's FLOP counter would import torch._dynamo, which takes three seconds."""
+    model = "torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))"
+    merge = f"import torch, fxmerge\nfxmerge.merge({model}, torch.randn(2, 3), refit='none').report.text()"
+    modules = modules_after(merge)
+    assert "torch.utils.flop_counter" in modules
+    assert "torch._dynamo" not in modules

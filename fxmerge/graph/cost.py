@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 
 from fxmerge.graph.eval_mode import evaluating
-from fxmerge.graph.flop_counter import flop_counter
+from fxmerge.graph.flop_counter import flop_counter, without_dynamo
 from fxmerge.graph.nested import fresh
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def _counted(module: nn.Module, counter: FlopCounterMode) -> Iterator[None]:
     try:
         for p in trained:
             p.requires_grad_(False)
-        with evaluating(module), torch.no_grad(), counter:
+        with evaluating(module), torch.no_grad(), without_dynamo(), counter:
             yield
     finally:
         for p in trained:
