@@ -38,40 +38,41 @@ class Coordinates:
         self.square = square + LEAST * _level(square) * _eye(square)
         if held.bias is None:  # moments about zero
             gram = gram + mean[:, :, None] * mean[:, None]
-        self.pull = ridge * _level(gram)  # (g, 1, 1)
-        self.left = torch.linalg.cholesky(self.square)  # K
-        self.right = torch.linalg.cholesky(gram + self.pull * _eye(gram))  # L
+        pull = ridge * _level(gram)  # (g, 1, 1)
+        precise = held.weight.dtype  # weights and slopes use the same factors: rounding only changes the coordinates
+        self.left = _inverse_factor(self.square, precise)  # K^-1
+        self.right = _inverse_factor(gram + pull * _eye(gram), precise)  # L^-1
+        self.mean, self.pull, self.square = (t.to(precise) for t in (self.mean, pull, self.square))
         shape = (*self.start.shape[:2], self.start.size(2) + (self.bias is not None))
-        self.at = torch.zeros(shape, dtype=torch.float64, device=self.start.device, requires_grad=True)
-
-    def _moved(self) -> tuple[Tensor, Tensor | None]:
-        """DW (g, o, p), and the change of the outputs' mean (g, o)."""
-        moved = torch.linalg.solve_triangular(self.left.mT, self.at.detach(), upper=True)
-        width = self.start.size(2)
-        change = torch.linalg.solve_triangular(self.right, moved[..., :width], upper=False, left=False)
-        return change, moved[..., width] if self.bias is not None else None
+        self.at = torch.zeros(shape, dtype=precise, device=self.start.device, requires_grad=True)
 
     def write(self) -> None:
         """Write the weights and the bias to the layer."""
-        change, shift = self._moved()
-        self.held.weight.data.copy_(weight_of(self.start + change, self.held.form, self.held.weight))
-        if self.held.bias is not None and self.bias is not None and shift is not None:
-            offset = self.bias + shift - torch.einsum("gop,gp->go", change, self.mean)
+        moved, width = self.left.mT @ self.at.detach(), self.start.size(2)
+        self.change = moved[..., :width] @ self.right  # DW (g, o, p)
+        self.held.weight.data.copy_(weight_of(self.start + self.change, self.held.form, self.held.weight))
+        if self.held.bias is not None and self.bias is not None:
+            offset = self.bias + moved[..., width] - (self.change @ self.mean[..., None])[..., 0]
             self.held.bias.data.copy_(offset.view_as(self.held.bias))
 
     def slope(self, slopes: Mapping[int, Tensor]) -> Tensor:
-        """Set the gradient of `at`, given the gradients of |r|^2 / 2N, and return the pull."""
-        change, _ = self._moved()
-        pulled = self.pull * (self.square @ change)
+        """Set the gradient of `at`, given the gradients of |r|^2 / 2N where it was written, and return the pull."""
+        pulled = self.pull * (self.square @ self.change)
         slope = matrices_of(slopes[id(self.held.weight)], self.held.form) + pulled
         if self.held.bias is not None:
             by_bias = slopes[id(self.held.bias)].view(self.start.shape[:2])
             slope = slope - by_bias[..., None] * self.mean[:, None]
-        slope = torch.linalg.solve_triangular(self.right.mT, slope, upper=True, left=False)
+        slope = slope.to(self.at) @ self.right.mT
         if self.held.bias is not None:
-            slope = torch.cat([slope, by_bias[..., None]], -1)
-        self.at.grad = torch.linalg.solve_triangular(self.left, slope, upper=False).contiguous()
-        return (pulled * change).sum() / 2
+            slope = torch.cat([slope, by_bias[..., None].to(slope)], -1)
+        self.at.grad = self.left @ slope
+        return (pulled * self.change).sum(dtype=torch.float64) / 2
+
+
+def _inverse_factor(square: Tensor, precise: torch.dtype) -> Tensor:
+    """K^-1 for K K' = `square`, (g, n, n), float64. Raises RuntimeError where there is no Cholesky factor."""
+    factor = torch.linalg.cholesky(square).to(precise)
+    return torch.linalg.solve_triangular(factor, _eye(factor), upper=False)
 
 
 def _level(square: Tensor) -> Tensor:
