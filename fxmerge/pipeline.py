@@ -26,6 +26,7 @@ from fxmerge.analysis.propagate import provenance
 from fxmerge.calibration.batches import Batches, with_data
 from fxmerge.calibration.epilogue import pair
 from fxmerge.calibration.fit_probes import RefitData, refit_data
+from fxmerge.calibration.freed_memory import reusing_memory
 from fxmerge.calibration.output_error import halves, output_error
 from fxmerge.calibration.paired_run import Settings
 from fxmerge.calibration.readings import readings
@@ -145,9 +146,9 @@ class Prepared:
         """
         started = time.perf_counter()
 
-        def run(ready: Prepared) -> Result:
-            choice = ready.choose(options) if decided is None else ready.replay(options, decided)
-            return ready.apply(choice, started)
+        def run(own: Prepared) -> Result:
+            with reusing_memory(own.captured.module, batches=options.refit != "none"):
+                return own.apply(own.choose(options) if decided is None else own.replay(options, decided), started)
 
         try:
             return run(self)
