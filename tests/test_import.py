@@ -47,10 +47,10 @@ def test_help_is_light(torch_modules: set[str]) -> None:
     assert added <= {"rich", "tyro"}
 
 
-def test_a_merge_without_refit_imports_no_compiler() -> None:
+def test_the_report_of_a_merge_without_refit_imports_no_compiler() -> None:
     """torch's FLOP counter would import torch._dynamo, which takes three seconds."""
     model = "torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))"
-    merge = f"import torch, fxmerge\nfxmerge.merge({model}, torch.randn(2, 3), refit='none')"
+    merge = f"import torch, fxmerge\nfxmerge.merge({model}, torch.randn(2, 3), refit='none').report.text()"
     modules = modules_after(merge)
     assert "torch.utils.flop_counter" in modules
     assert "torch._dynamo" not in modules
