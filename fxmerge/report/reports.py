@@ -134,7 +134,7 @@ class Report(Drawable):
         for header, at in (("parameters", 0), ("FLOPs", 1)):
             exact, compact = ([change(one[at], two[at], few) for one, two in costs] for few in (False, True))
             columns.append(numbers(header, exact, compact))
-        if explained := any(plans[g.name].partners for g in groups):
+        if explained := self.plan.options.decomposition != "prune":
             columns.append(numbers("similarity", [decimals(plans[g.name].similarity, 2) for g in groups]))
         if self.plan.options.decomposition == "mostsim":
             carried = {g.name for g in groups if not unmerged(g, self._tensors, self.plan.options)}

@@ -40,10 +40,10 @@ def test_nothing_to_say() -> None:
 
 
 def test_a_ratio_below_one_channel() -> None:
-    nothing, small = notices(net(), ratio=0.05)
+    nothing, small = notices(net(), ratio=0.02)
     assert nothing.startswith("nothing was merged: every group keeps all")
-    assert small == "ratio 0.05 is too small to drop one channel from 0, 2, with at most 16 channels; they keep all"
-    (small,) = notices(net(), ratio=0.1)  # 1.6 of 16 channels, 0.8 of 8
+    assert small == "ratio 0.02 is too small to drop one channel from 0, 2, with at most 16 channels; they keep all"
+    (small,) = notices(net(), ratio=0.04)  # 0.64 of 16 channels, 0.32 of 8
     assert "from 2, with at most 8 channels" in small
     (small,) = notices(net(), ratio=0.5, round_to=8)
     assert "a multiple of 8 channels (round_to) from 2," in small

@@ -7,11 +7,12 @@ import gzip
 import html
 from collections.abc import Sequence
 
-# unpacks the page and opens it in a new tab, or below the button where the notebook allows no new tabs
+# Unpacks the page and opens it in a new tab, or below the button where the notebook allows no new tabs. (In the handler
+# of an attribute, `URL` alone is that of the document.)
 _OPEN = """(async (button) => {
 const tab = window.open(), packed = Uint8Array.from(atob(button.dataset.page), (c) => c.charCodeAt(0));
 const page = new Blob([packed]).stream().pipeThrough(new DecompressionStream('gzip'));
-const url = URL.createObjectURL(new Blob([await new Response(page).blob()], {type: 'text/html'}));
+const url = window.URL.createObjectURL(new Blob([await new Response(page).blob()], {type: 'text/html'}));
 if (tab) { tab.location = url; return; }
 const frame = document.createElement('iframe');
 frame.style = 'display: block; width: 100%; height: 720px; border: 0';
