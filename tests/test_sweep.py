@@ -201,5 +201,5 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         (["--kind", "time"], "time"),
         (["--ratio", "0.5"], "contradict"),
     ):
-        assert main([*flags, *wrong]) == 1
+        assert main([*flags, *wrong]) == 2
         assert match in capsys.readouterr().err

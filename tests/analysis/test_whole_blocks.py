@@ -18,8 +18,8 @@ from fxmerge import Options, Plan, verify
 from fxmerge.graph import compare
 from fxmerge.plan import GroupPlan
 from tests.helpers.netmaking import one_thread, plain_merge, randomised  # noqa: F401
+from tests.helpers.prices import check_prices
 from tests.helpers.written_by_others import made
-from tests.planning.test_price import check
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -426,7 +426,7 @@ def test_keep_and_ignore_name_blocks_and_widths_apart() -> None:
 @every_whole
 def test_both_have_one_price(cls: Any) -> None:
     """Counted on the merged net, in which some heads are gone and the others are narrower."""
-    check(*built(cls, 8), heads="both", ratio=0.5)
+    check_prices(*built(cls, 8), heads="both", ratio=0.5)
 
 
 @pytest.mark.parametrize("allocation", ["greedy", "uniform"])

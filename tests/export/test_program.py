@@ -209,7 +209,7 @@ def test_bad_files(
     arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "bad.pt2").write_bytes(b"this is no archive")
-    assert main([a.format(dir=tmp_path) for a in arguments]) == 1
+    assert main([a.format(dir=tmp_path) for a in arguments]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("fxmerge: " + message.format(dir=tmp_path))

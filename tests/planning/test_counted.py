@@ -182,5 +182,5 @@ def test_sweeps_and_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     flags += ["--of", "2", "4"]
     assert main([*flags, "--budget", "params", "0.5"]) == 0
     assert "50.0% of the parameters of 2, 4 requested" in capsys.readouterr().out
-    assert main(flags) == 1
+    assert main(flags) == 2
     assert "there is no budget" in capsys.readouterr().err

@@ -2,54 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import fxmerge
 import tests.helpers.nets  # noqa: F401  (fills NETS)
 from fxmerge.graph.cost import flops_by_node
-from fxmerge.planning.counted import parameters_within
-from fxmerge.planning.price import flops_price, parameters_price
+from fxmerge.planning.price import flops_price
 from tests.helpers.netmaking import NETS, one_thread, plain_merge  # noqa: F401
+from tests.helpers.prices import check_prices
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def counted(module: nn.Module, inputs: Any) -> int:
-    counter = FlopCounterMode(display=False)
-    given = inputs if isinstance(inputs, tuple) else (inputs,)
-    with torch.no_grad(), counter:
-        module.eval()(*given)
-    return int(counter.get_total_flops())
-
-
-def check(model: nn.Module, inputs: Any, **options: Any) -> int:
-    """Merge; compare the prices of the widths that were kept with the merged model's own counts."""
-    result = plain_merge(model.eval(), inputs, decomposition="prune", **options)
-    found = result.analysis
-    named = {g.name: g for g in found.groups}
-    counts = {p.name: tuple(torch.bincount(named[p.name].cells[list(p.kept)]).tolist()) for p in result.plan.groups}
-    parts = (found.facts, found.groups, found.grouping)
-    flops = flops_price(*parts, flops_by_node(found.captured.module, found.captured.inputs))
-    size = parameters_price(*parts, parameters_within(found.captured.module, ()))
-    assert flops.original == pytest.approx(counted(found.captured.module, inputs), rel=1e-12)
-    assert flops(counts) == pytest.approx(counted(result.module, inputs), rel=1e-12)
-    assert flops({}) == pytest.approx(flops.original) and size({}) == pytest.approx(size.original)
-    assert size.original == pytest.approx(sum(p.numel() for p in found.captured.module.parameters()), rel=1e-12)
-    assert size(counts) == pytest.approx(sum(p.numel() for p in result.module.parameters()), rel=1e-12)
-    return len(counts)
 
 
 @pytest.mark.parametrize("heads", ["width", "whole", "both"])
 @pytest.mark.parametrize("ratio", [0.3, 0.6])
 @pytest.mark.parametrize("name", NETS)
 def test_a_price_is_what_the_merged_net_costs(name: str, ratio: float, heads: str) -> None:
-    check(*NETS[name](), ratio=ratio, heads=heads)
+    check_prices(*NETS[name](), ratio=ratio, heads=heads)
 
 
 @pytest.mark.parametrize(("name", "heads"), [
@@ -60,14 +31,14 @@ def test_a_price_is_what_the_merged_net_costs(name: str, ratio: float, heads: st
 def test_a_price_is_what_the_merged_published_net_costs(name: str, heads: str) -> None:
     models = pytest.importorskip("torchvision.models")
     torch.manual_seed(0)
-    assert check(models.get_model(name, weights=None), torch.randn(1, 3, 64, 64), heads=heads) > 10
+    assert check_prices(models.get_model(name, weights=None), torch.randn(1, 3, 64, 64), heads=heads) > 10
 
 
 def test_a_price_is_what_a_merged_dense_net_costs() -> None:
     models = pytest.importorskip("torchvision.models")
     torch.manual_seed(0)
     model = models.DenseNet(growth_rate=8, block_config=(2, 3, 2), num_init_features=16, num_classes=10)
-    assert check(model, torch.randn(1, 3, 32, 32)) > 10
+    assert check_prices(model, torch.randn(1, 3, 32, 32)) > 10
 
 
 @pytest.mark.parametrize("heads", ["width", "whole", "both"])
@@ -75,7 +46,7 @@ def test_a_price_is_what_the_merged_transformer_costs(heads: str) -> None:
     models = pytest.importorskip("torchvision.models")
     torch.manual_seed(0)
     sizes = {"image_size": 32, "patch_size": 8, "num_layers": 2, "num_heads": 4, "hidden_dim": 32, "mlp_dim": 64}
-    assert check(models.VisionTransformer(**sizes), torch.randn(1, 3, 32, 32), heads=heads) > 4
+    assert check_prices(models.VisionTransformer(**sizes), torch.randn(1, 3, 32, 32), heads=heads) > 4
 
 
 @pytest.mark.parametrize("name", ["gate", "encoder", "unet"])

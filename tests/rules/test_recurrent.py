@@ -18,6 +18,7 @@ from fxmerge import Options, Plan, verify
 from fxmerge.graph.cost import cost, flops_by_node
 from fxmerge.graph.nested import leaves
 from fxmerge.plan import GroupPlan
+from fxmerge.planning.counted import parameters_within
 from fxmerge.planning.price import flops_price, parameters_price
 from tests.helpers.netmaking import one_thread, plain_merge  # noqa: F401
 from tests.helpers.recurrent_nets import ALSO, NETS, UNITS, lstm_by_hand, silenced
@@ -90,9 +91,9 @@ def test_prices_are_what_the_merged_net_costs(name: str) -> None:
     found = result.analysis
     named = {g.name: g for g in found.groups}
     counts = {p.name: tuple(torch.bincount(named[p.name].cells[list(p.kept)]).tolist()) for p in result.plan.groups}
-    parts = (found.facts, found.groups, found.grouping.atom)
+    parts = (found.facts, found.groups, found.grouping)
     flops = flops_price(*parts, flops_by_node(found.captured.module, found.captured.inputs))
-    size = parameters_price(found.captured, *parts)
+    size = parameters_price(*parts, parameters_within(found.captured.module, ()))
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         result.module(*example)

@@ -265,7 +265,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     one, two, less = (load_file(tmp_path / f / "weights.safetensors") for f in ("one", "two", "less"))
     assert all(torch.equal(one[name], two[name]) for name in one) and len(less["a.bias"]) < len(one["a.bias"])
     capsys.readouterr()
-    assert main(["merge", spec, "--on-disk", *out, str(tmp_path / "no")]) == 1
+    assert main(["merge", spec, "--on-disk", *out, str(tmp_path / "no")]) == 2
     assert "--on-disk needs --weights" in capsys.readouterr().err
 
 
