@@ -25,7 +25,6 @@ from fxmerge.analysis.propagate import provenance
 from fxmerge.calibration.batches import Batches, with_data
 from fxmerge.calibration.epilogue import against
 from fxmerge.calibration.fit_probes import RefitData, refit_data
-from fxmerge.calibration.freed_memory import reusing_memory
 from fxmerge.calibration.output_error import halves
 from fxmerge.calibration.paired_run import Settings
 from fxmerge.calibration.readings import readings
@@ -151,8 +150,7 @@ class Prepared:
         started = time.perf_counter()
 
         def run(own: Prepared) -> Result:
-            with reusing_memory(own.captured.module, batches=options.refit != "none"):
-                return own.apply(own.choose(options) if decided is None else own.replay(options, decided), started)
+            return own.apply(own.choose(options) if decided is None else own.replay(options, decided), started)
 
         try:
             return run(self)

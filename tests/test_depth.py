@@ -456,9 +456,9 @@ def test_the_whole_budget_changes_nothing() -> None:
 def dropped() -> tuple[nn.Module, fxmerge.Result]:
     """A transformer that lost a branch and some channels, refitted."""
     model = made(Transformer())
-    scaled(model.layers[1].mlp.fc2, 0.1)
-    scaled(model.layers[0].attn.o, 0.1)
-    given: dict[str, Any] = {"budget": {"params": 0.7}, "depth": True, "calibration": drawn(64, 6, 5, seed=4)}
+    scaled(model.layers[1].mlp.fc2, 0.02)
+    scaled(model.layers[0].attn.o, 0.02)
+    given: dict[str, Any] = {"budget": {"params": 0.5}, "depth": True, "calibration": drawn(64, 6, 5, seed=4)}
     return model, fxmerge.merge(model, TOKENS, **given)
 
 

@@ -9,7 +9,6 @@ padding       which positions of the batches a mask switches off
 held_out      which samples are held out of refit's solves, to judge them
 output_error  how far a merged graph's outputs are from the original's
 paired_run    the original and the merged graph, run side by side node by node
-freed_memory  keeps freed memory in the process while batches run
 epilogue      the norm, add and activation that follow a layer
 rectifiers    activations that clamp their input to bounds
 readings      the second moments of the consumers' patches, for selections that use them

@@ -50,27 +50,6 @@ def without_dynamo() -> Iterator[None]:
         del method.__dynamo_disable
 
 
-@contextmanager
-def without_dynamo() -> Iterator[None]:
-    """Keeps a counter from importing torch._dynamo, which takes seconds.
-
-    At the first op, torch wraps the counter's method so that torch.compile skips it, and keeps the wrapper as an
-    attribute of the method. While torch._dynamo is not imported, nothing is compiled, and the method itself will do.
-    """
-    from torch.utils import flop_counter
-
-    mode = getattr(flop_counter, "_FlopCounterMode", None)
-    method = getattr(getattr(mode, "__torch_dispatch__", None), "__wrapped__", None)  # None before torch wrapped it
-    if method is None or "torch._dynamo" in sys.modules or hasattr(method, "__dynamo_disable"):
-        yield
-        return
-    method.__dynamo_disable = method
-    try:
-        yield
-    finally:
-        del method.__dynamo_disable
-
-
 def _mkldnn(x: Shape, ih: Shape, hh: Shape, *rest: Any, **kwargs: Any) -> int:
     """One layer in one direction, of an input (steps, batch, channels)."""
     return 2 * prod(x[:-1]) * (prod(ih) + prod(hh))

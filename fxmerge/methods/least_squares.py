@@ -161,11 +161,13 @@ def _summed_products(
             precise = torch.promote_types(torch.promote_types(a.dtype, b.dtype), least)
             one = (a.to(precise) - mean.to(precise)).transpose(0, 1)
             if not square:
-                total += one.mT @ (b.to(precise) - other_mean.to(precise)).transpose(0, 1)
+                part = one.mT @ (b.to(precise) - other_mean.to(precise)).transpose(0, 1)
+                total += part.real if part.is_complex() else part
                 continue
             for first in range(0, one.size(2), BLOCK):
                 last = first + BLOCK
-                total[:, first:last, first:] += one[:, :, first:last].mT @ one[:, :, first:]
+                part = one[:, :, first:last].mT @ one[:, :, first:]
+                total[:, first:last, first:] += part.real if part.is_complex() else part
     for first in range(BLOCK, total.size(1) if square else 0, BLOCK):
         total[:, first : first + BLOCK, :first] = total[:, :first, first : first + BLOCK].mT
     return total

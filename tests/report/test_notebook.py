@@ -86,7 +86,7 @@ def test_the_button_opens_the_page(tabs: bool, tmp_path: Path) -> None:
             tab.evaluate("() => { window.open = () => null; }")
             tab.click("button")
             page = tab.frame_locator("iframe")
-        page.locator(".box").first.wait_for()
+        page.locator(".box").first.wait_for(state="attached")
         assert re.search(r"parameters", page.locator("#summary").inner_text())
         browser.close()
 

@@ -92,7 +92,7 @@ def test_the_groups_and_their_figures_are_told() -> None:
         assert str(g.channels) in row and all(name in row for name in producers)
         assert all(m.layer.module in row for m in (*g.consumers, *g.per_channel_params))
     alone = {p.name: sum(q.into < 0 for q in p.partners) for p in result.plan.groups}
-    assert {name: int(row[-1]) for name, row in found.items()} == alone
+    assert {name: int(found[name][-1]) for name in alone} == alone
 
 
 def test_rescaling_is_noted_by_the_operations_names() -> None:
