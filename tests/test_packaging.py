@@ -19,7 +19,7 @@ READ_BY_TESTS = ("tests", "docs", "benchmarks", "examples")
 
 
 def test_a_wheel_is_smaller_than_3_mb() -> None:
-    """A wheel is a zip of the package: each file deflated, with two headers (76 bytes) and a line with its hash (60)."""
+    """A wheel is a zip of the package: each file deflated, two headers of it (76 bytes) and its hash (60)."""
     top = Path(fxmerge.__file__).parent.parent
     files = [p for p in Path(fxmerge.__file__).parent.rglob("*") if p.is_file() and p.suffix != ".pyc"]
     sizes = [len(zlib.compress(p.read_bytes())) + 136 + 3 * len(p.relative_to(top).as_posix()) for p in files]
