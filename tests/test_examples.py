@@ -25,7 +25,7 @@ EXPECTED = {
 }
 NEEDS = {"merge_your_own.py": "torchvision", "quantise.py": "torchao", "yolo.py": "ultralytics"}
 NEEDS["hugging_face.py"] = "accelerate"  # and with it transformers, as Trainer needs it
-SLOW = ("aot_package.py", "yolo.py", "hugging_face.py")
+SLOW = ("merge_your_own.py", "quantise.py", "aot_package.py", "yolo.py", "hugging_face.py")
 CHATTY = ("distill.py", "aot_package.py", "quantise.py", "yolo.py", "hugging_face.py")  # libraries log
 
 
@@ -49,6 +49,7 @@ def test_example(name: str, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_distilling_in_every_loop_comes_closer() -> None:
     done = subprocess.run([sys.executable, str(EXAMPLES / "distill.py")], capture_output=True, text=True, timeout=300)
     merged, *trained = map(float, re.findall(r"error ([\d.]+)", done.stdout))
@@ -56,6 +57,7 @@ def test_distilling_in_every_loop_comes_closer() -> None:
     assert all(error < 0.7 * merged for error in trained), done.stdout
 
 
+@pytest.mark.slow
 def test_finetuning_restores_accuracy(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, str(EXAMPLES / "finetune.py")], capture_output=True, text=True, timeout=300)
     trained, merged, tuned = map(float, re.findall(r"([\d.]+) %", done.stdout))
