@@ -24,7 +24,6 @@ from fxmerge.errors import FxMergeError
 from fxmerge.keywords import Budget
 from fxmerge.options import Options
 from fxmerge.report.drawable import drawn_as
-from fxmerge.report.layout import Style, wrap
 from fxmerge.result import Result
 from fxmerge.sweep import sweep
 
@@ -236,6 +235,5 @@ def _run(command: Demo | Analyze | Merge | Sweep | Draw) -> str:
         return result.report.json()
     files = sorted(command.out.iterdir()) if command.out.is_dir() else [command.out]
     files += [command.report] if command.report is not None else []
-    width, ascii = demonstration.terminal()
-    written = wrap(f"written: {', '.join(map(str, files))}", width, Style(ascii), 4)
-    return result.report.text(width, ascii) + "\n".join(written)
+    written = "\n".join(f"written: {path}" for path in files)  # a path is not broken, so that it can be copied
+    return result.report.text(*demonstration.terminal()) + written

@@ -8,7 +8,7 @@ import html
 from collections.abc import Sequence
 
 # Unpacks the page and opens it in a new tab, or below the button where the notebook allows no new tabs. (In the handler
-# of an attribute, `URL` alone is that of the document.)
+# of an attribute, the plain name of the class would be the address of the document.)
 _OPEN = """(async (button) => {
 const tab = window.open(), packed = Uint8Array.from(atob(button.dataset.page), (c) => c.charCodeAt(0));
 const page = new Blob([packed]).stream().pipeThrough(new DecompressionStream('gzip'));
