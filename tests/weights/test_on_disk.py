@@ -277,10 +277,10 @@ path, out, kept = sys.argv[1], sys.argv[2], sys.argv[3] == "disk"
 net, small = Net("linear", 128, 1024), Net("linear", 2, 8)
 fxmerge.merge(small.model(), small.example(), refit="none").save(out)  # so that everything is imported
 fxmerge.load(out, on_disk=True)
+with torch.device("meta"):
+    bare = net.model()  # torch imports much for initialization on this device
 held = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData"))
 resource.setrlimit(resource.RLIMIT_DATA, (held * 1024 + 128 * 2**20,) * 2)
-with torch.device("meta"):
-    bare = net.model()
 model = fxmerge.on_disk(bare, path)
 given = model if kept else fxmerge.in_memory(model)
 fxmerge.merge(given, net.example(), refit="none", decomposition="mostsim").save(out)
