@@ -176,6 +176,10 @@ class Options:
             raise FxMergeError(f"of is {self.of!r}; give a pattern of module names, or a tuple of them")
         if patterns and "latency" in self.budget:
             raise FxMergeError(f"of is {self.of!r}, but a latency is that of the whole model; give another budget")
+        if patterns and self.depth:
+            raise FxMergeError("depth drops branches of the whole model; give it without of")
+        if self.depth and "cache" in self.budget:
+            raise FxMergeError("depth cannot be priced by the key-value cache; give another budget, or depth=False")
 
     @property
     def has_ratio(self) -> bool:

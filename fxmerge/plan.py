@@ -63,6 +63,11 @@ class Plan:
     groups: tuple[GroupPlan, ...]
     branches: tuple[str, ...] = ()  # names of residual branches, in the order in which they were dropped
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether the plan leaves the model as it is."""
+        return not self.groups and not self.branches
+
     def json(self) -> str:
         """The plan as JSON text, which `Plan.from_json` reads back as an equal plan."""
         options = fields(self.options)

@@ -10,6 +10,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -136,7 +137,7 @@ def _arrays(file: Path) -> dict[str, Tensor]:
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
     except (OSError, SafetensorError) as error:
         raise unreadable(file, error) from error
-    except (ValueError, TypeError, EOFError) as error:
+    except (ValueError, TypeError, EOFError, BadZipFile) as error:
         raise FxMergeError(f"{file} is not a file of arrays of numbers, as numpy.savez or numpy.save write") from error
 
 

@@ -92,11 +92,11 @@ class Room:
         if not self.refitted:
             return []
         moved = {m.layer.node for g in self.free for m in (*g.producers, *g.per_channel_params)}
-        moved |= self.captured.cut.starts if self.captured.cut else frozenset()
+        starts = self.captured.cut.starts if self.captured.cut else frozenset()
         used = Counter(layer.params["weight"] for layer in self.facts.layers if "weight" in layer.params)
         layers, found = {layer.node: layer for layer in self.facts.layers if layer.op in SOLVED}, []
         for node in self.captured.module.graph.nodes:
-            if any(source.name in moved for source in node.all_input_nodes):
+            if node.name in starts or any(source.name in moved for source in node.all_input_nodes):
                 moved.add(node.name)
                 layer = layers.get(node.name)
                 if layer and "bias" not in layer.params and can_shift(layer) and used[layer.params["weight"]] == 1:

@@ -112,10 +112,10 @@ class _Refit:
         gives: dict[str, bool] = {}
         for node in self.merged.graph.nodes:
             layer = self.layers.get(node.name)
-            comes[node.name] = any(gives.get(source.name, False) for source in node.all_input_nodes)
-            own = node.name in self.pair.starts
-            own = own or (layer is not None and any(self._changed(path) for path in layer.params.values()))
-            gives[node.name] = node.name not in self.idle and (comes[node.name] or own)
+            moved = any(gives.get(source.name, False) for source in node.all_input_nodes)
+            comes[node.name] = node.name in self.pair.starts or moved
+            own = comes[node.name] or (layer is not None and any(map(self._changed, layer.params.values())))
+            gives[node.name] = node.name not in self.idle and own
         return comes
 
     def _together(self) -> dict[str, Shared]:

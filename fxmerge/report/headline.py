@@ -43,22 +43,23 @@ def analysed(name: str, groups: int, refusals: int) -> str:
 
 def merged(report: Merged) -> str:
     """The sentence about a merge."""
-    name, groups = report.captured.name, report.plan.groups
-    if not groups:
+    name, groups, branches = report.captured.name, report.plan.groups, report.plan.branches
+    if report.plan.is_empty:
         return f"fxmerge found nothing in {name} to make smaller, and the model is unchanged."
     before, after = report.before, report.after
-    dropped = percent(sum(g.channels - len(g.kept) for g in groups), sum(g.channels for g in groups))
+    dropped = groups and percent(sum(g.channels - len(g.kept) for g in groups), sum(g.channels for g in groups))
     left = f"{percent(after.parameters, before.parameters)} of the parameters"
     left += f" and {percent(after.flops, before.flops)} of the FLOPs" if before.flops else ""
+    done = [f"{counted(len(groups), 'group')} of layers dropped {dropped} of their channels"] if groups else []
+    done += [f"{counted(len(branches), 'residual branch', 'residual branches')} left"] if branches else []
     return (
-        f"fxmerge made {name} smaller without training: {counted(len(groups), 'group')} of layers dropped {dropped} of "
-        f"their channels, {left} remain, {_data(report)}, and {_loss(report.verdict)}."
+        f"fxmerge made {name} smaller without training: {' and '.join(done)}, {left} remain, {_data(report)}, and {_loss(report.verdict)}."
     )
 
 
-def counted(number: int, noun: str) -> str:
+def counted(number: int, noun: str, plural: str = "") -> str:
     """`1 group`, `2 groups`."""
-    return f"{number:,} {noun}{'s' * (number != 1)}"
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
 def _data(report: Merged) -> str:

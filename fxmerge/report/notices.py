@@ -27,7 +27,7 @@ def notices(captured: Capture, grouping: Grouping, refusals: Sequence[Refusal], 
 
 
 def _nothing(grouping: Grouping, refusals: Sequence[Refusal], plan: Plan) -> Iterator[str]:
-    if plan.groups:
+    if not plan.is_empty:
         return
     if not grouping.everything:
         yield "nothing was merged: no layer of this model has channels that can be dropped, for the reasons above"
