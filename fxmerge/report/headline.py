@@ -53,7 +53,8 @@ def merged(report: Merged) -> str:
     done = [f"{counted(len(groups), 'group')} of layers dropped {dropped} of their channels"] if groups else []
     done += [f"{counted(len(branches), 'residual branch', 'residual branches')} left"] if branches else []
     return (
-        f"fxmerge made {name} smaller without training: {' and '.join(done)}, {left} remain, {_data(report)}, and {_loss(report.verdict)}."
+        f"fxmerge made {name} smaller without training: {' and '.join(done)}, {left} remain, {_data(report)}, "
+        f"and {_loss(report.verdict)}."
     )
 
 

@@ -72,7 +72,7 @@ class Shrinker:
             if not 0 <= share <= 1:
                 raise FxMergeError(f"{name} is {share!r}; it is a share, 0 to 1")
         if changes.get("depth") or (options is not None and options.depth):
-            raise FxMergeError("depth is True, but a Shrinker narrows layers only; drop branches by fxmerge.merge after")
+            raise FxMergeError("depth is True, but a Shrinker only narrows layers; fxmerge.merge can drop branches")
         self.options = settled(options, {"selection": "l2", "refit": "none", **changes})
         self.model, self.example_inputs = model, example_inputs
         self.steps, self.every, self.decay, self.regrow = steps, every or max(1, steps // 20), decay, regrow
