@@ -29,7 +29,7 @@ from fxmerge.calibration.output_error import halves
 from fxmerge.calibration.paired_run import Settings
 from fxmerge.calibration.readings import readings
 from fxmerge.calibration.sensitivity import sensitivity
-from fxmerge.calibration.trial_runs import takes_any_batch
+from fxmerge.calibration.trial_runs import first_samples, takes_any_batch
 from fxmerge.capture.capture_model import capture, check_weights, confined
 from fxmerge.errors import FxMergeError
 from fxmerge.graph.cost import flops_by_node
@@ -62,6 +62,8 @@ from fxmerge.rewrite.reassemble import assembled
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
+
+TRIED = 64  # samples that drafts are compared on, at most, those that they are fitted to included; at least a batch
 
 
 @computing()
@@ -223,7 +225,13 @@ class Prepared:
                 refitted=bool(batches), sensitivity=self.sensitive if batches else {},
             )  # fmt: skip
         room = replace(room, errors=errors, refitted=bool(batches))
-        return allot(room, self.tensors, self.stage, lambda counts: self.error(groups, counts, options))
+
+        def error(counts: Counts) -> float:
+            if errors and self.divided[0]:
+                self.readings(free, self.divided[0])  # at once, for the drafts of all allocations
+            return self.error(groups, counts, options)
+
+        return allot(room, self.tensors, self.stage, error)
 
     def selection(self, groups: Sequence[Group], counts: Counts, options: Options) -> Selected:
         """Which channels each group keeps, `counts` of them in each of its cells; edits of sizes, and refusals."""
@@ -252,8 +260,8 @@ class Prepared:
 
     @cached_property
     def divided(self) -> tuple[Batches, Batches]:
-        """Refit's data without variants, divided into batches to fit a draft on and batches to judge it on."""
-        own = self.data.batches[: self.data.made or None]
+        """Some of refit's data, without variants, divided into batches to fit a draft on and batches to judge it on."""
+        own = first_samples(self.captured, self.data.batches[: self.data.made or None], TRIED)
         return halves(own, takes_any_batch(self.captured)) if own else ([], [])
 
     def apply(self, choice: Choice, started: float) -> Result:

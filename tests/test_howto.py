@@ -17,6 +17,7 @@ def snippets(page: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_hugging_face(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("transformers")
     monkeypatch.chdir(tmp_path)
@@ -55,6 +56,7 @@ def test_page(page: str, needs: tuple[str, ...], count: int, tmp_path: Path, mon
         exec(compile(code, page, "exec"), space)
 
 
+@pytest.mark.slow
 def test_get_started_and_the_pages_that_go_on_from_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -146,6 +146,7 @@ def test_compile_makes_one_graph(name: str) -> None:
     assert (explained.graph_count, explained.graph_break_count) == (1, 0)
 
 
+@pytest.mark.slow
 def test_compile_by_inductor() -> None:
     model, x = NETS["residual"]()
     compiled = fxmerge.compile(model, x, PLAIN)

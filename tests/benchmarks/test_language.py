@@ -353,6 +353,7 @@ def test_another_seed_has_rows_and_a_page_of_its_own(folder: Path) -> None:
     assert "seed 7." in text and "dense |" not in text
 
 
+@pytest.mark.slow
 def test_fxmerge_with_and_without_data(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[tuple[Any, Any]] = []
     merge = methods.fxmerge.merge

@@ -81,6 +81,7 @@ def test_what_is_at_the_padding_changes_nothing(given: dict[str, Any], kind: str
         assert torch.allclose(value, state[name], rtol=1e-5, atol=1e-6), name
 
 
+@pytest.mark.slow
 def test_refit_of_a_language_model() -> None:
     model = llama(vocabulary=40)
     states, example = [], {"input_ids": torch.randint(40, (4, 9)), "attention_mask": torch.ones(4, 9, dtype=torch.long)}

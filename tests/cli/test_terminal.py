@@ -46,6 +46,7 @@ def command(*arguments: str, encoding: str = "utf-8") -> subprocess.CompletedPro
     return subprocess.run([sys.executable, "-m", "fxmerge", *arguments], capture_output=True, env=environment)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_tables(encoding: str, spec: str) -> None:
     """The tables are those of `text(ascii=True)`; names that ASCII does not have are written as escapes."""

@@ -74,7 +74,7 @@ def loaded(name: str, folder: Path) -> Any:
 
 
 @pytest.mark.parametrize("name", [*CAUSAL, *OTHERS])
-@pytest.mark.parametrize("refit", ["none", "synthetic"])
+@pytest.mark.parametrize("refit", ["none", pytest.param("synthetic", marks=pytest.mark.slow)])
 def test_saved_and_loaded_by_an_auto_class(name: str, refit: str, tmp_path: Path) -> None:
     """On inputs that the merge has not seen, of another length; with the biases that refit adds."""
     model = model_of(name)
@@ -92,7 +92,7 @@ def test_saved_and_loaded_by_an_auto_class(name: str, refit: str, tmp_path: Path
     assert not list(tmp_path.rglob("*.bin"))
 
 
-@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if at else n for at, n in enumerate(CAUSAL)])
 def test_generates_what_its_own_argmax_is(name: str, tmp_path: Path) -> None:
     """Greedy generation with the class's cache, against argmax of the graph module without one."""
     result = plain_merge(model_of(name), inputs(name), ratio=0.3)

@@ -199,6 +199,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[fxmerge
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_every_route_back_gives_the_merged_model(name: str, folders: dict[str, Any]) -> None:
     """model.py in a separate process, fxmerge.load, and an instance of the user's class with other weights."""

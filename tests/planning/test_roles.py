@@ -115,6 +115,7 @@ def test_no_new_biases(decomposition: str, refit: str) -> None:
         assert {n for n, _ in more.named_parameters()} > {n for n, _ in model.named_parameters()}, "refit adds some"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by", [{"budget": {"params": 0.7}, "same_widths": True}, {"ratio": 0.5}])
 def test_a_refitted_llama_is_a_plain_folder(by: dict[str, Any], tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")

@@ -297,6 +297,7 @@ def test_wide_layers_are_solved_on_fewer_rows(rows: int, width: int, count: int)
     assert enough(rows, width) == count
 
 
+@pytest.mark.slow
 def test_two_processes_compute_the_weights_of_one(tmp_path: Path) -> None:
     """torchrun, gloo: the same bits on both ranks, and nearly those of one process, which estimates the number of
     independent rows from other blocks.

@@ -122,6 +122,7 @@ def test_collapse_and_expand(opened: Any) -> None:
     tab.settle()
     assert len(tab.all(".box.closed", "e => 1")) == 1
     tab.tab.click('.row[data-group="0"]')
+    tab.settle()
     assert "blocks.3.0" in tab.modules(".box.closed.on")
 
 
@@ -270,6 +271,7 @@ def test_names_do_no_harm(opened: Any) -> None:
         tab.tab.wait_for_selector(".box.sought")
 
 
+@pytest.mark.slow
 def test_ten_thousand_layers_open_and_stay_usable(opened: Any) -> None:
     picture = wide(10_000)
     text = page(picture, {"parameters": [1], "flops": [1]}, *panels_of(picture))

@@ -174,6 +174,7 @@ sys.stdout.write(result.report.text() + result.analysis.report.text())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("environment", [
     {"FORCE_COLOR": "1"}, {"NO_COLOR": "1", "COLUMNS": "30"}, {"TERM": "dumb", "LINES": "3"},
     {"TTY_COMPATIBLE": "1", "TTY_INTERACTIVE": "1", "COLORTERM": "truecolor", "TERM": "xterm-256color"},

@@ -106,6 +106,7 @@ def test_a_trained_model_is_saved_as_it_is_now(tmp_path: Path) -> None:
         assert difference(outputs(result.module, (x,)), outputs(module, (x,))) <= 1e-6
 
 
+@pytest.mark.slow
 def test_two_processes_train_it(tmp_path: Path) -> None:
     """DDP and FSDP2 in two processes give the same weights as one process with the whole batch."""
     run_on_two("distributed_training.py", tmp_path)
