@@ -9,7 +9,7 @@ Prepared.apply      decomposition -> rewrite -> refit -> verify
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -25,11 +25,10 @@ from fxmerge.analysis.propagate import provenance
 from fxmerge.calibration.batches import Batches, with_data
 from fxmerge.calibration.epilogue import against
 from fxmerge.calibration.fit_probes import RefitData, refit_data
-from fxmerge.calibration.output_error import halves
+from fxmerge.calibration.output_error import for_trials
 from fxmerge.calibration.paired_run import Settings
 from fxmerge.calibration.readings import readings
 from fxmerge.calibration.sensitivity import sensitivity
-from fxmerge.calibration.trial_runs import first_samples, takes_any_batch
 from fxmerge.capture.capture_model import capture, check_weights, confined
 from fxmerge.errors import FxMergeError
 from fxmerge.graph.cost import flops_by_node
@@ -52,6 +51,7 @@ from fxmerge.planning.room import Room
 from fxmerge.planning.scope import check_patterns, in_scope, replayed
 from fxmerge.planning.selecting import Selected, selected, wanted
 from fxmerge.planning.statistics import state
+from fxmerge.progress import Stage
 from fxmerge.refit.contradiction import contradiction
 from fxmerge.refit.handed_out import MERGED, PRUNED, HandedOut, closest
 from fxmerge.refit.records import Refitted
@@ -63,13 +63,11 @@ from fxmerge.rewrite.reassemble import assembled
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
-TRIED = 64  # samples that drafts are compared on, at most, those that they are fitted to included; at least a batch
-
 
 @computing()
 def prepared(
     model: nn.Module | ExportedProgram, example_inputs: Any, options: Options, given: Any,
-    stage: Callable[[str], None], dynamic_shapes: Any = None,
+    stage: Stage, dynamic_shapes: Any = None,
 ) -> Prepared:  # fmt: skip
     """A model that is captured, to be merged with these options, or with others that differ only in their budget.
 
@@ -86,7 +84,7 @@ class Prepared:
     """A captured model and all that is computed once for any number of merges; each part is computed on first use."""
 
     def __init__(
-        self, captured: Capture, options: Options, given: Any, stage: Callable[[str], None],
+        self, captured: Capture, options: Options, given: Any, stage: Stage,
         data: RefitData | None = None,
     ) -> None:  # fmt: skip
         self.captured, self.options, self.given, self.stage = captured, options, given, stage
@@ -261,8 +259,7 @@ class Prepared:
     @cached_property
     def divided(self) -> tuple[Batches, Batches]:
         """Some of refit's data, without variants, divided into batches to fit a draft on and batches to judge it on."""
-        own = first_samples(self.captured, self.data.batches[: self.data.made or None], TRIED)
-        return halves(own, takes_any_batch(self.captured)) if own else ([], [])
+        return for_trials(self.captured, self.data.batches[: self.data.made or None])
 
     def apply(self, choice: Choice, started: float) -> Result:
         """Builds the merged model of a choice, refits it, and compares it with the original.

@@ -76,9 +76,11 @@ def sweep(
         folder.mkdir(parents=True, exist_ok=True)
     with progress() as stage, older_left_alone():
         prefix = [""]
-        ready = prepared(
-            model, example_inputs, asked[0], calibration, lambda name: stage(f"{prefix[0]}{name}"), dynamic_shapes
-        )
+
+        def shown(name: str, done: float = 0.0) -> None:
+            stage(f"{prefix[0]}{name}", done)
+
+        ready = prepared(model, example_inputs, asked[0], calibration, shown, dynamic_shapes)
         digest = _digest(ready, evaluate) if folder is not None else ""
         points = []
         for one in asked:

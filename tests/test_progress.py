@@ -13,13 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from fxmerge.progress import progress
+from fxmerge import progress as progressing
+from fxmerge.progress import Estimate, duration, progress
 
 pty = pytest.importorskip("pty", reason="no pseudo-terminals on this system")
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = """
 import sys, time
-from fxmerge.progress import progress
+from fxmerge import progress as progressing
+from fxmerge.progress import Estimate, duration, progress
 print("out", flush=True)
 with progress() as stage:
     stage("capture")
@@ -124,13 +126,75 @@ def test_what_the_model_prints_stays_on_stdout() -> None:
     assert status == 0 and "decomposition" in text and "printed" not in text
 
 
-def test_silent_in_a_notebook_whose_stderr_says_that_it_is_a_terminal(
+class Cell:
+    """What IPython gives a cell of a notebook: displayed texts, which may be replaced."""
+
+    kernel = object()
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.texts: list[str] = []
+        found = types.ModuleType("IPython.display")
+        found.display = self.display  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "IPython.display", found)
+        monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: self))  # type: ignore[arg-type]
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+
+    def display(self, data: dict[str, str], raw: bool, display_id: bool) -> Cell:
+        assert raw and display_id and not self.texts  # shown once, replaced afterwards
+        self.texts.append(data["text/plain"])
+        return self
+
+    def update(self, data: dict[str, str], raw: bool) -> None:
+        self.texts.append(data["text/plain"])
+
+
+def test_a_short_run_is_silent_in_a_notebook(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    notebook = types.SimpleNamespace(kernel=object())
-    monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: notebook))  # type: ignore[arg-type]
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    cell = Cell(monkeypatch)
     with progress() as stage:
         stage("capture")
         time.sleep(0.2)
+    assert capsys.readouterr() == ("", "") and not cell.texts
+
+
+def test_a_long_run_is_shown_in_a_notebook_and_how_long_it_took(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cell = Cell(monkeypatch)
+    monkeypatch.setattr(progressing, "SHOWN", 0.0)
+    monkeypatch.setattr(progressing, "OFTEN", 0.0)
+    with pytest.raises(KeyboardInterrupt), progress() as stage:
+        stage("refit a")
+        raise KeyboardInterrupt
+    assert cell.texts == ["fxmerge: refit a", "fxmerge: took 1 s"]
     assert capsys.readouterr() == ("", "")
+
+
+def test_what_is_left_is_estimated_from_what_is_done() -> None:
+    now = [0.0]
+    estimate = Estimate(lambda: now[0])
+    said = []
+    for kind, time_, done in [
+        ("survey", 0, 0.0), ("survey", 1, 0.5), ("survey", 3, 0.75),  # 0.75 in 3 s: 0.25 takes 1 s
+        ("refit", 10, 0.0), ("refit", 20, 0.01), ("refit", 40, 0.1),  # 0.1 in 30 s: 0.9 takes 270 s
+        ("refit", 41, 0.0), ("refit", 44, 0.5), ("verify", 50, 0.0),  # refit begins anew
+    ]:  # fmt: skip
+        now[0] = time_
+        said.append(estimate.line(f"{kind} layer", done))
+    assert said == [
+        "survey layer", "survey layer", "survey, about 1 s left: layer",
+        "refit layer", "refit layer", "refit, about 4 min left: layer",
+        "refit layer", "refit, about 3 s left: layer", "verify layer",
+    ]  # fmt: skip
+    sweeping = Estimate(lambda: now[0])
+    assert sweeping.line("50.0% of the FLOPs: refit a", 0.0) == "50.0% of the FLOPs: refit a"
+    now[0] += 10
+    assert sweeping.line("50.0% of the FLOPs: refit b", 0.2) == "50.0% of the FLOPs: refit, about 40 s left: b"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.2, "1 s"), (9.4, "9 s"), (42, "40 s"), (61, "1 min"), (5399, "90 min"), (9000, "2.5 h")]
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text

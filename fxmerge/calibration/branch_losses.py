@@ -8,7 +8,7 @@ section 3.)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from fxmerge.ir.branches import Branch, Measured
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.labels import varying
 from fxmerge.ir.provenance import Provenance
+from fxmerge.progress import Stage, silent
 from fxmerge.weights.by_path import at
 
 BUDGET = 1e13  # FLOPs of all runs together, at most; at least one sample
@@ -42,7 +43,7 @@ def measured(
     *,
     flops: Mapping[str, int],
     means: bool = True,
-    stage: Callable[[str], None] = lambda name: None,
+    stage: Stage = silent,
 ) -> tuple[Measured, ...]:
     """The branches with their costs and losses, in the same order.
 

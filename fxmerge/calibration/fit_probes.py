@@ -31,6 +31,7 @@ from fxmerge.ir.capture import Capture
 from fxmerge.ir.provenance import Layer, Provenance, batch_norms
 from fxmerge.methods.least_squares import Reduce
 from fxmerge.options import Options
+from fxmerge.progress import Stage, silent
 from fxmerge.weights.by_path import at
 
 STEPS = 20  # of Adam, with a short memory and a rate (in standard deviations of the probes) that falls to FALL times
@@ -63,7 +64,7 @@ class RefitData:
 
 def refit_data(
     captured: Capture, facts: Provenance, options: Options, *, given: Any, settings: Settings,
-    stage: Callable[[str], None],
+    stage: Stage,
 ) -> RefitData:  # fmt: skip
     """The user's batches `given`, or fitted probes where it is None.
 
@@ -101,7 +102,7 @@ def refit_data(
 
 def _in_parts(
     captured: Capture, facts: Provenance, options: Options, *, given: Any, settings: Settings,
-    stage: Callable[[str], None],
+    stage: Stage,
 ) -> RefitData:  # fmt: skip
     """The data for a model whose parts alone were traced: what reaches these when its own code runs. Never moved."""
     try:
@@ -136,7 +137,7 @@ def holds(captured: Capture, facts: Provenance, batches: Batches, settings: Sett
 
 def fitted(
     captured: Capture, facts: Provenance, batches: Batches, settings: Settings,
-    stage: Callable[[str], None] = lambda name: None,
+    stage: Stage = silent,
 ) -> Batches:  # fmt: skip
     """The probes, fitted.
 
@@ -156,14 +157,14 @@ def fitted(
 
 def _moved(
     captured: Capture, facts: Provenance, batches: Batches, settings: Settings, *, places: Sequence[int], steps: int,
-    stage: Callable[[str], None],
+    stage: Stage,
 ) -> Batches:  # fmt: skip
     """The batches after `steps` of Adam on the inputs at these places, one batch after another."""
     alone = replace(settings, held=False)
     found: Batches = []
     with evaluating(captured.module), torch.enable_grad():
         for number, batch in enumerate(batches):
-            stage(f"probes {number + 1} of {len(batches)}")
+            stage(f"probes {number + 1} of {len(batches)}", number / len(batches))
             moving = {place: batch[place].clone().requires_grad_() for place in places}
             ranges = extent(batch, places)
             values = [moving.get(place, value) for place, value in enumerate(batch)]

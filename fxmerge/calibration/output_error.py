@@ -14,11 +14,14 @@ from fxmerge.calibration.batches import Batches
 from fxmerge.calibration.held_out import of_samples, samples
 from fxmerge.calibration.padding import rest
 from fxmerge.calibration.paired_run import Pair, PairedRun, Settings, Visit
+from fxmerge.calibration.trial_runs import first_samples, takes_any_batch
 from fxmerge.graph.eval_mode import evaluating
 from fxmerge.graph.outputs import returned
+from fxmerge.ir.capture import Capture
 from fxmerge.methods.least_squares import Reduce
 
 FEWEST = 4  # batches that are divided without cutting one
+TRIED = 64  # samples that drafts are fitted to and compared on, at most; at least a batch
 
 
 def output_error(
@@ -48,6 +51,12 @@ def relative(sums: Sequence[Tensor], reduce: Reduce) -> float:
     lost, power, level, count = total.unbind(1)
     found = float((lost / (power - level.square() / count.clamp(min=1)).clamp(min=1e-300)).mean())
     return found if isfinite(found) else inf
+
+
+def for_trials(captured: Capture, batches: Batches) -> tuple[Batches, Batches]:
+    """Batches to fit drafts on that are compared, and batches to judge them on: of the first TRIED samples."""
+    some = first_samples(captured, batches, TRIED) if batches else []
+    return halves(some, takes_any_batch(captured)) if some else ([], [])
 
 
 def halves(batches: Batches, divisible: bool) -> tuple[Batches, Batches]:

@@ -6,7 +6,7 @@ whole samples can be held out; where the model's code does not run on single sam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -30,9 +30,9 @@ from fxmerge.methods.probe_statistics import looks_real, placed
 from fxmerge.methods.probe_variants import augmented
 from fxmerge.methods.probes import EXAMPLE, OF_EXAMPLE, PROBES
 from fxmerge.options import Options
+from fxmerge.progress import Stage
 
 LEAST, MOST = 2 * FOLDS, 64  # runs of the user's code; LEAST are enough to hold some out
-Stage = Callable[[str], None]
 
 
 def fed_in_parts(
@@ -151,7 +151,7 @@ class _Runs:
         """The samples with what reached the parts; those on which that is not known are left out."""
         found = []
         for number, sample in enumerate(samples):
-            self.stage(f"run {number + 1} of {len(samples)} of the model's code")
+            self.stage(f"run {number + 1} of {len(samples)} of the model's code", number / len(samples))
             run = self.own.run(sample.args, sample.kwargs)
             self.tried += 1
             if isinstance(run, Declined):

@@ -7,7 +7,7 @@ The `repair` selection chooses channels by them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from fxmerge.calibration.epilogue import epilogue_of, pair
 from fxmerge.calibration.paired_run import PairedRun, Settings, Visit, line
 from fxmerge.calibration.patches import enough, form_of, input_of, matrices_of, patches, sample
 from fxmerge.calibration.score_readings import score_reading, scores_of
+from fxmerge.calibration.work import shares_of_work
 from fxmerge.graph.eval_mode import evaluating
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.groups import Group, Grouping, Member
@@ -26,6 +27,7 @@ from fxmerge.ir.provenance import Layer, Provenance, batch_norms
 from fxmerge.methods.evidence import Reading
 from fxmerge.methods.generalisation import independent_rows
 from fxmerge.methods.least_squares import second_moments
+from fxmerge.progress import Stage, silent
 from fxmerge.weights.by_path import at
 from fxmerge.weights.disk_tensor import beside
 
@@ -39,7 +41,7 @@ def readings(
     groups: Sequence[Group],
     batches: Sequence[Sequence[Any]],
     settings: Settings,
-    stage: Callable[[str], None] = lambda name: None,
+    stage: Stage = silent,
 ) -> dict[str, tuple[Reading, ...]]:
     """Group name -> how its consumers read it, and how attention scores sum channels that no layer reads."""
     consumers: dict[str, list[tuple[Group, int, Any]]] = {}
@@ -50,6 +52,7 @@ def readings(
     module = captured.module
     norms, scored = batch_norms(facts), scores_of(module.graph, facts, grouping, groups)
     generator = torch.Generator().manual_seed(settings.seed)
+    done = shares_of_work(facts, module)
     with evaluating(module), torch.no_grad():
         run = PairedRun(pair(module, facts), batches, settings)
         for name in consumers:
@@ -58,14 +61,14 @@ def readings(
                 run.original.keep([index.name], name)
         for visit in run:
             for scores in scored.get(visit.node.name, ()):
-                stage(f"survey {visit.node.name}")
+                stage(f"survey {visit.node.name}", done.get(visit.node.name, 0.0))
                 of_scores = score_reading(run, scores)
                 found[scores.group.name] += [of_scores] if of_scores is not None else []
             members = consumers.get(visit.node.name, ())
             if not members:
                 continue
             layer = members[0][2].layer
-            stage(f"survey {layer.module}")
+            stage(f"survey {layer.module}", done[layer.node])
             if is_routed(layer, facts):
                 for group, number, member in members if layer.reads_apart else ():
                     found[group.name] += _of_experts(run, visit, layer, member, number, settings)

@@ -10,7 +10,7 @@ to first order (Hutchinson's estimate). It takes one forward pass and DRAWS back
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from fxmerge.graph.outputs import returned
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.groups import Group
 from fxmerge.ir.provenance import Provenance
+from fxmerge.progress import Stage, silent
 from fxmerge.weights.by_path import at
 
 DRAWS = 2
@@ -40,7 +41,7 @@ def sensitivity(
     groups: Sequence[Group],
     batches: Sequence[Sequence[Any]],
     settings: Settings,
-    stage: Callable[[str], None] = lambda name: None,
+    stage: Stage = silent,
 ) -> dict[str, float]:
     """Layer -> sensitivity, up to a common factor, of the groups' consumers; of the producers of groups without any.
 

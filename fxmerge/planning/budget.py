@@ -27,6 +27,7 @@ from fxmerge.options import TOLERANCE, Options
 from fxmerge.planning.candidates import candidates
 from fxmerge.planning.counted import named
 from fxmerge.planning.room import Room
+from fxmerge.progress import Stage
 from fxmerge.rewrite.reassemble import assembled
 from fxmerge.rewrite.rewriter import Rewriter
 
@@ -44,9 +45,7 @@ class Allotted:
     notes: tuple[str, ...] = ()
 
 
-def allot(
-    room: Room, tensors: Mapping[str, Tensor], stage: Callable[[str], None], error: Callable[[Counts], float]
-) -> Allotted:
+def allot(room: Room, tensors: Mapping[str, Tensor], stage: Stage, error: Callable[[Counts], float]) -> Allotted:
     """The channels that each group keeps. Raises FxMergeError if the budget cannot be met.
 
     error: of the model's outputs with these channel counts. `uniform` is used instead of another allocation where it
@@ -71,7 +70,7 @@ def allot(
     return Allotted(plain.counts, (*plain.notes, note))
 
 
-def _allotted(room: Room, tensors: Mapping[str, Tensor], stage: Callable[[str], None]) -> Allotted:
+def _allotted(room: Room, tensors: Mapping[str, Tensor], stage: Stage) -> Allotted:
     """The channels that each group keeps by the allocation of the options."""
     ((kind, share),) = room.options.budget.items()
     if kind == "latency":
@@ -90,7 +89,7 @@ def _allotted(room: Room, tensors: Mapping[str, Tensor], stage: Callable[[str], 
     return Allotted(counts, (f"no allowed channel counts come closer to the budget{multiples}",))
 
 
-def _timed(room: Room, share: float, tensors: Mapping[str, Tensor], stage: Callable[[str], None]) -> Allotted:
+def _timed(room: Room, share: float, tensors: Mapping[str, Tensor], stage: Stage) -> Allotted:
     """Adjusts the share of FLOPs, by false position, until the graph with those widths has the latency asked for."""
     price, captured = room.price("flops"), room.captured
     tolerance = TOLERANCE["latency"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,7 @@ from fxmerge.planning.by_expert import by_expert
 from fxmerge.planning.components import components_of, merge_of
 from fxmerge.planning.decompose import decompose
 from fxmerge.planning.statistics import state
+from fxmerge.progress import Stage
 from fxmerge.rewrite.rewriter import Rewriter
 from fxmerge.rewrite.rotate import rotated
 from fxmerge.rules.resize import Call
@@ -68,7 +69,7 @@ def drafted(
     *,
     tensors: Mapping[str, Tensor],
     readings: Mapping[str, tuple[Reading, ...]],
-    stage: Callable[[str], None],
+    stage: Stage,
 ) -> Draft:
     """The draft of a choice.
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from fxmerge.methods.selection import select
 from fxmerge.options import Options
 from fxmerge.planning.candidates import candidates
 from fxmerge.planning.components import able, components_of
+from fxmerge.progress import Stage
 from fxmerge.rules.resize import Call
 
 
@@ -41,7 +43,7 @@ def wanted(groups: Sequence[Group], options: Options) -> list[Group]:
 def selected(
     groups: Sequence[Group], counts: Counts, captured: Capture, facts: Provenance, grouping: Grouping,
     tensors: Mapping[str, Tensor], options: Options, readings: Mapping[str, tuple[Reading, ...]],
-    stage: Callable[[str], None],
+    stage: Stage,
 ) -> Selected:  # fmt: skip
     """The channels that each of these groups keeps, `counts` of them in each of its cells.
 
@@ -49,8 +51,9 @@ def selected(
     """
     chosen: Chosen = []
     turned = set()
-    for g in groups:
-        stage(f"selection {g.name}")
+    work = [float(g.channels) ** 3 for g in groups]  # as of factorising their Grams
+    for g, done in zip(groups, accumulate(work, initial=0.0), strict=False):
+        stage(f"selection {g.name}", done / sum(work))
         own = readings.get(g.name, ())
         turns = able(g, options) and captured.cut is None  # the original of a cut graph is another graph
         parts = components_of(g, captured, tensors, options, own)[0] if turns else None

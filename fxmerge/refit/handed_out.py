@@ -20,6 +20,7 @@ from fxmerge.calibration.output_error import output_error
 from fxmerge.calibration.paired_run import Pair, Settings
 from fxmerge.calibration.trial_runs import refused
 from fxmerge.ir.capture import Capture
+from fxmerge.progress import Stage
 from fxmerge.refit.records import Refitted
 from fxmerge.refit.refit_layers import refit
 
@@ -52,7 +53,7 @@ def closest(
     others: Mapping[str, Callable[[], Draft]],
     batches: Sequence[Sequence[Any]],
     settings: Settings,
-    stage: Callable[[str], None],
+    stage: Stage,
 ) -> tuple[tuple[Refitted, ...], HandedOut]:
     """Refits a pair's merged graph in place. Returns refit's records, and which model is to be handed out.
 

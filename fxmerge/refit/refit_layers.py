@@ -17,7 +17,7 @@ on samples that were held out of the solve.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import isfinite
 
 import torch
@@ -28,9 +28,11 @@ from fxmerge.calibration.epilogue import SOLVED
 from fxmerge.calibration.paired_run import Pair, PairedRun, Settings, Visit
 from fxmerge.calibration.patches import FEWEST, enough, sample
 from fxmerge.calibration.sample_run import idle
+from fxmerge.calibration.work import shares_of_work
 from fxmerge.graph.cost import flops_by_node
 from fxmerge.graph.eval_mode import evaluating
 from fxmerge.ir.provenance import Layer, batch_norms, can_shift
+from fxmerge.progress import Stage, silent
 from fxmerge.refit import joint
 from fxmerge.refit.experts import Experts
 from fxmerge.refit.joint_steps import JointSteps
@@ -49,7 +51,7 @@ def refit(
     pair: Pair,
     batches: Sequence[Sequence[object]],
     settings: Settings,
-    stage: Callable[[str], None] = lambda name: None,
+    stage: Stage = silent,
     jointly: bool = True,
 ) -> tuple[Refitted, ...]:
     """Re-solve the layers of the pair's merged graph in place. Returns a record of each layer.
@@ -76,7 +78,7 @@ class _Refit:
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.records: dict[str, Refitted] = {}  # by node
         self.ridges: dict[str, float] = {}  # of the layers that have been solved, by node
-        self.idle = idle(batches)
+        self.idle, self.done = idle(batches), shares_of_work(facts, pair.original)
         nodes = list(self.merged.graph.nodes)
         found = regions(self.layers, nodes, self._lost, self.shared, self.idle) if jointly else []
         self.joint = JointSteps(found, self.weights, batches, settings, self.ridges)
@@ -96,7 +98,7 @@ class _Refit:
     def _lost(self, layer: Layer) -> bool:
         return layer.reads is not None and len(self.kept(layer.reads.flatten())) < layer.reads.numel()
 
-    def run(self, stage: Callable[[str], None]) -> tuple[Refitted, ...]:
+    def run(self, stage: Stage) -> tuple[Refitted, ...]:
         self.moved = self._moved()
         self.together = self._together()
         while not self._through(stage):
@@ -132,7 +134,7 @@ class _Refit:
             found |= dict.fromkeys(shared.calls, shared)
         return found
 
-    def _through(self, stage: Callable[[str], None]) -> bool:
+    def _through(self, stage: Stage) -> bool:
         """One run of both graphs, until a shared weight is solved. Returns whether it has reached the end."""
         gathered: Gathered | None = None
         for visit in self.paired:
@@ -144,11 +146,11 @@ class _Refit:
             if shared is not None and gathered is None and shared.calls[-1] not in self.records:
                 gathered = Gathered(shared)
             if gathered is not None and shared is gathered.shared:
-                stage(f"refit {layer.module}")
+                stage(f"refit {layer.module}", self.done[layer.node])
                 if self._gathers(gathered, visit, layer):
                     return False
             elif shared is None and self._is_due(node.name, gathered):
-                stage(f"refit {layer.module}")
+                stage(f"refit {layer.module}", self.done[layer.node])
                 self.records |= self._solve(visit, layer)
         return True
 

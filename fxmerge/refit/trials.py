@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from fxmerge.calibration.output_error import output_error
 from fxmerge.calibration.paired_run import Pair, Settings
+from fxmerge.progress import Stage
 from fxmerge.refit.refit_layers import refit
 
 
 def trial_error(
     streams: Pair, fit: Sequence[Sequence[Any]], judging: Sequence[Sequence[Any]], settings: Settings,
-    stage: Callable[[str], None],
+    stage: Stage,
 ) -> float:  # fmt: skip
     """The relative square error of the merged graph's outputs.
 

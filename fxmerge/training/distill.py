@@ -102,7 +102,8 @@ def distill(
                 if average is not None:
                     average.update_parameters(teaching.student)
                 total, count = total + float(whole.detach()), count + 1
-                stage(f"distill epoch {epoch + 1} of {epochs}, batch {count}, loss {total / count:.4f}")
+                done = (epoch + _share(count, batches)) / epochs
+                stage(f"distill epoch {epoch + 1} of {epochs}, batch {count}, loss {total / count:.4f}", done)
             if not count:
                 raise FxMergeError("there are no batches to train on; a generator can be read in one epoch only")
             latest = teaching.student if average is None else average.module

@@ -18,6 +18,7 @@ from fxmerge.options import Options
 from fxmerge.pipeline import prepared
 from fxmerge.plan import GroupPlan, Plan
 from fxmerge.planning.draft import Choice
+from fxmerge.progress import silent
 from fxmerge.result import Result
 from fxmerge.training.optimizer_state import follow
 from fxmerge.verify.silencing import set_to_zero
@@ -169,7 +170,7 @@ class Shrinker:
             options = options.replace(ratio=share * options.ratio)
         was = self.model.training
         try:
-            ready = prepared(self.model.eval(), self.example_inputs, options, None, lambda stage: None)
+            ready = prepared(self.model.eval(), self.example_inputs, options, None, silent)
             return ready.choose(options)
         finally:
             self.model.train(was)

@@ -17,6 +17,7 @@ from fxmerge.calibration.paired_run import Settings
 from fxmerge.calibration.trial_runs import takes_any_batch
 from fxmerge.capture.capture_model import capture
 from fxmerge.options import Options
+from fxmerge.progress import silent
 from tests.helpers.netmaking import one_thread, randomised  # noqa: F401
 from tests.helpers.smooth import smooth
 
@@ -68,7 +69,7 @@ def data(model: nn.Module | torch.export.ExportedProgram, inputs: Any, given: An
     settings = Settings(rows=1000, seed=0, held=given is None, reduce=lambda value: value)
     chosen = Options(refit=refit, **options)
     return refit_data(
-        captured, provenance(captured), chosen, given=given, settings=settings, stage=lambda name: None
+        captured, provenance(captured), chosen, given=given, settings=settings, stage=silent
     )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from fxmerge.calibration.diverse_outputs import diversified, output_channels
 from fxmerge.calibration.paired_run import Settings
 from fxmerge.capture.capture_model import capture
 from fxmerge.options import Options
+from fxmerge.progress import silent
 from tests.helpers.netmaking import one_thread, randomised  # noqa: F401
 from tests.helpers.smooth import smooth
 
@@ -105,7 +106,7 @@ def data(model: nn.Module, given: Any = None, **changes: Any) -> Any:
     captured = capture(model.eval(), images(0, 2))
     options = Options(refit="synthetic" if given is None else "calibration", **changes)
     return fit_probes.refit_data(
-        captured, provenance(captured), options, given=given, settings=SETTINGS, stage=lambda name: None
+        captured, provenance(captured), options, given=given, settings=SETTINGS, stage=silent
     )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import fxmerge
 from fxmerge import Options, Plan
 from fxmerge.pipeline import prepared
+from fxmerge.progress import silent
 from tests.helpers.netmaking import Net, conv, one_thread, plain_merge  # noqa: F401
 from tests.helpers.rotation import rotation_errors
 from tests.helpers.values import HEAD, LAYOUTS, Attention, tokens
@@ -219,7 +220,7 @@ def test_components_lose_less_than_channels(layout: str) -> None:
     errors = {}
     for name in ("pca", "auto", "lstsq"):
         options = Options(decomposition=name, keep={group: 0.5}, ignore=("q", "k"), refit="calibration")
-        ready = prepared(model, x, options, [x], lambda stage: None)
+        ready = prepared(model, x, options, [x], silent)
         errors[name] = off(ready.draft(ready.choose(options)).graph, model, x)
     assert errors["pca"] == errors["auto"] < 0.95 * errors["lstsq"], errors
 

@@ -13,6 +13,7 @@ from fxmerge import Options
 from fxmerge.methods.evidence import Reading
 from fxmerge.pipeline import prepared
 from fxmerge.planning.statistics import moments_seen
+from fxmerge.progress import silent
 from tests.helpers.netmaking import Net, conv, one_thread, plain_merge  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -78,7 +79,8 @@ def test_data_find_the_constants_that_weights_do_not_know(forward: Any) -> None:
     model = fitted(forward, x)
     errors = []
     for given in (None, list(x.split(16))):
-        ready = prepared(model, x[:2], Options(ratio=0.25, refit="none" if given is None else "synthetic"), given, str)
+        options = Options(ratio=0.25, refit="none" if given is None else "synthetic")
+        ready = prepared(model, x[:2], options, given, silent)
         draft = ready.draft(ready.choose(ready.options))
         errors.append(off(model, draft.graph, unseen))
     assert errors[1] < 0.75 * errors[0]
@@ -120,5 +122,5 @@ def test_inside_a_recurrent_layer_no_constant_is_lost(size: int, bias: bool) -> 
         for options in ({}, {"decomposition": "prune"}, {"decomposition": "mostsim"})
     )
     assert auto < published
-    ready = prepared(model, x[:2], Options(ratio=0.25), [x], str)
+    ready = prepared(model, x[:2], Options(ratio=0.25), [x], silent)
     assert off(model, ready.draft(ready.choose(ready.options)).graph, x) < pruned
