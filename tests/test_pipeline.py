@@ -330,7 +330,7 @@ def test_denormal_numbers_count_as_zero_during_a_merge_alone(before: bool) -> No
     if not torch.set_flush_denormal(before):
         pytest.skip("this processor computes no denormal number as zero")
     try:
-        ready = prepared(model, torch.randn(3, 4), Options(samples=32), None, lambda name, done=0.0: seen.append(zero()))
+        ready = prepared(model, torch.randn(3, 4), Options(samples=32), None, lambda *_: seen.append(zero()))
         assert zero() == before
         ready.merged(Options(samples=32))
         assert seen and all(seen) and zero() == before
