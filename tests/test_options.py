@@ -299,3 +299,12 @@ def test_a_pattern_that_matches_nothing_lists_the_groups(field: str) -> None:
 def test_keep_too_many_names_the_group() -> None:
     with pytest.raises(FxMergeError, match="second"):
         plain_merge(Net(), torch.randn(2, 3), keep={"second": 7})
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"budget": {"params": 0.5}, "of": ("a",)}, "depth drops branches of the whole model"),
+    ({"budget": {"cache": 0.5}}, "depth cannot be priced by the key-value cache"),
+])  # fmt: skip
+def test_depth_is_refused_where_it_is_not_priced(changes: Any, message: str) -> None:
+    with pytest.raises(FxMergeError, match=message):
+        Options(depth=True, **changes)

@@ -149,6 +149,7 @@ def test_a_merge_on_images(
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--inputs", "{dir}/none.npz"], "there is no file or folder .*none.npz"),
     (["--inputs", "{dir}/bad.npz"], "bad.npz is not a file of arrays of numbers"),
+    (["--inputs", "{dir}/torn.npz"], "torn.npz is not a file of arrays of numbers"),
     (["--inputs", "{dir}/objects.npy"], "objects.npy is not a file of arrays of numbers"),
     (["--inputs", "{dir}/bad.safetensors"], "cannot read"),
     (["--inputs", "{dir}/net.py"], "net.py is neither an image nor a file of arrays"),
@@ -168,6 +169,7 @@ def test_errors(
     (tmp_path / "bad.safetensors").write_text("no arrays")
     np.save(tmp_path / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
     np.savez(tmp_path / "labels.npz", input=np.zeros((1, 3, 6, 6)), labels=np.zeros(1))
+    (tmp_path / "torn.npz").write_bytes((tmp_path / "labels.npz").read_bytes()[:-40])
     (tmp_path / "empty").mkdir()
     assert main(["merge", spec, "--out", str(tmp_path / "o"), *(a.format(dir=tmp_path) for a in arguments)]) == 2
     out, err = capsys.readouterr()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import nan
 from types import SimpleNamespace
 from typing import Any
@@ -63,6 +64,15 @@ def test_it_says_when_refit_was_not_handed_out() -> None:
     other = replaced(report, source="", handed_out=SimpleNamespace(name="pruned"))
     assert "refit was no closer to the original" in merged(other)
     assert "is the one pruned" in merged(other)
+
+
+def test_it_tells_of_branches_that_were_dropped() -> None:
+    model, x = NETS["residual"]()
+    report = plain_merge(model, x, ratio=0.5).report
+    one = replaced(report, plan=replace(report.plan, branches=("layer1.0",)))
+    assert "2 groups of layers dropped 50.0 % of their channels and 1 residual branch left, " in merged(one)
+    alone = replaced(report, plan=replace(report.plan, groups=(), branches=("layer1.0", "layer1.1")))
+    assert "smaller without training: 2 residual branches left, " in merged(alone)
 
 
 def test_nothing_merged_and_an_analysis() -> None:
