@@ -6,18 +6,31 @@ images are only used to measure accuracy; the calibration data of refit are the 
 """
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from torch import nn
 
 import fxmerge
 from benchmarks.harness.page import pyplot, save_plot
 from benchmarks.networks.data import accuracy
 from benchmarks.networks.models import load_checkpoint
-from benchmarks.networks.published import BATCH, NETWORKS, find_weights, flags, images, parse, read_reference
+from benchmarks.networks.published import (
+    BATCH,
+    NETWORKS,
+    VGG_CIFAR10,
+    Ratio,
+    by_convolution,
+    equal_share,
+    find_weights,
+    flags,
+    images,
+    parse,
+    read_reference,
+)
 
 METHODS: dict[str, dict[str, Any]] = {
     "prune": {"decomposition": "prune", "refit": "none", "selection": "l1"},
@@ -40,12 +53,25 @@ class Case:
     ratios: tuple[float, ...]
     calibration: int  # number of training images
     images: int | None = None  # number of test images; None: all of them
+    sizes: Callable[[nn.Module, Ratio], dict[str, Any]] = equal_share
+    channels: str = ""  # which channels are dropped; "": those of the scope
+    dropped: Mapping[float, str] = field(default_factory=dict)  # how a row is named; else the share of its channels
+
+
+def parts_of_vgg16(model: nn.Module, ratio: Ratio) -> dict[str, Any]:
+    """The paper's widths, of which each convolution drops the share `ratio`."""
+    assert ratio is not None
+    return by_convolution([round(width * (1 - ratio)) for width in VGG_CIFAR10])(model, None)
 
 
 CASES: dict[str, Case] = {
     "lenet": Case("lenet", "internal", (0.5, 0.6, 0.7, 0.8), 5000),
     "resnet56": Case("resnet56", "internal", (0.3, 0.5), 500, 2000),
     "resnet56-all": Case("resnet56", "all", (0.3,), 500, 2000),
+    "vgg16": Case(
+        "vgg16", "internal", (0.0, 0.5), 512, sizes=parts_of_vgg16, channels="the paper's widths and half of them",
+        dropped={0.0: "64 % of the parameters", 0.5: "91 % of the parameters"},
+    ),
 }
 
 
@@ -72,7 +98,8 @@ def cells(case: Case, data: Path, weights: Path, console: Console) -> tuple[floa
         for method, options in METHODS.items():
             batches = list(train.split(100)) if method == "refit, training images" else None
             start = time.perf_counter()
-            settings = fxmerge.Options(scope=case.scope, ratio=ratio, threshold=network.threshold, **options)
+            options = {"threshold": network.threshold, "lam": network.lam, **case.sizes(model, ratio), **options}
+            settings = fxmerge.Options(scope=case.scope, **options)
             merged = fxmerge.merge(model, x[:2], settings, calibration=batches).module
             seconds = time.perf_counter() - start
             size = sum(p.numel() for p in merged.parameters())
@@ -88,7 +115,8 @@ def published(case: Case, folder: Path) -> dict[float, float]:
     The published code only merges inner channels.
     """
     best: dict[float, float] = {}
-    for row in read_reference(case.network, folder).get("rows", []) if case.scope == "internal" else []:
+    own = case.scope == "internal" and case.sizes is equal_share
+    for row in read_reference(case.network, folder).get("rows", []) if own else []:
         best[row["ratio"]] = max(best.get(row["ratio"], 0.0), row["merge"])
     return best
 
@@ -96,6 +124,7 @@ def published(case: Case, folder: Path) -> dict[float, float]:
 def markdown(case: Case, original: float, rows: Sequence[Cell], reference: Mapping[float, float]) -> str:
     """The section of the page on one case."""
     network, channels = NETWORKS[case.network], "inner channels" if case.scope == "internal" else "all channels"
+    channels = case.channels or channels
     title = f"## {network.title}, {network.dataset}, {channels}\n\n"
     title += f"{f'first {case.images:,}' if case.images else 'all'} test images, original {original:.2f} %; "
     title += f"{case.calibration:,} unlabelled training images for calibration; "
@@ -104,7 +133,8 @@ def markdown(case: Case, original: float, rows: Sequence[Cell], reference: Mappi
     for ratio in case.ratios:
         by = {c.method: f"{c.accuracy:.2f}" for c in rows if c.ratio == ratio}
         value = f"{reference[ratio]:.2f}" if ratio in reference else "-"
-        lines.append(f"| {ratio:.0%} | " + " | ".join([*(by[m] for m in METHODS), value]) + " |")
+        row = case.dropped.get(ratio, f"{ratio:.0%}")
+        lines.append(f"| {row} | " + " | ".join([*(by[m] for m in METHODS), value]) + " |")
     return "\n".join([title, "", *lines, ""])
 
 
