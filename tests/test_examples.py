@@ -21,12 +21,14 @@ EXPECTED = {
     "finetune.py": ["trained: ", "merged to a sixteenth of the channels: ", "fine-tuned: "],
     "yolo.py": ["predict: Results", "val: mAP50", "train: widths are kept True", "export: .onnx"],
     "hugging_face.py": [" parameters", "pipeline: w1 w2 w3", "Trainer lowers the loss: True", "LoRA"],
+    "quantise_training.py": ["original: ", "2 bits, rounded: ", "2 bits, after one epoch: "],
     "quantise.py": ["(512, 512) torch.float32 -> (256, 256) Int8Tensor", "output by quantising: 0.0"],
 }
-NEEDS = {"merge_your_own.py": "torchvision", "quantise.py": "torchao", "yolo.py": "ultralytics"}
+NEEDS = {"merge_your_own.py": "torchvision", "yolo.py": "ultralytics"}
+NEEDS |= dict.fromkeys(("quantise.py", "quantise_training.py"), "torchao")
 NEEDS["hugging_face.py"] = "accelerate"  # and with it transformers, as Trainer needs it
-SLOW = ("finetune.py", "distill.py", "merge_your_own.py", "quantise.py", "aot_package.py", "yolo.py", "hugging_face.py")
-CHATTY = ("distill.py", "aot_package.py", "quantise.py", "yolo.py", "hugging_face.py")  # libraries log
+CHATTY = ("distill.py", "aot_package.py", "quantise.py", "quantise_training.py", "yolo.py", "hugging_face.py")
+SLOW = ("finetune.py", "merge_your_own.py", *CHATTY)  # CHATTY: libraries log
 
 
 def closer(text: str) -> None:
@@ -41,7 +43,14 @@ def restored(text: str) -> None:
     assert tuned > merged
 
 
-CHECKS = {"distill.py": closer, "finetune.py": restored}  # what is to be said of the numbers that they print
+def mostly_kept(text: str) -> None:
+    original, merged, rounded, trained = map(float, re.findall(r"([\d.]+) %", text))
+    assert original - merged < 1.5 and rounded < original - 8  # two bits are few
+    assert original - trained < 0.5 * (original - rounded)
+
+
+# what is to be said of the numbers that they print
+CHECKS = {"distill.py": closer, "finetune.py": restored, "quantise_training.py": mostly_kept}
 
 
 def test_every_example_is_tested() -> None:
