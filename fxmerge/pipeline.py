@@ -23,9 +23,9 @@ from fxmerge.analysis.groups import overlaps
 from fxmerge.analysis.head_widths import head_widths
 from fxmerge.analysis.propagate import provenance
 from fxmerge.calibration.batches import Batches, with_data
+from fxmerge.calibration.division import for_trials, solving
 from fxmerge.calibration.epilogue import against
 from fxmerge.calibration.fit_probes import RefitData, refit_data
-from fxmerge.calibration.output_error import for_trials
 from fxmerge.calibration.paired_run import Settings
 from fxmerge.calibration.readings import readings
 from fxmerge.calibration.sensitivity import sensitivity
@@ -42,6 +42,7 @@ from fxmerge.methods.allocation import Counts
 from fxmerge.methods.evidence import Reading
 from fxmerge.options import Options
 from fxmerge.plan import GroupPlan, Plan
+from fxmerge.planning.alone import losses_alone
 from fxmerge.planning.budget import Allotted, allot, original_of
 from fxmerge.planning.counts import by_ratio
 from fxmerge.planning.draft import Choice, Draft, drafted
@@ -125,13 +126,14 @@ class Prepared:
         return replace(self.probing, held=self.data.held, made=self.data.made, padding=self.data.padding)
 
     def readings(self, groups: Sequence[Group], batches: Batches | None = None) -> Mapping[str, tuple[Reading, ...]]:
-        """{group: the second moments at its consumers}, for these groups at least, on all of refit's data or a part."""
+        """{group: the second moments at its consumers}, for these at least, on samples of refit's data to solve on."""
         batches = self.data.batches if batches is None else batches
         known = self.seen.setdefault(id(batches), {})
         missing = [g for g in groups if g.name not in known]
         if batches and missing:
             self.stage("survey")
-            known |= readings(self.captured, *self.found, missing, batches, self.settings, self.stage)
+            own = solving(self.captured, batches, self.data.made if batches is self.data.batches else 0)
+            known |= readings(self.captured, *self.found, missing, own, self.settings, self.stage)
         return known
 
     @cached_property
@@ -201,10 +203,8 @@ class Prepared:
     def choice(
         self, options: Options, found: Selected, refusals: Sequence[Refusal], batches: Batches, notes: tuple[str, ...]
     ) -> Choice:
-        return Choice(
-            options=options, chosen=found.chosen, edits=found.edits, refusals=tuple(refusals), batches=batches,
-            notes=notes, turned=found.turned,
-        )  # fmt: skip
+        own = Choice(options=options, chosen=found.chosen, edits=found.edits, refusals=tuple(refusals))
+        return replace(own, batches=batches, notes=notes, turned=found.turned)
 
     def allocation(self, groups: Sequence[Group], options: Options) -> Allotted:
         """How many channels each group keeps, by the ratio or by the budget."""
@@ -218,18 +218,16 @@ class Prepared:
         if options.allocation != "uniform":
             surveyed = self.readings(free) if batches else {}
             self.stage("curves")
+            known = losses_alone(
+                room, lambda counts: self.selection(free, counts, options), batches, self.settings,
+                readings=surveyed, tensors=self.tensors, stage=self.stage,
+            )  # fmt: skip
             errors |= curves(
                 self.captured, facts, free, options, ladders=room.ladders, readings=surveyed, tensors=self.tensors,
-                refitted=bool(batches), sensitivity=self.sensitive if batches else {},
+                refitted=bool(batches), sensitivity=self.sensitive if batches and not known else {}, alone=known,
             )  # fmt: skip
         room = replace(room, errors=errors, refitted=bool(batches))
-
-        def error(counts: Counts) -> float:
-            if errors and self.divided[0]:
-                self.readings(free, self.divided[0])  # at once, for the drafts of all allocations
-            return self.error(groups, counts, options)
-
-        return allot(room, self.tensors, self.stage, error)
+        return allot(room, self.tensors, self.stage, lambda counts: self.error(groups, counts, options))
 
     def selection(self, groups: Sequence[Group], counts: Counts, options: Options) -> Selected:
         """Which channels each group keeps, `counts` of them in each of its cells; edits of sizes, and refusals."""
@@ -246,6 +244,7 @@ class Prepared:
         """
         if self.captured.recorded is not None and not self.data.batches:
             return 0.0
+        self.readings(groups, self.divided[0])  # at once, for all that are compared
         return self.judged(self.choice(options, self.selection(groups, counts, options), (), [], ()))
 
     def judged(self, choice: Choice, refitted: bool = False) -> float:

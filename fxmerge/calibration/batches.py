@@ -14,6 +14,7 @@ from fxmerge.calibration.held_out import HELD_OUT, of_samples, sample_folds, sam
 from fxmerge.calibration.tail import tail
 from fxmerge.calibration.trial_runs import refused
 from fxmerge.calibration.user_data import given
+from fxmerge.calibration.words import vocabularies
 from fxmerge.errors import FxMergeError
 from fxmerge.graph.cost import cost
 from fxmerge.graph.distributed import rank_and_size
@@ -84,7 +85,7 @@ def fed(
             text += f" and {sum(map(samples, more)) * size:,} variants of them"
         return Fed(batches=mine + more, made=len(mine), real=True, source=text)
     own = batch_size(captured)
-    tables, normed = vocabularies(captured, facts), bool(batch_norms(facts))
+    tables, normed = vocabularies(captured.module, facts), bool(batch_norms(facts))
 
     def made(family: str, count: int) -> Batches:
         whole = max(1, min(count, limit) // size) * size  # the last batch is as large as the others
@@ -213,7 +214,7 @@ def enough(captured: Capture, facts: Provenance) -> int:
     wanted = max(USUAL, min(MOST, SMALL // largest_activation(captured, facts)))
     each = cost(captured.module, captured.inputs).flops / batch_size(captured)
     fewest = FEWEST
-    for place in vocabularies(captured, facts):  # each token is a row of every layer
+    for place in vocabularies(captured.module, facts):  # each token is a row of every layer
         fewest = min(fewest, max(1, TOKENS * batch_size(captured) // captured.inputs[place].numel()))
     return max(fewest, min(wanted, int(FORWARD / max(each, 1))))
 
@@ -236,26 +237,6 @@ def largest_activation(captured: Capture, facts: Provenance) -> int:
 def batch_size(captured: Capture) -> int:
     """The batch size of the example inputs: the first axis of the first tensor."""
     return next((v.size(0) for v in captured.inputs if isinstance(v, Tensor) and v.dim()), 1)
-
-
-def vocabularies(captured: Capture, facts: Provenance) -> dict[int, Tensor]:
-    """Placeholder number -> the smallest embedding that it indexes, (vocabulary, features), if it holds token ids."""
-    placeholders = [n.name for n in captured.module.graph.nodes if n.op == "placeholder"]
-    found: dict[int, Tensor] = {}
-    for layer in facts.layers:
-        if layer.op != "embedding":
-            continue
-        node = next(n for n in captured.module.graph.nodes if n.name == layer.node)
-        table = at(captured.module, layer.params["weight"])
-        sources = [s.name for s in node.all_input_nodes]
-        while sources:
-            source = sources.pop()
-            if source in placeholders:
-                number = placeholders.index(source)
-                found[number] = min(table, found.get(number, table), key=len)
-            elif facts.kinds.get(source) in ("movement", "query", "per_channel"):
-                sources += facts.sources.get(source, ())
-    return found
 
 
 def share(batches: Sequence[Sequence[Any]]) -> Batches:

@@ -15,14 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxmerge.calibration.batches import batch_size
-from fxmerge.calibration.epilogue import pair
-from fxmerge.calibration.output_error import difference, relative
-from fxmerge.calibration.paired_run import PairedRun, Settings, moments
+from fxmerge.calibration.paired_run import Settings, moments
 from fxmerge.calibration.trial_runs import first_samples
+from fxmerge.calibration.whole_run import WholeRun, affordable
 from fxmerge.graph.eval_mode import evaluating
-from fxmerge.graph.ops import in_place
-from fxmerge.graph.outputs import returned
 from fxmerge.ir.branches import Branch, Measured
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.labels import varying
@@ -31,7 +27,6 @@ from fxmerge.progress import Stage, silent
 from fxmerge.weights.by_path import at
 
 BUDGET = 1e13  # FLOPs of all runs together, at most; at least one sample
-SAMPLES, ELEMENTS = 256, 2**27  # samples, and elements of all their activations together, at most
 
 
 def measured(
@@ -52,7 +47,7 @@ def measured(
     """
     if not branches:
         return ()
-    some = first_samples(captured, batches, _affordable(captured, len(branches), flops))
+    some = first_samples(captured, batches, affordable(captured, len(branches), flops, BUDGET))
     with evaluating(captured.module), torch.no_grad():
         losses = _Losses(captured, facts, some, settings, means)
         without = losses.without(branches)
@@ -71,13 +66,6 @@ def measured(
                 )
             )
     return tuple(found)
-
-
-def _affordable(captured: Capture, count: int, flops: Mapping[str, int]) -> int:
-    """The number of samples on which the original can run once, and half of it once for each of `count` branches."""
-    size = max(batch_size(captured), 1)
-    whole, elements = sum(flops.values()) / size, sum(torch.Size(s).numel() for s in captured.shapes.values()) // size
-    return max(1, min(SAMPLES, ELEMENTS // max(elements, 1), int(BUDGET / max(whole * (1 + count / 2), 1))))
 
 
 def _parameters(captured: Capture, branch: Branch) -> int:
@@ -102,14 +90,12 @@ class _Start:
 
 
 class _Losses:
-    """One run of the original whose values are all kept, and runs of what follows an add on other values."""
+    """Runs without branches."""
 
     def __init__(
         self, captured: Capture, facts: Provenance, batches: Sequence[Sequence[Any]], settings: Settings, means: bool
     ) -> None:
-        self.module, self.facts, self.means = captured.module, facts, means
-        self.paired = PairedRun(pair(captured.module, facts), batches, settings)
-        self.nodes: list[fx.Node] = list(captured.module.graph.nodes)
+        self.whole, self.facts, self.means = WholeRun(captured, facts, batches, settings), facts, means
         self.starts: dict[str, list[_Start]] = {}  # by the node of the add
 
     def without(self, branches: Sequence[Branch]) -> list[_Start]:
@@ -121,27 +107,23 @@ class _Losses:
 
     def run(self) -> None:
         """Runs the original."""
-        values = self.paired.merged.values
-        for node in self.nodes:
-            first = self._updated(node)
-            before = values.get(first.name) if first is not None else None
-            if before is not None and first is not None:
-                values[first.name] = [_copied(value) for value in before]
-            self.paired.advance(node)
-            if before is not None and first is not None:
-                values[first.name] = before
+        values = self.whole.paired.merged.values
+
+        def begin(node: fx.Node) -> None:
             for start in self.starts.get(node.name, ()):
                 self._begin(start, values[node.name], values[start.branch.end])
+
+        self.whole.run(begin)
 
     def _begin(self, start: _Start, sums: Sequence[Tensor], ends: Sequence[Tensor]) -> None:
         """Puts the mean of a branch in its place."""
         rest = [total - end for total, end in zip(sums, ends, strict=True)]
-        labels = self.facts.labels.get(start.branch.add)
+        labels, paired = self.facts.labels.get(start.branch.add), self.whole.paired
         axes = varying(labels) if labels is not None and labels.dim() == rest[0].dim() else ()
         if len(axes) == 1 and self.means:
-            own = self.paired.unpadded(start.branch.end, ends)
+            own = paired.unpadded(start.branch.end, ends)
             along = axes[0] - ends[0].dim() + own[0].dim()
-            mean = moments(own, along, self.paired.reduce)[0].to(rest[0].dtype)
+            mean = moments(own, along, paired.reduce)[0].to(rest[0].dtype)
             level = mean.view(-1, *[1] * (rest[0].dim() - 1 - axes[0]))
             if bool(level.any()):
                 start.level, rest = level, [value + level for value in rest]
@@ -149,41 +131,6 @@ class _Losses:
 
     def loss(self, start: _Start) -> float:
         """The relative square error of the model's outputs without a branch."""
-        output = self.nodes[-1]
-        sums: dict[int, Tensor] = {}
-        for number, value in enumerate(start.values):
-            known = self._after(start.branch.add, value, number)
-            pairs = zip(
-                returned(self.paired.merged.call(output, number)),
-                returned(self.paired.merged.call(output, number, known)),
-                strict=True,
-            )
-            for place, (y, z) in enumerate(pairs):
-                own = difference(self.paired, number, y, z)
-                sums[place] = sums[place] + own if place in sums else own
+        found = self.whole.loss({start.branch.add: lambda given, number: start.values[number]})
         start.values = ()
-        return relative(list(sums.values()), self.paired.reduce)
-
-    def _after(self, add: str, value: Tensor, number: int) -> dict[str, Any]:
-        """The values of the nodes that depend on an add, for another value of it, in one batch."""
-        known: dict[str, Any] = {add: value}
-        for node in self.nodes:
-            if node.op == "output" or node.name in known or not any(n.name in known for n in node.all_input_nodes):
-                continue
-            first, given = self._updated(node), known
-            if first is not None and first.name not in known:
-                given = known | {first.name: _copied(self.paired.merged.values[first.name][number])}
-            known[node.name] = self.paired.shifted(node, self.paired.again(node, given, number))
-        return known
-
-    def _updated(self, node: fx.Node) -> fx.Node | None:
-        """The operand that a node updates in place."""
-        if node.op not in ("call_module", "call_function", "call_method") or not node.args:
-            return None
-        target = self.module.get_submodule(str(node.target)) if node.op == "call_module" else node.target
-        first = node.args[0]
-        return first if isinstance(first, fx.Node) and in_place(node, target) else None
-
-
-def _copied(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
+        return found

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from math import inf, isfinite
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fxmerge.calibration.batches import Batches
-from fxmerge.calibration.held_out import of_samples, samples
 from fxmerge.calibration.padding import rest
 from fxmerge.calibration.paired_run import Pair, PairedRun, Settings, Visit
-from fxmerge.calibration.trial_runs import first_samples, takes_any_batch
 from fxmerge.graph.eval_mode import evaluating
 from fxmerge.graph.outputs import returned
-from fxmerge.ir.capture import Capture
 from fxmerge.methods.least_squares import Reduce
 
-FEWEST = 4  # batches that are divided without cutting one
-TRIED = 64  # samples that drafts are fitted to and compared on, at most; at least a batch
+ROWS = 256  # scores of words that are compared at a time
 
 
 def output_error(
@@ -30,6 +24,8 @@ def output_error(
     """The relative square error of the merged graph's outputs, as shares of their variances: the mean over all outputs.
 
     judges: (samples,) bool by batch: the samples that count; all by default
+
+    Where an output scores words, it is the divergence of the distributions, as a share of what the original's tell.
 
     0 where the model returns no real numbers, and infinite where they are not finite.
     """
@@ -45,35 +41,21 @@ def output_error(
 
 def relative(sums: Sequence[Tensor], reduce: Reduce) -> float:
     """The relative square error, the mean over outputs, from `difference` summed over batches, for each output."""
-    if not sums:
-        return 0.0
-    total = reduce(torch.stack(list(sums)))  # (outputs, 4)
-    lost, power, level, count = total.unbind(1)
-    found = float((lost / (power - level.square() / count.clamp(min=1)).clamp(min=1e-300)).mean())
-    return found if isfinite(found) else inf
+    found = [_share(reduce(total)) for total in sums]
+    mean = sum(found) / max(len(found), 1)
+    return mean if isfinite(mean) else inf
 
 
-def for_trials(captured: Capture, batches: Batches) -> tuple[Batches, Batches]:
-    """Batches to fit drafts on that are compared, and batches to judge them on: of the first TRIED samples."""
-    some = first_samples(captured, batches, TRIED) if batches else []
-    return halves(some, takes_any_batch(captured)) if some else ([], [])
-
-
-def halves(batches: Batches, divisible: bool) -> tuple[Batches, Batches]:
-    """Batches to fit on, and a quarter of the samples to judge on.
-
-    divisible: whether a batch may be cut, as it is where there are fewer than FEWEST. With a single sample, or batches
-               that are indivisible and too few, both are all batches
-    """
-    if len(batches) < FEWEST:
-        batches = [part for batch in batches for part in (_cut(batch) if divisible else [batch])]
-    last = max(1, len(batches) // 4)
-    return (batches[:-last], batches[-last:]) if len(batches) > 1 else (batches, batches)
-
-
-def _cut(batch: Sequence[Any]) -> Batches:
-    bounds = [samples(batch) * number // FEWEST for number in range(FEWEST + 1)]
-    return [of_samples(batch, slice(low, high)) for low, high in pairwise(bounds) if high > low]
+def _share(total: Tensor) -> float:
+    """The relative error of one output from the sums of `difference`."""
+    lost, power, count, *_ = total.unbind()
+    level = total[3:] / count.clamp(min=1)
+    whole = (
+        power - count * level.square().sum()
+        if len(level) == 1
+        else count * float(torch.special.entr(level).sum()) - power
+    )
+    return float(lost / whole.clamp(min=1e-300))
 
 
 def _sums(run: PairedRun, visit: Visit, judges: Sequence[Tensor] | None) -> list[Tensor]:
@@ -89,7 +71,10 @@ def _sums(run: PairedRun, visit: Visit, judges: Sequence[Tensor] | None) -> list
 
 def difference(run: PairedRun, number: int, y: Tensor, z: Tensor, judges: Tensor | None = None) -> Tensor:
     """Sums over the entries of one output, y of the original and z of the merged graph, in the batch with this number:
-    of the squared differences, of the squares of y, of y, and of ones, (4,).
+    of the squared differences, of the squares of y, of ones, and of y, (4,).
+
+    Of scores of words: of the divergences of their distributions, KL(y | z), of the entropies of y, of ones, and of the
+    distributions of y, (3 + words,): the share that is lost of what y tells of the words.
     """
     own = None if judges is None else judges.to(y.device)
     real = None if run.padding is None else run.padding.real("output", run.original.batches[number], y.shape)
@@ -98,6 +83,22 @@ def difference(run: PairedRun, number: int, y: Tensor, z: Tensor, judges: Tensor
         y, z = (t.reshape(*real.shape, *rest(t.shape, real))[chosen] for t in (y, z))
     elif own is not None and y.dim() and y.size(0) == len(own):
         y, z = (t[own] for t in (y, z))
+    if y.dim() > 1 and y.size(-1) in run.words and y.is_floating_point():
+        return _of_words(y.flatten(0, -2), z.flatten(0, -2))
     y, z = (torch.view_as_real(t) if t.is_complex() else t for t in (y, z))
-    parts = [(z.double() - y.double()).square().sum(), y.double().square().sum(), y.double().sum()]
-    return torch.stack([*(p.cpu() for p in parts), torch.tensor(float(y.numel()), dtype=torch.float64)])
+    parts = [(z.double() - y.double()).square().sum(), y.double().square().sum()]
+    return torch.stack([*(p.cpu() for p in parts), torch.tensor(float(y.numel())).double(), y.double().sum().cpu()])
+
+
+def _of_words(y: Tensor, z: Tensor) -> Tensor:
+    """`difference` of scores (rows, words)."""
+    lost = entropy = torch.zeros(1, dtype=torch.float64, device=y.device)
+    whole = torch.zeros(y.size(-1), dtype=torch.float64, device=y.device)
+    for first in range(0, len(y), ROWS):
+        own, other = y[first : first + ROWS], z[first : first + ROWS]
+        logs, others = own.float().log_softmax(-1), other.float().log_softmax(-1)
+        shares = logs.exp()
+        lost = lost + (shares * (logs - others)).sum(-1).double().sum()
+        entropy = entropy - (shares * logs).sum(-1).double().sum()
+        whole = whole + shares.sum(0, dtype=torch.float64)
+    return torch.cat([lost, entropy, torch.full_like(lost, len(y)), whole]).cpu()

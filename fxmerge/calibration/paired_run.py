@@ -27,6 +27,7 @@ from fxmerge.calibration.patches import Form, positions
 from fxmerge.calibration.sample_run import SampleRun, narrowed
 from fxmerge.calibration.stream import Stream, Values
 from fxmerge.calibration.tail import tail
+from fxmerge.calibration.words import word_counts
 from fxmerge.graph.nested import fresh
 from fxmerge.ir.provenance import Layer, Provenance
 from fxmerge.methods.least_squares import Reduce
@@ -107,6 +108,7 @@ class PairedRun:
         self.shifts: dict[str, Tensor] = {}  # held layer -> what is added to its outputs, (c,)
         self.kept, self.reduce, self.padding = pair.kept, settings.reduce, settings.padding
         self.facts, self.alive = pair.facts, pair.alive
+        self.words = word_counts(pair.original, pair.facts)
         self.folds = sample_folds([samples(batch) for batch in batches], settings.made)
         self.known: dict[str, tuple[Tensor, Tensor]] = {}  # BatchNorm -> mean and deviation over the batches
 

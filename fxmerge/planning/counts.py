@@ -83,6 +83,12 @@ def _asked(group: Group, options: Options) -> tuple[int, ...] | None:
     return counts
 
 
+def nearest(ladder: Floats, share: float) -> int:
+    """The rung that keeps about this share of the channels; not the one that keeps all, if there is another."""
+    kept = ladder.sum(1) / ladder[0].sum()
+    return max(int(np.argmin(np.abs(kept - share))), min(1, len(ladder) - 1))
+
+
 def rungs(group: Group, options: Options) -> Floats:
     """A group's ladder: the channels that its cells may keep under a budget, (R, cells), from all to the fewest.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx
@@ -43,8 +43,8 @@ class Choice:
     chosen: Chosen
     edits: Mapping[str, Call]
     refusals: tuple[Refusal, ...]
-    batches: Batches
-    notes: tuple[str, ...]
+    batches: Batches = field(default_factory=list)
+    notes: tuple[str, ...] = ()
     turned: frozenset[str] = frozenset()
 
 

@@ -24,6 +24,7 @@ from fxmerge.methods.allocation import Floats
 from fxmerge.methods.elimination import curve
 from fxmerge.methods.evidence import Reading
 from fxmerge.options import Options
+from fxmerge.planning.alone import NONE, calibrated
 from fxmerge.planning.candidates import candidates
 from fxmerge.planning.components import able, components_of
 from fxmerge.planning.sources import covariance_of
@@ -47,6 +48,7 @@ def curves(
     tensors: Mapping[str, Tensor],
     refitted: bool,
     sensitivity: Mapping[str, float],
+    alone: Mapping[str, tuple[int, float]],
 ) -> dict[str, Floats]:
     """{group: the error at each of its rungs, (R,)}, ascending.
 
@@ -54,6 +56,7 @@ def curves(
     readings:     {group: its consumers' second moments on refit's data}, where there is data
     refitted:     whether layers will be re-solved
     sensitivity:  {layer: how much the model's outputs change with an error in its outputs}
+    alone:        {group: a rung, and what the outputs lose if the group alone narrows to it}: curves are scaled to it
     """
     norms = batch_norms(facts)
     refitted = refitted or options.by_channels.decomposition in ("lstsq", "auto")
@@ -79,7 +82,13 @@ def curves(
                 total += own[kept[:, cell].astype(np.int64)]
         weights = [sensitivity.get(m.layer.node, 0.0) for m in group.consumers or group.producers]
         found[group.name] = np.maximum.accumulate(total) * (sum(weights) ** POWER if sensitivity else 1.0)
-    return found
+    pairs = [(loss, found[name][rung]) for name, (rung, loss) in alone.items()]
+    factors = [loss / own for loss, own in pairs if loss > NONE and own > NONE]
+    typical = float(np.median(factors)) if factors else 1.0
+    return {
+        name: calibrated(own, ladders[name], *alone[name], typical) if name in alone else own * typical
+        for name, own in found.items()
+    }
 
 
 def _expected(

@@ -12,13 +12,11 @@ from dataclasses import replace as replaced
 from math import isfinite, sqrt
 from typing import Any, Protocol
 
-import torch
-from torch import Tensor, fx
+from torch import fx
 
-from fxmerge.calibration.held_out import HELD_OUT, JUDGES, of_samples, sample_folds, samples
+from fxmerge.calibration.division import judging
 from fxmerge.calibration.output_error import output_error
 from fxmerge.calibration.paired_run import Pair, Settings
-from fxmerge.calibration.trial_runs import refused
 from fxmerge.ir.capture import Capture
 from fxmerge.progress import Stage
 from fxmerge.refit.records import Refitted
@@ -61,11 +59,11 @@ def closest(
             is closer to the original
     """
     assert pair.merged is not None
-    judging, judges = _judging(captured, batches, settings)
+    held, judges = judging(captured, batches, settings)
     alone = replaced(settings, made=0)
 
     def off(graph: fx.GraphModule | None) -> float:
-        return sqrt(output_error(replaced(pair, merged=graph), judging, alone, judges))
+        return sqrt(output_error(replaced(pair, merged=graph), held, alone, judges))
 
     errors = {MERGED: off(pair.merged)}
     stage("refit")
@@ -73,22 +71,3 @@ def closest(
     errors = {REFITTED: off(pair.merged), **errors, PRUNED: off(others[PRUNED]().graph)}
     best = min(errors, key=errors.__getitem__)
     return refitted if best == REFITTED else (), HandedOut(best, errors)
-
-
-def _judging(
-    captured: Capture, batches: Sequence[Sequence[Any]], settings: Settings
-) -> tuple[list[Sequence[Any]], list[Tensor]]:
-    """The batches with samples held out, and which they are; all samples of the first batch if none is held out.
-
-    The other samples are left out if the model takes batches of these alone, unless streams are held and few samples
-    would be left to hold them by.
-    """
-    held = [folds == HELD_OUT for folds in sample_folds([samples(batch) for batch in batches], settings.made)]
-    chosen = [(batch, some) for batch, some in zip(batches, held, strict=True) if some.any()]
-    if not chosen:
-        return [batches[0]], [torch.ones(samples(batches[0]), dtype=torch.bool)]
-    enough = not settings.held or sum(int(some.sum()) for _, some in chosen) >= JUDGES
-    alone = [of_samples(batch, some) for batch, some in chosen]
-    if enough and not any(refused(captured, batch) for batch in {samples(batch): batch for batch in alone}.values()):
-        return list(alone), [some[some] for _, some in chosen]
-    return [batch for batch, _ in chosen], [some for _, some in chosen]

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fxmerge.analysis.propagate import provenance
-from fxmerge.calibration.output_error import halves, output_error
+from fxmerge.calibration.division import halves
+from fxmerge.calibration.output_error import output_error
 from fxmerge.calibration.paired_run import Pair, Settings
 from fxmerge.capture.capture_model import capture
 
