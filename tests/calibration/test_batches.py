@@ -258,7 +258,7 @@ def test_tokens_are_found_with_the_table_that_they_index() -> None:
     mask[0, 6:] = 0
     model = Words()
     captured = capture(model.eval(), (ids, mask))
-    ((number, table),) = vocabularies(captured, provenance(captured)).items()
+    ((number, table),) = vocabularies(captured.module, provenance(captured)).items()
     assert number == 0 and torch.equal(table, model.table.weight)
     found = data(model, (ids, mask), samples=128)
     assert torch.equal(found.batches[0][1], mask.repeat(32, 1)) and torch.equal(found.batches[0][0][:2], ids)

@@ -186,7 +186,7 @@ def test_layers_on_vectors_are_solved(options: Any) -> None:
     plain = plain_merge(model, batches[0], **options | {"selection": "l2"})
     with torch.no_grad():
         one, other, before = ([m(x) for x in batches] for m in (model, result.module, plain.module))
-    assert difference(one, other) < 0.5 * difference(one, before)
+    assert difference(one, other) < 0.65 * difference(one, before)
 
 
 @pytest.mark.parametrize("factor", [1e12, 1e18])
