@@ -224,7 +224,7 @@ class Prepared:
             )  # fmt: skip
             errors |= curves(
                 self.captured, facts, free, options, ladders=room.ladders, readings=surveyed, tensors=self.tensors,
-                refitted=bool(batches), sensitivity=self.sensitive if batches else {}, alone=known,
+                refitted=bool(batches), sensitivity=self.sensitive if batches and not known else {}, alone=known,
             )  # fmt: skip
         room = replace(room, errors=errors, refitted=bool(batches))
         return allot(room, self.tensors, self.stage, lambda counts: self.error(groups, counts, options))

@@ -1,12 +1,11 @@
 """What the model's outputs lose if one group alone narrows, measured on a few samples.
 
 Each consumer reads what the kept channels tell of the dropped ones, and only what follows the consumers runs again. The
-losses of groups that narrow together add up, nearly, while they are small. But this is the loss before refit, of which
-later layers make good a part; what an error curve tells is what re-solving cannot recover, though only in one layer,
-and weighted by a gradient. Curves are scaled so that, at the width where the loss was measured, they are the geometric
-mean of both. Far beyond that width, a group may lose more than its curve tells: in its consumers' terms, what is left
-to lose becomes less and less. There, the loss is at least that at the measured width times the square of how many more
-channels are dropped.
+losses of groups that narrow together add up, nearly, while they are small. An error curve tells how the loss of its
+group grows with the channels that it drops, in the group's own terms; it is scaled to the measured loss. Far beyond the
+width at which that was measured, a group may lose more than its curve tells: in its consumers' terms, what is left to
+lose becomes less and less. There, the loss is at least the measured one times the square of how many more channels are
+dropped.
 """
 
 from __future__ import annotations
@@ -41,7 +40,6 @@ from fxmerge.weights.by_path import at
 
 BUDGET = 5e12  # FLOPs of all runs together, at most; at least one sample
 BEYOND = 2.0  # the power with which a loss grows at least beyond the measured width
-SHARE = 0.5  # the power of the measured loss in the geometric mean with what the curve tells
 NONE = 1e-9  # a loss that is rounding
 
 
@@ -92,14 +90,14 @@ def losses_alone(
 
 
 def calibrated(errors: Floats, ladder: Floats, rung: int, loss: float, typical: float) -> Floats:
-    """The errors of a group at its rungs, (R,): at the rung where `loss` was measured, the geometric mean with it.
+    """The errors of a group at its rungs, (R,), so that it loses `loss` at the rung where that was measured.
 
     errors:   those of its curve
     ladder:   channels kept in each cell at each rung, (R, cells)
-    typical:  the ratio of loss and error for a group whose curve or measured loss is zero there
+    typical:  the factor for a group whose curve or measured loss is zero there
     """
     factor = loss / errors[rung] if errors[rung] > NONE and loss > NONE else typical
-    found = errors * factor**SHARE
+    found = errors * factor
     dropped = 1 - ladder.sum(1) / ladder[0].sum()
     law = np.where(dropped > dropped[rung], found[rung] * (dropped / dropped[rung]) ** BEYOND, 0.0)
     return np.maximum.accumulate(np.maximum(found, law))

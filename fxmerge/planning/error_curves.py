@@ -24,7 +24,7 @@ from fxmerge.methods.allocation import Floats
 from fxmerge.methods.elimination import curve
 from fxmerge.methods.evidence import Reading
 from fxmerge.options import Options
-from fxmerge.planning.alone import NONE, SHARE, calibrated
+from fxmerge.planning.alone import NONE, calibrated
 from fxmerge.planning.candidates import candidates
 from fxmerge.planning.components import able, components_of
 from fxmerge.planning.sources import covariance_of
@@ -86,7 +86,7 @@ def curves(
     factors = [loss / own for loss, own in pairs if loss > NONE and own > NONE]
     typical = float(np.median(factors)) if factors else 1.0
     return {
-        name: calibrated(own, ladders[name], *alone[name], typical) if name in alone else own * typical**SHARE
+        name: calibrated(own, ladders[name], *alone[name], typical) if name in alone else own * typical
         for name, own in found.items()
     }
 

@@ -111,9 +111,9 @@ def test_the_model_is_not_changed() -> None:
 def test_curves_are_scaled_to_what_was_measured_and_grow_beyond() -> None:
     ladder = np.array([[10.0], [8.0], [6.0], [2.0]])
     errors = np.array([0.0, 0.1, 0.4, 0.5])
-    # at the second rung 0.004, and 0.02 = sqrt(0.1 * 0.004); beyond, at least that times the squares of 2 and of 4
-    assert calibrated(errors, ladder, 1, 0.004, 9.0) == pytest.approx([0, 0.02, 0.08, 0.32])
+    # at the second rung 0.02: a factor of 0.2; beyond, at least 0.02 times the squares of 2 and of 4
+    assert calibrated(errors, ladder, 1, 0.02, 9.0) == pytest.approx([0, 0.02, 0.08, 0.32])
     # at the third rung: below it the curve is scaled by a tenth
-    assert calibrated(errors, ladder, 2, 0.004, 9.0) == pytest.approx([0, 0.01, 0.04, 0.16])
+    assert calibrated(errors, ladder, 2, 0.04, 9.0) == pytest.approx([0, 0.01, 0.04, 0.16])
     # where nothing was lost, the curve counts by the typical factor
-    assert calibrated(errors, ladder, 1, 0.0, 9.0) == pytest.approx([0, 0.3, 1.2, 4.8])
+    assert calibrated(errors, ladder, 1, 0.0, 3.0) == pytest.approx([0, 0.3, 1.2, 4.8])
