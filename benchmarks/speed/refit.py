@@ -124,7 +124,7 @@ def measured(model: nn.Module, example: torch.Tensor, data: Any, changes: Mappin
     """The CPU seconds of a merge, by stage too, those of one forward pass over its samples, and its peak memory."""
     marks: list[tuple[str, float]] = []
 
-    def stage(name: str) -> None:
+    def stage(name: str, done: float = 0.0) -> None:
         marks.append((name.split()[0], time.process_time()))
 
     options = fxmerge.Options(**changes | ({"refit": "calibration"} if data else {}))

@@ -123,7 +123,7 @@ def stage_seconds() -> Iterator[dict[str, float]]:
     @contextmanager
     def watch() -> Iterator[Callable[[str], None]]:
         marks: list[tuple[str, float]] = []
-        yield lambda stage: marks.append((stage.split()[0], time.process_time()))
+        yield lambda stage, done=0.0: marks.append((stage.split()[0], time.process_time()))
         marks.append(("", time.process_time()))
         for stage, own in by_stage(marks).items():
             seconds[stage] += own

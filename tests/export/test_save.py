@@ -238,6 +238,7 @@ def test_batch_norms_of_exported_graphs_take_their_inputs(dims: int, tmp_path: P
     assert difference(given(result, result.module), given(result, fxmerge.load(tmp_path / "saved"))) <= 1e-6
 
 
+@pytest.mark.slow
 def test_what_a_folder_holds(folders: dict[str, Any]) -> None:
     result, folder, _ = folders["residual"]
     names = {"model.py", "weights.safetensors", "plan.json", "report.txt", "report.json", "report.html"}
@@ -250,6 +251,7 @@ def test_what_a_folder_holds(folders: dict[str, Any]) -> None:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_model_py_is_plain_and_formatted(name: str, folders: dict[str, Any]) -> None:
     if name not in folders:
@@ -271,6 +273,7 @@ def test_model_py_is_plain_and_formatted(name: str, folders: dict[str, Any]) -> 
     assert found.returncode == 0, found.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet18", "vit", "odd"])
 def test_golden_source(name: str, folders: dict[str, Any]) -> None:
     """The generated code equals the stored one; FXMERGE_UPDATE_GOLDEN=1 updates it."""
@@ -284,6 +287,7 @@ def test_golden_source(name: str, folders: dict[str, Any]) -> None:
     assert text == golden.read_text()
 
 
+@pytest.mark.slow
 def test_ties_frozen_parameters_and_types_come_back(folders: dict[str, Any]) -> None:
     _, folder, model = folders["odd"]
     for module in (fxmerge.load(folder), fxmerge.load(folder, model=model)):
@@ -295,6 +299,7 @@ def test_ties_frozen_parameters_and_types_come_back(folders: dict[str, Any]) -> 
     assert {v.dtype for v in fxmerge.load(folders["bfloat16"][1]).parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.slow
 def test_generate_in_the_users_class(folders: dict[str, Any]) -> None:
     if "gpt2" not in folders:
         pytest.skip("transformers is not installed")
