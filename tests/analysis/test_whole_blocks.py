@@ -294,6 +294,7 @@ def refitted_and_not(cls: Any, **options: Any) -> tuple[float, float]:
     return error(calibration=batches), error(refit="none")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("selection", ["l2", "repair"])
 @every_whole
 def test_refit_repairs_them(cls: Any, selection: str) -> None:

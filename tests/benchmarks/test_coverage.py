@@ -32,6 +32,7 @@ def table(*rows: dict[str, Any]) -> str:
     return page({(r["suite"], r["name"], r["tool"]): r for r in rows})
 
 
+@pytest.mark.slow
 def test_squeezenet_is_measured() -> None:
     pytest.importorskip("torchvision")
     found = combined(map(json.dumps, one_model.findings("fxmerge", "torchvision", "squeezenet1_1", 0)))

@@ -321,6 +321,7 @@ def run(folder: Path, *flags: str) -> dict[tuple[float, str], dict[str, Any]]:
     return {(row["removed"], row["method"]): row for row in found}
 
 
+@pytest.mark.slow
 def test_a_run_is_measured_written_and_resumed(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     first = run(folder, "--only", "dense", "--only", "wanda", "--removed", "0.2")
     assert list(first) == [(0.0, "dense"), (0.2, "wanda")]

@@ -161,6 +161,7 @@ def test_probes_come_in_batches_of_the_example_where_the_model_takes_no_others(
     assert len(found.batches) == (32 if wanted else 8) and not found.notes
 
 
+@pytest.mark.slow
 def test_a_fixed_batch_size_is_refitted_as_any_other() -> None:
     torch.manual_seed(0)
     fixed, plain, x = Fixed(), Plain(), torch.randn(2, 3, 16, 16)

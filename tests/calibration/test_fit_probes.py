@@ -190,6 +190,7 @@ def test_a_singular_system_is_solved() -> None:
     torch.testing.assert_close(result.module(x), model(x), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_recorded_model_is_refitted_on_runs_of_its_own_code() -> None:
     class Steered(nn.Module):
         def __init__(self) -> None:

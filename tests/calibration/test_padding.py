@@ -62,6 +62,7 @@ SETTINGS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", SETTINGS, ids=["ratio", "budget", "few rows", "lstsq"])
 @pytest.mark.parametrize("kind", ["mask", "inverted", "pooled"])
 def test_what_is_at_the_padding_changes_nothing(given: dict[str, Any], kind: str) -> None:

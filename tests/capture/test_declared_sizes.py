@@ -47,6 +47,7 @@ FREE: dict[str, Any] = {"tokens": {0: BATCH, 1: LENGTH}, "mask": {0: BATCH, 1: L
 SAMPLES: dict[str, Any] = {"tokens": {0: BATCH}, "mask": {0: BATCH}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("samples", [3, 1])
 def test_a_size_that_is_declared_varies_in_all_forms(samples: int, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")

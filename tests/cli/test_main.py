@@ -177,6 +177,7 @@ def test_draw_by_ending(ending: str, capsys: pytest.CaptureFixture[str], spec: s
     assert "output" in text or ending in (".graphml", ".json")
 
 
+@pytest.mark.slow
 def test_merge_draws_its_report(capsys: pytest.CaptureFixture[str], spec: str, tmp_path: Path) -> None:
     path = tmp_path / "merge.html"
     status, out, err = run(capsys, "merge", spec, "--out", str(tmp_path / "o"), "--report", str(path))

@@ -109,6 +109,7 @@ def test_generates_what_its_own_argmax_is(name: str, tmp_path: Path) -> None:
         assert tied == model.config.tie_word_embeddings
 
 
+@pytest.mark.slow
 def test_widths_that_a_configuration_has_are_a_plain_model(tmp_path: Path) -> None:
     """The width of the MLPs alone: no code in the folder, and the class itself reads it."""
     model, given = model_of("LlamaForCausalLM"), inputs("LlamaForCausalLM")
@@ -121,6 +122,7 @@ def test_widths_that_a_configuration_has_are_a_plain_model(tmp_path: Path) -> No
     assert difference([logits(result.module, given)], [logits(again, given)]) < 1e-5
 
 
+@pytest.mark.slow
 def test_whole_heads_are_a_plain_model(tmp_path: Path) -> None:
     """Key-value heads leave together with their queries."""
     model, given = model_of("LlamaForCausalLM"), inputs("LlamaForCausalLM")

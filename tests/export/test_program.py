@@ -112,6 +112,7 @@ def test_example_inputs_may_be_given_too() -> None:
     assert difference(outputs(result.module, (x,)), outputs(replayed.module, (x,))) <= 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_onnx(name: str, tmp_path: Path) -> None:
     """onnxruntime reproduces the merged model's outputs, also for another batch size."""

@@ -112,6 +112,7 @@ def test_models_that_are_captured_in_parts(kind: str) -> None:
         assert left == pytest.approx(spent.left, rel=1e-9)
 
 
+@pytest.mark.slow
 def test_layers_of_a_language_model() -> None:
     """The embedding and the head, which narrow with the stream, are not counted; biases that refit adds are."""
     model, x = llama(), {"input_ids": torch.randint(1, 60, (4, 12), generator=torch.Generator().manual_seed(0))}

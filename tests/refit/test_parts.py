@@ -121,6 +121,7 @@ HELD = images(6, 99)
 SAME = {"selection": "l2", "decomposition": "prune", "samples": 32}  # what refit finds here is refit's own
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data", ["example", "calibration"])
 def test_refit_improves_a_detector_on_unseen_images(data: str) -> None:
     model = Detector()
@@ -137,6 +138,7 @@ def test_refit_improves_a_detector_on_unseen_images(data: str) -> None:
     assert set(after.module(HELD)) == {"kinds", "places"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data", ["example", "calibration"])
 def test_refit_improves_a_model_with_control_flow(data: str) -> None:
     model = Steered()

@@ -227,6 +227,7 @@ def test_calibration_must_be_given() -> None:
         repaired(*NETS["mlp"](), refit="calibration")
 
 
+@pytest.mark.slow
 def test_refit_beats_merging_on_the_callers_data() -> None:
     model, x = NETS["residual"]()
     data = torch.randn(256, *x.shape[1:], generator=torch.Generator().manual_seed(5))

@@ -48,6 +48,7 @@ def shown_whole(tab: Opened, group: Any) -> None:
     assert shade == tab.all("#panel h2 .swatch", "e => getComputedStyle(e).backgroundColor")[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [1400, 1024, 390])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_link_opens_the_page_at_a_group(width: int, scheme: str, opened: Any) -> None:

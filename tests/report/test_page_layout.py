@@ -121,6 +121,7 @@ LEGIBLE = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("by", ["group", "error", "saving"])
 def test_texts_are_legible(by: str, scheme: str, text: str, opened: Any) -> None:
@@ -170,6 +171,7 @@ def saved(tab: Opened, button: str) -> bytes:
     return Path(download.value.path()).read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_png_and_svg_hold_the_whole_drawing(scheme: str, text: str, opened: Any) -> None:
     image = pytest.importorskip("PIL.Image")

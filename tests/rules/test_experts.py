@@ -99,6 +99,7 @@ def kept_of(result: fxmerge.Result, experts: int) -> Tensor:
     return torch.stack([kept[kept // width == e] % width for e in range(experts)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_each_expert_narrows_by_its_own_choice(name: str) -> None:
     """As a model of a narrower configuration with the same weights; on other numbers of tokens, routed otherwise."""
@@ -158,6 +159,7 @@ def test_a_loop_over_the_experts_in_use_is_not_frozen() -> None:
     assert torch.allclose(logits(result.module, other), logits(model, other), rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_refit_solves_each_expert_on_its_own_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """Half of the channels are copies: without them, the others carry all. An expert without tokens is not changed."""
     monkeypatch.setitem(fxmerge.SELECTORS, "first", lambda channels, count: torch.arange(count))
@@ -185,6 +187,7 @@ def test_refit_solves_each_expert_on_its_own_tokens(monkeypatch: pytest.MonkeyPa
     assert torch.allclose(other[:3], whole[:3, :8] + whole[:3, 8:], rtol=0, atol=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_own_class_and_plain_folder(name: str, tmp_path: Any) -> None:
     """One configuration describes the experts, whichever channels each of them has kept."""

@@ -114,6 +114,7 @@ PRODUCTS: dict[str, tuple[Any, bool]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exported", [False, True])
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_a_product_with_a_weight_is_a_linear_layer(name: str, exported: bool) -> None:

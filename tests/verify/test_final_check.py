@@ -81,6 +81,7 @@ def refitted(name: str) -> tuple[fxmerge.Result, Any]:
     return fxmerge.merge(model, x, ratio=0.5, samples=32), x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETS)
 def test_a_refitted_module_is_its_own_graph(name: str) -> None:
     result, x = refitted(name)
