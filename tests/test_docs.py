@@ -333,6 +333,7 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert not [link for link in local if not (page.parent / link).exists()]
 
 
+@pytest.mark.slow
 def test_the_running_example_is_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
     """After a change: `python docs/running_example.py`."""
     path = ROOT / "docs" / "running_example.py"

@@ -70,8 +70,7 @@ def test_each_point_is_the_merge_at_its_budget() -> None:
 
 def test_what_is_common_to_all_budgets_is_done_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The probes, the survey and the capture; merges by themselves would do them three times."""
-    shared = {"capture": pipeline, "provenance": pipeline, "readings": pipeline, "sensitivity": pipeline,
-              "fed": fit_probes}  # fmt: skip
+    shared = {"capture": pipeline, "provenance": pipeline, "readings": pipeline, "fed": fit_probes}
     calls: list[str] = []
     for name, module in shared.items():
         whole = getattr(module, name)

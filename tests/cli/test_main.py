@@ -248,6 +248,7 @@ def test_help_lists_every_option(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"--{option.name.replace('_', '-')}" in text, option.name
 
 
+@pytest.mark.slow
 def test_in_a_pipe_stderr_is_silent_and_errors_have_status_2(spec: str, tmp_path: Path) -> None:
     """As users run it: another process, no terminal."""
     command = [sys.executable, "-m", "fxmerge"]

@@ -254,6 +254,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[fxmerge
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("route", ["traced", "exported"])
 @pytest.mark.parametrize("name", MODELS)
 def test_model_py(name: str, route: str, folders: dict[str, Any]) -> None:

@@ -239,6 +239,7 @@ def test_as_many_samples_as_are_wanted_get_no_variants() -> None:
     assert "refit ran on 4 calibration samples, by the model's own code" in result.report.text(400)
 
 
+@pytest.mark.slow
 def test_same_seed_same_bits_and_the_model_stays() -> None:
     model = Detector()
     state, names = {k: v.clone() for k, v in model.state_dict().items()}, {m: set(vars(m)) for m in model.modules()}

@@ -132,6 +132,7 @@ def test_redundant_channels_are_removed_without_loss(source: str, monkeypatch: p
     assert record.after < 1e-4 < record.before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETS)
 def test_refit_runs_on_every_net_and_lowers_each_error(name: str) -> None:
     model, x = NETS[name]()

@@ -116,6 +116,7 @@ def test_each_expert_narrows_by_its_own_choice(name: str) -> None:
         assert torch.allclose(logits(result.module, ids), logits(small, ids), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_experts_pass_the_oracles(name: str) -> None:
     """All groups, whatever they hold; the silenced copy runs in the user's own class, on other tokens."""
