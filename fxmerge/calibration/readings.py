@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fxmerge.calibration.decided import expert_rows, is_routed, real_rows, routed_operands, rows_of
 from fxmerge.calibration.epilogue import epilogue_of, pair
+from fxmerge.calibration.held_out import samples
 from fxmerge.calibration.paired_run import PairedRun, Settings, Visit, line
 from fxmerge.calibration.patches import enough, form_of, input_of, matrices_of, patches, sample
 from fxmerge.calibration.score_readings import score_reading, scores_of
@@ -52,7 +53,7 @@ def readings(
     module = captured.module
     norms, scored = batch_norms(facts), scores_of(module.graph, facts, grouping, groups)
     generator = torch.Generator().manual_seed(settings.seed)
-    done = shares_of_work(facts, module)
+    done = shares_of_work(facts, module, sum(map(samples, batches)), settings)
     with evaluating(module), torch.no_grad():
         run = PairedRun(pair(module, facts), batches, settings)
         for name in consumers:

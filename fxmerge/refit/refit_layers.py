@@ -25,10 +25,11 @@ from torch import Tensor
 
 from fxmerge.calibration.decided import is_routed, rows_of
 from fxmerge.calibration.epilogue import SOLVED
+from fxmerge.calibration.held_out import samples
 from fxmerge.calibration.paired_run import Pair, PairedRun, Settings, Visit
 from fxmerge.calibration.patches import FEWEST, enough, sample
 from fxmerge.calibration.sample_run import idle
-from fxmerge.calibration.work import shares_of_work
+from fxmerge.calibration.work import SOLVES, shares_of_work
 from fxmerge.graph.cost import flops_by_node
 from fxmerge.graph.eval_mode import evaluating
 from fxmerge.ir.provenance import Layer, batch_norms, can_shift
@@ -78,7 +79,8 @@ class _Refit:
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.records: dict[str, Refitted] = {}  # by node
         self.ridges: dict[str, float] = {}  # of the layers that have been solved, by node
-        self.idle, self.done = idle(batches), shares_of_work(facts, pair.original)
+        self.idle, total = idle(batches), sum(map(samples, batches))
+        self.done = shares_of_work(facts, pair.original, total, settings, SOLVES)
         nodes = list(self.merged.graph.nodes)
         found = regions(self.layers, nodes, self._lost, self.shared, self.idle) if jointly else []
         self.joint = JointSteps(found, self.weights, batches, settings, self.ridges)

@@ -11,6 +11,7 @@ from torch import nn
 
 import fxmerge
 from fxmerge import api
+from fxmerge.calibration.paired_run import Settings
 from fxmerge.calibration.work import shares_of_work
 from fxmerge.progress import Stage
 
@@ -18,9 +19,11 @@ from fxmerge.progress import Stage
 def test_the_share_of_each_layer_is_that_of_its_products() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     analysis = fxmerge.analyze(model, torch.zeros(3, 4))
-    first = 3 * (4 * 8 + 4 * 4 + 4 * 8)  # 3 rows: the outputs, patches by patches, patches by outputs
-    second = 3 * (8 * 2 + 8 * 8 + 8 * 2)
-    shares = shares_of_work(analysis.facts, analysis.captured.module)
+    # 30 rows: the outputs; of 20 of them, patches by patches and by outputs; then the solutions
+    first = 30 * 4 * 8 + 20 * (4 * 4 + 4 * 8) + 2 * 4**3
+    second = 30 * 8 * 2 + 20 * (8 * 8 + 8 * 2) + 2 * 8**3
+    settings = Settings(rows=20, seed=0, held=False, reduce=lambda value: value)
+    shares = shares_of_work(analysis.facts, analysis.captured.module, 30, settings, 2.0)
     ahead = {layer.node: shares[layer.node] for layer in analysis.facts.layers}
     assert list(ahead.values()) == pytest.approx([0, first / (first + second)])
 
