@@ -59,7 +59,7 @@ def described(rows: Rows, network: str, seed: int) -> list[str]:
     known: Row = {}
     for row in rows.values():
         known |= {name: row[name] for name in ("about", "tokens", "size") if row.get(name)}
-    what = f"Network: `{network}`"
+    what = f"Network: {network}"
     if "size" in known:
         layers, whole = (size / 1e6 for size in known["size"])
         what += f", {layers:.1f} million parameters in the decoder layers, {whole:.1f} million in all"

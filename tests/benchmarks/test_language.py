@@ -415,7 +415,7 @@ def test_page_and_plot(tmp_path: Path) -> None:
         row(0.5, "fxmerge", error="stopped after 5 s, in method"),
     ])  # fmt: skip
     text = page.page(rows, "lm", 3)
-    assert "Network: `lm`, 2.0 million parameters in the decoder layers, 3.0 million in all." in text
+    assert "Network: lm, 2.0 million parameters in the decoder layers, 3.0 million in all." in text
     assert "One thread of a CPU, torch 2.6, transformers 5, seed 3." in text and "language.svg" in text
     assert "| flap | 30.00 (1.50) | 12,346 (617.28) |" in text and "| fxmerge | 25.00 (1.25) | out of time |" in text
     assert "| 20% | fxmerge | 25.00 | 1.25 | 80.1% | 90.0% | 61 | 3 |" in text
