@@ -20,8 +20,7 @@ pty = pytest.importorskip("pty", reason="no pseudo-terminals on this system")
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = """
 import sys, time
-from fxmerge import progress as progressing
-from fxmerge.progress import Estimate, duration, progress
+from fxmerge.progress import progress
 print("out", flush=True)
 with progress() as stage:
     stage("capture")
