@@ -1,0 +1,1 @@
+"""Accuracy of pruned and merged networks after some epochs of fine-tuning, by method."""

@@ -1,0 +1,109 @@
+"""Fine-tuning: SGD with the labels, with `fxmerge.distill`, or with `fxmerge.Shrinker`."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fxmerge
+from benchmarks.networks.data import normalise
+from benchmarks.networks.train import augment
+from fxmerge.training import checkpoint
+
+LR, MOMENTUM, WEIGHT_DECAY, BATCH = 0.05, 0.9, 5e-4, 128
+TEMPERATURE = 4.0  # of the soft outputs (Hinton et al., 2015)
+
+
+@dataclass(frozen=True)
+class Training:
+    """The images of a training, and what it depends on beside them.
+
+    images: uint8 (N, H, W, C); labels: (N,); mean, std: one entry for each channel
+    epochs: the learning rate falls from LR to zero over them by half a cosine
+    state:  the file from which a training that was stopped continues
+    """
+
+    images: Tensor
+    labels: Tensor
+    mean: list[float]
+    std: list[float]
+    epochs: int
+    state: Path
+    seed: int = 0
+    bf16: bool = False
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        return math.ceil(len(self.images) / BATCH)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of an epoch, in random order: images (N, C, H, W), cropped and mirrored at random, and labels."""
+        for index in torch.randperm(len(self.images)).split(BATCH):
+            inputs = normalise(augment(self.images[index]), self.mean, self.std)
+            yield inputs.contiguous(memory_format=torch.channels_last), self.labels[index]
+
+
+def sgd(parameters: Any) -> torch.optim.SGD:
+    """The optimizer of all methods."""
+    return torch.optim.SGD(parameters, LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True)
+
+
+def with_labels(model: nn.Module, training: Training) -> nn.Module:
+    """Trains a model with the labels, or goes on where a training was stopped."""
+    optimizer, begun = sgd(model.parameters()), 0
+    if training.state.exists():
+        begun = checkpoint.restore(training.state, {"model": model}, optimizer)["epochs"]
+    for epoch in range(begun, training.epochs):
+        for _ in steps(model, optimizer, training, epoch):
+            pass
+        checkpoint.save(training.state, {"model": model}, optimizer, {"epochs": epoch + 1})
+    return model
+
+
+def while_shrinking(model: nn.Module, example: Tensor, training: Training, **options: Any) -> nn.Module:
+    """Trains a model with the labels and narrows it over the first half of the epochs. A stop loses its progress."""
+    first = math.ceil(training.epochs / 2)
+    shrinker = fxmerge.Shrinker(model, example, steps=first * len(training), **options)
+    optimizer = sgd(model.parameters())
+    for epoch in range(first):
+        for _ in steps(model, optimizer, training, epoch):
+            shrinker.step()
+    small = shrinker.finish(optimizer).model
+    assert small is not None  # finish raises if the class does not take the narrowed layers
+    for epoch in range(first, training.epochs):
+        for _ in steps(small, optimizer, training, epoch):
+            pass
+    return small
+
+
+def steps(model: nn.Module, optimizer: torch.optim.Optimizer, training: Training, epoch: int) -> Iterator[None]:
+    """One epoch of training with the labels; yields after each step."""
+    torch.manual_seed(training.seed + epoch)
+    model.train()
+    for number, (inputs, labels) in enumerate(training):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.5 * LR * (1 + math.cos(math.pi * (epoch + number / len(training)) / training.epochs))
+        with torch.autocast("cpu", torch.bfloat16, enabled=training.bf16):
+            loss = F.cross_entropy(model(inputs), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        yield
+
+
+def towards(result: fxmerge.Result, training: Training) -> nn.Module:
+    """Trains a merged model with the labels and towards its original."""
+
+    def labelled(outputs: Any, batch: Any) -> Tensor:
+        return F.cross_entropy(outputs.float(), batch[1])
+
+    trained = fxmerge.distill(
+        result, training, epochs=training.epochs, optimizer=sgd, loss=labelled, temperature=TEMPERATURE,
+        bf16=training.bf16, checkpoint=training.state, seed=training.seed,
+    )  # fmt: skip
+    return trained.module
