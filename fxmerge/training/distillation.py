@@ -23,6 +23,9 @@ from fxmerge.result import Result
 from fxmerge.weights.copy import deep_copy
 
 
+COMPARED = 2**18  # values of a layer's outputs that are compared in one step, at least one sample
+
+
 @dataclass(frozen=True)
 class Tap:
     """The outputs of a layer, compared in the original and in the merged model.
@@ -48,7 +51,8 @@ class Distillation(nn.Module):
 
     hidden:       weight of the activations: the mean, over the layers that read a merged group, of the squared error
                   of their outputs in the channels that both models have, relative to the variance (as FitNets, Romero
-                  et al., 2015, without regressors: the channels correspond)
+                  et al., 2015, without regressors: the channels correspond). Where a batch's outputs have more than
+                  2^18 values, its first samples stand for it.
     temperature:  None: the squared error of the outputs relative to their variance; a number T: T^2 times the
                   Kullback-Leibler divergence of their softmax over the last axis at temperature T, for models that
                   return logits (Hinton et al., 2015)
@@ -89,7 +93,7 @@ class Distillation(nn.Module):
         outputs, found = _run(self.student, values, self._taps)
         pairs = list(zip(returned(wanted), returned(outputs), strict=True))
         loss = torch.stack([self._distance(y, z) for y, z in pairs]).mean()
-        behind = [relative(_channels(targets[n], tap), found[n]) for n, tap in self._taps.items()]
+        behind = [_behind(targets[n], found[n], tap) for n, tap in self._taps.items()]
         between = torch.stack(behind).mean() if behind else loss.new_zeros(())
         return {
             "loss": loss + self.hidden * between,
@@ -141,8 +145,13 @@ def relative(wanted: Tensor, found: Tensor) -> Tensor:
     return (found - wanted).square().mean() / wanted.var(correction=0).clamp(min=1e-12)
 
 
-def _channels(value: Tensor, tap: Tap) -> Tensor:
-    return value if len(tap.kept) == value.size(tap.axis) else value.index_select(tap.axis, tap.kept.to(value.device))
+def _behind(wanted: Tensor, found: Tensor, tap: Tap) -> Tensor:
+    """The relative error of a layer's outputs, of the first samples that have COMPARED values in all."""
+    first = max(1, COMPARED * len(wanted) // max(1, wanted.numel()))
+    wanted, found = wanted[:first], found[:first]
+    if len(tap.kept) != wanted.size(tap.axis):
+        wanted = wanted.index_select(tap.axis, tap.kept.to(wanted.device))
+    return relative(wanted, found)
 
 
 def _trainable(module: fx.GraphModule) -> fx.GraphModule:
