@@ -44,6 +44,6 @@ def test_the_source_distribution_holds_what_its_tests_read(tmp_path: Path) -> No
         held = {name.partition("/")[2] for name in packed.getnames()}
     read = [p for top in READ_BY_TESTS for p in (ROOT / top).rglob("*") if p.is_file()]
     wanted = {p for p in read if "__pycache__" not in p.parts}
-    wanted |= {ROOT / name for name in ("README.md", "CHANGELOG.md", "CITATION.cff", "setup.cfg", "pyproject.toml")}
+    wanted |= {p for p in ROOT.iterdir() if p.suffix in {".md", ".cff", ".yml", ".cfg", ".toml"}} | {ROOT / ".ci/run"}
     assert {p.relative_to(ROOT).as_posix() for p in wanted} <= held
     assert not [name for name in held if name.endswith(".pyc")]
