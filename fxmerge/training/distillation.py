@@ -22,7 +22,6 @@ from fxmerge.plan import planned
 from fxmerge.result import Result
 from fxmerge.weights.copy import deep_copy
 
-
 COMPARED = 2**18  # values of a layer's outputs that are compared in one step, at least one sample
 
 

@@ -114,7 +114,8 @@ def test_the_learning_rate_falls_to_zero_over_the_epochs(task: Task) -> None:
     whole = training.Training(images, labels, [0.5] * 3, [0.25] * 3, 2, task.state)
     model = Small()
     optimizer = training.sgd(model.parameters())
-    rates = [optimizer.param_groups[0]["lr"] for epoch in (0, 1) for _ in training.steps(model, optimizer, whole, epoch)]
+    steps = (step for epoch in (0, 1) for step in training.steps(model, optimizer, whole, epoch))
+    rates = [optimizer.param_groups[0]["lr"] for _ in steps]
     assert rates == pytest.approx([training.LR * (1 + np.cos(np.pi * i / 4)) / 2 for i in range(4)])
 
 
