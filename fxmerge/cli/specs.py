@@ -49,7 +49,8 @@ class Source:
 def load(
     spec: str, weights: Path | None = None, on_disk: bool = False, pretrained: bool = False, dtype: str | None = None
 ) -> Source:
-    """The model of a spec. `example_inputs` of its file or module, a value or a function, are its inputs.
+    """The model of a spec, in evaluation mode. `example_inputs` of its file or module, a value or a function, are its
+    inputs.
 
     weights: a safetensors file with the model's state_dict
     on_disk: read the weights from the file only when needed (see `fxmerge.on_disk`)
@@ -102,7 +103,7 @@ def _created(spec: str, weights: Path | None, on_disk: bool, pretrained: bool) -
     elif weights is not None:
         load_weights(model, weights)
     random = origin in published.ORIGINS and not pretrained and weights is None
-    return Source(spec, model, inputs, transform, random)
+    return Source(spec, model.eval(), inputs, transform, random)
 
 
 def dynamic_shapes(words: Sequence[str]) -> dict[str, dict[int, Any]] | None:

@@ -30,7 +30,7 @@ from torch import nn
 def small():
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.Flatten(),
-                         nn.Linear(24, 4)).eval()
+                         nn.Linear(24, 4))
 
 def branching():
     class Branching(nn.Module):
@@ -123,10 +123,12 @@ def sizes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 def test_merge_writes_what_it_says(capsys: pytest.CaptureFixture[str], spec: str, tmp_path: Path) -> None:
     out_folder = tmp_path / "new" / "folder"
-    options = ["--ratio", "0.5", "--decomposition", "prune"]
+    options = ["--ratio", "0.5", "--decomposition", "prune", "--refit", "none"]
     status, out, err = run(capsys, "merge", spec, "--out", str(out_folder), *options)
     assert (status, err) == (0, "")
     assert "8 -> 4" in out
+    assert "training mode" not in out  # the factory's model is: who names it on the command line has not chosen that
+    assert not fxmerge.load(out_folder).training
     assert "written:" in out
     assert {p.name for p in out_folder.iterdir()} >= {"weights.safetensors", "plan.json", "report.json"}
     expected = {"0.weight": (4, 3, 3, 3), "1.running_var": (4,), "3.weight": (3, 4, 3, 3), "5.weight": (4, 12)}
