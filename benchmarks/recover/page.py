@@ -8,7 +8,7 @@ from benchmarks.harness.page import escaped, pyplot, save_plot, short
 from benchmarks.harness.rows import Row
 from benchmarks.networks.published import NETWORKS as TITLES
 from benchmarks.recover.methods import METHODS, NETWORKS, ORIGINAL, SAMPLES
-from benchmarks.recover.training import BATCH, LR, MOMENTUM, TEMPERATURE, WEIGHT_DECAY
+from benchmarks.recover.training import BATCH, LR, MOMENTUM, WEIGHT_DECAY
 
 Key = tuple[Any, ...]  # seed, network, method, epochs
 Rows = Mapping[tuple[str, str, int], Row]  # (network, method, epochs) -> the row, of one seed
@@ -30,8 +30,8 @@ them.
   epochs; masked channels may grow back (`fxmerge.Shrinker`; REPrune, Park et al., AAAI 2024).
 - *merged*: `fxmerge.merge` with `refit="none"`, widths by greedy allocation.
 - *refit*: `fxmerge.merge` with {SAMPLES} unlabelled training images as `calibration`.
-- *distilled*: the same, trained with `fxmerge.distill` (temperature {TEMPERATURE:g}) and the labels. All others are
-  trained with the labels alone. An epoch takes about half as long again, for the original's outputs.
+- *distilled*: the same, trained with `fxmerge.distill`, its own optimizer (AdamW, 0.001) and the labels. All others
+  are trained with the labels alone. An epoch takes nearly twice as long, for the original's outputs and activations.
 """
 
 

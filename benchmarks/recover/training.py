@@ -16,7 +16,6 @@ from benchmarks.networks.train import augment
 from fxmerge.training import checkpoint
 
 LR, MOMENTUM, WEIGHT_DECAY, BATCH = 0.05, 0.9, 5e-4, 128
-TEMPERATURE = 4.0  # of the soft outputs (Hinton et al., 2015)
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class Training:
 
 
 def sgd(parameters: Any) -> torch.optim.SGD:
-    """The optimizer of all methods."""
+    """The optimizer of all methods that train with the labels alone."""
     return torch.optim.SGD(parameters, LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True)
 
 
@@ -97,13 +96,13 @@ def steps(model: nn.Module, optimizer: torch.optim.Optimizer, training: Training
 
 
 def towards(result: fxmerge.Result, training: Training) -> nn.Module:
-    """Trains a merged model with the labels and towards its original."""
+    """Trains a merged model with the labels and towards its original, with the optimizer of `fxmerge.distill`."""
 
     def labelled(outputs: Any, batch: Any) -> Tensor:
         return F.cross_entropy(outputs.float(), batch[1])
 
     trained = fxmerge.distill(
-        result, training, epochs=training.epochs, optimizer=sgd, loss=labelled, temperature=TEMPERATURE,
-        bf16=training.bf16, checkpoint=training.state, seed=training.seed,
+        result, training, epochs=training.epochs, loss=labelled, bf16=training.bf16, checkpoint=training.state,
+        seed=training.seed,
     )  # fmt: skip
     return trained.module
