@@ -442,6 +442,7 @@ def same(one: nn.Module, other: nn.Module) -> None:
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
+@pytest.mark.slow
 def test_the_whole_budget_changes_nothing() -> None:
     model = made(Transformer())
     scaled(model.layers[1].mlp.fc2, 0)
@@ -462,6 +463,7 @@ def dropped() -> tuple[nn.Module, fxmerge.Result]:
     return model, fxmerge.merge(model, TOKENS, **given)
 
 
+@pytest.mark.slow
 def test_refit_aims_at_the_whole_model(dropped: tuple[nn.Module, fxmerge.Result]) -> None:
     """Later layers make good what the branches gave, so that refit is closer than the same plan without refit."""
     model, result = dropped
@@ -586,6 +588,7 @@ def test_messages() -> None:
         plain_merge(made(Transformer()), TOKENS, budget={"params": 0.8}, depth=True, ignore=("layer",))
 
 
+@pytest.mark.slow
 def test_in_a_sweep_and_a_pass() -> None:
     model = made(Transformer())
     scaled(model.layers[1].mlp.fc2, 0)
@@ -598,6 +601,7 @@ def test_in_a_sweep_and_a_pass() -> None:
     assert elements(done.graph_module) == elements(model) - elements(model.layers[1].mlp) - 16
 
 
+@pytest.mark.slow
 def test_a_latency(monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock that goes by FLOPs: the whole model is what all graphs are timed against."""
     model = made(Transformer())

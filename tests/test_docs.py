@@ -122,7 +122,9 @@ class Names:
         self.modules = {self._dotted(path): members(tree.body) for path, tree in trees.items()}
         self.modules |= {self._dotted(path): set() for path in TESTS}
         self.folders_of_modules = {part for module in self.modules for part in module.split(".")}
-        self.files = {p.relative_to(ROOT).as_posix() for p in ROOT.rglob("*") if ".git" not in p.parts and p.is_file()}
+        tops = [p for p in ROOT.iterdir() if p.name not in (".git", ".venv")]  # an environment has as many files as all
+        found = [p for top in tops for p in (top.rglob("*") if top.is_dir() else [top]) if p.is_file()]
+        self.files = {p.relative_to(ROOT).as_posix() for p in found}
         self.folders = {part.as_posix() for f in self.files for part in Path(f).parents if part.as_posix() != "."}
         self.package, self.everywhere = Scope(*self.trees.values()), Scope(*trees.values())
         classes = [n for tree in trees.values() for n in ast.walk(tree) if isinstance(n, ast.ClassDef)]

@@ -28,7 +28,7 @@ NEEDS = {"merge_your_own.py": "torchvision", "yolo.py": "ultralytics"}
 NEEDS |= dict.fromkeys(("quantise.py", "quantise_training.py"), "torchao")
 NEEDS["hugging_face.py"] = "accelerate"  # and with it transformers, as Trainer needs it
 CHATTY = ("distill.py", "aot_package.py", "quantise.py", "quantise_training.py", "yolo.py", "hugging_face.py")
-SLOW = ("finetune.py", "merge_your_own.py", *CHATTY)  # CHATTY: libraries log
+SLOW = ("custom_rule.py", "finetune.py", "merge_your_own.py", *CHATTY)  # CHATTY: libraries log
 
 
 def closer(text: str) -> None:

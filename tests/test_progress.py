@@ -116,6 +116,7 @@ def test_silent_in_a_pipe(environment: dict[str, str]) -> None:
     assert (done.stdout, done.stderr) == ("out\nprinted by the model\nend\n", "")
 
 
+@pytest.mark.slow
 def test_what_the_model_prints_stays_on_stdout() -> None:
     read, write = os.pipe()
     text, status = on_terminal("short", stdout=write)

@@ -17,6 +17,7 @@ from fxmerge import FxMergeError
 from fxmerge.analysis.attentions import attentions
 from tests.helpers.language_models import llama
 from tests.helpers.netmaking import Net, conv, one_thread, plain_merge, randomised, raw  # noqa: F401
+from tests.helpers.slow import slow_but
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -133,7 +134,7 @@ def test_double_precision_stores_twice_the_bytes() -> None:
     assert [one.stored(everything) for one in attentions(found.captured, found.facts)] == [8 * 64]
 
 
-@pytest.mark.parametrize("options", [{}, {"heads": "whole"}], ids=str)
+@pytest.mark.parametrize("options", slow_but([{}], [{}, {"heads": "whole"}]), ids=str)
 def test_the_cache_of_a_language_model(options: dict[str, Any]) -> None:
     """What the merged Llama hands back as `past_key_values` is half as large."""
     model, x = llama(), {"input_ids": torch.randint(1, 60, (2, 9), generator=torch.Generator().manual_seed(0))}

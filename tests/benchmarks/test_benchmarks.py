@@ -17,6 +17,7 @@ from benchmarks.demo import images as make_demo_data
 from benchmarks.networks import train
 from benchmarks.networks.data import DATASETS, accuracy, cifar10, fashion_mnist, mean_and_std, normalise
 from benchmarks.networks.models import MODELS, example_input, load_checkpoint, read_safetensors, resnet
+from tests.helpers.slow import slow_but
 
 SHARED = Path(os.environ.get("FXMERGE_SHARED", Path(__file__).resolve().parents[3] / "shared"))
 ASSETS = Path(__file__).resolve().parents[2] / "fxmerge" / "assets"
@@ -79,7 +80,7 @@ def test_every_model_has_a_parameter_count_here() -> None:
     assert PARAMETERS.keys() == MODELS.keys() == train.RECIPES.keys()
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", slow_but([m for m in MODELS if m != "resnet110"], MODELS))
 def test_model_traces_and_has_the_papers_size(name: str) -> None:
     model = MODELS[name]().eval()
     millions, decimals = PARAMETERS[name]
@@ -105,6 +106,7 @@ def test_published_lenet_reaches_its_accuracy() -> None:
     assert measured == pytest.approx(float(metadata["test_accuracy"]), abs=0.005)
 
 
+@pytest.mark.slow
 @needs_shared
 def test_published_resnet56_is_above_90() -> None:
     model = MODELS["resnet56"]()

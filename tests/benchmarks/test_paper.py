@@ -141,6 +141,7 @@ def test_nothing_is_compared_on_different_images_or_weights(
     assert len(printed.err.splitlines()) == rows * len(METHODS)
 
 
+@pytest.mark.slow
 def test_all_cells_of_lenet_agree_with_the_published_code(
     shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -97,6 +97,7 @@ def test_a_run_is_measured_written_and_resumed(folder: Path, capfd: pytest.Captu
     assert capfd.readouterr() == ("", "")  # not a terminal
 
 
+@pytest.mark.slow
 def test_another_seed_has_rows_and_a_page_of_its_own(folder: Path) -> None:
     flags = ("--methods", "default", "--budgets", "ratio-0.3")
     before = run(folder, *flags)["small ratio-0.3 default"]

@@ -52,6 +52,7 @@ def test_check_same_detects_another_merge(change: dict[str, str]) -> None:
         speed.check_same(layers, classifier, other)
 
 
+@pytest.mark.slow
 def test_stage_seconds_adds_up_to_the_merge() -> None:
     model, example = small()
     with speed.stage_seconds() as stages:

@@ -192,6 +192,7 @@ def test_an_exported_model_gets_the_batches_that_it_takes(free: bool) -> None:
     assert takes_any_batch(capture(Plain(), IMAGES)) and not takes_any_batch(capture(Fixed(), IMAGES))
 
 
+@pytest.mark.slow
 def test_an_exported_model_is_refitted_as_the_traced_one() -> None:
     own, unseen = list((100 + 40 * smooth(48, 3, 16, 16, axes=2)).split(8)), 100 + 40 * smooth(8, 3, 16, 16, axes=2)
     outputs = []
@@ -210,6 +211,7 @@ class Viewed(Plain):
         return self.head(torch.relu(self.b(flat.view(len(x), 8, 16, 16))).mean((2, 3)))
 
 
+@pytest.mark.slow
 def test_images_are_in_channels_last_if_the_model_takes_them() -> None:
     for model, wanted in ((Plain(), torch.channels_last), (Viewed(), torch.contiguous_format)):
         for given in (None, [100 + 40 * smooth(20, 3, 16, 16, axes=2)]):

@@ -28,6 +28,7 @@ def test_the_share_of_each_layer_is_that_of_its_products() -> None:
     assert list(ahead.values()) == pytest.approx([0, first / (first + second)])
 
 
+@pytest.mark.slow
 def test_stages_of_a_merge_tell_how_much_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, list[float]] = {}
 

@@ -133,6 +133,7 @@ def test_its_channels_are_found(name: str) -> None:
     assert result.report.after.parameters < 0.55 * result.report.before.parameters
 
 
+@pytest.mark.slow
 def test_masks_that_are_given_are_no_constants() -> None:
     """The merged model respects a padding mask from the caller that differs from the example's."""
     torch.manual_seed(0)

@@ -73,6 +73,7 @@ def test_the_merged_model_is_the_same_from_an_example_of_any_length() -> None:
             assert difference([one.module(*inputs)], [other.module(*inputs)]) < 1e-6
 
 
+@pytest.mark.slow
 def test_calibration_of_several_lengths() -> None:
     torch.manual_seed(0)
     model = Sentence().eval()
@@ -146,8 +147,8 @@ class Divided(Sentence):
 @pytest.mark.parametrize(
     ("model", "example", "other"),
     [
-        (Same(), (torch.randn(2, 3, 65, 65),), (torch.randn(2, 3, 66, 65),)),
-        (Many(), (torch.randn(2, 3, 65, 65),), (torch.randn(2, 3, 66, 65),)),
+        pytest.param(Same(), (torch.randn(2, 3, 65, 65),), (torch.randn(2, 3, 66, 65),), marks=pytest.mark.slow),
+        pytest.param(Many(), (torch.randn(2, 3, 65, 65),), (torch.randn(2, 3, 66, 65),), marks=pytest.mark.slow),
         (Divided(), sentences(4, 12), sentences(4, 9)),
     ],
     ids=["long formulas", "many formulas", "another function"],

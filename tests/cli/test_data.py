@@ -23,6 +23,7 @@ from fxmerge.cli.main import main
 from fxmerge.cli.specs import Source, load
 from fxmerge.errors import FxMergeError
 from tests.helpers.netmaking import one_thread  # noqa: F401
+from tests.helpers.slow import slow_but
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).resolve().parents[2]
@@ -237,7 +238,7 @@ def test_a_sweep_does_not_offer_what_it_refuses(capsys: pytest.CaptureFixture[st
     assert "--ratio" in err and "contradict" not in err and out == ""
 
 
-@pytest.mark.parametrize("variable", ["LC_ALL", "LANG"])
+@pytest.mark.parametrize("variable", slow_but(["LC_ALL"], ["LC_ALL", "LANG"]))
 def test_help_in_the_c_locale_fits_80_columns_of_ascii(variable: str) -> None:
     """Where Python itself would write UTF-8."""
     kept = {k: v for k, v in os.environ.items() if k not in ("LC_ALL", "LC_CTYPE", "LANG", "PYTHONIOENCODING")}

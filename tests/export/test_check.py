@@ -42,6 +42,7 @@ def refitted() -> tuple[fxmerge.Result, Tensor]:
     return fxmerge.merge(model, x, ratio=0.5, calibration=[torch.randn(16, 3, 8, 8) for _ in range(3)]), x
 
 
+@pytest.mark.slow
 def test_refitted_results_are_written_as_they_are(tmp_path: Path) -> None:
     """The biases that refit adds are in every form, on inputs that no check has seen."""
     runtime = pytest.importorskip("onnxruntime")

@@ -14,6 +14,7 @@ import fxmerge
 from fxmerge import FxMergeError
 from fxmerge.export.check import difference
 from tests.helpers.netmaking import one_thread, plain_merge  # noqa: F401
+from tests.helpers.slow import slow_but
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -73,7 +74,7 @@ def loaded(name: str, folder: Path) -> Any:
     return auto.from_pretrained(folder, trust_remote_code=True).eval()
 
 
-@pytest.mark.parametrize("name", [*CAUSAL, *OTHERS])
+@pytest.mark.parametrize("name", slow_but([*CAUSAL][:1], [*CAUSAL, *OTHERS]))
 @pytest.mark.parametrize("refit", ["none", pytest.param("synthetic", marks=pytest.mark.slow)])
 def test_saved_and_loaded_by_an_auto_class(name: str, refit: str, tmp_path: Path) -> None:
     """On inputs that the merge has not seen, of another length; with the biases that refit adds."""
@@ -92,7 +93,7 @@ def test_saved_and_loaded_by_an_auto_class(name: str, refit: str, tmp_path: Path
     assert not list(tmp_path.rglob("*.bin"))
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if at else n for at, n in enumerate(CAUSAL)])
+@pytest.mark.parametrize("name", slow_but([], CAUSAL))
 def test_generates_what_its_own_argmax_is(name: str, tmp_path: Path) -> None:
     """Greedy generation with the class's cache, against argmax of the graph module without one."""
     result = plain_merge(model_of(name), inputs(name), ratio=0.3)
@@ -135,6 +136,7 @@ def test_whole_heads_are_a_plain_model(tmp_path: Path) -> None:
     assert difference([logits(result.module, given)], [logits(again, given)]) < 1e-5
 
 
+@pytest.mark.slow
 def test_what_is_not_written(tmp_path: Path) -> None:
     plain = plain_merge(torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2)), torch.randn(2, 4))
     with pytest.raises(FxMergeError, match=r"Sequential is not a model of Hugging Face transformers; use result.save"):

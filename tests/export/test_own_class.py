@@ -188,6 +188,7 @@ def llama() -> nn.Module:
     return made
 
 
+@pytest.mark.slow
 def test_rotary_angles_that_are_in_no_state_dict(tmp_path: Path) -> None:
     """The class computes its tables from a buffer that loses entries; the class generates, token by token."""
     torch.manual_seed(0)

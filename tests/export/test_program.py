@@ -189,6 +189,7 @@ def test_the_command_line_takes_and_writes_programs(tmp_path: Path, capsys: pyte
     assert json.loads(capsys.readouterr().out)["parameters"] == sum(p.numel() for p in expected.parameters())
 
 
+@pytest.mark.slow
 def test_the_command_line_writes_onnx(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")

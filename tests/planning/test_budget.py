@@ -267,6 +267,7 @@ def test_the_clock_tells_a_share_and_how_sure_it_is(spread: float, monkeypatch: 
     assert rounds < 15 if spread == 0 else rounds < 85  # a quiet machine is done soon, a noisy one after 4 seconds
 
 
+@pytest.mark.slow
 def test_a_latency_budget_by_the_real_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine at work may be too noisy to hit the mark, or to tell anything: both are said."""
     torch.manual_seed(0)
@@ -432,7 +433,8 @@ def trained_like() -> tuple[nn.Module, Tensor]:
     return model.eval(), x
 
 
-@pytest.mark.parametrize("budget", [{"flops": 0.7}, pytest.param({"params": 0.6}, marks=pytest.mark.slow)], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("budget", [{"flops": 0.7}, {"params": 0.6}], ids=str)
 def test_greedy_is_not_below_uniform_on_a_depthwise_net(budget: dict[str, float]) -> None:
     """Few samples make the wide last layer look redundant: 160 channels have at most 31 directions on 32 samples."""
     torch.manual_seed(0)

@@ -138,6 +138,7 @@ def test_shared_parameters_count_by_any_of_their_paths() -> None:
         assert sum(p.numel() for p in own) / (24 * 25) == pytest.approx(report.spent.left)
 
 
+@pytest.mark.slow
 def test_everything_is_the_whole_model() -> None:
     model = net()
     kept = [

@@ -234,6 +234,7 @@ def test_a_data_loader_of_images_and_targets() -> None:
     assert "box: refit feeds both models" in text
 
 
+@pytest.mark.slow
 def test_as_many_samples_as_are_wanted_get_no_variants() -> None:
     result = fxmerge.merge(Detector(), EXAMPLE, ratio=0.3, calibration=[images(4, 5)], samples=4)
     assert "refit ran on 4 calibration samples, by the model's own code" in result.report.text(400)
@@ -278,6 +279,7 @@ class Functional(nn.Module):
         return self.head(self.two(h).mean((2, 3)))
 
 
+@pytest.mark.slow
 def test_a_layer_called_by_the_users_code_gets_no_bias() -> None:
     model = Functional()
     result = fxmerge.merge(model, batch(1), ratio=0.4, samples=32)

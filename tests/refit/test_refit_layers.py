@@ -152,6 +152,7 @@ def test_ratio_0_changes_no_bit(name: str) -> None:
     assert all(torch.equal(v, after[k]) for k, v in before.items())
 
 
+@pytest.mark.slow
 def test_an_exact_merge_stays_exact() -> None:
     """Dead channels are removed: no layer changes by more than rounding errors."""
     model, x = NETS["chain_2d"]()

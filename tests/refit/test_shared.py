@@ -245,6 +245,7 @@ class Crossed(nn.Module):
         return self.o(torch.relu(self.attention(x, y, y, need_weights=False)[0]))  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 def test_batches_in_the_shapes_of_an_exported_model_are_taken_as_they_are() -> None:
     torch.manual_seed(0)
     model = Crossed().eval()

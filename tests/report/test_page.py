@@ -17,6 +17,7 @@ from tests.helpers.browser import MINUS, Opened, needs_chromium
 from tests.helpers.drawings import NASTY, Named, blocks, nasty, wide
 from tests.helpers.netmaking import one_thread, plain_merge  # noqa: F401
 from tests.helpers.nets import NETS
+from tests.helpers.slow import slow_but
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), needs_chromium]
 
@@ -26,7 +27,7 @@ def merged(name: str, **options: Any) -> fxmerge.Result:
     return plain_merge(model, x, **{"ratio": 0.5, "decomposition": "mostsim"} | options)
 
 
-@pytest.mark.parametrize("name", ["residual", "dense", "projection", "chain_1d"])
+@pytest.mark.parametrize("name", slow_but(["residual"], ["residual", "dense", "projection", "chain_1d"]))
 def test_choosing_a_group_highlights_exactly_its_members(name: str, opened: Any) -> None:
     result = merged(name)
     tab = opened(result.report.html())
@@ -156,6 +157,7 @@ def test_a_link_opens_the_page_at_a_layer(opened: Any, tmp_path: Path) -> None:
     assert tab.modules(".box.sought") == set()
 
 
+@pytest.mark.slow
 def test_the_picture_of_the_readme_is_a_photograph(tmp_path: Path) -> None:
     merged("residual").report.html(tmp_path / "page.html")
     screenshot(tmp_path / "page.html", "b", tmp_path / "page.png")
@@ -255,6 +257,7 @@ def panels_of(picture: Picture) -> tuple[list[dict[str, Any]], list[dict[str, An
     return [{**plain, **counts, "likeness": like} for _ in picture.shades], layers
 
 
+@pytest.mark.slow
 def test_names_do_no_harm(opened: Any) -> None:
     for text in (
         fxmerge.analyze(Named().eval(), torch.randn(1, 3, 2, 2)).report.html(),

@@ -306,6 +306,7 @@ def test_the_sentence_is_on_top(opened: Any) -> None:
     assert one["bottom"] <= network["top"]
 
 
+@pytest.mark.slow
 def test_too_many_members_to_show(opened: Any) -> None:
     tab = opened(blocks().report.html())
     tab.tab.evaluate("fx.LIMIT = 24")

@@ -18,11 +18,12 @@ from tests.helpers.browser import Opened, needs_chromium
 from tests.helpers.drawings import blocks
 from tests.helpers.netmaking import one_thread  # noqa: F401
 from tests.helpers.nets import NETS
+from tests.helpers.slow import slow_but
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), needs_chromium]
 
 SVG = "{http://www.w3.org/2000/svg}"
-WIDTHS = [1400, 1024, 390]
+WIDTHS = slow_but([1400, 390], [1400, 1024, 390])
 
 
 @pytest.fixture(scope="module")

@@ -139,6 +139,7 @@ def few_tokens(model: Any) -> Tensor:
     return ids
 
 
+@pytest.mark.slow
 def test_experts_that_get_no_token_of_the_example_narrow_too() -> None:
     model = model_of("Mixtral", num_local_experts=8)
     keep = {"*embed_tokens*": 1.0, "*self_attn*": 1.0}
