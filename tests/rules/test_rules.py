@@ -53,7 +53,9 @@ def test_no_sample_without_a_rule() -> None:
 @every_spelling
 @pytest.mark.filterwarnings("ignore:.*deprecated:UserWarning")
 def test_spelling(key: Any, rule: fxmerge.Rule) -> None:
-    """The op stands in the graph as spelled, its group permutes freely, and pruning is what masking by hand is."""
+    """The op stands in the graph as spelled, its group permutes freely, and pruning is masking by hand. Whatever
+    path is taken for linear, any rotation of its channels leaves the outputs as they are.
+    """
     sample = sample_of(key, rule)
     model, x = sample.make()
     result = plain_merge(model, x, decomposition="prune", ratio=0.5)
@@ -63,6 +65,11 @@ def test_spelling(key: Any, rule: fxmerge.Rule) -> None:
         for n in found.captured.module.graph.nodes
     ]
     assert key in targets or any(lookup.rule_of_target(t) is rule for t in targets if callable(t))
+    rotated = rotation_errors(found)
+    bound = 1e-10 if sample.double and rule.name != "identity" else 0.03  # identity may be a cast to half precision
+    assert all(error < bound for error in rotated.values()), rotated
+    if rule.linear is not True and rule.kind in ("per_channel", "tie") and not callable(rule.linear):
+        assert "producer" not in rotated
     merged = [p.name for p in result.plan.groups]
     reasons = {r.name: r.reason for r in result.report.refusals}
     if not sample.merged:
@@ -93,19 +100,6 @@ def test_commutes(key: Any, rule: fxmerge.Rule) -> None:
             one, other = sample.op(model, scale * before), scale * sample.op(model, before.clone())
             errors.append(compare.difference([one], [other]))
     assert (max(errors) < 1e-10) == rule.commutes
-
-
-@every_spelling
-@pytest.mark.filterwarnings("ignore:.*deprecated:UserWarning")
-def test_a_rotation_passes_linear_ops_only(key: Any, rule: fxmerge.Rule) -> None:
-    """Whatever path is taken for linear, any rotation of its channels leaves the outputs as they are."""
-    sample = sample_of(key, rule)
-    found = fxmerge.analyze(*sample.make())
-    errors = rotation_errors(found)
-    exact = sample.double and rule.name != "identity"  # which may be a cast to half precision
-    assert all(error < (1e-10 if exact else 0.03) for error in errors.values()), errors
-    if rule.linear is not True and rule.kind in ("per_channel", "tie") and not callable(rule.linear):
-        assert "producer" not in errors
 
 
 @pytest.mark.parametrize("name", [r.name for r in fxmerge.RULES.values() if r.linear is True and r.kind != "tie"])
