@@ -29,6 +29,7 @@ from fxmerge.planning import budget
 from fxmerge.planning.depth import in_order, searched
 from fxmerge.rewrite.branches import without_branches
 from tests.helpers.netmaking import Net, conv, one_thread, plain_merge, randomised  # noqa: F401
+from tests.helpers.slow import slow_but
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -346,7 +347,7 @@ def share_without(model: nn.Module, gone: int) -> float:
     return 1 - gone / elements(model)
 
 
-@pytest.mark.parametrize("first", [True, False], ids=["pre-norm", "post-norm"])
+@pytest.mark.parametrize("first", slow_but([True], [True, False]), ids=["pre-norm", "post-norm"])
 def test_branches_of_a_transformer_that_add_nothing(first: bool) -> None:
     """They are dropped, no channel is, and the outputs stay."""
     model = made(Transformer(first))
@@ -363,6 +364,7 @@ def test_branches_of_a_transformer_that_add_nothing(first: bool) -> None:
     assert result.report.spent.met
 
 
+@pytest.mark.slow
 def test_a_block_of_a_resnet_that_adds_nothing() -> None:
     """relu(x + f(x)), added and rectified in place; flops this time, and channels of the rest are merged as well."""
     model = made(ResNet())
@@ -376,6 +378,7 @@ def test_a_block_of_a_resnet_that_adds_nothing() -> None:
     assert apart(model, result.module, new) < apart(model, alone.module, new)
 
 
+@pytest.mark.slow
 def test_a_constant_branch_leaves_its_mean() -> None:
     """Dropped without a trace: its mean takes its place, unless no layer may have a new bias."""
     model = made(Transformer())
@@ -421,6 +424,7 @@ def test_layer_scale_and_dropout() -> None:
     assert apart(model, result.module, x) < 1e-6
 
 
+@pytest.mark.slow
 def test_nothing_is_dropped_that_is_needed() -> None:
     """Half of the channels are copies, which are merged without any loss, and all branches matter."""
     model = made(Transformer())

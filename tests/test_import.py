@@ -36,6 +36,7 @@ def test_import_is_light(torch_modules: set[str]) -> None:
     assert heavy(added) == []
 
 
+@pytest.mark.slow
 def test_the_test_sees_a_heavy_module(torch_modules: set[str]) -> None:
     assert "networkx" in heavy(modules_after("import torch, networkx") - torch_modules)
 

@@ -19,6 +19,7 @@ from fxmerge.pipeline import prepared
 from fxmerge.rewrite import slicing
 from tests.helpers.netmaking import one_thread, plain_merge  # noqa: F401
 from tests.helpers.nets import NETS
+from tests.helpers.slow import slow_but
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -291,7 +292,7 @@ def test_shared_weights_stay_shared() -> None:
     assert one is other
 
 
-@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("frozen", slow_but([True], [False, True]))
 def test_a_merge_leaves_the_collector_as_it_was(frozen: bool) -> None:
     model, x = next(iter(NETS.values()))()
     seen = []

@@ -15,6 +15,7 @@ import pytest
 
 from fxmerge import progress as progressing
 from fxmerge.progress import Estimate, duration, progress
+from tests.helpers.slow import slow_but
 
 pty = pytest.importorskip("pty", reason="no pseudo-terminals on this system")
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,6 +83,7 @@ def last_screen(text: str) -> list[str]:
     return lines
 
 
+@pytest.mark.slow
 def test_one_line_on_a_terminal_that_is_gone_at_the_end() -> None:
     text, status = on_terminal("short")
     assert status == 0 and "capture" in text and "decomposition" in text
@@ -101,13 +103,16 @@ def test_ctrl_c_leaves_the_terminal_as_it_was() -> None:
     assert "\x1b[2K" in after or "\x1b[2K" in before[-40:]
 
 
-@pytest.mark.parametrize("environment", [{"TERM": "dumb"}, {"TERM": "unknown"}])
+@pytest.mark.parametrize("environment", slow_but([{"TERM": "dumb"}], [{"TERM": "dumb"}, {"TERM": "unknown"}]))
 def test_nothing_on_a_terminal_that_cannot_erase(environment: dict[str, str]) -> None:
     text, status = on_terminal("short", **environment)
     assert status == 0 and text.splitlines() == ["out", "printed by the model", "end"]
 
 
-@pytest.mark.parametrize("environment", [{}, {"FORCE_COLOR": "1", "TTY_COMPATIBLE": "1", "TTY_INTERACTIVE": "1"}])
+PIPES = [{"FORCE_COLOR": "1", "TTY_COMPATIBLE": "1", "TTY_INTERACTIVE": "1"}, {}]
+
+
+@pytest.mark.parametrize("environment", slow_but(PIPES[:1], PIPES))
 def test_silent_in_a_pipe(environment: dict[str, str]) -> None:
     done = subprocess.run(
         [sys.executable, "-c", STAGES, "short"], capture_output=True, text=True, check=True, cwd=ROOT,

@@ -14,6 +14,7 @@ import fxmerge
 from benchmarks.harness import process
 from benchmarks.harness.memory import peak_memory, reset_peak_memory
 from benchmarks.harness.rows import append_row, read_rows
+from tests.helpers.slow import slow_but
 
 
 def test_a_later_row_replaces_an_earlier_one_and_an_incomplete_line_is_skipped(tmp_path: Path) -> None:
@@ -73,7 +74,7 @@ def busy() -> Iterator[process.Finding]:
         pass
 
 
-@pytest.mark.parametrize("findings", [slow, busy])
+@pytest.mark.parametrize("findings", slow_but([busy], [slow, busy]))
 def test_a_process_out_of_time_keeps_its_findings(findings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The time is that of the CPU; a process that waits is stopped too."""
     monkeypatch.setattr(process, "PATIENCE", 1 if findings is slow else 600)

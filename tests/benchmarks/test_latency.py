@@ -27,6 +27,7 @@ def test_kernels_of_one_kind_of_op() -> None:
     assert [latency.kind_of(op) for op in ops] == ["convolution", "convolution", "attention", "linear", "relu"]
 
 
+@pytest.mark.slow
 def test_page(tmp_path: Path) -> None:
     given = "--models squeezenet1_1 --image 64 --modes eager --round-to 1 8 --seconds 0.2"
     latency.main([*given.split(), "--out", str(tmp_path)])

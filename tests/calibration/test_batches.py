@@ -268,6 +268,7 @@ def test_tokens_are_found_with_the_table_that_they_index() -> None:
     assert found.source == "128 probes made from the tokens of the 2 example inputs and of the vocabulary"
 
 
+@pytest.mark.slow
 def test_the_report_says_what_refit_ran_on() -> None:
     images = 100 + 40 * smooth(20, 3, 16, 16, axes=2)
     merged = fxmerge.merge(Plain().eval(), IMAGES, ratio=0.5, samples=64)

@@ -69,6 +69,7 @@ def test_a_size_that_is_declared_varies_in_all_forms(samples: int, tmp_path: Pat
         assert difference([expected], [torch.from_numpy(found)]) < 1e-5, size
 
 
+@pytest.mark.slow
 def test_a_size_that_is_not_declared_is_refused_by_name() -> None:
     """Without the declaration, the same model takes any length."""
     model = Sentence().eval()

@@ -37,6 +37,7 @@ def test_merge_pass_in_a_pass_manager() -> None:
     assert PassManager(passes=[step], steps=3)(traced).modified
 
 
+@pytest.mark.slow
 def test_merge_pass_takes_shapes_from_metadata() -> None:
     model, x = NETS["mlp"]()
     traced = fx.symbolic_trace(model)

@@ -177,6 +177,7 @@ def test_dead_channels_go_and_the_class_stays(name: str) -> None:
     assert parameters < 0.9 * sum(p.numel() for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_the_routes() -> None:
     routes = {n: fxmerge.analyze(c(), i).captured.route for n, (c, i, _) in CASES.items()}
     assert set(routes.values()) == {"recorded"}, routes

@@ -217,6 +217,7 @@ def test_what_is_no_fault_of_the_network_is_not_called_one() -> None:
     assert published._of_network(wrapped) and not published._of_network(KeyError("a"))
 
 
+@pytest.mark.slow
 def test_random_weights_are_announced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["torchvision:squeezenet1_1", "--shape", "1", "3", "64", "64"]
     assert main(["merge", *command, "--out", str(tmp_path / "o"), "--refit", "none"]) == 0

@@ -346,6 +346,7 @@ def example_inputs():
 """
 
 
+@pytest.mark.slow
 def test_dynamic(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "sentence.py").write_text(SENTENCE)
     spec, flags = f"{tmp_path / 'sentence.py'}:Sentence", ["--refit", "none", "--ratio", "0.25"]

@@ -11,6 +11,7 @@ import pytest
 
 import fxmerge
 from fxmerge.cli.main import main
+from tests.helpers.slow import slow_but
 
 ROOT = Path(__file__).resolve().parents[2]
 FACTORY = """
@@ -79,7 +80,10 @@ def test_version() -> None:
     assert (done.returncode, done.stdout.decode(), done.stderr) == (0, f"fxmerge {fxmerge.__version__}\n", b"")
 
 
-@pytest.mark.parametrize("arguments", [["analyze"], ["merge", "--out", "{out}"], ["draw", "--out", "{out}/a.svg"]])
+COMMANDS = [["merge", "--out", "{out}"], ["analyze"], ["draw", "--out", "{out}/a.svg"]]
+
+
+@pytest.mark.parametrize("arguments", slow_but(COMMANDS[:1], COMMANDS))
 def test_interrupted(arguments: list[str], spec: str, tmp_path: Path) -> None:
     arguments = [a.format(out=tmp_path) for a in arguments]
     done = command(arguments[0], f"{spec}:interrupted", *arguments[1:])

@@ -17,6 +17,7 @@ from fxmerge.cli.main import main
 from fxmerge.graph.compare import difference, outputs
 from tests.helpers.netmaking import one_thread, plain_merge, randomised  # noqa: F401
 from tests.helpers.nets import NETS
+from tests.helpers.slow import slow_but
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -54,7 +55,7 @@ def program(model: nn.Module, x: Tensor) -> ExportedProgram:
     return torch.export.export(model, (x,), dynamic_shapes=({0: Dim("batch", min=2, max=64)},))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", slow_but([n for n in MODELS if n not in ("vit", "bert")], MODELS))
 def test_a_program_in_and_out(name: str) -> None:
     """A dynamic batch stays dynamic, names are kept, and the program computes the same as the merged module."""
     model, x = MODELS[name]()
@@ -232,6 +233,7 @@ def test_pt2_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("m.pt2", b"old")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_compile_of_a_merged_program_is_one_graph(name: str) -> None:
     model, x = MODELS[name]()

@@ -123,6 +123,7 @@ def test_a_budget_is_met_within_one_percent(name: str, budget: dict[str, float],
     assert [g.kept for g in again.plan.groups] == [g.kept for g in result.plan.groups]
 
 
+@pytest.mark.slow
 def test_a_budget_of_parameters_counts_the_biases_of_refit() -> None:
     """Convolutions of one place by 16 channels: each bias is a sixteenth of what it joins."""
     torch.manual_seed(0)

@@ -199,6 +199,7 @@ def test_samples_on_another_path_are_left_out() -> None:
     assert isinstance(other, Declined) and not other.failed and "another path" in other.reason
 
 
+@pytest.mark.slow
 def test_refit_is_left_out_where_every_sample_takes_another_path() -> None:
     class Only(Steered):
         def forward(self, x: Tensor) -> Tensor:
@@ -226,6 +227,7 @@ def test_bad_batches_raise(case: str) -> None:
         fxmerge.merge(Detector(), EXAMPLE, ratio=0.3, calibration=given)
 
 
+@pytest.mark.slow
 def test_a_data_loader_of_images_and_targets() -> None:
     batches = [((image,), ({"boxes": torch.rand(2, 4)},)) for image in images(4, 5)]
     result = fxmerge.merge(Detector(), EXAMPLE, ratio=0.3, calibration=batches, samples=6)

@@ -17,6 +17,7 @@ from torch import nn
 from fxmerge.report.picture.notebook import cell
 from tests.helpers.netmaking import one_thread, plain_merge  # noqa: F401
 from tests.helpers.nets import NETS
+from tests.helpers.slow import slow_but
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -68,7 +69,7 @@ def test_representations_are_one_line() -> None:
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium")
-@pytest.mark.parametrize("tabs", [True, False])
+@pytest.mark.parametrize("tabs", slow_but([True], [True, False]))
 def test_the_button_opens_the_page(tabs: bool, tmp_path: Path) -> None:
     """In a new tab; below the button where there are no new tabs."""
     api = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")

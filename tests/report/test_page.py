@@ -71,6 +71,7 @@ def test_clicking_and_pointing_in_the_network(opened: Any) -> None:
     assert tab.modules(".box.on") == set()
 
 
+@pytest.mark.slow
 def test_summary_partners_and_heat_map(opened: Any) -> None:
     result = merged("residual")
     tab = opened(result.report.html())
@@ -100,6 +101,7 @@ def test_summary_partners_and_heat_map(opened: Any) -> None:
         tab.tab.click("#back")
 
 
+@pytest.mark.slow
 def test_collapse_and_expand(opened: Any) -> None:
     result = blocks()
     tab = opened(result.report.html())

@@ -85,6 +85,7 @@ def test_choosing_a_group_shows_its_members_and_is_kept_in_the_address(opened: A
     shown_whole(tab, first)
 
 
+@pytest.mark.slow
 def test_what_the_reader_opened_stays_open(opened: Any) -> None:
     tab = opened(blocks().report.html())
     tab.tab.click(".box.closed >> nth=3")
@@ -317,6 +318,7 @@ def test_too_many_members_to_show(opened: Any) -> None:
     assert set(opacities(tab, ".box.on")) == {1.0}
 
 
+@pytest.mark.slow
 def test_a_group_in_many_modules_is_shown_by_them_first(opened: Any) -> None:
     tab = opened(blocks().report.html())
     tab.tab.evaluate("fx.ROOM = 8")  # the nine modules hold a box more each

@@ -194,6 +194,7 @@ def test_png_and_svg_hold_the_whole_drawing(scheme: str, text: str, opened: Any)
     assert colours.get(group, 0) > 1000  # the chosen group is not dimmed
 
 
+@pytest.mark.slow
 def test_the_pdf_is_as_large_as_the_drawing(text: str, opened: Any, tmp_path: Path) -> None:
     tab = opened(text, color_scheme="dark")
     before = tab.tab.get_attribute("#scene", "transform")

@@ -138,6 +138,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return [result.report.text(), result.analysis.report.text(), re.sub(r"\d+\n", "", sweep.text())]
 
 
+@pytest.mark.slow
 def test_a_notebook_changes_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     expected = seen(monkeypatch)
 
