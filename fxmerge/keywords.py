@@ -13,6 +13,7 @@ Scope = Literal["internal", "all"]
 Heads = Literal["width", "whole", "both"]
 MostsimScale = Literal["exact", "reference"]
 Refit = Literal["none", "synthetic", "calibration"]
+Precision = Literal["float32", "bfloat16"]
 
 # the entries that come with the package; tests/test_keywords.py compares them with the registries
 Allocation = Literal["greedy", "uniform"]
@@ -42,6 +43,7 @@ class SweepKeywords(TypedDict, total=False):
     samples: int
     batch: int
     rows: int
+    precision: Precision
     round_to: int
     same_widths: bool
     new_biases: bool

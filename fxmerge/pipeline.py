@@ -35,6 +35,7 @@ from fxmerge.graph.cost import flops_by_node
 from fxmerge.graph.distributed import summed
 from fxmerge.graph.eval_mode import computing
 from fxmerge.graph.latency import compared
+from fxmerge.graph.products import products
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.groups import Group, Grouping, Refusal
 from fxmerge.ir.provenance import Provenance, without_new_biases
@@ -105,7 +106,7 @@ class Prepared:
 
     @property
     def original(self) -> nn.Module:
-        """The original model, for comparisons with a merged one."""
+        """The original model."""
         return original_of(self.captured)
 
     @cached_property
@@ -152,7 +153,8 @@ class Prepared:
         started = time.perf_counter()
 
         def run(own: Prepared) -> Result:
-            return own.apply(own.choose(options) if decided is None else own.replay(options, decided), started)
+            with products(options.precision):
+                return own.apply(own.choose(options) if decided is None else own.replay(options, decided), started)
 
         try:
             return run(self)
@@ -182,8 +184,7 @@ class Prepared:
             if not mates and not (found.refused and options.budget):  # else the others meet the budget
                 break
         batches, notes = self.refitted_on(any(sum(allotted.counts[g.name]) < g.channels for g in groups))
-        notes = (*notes, *allotted.notes)
-        return self.choice(options, found, refusals, batches, notes)
+        return self.choice(options, found, refusals, batches, (*notes, *allotted.notes))
 
     def refitted_on(self, narrows: bool) -> tuple[Batches, tuple[str, ...]]:
         """The batches and the notes on them, if anything changes. narrows: whether any group does"""
@@ -276,7 +277,8 @@ class Prepared:
             draft = others[best.name]() if best.name in others else draft
         module = assembled(captured, draft.graph)
         self.stage("verify")
-        verdict = verify.compare(captured, module)
+        with products("float32"):
+            verdict = verify.compare(captured, module)
         timing = None
         if "latency" in choice.options.budget and (choice.chosen or captured.cut):
             self.stage("latency")
