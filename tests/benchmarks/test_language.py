@@ -370,9 +370,9 @@ def test_fxmerge_with_and_without_data(monkeypatch: pytest.MonkeyPatch) -> None:
         small = methods.METHODS[method](methods.Task(copy.deepcopy(original), batches, 0.3, 0))
         assert abs(llama.layer_parameters(small) / llama.layer_parameters(original) - 0.7) < 0.02
         assert small(input_ids=batches[1]["input_ids"][:1])[0].shape == (1, 20, 60)
-    (example, calibration), (same, none) = given
-    assert none is None and len(calibration) == len(batches)
-    for one in (example, same):  # a window of the calibration tokens
+    (example, calibration), (again, as_many), (same, none) = given
+    assert none is None and len(calibration) == len(as_many) == len(batches)
+    for one in (example, again, same):  # a window of the calibration tokens
         assert torch.equal(one["input_ids"], batches[0]["input_ids"][:1])
 
 
