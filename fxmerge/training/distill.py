@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,8 @@ def distill(
     checkpoint: a file that is written after each epoch. If it exists, training goes on from there, to the same weights
         as without an interruption.
     seed: of the order of a DataLoader, and of dropout.
-    Raises FxMergeError for batches that do not fit the model, and for a checkpoint of another model.
+    Raises FxMergeError for batches that do not fit the model, for a checkpoint of another model, and where the loss
+    becomes infinite or NaN.
     """
     if not isinstance(epochs, int) or epochs < 1:
         raise FxMergeError(f"epochs is {epochs!r}; give an integer of at least 1")
@@ -102,6 +104,11 @@ def distill(
                 if average is not None:
                     average.update_parameters(teaching.student)
                 total, count = total + float(whole.detach()), count + 1
+                if not isfinite(total):
+                    raise FxMergeError(
+                        f"training diverged: the loss is {float(whole.detach())} in epoch {epoch + 1}, batch {count}; "
+                        "give a smaller learning rate (lr, or that of your optimizer)"
+                    )
                 done = (epoch + _share(count, batches)) / epochs
                 stage(f"distill epoch {epoch + 1} of {epochs}, batch {count}, loss {total / count:.4f}", done)
             if not count:

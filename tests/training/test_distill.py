@@ -235,6 +235,11 @@ def test_batches_that_do_not_fit(merged: Result) -> None:
         fxmerge.distill(merged, (x for x in batches(1)), epochs=2)
 
 
+def test_a_training_that_diverges(merged: Result) -> None:
+    with pytest.raises(FxMergeError, match=r"training diverged: the loss is (nan|inf) in epoch \d+, batch \d+; give a sm"):
+        fxmerge.distill(merged, batches(), epochs=60, optimizer=lambda weights: torch.optim.SGD(weights, lr=1e12))
+
+
 def test_a_checkpoint_of_another_model(merged: Result, tmp_path: Path) -> None:
     path = tmp_path / "c.safetensors"
     fxmerge.distill(merged, batches(1), checkpoint=path)
