@@ -236,7 +236,8 @@ def test_batches_that_do_not_fit(merged: Result) -> None:
 
 
 def test_a_training_that_diverges(merged: Result) -> None:
-    with pytest.raises(FxMergeError, match=r"training diverged: the loss is (nan|inf) in epoch \d+, batch \d+; give a sm"):
+    text = r"training diverged: the loss is (nan|inf) in epoch \d+, batch \d+; give a smaller learning rate"
+    with pytest.raises(FxMergeError, match=text):
         fxmerge.distill(merged, batches(), epochs=60, optimizer=lambda weights: torch.optim.SGD(weights, lr=1e12))
 
 
