@@ -43,6 +43,7 @@ class SweepKeywords(TypedDict, total=False):
     samples: int
     batch: int
     rows: int
+    memory: float
     precision: Precision
     round_to: int
     same_widths: bool

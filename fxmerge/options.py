@@ -99,6 +99,8 @@ class Options:
     """refit: probes in a batch"""
     rows: int = 65536
     """refit: largest number of output positions to solve a layer on; wide layers use fewer"""
+    memory: float = 0.0
+    """refit: GiB that its samples may take beside the models, by using fewer; 0: 0.5 for the largest activation"""
     precision: Precision = "float32"
     """refit: float32, or bfloat16 for matrix products of float32 values, faster on processors with units for it"""
     round_to: int = 1
@@ -115,6 +117,7 @@ class Options:
         self._number("max_ratio", 1e-9, 1, "it is a share of channels, 0 < max_ratio < 1", below=True)
         self._number("threshold", -1, 1, "it is a cosine")
         self._number("lam", 0, 1, "it is a weight between 0 and 1")
+        self._number("memory", 0, math.inf, "it is a number of GiB, or 0", below=True)
         for name in ("round_to", "samples", "batch", "rows", "seed"):
             value, least = getattr(self, name), 0 if name in ("seed", "samples") else 1
             if not isinstance(value, int) or isinstance(value, bool) or value < least:

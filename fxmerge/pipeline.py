@@ -91,7 +91,8 @@ class Prepared:
     ) -> None:  # fmt: skip
         self.captured, self.options, self.given, self.stage = captured, options, given, stage
         self.known = data  # of the whole model, if the capture lacks branches of it
-        self.probing = Settings(rows=options.rows, seed=options.seed, held=options.refit == "synthetic", reduce=summed)
+        held, memory = options.refit == "synthetic", options.memory
+        self.probing = Settings(rows=options.rows, seed=options.seed, held=held, reduce=summed, memory=memory)
         self.tensors = state(captured.module)
         self.seen: dict[int, dict[str, tuple[Reading, ...]]] = {}  # by the identity of the batches
 
@@ -140,9 +141,8 @@ class Prepared:
     @cached_property
     def sensitive(self) -> Mapping[str, float]:
         """{layer: how much the model's outputs change with an error in its outputs}, for the consumers of groups."""
-        facts, grouping = self.found
-        groups = in_scope(grouping, self.options)[0]
-        return sensitivity(self.captured, facts, groups, self.data.batches, self.settings, self.stage)
+        groups = in_scope(self.found[1], self.options)[0]
+        return sensitivity(self.captured, self.found[0], groups, self.data.batches, self.settings, self.stage)
 
     @computing()
     def merged(self, options: Options, decided: Mapping[str, GroupPlan] | None = None) -> Result:

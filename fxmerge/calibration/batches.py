@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from fxmerge.calibration.epilogue import SOLVED
 from fxmerge.calibration.held_out import HELD_OUT, of_samples, sample_folds, samples
+from fxmerge.calibration.live import samples_within
 from fxmerge.calibration.tail import tail
 from fxmerge.calibration.trial_runs import refused
 from fxmerge.calibration.user_data import given
@@ -70,7 +71,7 @@ def fed(
 
     Raises FxMergeError where the batches do not fit the model, UnprobedError where the model does not run on probes.
     """
-    limit = samples_at_most(captured, facts)
+    limit = samples_at_most(captured, facts, options.memory)
     if options.refit == "calibration":
         found, more_given = given(captured, batches, limit, batch_size(captured))
         if fault := refused(captured, found[0]):
@@ -92,7 +93,7 @@ def fed(
         inputs = list(captured.inputs)
         return [*probes(family, inputs, tables=tables, count=whole, batch=size, seed=options.seed)]
 
-    for size in dict.fromkeys((options.batch, own)):  # its code, or its graph, may hold the example's batch size
+    for size in dict.fromkeys((min(options.batch, limit), own)):  # its code may hold the example's batch size
         if not (fault := refused(captured, made(next(iter(PROBES)), size)[0])):
             break
     else:
@@ -219,19 +220,26 @@ def enough(captured: Capture, facts: Provenance) -> int:
     return max(fewest, min(wanted, int(FORWARD / max(each, 1))))
 
 
-def samples_at_most(captured: Capture, facts: Provenance) -> int:
-    """The number of samples at which the largest activation has ELEMENTS."""
-    return max(1, ELEMENTS // largest_activation(captured, facts))
+def samples_at_most(captured: Capture, facts: Provenance, memory: float) -> int:
+    """The number of samples at which the largest activation has ELEMENTS, and all take `memory` GiB, if it is not 0."""
+    most = max(1, ELEMENTS // largest_activation(captured, facts))
+    if not memory:
+        return most
+    return min(most, samples_within(captured, batch_size(captured), memory, _apart(captured, facts)))
 
 
 def largest_activation(captured: Capture, facts: Provenance) -> int:
     """The number of elements of the largest activation that is stored in a paired run, for one sample."""
     graph = captured.module.graph
-    layers = {layer.node for layer in facts.layers}
-    apart = tail(captured.module, layers) if captured.recorded is None else ()
-    stored = {node.name for node in graph.nodes if node.op != "get_attr"}.difference(apart)
+    stored = {node.name for node in graph.nodes if node.op != "get_attr"}.difference(_apart(captured, facts))
     largest = max((int(torch.Size(s).numel()) for name, s in captured.shapes.items() if name in stored), default=1)
     return max(1, largest // max(batch_size(captured), 1))
+
+
+def _apart(captured: Capture, facts: Provenance) -> frozenset[str]:
+    """The nodes whose values are not stored."""
+    layers = {layer.node for layer in facts.layers}
+    return tail(captured.module, layers) if captured.recorded is None else frozenset()
 
 
 def batch_size(captured: Capture) -> int:

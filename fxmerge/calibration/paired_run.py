@@ -47,6 +47,7 @@ class Settings:
     reduce:  sums a tensor over all processes
     made:    the number of leading batches whose samples may be held out to judge solves, or 0 for all
     padding: which positions of the batches are no rows
+    memory:  GiB that bound the rows of wide layers, or 0
     """
 
     rows: int
@@ -55,6 +56,7 @@ class Settings:
     reduce: Reduce
     made: int = 0
     padding: Padding | None = None
+    memory: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 from fxmerge.calibration.batches import ELEMENTS, FORWARD, SMALL, Fed, UnprobedError
 from fxmerge.calibration.batches import MOST as SAMPLES
 from fxmerge.calibration.held_out import FOLDS, HELD_OUT, sample_folds
+from fxmerge.calibration.live import samples_within
 from fxmerge.calibration.nested_data import Sample, example_of, given_batch, grouped, varied
 from fxmerge.calibration.part_inputs import Declined, OwnCode
 from fxmerge.calibration.sample_run import SampleRun
@@ -116,6 +117,8 @@ class _Runs:
         each = call_cost(host, captured.args, captured.kwargs, captured.module, captured.inputs).flops / count
         many = max(MOST, min(SAMPLES, int(SMALL / largest)))
         wanted = self.options.samples or max(LEAST, min(many, int(FORWARD / max(each, 1))))
+        if self.options.memory:
+            wanted = min(wanted, samples_within(captured, count, self.options.memory))
         return max(self.size, min(wanted, int(ELEMENTS / largest)))
 
     @property

@@ -153,13 +153,15 @@ def positions(out: Tensor, form: Form) -> int:
     return out.numel() // out.size(channel_axis(out, form)) if out.numel() else 0
 
 
-def enough(rows: int, width: int) -> int:
+def enough(rows: int, width: int, memory: float = 0.0) -> int:
     """The number of positions to solve a layer on, with patches of `width` entries each.
 
     It is `rows`, or fewer so that the patches have at most ENTRIES together; but never fewer than FEWEST for that
-    reason, so that there are more positions than unknowns.
+    reason, so that there are more positions than unknowns. Where `memory` (GiB) is not 0, the patches take at most a
+    sixteenth of it in float32, and have at least twice as many positions as entries.
     """
-    return min(rows, max(FEWEST, ENTRIES // max(width, 1)))
+    count = min(rows, max(FEWEST, ENTRIES // max(width, 1)))
+    return count if not memory else min(count, max(2 * width, int(memory * 2**24 / max(width, 1))))
 
 
 def sample(

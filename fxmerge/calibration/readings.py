@@ -104,7 +104,7 @@ def _consumer(
     blocks, width = form.groups, rows.size(2)
     if blocks * width > WIDEST:
         return None
-    count, real = enough(settings.rows, blocks * width), run.real(node.name, outputs, form)
+    count, real = enough(settings.rows, blocks * width, settings.memory), run.real(node.name, outputs, form)
     index_of = sample(outputs, form, count, generator, settings.reduce, real)
     inputs = run.original.values[input_of(node, layer.op).name]
     parts = [patches(x, form, index) for x, index in zip(inputs, index_of, strict=True)]

@@ -197,7 +197,7 @@ class _Refit:
     def _sampled(self, site: Site, calls: int) -> list[Tensor]:
         """The output positions that a layer is solved on, by batch; a share of them if its weight has several calls."""
         shape = site.held.matrices.shape
-        count = enough(self.settings.rows, shape[0] * shape[2])
+        count = enough(self.settings.rows, shape[0] * shape[2], self.settings.memory)
         if site.visit.node.name in self.joint.within:
             count = min(count, FEWEST)  # enough for the weights that joint steps start from
         outputs, form = site.visit.outputs, site.held.form
