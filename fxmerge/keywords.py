@@ -13,7 +13,6 @@ Scope = Literal["internal", "all"]
 Heads = Literal["width", "whole", "both"]
 MostsimScale = Literal["exact", "reference"]
 Refit = Literal["none", "synthetic", "calibration"]
-Precision = Literal["float32", "bfloat16"]
 
 # the entries that come with the package; tests/test_keywords.py compares them with the registries
 Allocation = Literal["greedy", "uniform"]
@@ -44,7 +43,6 @@ class SweepKeywords(TypedDict, total=False):
     batch: int
     rows: int
     memory: float
-    precision: Precision
     round_to: int
     same_widths: bool
     new_biases: bool

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 from fxmerge.errors import FxMergeError
 from fxmerge.graph import latency
-from fxmerge.keywords import Heads, Keywords, MostsimScale, Precision, Refit, Scope
+from fxmerge.keywords import Heads, Keywords, MostsimScale, Refit, Scope
 from fxmerge.methods.allocation import ALLOCATORS
 from fxmerge.methods.decomposition import DECOMPOSITIONS
 from fxmerge.methods.probes import PROBES
@@ -40,7 +40,6 @@ def choices() -> dict[str, tuple[str, ...]]:
         "mostsim_scale": get_args(MostsimScale),
         "refit": get_args(Refit),
         "probes": ("auto", *PROBES),
-        "precision": get_args(Precision),
     }
 
 
@@ -101,8 +100,6 @@ class Options:
     """refit: largest number of output positions to solve a layer on; wide layers use fewer"""
     memory: float = 0.0
     """refit: GiB that its samples may take beside the models, by using fewer; 0: 0.5 for the largest activation"""
-    precision: Precision = "float32"
-    """refit: float32, or bfloat16 for matrix products of float32 values, faster on processors with units for it"""
     round_to: int = 1
     """the number of kept channels is a multiple of this"""
     same_widths: bool = False

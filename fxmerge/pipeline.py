@@ -35,7 +35,6 @@ from fxmerge.graph.cost import flops_by_node
 from fxmerge.graph.distributed import summed
 from fxmerge.graph.eval_mode import computing
 from fxmerge.graph.latency import compared
-from fxmerge.graph.products import products
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.groups import Group, Grouping, Refusal
 from fxmerge.ir.provenance import Provenance, without_new_biases
@@ -153,8 +152,7 @@ class Prepared:
         started = time.perf_counter()
 
         def run(own: Prepared) -> Result:
-            with products(options.precision):
-                return own.apply(own.choose(options) if decided is None else own.replay(options, decided), started)
+            return own.apply(own.choose(options) if decided is None else own.replay(options, decided), started)
 
         try:
             return run(self)
@@ -277,8 +275,7 @@ class Prepared:
             draft = others[best.name]() if best.name in others else draft
         module = assembled(captured, draft.graph)
         self.stage("verify")
-        with products("float32"):
-            verdict = verify.compare(captured, module)
+        verdict = verify.compare(captured, module)
         timing = None
         if "latency" in choice.options.budget and (choice.chosen or captured.cut):
             self.stage("latency")

@@ -39,11 +39,10 @@ def _by_slicegpt(task: Task) -> nn.Module:
     return slicegpt(task.model, task.batches, sliced_width(task.model, task.removed))
 
 
-def _by_fxmerge(task: Task, samples: bool, precision: str = "float32") -> nn.Module:
+def _by_fxmerge(task: Task, samples: bool) -> nn.Module:
     """fxmerge with a budget. Its example input is the first calibration window; without samples it sees no other."""
     example = {name: value[:1] for name, value in task.batches[0].items()}
-    budget = {"params": 1 - task.removed}
-    options = fxmerge.Options(budget=budget, of=(f"{LAYERS}*",), seed=task.seed, precision=precision)
+    options = fxmerge.Options(budget={"params": 1 - task.removed}, of=(f"{LAYERS}*",), seed=task.seed)
     batches = list(task.batches) if samples else None
     return fxmerge.merge(task.model, example, options, calibration=batches).module.eval()
 
@@ -55,7 +54,6 @@ METHODS: Mapping[str, Method] = {
     "second-order": _by_pruning(second_order),
     "slicegpt": _by_slicegpt,
     "fxmerge": partial(_by_fxmerge, samples=True),
-    "fxmerge-bfloat16": partial(_by_fxmerge, samples=True, precision="bfloat16"),
     "fxmerge-no-data": partial(_by_fxmerge, samples=False),
 }
 

@@ -35,8 +35,7 @@ the same tokens, which are from the validation text. Nothing is chosen on the te
   matrices in its adds are parameters of the layers. Its embedding and head are sliced too, but no longer tied, which
   the column *whole model* shows.
 - *fxmerge*: a budget of the decoder layers' parameters and the calibration tokens; all else as by default.
-- *fxmerge-bfloat16*: the same with `precision="bfloat16"`, for matrix units of the processor.
-- *fxmerge-no-data*: as *fxmerge*, without the calibration tokens, with one window of them as the example input.
+- *fxmerge-no-data*: the same without the calibration tokens, with one window of them as the example input.
 
 A head, for the first three, is a key-value head with the queries that read it.
 

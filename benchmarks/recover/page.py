@@ -57,12 +57,10 @@ def section(network: str, rows: Rows) -> list[str]:
     of = {key[1:]: row for key, row in rows.items() if key[0] == network}
     epochs = sorted({count for method, count in of if method != ORIGINAL})
     original = of.get((ORIGINAL, 0), {}).get("accuracy")
-    known: Row = {}
-    for row in of.values():
-        known |= {name: row[name] for name in ("train_images", "test_images") if name in row}
+    known = {n: max((r[n] for r in of.values() if n in r), default=0) for n in ("train_images", "test_images")}
     title, base = TITLES[network], "" if original is None else f", original {original:.2f} %"
     lines = [f"## {title.title}, {title.dataset}, {NETWORKS[network]:.0%} of the FLOPs", ""]
-    counts = [f"{known[n]:,} {n.replace('_', ' ')}" for n in ("train_images", "test_images") if n in known]
+    counts = [f"{count:,} {name.replace('_', ' ')}" for name, count in known.items() if count]
     lines += [f"Top-1 accuracy in %{base}; {', '.join(counts)}. Columns: epochs.", ""]
     lines.append("| method | FLOPs | parameters | " + " | ".join(map(str, epochs)) + " |")
     lines.append("|---|--:|--:|" + "--:|" * len(epochs))
