@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.slow import slow_but
+
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 EXPECTED = {
     "merge_your_own.py": ["features.3.squeeze", "16 -> 8", "parameters 1,235,496 ->", "merged model: (1, 1000)"],
@@ -57,7 +59,7 @@ def test_every_example_is_tested() -> None:
     assert {p.name for p in EXAMPLES.glob("*.py")} == set(EXPECTED)
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in EXPECTED])
+@pytest.mark.parametrize("name", slow_but(EXPECTED.keys() - {*SLOW}, EXPECTED))
 def test_example(name: str, tmp_path: Path) -> None:
     if name in NEEDS:
         pytest.importorskip(NEEDS[name])

@@ -35,3 +35,20 @@ def run(
             found = row(key)
         append_row(path, found)
         console.print(f"{number}/{len(todo)} {line(found)}", markup=False, soft_wrap=True)
+
+
+def progress_line(row: Row, title: str, measured: str, left: str) -> str:
+    """One line about a row: its title, then `measured` and `left` with the values of the row, where it has them.
+
+    They are formats, such as "perplexity {perplexity:.2f}" and "{flops:.1%} of the FLOPs".
+    """
+    parts = [_filled(measured, row) or row.get("error", "failed")[:160], _filled(left, row), f"{row['wall']:.0f} s"]
+    return f"{title}: {', '.join(part for part in parts if part)}"
+
+
+def _filled(text: str, row: Row) -> str:
+    """A format with the row's values; empty if the row lacks one."""
+    try:
+        return text.format(**row)
+    except KeyError:
+        return ""

@@ -40,9 +40,8 @@ def requested(network: str, shares: Sequence[float], methods: Sequence[str], see
 
 def progress_line(row: Row) -> str:
     """One line about a row, for the terminal."""
-    outcome = f"perplexity {row['perplexity']:.2f}" if "perplexity" in row else row.get("error", "failed")[:160]
-    left = f", {row['parameters']:.1%} of the layers" if "parameters" in row else ""
-    return f"{row['network']} {row['removed']:.0%} {row['method']}: {outcome}{left}, {row['wall']:.0f} s"
+    title = f"{row['network']} {row['removed']:.0%} {row['method']}"
+    return runs.progress_line(row, title, "perplexity {perplexity:.2f}", "{parameters:.1%} of the layers")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -41,10 +41,8 @@ def requested(networks: Sequence[str], budgets: Sequence[str], methods: Sequence
 
 def progress_line(row: Row) -> str:
     """One line about a row, for the terminal."""
-    outcome = f"{row['metric']:.2f}" if "metric" in row else row.get("error", "failed")[:160]
-    left = f", {row['flops']:.1%} of the FLOPs" if "flops" in row else ""
     title = " ".join(part for part in (row["network"], row["budget"], row["method"]) if part)
-    return f"{title}: {outcome}{left}, {row['wall']:.0f} s"
+    return runs.progress_line(row, title, "{metric:.2f}", "{flops:.1%} of the FLOPs")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -35,9 +35,8 @@ def requested(networks: Sequence[str], methods: Sequence[str], epochs: Sequence[
 
 def progress_line(row: Row) -> str:
     """One line about a row, for the terminal."""
-    outcome = f"{row['accuracy']:.2f} %" if "accuracy" in row else row.get("error", "failed")[:160]
-    left = f", {row['flops']:.1%} of the FLOPs" if "flops" in row else ""
-    return f"{row['network']} {row['method']} {row['epochs']} epochs: {outcome}{left}, {row['wall']:.0f} s"
+    title = f"{row['network']} {row['method']} {row['epochs']} epochs"
+    return runs.progress_line(row, title, "{accuracy:.2f} %", "{flops:.1%} of the FLOPs")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from math import prod
+
+from torch import fx
 
 from fxmerge.ir.capture import Capture
 
@@ -22,12 +24,16 @@ def samples_within(captured: Capture, count: int, memory: float, apart: Collecti
     return max(1, int(memory * 2**30 / (FLOAT * COPIES * max(each, 1.0))))
 
 
+def last_readers(nodes: Sequence[fx.Node]) -> dict[str, str]:
+    """{node: the last node that reads it}."""
+    return {source.name: node.name for node in nodes for source in node.all_input_nodes}
+
+
 def live_elements(captured: Capture, apart: Collection[str] = ()) -> int:
     """The most elements that are stored at one time while the graph runs node by node on the example inputs."""
     nodes = list(captured.module.graph.nodes)
-    last = {source.name: node.name for node in nodes for source in node.all_input_nodes}
     ending: dict[str, list[str]] = {}
-    for name, reader in last.items():
+    for name, reader in last_readers(nodes).items():
         ending.setdefault(reader, []).append(name)
     stored: dict[str, int] = {}
     most = 0

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxmerge.calibration.live import last_readers
 from fxmerge.calibration.sample_run import SampleRun
 from fxmerge.calibration.tail import LARGE, Recomputed
 from fxmerge.graph.nested import tree
@@ -28,7 +29,7 @@ class Stream:
         self.nodes = list(module.graph.nodes)
         self.named = {n.name: n for n in self.nodes}
         self.placeholders = [n.name for n in self.nodes if n.op == "placeholder"]
-        last = {source.name: node.name for node in self.nodes for source in node.all_input_nodes}
+        last = last_readers(self.nodes)
         self.expires: dict[str, list[str]] = {}  # node -> the nodes that it is the last to read
         first = batches[0] if batches else None
         self.ends = first.ends if isinstance(first, SampleRun) else ()

@@ -146,8 +146,9 @@ def relative(wanted: Tensor, found: Tensor) -> Tensor:
 
 def _behind(wanted: Tensor, found: Tensor, tap: Tap) -> Tensor:
     """The relative error of a layer's outputs, of the first samples that have COMPARED values in all."""
-    first = max(1, COMPARED * len(wanted) // max(1, wanted.numel()))
-    wanted, found = wanted[:first], found[:first]
+    if tap.axis:  # else there is no axis of samples
+        first = max(1, COMPARED * len(wanted) // max(1, wanted.numel()))
+        wanted, found = wanted[:first], found[:first]
     if len(tap.kept) != wanted.size(tap.axis):
         wanted = wanted.index_select(tap.axis, tap.kept.to(wanted.device))
     return relative(wanted, found)

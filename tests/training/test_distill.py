@@ -87,6 +87,14 @@ def test_the_loss_by_hand(merged: Result, samples: int, monkeypatch: pytest.Monk
     assert original is not merged.module
 
 
+def test_without_an_axis_of_samples_all_channels_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted, found = torch.randn(6, 5, 5), torch.randn(4, 5, 5)  # of an image alone: channels first
+    monkeypatch.setattr(distillation, "COMPARED", 50)
+    kept = torch.tensor([0, 2, 3, 5])
+    error = distillation._behind(wanted, found, distillation.Tap("conv", 0, kept))
+    torch.testing.assert_close(error, ((found - wanted[kept]) ** 2).mean() / wanted[kept].var(correction=0))
+
+
 def test_soft_outputs_by_hand(merged: Result) -> None:
     x = batches(1)[0]
     found = fxmerge.Distillation(merged, hidden=0.0, temperature=3.0).eval()(x)
