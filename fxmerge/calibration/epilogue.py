@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -27,39 +28,50 @@ class Epilogue:
     bounds: Bounds | None  # of the rectifier: (0, inf) for ReLU, (0, 6) for ReLU6
 
 
+def joined(module: fx.GraphModule, node: fx.Node, norms: Collection[str]) -> list[fx.Node]:
+    """A layer's node, that of its norm, and that of the add of both with another value, as far as they exist."""
+    found, following = [node], _after(module, node)
+    if following is not None and following.name in norms:
+        found, following = [*found, following], _after(module, following)
+    if following is not None and _rule(module, following) == "add" and len(following.all_input_nodes) == 2:
+        found.append(following)
+    return found
+
+
 def epilogue_of(module: fx.GraphModule, node: fx.Node, norms: dict[str, Layer], known: set[str]) -> Epilogue:
     """The epilogue of the layer at a node.
 
     norms: the BatchNorms by node; known: the nodes whose values are available, which the add's other operand must be
     """
 
-    def consumer(node: fx.Node) -> fx.Node | None:
-        return next(iter(node.users)) if len(node.users) == 1 else None
-
-    def rule(node: fx.Node | None) -> str:
-        found = rule_of(node, module) if node is not None else None
-        return found.name if found else ""
-
-    def after(node: fx.Node) -> fx.Node | None:
-        found = consumer(node)
-        while rule(found) in ("dropout", "identity", "stochastic_depth") and found is not None and plain(found):
-            found = consumer(found)
-        return found
-
-    def plain(node: fx.Node) -> bool:
-        owner = module.get_submodule(str(node.target)) if node.op == "call_module" else None
-        return isinstance(owner, (nn.Identity, nn.modules.dropout._DropoutNd))
-
-    norm, other, following = None, None, after(node)
+    norm, other, following = None, None, _after(module, node)
     if following is not None and following.name in norms:
-        norm, following = norms[following.name], after(following)
-    if rule(following) == "add" and following is not None and len(following.all_input_nodes) == 2:
+        norm, following = norms[following.name], _after(module, following)
+    if _rule(module, following) == "add" and following is not None and len(following.all_input_nodes) == 2:
         others = [n for n in following.all_input_nodes if n.name in known]
         if len(others) == 1 and "alpha" not in following.kwargs:
-            other, following = others[0], after(following)
+            other, following = others[0], _after(module, following)
         else:
             following = None
     return Epilogue(norm, other, bounds_of(following, module))
+
+
+def _after(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+    """The only consumer of a node, past those that change nothing in evaluation mode; None if there are several."""
+    found: fx.Node | None = node
+    while found is not None:
+        found = next(iter(found.users)) if len(found.users) == 1 else None
+        if found is None or _rule(module, found) not in ("dropout", "identity", "stochastic_depth"):
+            break
+        owner = module.get_submodule(str(found.target)) if found.op == "call_module" else None
+        if not isinstance(owner, (nn.Identity, nn.modules.dropout._DropoutNd)):
+            break
+    return found
+
+
+def _rule(module: fx.GraphModule, node: fx.Node | None) -> str:
+    rule = rule_of(node, module) if node is not None else None
+    return rule.name if rule else ""
 
 
 def pair(

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from fxmerge import verify
-from fxmerge.calibration.epilogue import SOLVED
+from fxmerge.calibration.epilogue import SOLVED, joined
 from fxmerge.errors import FxMergeError
 from fxmerge.graph.eval_mode import EvaluationModule, evaluating
 from fxmerge.graph.inputs import bind
@@ -27,7 +27,7 @@ COMPARED = 2**18  # values of a layer's outputs that are compared in one step, a
 
 @dataclass(frozen=True)
 class Tap:
-    """The outputs of a layer, compared in the original and in the merged model.
+    """Activations that are compared in the original and in the merged model.
 
     axis: of the channels; kept: (k,) which of the original's channels the merged model still has
     """
@@ -50,8 +50,9 @@ class Distillation(nn.Module):
 
     hidden:       weight of the activations: the mean, over the layers that read a merged group, of the squared error
                   of their outputs in the channels that both models have, relative to the variance (as FitNets, Romero
-                  et al., 2015, without regressors: the channels correspond). Where a batch's outputs have more than
-                  2^18 values, its first samples stand for it.
+                  et al., 2015, without regressors: the channels correspond). They are compared behind the layer's norm
+                  and the add to a residual stream. Where a batch's outputs have more than 2^18 values, its first
+                  samples stand for it.
     temperature:  None: the squared error of the outputs relative to their variance; a number T: T^2 times the
                   Kullback-Leibler divergence of their softmax over the last axis at temperature T, for models that
                   return logits (Hinton et al., 2015)
@@ -121,21 +122,28 @@ class Distillation(nn.Module):
 
 
 def taps(result: Result) -> list[Tap]:
-    """Where the activations behind merged groups are compared: at the outputs of the layers that read them."""
-    facts, grouping = result.analysis.facts, result.analysis.grouping
+    """Where the activations behind merged groups are compared: at what the layers that read them contribute to.
+
+    A layer's outputs are compared behind its norm and behind the add to a residual stream: refit lets a layer make up
+    for what the stream has lost so far, so that its own outputs are not to be those of the original.
+    """
+    facts, grouping, merged = result.analysis.facts, result.analysis.grouping, result.module
+    assert isinstance(merged, fx.GraphModule)
     narrowed = planned(result.analysis.groups, result.plan)
     alive = survivors(grouping, narrowed)
+    norms = {layer.node for layer in facts.layers if layer.operation.is_norm}
     layers = {c.layer.node: c.layer for group, _ in narrowed for c in group.consumers if c.layer.op in SOLVED}
-    present = {node.name for node in result.module.graph.nodes}  # type: ignore[union-attr]
-    found = []
-    for node, layer in layers.items():
-        labels = facts.labels.get(node)
-        axes = varying(labels) if labels is not None else ()
-        if labels is None or len(axes) != 1 or layer.writes is None or node not in present:
-            continue
-        along = labels[tuple(slice(None) if a == axes[0] else 0 for a in range(labels.dim()))]
-        found.append(Tap(node, axes[0], alive[along].nonzero().flatten()))
-    return found
+    original = {node.name: node for node in result.analysis.captured.module.graph.nodes}
+    present, found = {node.name for node in merged.graph.nodes}, dict[str, Tap]()
+    for name, layer in layers.items():
+        for node in reversed(joined(result.analysis.captured.module, original[name], norms)):
+            labels = facts.labels.get(node.name)
+            axes = varying(labels) if labels is not None else ()
+            if labels is not None and len(axes) == 1 and layer.writes is not None and node.name in present:
+                along = labels[tuple(slice(None) if a == axes[0] else 0 for a in range(labels.dim()))]
+                found[node.name] = Tap(node.name, axes[0], alive[along].nonzero().flatten())
+                break
+    return list(found.values())
 
 
 def relative(wanted: Tensor, found: Tensor) -> Tensor:
