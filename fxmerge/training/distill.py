@@ -95,7 +95,7 @@ def distill(
                 rate = 0.5 * (1 + torch.cos(torch.tensor(torch.pi * (epoch + _share(count, batches)) / epochs))).item()
                 for group, own in zip(steps.param_groups, rates, strict=True):
                     group["lr"] = own * rate
-                with _precision(bf16):
+                with _precision(teaching, bf16):
                     out = teaching(*placed(captured, batch))
                     whole = out["loss"] if loss is None else out["loss"] + loss(out["outputs"], batch)
                 steps.zero_grad()
@@ -138,14 +138,15 @@ def _share(count: int, batches: Iterable[Any]) -> float:
         return 0.0
 
 
-def _precision(bf16: bool) -> Any:
-    return torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16) if bf16 else nullcontext()
+def _precision(module: nn.Module, bf16: bool) -> Any:
+    device = next((p.device.type for p in module.parameters()), "cpu")
+    return torch.autocast(device, torch.bfloat16) if bf16 else nullcontext()
 
 
 def _held_out(teaching: Distillation, captured: Any, batches: Sequence[Any], bf16: bool) -> float:
     """The mean loss of the outputs on batches, in evaluation mode."""
     teaching.eval()
-    with torch.no_grad(), _precision(bf16):
+    with torch.no_grad(), _precision(teaching, bf16):
         found = [float(teaching(*placed(captured, batch))["output_loss"]) for batch in batches]
     if not found:
         raise FxMergeError("held_out holds no batches")
