@@ -28,7 +28,7 @@ from torch import Tensor
 from fxmerge.methods.least_squares import Reduce
 
 BLOCKS = 8  # of each process
-COLUMNS = 512  # of each of the patches' blocks, at most, on which N is estimated
+COLUMNS = 128  # of each of the patches' blocks, at most, on which N is estimated
 WORST = 0.05  # the smallest value of 1 - df / N
 
 
@@ -62,6 +62,8 @@ def independent_rows(rows: list[Tensor], mean: Tensor, second: Tensor, reduce: R
     some = _some_columns(second)
     mean, second = mean[:, some], second[:, some][:, :, some]
     inverse = _inverse_deviations(second)
+    precise = torch.promote_types(rows[0].dtype, torch.float32)
+    centre, scale = mean.to(precise), inverse.to(precise)
     solid = inverse > 0
     whole = second * inverse[:, :, None] * inverse[:, None, :]
     whole.diagonal(dim1=1, dim2=2).zero_()
@@ -71,8 +73,7 @@ def independent_rows(rows: list[Tensor], mean: Tensor, second: Tensor, reduce: R
         count = sum(map(len, block))
         own = torch.zeros_like(second)
         for part in block:
-            precise = torch.promote_types(part.dtype, torch.float32)
-            z = (part[:, :, some].double() - mean).mul_(inverse).to(precise).transpose(0, 1)
+            z = (part.index_select(2, some).to(precise) - centre).mul_(scale).transpose(0, 1)
             own += (z.mT @ z).double() / count
         own.diagonal(dim1=1, dim2=2).zero_()
         varied, blocks = varied + (count / total) ** 2 * (own - whole).square().sum(), blocks + 1
