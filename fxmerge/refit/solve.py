@@ -123,10 +123,11 @@ class Problem:
 
     def best(self) -> Solution:
         """The solution with the ridge that is best on positions that were not solved on."""
+        parts = self._parts()
+        if len(parts) > 1 and self.rows.of_outputs(slice(0)).judging.count(self.reduce) >= FEW:
+            return self._by_parts(parts)
         solved, judging = self.rows.solved, self.rows.judging
-        few, parts = judging.count(self.reduce) < FEW, self._parts()
-        if len(parts) > 1 and not few:
-            return self._by_parts(parts, solved, judging)
+        few = judging.count(self.reduce) < FEW
         own = replace(self, start=self.start.double())
         normal = own._system(solved)
         splits = [(normal, judging)]
@@ -163,12 +164,19 @@ class Problem:
         wanted = None if self.wanted is None else (self.wanted[0][some], self.wanted[1][some])
         return replace(self, start=self.start[:, some].double(), bias=self.bias[:, some], wanted=wanted)
 
-    def _by_parts(self, parts: Sequence[slice], solved: Rows, judging: Rows) -> Solution:
-        """The same as `best`, for some of the outputs after others."""
+    def _by_parts(self, parts: Sequence[slice]) -> Solution:
+        """The same as `best`, for some of the outputs after others. The targets of a part are copied, never all."""
+        bare = self.rows.of_outputs(slice(0))
+        places = {False: bare.solved, True: bare.judging}
+
+        def rows_of(some: slice, held: bool) -> Rows:
+            own, index_of = self.rows.of_outputs(some), [((f == HELD_OUT) == held).nonzero()[:, 0] for f in bare.folds]
+            return replace(places[held], targets=[t.rows(i) for t, i in zip(own.targets, index_of, strict=True)])
+
         normal: System | None = None
         gaps, means = [], []
         for some in parts:
-            own, rows = self._part(some), solved.of_outputs(some)
+            own, rows = self._part(some), rows_of(some, held=False)
             targets = own._shaped([t.corrected for t in rows.targets])
             one = own._system(rows) if normal is None else normal.with_targets(rows.patches, targets, self.reduce)
             normal = normal or one
@@ -178,7 +186,7 @@ class Problem:
         systems = [replace(normal, mean_t=mean, cross=gap) for mean, gap in zip(means, gaps, strict=True)]
         energy, before = 0.0, 0.0
         for some in parts:
-            rows = judging.of_outputs(some)
+            rows = rows_of(some, held=True)
             energy += rows.energy(self.reduce)
             before += error(rows, self.start[:, some], self.bias[:, some], self.reduce)
         energy = max(energy, 1e-300)
@@ -190,9 +198,9 @@ class Problem:
             for some, one in zip(parts, systems, strict=True):
                 own = self._part(some)
                 own = replace(own, rounds=rounds, wanted=own.wanted if matched else None)
-                found = own._solution(solved.of_outputs(some), one, own._plain(one, one.cross, factors))
+                found = own._solution(rows_of(some, held=False), one, own._plain(one, one.cross, factors))
                 weights[:, some], biases[:, some] = found
-                total += error(judging.of_outputs(some), *found, self.reduce)
+                total += error(rows_of(some, held=True), *found, self.reduce)
             return total, (weights, biases)
 
         ridge, (whole, found) = _searched(at)
