@@ -17,6 +17,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -32,10 +33,12 @@ from torch import Tensor, nn
 import fxmerge
 from benchmarks.harness.memory import peak_memory, reset_peak_memory
 from benchmarks.harness.page import pyplot, save_plot
+from fxmerge.calibration.patches import FEWEST
 
 MOST = 300_000_000  # parameters of a model in memory; four times as many on disk
 MIB = 2**20
 WORDS, TOKENS = 32000, 512  # of the Llama's vocabulary; in a sample
+STORED = 10  # of a sample's residual stream: itself, queries, keys, values and attention's outputs, in two graphs
 WHOLE = 32, 128  # the layers and samples that the series `llama` is extrapolated to
 
 
@@ -131,7 +134,7 @@ SERIES: dict[str, Series] = {
     "disk": Series("on disk, depth, width 1024", _depths("linear", 1024, 64, 128, 256, 512, 1024), PLAIN, on_disk=True),
     "llama": Series(
         "on disk, 7B Llama, with calibration samples",
-        (Net("llama", 1, 4096, 4), Net("llama", 2, 4096, 4), Net("llama", 1, 4096, 16)),
+        (Net("llama", 1, 4096, 4), Net("llama", 1, 4096, 16), Net("llama", 2, 4096, 4)),
         MLP,
         on_disk=True,
     ),
@@ -220,21 +223,25 @@ def _fitted(found: Mapping[str, Sequence[Point]]) -> dict[str, Sequence[Point]]:
 
 
 def extrapolated(points: Sequence[Point]) -> str:
-    """The series `llama` in words, for WHOLE layers and samples: time is linear in both, memory in the samples alone.
+    """The series `llama` in words, for WHOLE layers and samples.
 
-    Two points differ in depth only, and two in the samples only.
+    Two points differ in depth only, and two in the samples only. Time is linear in both. Memory does not depend on
+    depth. It grows with the samples, up to the positions that a layer is solved on; from there on, with STORED only.
     """
-    one, two, more = points
+    one, more, two = points
     layer, start = two.seconds - one.seconds, 2 * one.seconds - two.seconds
     sample = (more.seconds - one.seconds) / (more.samples - one.samples)
-    held = (more.peak - one.peak) / (more.samples - one.samples)
+    held, full = (more.peak - one.peak) / (more.samples - one.samples), min(WHOLE[1], FEWEST // TOKENS)
+    stream = STORED * TOKENS * one.width * 2
     hours = (start + WHOLE[0] * (layer + sample * (WHOLE[1] - one.samples))) / 3600
-    peak = max(one.peak, two.peak) + max(held, 0.0) * (WHOLE[1] - one.samples)
-    return (
-        f"Extrapolated, not measured: a layer more costs {layer:,.0f} CPU seconds, and a sample more at most "
-        f"{sample:,.1f} for each layer and {max(held, 0.0) / MIB:,.0f} MiB. The {WHOLE[0]} layers of a 7B Llama with "
-        f"{WHOLE[1]} samples thus take at most {hours:,.1f} CPU hours and {peak / 2**30:,.1f} GiB. The head is counted "
-        f"with each layer."
+    peak = max(one.peak, two.peak) + held * (full - one.samples) + stream * (WHOLE[1] - full)
+    return textwrap.fill(
+        f"Extrapolated, not measured: another layer costs {layer:,.0f} CPU seconds. Another sample costs at most "
+        f"{sample:,.1f} of them for each layer (the head is counted with every one), and {held / MIB:,.0f} MiB up to "
+        f"{full} samples, where layers are solved on as many positions as they ever are; from there on "
+        f"{stream / MIB:,.0f} MiB, {STORED} copies of its residual stream. The {WHOLE[0]} layers of a 7B Llama with "
+        f"{WHOLE[1]} samples thus take at most {hours:,.1f} CPU hours on one thread, and {peak / 2**30:,.1f} GiB.",
+        120,
     )
 
 
