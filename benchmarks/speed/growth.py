@@ -6,6 +6,8 @@ it is in memory). Costs grow as parameters ** e; the exponent e is fitted to the
 costs, such as that of tracing, are negligible. `--most` leaves out larger networks.
 
 The series `on disk` merges weights that stay in files and saves the result. Its models are larger than the memory used.
+The series `llama` does so with the layers of a 7B Llama and calibration samples, for few layers and samples, from which
+the page extrapolates to 32 layers and 128 samples. It needs 10 GiB of disk in TMPDIR and 6 GiB of memory.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -30,24 +33,54 @@ from torch import Tensor, nn
 import fxmerge
 from benchmarks.harness.memory import peak_memory, reset_peak_memory
 from benchmarks.harness.page import pyplot, save_plot
+from fxmerge.calibration.patches import FEWEST
 
 MOST = 300_000_000  # parameters of a model in memory; four times as many on disk
 MIB = 2**20
+WORDS, TOKENS = 32000, 512  # of the Llama's vocabulary; in a sample
+STORED = 10  # of a sample's residual stream: itself, queries, keys, values and attention's outputs, in two graphs
+WHOLE = 32, 128  # the layers and samples that the series `llama` is extrapolated to
 
 
 @dataclass(frozen=True)
 class Net:
-    """A stack of layers of equal width: linear, or convolutions with BatchNorm."""
+    """A stack of layers of equal width: linear, convolutions with BatchNorm, or those of a Llama in bfloat16."""
 
-    kind: str  # "linear" or "conv"
+    kind: str  # "linear", "conv" or "llama"
     depth: int
     width: int
+    samples: int = 0  # of TOKENS tokens each, for calibration
 
     def model(self) -> nn.Module:
+        if self.kind == "llama":
+            return llama(self.depth, self.width)
         return Stack(self.kind, self.depth, self.width).eval()
 
-    def example(self) -> Tensor:
+    def example(self) -> Any:
+        if self.kind == "llama":
+            return {"input_ids": torch.randint(WORDS, (2, 16))}
         return torch.randn(2, self.width, *[4, 4][: 2 * (self.kind == "conv")])
+
+    def calibration(self) -> list[dict[str, Tensor]] | None:
+        """One sample in a batch."""
+        return [{"input_ids": torch.randint(WORDS, (1, TOKENS))} for _ in range(self.samples)] or None
+
+
+def llama(depth: int, width: int) -> nn.Module:
+    """A Llama whose sizes are to each other as those of the one with 7B parameters."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    heads = max(1, width // 128)
+    config = LlamaConfig(
+        hidden_size=width,
+        intermediate_size=width * 11008 // 4096,
+        num_hidden_layers=depth,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        vocab_size=WORDS,
+        use_cache=False,
+    )
+    return LlamaForCausalLM(config).bfloat16().eval()
 
 
 class Stack(nn.Module):
@@ -90,6 +123,7 @@ def _widths(kind: str, depth: int, *widths: int) -> tuple[Net, ...]:
 
 
 PLAIN = {"refit": "none", "decomposition": "mostsim"}
+MLP = {"keep": {"*.mlp.*": 0.8, "*": 1.0}}
 PRUNE = {"refit": "none", "decomposition": "prune"}
 SERIES: dict[str, Series] = {
     "depth": Series("depth, linear, width 1024", _depths("linear", 1024, 16, 32, 64, 128, 256, 512, 1024), PLAIN),
@@ -98,6 +132,12 @@ SERIES: dict[str, Series] = {
     "prune": Series("width, prune, 8 layers", _widths("linear", 8, 512, 1024, 2048, 4096, 8192), PRUNE),
     "mostsim": Series("width, mostsim, 8 layers", _widths("linear", 8, 512, 1024, 2048, 4096, 8192), PLAIN),
     "disk": Series("on disk, depth, width 1024", _depths("linear", 1024, 64, 128, 256, 512, 1024), PLAIN, on_disk=True),
+    "llama": Series(
+        "on disk, 7B Llama, with calibration samples",
+        (Net("llama", 1, 4096, 4), Net("llama", 1, 4096, 16), Net("llama", 2, 4096, 4)),
+        MLP,
+        on_disk=True,
+    ),
 }
 
 
@@ -111,6 +151,7 @@ class Point:
     seconds: float  # CPU seconds
     peak: int  # bytes in excess of the memory before the merge
     model: int  # bytes
+    samples: int = 0
 
 
 def write_layers(net: Net, folder: Path) -> None:
@@ -120,16 +161,19 @@ def write_layers(net: Net, folder: Path) -> None:
         state = net.model().state_dict()
     for name, value in state.items():
         scale = (2 / value.size(-1)) ** 0.5 if value.dim() > 1 else 0.0
-        save_file({name: torch.randn(value.shape, generator=generator).mul_(scale)}, folder / f"{name}.safetensors")
+        made = torch.randn(value.shape, generator=generator).mul_(scale) + float(name.endswith("norm.weight"))
+        save_file({name: made.to(value.dtype)}, folder / f"{name}.safetensors")
 
 
 def measure(net: Net, options: Mapping[str, Any], on_disk: bool) -> Point:
     """Merge a network in this process. A small merge comes first, so that imports are not measured."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    small = Net(net.kind, 2, 8)
+    small = Net(net.kind, 2, 128 if net.samples else 8, min(net.samples, 2))
     with tempfile.TemporaryDirectory() as place:
-        fxmerge.merge(small.model(), small.example(), **options).save(Path(place, "small"))
+        fxmerge.merge(small.model(), small.example(), calibration=small.calibration(), **options).save(
+            Path(place, "small")
+        )
         if on_disk:
             files = Path(place, "weights")
             files.mkdir()
@@ -139,12 +183,14 @@ def measure(net: Net, options: Mapping[str, Any], on_disk: bool) -> Point:
         else:
             model = net.model()
         parameters = sum(p.numel() for p in model.parameters())
+        size = sum(p.numel() * p.element_size() for p in model.parameters())
+        data = net.calibration()
         before, start = reset_peak_memory(), time.process_time()
-        result = fxmerge.merge(model, net.example(), **options)
+        result = fxmerge.merge(model, net.example(), calibration=data, **options)
         if on_disk:
             result.save(Path(place, "merged"))
         seconds = time.process_time() - start
-        return Point(net.depth, net.width, parameters, seconds, peak_memory() - before, 4 * parameters)
+        return Point(net.depth, net.width, parameters, seconds, peak_memory() - before, size, net.samples)
 
 
 def _net_flag(net: Net) -> list[str]:
@@ -171,25 +217,59 @@ def exponent(points: Sequence[Point], cost: str) -> float:
     return float(np.polyfit(x, y, 1)[0])
 
 
+def _fitted(found: Mapping[str, Sequence[Point]]) -> dict[str, Sequence[Point]]:
+    """The series to which exponents are fitted."""
+    return {key: points for key, points in found.items() if key != "llama"}
+
+
+def extrapolated(points: Sequence[Point]) -> str:
+    """The series `llama` in words, for WHOLE layers and samples.
+
+    Two points differ in depth only, and two in the samples only. Time is linear in both. Memory does not depend on
+    depth. It grows with the samples, up to the positions that a layer is solved on; from there on, with STORED only.
+    """
+    one, more, two = points
+    layer, start = two.seconds - one.seconds, 2 * one.seconds - two.seconds
+    sample = (more.seconds - one.seconds) / (more.samples - one.samples)
+    held, full = (more.peak - one.peak) / (more.samples - one.samples), min(WHOLE[1], FEWEST // TOKENS)
+    stream = STORED * TOKENS * one.width * 2
+    hours = (start + WHOLE[0] * (layer + sample * (WHOLE[1] - one.samples))) / 3600
+    peak = max(one.peak, two.peak) + held * (full - one.samples) + stream * (WHOLE[1] - full)
+    return textwrap.fill(
+        f"Extrapolated, not measured: another layer costs {layer:,.0f} CPU seconds. Another sample costs at most "
+        f"{sample:,.1f} of them for each layer (the head is counted with every one), and {held / MIB:,.0f} MiB up to "
+        f"{full} samples, where layers are solved on as many positions as they ever are; from there on "
+        f"{stream / MIB:,.0f} MiB, {STORED} copies of its residual stream. The {WHOLE[0]} layers of a 7B Llama with "
+        f"{WHOLE[1]} samples thus take at most {hours:,.1f} CPU hours on one thread, and {peak / 2**30:,.1f} GiB.",
+        120,
+    )
+
+
 def markdown(found: Mapping[str, Sequence[Point]]) -> str:
     """The tables of the page: exponents first, then one table for each series."""
-    parts = ["| cost grows as parameters ** e | time | memory |", "|---|---|---|"]
-    for key, points in found.items():
+    parts = [] if not _fitted(found) else ["| cost grows as parameters ** e | time | memory |", "|---|---|---|"]
+    for key, points in _fitted(found).items():
         slopes = (f"{exponent(points, cost):.2f}" for cost in ("seconds", "peak"))
         parts.append(f"| {SERIES[key].title} | " + " | ".join(slopes) + " |")
     for key, points in found.items():
         parts += ["", f"## {SERIES[key].title}", ""]
         sizes = "model on disk, MiB | peak, MiB" if SERIES[key].on_disk else "model, MiB | peak above the model, MiB"
+        if key == "llama":
+            parts += [LLAMA, ""]
         parts += [f"| layers | width | parameters | CPU s | {sizes} |", "|---|---|---|---|---|---|"]
         for p in points:
             cells = f"{p.parameters:,}", f"{p.seconds:.2f}", f"{p.model / MIB:,.0f}", f"{p.peak / MIB:,.0f}"
-            parts.append(" | ".join([f"| {p.depth}", str(p.width), *cells]) + " |")
-    return "\n".join([*parts, ""])
+            layers = f"{p.depth}, {p.samples} samples" if p.samples else str(p.depth)
+            parts.append(" | ".join([f"| {layers}", str(p.width), *cells]) + " |")
+        if key == "llama" and len(points) == 3:
+            parts += ["", extrapolated(points)]
+    return "\n".join([*parts, ""]).lstrip("\n")
 
 
 def plot(found: Mapping[str, Sequence[Point]], path: Path) -> None:
     """Time and memory against parameters, both axes logarithmic."""
     figure, axes = pyplot().subplots(1, 2, figsize=(11, 4.8), layout="constrained")
+    found = _fitted(found)
     for key, points in found.items():
         x = [p.parameters for p in points]
         axes[0].loglog(x, [p.seconds for p in points], marker="o", label=SERIES[key].title)
@@ -204,6 +284,10 @@ def plot(found: Mapping[str, Sequence[Point]], path: Path) -> None:
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
     save_plot(figure, path)
 
+
+LLAMA = f"""`python -m benchmarks.speed.growth --only llama` measures this table alone: layers of hidden size 4,096 with
+an MLP of 11,008 channels, 32 heads and a vocabulary of {WORDS:,}, with random weights in bfloat16. The MLPs keep 80 %
+of their channels, and refit runs on calibration samples of {TOKENS} random tokens."""
 
 HEAD = """# Growth
 

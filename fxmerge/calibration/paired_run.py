@@ -1,7 +1,7 @@
 """A paired run: the original and the merged graph run node by node, in lockstep, on the same batches.
 
 The value of a node is a list with one entry for each batch, so that all batches are seen at one node before the next
-node runs. Values are freed after their last use; large ones at the end of the graph are not stored (see `tail`).
+node runs. Values are freed after their last use; of large ones, some are not stored (see `tail` and `waists`).
 
 On probes, both streams are *held* where training left them, whatever the model's inputs look like: every BatchNorm uses
 the mean and variance of the *original's* input over all batches, so that its output has mean beta and deviation gamma.
@@ -27,6 +27,7 @@ from fxmerge.calibration.patches import Form, positions
 from fxmerge.calibration.sample_run import SampleRun, narrowed
 from fxmerge.calibration.stream import Stream, Values
 from fxmerge.calibration.tail import tail
+from fxmerge.calibration.waists import Between, between
 from fxmerge.calibration.words import word_counts
 from fxmerge.graph.nested import fresh
 from fxmerge.ir.provenance import Layer, Provenance
@@ -104,12 +105,12 @@ class PairedRun:
         self.norms = {la.node: la for la in self.layers if la.op == "batch_norm"} if settings.held else {}
         self.rectified: Mapping[str, Layer] = pair.rectified if settings.held else {}
         self.recorded = any(isinstance(batch, SampleRun) for batch in batches)
+        self.facts, self.alive = pair.facts, pair.alive
         self.original = self._stream(pair.original, batches)
         self.merged = self.original if pair.merged is None else self._stream(pair.merged, batches)
         self.decided = decisions(pair.original, pair.facts) if decided else frozenset[str]()
         self.shifts: dict[str, Tensor] = {}  # held layer -> what is added to its outputs, (c,)
         self.kept, self.reduce, self.padding = pair.kept, settings.reduce, settings.padding
-        self.facts, self.alive = pair.facts, pair.alive
         self.words = word_counts(pair.original, pair.facts)
         self.folds = sample_folds([samples(batch) for batch in batches], settings.made)
         self.known: dict[str, tuple[Tensor, Tensor]] = {}  # BatchNorm -> mean and deviation over the batches
@@ -118,7 +119,9 @@ class PairedRun:
         layers = {layer.node for layer in self.layers}
         # of a recorded graph, what is compared is not at its end
         ends = frozenset() if self.recorded else tail(module, layers).difference(self.norms, self.rectified)
-        return Stream(module, fresh(list(batches)), ends)
+        held = {*self.norms, *self.rectified, *ends}
+        inner = Between() if self.recorded else between(module, self.facts.kinds, held)
+        return Stream(module, fresh(list(batches)), ends, inner)
 
     def __iter__(self) -> Iterator[Visit]:
         if self.merged is self.original:

@@ -20,6 +20,7 @@ from fxmerge.calibration.held_out import samples
 from fxmerge.calibration.paired_run import PairedRun, Settings, Visit, line
 from fxmerge.calibration.patches import enough, form_of, input_of, matrices_of, patches, sample
 from fxmerge.calibration.score_readings import score_reading, scores_of
+from fxmerge.calibration.tail import shaped
 from fxmerge.calibration.work import shares_of_work
 from fxmerge.graph.eval_mode import evaluating
 from fxmerge.ir.capture import Capture
@@ -104,8 +105,9 @@ def _consumer(
     blocks, width = form.groups, rows.size(2)
     if blocks * width > WIDEST:
         return None
-    count, real = enough(settings.rows, blocks * width, settings.memory), run.real(node.name, outputs, form)
-    index_of = sample(outputs, form, count, generator, settings.reduce, real)
+    shapes = shaped(outputs)
+    count, real = enough(settings.rows, blocks * width, settings.memory), run.real(node.name, shapes, form)
+    index_of = sample(shapes, form, count, generator, settings.reduce, real)
     inputs = run.original.values[input_of(node, layer.op).name]
     parts = [patches(x, form, index) for x, index in zip(inputs, index_of, strict=True)]
     mean, second = second_moments(parts, settings.reduce)

@@ -11,6 +11,7 @@ from torch import fx
 from fxmerge.calibration.live import last_readers
 from fxmerge.calibration.sample_run import SampleRun
 from fxmerge.calibration.tail import LARGE, Recomputed
+from fxmerge.calibration.waists import WIDE, Between
 from fxmerge.graph.nested import tree
 from fxmerge.graph.ops import tensors
 from fxmerge.weights.by_path import at
@@ -22,31 +23,52 @@ class Stream:
     """One graph of a paired run, and the values of its nodes that are still needed."""
 
     def __init__(
-        self, module: fx.GraphModule, batches: Sequence[Sequence[Any]], tail: frozenset[str] = frozenset()
+        self,
+        module: fx.GraphModule,
+        batches: Sequence[Sequence[Any]],
+        tail: frozenset[str] = frozenset(),
+        between: Between | None = None,
     ) -> None:
-        self.module, self.batches, self.tail = module, batches, tail
+        """tail, between: the nodes whose values may be computed again"""
+        self.module, self.batches, self.tail, self.between = module, batches, tail, between or Between()
+        self.waist = 0  # elements of the last waist's values
         self.values: dict[str, Values] = {}
         self.nodes = list(module.graph.nodes)
         self.named = {n.name: n for n in self.nodes}
         self.placeholders = [n.name for n in self.nodes if n.op == "placeholder"]
-        last = last_readers(self.nodes)
-        self.expires: dict[str, list[str]] = {}  # node -> the nodes that it is the last to read
+        self.order = {node.name: number for number, node in enumerate(self.nodes)}
+        self.last = last_readers(self.nodes)  # node -> the last node that reads it, or what is computed from it again
         first = batches[0] if batches else None
         self.ends = first.ends if isinstance(first, SampleRun) else ()
         late = [*self.ends, *(s.name for n in self.nodes if n.name in tail for s in n.all_input_nodes)]
-        last |= dict.fromkeys(late, self.nodes[-1].name)
-        for source_name, consumer in last.items():
+        self.last |= dict.fromkeys(late, self.nodes[-1].name)
+        self.expires: dict[str, list[str]] = {}  # node -> the nodes that it is the last to read
+        for source_name, consumer in self.last.items():
             self.expires.setdefault(consumer, []).append(source_name)
 
     def every(self, node: fx.Node) -> Values:
         """The values of a node for all batches."""
         count = len(self.batches)
-        if node.name not in self.tail or torch.is_grad_enabled() or not count:
+        known = (self.tail, self.between.waists, self.between.cheap, self.between.costly)
+        if torch.is_grad_enabled() or not count or not any(node.name in names for names in known):
             return [self.call(node, number) for number in range(count)]
         first = self.call(node, 0)
-        if sum(t.numel() for t in tensors(first)) * count > LARGE:
+        elements = sum(t.numel() for t in tensors(first)) * count
+        if node.name in self.between.waists:
+            self.waist = elements
+        if self._again(node.name, elements):
+            for source in node.all_input_nodes if node.name in self.last else ():
+                self._hold(source.name, self.last[node.name])
             return Recomputed(lambda number: self.call(node, number), range(count))
         return [first, *(self.call(node, number) for number in range(1, count))]
+
+    def _again(self, name: str, elements: int) -> bool:
+        """Whether values with so many elements together are computed again when they are read."""
+        if name in self.tail:
+            return elements > LARGE
+        return elements > WIDE and (
+            name in self.between.cheap or (name in self.between.costly and elements > self.waist)
+        )
 
     def call(self, node: fx.Node, number: int, given: Mapping[str, Any] | None = None) -> Any:
         """The value of a node for one batch; `given` holds values of its operands that replace the stored ones."""
@@ -95,12 +117,20 @@ class Stream:
 
     def keep(self, names: Iterable[str], until: str) -> None:
         """Keep the values of these nodes at least until a node has run."""
-        order = {node.name: number for number, node in enumerate(self.nodes)}
         for name in names:
-            last = next((node for node, sources in self.expires.items() if name in sources), None)
-            if last is not None and order[last] < order[until]:
-                self.expires[last].remove(name)
-                self.expires.setdefault(until, []).append(name)
+            if name in self.last:
+                self._hold(name, until)
+
+    def _hold(self, name: str, until: str) -> None:
+        """Keep the values of a node until another one has run, and those from which they are computed again."""
+        last = self.last.get(name)
+        if last is not None and self.order[last] < self.order[until]:
+            self.expires[last].remove(name)
+            self.expires.setdefault(until, []).append(name)
+            self.last[name] = until
+            if isinstance(self.values.get(name), Recomputed):
+                for source in self.named[name].all_input_nodes:
+                    self._hold(source.name, until)
 
     def free(self, name: str) -> None:
         """Free the values that no node after this one reads."""

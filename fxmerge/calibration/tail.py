@@ -42,10 +42,14 @@ def tail(module: fx.GraphModule, layers: Container[str]) -> frozenset[str]:
 
 
 class Recomputed(Sequence[Any]):
-    """The values of a node by batch, each computed when it is read. The last one that was read is stored."""
+    """The values of a node by batch, each computed when it is read. The last one that was read is stored.
 
-    def __init__(self, of: Callable[[int], Any], numbers: range) -> None:
+    likes: by number of the batch, tensors like the values that have been computed, without their entries
+    """
+
+    def __init__(self, of: Callable[[int], Any], numbers: range, likes: dict[int, Any] | None = None) -> None:
         self.of, self.numbers = of, numbers
+        self.likes: dict[int, Any] = {} if likes is None else likes
         self.last: tuple[int, Any] | None = None
 
     def __len__(self) -> int:
@@ -57,13 +61,20 @@ class Recomputed(Sequence[Any]):
     def __getitem__(self, at: slice) -> Sequence[Any]: ...
     def __getitem__(self, at: int | slice) -> Any:
         if isinstance(at, slice):
-            return Recomputed(self.of, self.numbers[at])
+            return Recomputed(self.of, self.numbers[at], self.likes)
         number = self.numbers[at]
         if self.last is None or self.last[0] != number:
             self.last = None  # freed before the next one is computed
             with torch.no_grad():
                 self.last = number, self.of(number)
+            self.likes[number] = _like(self.last[1])
         return self.last[1]
+
+    def like(self, at: int) -> Any:
+        """A tensor like a value, without its entries. It is computed if that has not been done before."""
+        if self.numbers[at] not in self.likes:
+            self[at]
+        return self.likes[self.numbers[at]]
 
     def forget(self) -> None:
         """Compute the next value again, whichever it is."""
@@ -71,3 +82,12 @@ class Recomputed(Sequence[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         return (self[at] for at in range(len(self)))
+
+
+def shaped(values: Sequence[Any]) -> list[Any]:
+    """Tensors of the shapes and dtypes of a node's values; the values themselves, if they are stored."""
+    return [values.like(at) for at in range(len(values))] if isinstance(values, Recomputed) else list(values)
+
+
+def _like(value: Any) -> Any:
+    return value.new_empty(()).expand(value.shape) if isinstance(value, torch.Tensor) else value

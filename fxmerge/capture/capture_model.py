@@ -25,6 +25,7 @@ from fxmerge.capture.symbolic import trace
 from fxmerge.capture.torch_export import graph_module_of
 from fxmerge.capture.training import differs_in_training
 from fxmerge.errors import FxMergeError, first_line, source_line
+from fxmerge.graph.distributed import check_whole
 from fxmerge.graph.eval_mode import (
     FlagModule,
     State,
@@ -67,6 +68,7 @@ def check_model(model: Any) -> None:
         inner = [name for name, part in model.named_children() if type(part).forward is not nn.Module.forward]
         hint = f"the part that computes, such as .{inner[0]}" if len(inner) == 1 else "a model that can be called"
         raise FxMergeError(f"{type(model).__name__} has no forward of its own; give {hint}")
+    check_whole(model)
     check_not_quantized(model)
     for name, value in [*model.named_parameters(), *model.named_buffers()]:
         if torch.nn.parameter.is_lazy(value):

@@ -26,18 +26,19 @@ BLOCK = 576  # columns of a Gram matrix that are multiplied at a time with those
 
 @dataclass(frozen=True)
 class System:
-    """Moments of patches and targets about their means, float64."""
+    """Moments of patches and targets about their means, or about zero if it is not centred, float64."""
 
     count: float
     mean_p: Tensor  # (g, p)
     mean_t: Tensor  # (g, o)
     gram: Tensor  # (g, p, p)
     cross: Tensor  # (g, p, o)
+    centred: bool = True
 
     def with_targets(self, rows: list[Tensor], targets: list[Tensor], reduce: Reduce) -> System:
         """The system of the same patches (rows, g, p) with other targets (rows, g, o), by batch."""
-        mean = _mean(targets, self.count, reduce)
-        cross = reduce(_product(rows, self.mean_p, targets, mean)) / self.count
+        mean = _mean(targets, self.count, reduce) * self.centred
+        cross = reduce(_product(rows, self.mean_p, targets, mean)).div_(self.count)
         return replace(self, mean_t=mean, cross=cross)
 
     def lifted(self, ridge: float) -> Lifted:
@@ -65,9 +66,9 @@ def system(rows: list[Tensor], targets: list[Tensor], reduce: Reduce, centred: b
     """The system of patches (rows, g, p) and targets (rows, g, o), by batch."""
     count = _count(rows, reduce)
     mean_p, mean_t = _mean(rows, count, reduce) * centred, _mean(targets, count, reduce) * centred
-    gram = reduce(_product(rows, mean_p, rows, mean_p)) / count
-    cross = reduce(_product(rows, mean_p, targets, mean_t)) / count
-    return System(count, mean_p, mean_t, gram, cross)
+    gram = reduce(_product(rows, mean_p, rows, mean_p)).div_(count)
+    cross = reduce(_product(rows, mean_p, targets, mean_t)).div_(count)
+    return System(count, mean_p, mean_t, gram, cross, centred)
 
 
 def without_each(
@@ -119,7 +120,7 @@ def second_moments(rows: list[Tensor], reduce: Reduce) -> tuple[Tensor, Tensor]:
     """The mean of patches (rows, g, p) and their second moments about it: (g, p), (g, p, p), float64."""
     count = _count(rows, reduce)
     mean = _mean(rows, count, reduce)
-    return mean, reduce(_product(rows, mean, rows, mean)) / count
+    return mean, reduce(_product(rows, mean, rows, mean)).div_(count)
 
 
 def _count(rows: list[Tensor], reduce: Reduce) -> float:

@@ -98,13 +98,19 @@ class Lifted:
 
 def lifted(normal: Tensor, ridge: float) -> Lifted:
     """A + ridge * mean(diag A) I for symmetric positive semidefinite A (..., p, p), float64."""
-    moved = normal.clone()
-    diagonal = moved.diagonal(dim1=-2, dim2=-1)
-    diagonal += ridge * diagonal.mean(-1, keepdim=True).clamp(min=0) + torch.finfo(torch.float64).tiny
-    factor, failed = torch.linalg.cholesky_ex(moved)
+    moved = _raised(normal, ridge)
+    failed = torch.empty(normal.shape[:-2], dtype=torch.int32, device=normal.device)
+    factor, failed = torch.linalg.cholesky_ex(moved, out=(moved, failed))  # without another copy
     if not bool(failed.any()):
         return Lifted(factor, singular=False)
-    return Lifted(torch.linalg.pinv(moved, hermitian=True), singular=True)
+    return Lifted(torch.linalg.pinv(_raised(normal, ridge), hermitian=True), singular=True)
+
+
+def _raised(normal: Tensor, ridge: float) -> Tensor:
+    moved = normal.mT.contiguous().mT  # a copy, in the order of LAPACK
+    diagonal = moved.diagonal(dim1=-2, dim2=-1)
+    diagonal += ridge * diagonal.mean(-1, keepdim=True).clamp(min=0) + torch.finfo(torch.float64).tiny
+    return moved
 
 
 def solve_ridge(normal: Tensor, right: Tensor, ridge: float) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from fxmerge.calibration.held_out import HELD_OUT
 from fxmerge.calibration.paired_run import PairedRun, Settings, Visit
 from fxmerge.calibration.patches import matrices_of, positions
+from fxmerge.calibration.tail import shaped
 from fxmerge.graph.cost import flops_by_node
 from fxmerge.ir.provenance import Layer
 from fxmerge.refit import joint
@@ -73,7 +74,7 @@ class JointSteps:
         if layer is None or visit.node.name not in self.starts:
             return
         form, weight = self.weights.form(visit.node, layer), self.weights.weight(layer)
-        count = 0.0 if form is None else float(sum(positions(y, form) for y in visit.outputs[: self.used]))
+        count = 0.0 if form is None else float(sum(positions(y, form) for y in shaped(visit.outputs[: self.used])))
         least = 1 if form is None else joint.POSITIONS * matrices_of(weight, form).size(2)
         if float(self.settings.reduce(weight.new_tensor(count, dtype=torch.float64))) < least:
             without = self.starts[visit.node.name]
@@ -117,7 +118,7 @@ class JointSteps:
 
     def _plenty(self, site: Site) -> int:
         """The number of batches that have ENOUGH positions, or of all that are used."""
-        count = sum(positions(y, site.held.form) for y in site.visit.outputs[: self.used])
+        count = sum(positions(y, site.held.form) for y in shaped(site.visit.outputs[: self.used]))
         every = float(self.settings.reduce(site.affine.gain.new_tensor(float(count))))
         return max(1, min(self.used, round(self.used * joint.ENOUGH / max(every, 1.0))))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, fx, nn
 
 from fxmerge.calibration.patches import Form, form_of, matrices_of, operands, weight_of
@@ -21,15 +22,16 @@ class LayerWeights:
 
     @property
     def matrices(self) -> Tensor:
-        """The weight as W (g, o, p), float64."""
-        return matrices_of(self.weight, self.form).double()
+        """The weight as W (g, o, p), in its own dtype; a view of it, where that is possible."""
+        return matrices_of(self.weight, self.form)
 
     @property
     def offsets(self) -> Tensor:
         """The bias as b (g, o), float64; zeros without a bias."""
         matrices = self.matrices
         blocks = matrices.shape[:2]
-        return matrices.new_zeros(blocks) if self.bias is None else self.bias.double().view(blocks)
+        zeros = matrices.new_zeros(blocks, dtype=torch.float64)
+        return zeros if self.bias is None else self.bias.double().view(blocks)
 
 
 class GraphWeights:

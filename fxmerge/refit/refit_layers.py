@@ -29,6 +29,7 @@ from fxmerge.calibration.held_out import samples
 from fxmerge.calibration.paired_run import Pair, PairedRun, Settings, Visit
 from fxmerge.calibration.patches import FEWEST, enough, sample
 from fxmerge.calibration.sample_run import idle
+from fxmerge.calibration.tail import shaped
 from fxmerge.calibration.work import SOLVES, shares_of_work
 from fxmerge.graph.cost import flops_by_node
 from fxmerge.graph.eval_mode import evaluating
@@ -188,9 +189,9 @@ class _Refit:
         """Why a layer cannot be solved, or ""."""
         if held is None:
             return "unchanged: the geometry of the call is unknown"
-        if held.weight.is_complex() or any(isinstance(y, Tensor) and y.is_complex() for y in visit.outputs):
+        if held.weight.is_complex() or any(isinstance(y, Tensor) and y.is_complex() for y in shaped(visit.outputs)):
             return "unchanged: it is complex"
-        if not all(isinstance(y, Tensor) and y.is_floating_point() for y in visit.outputs):
+        if not all(isinstance(y, Tensor) and y.is_floating_point() for y in shaped(visit.outputs)):
             return "unchanged: its outputs are not floating-point tensors"
         return ""
 
@@ -200,7 +201,7 @@ class _Refit:
         count = enough(self.settings.rows, shape[0] * shape[2], self.settings.memory)
         if site.visit.node.name in self.joint.within:
             count = min(count, FEWEST)  # enough for the weights that joint steps start from
-        outputs, form = site.visit.outputs, site.held.form
+        outputs, form = shaped(site.visit.outputs), site.held.form
         real = self.paired.real(site.visit.node.name, outputs, form)
         return sample(outputs, form, -(-count // calls), self.generator, self.settings.reduce, real)
 

@@ -21,6 +21,7 @@ from torch import Tensor, fx
 
 from fxmerge.calibration.epilogue import SOLVED
 from fxmerge.calibration.patches import input_of
+from fxmerge.calibration.tail import Recomputed
 from fxmerge.ir.provenance import Layer
 
 MOST = 8  # layers of a region; those of a long residual stream are left to single layers
@@ -67,6 +68,8 @@ class Region:
 
 
 def _versions(values: Sequence[object]) -> list[int]:
+    if isinstance(values, Recomputed):  # no op writes to them
+        return []
     return [x._version if isinstance(x, Tensor) else 0 for x in values]
 
 

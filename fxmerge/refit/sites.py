@@ -13,6 +13,7 @@ from fxmerge.calibration.epilogue import Affine, Epilogue, affine, epilogue_of
 from fxmerge.calibration.held_out import position_folds
 from fxmerge.calibration.paired_run import PairedRun, Visit, line, moments
 from fxmerge.calibration.patches import at_positions, channel_axis, input_of, patches, positions
+from fxmerge.calibration.tail import Recomputed, shaped
 from fxmerge.ir.provenance import Layer
 from fxmerge.refit.layer_weights import LayerWeights
 from fxmerge.refit.solve import Rows
@@ -49,7 +50,8 @@ class Sites:
     def _present(self) -> set[str]:
         """The nodes with values in both graphs; nodes that are not run (see `SampleRun`) have none."""
         both = self.paired.merged.values.keys() & self.paired.original.values.keys()
-        return {name for name in both if self.paired.merged.values[name][0] is not None}
+        held = self.paired.merged.values
+        return {name for name in both if isinstance(held[name], Recomputed) or held[name][0] is not None}
 
     def _affine(self, visit: Visit, found: Epilogue, stays: Tensor) -> Affine:
         """The affine map of a layer's BatchNorm, or of the shift of its outputs, for the channels that stay."""
@@ -73,7 +75,7 @@ class Sites:
 
     def folds(self, site: Site, index_of: Sequence[Tensor] | None = None) -> list[Tensor]:
         """The folds of these output positions, or of all: (positions,) by batch."""
-        outputs, form = site.visit.outputs, site.held.form
+        outputs, form = shaped(site.visit.outputs), site.held.form
         if index_of is None:
             index_of = [torch.arange(positions(y, form), device=y.device) for y in outputs]
         every = [positions(y, form) for y in outputs]

@@ -6,12 +6,18 @@ A solve is judged on samples that are held out of it (see `held_out`): they choo
 replaces W0 at all. Where these have few positions, solves without each of the folds in turn are judged instead. Before
 a rectifier, the targets T and the weights are computed in turn (see `targets`). Before a BatchNorm, the mean and the
 standard deviation of the outputs are then matched to the original's, channel by channel.
+
+All outputs have the Gram matrix and the ridge in common, and nothing else. A layer with many weights, such as the head
+of a language model, is solved for a part of its outputs after the other: of the matrices that are as large as its
+weight, memory then holds a single one in float64, R - G W0 of `least_squares`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from math import inf
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +33,9 @@ LADDER = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0, inf)  # times RIDGE; inf: the cur
 FEW = 128  # positions held out; with fewer, each fold judges in turn
 WORTH = 0.99  # another ridge is taken if it lowers the error to this share, which is more than chance
 ROUNDS = 6  # of the alternation before a rectifier
+AT_ONCE = 2**24  # weights that are solved at a time, about: 128 MiB in float64
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,10 @@ class Rows:
             [t.rows(i) for t, i in zip(self.targets, index_of, strict=True)],
             [f[i] for f, i in zip(self.folds, index_of, strict=True)],
         )
+
+    def of_outputs(self, some: slice) -> Rows:
+        """The same positions with the targets of some outputs."""
+        return replace(self, targets=[t.of_outputs(some) for t in self.targets])
 
     def count(self, reduce: Reduce) -> int:
         """The number of positions."""
@@ -94,7 +107,7 @@ class _Plain:
 class Problem:
     """What a layer is solved for.
 
-    start, bias: W0 (g, o, p), and the current biases (g, o)
+    start, bias: W0 (g, o, p) in any dtype, and the current biases (g, o) in float64
     wanted:   the mean and the variance of the outputs to match, (o,) and (o,); None before anything but a BatchNorm
     centred:  whether the layer may have a bias
     rounds:   of the alternation, where a rectifier follows
@@ -110,38 +123,90 @@ class Problem:
 
     def best(self) -> Solution:
         """The solution with the ridge that is best on positions that were not solved on."""
+        parts = self._parts()
+        if len(parts) > 1 and self.rows.of_outputs(slice(0)).judging.count(self.reduce) >= FEW:
+            return self._by_parts(parts)
         solved, judging = self.rows.solved, self.rows.judging
-        normal = self._system(solved)
+        few = judging.count(self.reduce) < FEW
+        own = replace(self, start=self.start.double())
+        normal = own._system(solved)
         splits = [(normal, judging)]
-        if judging.count(self.reduce) < FEW:
+        if few:
             judging = self.rows.only([folds != NO_FOLD for folds in self.rows.folds])
-            splits = self._splits(judging)
-        gaps = [one.gap(self.start) for one, _ in splits]
+            splits = own._splits(judging)
+        gaps = [one.gap(own.start) for one, _ in splits]
 
-        def at(number: int) -> tuple[float, _Plain]:
+        def at(ridge: float) -> tuple[float, _Plain]:
             found, total = None, 0.0
             for (one, rows), gap in zip(splits, gaps, strict=True):
-                found = self._plain(one, gap, LADDER[number] * RIDGE)
+                found = own._plain(one, gap, _factors(one, ridge))
                 total += error(rows, found.weight, found.bias, self.reduce)
             assert found is not None
             return total, found
 
-        here = LADDER.index(1.0)
-        now, ahead, step = at(here), at(here + 1), 1
-        if not ahead[0] < now[0]:  # the error has one minimum along the ladder, or nearly so
-            ahead, step = at(here - 1), -1
-        while ahead[0] < WORTH * now[0]:
-            here, now = here + step, ahead
-            if not 0 <= here + step < len(LADDER):
-                break
-            ahead = at(here + step)
-        ridge, rectified = LADDER[here] * RIDGE, any(t.bounds is not None for t in solved.targets)
-        plain = now[1] if len(splits) == 1 else self._plain(normal, normal.gap(self.start), ridge)
-        weight, bias = self._solution(solved, normal, plain, self.rounds if rectified else 0)
+        ridge, (total, plain) = _searched(at)
+        if len(splits) > 1:
+            plain = own._plain(normal, normal.gap(own.start), _factors(normal, ridge))
+        weight, bias = own._solution(solved, normal, plain)
         energy = max(judging.energy(self.reduce), 1e-300)
-        whole = now[0] if len(splits) > 1 else error(judging, weight, bias, self.reduce)
-        before = error(judging, self.start, self.bias, self.reduce)
+        whole = total if len(splits) > 1 else error(judging, weight, bias, self.reduce)
+        before = error(judging, own.start, self.bias, self.reduce)
         return Solution(weight, bias, ridge, before / energy, whole / energy)
+
+    def _parts(self) -> list[slice]:
+        """Outputs that are solved at a time: all of them, unless the weight is large and has a single block."""
+        blocks, outputs, width = self.start.shape
+        step = max(1, AT_ONCE // max(width, 1)) if blocks == 1 else outputs
+        return [slice(first, first + step) for first in range(0, outputs, max(step, 1))]
+
+    def _part(self, some: slice) -> Problem:
+        """The problem of some outputs. Its rows are those of all."""
+        wanted = None if self.wanted is None else (self.wanted[0][some], self.wanted[1][some])
+        return replace(self, start=self.start[:, some].double(), bias=self.bias[:, some], wanted=wanted)
+
+    def _by_parts(self, parts: Sequence[slice]) -> Solution:
+        """The same as `best`, for some of the outputs after others. The targets of a part are copied, never all."""
+        bare = self.rows.of_outputs(slice(0))
+        places = {False: bare.solved, True: bare.judging}
+
+        def rows_of(some: slice, held: bool) -> Rows:
+            own, index_of = self.rows.of_outputs(some), [((f == HELD_OUT) == held).nonzero()[:, 0] for f in bare.folds]
+            return replace(places[held], targets=[t.rows(i) for t, i in zip(own.targets, index_of, strict=True)])
+
+        normal: System | None = None
+        gaps, means = [], []
+        for some in parts:
+            own, rows = self._part(some), rows_of(some, held=False)
+            targets = own._shaped([t.corrected for t in rows.targets])
+            one = own._system(rows) if normal is None else normal.with_targets(rows.patches, targets, self.reduce)
+            normal = normal or one
+            gaps.append(one.gap(own.start))
+            means.append(one.mean_t)
+        assert normal is not None
+        systems = [replace(normal, mean_t=mean, cross=gap) for mean, gap in zip(means, gaps, strict=True)]
+        energy, before = 0.0, 0.0
+        for some in parts:
+            rows = rows_of(some, held=True)
+            energy += rows.energy(self.reduce)
+            before += error(rows, self.start[:, some], self.bias[:, some], self.reduce)
+        energy = max(energy, 1e-300)
+
+        def at(ridge: float, rounds: int = 0, matched: bool = False) -> tuple[float, tuple[Tensor, Tensor]]:
+            """The error of the solution with a ridge; its weights, rounded to the dtype of W0, and its biases."""
+            factors, total = _factors(normal, ridge), 0.0
+            weights, biases = torch.empty_like(self.start), torch.empty_like(self.bias)
+            for some, one in zip(parts, systems, strict=True):
+                own = self._part(some)
+                own = replace(own, rounds=rounds, wanted=own.wanted if matched else None)
+                found = own._solution(rows_of(some, held=False), one, own._plain(one, one.cross, factors))
+                weights[:, some], biases[:, some] = found
+                total += error(rows_of(some, held=True), *found, self.reduce)
+            return total, (weights, biases)
+
+        ridge, (whole, found) = _searched(at)
+        if self.wanted is not None or any(target.bounds is not None for target in self.rows.targets):
+            whole, found = at(ridge, self.rounds, matched=True)
+        return Solution(*found, ridge, before / energy, whole / energy)
 
     def _splits(self, rows: Rows) -> list[tuple[System, Rows]]:
         """For each fold, the system of all others and the rows of that one."""
@@ -155,13 +220,13 @@ class Problem:
     def _shaped(self, targets: list[Tensor]) -> list[Tensor]:
         return [t.reshape(len(t), *self.start.shape[:2]) for t in targets]
 
-    def _plain(self, normal: System, gap: Tensor, ridge: float) -> _Plain:
-        factors = None if ridge == inf else normal.lifted(ridge)
+    def _plain(self, normal: System, gap: Tensor, factors: Lifted | None) -> _Plain:
         weight = self.start if factors is None else normal.solve(self.start, factors, gap)
         return _Plain(weight, normal.intercept(weight, normal.mean_t), factors)
 
-    def _solution(self, rows: Rows, normal: System, plain: _Plain, rounds: int) -> tuple[Tensor, Tensor]:
+    def _solution(self, rows: Rows, normal: System, plain: _Plain) -> tuple[Tensor, Tensor]:
         """(W', b'), (g, o, p) and (g, o), from the positions that are solved on and their system."""
+        rounds = self.rounds if any(target.bounds is not None for target in rows.targets) else 0
         weight, bias = plain.weight, plain.bias
         last, pace = (weight, bias), 1.0
         for _ in range(rounds):
@@ -183,6 +248,24 @@ class Problem:
             weight = weight * torch.where(own > 0, factor, 1)[:, :, None]
             bias = normal.intercept(weight, mean)
         return weight, bias
+
+
+def _factors(normal: System, ridge: float) -> Lifted | None:
+    return None if ridge == inf else normal.lifted(ridge)
+
+
+def _searched(at: Callable[[float], tuple[float, T]]) -> tuple[float, tuple[float, T]]:
+    """The ridge with the least error, and what `at` returns for it: the error, and anything else."""
+    here = LADDER.index(1.0)
+    now, ahead, step = at(LADDER[here] * RIDGE), at(LADDER[here + 1] * RIDGE), 1
+    if not ahead[0] < now[0]:  # the error has one minimum along the ladder, or nearly so
+        ahead, step = at(LADDER[here - 1] * RIDGE), -1
+    while ahead[0] < WORTH * now[0]:
+        here, now = here + step, ahead
+        if not 0 <= here + step < len(LADDER):
+            break
+        ahead = at(LADDER[here + step] * RIDGE)
+    return LADDER[here] * RIDGE, now
 
 
 def error(rows: Rows, weight: Tensor, bias: Tensor, reduce: Reduce) -> float:

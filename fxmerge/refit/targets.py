@@ -71,6 +71,12 @@ class Target:
         streams = None if self.streams is None else (self.streams[0][index], self.streams[1][index])
         return replace(self, outputs=self.outputs[index], streams=streams)
 
+    def of_outputs(self, some: slice) -> Target:
+        """The target of some outputs at its sampled positions."""
+        own = Affine(*(t[some] for t in (self.affine.gain, self.affine.constant, self.affine.inverse)))
+        streams = None if self.streams is None else (self.streams[0][:, some], self.streams[1][:, some])
+        return replace(self, outputs=self.outputs[:, some], affine=own, streams=streams)
+
     @cached_property
     def corrected(self) -> Tensor:
         """y*"""

@@ -20,12 +20,14 @@ from torch import Tensor, nn
 
 import fxmerge
 from fxmerge import FxMergeError
+from fxmerge.calibration import stream
 from fxmerge.graph.compare import difference, outputs
 from fxmerge.weights import disk_tensor
 from fxmerge.weights.disk_tensor import Backing, DiskTensor, Spool
 from fxmerge.weights.files import write_tensors
 from tests.helpers.netmaking import one_thread  # noqa: F401
 from tests.helpers.nets import NETS
+from tests.helpers.small_llama import made
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -168,6 +170,20 @@ def test_every_method_works_on_disk(options: dict[str, str], tmp_path: Path) -> 
     one, other = (fxmerge.merge(m, x, refit="none", **options) for m in (model, kept))
     assert same(one.module, other.module)
     assert same(fxmerge.apply(one.plan, kept, x).module, other.module)
+
+
+def test_a_language_model_is_refitted_as_in_memory_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16, on calibration samples, with all that is done for large models and without."""
+    model, ids, data = made(depth=3)
+    save_model(model.bfloat16(), str(tmp_path / "w.safetensors"))
+    options: dict[str, Any] = {"keep": {"*.gate": 0.75, "*": 1.0}, "calibration": data}
+    before = fxmerge.merge(model, ids, **options)
+    monkeypatch.setattr(disk_tensor, "SMALL", 0)  # every tensor stays on disk
+    monkeypatch.setattr(stream, "WIDE", 0)
+    after = fxmerge.merge(fxmerge.on_disk(model, tmp_path / "w.safetensors"), ids, **options)
+    assert after.plan == before.plan and same(before.module, after.module)
+    assert after.report.refitted == before.report.refitted
+    assert any(record.after < record.before for record in after.report.refitted)
 
 
 def test_a_folder_of_shards_with_an_index_and_weights_of_another_type(tmp_path: Path) -> None:
