@@ -47,7 +47,7 @@ HISTORY = 10  # steps that L-BFGS remembers
 PASSES = 36  # the cost of as many steps as are usual, in forward passes; a backward pass costs two
 BUDGET = 5e12  # FLOPs of all joint steps of a refit together, at most
 POSITIONS = 8  # output positions for each weight of an output, at least: with fewer, the layers are fitted to noise
-ENOUGH = 2**15  # output positions; more do not improve the fit
+ENOUGH = 2**16  # output positions; more hardly improve the fit
 ROWS = 8192  # output positions for the Gram matrices, which only define coordinates
 MOST = 30.0  # the largest ridge of a layer
 
