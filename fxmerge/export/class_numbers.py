@@ -73,7 +73,7 @@ def by_graph(captured: Capture, merged: fx.GraphModule, model: nn.Module) -> Num
 def _changed(captured: Capture, merged: fx.GraphModule, model: nn.Module) -> Iterator[tuple[str, int]]:
     """(attribute, new number) of the user's submodules whose integer the merged graph replaces by another."""
     new, submodules = {n.name: n for n in merged.graph.nodes}, dict(model.named_modules(remove_duplicate=False))
-    for node in captured.module.graph.nodes:
+    for node in captured.whole.module.graph.nodes:
         if node.name not in new or node.op not in ("call_function", "call_method"):
             continue
         pairs = set(_pairs((node.args, node.kwargs), (new[node.name].args, new[node.name].kwargs)))
