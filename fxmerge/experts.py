@@ -11,8 +11,8 @@ from dataclasses import replace
 from math import floor
 
 from fxmerge.analysis.mixtures import mixtures
-from fxmerge.calibration.expert_losses import losses, thinned
-from fxmerge.errors import FxMergeError
+from fxmerge.calibration.expert_losses import losses, thinned, unlike
+from fxmerge.errors import FxMergeError, first_line
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.mixtures import Mixture, Thinned
 from fxmerge.options import Options
@@ -59,7 +59,20 @@ def _with_share(ready: Prepared, options: Options) -> Thin:
     decided = thinned(
         ready.captured, ready.found[0], counts, some, batches, settings, flops=ready.flops, stage=ready.stage
     )
-    return _without(ready, list(zip(some, decided, strict=True)), options), tuple(notes)
+    pairs = list(zip(some, decided, strict=True))
+    try:
+        fewer = _without(ready, pairs, options)
+    except Exception as error:  # an op refuses the sizes that it gets without the experts
+        notes.append(f"experts: no expert was dropped: the graph without them fails ({first_line(error)})")
+        return ready, tuple(notes)
+    wrong = unlike(ready.captured, fewer.captured, ready.found[0], pairs, replace(settings, held=False))
+    if wrong:
+        notes += [
+            f"experts: {name} keeps all: without some of them, its graph computes something else" for name in wrong
+        ]
+        pairs = [(one, thin) for one, thin in pairs if one.name not in wrong]
+        fewer = _without(ready, pairs, options) if pairs else ready
+    return fewer, tuple(notes)
 
 
 def as_planned(ready: Prepared, decided: Sequence[Thinned], options: Options) -> Prepared:

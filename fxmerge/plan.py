@@ -87,7 +87,9 @@ class Plan:
             raise FxMergeError(f'this is not a plan of version {VERSION}: no "fxmerge_plan": {VERSION} at its top')
         try:
             options = Options().replace(**data["options"])
-            groups, experts = (tuple(map(*of)) for of in ((_group, data["groups"]), (_thinned, data.get("experts", []))))
+            groups, experts = (
+                tuple(map(*of)) for of in ((_group, data["groups"]), (_thinned, data.get("experts", [])))
+            )
             return Plan(options, groups, _branches(data.get("branches", [])), experts)
         except FxMergeError:
             raise

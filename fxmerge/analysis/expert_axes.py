@@ -10,7 +10,7 @@ The values are followed from the scores of a router on. An axis of a value has o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from fxmerge.graph.ops import plain_name
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.mixtures import Size, Sized
 from fxmerge.ir.provenance import Provenance
+from fxmerge.rules.call_names import call_name
 
 Place = tuple[int | str, ...]
 
@@ -120,3 +121,11 @@ class Call:
             given: Any = self.node.kwargs.get(name, ())
             return [((name, i), size) for i, size in enumerate(given)]
         return [((i,), size) for i, size in enumerate(self.node.args[1:], 1)]
+
+
+Rule = Callable[[ExpertAxes, fx.Node, Call], Followed]
+
+
+def unknown(node: fx.Node) -> Refused:
+    """The refusal of an op of which it is not known what it does."""
+    return Refused(f"{call_name(node)} reads what follows the number of experts")

@@ -147,9 +147,9 @@ class _Walk:
         held, paths = set(inside), {id(at(self.captured.module, path)): path for path in tensors}
         for node in self.nodes:
             if node.op == "call_module" and node not in held:
-                for value in self.captured.module.get_submodule(str(node.target)).parameters():
-                    if id(value) in paths:
-                        return f"{paths[id(value)]} is used elsewhere too"
+                for held_there in self.captured.module.get_submodule(str(node.target)).parameters():
+                    if id(held_there) in paths:
+                        return f"{paths[id(held_there)]} is used elsewhere too"
             elif node.op == "get_attr":
                 value = at(self.captured.module, str(node.target))
                 outside = [user for user in node.users if user not in held]

@@ -20,12 +20,14 @@ from fxmerge.calibration.trial_runs import first_samples
 from fxmerge.calibration.whole_run import WholeRun, affordable
 from fxmerge.graph.eval_mode import evaluating
 from fxmerge.graph.ops import in_place
+from fxmerge.graph.outputs import agree
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.mixtures import Mixture, Thinned
 from fxmerge.ir.provenance import Provenance
 from fxmerge.progress import Stage, silent
 
 BUDGET = 1e13  # FLOPs of all runs together, at most; at least one sample
+TOLERANCE = 1e-3  # relative, within which two outputs of a mixture are the same
 ROUNDS = 8  # in which the experts of a mixture leave, if they are more
 
 
@@ -89,6 +91,31 @@ def _kept(mixture: Mixture, count: int, loss: Callable[[Iterable[int]], float]) 
     return tuple(sorted(left))
 
 
+def _without(mixture: Mixture, kept: Iterable[int]) -> Tensor:
+    """(experts,) bool: the experts that are not kept."""
+    gone = torch.ones(mixture.experts, dtype=torch.bool)
+    gone[list(kept)] = False
+    return gone
+
+
+def unlike(
+    captured: Capture, fewer: Capture, facts: Provenance, decided: Sequence[tuple[Mixture, Thinned]], settings: Settings
+) -> frozenset[str]:
+    """The mixtures that, with fewer experts, do not return what they do if no token can choose the others.
+
+    captured, facts: of the whole model
+    fewer:           the capture without the experts
+    """
+    with evaluating(captured.module, fewer.module), torch.no_grad():
+        whole, found = WholeRun(captured, facts, [captured.inputs], settings), set[str]()
+        whole.run()
+        for mixture, one in decided:
+            wanted = MaskedRun(captured, mixture, whole).value(_without(mixture, one.kept), 0)
+            if not agree([wanted], [MaskedRun(fewer, mixture, whole).value(None, 0)], TOLERANCE):
+                found.add(mixture.name)
+    return frozenset(found)
+
+
 class MaskedRun:
     """Runs of one mixture in which some of its experts cannot be chosen."""
 
@@ -105,8 +132,7 @@ class MaskedRun:
 
     def loss(self, kept: Iterable[int]) -> float:
         """The relative square error of the mixture's output if only these experts can be chosen."""
-        gone = torch.ones(self.mixture.experts, dtype=torch.bool)
-        gone[list(kept)] = False
+        gone = _without(self.mixture, kept)
         name, paired = self.output.name, self.whole.paired
         before: list[Tensor] = list(paired.merged.values[name])
         after = [self.value(gone, number) for number in range(len(before))]
@@ -120,16 +146,16 @@ class MaskedRun:
         error = lost / max(power - total**2 / max(count, 1.0), 1e-300)
         return error if error == error else inf
 
-    def value(self, gone: Tensor, number: int) -> Tensor:
-        """The mixture's output in one batch. gone: (experts,) bool, those that cannot be chosen"""
+    def value(self, gone: Tensor | None, number: int) -> Tensor:
+        """The mixture's output in one batch. gone: (experts,) bool, those that cannot be chosen, if not all can"""
         run, values = fx.Interpreter(self.captured.module), self.whole.paired.merged.values
         for node in self.nodes:
             for source in node.all_input_nodes:
                 if source not in run.env:
-                    held = values[source.name][number]
+                    held = run.run_node(source) if source.op == "get_attr" else values[source.name][number]
                     run.env[source] = held.clone() if self._updates(node) and isinstance(held, Tensor) else held
             roles = self.mixture.choices.get(node.name)
-            if roles is None:
+            if roles is None or gone is None:
                 run.env[node] = run.run_node(node)
                 continue
             first = node.all_input_nodes[0]

@@ -9,8 +9,9 @@ model. What follows the mixture reads the latter.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -97,7 +98,7 @@ def _both(captured: Capture, thin: fx.GraphModule, mixtures: Sequence[Mixture]) 
         paths = {path: _add(module, captured, path) for path in mixture.tensors}
         for name in mixture.nodes:
             with module.graph.inserting_after(named[name]):
-                copied = module.graph.node_copy(whole[name], lambda n, known=copies: known.get(n, named[n.name]))
+                copied = module.graph.node_copy(whole[name], partial(_copy_of, copies, named))
             for source in whole[name].all_input_nodes:
                 if source.op == "get_attr" and str(source.target) in paths:
                     with module.graph.inserting_before(copied):
@@ -110,6 +111,11 @@ def _both(captured: Capture, thin: fx.GraphModule, mixtures: Sequence[Mixture]) 
     module.graph.lint()
     module.recompile()
     return module
+
+
+def _copy_of(copies: Mapping[fx.Node, fx.Node], named: Mapping[str, fx.Node], node: fx.Node) -> fx.Node:
+    """The node of the new graph that a copied node reads in place of one of the whole model."""
+    return copies.get(node, named[node.name])
 
 
 def _add(module: fx.GraphModule, captured: Capture, path: str) -> str:
