@@ -68,7 +68,7 @@ def _made(own: ExpertAxes, node: fx.Node) -> Followed:
         return unknown(node)
     if isinstance(first, Numbers) and own.facts.kinds.get(node.name) == "movement":
         return first if not any(map(call.value, call.others)) else unknown(node)
-    if name == "identity":  # a cast to another tensor's type reads no more of it
+    if name in ("identity", "type_as"):  # a cast to another tensor's type reads no more of it
         return first
     if rule := _RULES.get(name):
         return rule(own, node, call)
