@@ -161,7 +161,7 @@ def test_the_experts_that_lose_least_leave() -> None:
         logits(one, GIVEN["input_ids"])
         hook.remove()
     y, z = (value[0] if isinstance(value, tuple) else value for value in seen)
-    loss = float((z - y).square().sum() / (y - y.mean()).square().sum())
+    loss = ((z - y).square().sum() / (y - y.mean()).square().sum()).item()
     assert more.plan.experts[0].loss == pytest.approx(loss, 1e-4)
     assert loss > 0
 
@@ -261,7 +261,8 @@ def test_layers_with_other_numbers_of_experts_are_saved_with_code(
 @pytest.mark.slow
 def test_a_budget_counts_the_experts_that_left() -> None:
     model = made("Mixtral", layers=2)
-    result = plain_merge(model, GIVEN, budget={"params": 0.5}, experts=0.75, same_widths=True)
+    keep = {"*embed_tokens*": 1.0, "*self_attn*": 1.0}
+    result = plain_merge(model, GIVEN, budget={"params": 0.5}, experts=0.75, same_widths=True, keep=keep)
     assert result.report.spent is not None
     assert result.report.spent.met
     assert same(result.model, result.module)
@@ -278,6 +279,19 @@ def test_the_loss_that_balances_experts_counts_those_that_are_left() -> None:
     out = result.model.train()(input_ids=ids, labels=ids, output_router_logits=True)
     out.loss.backward()
     assert out.aux_loss.isfinite()
+
+
+@pytest.mark.slow
+def test_the_whole_model_is_what_teaches() -> None:
+    model = made("Mixtral")
+    result = plain_merge(model, GIVEN, ratio=0.25, experts=0.5)
+    teaching = fxmerge.Distillation(result)
+    ids = tokens(3, 5, seed=1)
+    found = teaching(input_ids=ids)
+    wanted, outputs = logits(model, ids), logits(result.module, ids)
+    loss = (outputs - wanted).square().mean() / (wanted - wanted.mean()).square().mean()
+    assert found["output_loss"].item() == pytest.approx(loss.item(), 1e-3)
+    assert found["hidden_loss"].isfinite()
 
 
 # What is not understood stays

@@ -22,6 +22,7 @@ _SAME = (
     *(POINTWISE - {"query", "glu"}), "bitwise_not", "logical_not", "logical_and", "logical_or", "clamp",
 )  # fmt: skip
 _REDUCED = ("sum", "mean", "amax", "max", "amin", "min", "prod", "any", "all", "logsumexp", "norm")
+_CASTS = ("identity", "type_as", "int", "long", "float")
 _NO_NUMBER = ("dtype", "device", "is_floating_point", "dim", "requires_grad", "is_cuda")
 
 
@@ -68,7 +69,7 @@ def _made(own: ExpertAxes, node: fx.Node) -> Followed:
         return unknown(node)
     if isinstance(first, Numbers) and own.facts.kinds.get(node.name) == "movement":
         return first if not any(map(call.value, call.others)) else unknown(node)
-    if name in ("identity", "type_as"):  # a cast to another tensor's type reads no more of it
+    if name in _CASTS:  # a cast to another tensor's type reads no more of it
         return first
     if rule := _RULES.get(name):
         return rule(own, node, call)

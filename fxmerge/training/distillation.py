@@ -73,7 +73,7 @@ class Distillation(nn.Module):
         self.hidden, self.temperature = hidden, temperature
         self.student = _trainable(result.module)
         self._merged = result
-        self._teacher = [captured.module]  # in a list, so that it is no submodule: not trained, not saved
+        self._teacher = [captured.whole.module]  # in a list, so that it is no submodule: not trained, not saved
         self._taps = {tap.node: tap for tap in taps(result)} if hidden else {}
 
     def train(self, mode: bool = True) -> Distillation:
@@ -122,7 +122,7 @@ class Distillation(nn.Module):
 
 def taps(result: Result) -> list[Tap]:
     """Where the activations behind merged groups are compared: at the outputs of the layers that read them."""
-    facts, grouping = result.analysis.facts, result.analysis.grouping
+    facts, grouping, captured = result.analysis.facts, result.analysis.grouping, result.analysis.captured
     narrowed = planned(result.analysis.groups, result.plan)
     alive = survivors(grouping, narrowed)
     layers = {c.layer.node: c.layer for group, _ in narrowed for c in group.consumers if c.layer.op in SOLVED}
@@ -133,6 +133,8 @@ def taps(result: Result) -> list[Tap]:
         axes = varying(labels) if labels is not None else ()
         if labels is None or len(axes) != 1 or layer.writes is None or node not in present:
             continue
+        if captured.shapes.get(node) != captured.whole.shapes.get(node):
+            continue  # a router that lost experts
         along = labels[tuple(slice(None) if a == axes[0] else 0 for a in range(labels.dim()))]
         found.append(Tap(node, axes[0], alive[along].nonzero().flatten()))
     return found
