@@ -40,7 +40,7 @@ def _with_share(ready: Prepared, options: Options) -> Thin:
     found, closed = mixtures(ready.captured, ready.found[0])
     notes = [f"experts: {one.name} keeps all: {one.reason}" for one in closed]
     if not found and not closed:
-        notes.append("experts: no expert was dropped: the model has no experts that are stacked in one weight")
+        notes.append("experts: no expert was dropped: its graph has no products with stacked experts")
     counts = {}
     for one in found:
         each = one.experts // one.groups

@@ -40,7 +40,8 @@ def mixtures(captured: Capture, facts: Provenance) -> tuple[tuple[Mixture, ...],
     found, closed, walk = list[Mixture](), list[Closed](), _Walk(captured, facts)
     for key, stacks in routings.items():
         name = _common([stack.path for stack in stacks])
-        name = f"{name} at {key}" if any(one.name == name for one in (*found, *closed)) else name
+        if name in [*(one.name for one in found), *(one.name for one in closed)]:
+            name = f"{name} at {key}"
         made = walk.found(name, key, stacks)
         if isinstance(made, Mixture):
             found.append(made)
