@@ -16,6 +16,7 @@ from math import inf, isfinite
 from fxmerge.analysis.branches import branches
 from fxmerge.calibration.branch_losses import measured
 from fxmerge.errors import FxMergeError
+from fxmerge.experts import as_planned, with_share
 from fxmerge.graph.cost import parameters
 from fxmerge.graph.eval_mode import computing
 from fxmerge.ir.branches import Branch, Measured
@@ -37,10 +38,11 @@ def merged(ready: Prepared, options: Options, plan: Plan | None = None) -> Resul
     plan: to be replayed. Raises FxMergeError where its groups or branches are not those of the model
     """
     if plan is not None:
-        decided = {g.name: g for g in plan.groups}
+        ready, decided = as_planned(ready, plan.experts, options), {g.name: g for g in plan.groups}
         return (_without(ready, _named(ready, plan.branches)) if plan.branches else ready).merged(options, decided)
     if not options.depth:
-        return ready.merged(options)
+        ready, notes = with_share(ready, options)
+        return _noted(ready.merged(options), *notes)
     started = time.perf_counter()
     ((kind, share),) = options.budget.items()
     check_patterns(ready.found[1].everything, [n for n, _ in ready.captured.module.named_modules()], options)
@@ -124,6 +126,6 @@ def _without(ready: Prepared, dropped: Sequence[Measured]) -> Prepared:
     return Prepared(captured, ready.options, ready.given, ready.stage, ready.data)
 
 
-def _noted(result: Result, note: str) -> Result:
-    """The result with a note in its report."""
-    return replace(result, report=replace(result.report, notes=(*result.report.notes, note)))
+def _noted(result: Result, *notes: str) -> Result:
+    """The result with notes in its report."""
+    return replace(result, report=replace(result.report, notes=(*result.report.notes, *notes))) if notes else result

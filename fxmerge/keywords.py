@@ -28,6 +28,7 @@ class SweepKeywords(TypedDict, total=False):
     of: str | tuple[str, ...] | list[str]
     max_ratio: float
     depth: bool
+    experts: float
     keep: Mapping[str, int | float]
     ignore: tuple[str, ...] | list[str] | set[str]  # a string alone is a mistake
     scope: Scope

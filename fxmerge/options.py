@@ -70,6 +70,8 @@ class Options:
     """with a budget: largest share of its channels that a group may drop"""
     depth: bool = False
     """with a budget: drop whole residual branches too, such as the MLP of a layer, where that loses less"""
+    experts: float = 1.0
+    """share of the experts that each mixture keeps; the others leave whole, with their row of the router"""
     keep: Mapping[str, int | float] = field(default_factory=dict)
     """{group name pattern: channels (int) or share (float) to keep}; overrides ratio"""
     ignore: tuple[str, ...] = ()
@@ -111,6 +113,8 @@ class Options:
 
     def __post_init__(self) -> None:
         self._number("ratio", 0, 1, "it is the share of channels to drop, 0 <= ratio < 1", below=True)
+        if not _is_number(self.experts) or not 0 < self.experts <= 1:
+            raise FxMergeError(f"experts is {self.experts!r}; it is the share of experts to keep, 0 < experts <= 1")
         self._number("max_ratio", 1e-9, 1, "it is a share of channels, 0 < max_ratio < 1", below=True)
         self._number("threshold", -1, 1, "it is a cosine")
         self._number("lam", 0, 1, "it is a weight between 0 and 1")
@@ -181,6 +185,8 @@ class Options:
             raise FxMergeError(f"of is {self.of!r}, but a latency is that of the whole model; give another budget")
         if patterns and self.depth:
             raise FxMergeError("depth drops branches of the whole model; give it without of")
+        if self.depth and self.experts < 1:
+            raise FxMergeError("depth and experts cannot be combined; merge with one of them")
         if self.depth and "cache" in self.budget:
             raise FxMergeError("depth cannot be priced by the key-value cache; give another budget, or depth=False")
 

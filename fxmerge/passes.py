@@ -50,7 +50,7 @@ class MergePass(PassBase):
             return PassResult(graph_module, False)
         inputs = self.example_inputs if self.example_inputs is not None else _inputs(graph_module)
         result = merge(graph_module, inputs, self.options)
-        if not result.plan.groups and not result.plan.branches:
+        if result.plan.is_empty:
             return PassResult(graph_module, False)
         module = result.module
         assert isinstance(module, fx.GraphModule)  # since the input is one

@@ -94,6 +94,7 @@ class Prepared:
         self.probing = Settings(rows=options.rows, seed=options.seed, held=held, reduce=summed, memory=memory)
         self.tensors = state(captured.module)
         self.seen: dict[int, dict[str, tuple[Reading, ...]]] = {}  # by the identity of the batches
+        self.thinner: dict[Any, tuple[Prepared, tuple[str, ...]]] = {}  # with fewer experts (see `experts.py`)
 
     @cached_property
     def found(self) -> tuple[Provenance, Grouping]:
@@ -280,7 +281,8 @@ class Prepared:
         if "latency" in choice.options.budget and (choice.chosen or captured.cut):
             self.stage("latency")
             timing = compared(self.original, module, captured.args, captured.kwargs)
-        plan = Plan(choice.options, draft.plans, tuple(b.name for b in captured.cut.dropped) if captured.cut else ())
+        dropped, thinned = (captured.cut.dropped, captured.cut.thinned) if captured.cut else ((), ())
+        plan = Plan(choice.options, draft.plans, tuple(b.name for b in dropped), thinned)
         notes = (*choice.notes, *contradiction(refitted, verdict.error, len(captured.outputs)))
         report = Report(
             captured=captured, facts=facts, grouping=grouping, refusals=choice.refusals, module=module,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fxmerge.errors import FxMergeError
 from fxmerge.ir.groups import Group
+from fxmerge.ir.mixtures import Thinned
 from fxmerge.options import Options
 
 VERSION = 1
@@ -57,16 +58,17 @@ class GroupPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The decisions of a merge: the options, the channels that each narrowed group keeps, and the branches dropped."""
+    """The decisions of a merge: the options, the channels that groups keep, and what is dropped as a whole."""
 
     options: Options
     groups: tuple[GroupPlan, ...]
     branches: tuple[str, ...] = ()  # names of residual branches, in the order in which they were dropped
+    experts: tuple[Thinned, ...] = ()  # the mixtures of experts of which some were dropped
 
     @property
     def is_empty(self) -> bool:
         """Whether the plan leaves the model as it is."""
-        return not self.groups and not self.branches
+        return not self.groups and not self.branches and not self.experts
 
     def json(self) -> str:
         """The plan as JSON text, which `Plan.from_json` reads back as an equal plan."""
@@ -85,7 +87,10 @@ class Plan:
             raise FxMergeError(f'this is not a plan of version {VERSION}: no "fxmerge_plan": {VERSION} at its top')
         try:
             options = Options().replace(**data["options"])
-            return Plan(options, tuple(_group(g) for g in data["groups"]), _branches(data.get("branches", [])))
+            groups, experts = (
+                tuple(map(*of)) for of in ((_group, data["groups"]), (_thinned, data.get("experts", [])))
+            )
+            return Plan(options, groups, _branches(data.get("branches", [])), experts)
         except FxMergeError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -108,6 +113,13 @@ def _branches(data: Any) -> tuple[str, ...]:
     if not isinstance(data, list) or not all(isinstance(name, str) for name in data):
         raise TypeError(f"branches is {data!r}; it should be a list of names")
     return tuple(data)
+
+
+def _thinned(data: dict[str, Any]) -> Thinned:
+    experts, kept = int(data["experts"]), tuple(int(k) for k in data["kept"])
+    if sorted(set(kept)) != list(kept) or not kept or kept[0] < 0 or kept[-1] >= experts:
+        raise FxMergeError(f"this plan is damaged: the experts kept of {data['name']} are not a subset of its experts")
+    return Thinned(str(data["name"]), experts, kept, float(data["loss"]))
 
 
 def _group(data: dict[str, Any]) -> GroupPlan:

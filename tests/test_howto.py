@@ -23,11 +23,12 @@ def test_hugging_face(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     monkeypatch.chdir(tmp_path)
     space: dict[str, object] = {}
     found = snippets("hugging_face.md")
-    assert len(found) == 9
+    assert len(found) == 10
     for code in found:
         exec(compile(code, "hugging_face.md", "exec"), space)
-    plain, even, experts = (map(int, line.split()) for line in capsys.readouterr().out.splitlines()[-3:])
+    plain, even, experts, fewer = (map(int, line.split()) for line in capsys.readouterr().out.splitlines()[-4:])
     assert tuple(experts) == (32,)
+    assert tuple(fewer) == (2,)
     assert tuple(plain) == (2, 1, 64)
     assert all(now <= before for now, before in zip(even, (4, 2, 128), strict=True))
     assert not [*tmp_path.glob("plain/*.py"), *tmp_path.glob("budget/*.py")]

@@ -30,7 +30,7 @@ from fxmerge.rules import movement, unary
 from fxmerge.rules.lookup import name_of, rule_of
 
 # rules of ops that compute each entry from the entries at the same place of their operands
-_POINTWISE = {row.name for row in unary.ROWS} | {
+POINTWISE = {row.name for row in unary.ROWS} | {
     "identity", "relu", "leaky_relu", "dropout", "relu6", "hardtanh", "gelu", "silu", "mish", "elu", "celu", "selu",
     "logsigmoid", "hardsigmoid", "hardswish", "softplus", "softsign", "softshrink", "hardshrink", "tanhshrink",
     "threshold", "pow", "add", "sub", "mul", "div", "rsub", "maximum", "minimum", "where", "addcmul", "glu",
@@ -157,7 +157,7 @@ def _by_row(captured: Capture, facts: Provenance, node: fx.Node) -> bool:
         return True
     rule = name_of(rule_of(node, captured.module))
     if facts.kinds[node.name] != "movement":
-        return rule in _POINTWISE
+        return rule in POINTWISE
     source = next((facts.labels[n.name] for n in node.all_input_nodes if n.name in facts.labels), None)
     if source is None:
         return rule == "getitem"  # one of several tensors, whose rows were looked at where they were made

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx, nn
@@ -85,13 +85,15 @@ def pair(
 def against(
     captured: Capture, facts: Provenance, merged: fx.GraphModule, alive: Tensor, turned: fx.GraphModule
 ) -> Pair:
-    """The original and a merged graph; the original has all residual branches, also those that the capture lacks.
+    """The original and a merged graph; the original has all residual branches and experts, also those left out.
 
     turned: the captured graph module with its groups rotated, of which the merged one is a part
     """
     cut = captured.cut
     if cut is None:
         return pair(turned, facts, merged, alive)
+    if cut.target is not None:
+        return replace(pair(cut.target, facts, merged, alive), starts=cut.starts)
     original, own = cut.whole.module, {layer.node: layer for layer in facts.layers}
     return Pair(
         original=original,

@@ -12,13 +12,14 @@ from fxmerge.ir.capture import Capture
 # in the names of attributes that hold a width, and such names
 WIDTHS = ("dim", "hidden", "embed", "channel", "feature", "head_size", "width", "inner")
 SHORT = frozenset(("c", "c_", "c1", "c2", "ch", "nf", "nx", "planes"))
+EXPERTS = frozenset(("num_experts", "num_local_experts", "n_routed_experts"))  # attributes that count experts
 
 Kind = tuple[type, str]  # a class of modules, and the name of an attribute
 Numbers = Mapping[Kind, Sequence[Mapping[str, int]]]  # the choices for each: {path of an attribute: its new number}
 
 
 def is_width(name: str) -> bool:
-    return name in SHORT or any(word in name for word in WIDTHS)
+    return name in SHORT or name in EXPERTS or any(word in name for word in WIDTHS)
 
 
 def value_at(model: nn.Module, path: str) -> Any:
@@ -73,7 +74,7 @@ def by_graph(captured: Capture, merged: fx.GraphModule, model: nn.Module) -> Num
 def _changed(captured: Capture, merged: fx.GraphModule, model: nn.Module) -> Iterator[tuple[str, int]]:
     """(attribute, new number) of the user's submodules whose integer the merged graph replaces by another."""
     new, submodules = {n.name: n for n in merged.graph.nodes}, dict(model.named_modules(remove_duplicate=False))
-    for node in captured.module.graph.nodes:
+    for node in captured.whole.module.graph.nodes:
         if node.name not in new or node.op not in ("call_function", "call_method"):
             continue
         pairs = set(_pairs((node.args, node.kwargs), (new[node.name].args, new[node.name].kwargs)))

@@ -52,7 +52,7 @@ def sources(captured: Capture, tensors: Mapping[str, Tensor], labels: Labels, al
     # also the buffers that are not in its state_dict, such as the angles of rotary embeddings
     own = dict(copied.named_buffers(remove_duplicate=False)) | copied.state_dict()
     for path, names in folds.items():
-        before = at(captured.module, path)
+        before = at(captured.whole.module, path)
         cut = path in labels and path in tensors and tensors[path].shape != before.shape
         for name in names:
             if name in own and name not in tensors and name not in found:
@@ -98,7 +98,7 @@ def _narrowed(value: Tensor, like: Tensor, labels: ParamLabels, alive: Tensor) -
 def recomputed(captured: Capture, tensors: Mapping[str, Tensor]) -> str:
     """What the class computes from its own tensors and the merge changed, for a message; "" if there is nothing."""
     for path, names in computed(captured).items():
-        before, now = at(captured.module, path), tensors.get(path)
+        before, now = at(captured.whole.module, path), tensors.get(path)
         changed = now is None or now.shape != before.shape or not torch.equal(now.to(before), before)
         own = captured.model.state_dict() if captured.model is not None else {}
         cut = [name for name in names if name in tensors and name in own and tensors[name].shape != own[name].shape]

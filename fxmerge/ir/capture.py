@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxmerge.ir.branches import Measured
+from fxmerge.ir.mixtures import Thinned
 from fxmerge.ir.provenance import Provenance
 
 if TYPE_CHECKING:
@@ -41,11 +42,11 @@ class Capture:
     exported: bool = False  # was the graph made by torch.export?
     dynamic_shapes: Mapping[str, Any] | None = None  # by input, what the user declared about its sizes
     random: bool = False  # do two runs of the model on the same inputs differ, in evaluation mode?
-    cut: Cut | None = None  # for a graph that lacks residual branches of the model
+    cut: Cut | None = None  # for a graph that lacks residual branches or experts of the model
 
     @property
     def whole(self) -> Capture:
-        """The capture of the model as it was given, with all of its residual branches."""
+        """The capture of the model as it was given, with all of its residual branches and experts."""
         return self if self.cut is None else self.cut.whole
 
     @property
@@ -69,12 +70,14 @@ class Capture:
 
 @dataclass(frozen=True, kw_only=True)
 class Cut:
-    """How a capture without some residual branches differs from that of the whole model.
+    """How a capture without some residual branches, or some experts, differs from that of the whole model.
 
     whole, facts:  the capture of the whole model, and its provenance
     dropped:       the branches that are left out
     starts:        the nodes that read other values than they do in the whole model
     left:          {kind of budget: the share of the whole model's cost that the graph has}
+    thinned:       the mixtures of experts of which some are left out
+    target:        the graph that refit compares with, if it is not that of the whole model
     """
 
     whole: Capture
@@ -82,6 +85,8 @@ class Cut:
     dropped: tuple[Measured, ...]
     starts: frozenset[str]
     left: Mapping[str, float]
+    thinned: tuple[Thinned, ...] = ()
+    target: fx.GraphModule | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

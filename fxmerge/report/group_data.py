@@ -86,6 +86,14 @@ def branches_json(captured: Capture) -> list[dict[str, Any]]:
     ]
 
 
+def experts_json(captured: Capture) -> list[dict[str, Any]]:
+    """The entries of the mixtures that lost whole experts."""
+    return [
+        {"name": one.name, "experts": one.experts, "kept": list(one.kept), "loss": finite(one.loss)}
+        for one in (captured.cut.thinned if captured.cut else ())
+    ]
+
+
 def original_cost(captured: Capture) -> Cost:
     """Parameters and FLOPs of the model that was captured."""
     if captured.recorded is None:

@@ -52,6 +52,8 @@ def merged(report: Merged) -> str:
     left += f" and {percent(after.flops, before.flops)} of the FLOPs" if before.flops else ""
     done = [f"{counted(len(groups), 'group')} of layers dropped {dropped} of their channels"] if groups else []
     done += [f"{counted(len(branches), 'residual branch', 'residual branches')} left"] if branches else []
+    gone = sum(len(one.dropped) for one in report.plan.experts)
+    done += [f"{counted(gone, 'expert')} left"] if gone else []
     return (
         f"fxmerge made {name} smaller without training: {' and '.join(done)}, {left} remain, {_data(report)}, "
         f"and {_loss(report.verdict)}."

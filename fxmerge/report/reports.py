@@ -27,6 +27,7 @@ from fxmerge.report.drawable import Drawable
 from fxmerge.report.group_data import (
     branches_json,
     cost_json,
+    experts_json,
     group_json,
     original_cost,
     plan_json,
@@ -233,7 +234,8 @@ class Report(Drawable):
                 **({"refit_data": self.source} if self.source else {}),
                 **({"handed_out": finite(vars(self.handed_out))} if self.handed_out else {}),
                 **({"budget": finite(vars(self.spent))} if self.spent else {}),
-                **({"branches": branches_json(self.captured)} if self.captured.cut else {}),
+                **({"branches": branches_json(self.captured)} if self.plan.branches else {}),
+                **({"experts": experts_json(self.captured)} if self.plan.experts else {}),
                 "notes": [*self.notices, *self.notes, *self.later],
                 "groups": groups,
                 "refusals": refusals_json(self.refusals, self.captured),

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from fxmerge.ir.branches import Measured
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.groups import Refusal
+from fxmerge.ir.mixtures import Thinned
 from fxmerge.refit.records import Refitted
 from fxmerge.report.layout import Footnotes, Style, names, numbers, table, wrap
 from fxmerge.report.refusals import parameters_held
@@ -113,8 +114,9 @@ def first_names(names: Sequence[str]) -> str:
 
 
 def capture_lines(captured: Capture) -> list[str]:
-    """Lines on dropped branches, on what capture left out of the model's output, and on declared sizes without use."""
+    """Lines on what was dropped whole, on what capture left out of the output, and on declared sizes without use."""
     lines = [_dropped(b) for b in (captured.cut.dropped if captured.cut else ())]
+    lines += [_experts(t) for t in (captured.cut.thinned if captured.cut else ())]
     lines += [f"left out of the output: {', '.join(captured.left_out)}"] if captured.left_out else []
     if captured.dynamic_shapes is not None and captured.route != "export":
         lines.append(
@@ -128,3 +130,10 @@ def _dropped(branch: Measured) -> str:
     """The line on a dropped branch: what it cost, and what was lost without it."""
     costs = f"{branch.parameters:,} parameters and {branch.flops:,} FLOPs"
     return f"dropped    {branch.name}: {costs}; dropped alone, it changes the outputs by {math.sqrt(branch.loss):.2g}"
+
+
+def _experts(one: Thinned) -> str:
+    """The line on the experts that left a mixture: which, and what was lost without them."""
+    left = ", ".join(map(str, one.dropped))
+    changes = f"without them alone, what it is added to changes by {math.sqrt(one.loss):.2g}"
+    return f"experts    {one.name}: {one.experts} -> {len(one.kept)}, without {left}; {changes}"

@@ -74,7 +74,7 @@ class Distillation(nn.Module):
         self.hidden, self.temperature = hidden, temperature
         self.student = _trainable(result.module)
         self._merged = result
-        self._teacher = [captured.module]  # in a list, so that it is no submodule: not trained, not saved
+        self._teacher = [captured.whole.module]  # in a list, so that it is no submodule: not trained, not saved
         self._taps = {tap.node: tap for tap in taps(result)} if hidden else {}
 
     def train(self, mode: bool = True) -> Distillation:
@@ -127,19 +127,24 @@ def taps(result: Result) -> list[Tap]:
     A layer's outputs are compared behind its norm and behind the add to a residual stream: refit lets a layer make up
     for what the stream has lost so far, so that its own outputs are not to be those of the original.
     """
-    facts, grouping, merged = result.analysis.facts, result.analysis.grouping, result.module
+    captured, facts, merged = result.analysis.captured, result.analysis.facts, result.module
     assert isinstance(merged, fx.GraphModule)
     narrowed = planned(result.analysis.groups, result.plan)
-    alive = survivors(grouping, narrowed)
+    alive = survivors(result.analysis.grouping, narrowed)
     norms = {layer.node for layer in facts.layers if layer.operation.is_norm}
     layers = {c.layer.node: c.layer for group, _ in narrowed for c in group.consumers if c.layer.op in SOLVED}
-    original = {node.name: node for node in result.analysis.captured.module.graph.nodes}
-    present, found = {node.name for node in merged.graph.nodes}, dict[str, Tap]()
+    nodes = {node.name: node for node in captured.module.graph.nodes}
+    present = {
+        node.name
+        for node in merged.graph.nodes
+        if captured.shapes.get(node.name) == captured.whole.shapes.get(node.name)  # else a router that lost experts
+    }
+    found = dict[str, Tap]()
     for name, layer in layers.items():
-        for node in reversed(joined(result.analysis.captured.module, original[name], norms)):
+        for node in reversed(joined(captured.module, nodes[name], norms) if layer.writes is not None else []):
             labels = facts.labels.get(node.name)
             axes = varying(labels) if labels is not None else ()
-            if labels is not None and len(axes) == 1 and layer.writes is not None and node.name in present:
+            if labels is not None and len(axes) == 1 and node.name in present:
                 along = labels[tuple(slice(None) if a == axes[0] else 0 for a in range(labels.dim()))]
                 found[node.name] = Tap(node.name, axes[0], alive[along].nonzero().flatten())
                 break

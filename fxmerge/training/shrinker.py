@@ -74,6 +74,8 @@ class Shrinker:
                 raise FxMergeError(f"{name} is {share!r}; it is a share, 0 to 1")
         if changes.get("depth") or (options is not None and options.depth):
             raise FxMergeError("depth is True, but a Shrinker only narrows layers; fxmerge.merge can drop branches")
+        if changes.get("experts", 1) != 1 or (options is not None and options.experts != 1):
+            raise FxMergeError("experts is below 1, but a Shrinker only narrows layers; fxmerge.merge can drop experts")
         self.options = settled(options, {"selection": "l2", "refit": "none", **changes})
         self.model, self.example_inputs = model, example_inputs
         self.steps, self.every, self.decay, self.regrow = steps, every or max(1, steps // 20), decay, regrow
