@@ -154,6 +154,8 @@ def test_the_experts_that_lose_least_leave() -> None:
     assert result.plan.experts[0].kept == (0, 2, 3, 5)
     assert result.plan.experts[0].loss == 0
     assert same(result.module, model)
+    headline = "No group of GptOssForCausalLM was merged; it lost whole experts, named below"
+    assert result.report.text().startswith(headline)
     more = plain_merge(model, GIVEN, ratio=0.0, experts=0.5)
     assert {1, 4} < set(more.plan.experts[0].dropped)
     seen = []

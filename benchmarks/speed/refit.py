@@ -6,7 +6,7 @@ forward pass of the original over the samples that refit ran on, which is timed 
 depends on the machine less than seconds do. Memory is the peak in excess of what the process had before, model
 included.
 
-Each row is appended to refit.jsonl as soon as it is known, and a later run measures missing rows only. refit.md is
+Each row is appended to speed.jsonl as soon as it is known, and a later run measures missing rows only. speed.md is
 written from that file.
 """
 
@@ -186,13 +186,13 @@ process. Memory is the peak in excess of what the process had before the merge, 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed refit", description="What refit costs.")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for refit.jsonl and refit.md")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for speed.jsonl and speed.md")
     parser.add_argument("--only", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="networks to measure")
     parser.add_argument("--samples", type=int, default=0, help="calibration samples; 0 for probes (default)")
     parser.add_argument("--limit", type=float, default=LIMIT, metavar="S", help="CPU seconds of each network")
     parser.add_argument("--again", action="store_true", help="also measure rows that the file already has")
     args = parser.parse_args(argv)
-    console, path = Console(stderr=True, highlight=False), args.out / "refit.jsonl"
+    console, path = Console(stderr=True, highlight=False), args.out / "speed.jsonl"
     process.preload(__name__)
     for name in args.only:
         if importlib.util.find_spec(NETWORKS[name].library) is None:
@@ -202,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             append_row(path, {"network": name, "samples": args.samples, **found})
             console.print(f"{name}: {found.get('ended', '')}{found.get('seconds', 0):.0f} s", markup=False)
     args.out.mkdir(parents=True, exist_ok=True)
-    write_text(args.out / "refit.md", f"{HEAD}\n{markdown(read_rows(path, KEY))}")
+    write_text(args.out / "speed.md", f"{HEAD}\n{markdown(read_rows(path, KEY))}")
 
 
 if __name__ == "__main__":

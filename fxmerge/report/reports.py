@@ -123,7 +123,10 @@ class Report(Drawable):
         plans = {g.name: g for g in self.plan.groups}
         groups = [g for g in self.groups if g.name in plans]
         if not groups:
-            return wrap(f"No group of {self.captured.name} was merged", width, style)
+            kinds = (("residual branches", self.plan.branches), ("experts", self.plan.experts))
+            gone = " and ".join(name for name, some in kinds if some)
+            whole = f"; it lost whole {gone}, named below" if gone else ""
+            return wrap(f"No group of {self.captured.name} was merged{whole}", width, style)
         costs = [(producer_cost(g, self.before), producer_cost(g, self.after)) for g in groups]
         notes = Footnotes()
         for g in groups:

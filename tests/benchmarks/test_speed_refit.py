@@ -48,7 +48,7 @@ def test_a_run_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     main(["--out", str(tmp_path), "--only", "a"])
     main(["--out", str(tmp_path)])
     assert asked == ["a", "b"]
-    assert [json.loads(line)["network"] for line in (tmp_path / "refit.jsonl").read_text().splitlines()] == ["a", "b"]
-    page = (tmp_path / "refit.md").read_text()
+    assert [json.loads(line)["network"] for line in (tmp_path / "speed.jsonl").read_text().splitlines()] == ["a", "b"]
+    page = (tmp_path / "speed.md").read_text()
     assert "| a | 7 probes | 30.0 | 15.0 | 3 | 1 | refit 67% |" in page
     assert "| b | probes | stopped after 1 s |" in page
