@@ -1,7 +1,8 @@
 """Groups that have the same role in repeated blocks, and keep equally many channels with `same_widths`.
 
 These are groups of equal size whose producers have the same module paths up to indices: the MLPs of all layers of a
-language model, say. A configuration with one number for all layers describes the merged model then.
+language model, say. A group may unite several blocks, as the layers that share one table of rotary angles. A
+configuration with one number for all layers describes the merged model then.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ def in_roles(groups: Sequence[Group], ladders: Mapping[str, Floats]) -> list[lis
 def role(group: Group) -> tuple[object, ...]:
     """What groups of the same role have in common: the sizes of their cells, and the paths of their producers."""
     paths = (member.layer.module for member in group.producers)
-    named = tuple(".".join("*" if part.isdecimal() else part for part in path.split(".")) for path in paths)
-    return named, tuple(torch.bincount(group.cells).tolist())
+    named = (".".join("*" if part.isdecimal() else part for part in path.split(".")) for path in paths)
+    return tuple(dict.fromkeys(named)), tuple(torch.bincount(group.cells).tolist())
 
 
 def without(

@@ -52,6 +52,34 @@ def widths(module: nn.Module) -> list[int]:
     return [module.get_submodule(f"blocks.{i}.up").weight.size(0) for i in range(4)]
 
 
+class Scaled(Tower):
+    """Two of the blocks share a scale of their channels, and so lose the same ones; a third has its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scales = nn.ParameterList(torch.rand(20) + 0.5 for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for number, scale in ((0, 0), (1, 1), (3, 0)):
+            block = self.blocks[number]
+            x = x + block.down(torch.relu(block.up(x)) * self.scales[scale])
+        out: Tensor = self.head(x)
+        return out
+
+
+@pytest.mark.parametrize("same_widths", [True, False])
+def test_a_group_of_several_blocks_has_the_width_of_a_single_one(same_widths: bool) -> None:
+    """As the two kinds of layers of Gemma 3, which have a table of rotary angles each."""
+    result = plain_merge(
+        Scaled().eval(), torch.randn(64, 12), budget={"params": 0.6}, ignore=("head",), same_widths=same_widths
+    )
+    producers = {g.name: len(g.producers) for g in result.analysis.groups if g.name.startswith("blocks")}
+    assert sorted(producers.values()) == [1, 2]
+    kept = dict.fromkeys(producers, 20) | {g.name: len(g.kept) for g in result.plan.groups if g.name in producers}
+    assert (len(set(kept.values())) == 1) is same_widths
+    assert max(kept.values()) < 20 or not same_widths
+
+
 @pytest.mark.parametrize("allocation", ["greedy", "uniform"])
 @pytest.mark.parametrize("kind", ["flops", "params"])
 @pytest.mark.parametrize("refit", ["none", "synthetic"])
