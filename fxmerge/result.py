@@ -89,7 +89,10 @@ class Result:
     def _own(self) -> Own:
         made = own_model(self.report)
         if made.fit.refused:
-            self.report.later.append(f"result.model is None: {made.fit.refused}")
+            options = self.plan.options
+            uneven = bool(options.budget) and not options.same_widths and "code of" in made.fit.refused
+            hint = "; with same_widths=True, layers of one kind share a width" if uneven else ""
+            self.report.later.append(f"result.model is None: {made.fit.refused}{hint}")
         return made
 
     def into(self, other: nn.Module) -> nn.Module:

@@ -201,14 +201,16 @@ class Written(nn.Module):
         return y
 
 
-def test_the_report_says_why_there_is_none() -> None:
+@pytest.mark.parametrize("given", [{"ratio": 0.5}, {"budget": {"params": 0.5}}])
+def test_the_report_says_why_there_is_none(given: dict[str, Any]) -> None:
     model = Written().eval()
-    result = plain_merge(model, torch.randn(4, 6), ratio=0.5)
+    result = plain_merge(model, torch.randn(4, 6), **given)
     assert result.plan.groups
     assert "result.model" not in result.report.text()
     assert result.model is None
     for text in (result.report.text(width=200), result.report.json()):
         assert "result.model is None: the code of Written has sizes that cannot be changed from outside" in text
+        assert ("with same_widths=True" in text) is ("budget" in given)
     with pytest.raises(FxMergeError, match="the merged weights cannot be put into Written: the code of Written has"):
         result.into(Written())
 
