@@ -28,14 +28,13 @@ class Epilogue:
     bounds: Bounds | None  # of the rectifier: (0, inf) for ReLU, (0, 6) for ReLU6
 
 
-def joined(module: fx.GraphModule, node: fx.Node, norms: Collection[str]) -> list[fx.Node]:
-    """A layer's node, that of its norm, and that of the add of both with another value, as far as they exist."""
-    found, following = [node], _after(module, node)
+def added(module: fx.GraphModule, node: fx.Node, norms: Collection[str]) -> fx.Node | None:
+    """The add of a layer's outputs, past their norm, to another value; None without one."""
+    following = _after(module, node)
     if following is not None and following.name in norms:
-        found, following = [*found, following], _after(module, following)
-    if following is not None and _rule(module, following) == "add" and len(following.all_input_nodes) == 2:
-        found.append(following)
-    return found
+        following = _after(module, following)
+    whole = following is not None and len(following.all_input_nodes) == 2
+    return following if whole and _rule(module, following) == "add" else None
 
 
 def epilogue_of(module: fx.GraphModule, node: fx.Node, norms: dict[str, Layer], known: set[str]) -> Epilogue:

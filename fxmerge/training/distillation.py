@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from fxmerge import verify
-from fxmerge.calibration.epilogue import SOLVED, joined
+from fxmerge.calibration.epilogue import SOLVED, added
 from fxmerge.errors import FxMergeError
 from fxmerge.graph.eval_mode import EvaluationModule, evaluating
 from fxmerge.graph.inputs import bind
@@ -50,8 +50,8 @@ class Distillation(nn.Module):
 
     hidden:       weight of the activations: the mean, over the layers that read a merged group, of the squared error
                   of their outputs in the channels that both models have, relative to the variance (as FitNets, Romero
-                  et al., 2015, without regressors: the channels correspond). They are compared behind the layer's norm
-                  and the add to a residual stream. Where a batch's outputs have more than 2^18 values, its first
+                  et al., 2015, without regressors: the channels correspond). Outputs that are added to a residual
+                  stream are compared behind the add. Where a batch's outputs have more than 2^18 values, its first
                   samples stand for it.
     temperature:  None: the squared error of the outputs relative to their variance; a number T: T^2 times the
                   Kullback-Leibler divergence of their softmax over the last axis at temperature T, for models that
@@ -122,10 +122,10 @@ class Distillation(nn.Module):
 
 
 def taps(result: Result) -> list[Tap]:
-    """Where the activations behind merged groups are compared: at what the layers that read them contribute to.
+    """Where the activations behind merged groups are compared: at the outputs of the layers that read them.
 
-    A layer's outputs are compared behind its norm and behind the add to a residual stream: refit lets a layer make up
-    for what the stream has lost so far, so that its own outputs are not to be those of the original.
+    If these are added to a residual stream, the sum is compared: refit lets a layer make up for what the stream has
+    lost so far, so that its own outputs are not to be those of the original.
     """
     captured, facts, merged = result.analysis.captured, result.analysis.facts, result.module
     assert isinstance(merged, fx.GraphModule)
@@ -141,10 +141,10 @@ def taps(result: Result) -> list[Tap]:
     }
     found = dict[str, Tap]()
     for name, layer in layers.items():
-        for node in reversed(joined(captured.module, nodes[name], norms) if layer.writes is not None else []):
-            labels = facts.labels.get(node.name)
+        for node in (added(captured.module, nodes[name], norms), nodes[name]) if layer.writes is not None else ():
+            labels = facts.labels.get(node.name) if node is not None else None
             axes = varying(labels) if labels is not None else ()
-            if labels is not None and len(axes) == 1 and node.name in present:
+            if node is not None and labels is not None and len(axes) == 1 and node.name in present:
                 along = labels[tuple(slice(None) if a == axes[0] else 0 for a in range(labels.dim()))]
                 found[node.name] = Tap(node.name, axes[0], alive[along].nonzero().flatten())
                 break

@@ -70,13 +70,13 @@ def test_the_loss_by_hand(merged: Result, samples: int, monkeypatch: pytest.Monk
     seen: dict[str, Tensor] = {}
     for name, model in (("o", net()), ("m", copy.deepcopy(merged.model))):
         assert isinstance(model, nn.Module)
-        for layer in ("bn2", "head"):
+        for layer in ("conv2", "head"):
             watched = model.get_submodule(layer)
             watched.register_forward_hook(lambda _, __, out, key=name + layer: seen.update({key: out}))
         with torch.no_grad():
             seen[name] = model(x)
     kept = {g.name: list(g.kept) for g in merged.plan.groups}
-    before, after = seen["obn2"][:samples, kept["conv2"]], seen["mbn2"][:samples]
+    before, after = seen["oconv2"][:samples, kept["conv2"]], seen["mconv2"][:samples]
     want = [(before, after), (seen["ohead"], seen["mhead"])]
     hidden = sum(((b - a) ** 2).mean() / a.var(correction=0) for a, b in want) / len(want)
     outputs = ((seen["m"] - seen["o"]) ** 2).mean() / seen["o"].var(correction=0)
