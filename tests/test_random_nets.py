@@ -34,7 +34,7 @@ def test_random_nets(source: str) -> None:
 
 
 @pytest.mark.slow
-@settings(stable, max_examples=200)
+@settings(stable, max_examples=100)
 @given(sources())
 def test_more_random_nets(source: str) -> None:
     note(source)

@@ -85,12 +85,11 @@ def held(kind):
     return int(next(l for l in open("/proc/self/status") if l.startswith(kind)).split()[1]) / 2**20
 torch.manual_seed(0)
 body = [nn.Conv2d(3, 32, 3, 2, 1), nn.BatchNorm2d(32), nn.SiLU()]
-for _ in range(3):
-    body += [nn.Conv2d(32, 32, 3, 1, 1), nn.BatchNorm2d(32), nn.SiLU()]
+body += [nn.Conv2d(32, 32, 3, 1, 1), nn.BatchNorm2d(32), nn.SiLU()]
 model = nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 5)).eval()
 fxmerge.merge(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)), torch.rand(2, 3, 8, 8), ratio=0.5)
 before = held("VmRSS")
-result = fxmerge.merge(model, torch.rand(2, 3, 160, 160), ratio=0.25, memory=float(sys.argv[1]))
+result = fxmerge.merge(model, torch.rand(2, 3, 160, 160), ratio=0.25, samples=160, memory=float(sys.argv[1]))
 print(held("VmHWM") - before)
 """
 
@@ -103,5 +102,5 @@ def test_the_peak_is_below_the_bound() -> None:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         return float(done.stdout)
 
-    assert peak(0.5) < 0.5
-    assert peak(0.0) > 0.7
+    assert peak(0.3) < 0.3
+    assert peak(0.0) > 0.5
