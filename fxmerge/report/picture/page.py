@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import lzma
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.resources import files
@@ -13,7 +14,7 @@ from fxmerge.graph.nested import finite
 from fxmerge.report.picture.records import Picture
 
 SCRIPTS = (  # in the order in which they are run
-    "vendor/d3.min.js", "vendor/elk.bundled.js", "measures.js", "network.js", "scene.js", "camera.js", "widgets.js",
+    "vendor/d3.min.js", "vendor/elk.bundled.js.xz", "measures.js", "network.js", "scene.js", "camera.js", "widgets.js",
     "lists.js", "details.js", "channels.js", "panel.js", "choice.js", "save.js", "page.js",
 )  # fmt: skip
 
@@ -64,4 +65,5 @@ def page(
 
 def _asset(name: str) -> str:
     folder = files("fxmerge") / "assets" if name.startswith("vendor/") else files(__package__) / "web"
-    return (folder / name).read_text(encoding="utf-8")
+    found = (folder / name).read_bytes()
+    return (lzma.decompress(found) if name.endswith(".xz") else found).decode()
