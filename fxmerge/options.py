@@ -97,7 +97,7 @@ class Options:
     samples: int = 0
     """refit: number of probes, or of calibration samples with variants of them; 0 chooses 128 to 4096, by their cost"""
     batch: int = 64
-    """refit: probes in a batch"""
+    """refit: probes in a batch, at most; fewer where activations are large"""
     rows: int = 65536
     """refit: largest number of output positions to solve a layer on; wide layers use fewer"""
     memory: float = 0.0

@@ -31,6 +31,8 @@ Batches = list[Sequence[Any]]  # by batch, the values of the graph's placeholder
 ELEMENTS = 2**27  # of the largest activation over all batches, at most: half a GiB in float32
 FEWEST, USUAL, MOST = 128, 512, 4096  # numbers of probes, unless `Options.samples` is given
 SMALL, FORWARD = 2**22, 5e11  # for all probes: elements of the largest activation, FLOPs of a forward pass
+TOGETHER = 2**22  # of the largest activation in a batch of probes, or LEAST probes: joint steps take whole batches,
+LEAST = 8  # and few images have positions enough
 BATCHES = 512  # at most, unless `Options.samples` is given: small ones cost as much time as large ones
 TOKENS = 2**13  # so many are enough where a forward pass is expensive
 PLENTY, MOSTLY = 4, 0.9  # rows for each column, and a share of the FLOPs: see `determines`
@@ -93,7 +95,9 @@ def fed(
         inputs = list(captured.inputs)
         return [*probes(family, inputs, tables=tables, count=whole, batch=size, seed=options.seed)]
 
-    for size in dict.fromkeys((min(options.batch, limit), own)):  # its code may hold the example's batch size
+    several = min(options.batch, limit)
+    fewer = min(several, max(LEAST, TOGETHER // largest_activation(captured, facts)))
+    for size in dict.fromkeys((fewer, own)):  # its code may hold the example's batch size
         if not (fault := refused(captured, made(next(iter(PROBES)), size)[0])):
             break
     else:
@@ -105,7 +109,7 @@ def fed(
         if real and determines(captured, facts):
             family = ALIKE
         elif normed:  # fitted to the norms, they are more diverse than variants of an example
-            family = min(others, key=lambda name: mismatch(made(name, size)))
+            family = min(others, key=lambda name: mismatch(made(name, max(several, size))))
         elif real:
             family = EXAMPLE
         else:
