@@ -16,7 +16,7 @@ from math import inf, isfinite
 from fxmerge.analysis.branches import branches
 from fxmerge.calibration.branch_losses import measured
 from fxmerge.errors import FxMergeError
-from fxmerge.experts import as_planned, with_share
+from fxmerge.experts import as_planned, measured_on, with_share
 from fxmerge.graph.cost import parameters
 from fxmerge.graph.eval_mode import computing
 from fxmerge.ir.branches import Branch, Measured
@@ -96,8 +96,7 @@ class _Trials:
 
 def _measured(ready: Prepared, found: Sequence[Branch]) -> tuple[Measured, ...]:
     """The branches with their costs and losses, on some of refit's data, or on the example inputs if there is none."""
-    batches, settings = ready.data.batches or [ready.captured.inputs], ready.settings
-    settings = settings if ready.data.batches else replace(settings, held=False)
+    batches, settings = measured_on(ready)
     return measured(
         ready.captured, ready.found[0], found, batches, settings,
         flops=ready.flops, means=ready.options.new_biases, stage=ready.stage,

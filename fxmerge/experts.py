@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from math import floor
+from typing import Any
 
 from fxmerge.analysis.mixtures import mixtures
 from fxmerge.calibration.expert_losses import losses, thinned, unlike
+from fxmerge.calibration.paired_run import Settings
 from fxmerge.errors import FxMergeError, first_line
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.mixtures import Mixture, Thinned
@@ -54,8 +56,7 @@ def _with_share(ready: Prepared, options: Options) -> Thin:
     some = [one for one in found if one.name in counts]
     if not some:
         return ready, tuple(notes)
-    batches, settings = ready.data.batches or [ready.captured.inputs], ready.settings
-    settings = settings if ready.data.batches else replace(settings, held=False)
+    batches, settings = measured_on(ready)
     decided = thinned(
         ready.captured, ready.found[0], counts, some, batches, settings, flops=ready.flops, stage=ready.stage
     )
@@ -73,6 +74,13 @@ def _with_share(ready: Prepared, options: Options) -> Thin:
         pairs = [(one, thin) for one, thin in pairs if one.name not in wrong]
         fewer = _without(ready, pairs, options) if pairs else ready
     return fewer, tuple(notes)
+
+
+def measured_on(ready: Prepared) -> tuple[Sequence[Sequence[Any]], Settings]:
+    """The samples on which losses of whole parts are measured: refit's, or the example, on which no stream is held."""
+    if ready.data.batches:
+        return ready.data.batches, ready.settings
+    return [ready.captured.inputs], replace(ready.settings, held=False)
 
 
 def as_planned(ready: Prepared, decided: Sequence[Thinned], options: Options) -> Prepared:
@@ -93,8 +101,7 @@ def as_planned(ready: Prepared, decided: Sequence[Thinned], options: Options) ->
                 f"its router needs {mixture.least} of each of {mixture.groups} groups"
             )
     some, kept = [known[one.name] for one in decided], {one.name: one.kept for one in decided}
-    batches, settings = ready.data.batches or [ready.captured.inputs], ready.settings
-    settings = settings if ready.data.batches else replace(settings, held=False)
+    batches, settings = measured_on(ready)
     again = losses(ready.captured, ready.found[0], some, kept, batches, settings, ready.flops)
     return _without(ready, list(zip(some, again, strict=True)), options)
 

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import fx, nn
 
 from fxmerge.errors import FxMergeError
 from fxmerge.export import hugging_face, program, save
@@ -89,8 +89,9 @@ class Result:
     def _own(self) -> Own:
         made = own_model(self.report)
         if made.fit.refused:
-            options = self.plan.options
-            uneven = bool(options.budget) and not options.same_widths and "code of" in made.fit.refused
+            options, given = self.plan.options, self.analysis.captured.model
+            has_class = given is not None and not isinstance(given, fx.GraphModule)
+            uneven = has_class and bool(options.budget) and not options.same_widths
             hint = "; with same_widths=True, layers of one kind share a width" if uneven else ""
             self.report.later.append(f"result.model is None: {made.fit.refused}{hint}")
         return made

@@ -14,8 +14,8 @@ left no time for. Writes device.md.
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.util
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,12 +28,13 @@ from torch import Tensor, nn
 
 import fxmerge
 from benchmarks.harness.memory import peak_memory, reset_peak_memory
+from benchmarks.real.one_row import machine
 from benchmarks.speed.growth import MIB
 from benchmarks.speed.refit import NETWORKS, Network
 from benchmarks.speed.vgg16 import random_batch_norm
 from fxmerge.graph.compare import difference, outputs
 from fxmerge.graph.eval_mode import evaluating
-from fxmerge.graph.latency import compared
+from fxmerge.graph.latency import compared, wait
 from fxmerge.weights.files import write_text
 
 NAMES = ("resnet56", "resnet18", "mobilenet_v2", "llama", "resnet50", "vit_b_16")  # the quickest first
@@ -75,25 +76,18 @@ def accelerator() -> torch.device:
     return found or torch.device("cpu")
 
 
-def wait(device: torch.device) -> None:
-    """Waits until the device has done what it was given."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
-
-
 def row(name: str, network: Network, device: torch.device, samples: int, few: int, seconds: float) -> Row:
     """Measure one network. seconds: at most, to time one pair of models"""
     torch.manual_seed(0)
     host = random_batch_norm(network.model())
-    model = random_batch_norm(network.model()).to(device)
-    model.load_state_dict(host.state_dict())
+    model = copy.deepcopy(host).to(device)
     example, options = network.inputs(2), dict(network.options or {})
     data = network.inputs(samples).to(device)
     merged(model, example.to(device), data[:few], options)  # what is imported and compiled on first use
     reset(device)
     before, start = used(device), time.perf_counter()
     result = merged(model, example.to(device), data, options)
-    wait(device)
+    wait({device})
     took, peak = time.perf_counter() - start, used(device) - before
     once = forward(model, data, device)
     here, there = (
@@ -132,11 +126,11 @@ def forward(model: nn.Module, data: Tensor, device: torch.device) -> float:
     """Seconds of one forward pass over the samples."""
     with torch.no_grad(), evaluating(model):
         model(data[:BATCH])
-        wait(device)
+        wait({device})
         start = time.perf_counter()
         for batch in data.split(BATCH):
             model(batch)
-        wait(device)
+        wait({device})
     return time.perf_counter() - start
 
 
@@ -153,9 +147,9 @@ def used(device: torch.device) -> float:
     return float(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else float(peak_memory())
 
 
-def machine(device: torch.device) -> str:
+def described(device: torch.device) -> str:
     """The device, in words."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else machine()
     return f"{device.type}: {name}, torch {torch.__version__}"
 
 
@@ -164,7 +158,7 @@ def markdown(rows: Sequence[Row], missing: Sequence[str], device: torch.device, 
     lines = [
         "# On an accelerator",
         "",
-        f"`python -m benchmarks.speed.device --out docs`, {machine(device)}. Weights and data are random.",
+        f"`python -m benchmarks.speed.device --out docs`, {described(device)}. Weights and data are random.",
         "",
         f"Merges with {samples} samples, then device against CPU with {few}: the same channels are kept, and the",
         f"merged models' outputs on unseen inputs differ by less than {CLOSE:.0%}. In brackets, for scale, how far the",
@@ -201,9 +195,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in args.only:
         network = NETWORKS[name]
         longest = max((one.seconds for one in found), default=0.0)
-        late = time.perf_counter() - start + longest > args.limit
-        if late or importlib.util.find_spec(network.library) is None:
-            missing.append(name if late else f"{name} ({network.library} is not installed)")
+        if importlib.util.find_spec(network.library) is None:
+            console.print(f"{name} left out: {network.library} is not installed", markup=False)
+            continue
+        if time.perf_counter() - start + longest > args.limit:
+            missing.append(name)
             continue
         found.append(row(name, network, args.device, args.samples, args.few, args.seconds))
         console.print(f"{name}: {found[-1].seconds:.1f} s, off by {found[-1].off:.1e}", markup=False)

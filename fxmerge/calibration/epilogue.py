@@ -30,11 +30,8 @@ class Epilogue:
 
 def added(module: fx.GraphModule, node: fx.Node, norms: Collection[str]) -> fx.Node | None:
     """The add of a layer's outputs, past their norm, to another value; None without one."""
-    following = _after(module, node)
-    if following is not None and following.name in norms:
-        following = _after(module, following)
-    whole = following is not None and len(following.all_input_nodes) == 2
-    return following if whole and _rule(module, following) == "add" else None
+    _, following = _past_norm(module, node, norms)
+    return following if _is_add(module, following) else None
 
 
 def epilogue_of(module: fx.GraphModule, node: fx.Node, norms: dict[str, Layer], known: set[str]) -> Epilogue:
@@ -42,17 +39,28 @@ def epilogue_of(module: fx.GraphModule, node: fx.Node, norms: dict[str, Layer], 
 
     norms: the BatchNorms by node; known: the nodes whose values are available, which the add's other operand must be
     """
-
-    norm, other, following = None, None, _after(module, node)
-    if following is not None and following.name in norms:
-        norm, following = norms[following.name], _after(module, following)
-    if _rule(module, following) == "add" and following is not None and len(following.all_input_nodes) == 2:
+    passed, following = _past_norm(module, node, norms)
+    norm, other = None if passed is None else norms[passed.name], None
+    if following is not None and _is_add(module, following):
         others = [n for n in following.all_input_nodes if n.name in known]
         if len(others) == 1 and "alpha" not in following.kwargs:
             other, following = others[0], _after(module, following)
         else:
             following = None
     return Epilogue(norm, other, bounds_of(following, module))
+
+
+def _past_norm(module: fx.GraphModule, node: fx.Node, norms: Collection[str]) -> tuple[fx.Node | None, fx.Node | None]:
+    """(the norm right after a node, the node after both), each None if there is none."""
+    following = _after(module, node)
+    if following is None or following.name not in norms:
+        return None, following
+    return following, _after(module, following)
+
+
+def _is_add(module: fx.GraphModule, node: fx.Node | None) -> bool:
+    """Does a node add two values?"""
+    return _rule(module, node) == "add" and node is not None and len(node.all_input_nodes) == 2
 
 
 def _after(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:

@@ -61,15 +61,15 @@ def _seconds(
 ) -> float:
     """The seconds that `times` calls take together; each call has fresh copies of the inputs."""
     given = [(fresh(list(args)), fresh(dict(kwargs))) for _ in range(times)]
-    _wait(devices)
+    wait(devices)
     start = time.perf_counter()
     for positional, named in given:
         module(*positional, **named)
-    _wait(devices)
+    wait(devices)
     return time.perf_counter() - start
 
 
-def _wait(devices: set[torch.device]) -> None:
+def wait(devices: set[torch.device]) -> None:
     """Waits for devices that run asynchronously."""
     for device in devices:
         if device.type == "cuda":
