@@ -78,6 +78,9 @@ def _graph_module_of(program: torch.export.ExportedProgram) -> fx.GraphModule:
     remove_guards(module)
     module.graph.eliminate_dead_code()
     module.recompile()
+    # torch.load makes an instance of this class without arguments, which torch.export's own class does not allow
+    vars(module).pop("_tracer_cls", None)
+    module.graph._tracer_cls = None
     for owner in nn.Module.modules(module):  # their .train() and .eval() raise; `EvaluationModule` replaces them
         owner.__dict__.pop("train", None)
         owner.__dict__.pop("eval", None)
