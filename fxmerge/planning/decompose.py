@@ -90,8 +90,10 @@ def _modelled_moments(found: Statistics, calls: Sequence[int], seed: int) -> tup
 
     Copies are equal whichever are taken; losses are judged by the latter.
     """
-    running, fitting = (mixture([moments(found, n, seed, trained) for n in calls]) for trained in (False, True))
-    return running, fitting
+    running = mixture([moments(found, n, seed) for n in calls])
+    if not any(map(found.normed, calls)):
+        return running, running
+    return running, mixture([moments(found, n, seed, trained=True) for n in calls])
 
 
 def mixture(parts: Sequence[Moments]) -> Moments:

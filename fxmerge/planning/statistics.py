@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
 
@@ -42,6 +42,22 @@ class Statistics:
     producer_maps: tuple[
         tuple[Tensor, Tensor, Tensor], ...
     ]  # for each producer: gain, gain on constants, constant (n,)
+    drawn: dict[tuple[int, bool], Tensor] = field(default_factory=dict)  # what `samples` has drawn so far
+
+    def samples(self, seed: int, trained: bool) -> Tensor:
+        """(count, n) samples of the channels in their common coordinates. They are drawn once."""
+        assert self.sources  # `statistics` was called without `kept`
+        if (seed, trained) not in self.drawn:
+            generator = torch.Generator().manual_seed(seed)
+            count = max(SAMPLES, 4 * len(self.evidence.bias))
+            parts = (source.samples(count, trained, generator) for source in self.sources)
+            self.drawn[seed, trained] = reduce(operator.add, parts)
+        return self.drawn[seed, trained]
+
+    def normed(self, consumer: int) -> bool:
+        """Whether samples at a consumer pass through a norm that uses running statistics."""
+        steps = [*(step for source in self.sources for step in source.functions), *self.consumers[consumer]]
+        return any(step.norm is not None and not step.own_statistics for step in steps)
 
 
 def state(module: nn.Module) -> dict[str, Tensor]:
@@ -180,10 +196,7 @@ def moments(found: Statistics, consumer: int, seed: int, trained: bool = False) 
     trained: whether the running statistics of BatchNorms among these steps are taken to be those of their inputs, which
              the model of the inputs does not know. Outputs then have the mean beta and the deviation |gamma|
     """
-    assert found.sources  # `statistics` was called without `kept`
-    generator = torch.Generator().manual_seed(seed)
-    count = max(SAMPLES, 4 * len(found.evidence.bias))
-    values = reduce(operator.add, (source.samples(count, trained, generator) for source in found.sources))
+    values = found.samples(seed, trained)
     for step in found.consumers[consumer]:
         values = step.of_samples(values, trained)
     mean, second = second_moments([values[:, None]], lambda total: total)

@@ -20,6 +20,7 @@ from fxmerge.progress import progress
 from fxmerge.result import Result
 from fxmerge.training import checkpoint as files
 from fxmerge.training.distillation import Distillation
+from fxmerge.training.mixing import mixed
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -29,11 +30,13 @@ def distill(
     batches: Iterable[Any],
     *,
     epochs: int = 1,
-    lr: float = 1e-3,
+    lr: float = 1e-4,
     optimizer: Callable[[list[nn.Parameter]], Optimizer] | None = None,
     loss: Loss | None = None,
     hidden: float = 1.0,
     temperature: float | None = None,
+    batch_statistics: bool = False,
+    mix: bool = False,
     held_out: Sequence[Any] | None = None,
     patience: int | None = None,
     ema: float | None = None,
@@ -51,7 +54,10 @@ def distill(
     lr: learning rate, which falls to zero over the epochs by half a cosine.
     optimizer: from parameters, an optimizer in place of AdamW without weight decay, whose learning rates fall likewise.
     loss: of (the merged model's outputs, the batch), added to the distillation loss: cross entropy with labels.
-    hidden, temperature: as in `Distillation`.
+    hidden, temperature, batch_statistics: as in `Distillation`.
+    mix: train on means of two samples, with weights drawn at random, in place of the samples themselves. The original
+        knows its training data by heart, and its outputs between them say more. Not for integers, such as token ids,
+        nor with `loss`, whose labels are those of samples.
     held_out: batches on which the loss is measured after each epoch, without `loss`; the best weights are returned, and
         those of the start are among them.
     patience: with `held_out`, the number of epochs without a better loss after which training ends.
@@ -67,7 +73,9 @@ def distill(
         raise FxMergeError(f"epochs is {epochs!r}; give an integer of at least 1")
     if patience is not None and held_out is None:
         raise FxMergeError("patience needs held_out, batches on which the loss is measured after each epoch")
-    teaching = Distillation(result, hidden, temperature)
+    if mix and loss is not None:
+        raise FxMergeError("mix trains on means of two samples, whose labels loss does not know; leave one of them out")
+    teaching = Distillation(result, hidden, temperature, batch_statistics)
     captured = result.analysis.captured
     weights = [p for p in teaching.student.parameters() if p.requires_grad]
     steps = optimizer(weights) if optimizer else torch.optim.AdamW(weights, lr, weight_decay=0.0)
@@ -96,7 +104,8 @@ def distill(
                 for group, own in zip(steps.param_groups, rates, strict=True):
                     group["lr"] = own * rate
                 with _precision(teaching, bf16):
-                    out = teaching(*placed(captured, batch))
+                    values = placed(captured, batch)
+                    out = teaching(*(mixed(values) if mix else values))
                     whole = out["loss"] if loss is None else out["loss"] + loss(out["outputs"], batch)
                 steps.zero_grad()
                 whole.backward()

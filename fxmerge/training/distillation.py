@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxmerge import verify
 from fxmerge.calibration.epilogue import SOLVED, added
@@ -45,8 +46,8 @@ class Distillation(nn.Module):
         trained = distillation.result()          # a Result with the trained weights: .model, .save, .to_onnx
 
     Only the merged model's parameters are parameters of this module. `student` is a copy of `result.module`; `result`
-    and the original are not changed. It is trained like any module, except if torch.export captured it: then it
-    stays in evaluation mode (BatchNorms use their running statistics, and dropout is off).
+    and the original are not changed. It is trained like any module, with two exceptions: BatchNorms keep their running
+    statistics, and a model that torch.export captured stays in evaluation mode altogether (dropout is off).
 
     hidden:       weight of the activations: the mean, over the layers that read a merged group, of the squared error
                   of their outputs in the channels that both models have, relative to the variance (as FitNets, Romero
@@ -56,10 +57,18 @@ class Distillation(nn.Module):
     temperature:  None: the squared error of the outputs relative to their variance; a number T: T^2 times the
                   Kullback-Leibler divergence of their softmax over the last axis at temperature T, for models that
                   return logits (Hinton et al., 2015)
+    batch_statistics: let BatchNorms normalize with each batch's own statistics in training mode, which are new to a
+                  merged model; a training of many epochs with a large learning rate may want them.
     Raises FxMergeError for a model that was captured in parts, which has no single graph.
     """
 
-    def __init__(self, result: Result, hidden: float = 1.0, temperature: float | None = None) -> None:
+    def __init__(
+        self,
+        result: Result,
+        hidden: float = 1.0,
+        temperature: float | None = None,
+        batch_statistics: bool = False,
+    ) -> None:
         super().__init__()
         captured = result.analysis.captured
         if captured.recorded is not None or not isinstance(result.module, fx.GraphModule):
@@ -71,7 +80,7 @@ class Distillation(nn.Module):
             raise FxMergeError(f"temperature is {temperature!r}; give a positive number, or None")
         if not hidden >= 0:
             raise FxMergeError(f"hidden is {hidden!r}; it is a weight, at least 0")
-        self.hidden, self.temperature = hidden, temperature
+        self.hidden, self.temperature, self.batch_statistics = hidden, temperature, batch_statistics
         self.student = _trainable(result.module)
         self._merged = result
         self._teacher = [captured.whole.module]  # in a list, so that it is no submodule: not trained, not saved
@@ -82,6 +91,9 @@ class Distillation(nn.Module):
         self.training = mode
         if not isinstance(self.student, EvaluationModule):
             self.student.train(mode)
+            for module in self.student.modules() if not self.batch_statistics else ():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
         return self
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import fxmerge
 from fxmerge import FxMergeError, Result
 from fxmerge.training import distillation
+from fxmerge.training.mixing import mixed
 
 
 class Net(nn.Module):
@@ -171,6 +172,47 @@ def test_a_branch_is_compared_behind_the_add_to_its_stream() -> None:
     assert wanted > 1e-3
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_batchnorms_keep_their_running_statistics_unless_told_otherwise(merged: Result, own: bool) -> None:
+    trained = fxmerge.distill(merged, batches(), batch_statistics=own)
+    for name in ("bn1.running_mean", "bn1.running_var"):
+        assert torch.equal(bits(trained.module)[name], bits(merged.module)[name]) != own
+    distillation = fxmerge.Distillation(merged, batch_statistics=own).train()
+    x = batches(1)[0]
+    with torch.no_grad():
+        outputs, evaluated = distillation(x)["outputs"], merged.module(x)
+    assert torch.allclose(outputs, evaluated, atol=1e-5) != own
+
+
+def test_means_of_two_samples() -> None:
+    """One-hot samples show of which two a mean consists, and with which weights."""
+    torch.manual_seed(0)
+    n, scale = 40, torch.tensor([2.0])
+    first, second, same, number = mixed([torch.eye(n), torch.eye(n).reshape(n, 2, n // 2) * 3, scale, 5])
+    torch.testing.assert_close(second.reshape(n, n), first * 3)
+    assert same is scale and number == 5
+    torch.testing.assert_close(first.sum(1), torch.ones(n))
+    assert first.min() >= 0 and int((first > 0).sum(1).max()) == 2
+    own = first.diagonal()
+    assert own.min() < 0.2 and own[own < 1].max() > 0.8
+    partners = (first - torch.diag(own)).sum(0) > 0
+    assert int(partners.sum()) > n - 5  # nearly every sample is somebody's partner, once
+
+
+def test_training_on_means_brings_outputs_closer_between_samples(merged: Result) -> None:
+    unseen = [(a + b) / 2 for a, b in zip(batches(4, seed=9), batches(4, seed=10), strict=True)]
+    trained = fxmerge.distill(merged, batches(), epochs=12, lr=3e-3, mix=True)
+    assert apart(net(), trained.module, unseen) < 0.3 * apart(net(), merged.module, unseen)
+    assert not equal(bits(trained.module), bits(fxmerge.distill(merged, batches(), epochs=12, lr=3e-3).module))
+
+
+def test_means_of_token_ids_and_of_labels_are_refused(merged: Result) -> None:
+    with pytest.raises(FxMergeError, match="mix needs inputs that are floating-point tensors; one is torch.int64"):
+        mixed([torch.randn(4, 3), torch.zeros(4, 7, dtype=torch.int64)])
+    with pytest.raises(FxMergeError, match="means of two samples, whose labels loss does not know"):
+        fxmerge.distill(merged, batches(1), mix=True, loss=lambda out, batch: out.mean())
+
+
 class StoppedError(RuntimeError):
     pass
 
@@ -192,7 +234,11 @@ class Batches:
             yield self.data[index]
 
 
-@pytest.mark.parametrize("more", [{}, {"ema": 0.9}, {"held_out": batches(2, seed=9)}], ids=["plain", "ema", "held out"])
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"ema": 0.9}, {"held_out": batches(2, seed=9)}, {"mix": True}],
+    ids=["plain", "ema", "held out", "mix"],
+)
 def test_interrupted_and_resumed_it_ends_with_the_same_weights(merged: Result, tmp_path: Path, more: Any) -> None:
     def run(data: Batches, name: str) -> Result:
         return fxmerge.distill(merged, data, epochs=4, checkpoint=tmp_path / name, **more)
