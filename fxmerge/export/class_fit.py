@@ -27,7 +27,16 @@ from torch.overrides import TorchFunctionMode
 from fxmerge.errors import FxMergeError
 from fxmerge.export import query_rows
 from fxmerge.export.check import Expected
-from fxmerge.export.class_numbers import Kind, Numbers, by_graph, by_tensors, counted, is_width, value_at
+from fxmerge.export.class_numbers import (
+    Kind,
+    Numbers,
+    by_graph,
+    by_tensors,
+    counted,
+    has_size,
+    is_width,
+    value_at,
+)
 from fxmerge.export.folded import computed, plain_copy, recomputed
 from fxmerge.export.own_class import Fit, narrowed
 from fxmerge.export.query_rows import Rows
@@ -113,8 +122,10 @@ class _Trials:
         for kind, choices in numbers.items():
             for choice in choices:
                 kept = {path: n for path, n in choice.items() if value_at(before, path) == value_at(after, path)}
-                if kept and kept not in found.setdefault(kind, []):
-                    found[kind].append(kept)
+                still = {path: n for path, n in kept.items() if not has_size(after, path)}
+                for some in (kept, still):
+                    if some and some not in found.setdefault(kind, []):
+                        found[kind].append(some)
         return {kind: choices for kind, choices in found.items() if choices}
 
     def run(self, attributes: Mapping[str, int]) -> _Outcome:

@@ -27,6 +27,13 @@ def value_at(model: nn.Module, path: str) -> Any:
     return vars(model.get_submodule(owner)).get(name)
 
 
+def has_size(model: nn.Module, path: str) -> bool:
+    """Whether a tensor of the attribute's own module has an axis of that size: a square layer keeps one of its two."""
+    owner, value = model.get_submodule(path.rpartition(".")[0]), value_at(model, path)
+    own = (*owner.parameters(recurse=False), *owner.buffers(recurse=False))
+    return any(value in tensor.shape for tensor in own)
+
+
 def by_tensors(model: nn.Module, after: nn.Module) -> Iterator[tuple[Kind, Mapping[str, int]]]:
     """The attributes named as widths, with what became of the axes of that size, if the same became of all."""
     before = dict(model.named_modules(remove_duplicate=False))
