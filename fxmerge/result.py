@@ -89,11 +89,7 @@ class Result:
     def _own(self) -> Own:
         made = own_model(self.report)
         if made.fit.refused:
-            options, given = self.plan.options, self.analysis.captured.model
-            has_class = given is not None and not isinstance(given, fx.GraphModule)
-            uneven = has_class and bool(options.budget) and not options.same_widths
-            hint = "; with same_widths=True, layers of one kind share a width" if uneven else ""
-            self.report.later.append(f"result.model is None: {made.fit.refused}{hint}")
+            self.report.later.append(f"result.model is None: {made.fit.refused}{made.hint}")
         return made
 
     def into(self, other: nn.Module) -> nn.Module:

@@ -133,14 +133,26 @@ def capture(model: Any, example_inputs: Any, dynamic_shapes: Any = None) -> Capt
         if left_out:
             expected, traced_model = plain(expected), returning_plain(traced_model)
         check = unchecked if blank else checks(model, traced_model, args, kwargs, moved(state))
-        module, recorded = _graph(traced_model, args, kwargs, check, state, shapes)
+
+        def compared(*, symbolically: bool) -> tuple[fx.GraphModule, Recorded | None, list[Any], _Recorder]:
+            """The graph, what was recorded if it was recorded, its inputs, and its run, compared with the model's."""
+            graph, parts = _graph(traced_model, args, kwargs, check, state, shapes, symbolically)
+            inputs = list(parts.inputs) if parts else bind(graph, args, kwargs)
+            reseed()
+            run = _Recorder(graph, cache)
+            actual = run.run(*fresh(inputs), enable_io_processing=False)
+            if not blank:
+                _compare(traced_model, (args, kwargs), expected, actual)
+            return graph, parts, inputs, run
+
+        try:
+            module, recorded, values, recorder = compared(symbolically=True)
+        except UnfaithfulError as refused:  # code may ask whether a value is a tensor, which a proxy of torch.fx is not
+            try:
+                module, recorded, values, recorder = compared(symbolically=False)
+            except FxMergeError:
+                raise refused from refused.__cause__
         differs = recorded is None and not is_exported(module) and differs_in_training(traced_model, args, kwargs)
-        values = list(recorded.inputs) if recorded else bind(module, args, kwargs)
-        reseed()
-        recorder = _Recorder(module, cache)
-        actual = recorder.run(*fresh(values), enable_io_processing=False)
-        if not blank:
-            _compare(traced_model, (args, kwargs), expected, actual)
     whole = [*module.named_modules(), *(recorded.host.named_modules() if recorded else ())]
     for name, traced in whole:
         if traced.training != training.get(name, training[""]):
@@ -177,18 +189,20 @@ _HINTS = {  # whether the model is blank -> what to do when it does not run
 
 
 def _graph(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], check: Check, state: State, shapes: Shapes | None
-) -> tuple[fx.GraphModule, Recorded | None]:
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], check: Check, state: State, shapes: Shapes | None,
+    symbolically: bool,
+) -> tuple[fx.GraphModule, Recorded | None]:  # fmt: skip
     """The graph of the model: traced, or recorded from one run where the model as a whole cannot be traced.
 
     state: what forward had kept before the model ran; a recorded model, which stays the user's code, starts from there
+    symbolically: as in `trace`
     """
     if moved(state):
         with suppress(FxMergeError), forgetting(model, state):
-            return fold(trace(model, fresh(args), fresh(kwargs), check, shapes)), None
+            return fold(trace(model, fresh(args), fresh(kwargs), check, shapes, symbolically)), None
         reseed()
     try:
-        return fold(trace(model, fresh(args), fresh(kwargs), check, shapes)), None
+        return fold(trace(model, fresh(args), fresh(kwargs), check, shapes, symbolically)), None
     except SizesRefusedError:
         raise
     except FxMergeError as refused:
@@ -218,6 +232,10 @@ def confined(captured: Capture) -> Capture:
     return replace(captured, recorded=replace(captured.recorded, held=held))
 
 
+class UnfaithfulError(FxMergeError):
+    """A graph that does not run on the example inputs, or does not return what the model returns."""
+
+
 class _Recorder(fx.Interpreter):
     """Runs the graph and notes the shape, dtype and device of each tensor, without keeping the tensors."""
 
@@ -237,7 +255,7 @@ class _Recorder(fx.Interpreter):
             value = super().run_node(n)
         except Exception as error:
             place = f"{n.name} ({n.target}), from {source_line(n) or 'an unknown line'}"
-            raise FxMergeError(f"the traced graph fails at {place}: {first_line(error)}") from error
+            raise UnfaithfulError(f"the traced graph fails at {place}: {first_line(error)}") from error
         if isinstance(value, Tensor):
             self.shapes[n.name] = tuple(value.shape)
             self.dtypes[n.name], self.devices[n.name] = value.dtype, value.device
@@ -261,7 +279,7 @@ def _compare(model: nn.Module, given: tuple[Any, Any], expected: Any, actual: An
             f"{name} returns {before[0].dtype if before else 'nothing'}, but its graph does not: forward changes the "
             "dtype, as torch.autocast does; take torch.autocast out of forward, and use it around the merged model"
         )
-    raise FxMergeError(
+    raise UnfaithfulError(
         f"the traced graph of {name} does not return what the model returns on the example inputs; its forward "
         "depends on something that torch.fx cannot see (a global variable, a value, a seed, torch.autocast); give it "
         "as an input or register it as a buffer"

@@ -124,22 +124,27 @@ def user_line() -> str:
 
 
 def trace(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], check: Check, shapes: Shapes | None = None
-) -> fx.GraphModule:
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], check: Check, shapes: Shapes | None = None,
+    symbolically: bool = True,
+) -> fx.GraphModule:  # fmt: skip
     """A graph module of the model: traced symbolically, or exported where that leaves fewer calls without a rule.
 
     check: raises for a graph that is not faithful to the model; the other tracer is then tried
     shapes: the sizes of inputs that the user declares for an export
+    symbolically: whether to trace at all; else the model is exported
 
     Raises FxMergeError where both fail. The message names the user's source line. Raises SizesRefusedError where the
     model is exported and does not fit the declared sizes.
     """
     if isinstance(model, fx.GraphModule):
         return model
+    traced: fx.GraphModule | None = None
+    why: Exception = FxMergeError("its graph is not what the model computes")
     try:
-        with restored(model):  # tracing leaves proxies in the model, and torch.export fake tensors
-            traced = symbolic(model, args, kwargs)
-        check(traced)
+        if symbolically:
+            with restored(model):  # tracing leaves proxies in the model, and torch.export fake tensors
+                traced = symbolic(model, args, kwargs)
+            check(traced)
     except Exception as error:
         traced, why = None, error
     if traced is not None and not without_rule(traced):

@@ -18,13 +18,12 @@ import contextlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from fxmerge.errors import FxMergeError
+from fxmerge.errors import FxMergeError, of_user
 from fxmerge.export import query_rows
 from fxmerge.export.check import Expected
 from fxmerge.export.class_numbers import (
@@ -49,15 +48,17 @@ TRIALS = 300  # runs of the class, at most
 def fitted(
     captured: Capture, merged: nn.Module, facts: Provenance, alive: Tensor, tensors: Mapping[str, Tensor],
     *, expected: Expected, sources: Mapping[str, Tensor], formats: Mapping[str, str],
-) -> Fit:  # fmt: skip
+) -> tuple[Fit, Stopped | None]:  # fmt: skip
     """What the user's class needs in addition to the merged tensors; `refused` is set if it cannot take them.
+
+    Then also where its code stopped in the attempt that came furthest, if it raised there.
 
     tensors: the merged model's
     sources: those that the class needs besides (see `folded.sources`)
     """
     model = captured.model
     if model is None or isinstance(model, fx.GraphModule):
-        return Fit(refused="the model that was merged was a graph, which has no class of its own")
+        return Fit(refused="the model that was merged was a graph, which has no class of its own"), None
     given = {**tensors, **sources}
     graph = merged if isinstance(merged, fx.GraphModule) else None
     common: Any = {
@@ -74,17 +75,36 @@ def fitted(
     trials = _Trials(model, given, fits, expected)
     numbers = by_graph(captured, graph, model) if graph else {}
     try:
-        found = _searched(trials, trials.open(numbers))
+        found = _searched(trials, {**trials.by_tensors(), **trials.open(numbers)})
     except FxMergeError as error:
-        return Fit(refused=str(error))
+        return Fit(refused=str(error)), None
     if found is not None:
         attributes, rows = found
-        return Fit(attributes={**fewer, **attributes}, rows=rows, **common)
+        return Fit(attributes={**fewer, **attributes}, rows=rows, **common), None
     from_own = recomputed(captured, tensors)
     if from_own:
-        return Fit(refused=f"the code of {type(model).__name__} cannot take them: {from_own}")
-    why = f"the code of {type(model).__name__} has sizes that cannot be changed from outside: {trials.why}"
-    return Fit(refused=why)
+        return Fit(refused=f"the code of {type(model).__name__} cannot take them: {from_own}"), None
+    stopped, why = trials.stopped, "its outputs on the example inputs differ"
+    if stopped is not None:
+        why = f"its code does not run on the narrower tensors ({stopped.error} at {stopped.line})"
+    why = f"the code of {type(model).__name__} has sizes that cannot be changed from outside: {why}"
+    return Fit(refused=why), stopped
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """Where the code of a class raised.
+
+    calls:   the calls of torch that succeeded before
+    owners:  the classes of the modules in which it raised, innermost first
+    line:    of the innermost of them, as `net.py:12, in Net.forward`
+    error:   the type of the exception
+    """
+
+    calls: int
+    owners: tuple[type, ...]
+    line: str
+    error: str
 
 
 @dataclass(frozen=True)
@@ -107,7 +127,9 @@ class _Trials:
     def __init__(self, model: nn.Module, given: Mapping[str, Tensor], fits: Sequence[Fit], expected: Expected) -> None:
         self.model, self.given, self.fits, self.expected = model, given, fits, expected
         self.copies: dict[int, nn.Module] = {}
-        self.left, self.why = TRIALS, "its outputs on the example inputs differ"
+        self.left = TRIALS
+        self.furthest = -1  # calls of torch that succeeded in the run that came furthest
+        self.stopped: Stopped | None = None  # where that run raised
 
     def copy(self, number: int) -> nn.Module:
         """Raises FxMergeError if the class cannot hold the tensors."""
@@ -128,10 +150,14 @@ class _Trials:
                         found[kind].append(some)
         return {kind: choices for kind, choices in found.items() if choices}
 
+    def by_tensors(self) -> Numbers:
+        """The attributes that are named as widths: the code may only compare them with the width of its input."""
+        return {kind: [choice] for kind, choice in by_tensors(self.model, self.copy(0))}
+
     def run(self, attributes: Mapping[str, int]) -> _Outcome:
         """Runs the class with these attributes."""
         self.left -= 1
-        calls, raised = 0, None
+        calls, raised, stopped = 0, None, None
         for number, fit in enumerate(self.fits):
             own, counter = self.copy(number), _Counter()
             try:
@@ -139,12 +165,13 @@ class _Trials:
                     if self.expected.error(own, calls=1) <= 1 and self.expected.error(own) <= 1:
                         return _Outcome(fit.rows, counter.calls, None)
             except Exception as error:  # the user's code may raise anything on sizes that it was not written for
-                self.why = f"its code does not run on the narrower tensors ({type(error).__name__})"
-                raised = tuple(_owners(error.__traceback__))
+                stopped = _stopped(error, counter.calls)
+                raised = stopped.owners
             calls = max(calls, counter.calls)
             if raised is not None:
                 break  # it would raise with other values too
-            self.why = "its outputs on the example inputs differ"
+        if calls > self.furthest:
+            self.furthest, self.stopped = calls, stopped
         return _Outcome(None, calls, raised)
 
 
@@ -195,7 +222,6 @@ def _searched(trials: _Trials, numbers: Numbers) -> tuple[dict[str, int], Rows] 
         if (outcome := trials.run(_flat(fewer))).fits is not None:
             chosen, best = fewer, outcome
     unread = {k: c[0] for k, c in numbers.items() if len(c) == 1 and is_width(k[1])}
-    unread |= dict(by_tensors(trials.model, trials.copy(0)))
     unread = {kind: choice for kind, choice in unread.items() if kind not in chosen}
     for some in [unread, *({kind: choice} for kind, choice in unread.items())] if unread else []:
         more = {**chosen, **some}  # not read now, but perhaps by other methods
@@ -237,12 +263,15 @@ def _flat(chosen: Chosen) -> dict[str, int]:
     return {path: number for choice in chosen.values() for path, number in choice.items()}
 
 
-def _owners(trace: TracebackType | None) -> Iterator[type]:
-    """The classes of the modules whose methods are on the stack of an error, innermost first."""
-    found: list[type] = []
+def _stopped(error: Exception, calls: int) -> Stopped:
+    """Where an exception was raised: the innermost method of a module that is not one of torch's own."""
+    owners: list[type] = []
+    line, trace = "its own code", error.__traceback__
     while trace is not None:
-        owner = trace.tb_frame.f_locals.get("self")
+        code, owner = trace.tb_frame.f_code, trace.tb_frame.f_locals.get("self")
         if isinstance(owner, nn.Module):
-            found.append(type(owner))
+            owners.append(type(owner))
+            if of_user(code.co_filename):
+                line = f"{code.co_filename}:{trace.tb_lineno}, in {type(owner).__name__}.{code.co_name}"
         trace = trace.tb_next
-    yield from dict.fromkeys(reversed(found))
+    return Stopped(calls, tuple(dict.fromkeys(reversed(owners))), line, type(error).__name__)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fxmerge.errors import FxMergeError
 from fxmerge.export.check import Expected
-from fxmerge.export.class_fit import fitted
+from fxmerge.export.class_fit import Stopped, fitted
 from fxmerge.export.folded import sources
+from fxmerge.export.left_whole import left_whole
 from fxmerge.export.own_class import Fit, narrowed
 from fxmerge.ir.groups import survivors
 from fxmerge.plan import planned
@@ -22,38 +23,62 @@ from fxmerge.weights.memory_format import memory_formats
 
 @dataclass(frozen=True)
 class Own:
-    """The merged model in the user's own class, or None; `fit` is what it needs besides `tensors`, or why not."""
+    """The merged model in the user's own class, or None; `fit` is what it needs besides `tensors`, or why not.
+
+    hint: what to do instead, where there is no model and something is known to help
+    """
 
     model: nn.Module | None
     fit: Fit
     tensors: Mapping[str, Tensor]
+    hint: str = ""
 
 
 def own_model(report: Report) -> Own:
     """A copy of the user's model with the merged tensors, which returns what the merged model does."""
     captured, module = report.captured, report.module
-    fit, tensors = fit_of(report, _with_biases(module.state_dict(), captured.model), Expected(captured, module))
+    fit, tensors, stopped = fit_of(report, _own_tensors(report), Expected(captured, module))
     if fit.refused or captured.model is None:
-        return Own(None, fit, tensors)
+        return Own(None, fit, tensors, _hint(report, stopped))
     return Own(_wrapped(_made(captured.model, tensors, fit), captured.given), fit, tensors)
 
 
-def fit_of(report: Report, tensors: Mapping[str, Tensor], expected: Expected) -> tuple[Fit, dict[str, Tensor]]:
+def fit_of(
+    report: Report, tensors: Mapping[str, Tensor], expected: Expected
+) -> tuple[Fit, dict[str, Tensor], Stopped | None]:
     """(what the user's class needs to take these tensors of the merged model, they and those it computes others from).
 
-    Only the tensors themselves if the class cannot take them.
+    If the class cannot take them, only the tensors themselves, and where its code stopped.
     """
     captured, module, grouping = report.captured, report.module, report.grouping
     if report.plan.branches:
         some = first_names(report.plan.branches)
-        return Fit(refused=f"the code of {captured.name} runs the branches that were dropped: {some}"), {**tensors}
+        why = f"the code of {captured.name} runs the branches that were dropped: {some}"
+        return Fit(refused=why), {**tensors}, None
     alive = survivors(grouping, planned(grouping.everything, report.plan))
     more = sources(captured, tensors, report.facts.params, alive)
-    fit = fitted(
+    fit, stopped = fitted(
         captured, module, report.facts, alive, tensors,
         expected=expected, sources=more, formats=memory_formats(module),
     )  # fmt: skip
-    return fit, {**tensors} if fit.refused else {**tensors, **more}
+    return fit, {**tensors} if fit.refused else {**tensors, **more}, stopped
+
+
+def _hint(report: Report, stopped: Stopped | None) -> str:
+    """What to give a merge instead, so that there is a model of the user's class; "" if nothing is known."""
+    options, captured = report.plan.options, report.captured
+    if captured.model is None or isinstance(captured.model, fx.GraphModule):
+        return ""
+    if options.budget and not options.same_widths:
+        return "; with same_widths=True, layers of one kind share a width"
+
+    def where(trial: Report) -> tuple[bool, Stopped | None]:
+        fit, _, raised = fit_of(trial, _own_tensors(trial), Expected(captured, trial.module))
+        return not fit.refused, raised
+
+    patterns = left_whole(report, stopped, where) if stopped is not None else ()
+    keep = ", ".join(f'"{pattern}": 1.0' for pattern in patterns)
+    return f"; there is one with keep={{{keep}}}, which leaves these groups whole" if patterns else ""
 
 
 def into(other: nn.Module, report: Report, own: Own) -> nn.Module:
@@ -81,8 +106,9 @@ def _made(model: nn.Module, tensors: Mapping[str, Tensor], fit: Fit) -> nn.Modul
     return made
 
 
-def _with_biases(tensors: Mapping[str, Tensor], model: nn.Module | None) -> dict[str, Tensor]:
-    """The tensors, with biases that refit gave to function calls under the names of layers that have none yet."""
+def _own_tensors(report: Report) -> dict[str, Tensor]:
+    """The merged tensors, with biases that refit gave to function calls under the names of layers that have none yet."""
+    tensors, model = report.module.state_dict(), report.captured.model
     modules = dict(model.named_modules(remove_duplicate=False)) if model is not None else {}
 
     def renamed(name: str) -> str:

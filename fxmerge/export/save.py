@@ -55,7 +55,7 @@ def save(folder: Path, report: Report) -> None:
     captured, module, plan = report.captured, report.module, report.plan
     expected = Expected(captured, module)
     text, tensors, why = model_source(captured, module, expected)
-    fit, tensors = fit_of(report, tensors, expected)
+    fit, tensors, _ = fit_of(report, tensors, expected)
     texts = {PLAN: plan.json()} | ({MODEL: text} if text else {})
     metadata = {
         _KEY: str(VERSION),

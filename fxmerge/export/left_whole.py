@@ -1,0 +1,88 @@
+"""Finds by trial which groups a user's class cannot take: those that stay whole if there is to be a model of it.
+
+Code such as `b, c, h, w = x.shape; y = self.conv(x).reshape(b, c, -1)` takes the width of one layer for that of another.
+No attribute holds that width, and the traced graph does not show where it came from. But the code raises, and the
+groups inside the module in which it raised are those to try.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from fxmerge.analysis.grouping import provable
+from fxmerge.export.class_fit import Stopped
+from fxmerge.ir.groups import survivors
+from fxmerge.plan import planned
+from fxmerge.report.reports import Report
+from fxmerge.rewrite.reassemble import assembled
+from fxmerge.rewrite.rewriter import Rewriter
+
+TRIALS = 20  # merges of which the class is tried, at most
+
+Taken = Callable[[Report], tuple[bool, Stopped | None]]  # whether a merge's class takes it, or where its code stopped
+
+
+def left_whole(report: Report, stopped: Stopped, taken: Taken) -> tuple[str, ...]:
+    """Patterns of groups without which the class takes the merge, or none.
+
+    stopped: where the code of the class raised
+    taken:   tries the class; merges are tried with their dropped channels simply cut, since only sizes matter here
+    """
+    if report.captured.cut is not None or report.captured.recorded is not None:
+        return ()
+    held: tuple[str, ...] = ()
+    left, owners, calls = TRIALS, stopped.owners, stopped.calls
+    while owners:
+        inside = _patterns(report, owners[0], held)
+        choices = [choice for size in (1, 2, len(inside)) for choice in itertools.combinations(inside, size)]
+        furthest: tuple[int, tuple[str, ...], tuple[type, ...]] | None = None
+        for choice in dict.fromkeys(choices):
+            trial = _without(report, (*held, *choice)) if left else None
+            if trial is None:
+                continue
+            left -= 1
+            fits, raised = taken(trial)
+            if fits:
+                return (*held, *choice)
+            if raised is not None and raised.calls > (furthest[0] if furthest else calls):
+                furthest = raised.calls, (*held, *choice), raised.owners
+        if furthest is None:
+            owners = owners[1:]
+        else:
+            calls, held, owners = furthest
+    return ()
+
+
+def _patterns(report: Report, owner: type, held: Sequence[str]) -> list[str]:
+    """The kinds of narrowed groups that are produced inside modules of a class, as patterns of their names."""
+    model, narrowed = report.captured.model, {p.name for p in report.plan.groups}
+    assert model is not None
+    inside = [path + "." for path, module in model.named_modules(remove_duplicate=False) if type(module) is owner]
+    if "." in inside:  # the whole model
+        return []
+    found = [
+        _kind(group.name)
+        for group in report.grouping.everything
+        if group.name in narrowed and any(f"{p.layer.module}.".startswith(tuple(inside)) for p in group.producers)
+    ]
+    return [pattern for pattern in dict.fromkeys(found) if pattern not in held]
+
+
+def _kind(name: str) -> str:
+    """A group's name with `*` in place of the numbers of its layers."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+
+
+def _without(report: Report, patterns: Sequence[str]) -> Report | None:
+    """The merge without groups, whose dropped channels are cut; None if no group is left, or if it cannot be made."""
+    captured, facts, grouping = report.captured, report.facts, report.grouping
+    plans = tuple(plan for plan in report.plan.groups if _kind(plan.name) not in patterns)
+    plan = replace(report.plan, groups=plans)
+    chosen, edits, _ = provable(captured, facts, grouping, planned(grouping.everything, plan))
+    if not chosen:
+        return None
+    module = Rewriter(captured.module, facts).finish(survivors(grouping, chosen), edits)
+    return replace(report, module=assembled(captured, module), graph=module, plan=plan, later=[])
