@@ -83,7 +83,9 @@ def fitted(
         return Fit(attributes={**fewer, **attributes}, rows=rows, **common), None
     from_own = recomputed(captured, tensors)
     if from_own:
-        return Fit(refused=f"the code of {type(model).__name__} cannot take them: {from_own}"), None
+        names = ", ".join(next(iter(from_own.values())))
+        why = f"it computes a tensor from {names} at each use, which is no longer that of the merged model"
+        return Fit(refused=f"the code of {type(model).__name__} cannot take them: {why}"), None
     stopped, why = trials.stopped, "its outputs on the example inputs differ"
     if stopped is not None:
         why = f"its code does not run on the narrower tensors ({stopped.error} at {stopped.line})"

@@ -95,15 +95,14 @@ def _narrowed(value: Tensor, like: Tensor, labels: ParamLabels, alive: Tensor) -
     return narrow
 
 
-def recomputed(captured: Capture, tensors: Mapping[str, Tensor]) -> str:
-    """What the class computes from its own tensors and the merge changed, for a message; "" if there is nothing."""
+def recomputed(captured: Capture, tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
+    """{path: its sources} of the tensors that the class computes from its own ones, if the merge changed either."""
+    found = {}
+    own = captured.model.state_dict() if captured.model is not None else {}
     for path, names in computed(captured).items():
         before, now = at(captured.whole.module, path), tensors.get(path)
         changed = now is None or now.shape != before.shape or not torch.equal(now.to(before), before)
-        own = captured.model.state_dict() if captured.model is not None else {}
         cut = [name for name in names if name in tensors and name in own and tensors[name].shape != own[name].shape]
         if changed or cut:
-            return (
-                f"it computes a tensor from {', '.join(names)} at each use, which is no longer that of the merged model"
-            )
-    return ""
+            found[path] = names
+    return found

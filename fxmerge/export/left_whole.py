@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from fxmerge.analysis.grouping import provable
 from fxmerge.export.class_fit import Stopped
+from fxmerge.export.folded import recomputed
 from fxmerge.ir.groups import survivors
 from fxmerge.plan import planned
 from fxmerge.report.reports import Report
@@ -25,15 +26,21 @@ TRIALS = 20  # merges of which the class is tried, at most
 Taken = Callable[[Report], tuple[bool, Stopped | None]]  # whether a merge's class takes it, or where its code stopped
 
 
-def left_whole(report: Report, stopped: Stopped, taken: Taken) -> tuple[str, ...]:
+def left_whole(report: Report, stopped: Stopped | None, taken: Taken) -> tuple[str, ...]:
     """Patterns of groups without which the class takes the merge, or none.
 
-    stopped: where the code of the class raised
+    stopped: where the code of the class raised; None if it ran, and returned something else
     taken:   tries the class; merges are tried with their dropped channels simply cut, since only sizes matter here
     """
     if report.captured.cut is not None or report.captured.recorded is not None:
         return ()
     held: tuple[str, ...] = ()
+    if stopped is None:
+        held = tuple(_of_computed(report))
+        trial = _without(report, held) if held else None
+        fits, stopped = taken(trial) if trial is not None else (False, None)
+        if fits or stopped is None:
+            return held if fits else ()
     left, owners, calls = TRIALS, stopped.owners, stopped.calls
     while owners:
         inside = _patterns(report, owners[0], held)
@@ -69,6 +76,21 @@ def _patterns(report: Report, owner: type, held: Sequence[str]) -> list[str]:
         if group.name in narrowed and any(f"{p.layer.module}.".startswith(tuple(inside)) for p in group.producers)
     ]
     return [pattern for pattern in dict.fromkeys(found) if pattern not in held]
+
+
+def _of_computed(report: Report) -> list[str]:
+    """The kinds of narrowed groups with tensors that the class computes from others, or with one of these."""
+    changed = recomputed(report.captured, report.module.state_dict())
+    paths = {*changed, *itertools.chain.from_iterable(changed.values())}
+    narrowed = {p.name for p in report.plan.groups}
+    found = [
+        _kind(group.name)
+        for group in report.grouping.everything
+        if group.name in narrowed
+        for member in (*group.producers, *group.per_channel_params, *group.consumers)
+        if not paths.isdisjoint(member.layer.params.values())
+    ]
+    return list(dict.fromkeys(found))
 
 
 def _kind(name: str) -> str:

@@ -76,7 +76,7 @@ def _hint(report: Report, stopped: Stopped | None) -> str:
         fit, _, raised = fit_of(trial, _own_tensors(trial), Expected(captured, trial.module))
         return not fit.refused, raised
 
-    patterns = left_whole(report, stopped, where) if stopped is not None else ()
+    patterns = left_whole(report, stopped, where)
     keep = ", ".join(f'"{pattern}": 1.0' for pattern in patterns)
     return f"; there is one with keep={{{keep}}}, which leaves these groups whole" if patterns else ""
 

@@ -98,3 +98,29 @@ def test_no_advice_where_nothing_helps() -> None:
     result = fxmerge.merge(Fixed().eval(), torch.randn(4, 6), ratio=0.5, refit="none")
     assert result.model is None
     assert "there is one with" not in result.report.text(400)
+
+
+class Pooling(nn.Module):
+    """nn.MultiheadAttention computes its three weights from one parameter, and asks for heads of the full width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.fc1, self.fc2 = nn.Linear(16, 32), nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fc2(torch.relu(self.fc1(self.attention(x, x, x, need_weights=False)[0])))
+        return y
+
+
+def test_weights_that_the_class_computes_are_named_and_leaving_them_whole_helps() -> None:
+    torch.manual_seed(0)
+    net, x = Pooling().eval(), torch.randn(2, 5, 16)
+    result = fxmerge.merge(net, x, ratio=0.5, refit="none")
+    assert result.model is None
+    text = " ".join(result.report.text(400).split())
+    (found,) = re.findall(r"there is one with keep=(\{.*?\}), which leaves these groups whole", text)
+    advised = fxmerge.merge(net, x, ratio=0.5, refit="none", keep=ast.literal_eval(found))
+    assert type(advised.model) is Pooling
+    torch.testing.assert_close(advised.model(x), advised.module(x))
+    assert "fc1" in {g.name for g in advised.plan.groups if len(g.kept) < g.channels}
