@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import linecache
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -26,10 +27,13 @@ class Tracer(fx.Tracer):
 
     For each node it looks up a parameter's name and the user's source line in constant time, where torch.fx searches
     the whole model and formats the whole stack.
+
+    buffers: whether what is computed from buffers alone is in the graph, and not a constant of the run that traced it
     """
 
-    def __init__(self) -> None:
+    def __init__(self, buffers: bool = False) -> None:
         super().__init__(autowrap_functions=PACKING)
+        self.buffers = buffers
         self._autowrap_search.append(torch.nn.utils.rnn)
         self.expanded: set[nn.Module] = set()
         self.unhooked: set[nn.Module] = set()  # leaves whose hooks were traced
@@ -50,7 +54,8 @@ class Tracer(fx.Tracer):
         return super().create_arg(a) if name is None else self.create_node("get_attr", name, (), {})
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        name = self.names.get(id(attr_val)) if isinstance(attr_val, nn.Parameter) else None
+        followed = isinstance(attr_val, Tensor if self.buffers else nn.Parameter)
+        name = self.names.get(id(attr_val)) if followed else None
         if name is None:
             return super().getattr(attr, attr_val, parameter_proxy_cache)
         if name not in parameter_proxy_cache:
@@ -174,16 +179,24 @@ def symbolic(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     parameters = inspect.signature(model.forward).parameters
     given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
     left_out = {k: p.default for k, p in parameters.items() if k not in given and p.default is not p.empty}
-    tracer, before = Tracer(), [(m, dict(vars(m))) for m in nn.Module.modules(model)]
-    graph = writable(tracer.trace(model, concrete_args=left_out or None))
-    for module, fields in before:  # what forward assigned while it was traced is no value that the graph can fetch
-        for name, value in list(vars(module).items()):
-            if isinstance(value, fx.Proxy):
-                vars(module)[name] = fields.get(name)
-    traced = fx.GraphModule(model, graph, type(model).__name__)
-    if tracer.unhooked:
-        without_hooks(traced, tracer.unhooked)
-    return traced
+
+    def traced(tracer: Tracer) -> fx.GraphModule:
+        before = [(m, dict(vars(m))) for m in nn.Module.modules(model)]
+        graph = writable(tracer.trace(model, concrete_args=left_out or None))
+        for module, fields in before:  # what forward assigned while it was traced is no value that the graph can fetch
+            for name, value in list(vars(module).items()):
+                if isinstance(value, fx.Proxy):
+                    vars(module)[name] = fields.get(name)
+        made = fx.GraphModule(model, graph, type(model).__name__)
+        if tracer.unhooked:
+            without_hooks(made, tracer.unhooked)
+        return made
+
+    found = traced(Tracer())
+    if any(n.op == "get_attr" and str(n.target).startswith("_tensor_constant") for n in found.graph.nodes):
+        with suppress(Exception), restored(model):  # a branch on what a buffer holds cannot be traced
+            return traced(Tracer(buffers=True))
+    return found
 
 
 def _where(error: Exception) -> str:

@@ -78,6 +78,11 @@ def _undone(value: Tensor, before: Tensor, now: Tensor) -> Tensor | None:
 
 def _narrowed(value: Tensor, like: Tensor, labels: ParamLabels, alive: Tensor) -> Tensor:
     """A tensor without the dropped places of another, which broadcasts with it; unchanged where it has no such axes."""
+    wide = [axis for axis in range(like.dim()) if like.size(axis) > 1]
+    if value.shape != like.shape and [n for n in value.shape if n > 1] == [like.size(axis) for axis in wide]:
+        narrow = _narrowed(value.reshape(like.shape), like, labels, alive)  # as (n,) is used as (1, n, 1, 1)
+        sizes = iter([narrow.size(axis) for axis in wide])
+        return narrow.reshape([next(sizes) if n > 1 else 1 for n in value.shape])
     first = like.dim() - value.dim()
     axes = {
         axis - first: along
@@ -91,8 +96,7 @@ def _narrowed(value: Tensor, like: Tensor, labels: ParamLabels, alive: Tensor) -
     holder.register_buffer("value", value)
     mine = ParamLabels("value", axes, labels.elements, labels.groups)
     gather(Weights(holder), mine, lambda flat: alive[flat].nonzero().flatten())
-    narrow: Tensor = holder.value  # type: ignore[assignment]
-    return narrow
+    return holder.value  # type: ignore[return-value]
 
 
 def recomputed(captured: Capture, tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:

@@ -237,3 +237,32 @@ def test_a_graph_has_no_class() -> None:
     result = plain_merge(program, x, ratio=0.5)
     assert result.model is None
     assert "was a graph, which has no class of its own" in result.report.text(200)
+
+
+class FrozenNorm(nn.Module):
+    """A BatchNorm whose buffers are reshaped and computed with at each use, as in detectors."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        for name, value in (("weight", torch.rand(n) + 0.5), ("bias", torch.randn(n))):
+            self.register_buffer(name, value)
+        self.register_buffer("running_mean", torch.randn(n))
+        self.register_buffer("running_var", torch.rand(n) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias, mean, var = (
+            getattr(self, name).reshape(1, -1, 1, 1) for name in ("weight", "bias", "running_mean", "running_var")
+        )
+        scale = weight * (var + 1e-5).rsqrt()
+        y: Tensor = x * scale + (bias - mean * scale)
+        return y
+
+
+def test_buffers_that_are_reshaped_before_the_class_computes_with_them() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 12, 3), FrozenNorm(12), nn.ReLU(), nn.Conv2d(12, 4, 1)).eval()
+    x = torch.randn(2, 3, 6, 6)
+    result = plain_merge(net, x, ratio=0.5)
+    assert result.model is not None
+    torch.testing.assert_close(result.model(x), result.module(x))
+    assert result.model.get_submodule("1").running_mean.shape == (6,)
