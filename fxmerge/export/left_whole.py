@@ -36,11 +36,15 @@ def left_whole(report: Report, stopped: Stopped | None, taken: Taken) -> tuple[s
         return ()
     held: tuple[str, ...] = ()
     if stopped is None:
-        held = tuple(_of_computed(report))
-        trial = _without(report, held) if held else None
-        fits, stopped = taken(trial) if trial is not None else (False, None)
-        if fits or stopped is None:
-            return held if fits else ()
+        computed = tuple(_of_computed(report))
+        kinds = dict.fromkeys(_kind(plan.name) for plan in report.plan.groups)
+        for held in [computed] if computed else [(kind,) for kind in kinds][:TRIALS]:
+            trial = _without(report, held)
+            fits, stopped = taken(trial) if trial is not None else (False, None)
+            if fits:
+                return held
+        if stopped is None or not computed:
+            return ()
     left, owners, calls = TRIALS, stopped.owners, stopped.calls
     while owners:
         inside = _patterns(report, owners[0], held)

@@ -124,3 +124,29 @@ def test_weights_that_the_class_computes_are_named_and_leaving_them_whole_helps(
     assert type(advised.model) is Pooling
     torch.testing.assert_close(advised.model(x), advised.module(x))
     assert "fc1" in {g.name for g in advised.plan.groups if len(g.kept) < g.channels}
+
+
+class Averaged(nn.Module):
+    """Divides by its own width, which no number outside the code holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(6, 16), nn.Linear(16, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.fc1(x))
+        y: Tensor = self.fc2(h / h.shape[-1])
+        return y
+
+
+def test_a_class_that_returns_something_else() -> None:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 6), Averaged()).eval(), torch.randn(4, 6)
+    result = fxmerge.merge(net, x, ratio=0.5, refit="none")
+    assert result.model is None
+    text = " ".join(result.report.text(400).split())
+    (found,) = re.findall(r"there is one with keep=(\{.*?\}), which leaves these groups whole", text)
+    assert ast.literal_eval(found) == {"3.fc1": 1.0}
+    advised = fxmerge.merge(net, x, ratio=0.5, refit="none", keep=ast.literal_eval(found))
+    assert advised.model is not None
+    torch.testing.assert_close(advised.model(x), advised.module(x))
