@@ -81,12 +81,16 @@ def fitted(
     if found is not None:
         attributes, rows = found
         return Fit(attributes={**fewer, **attributes}, rows=rows, **common), None
-    from_own = recomputed(captured, tensors)
+    stopped, why = trials.stopped, "its outputs on the example inputs differ"
+    from_own = [
+        names
+        for names in recomputed(captured, tensors).values()
+        if stopped is None or type(model.get_submodule(names[0].rpartition(".")[0])) is stopped.owners[0]
+    ]
     if from_own:
-        names = ", ".join(next(iter(from_own.values())))
+        names = ", ".join(from_own[0])
         why = f"it computes a tensor from {names} at each use, which is no longer that of the merged model"
         return Fit(refused=f"the code of {type(model).__name__} cannot take them: {why}"), None
-    stopped, why = trials.stopped, "its outputs on the example inputs differ"
     if stopped is not None:
         why = f"its code does not run on the narrower tensors ({stopped.error} at {stopped.line})"
     why = f"the code of {type(model).__name__} has sizes that cannot be changed from outside: {why}"

@@ -36,7 +36,8 @@ def has_size(model: nn.Module, path: str) -> bool:
 
 def by_tensors(model: nn.Module, after: nn.Module) -> Iterator[tuple[Kind, Mapping[str, int]]]:
     """The attributes named as widths, with what became of the axes of that size, if the same became of all."""
-    before = dict(model.named_modules(remove_duplicate=False))
+    there = {path for path, _ in after.named_modules(remove_duplicate=False)}  # no parametrizations, for instance
+    before = {path: m for path, m in model.named_modules(remove_duplicate=False) if path in there}
     now = {name: tensor.shape for name, tensor in after.state_dict().items()}
     sizes = {n: list(zip(t.shape, now.get(n, t.shape), strict=False)) for n, t in model.state_dict().items()}
     found: dict[Kind, dict[str, int]] = {}

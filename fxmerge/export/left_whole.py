@@ -21,7 +21,8 @@ from fxmerge.report.reports import Report
 from fxmerge.rewrite.reassemble import assembled
 from fxmerge.rewrite.rewriter import Rewriter
 
-TRIALS = 20  # merges of which the class is tried, at most
+TRIALS = 24  # merges of which the class is tried, at most
+FEW = 4  # kinds of groups in a class of modules of which pairs are tried as well
 
 Taken = Callable[[Report], tuple[bool, Stopped | None]]  # whether a merge's class takes it, or where its code stopped
 
@@ -46,18 +47,21 @@ def left_whole(report: Report, stopped: Stopped | None, taken: Taken) -> tuple[s
         if stopped is None or not computed:
             return ()
     left, owners, calls = TRIALS, stopped.owners, stopped.calls
+
+    def tried(patterns: Sequence[str]) -> tuple[bool, Stopped | None]:
+        nonlocal left
+        trial = _without(report, patterns) if left else None
+        left -= trial is not None
+        return taken(trial) if trial is not None else (False, None)
+
     while owners:
         inside = _patterns(report, owners[0], held)
-        choices = [choice for size in (1, 2, len(inside)) for choice in itertools.combinations(inside, size)]
         furthest: tuple[int, tuple[str, ...], tuple[type, ...]] | None = None
-        for choice in dict.fromkeys(choices):
-            trial = _without(report, (*held, *choice)) if left else None
-            if trial is None:
-                continue
-            left -= 1
-            fits, raised = taken(trial)
+        sizes = (1, 2, len(inside)) if len(inside) <= FEW else (1, len(inside))
+        for choice in dict.fromkeys(c for size in sizes for c in itertools.combinations(inside, size)):
+            fits, raised = tried((*held, *choice))
             if fits:
-                return (*held, *choice)
+                return _fewest((*held, *choice), lambda fewer: tried(fewer)[0])
             if raised is not None and raised.calls > (furthest[0] if furthest else calls):
                 furthest = raised.calls, (*held, *choice), raised.owners
         if furthest is None:
@@ -65,6 +69,15 @@ def left_whole(report: Report, stopped: Stopped | None, taken: Taken) -> tuple[s
         else:
             calls, held, owners = furthest
     return ()
+
+
+def _fewest(patterns: tuple[str, ...], fits: Callable[[tuple[str, ...]], bool]) -> tuple[str, ...]:
+    """Patterns of which none can be left out."""
+    for pattern in patterns:
+        fewer = tuple(p for p in patterns if p != pattern)
+        if fewer and fits(fewer):
+            patterns = fewer
+    return patterns
 
 
 def _patterns(report: Report, owner: type, held: Sequence[str]) -> list[str]:

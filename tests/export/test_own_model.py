@@ -266,3 +266,13 @@ def test_buffers_that_are_reshaped_before_the_class_computes_with_them() -> None
     assert result.model is not None
     torch.testing.assert_close(result.model(x), result.module(x))
     assert result.model.get_submodule("1").running_mean.shape == (6,)
+
+
+def test_a_parametrization_with_a_number_that_is_named_as_a_width() -> None:
+    torch.manual_seed(0)
+    last = nn.utils.parametrizations.weight_norm(nn.Conv1d(12, 4, 3), dim=2)  # its `dim` is an axis
+    net = nn.Sequential(nn.Conv1d(3, 12, 3), nn.ReLU(), last).eval()
+    x = torch.randn(2, 3, 16)
+    result = plain_merge(net, x, ratio=0.5)
+    assert result.model is not None
+    torch.testing.assert_close(result.model(x), result.module(x))
