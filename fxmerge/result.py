@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import fx, nn
+from torch import nn
 
 from fxmerge.errors import FxMergeError
 from fxmerge.export import hugging_face, program, save

@@ -1,8 +1,8 @@
 """Finds by trial which groups a user's class cannot take: those that stay whole if there is to be a model of it.
 
-Code such as `b, c, h, w = x.shape; y = self.conv(x).reshape(b, c, -1)` takes the width of one layer for that of another.
-No attribute holds that width, and the traced graph does not show where it came from. But the code raises, and the
-groups inside the module in which it raised are those to try.
+Code such as `b, c, h, w = x.shape; y = self.conv(x).reshape(b, c, -1)` takes the width of one layer for that of
+another. No attribute holds that width, and the traced graph does not show where it came from. But the code raises, and
+the groups inside the module in which it raised are those to try.
 """
 
 from __future__ import annotations

@@ -107,7 +107,7 @@ def _made(model: nn.Module, tensors: Mapping[str, Tensor], fit: Fit) -> nn.Modul
 
 
 def _own_tensors(report: Report) -> dict[str, Tensor]:
-    """The merged tensors, with biases that refit gave to function calls under the names of layers that have none yet."""
+    """The merged tensors; biases that refit gave to function calls have the names of those that layers do not have."""
     tensors, model = report.module.state_dict(), report.captured.model
     modules = dict(model.named_modules(remove_duplicate=False)) if model is not None else {}
 

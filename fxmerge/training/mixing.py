@@ -23,7 +23,9 @@ def mixed(values: Sequence[Any]) -> list[Any]:
     count = len(tensors[0]) if tensors else 0
     for tensor in tensors:
         if len(tensor) == count and not tensor.is_floating_point():
-            raise FxMergeError(f"mix needs inputs that are floating-point tensors; one is {tensor.dtype}: leave mix out")
+            raise FxMergeError(
+                f"mix needs inputs that are floating-point tensors; one is {tensor.dtype}: leave mix out"
+            )
     shares, partners = torch.rand(count), torch.randperm(count)
 
     def between(value: Any) -> Any:

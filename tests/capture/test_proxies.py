@@ -1,4 +1,4 @@
-"""Code that asks whether a value is a tensor, which a proxy of torch.fx is not: the graph comes from torch.export then."""
+"""Code that asks whether a value is a tensor, which a proxy of torch.fx is not: its graph comes from torch.export."""
 
 from __future__ import annotations
 

@@ -207,7 +207,7 @@ def test_training_on_means_brings_outputs_closer_between_samples(merged: Result)
 
 
 def test_means_of_token_ids_and_of_labels_are_refused(merged: Result) -> None:
-    with pytest.raises(FxMergeError, match="mix needs inputs that are floating-point tensors; one is torch.int64"):
+    with pytest.raises(FxMergeError, match=r"mix needs inputs that are floating-point tensors; one is torch\.int64"):
         mixed([torch.randn(4, 3), torch.zeros(4, 7, dtype=torch.int64)])
     with pytest.raises(FxMergeError, match="means of two samples, whose labels loss does not know"):
         fxmerge.distill(merged, batches(1), mix=True, loss=lambda out, batch: out.mean())
