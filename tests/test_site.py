@@ -31,6 +31,9 @@ def template(node: ast.expr) -> str | None:
     return None
 
 
+ERRORS = {"FxMergeError", "UnfaithfulError"}
+
+
 def messages(source: str, makers: set[str]) -> Iterator[str]:
     """The first lines of the texts that are passed to calls of these names."""
     for node in ast.walk(ast.parse(source)):
@@ -48,7 +51,7 @@ def listed(page: str) -> set[str]:
     return {line for block in blocks for line in block.splitlines()}
 
 
-@pytest.mark.parametrize("makers", [{"FxMergeError"}, REASONS], ids=["errors", "refusals"])
+@pytest.mark.parametrize("makers", [ERRORS, REASONS], ids=["errors", "refusals"])
 def test_every_message_is_on_the_page_of_troubles(makers: set[str]) -> None:
     known = {m for path in PACKAGE for m in messages(path.read_text(encoding="utf-8"), makers)}
     assert len(known) > 50
@@ -59,7 +62,7 @@ def test_no_error_on_the_page_is_gone() -> None:
     """Messages that the code no longer has are taken off the page. Some refusals are put together from parts."""
     errors = TROUBLE.read_text(encoding="utf-8").partition("## Channels that are left")[0]
     lines = listed(errors)
-    code = {m for path in PACKAGE for m in messages(path.read_text(encoding="utf-8"), {"FxMergeError"})}
+    code = {m for path in PACKAGE for m in messages(path.read_text(encoding="utf-8"), ERRORS)}
     assert sorted(lines - code) == []
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxmerge.capture.constant_fold import fold
 from fxmerge.capture.declared_sizes import Shapes, SizesRefusedError
 from fxmerge.capture.expand_modules import expansion_of
 from fxmerge.capture.frozen import Check, restored
@@ -20,6 +21,7 @@ from fxmerge.capture.without_rule import without_rule
 from fxmerge.errors import FxMergeError, first_line, of_user
 from fxmerge.graph.odd_names import writable
 from fxmerge.rules.recurrent import PACKING
+from fxmerge.weights.copy import deep_copy
 
 
 class Tracer(fx.Tracer):
@@ -144,7 +146,7 @@ def trace(
     if isinstance(model, fx.GraphModule):
         return model
     traced: fx.GraphModule | None = None
-    why: Exception = FxMergeError("its graph is not what the model computes")
+    why: Exception = ValueError("its graph is not what the model computes")
     try:
         if symbolically:
             with restored(model):  # tracing leaves proxies in the model, and torch.export fake tensors
@@ -195,8 +197,15 @@ def symbolic(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     found = traced(Tracer())
     if any(n.op == "get_attr" and str(n.target).startswith("_tensor_constant") for n in found.graph.nodes):
         with suppress(Exception), restored(model):  # a branch on what a buffer holds cannot be traced
-            return traced(Tracer(buffers=True))
+            followed = traced(Tracer(buffers=True))
+            folded = fold(deep_copy(followed, [*followed.parameters(), *followed.buffers()]))
+            if _calls(folded) <= _calls(found):  # else there are places and tables among the buffers, not arithmetic
+                return followed
     return found
+
+
+def _calls(module: fx.GraphModule) -> int:
+    return sum(node.op.startswith("call") for node in module.graph.nodes)
 
 
 def _where(error: Exception) -> str:

@@ -91,7 +91,7 @@ class Distillation(nn.Module):
         self.training = mode
         if not isinstance(self.student, EvaluationModule):
             self.student.train(mode)
-            for module in self.student.modules() if not self.batch_statistics else ():
+            for module in nn.Module.modules(self.student) if not self.batch_statistics else ():
                 if isinstance(module, _BatchNorm):
                     module.eval()
         return self
