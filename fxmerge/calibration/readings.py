@@ -33,6 +33,7 @@ from fxmerge.progress import Stage, silent
 from fxmerge.weights.by_path import at
 from fxmerge.weights.disk_tensor import beside
 
+WIDE = 1024  # columns of a consumer's patches from which their second moments are kept in float32
 WIDEST = 8192  # columns of a consumer's patches, all its blocks together; a consumer with more is left out
 
 
@@ -101,7 +102,7 @@ def _consumer(
     form = form_of(node, layer, owner, weight)
     if form is None:
         return None
-    rows = matrices_of(weight, form).double()
+    rows = _plain(matrices_of(weight, form))
     blocks, width = form.groups, rows.size(2)
     if blocks * width > WIDEST:
         return None
@@ -117,11 +118,11 @@ def _consumer(
     whole = _diagonal(rows)
     norm = epilogue_of(module, node, norms, set()).norm
     if norm is not None:
-        whole = whole * line(module, norm, *run.statistics(norm, outputs))[0][:, None]
+        whole = whole * line(module, norm, *run.statistics(norm, outputs))[0].to(whole)[:, None]
     assert layer.reads is not None
     each = blocks * width // layer.reads.numel()
     reading = Reading(
-        gram=beside(weight, gram.cpu()),
+        gram=beside(weight, (gram.float() if len(gram) >= WIDE else gram).cpu()),
         weight=beside(weight, whole.cpu()),
         channels=torch.arange(0),
         columns=torch.zeros(0, each, dtype=torch.int64),
@@ -154,7 +155,7 @@ def _of_experts(
         matrix = weight[expert].T if layer.transposed else weight[expert]
         yield Reading(
             gram=beside(weight, second[0].cpu()),
-            weight=beside(weight, matrix.double().cpu()),
+            weight=beside(weight, _plain(matrix).cpu()),
             channels=member.channels[here],
             columns=member.where[here] % width,
             mean=mean.flatten().cpu(),
@@ -163,9 +164,16 @@ def _of_experts(
         )
 
 
+def _plain(weight: Tensor) -> Tensor:
+    """A weight in float32, or in float64 if it is: where possible the memory of the model's own."""
+    return weight.detach() if weight.dtype == torch.float64 else weight.detach().float()
+
+
 def _diagonal(blocks: Tensor) -> Tensor:
-    """Blocks (g, a, b) as one matrix (g a, g b) that has them on its diagonal."""
+    """Blocks (g, a, b) as one matrix (g a, g b) that has them on its diagonal; a view of a single block."""
     g, a, b = blocks.shape
+    if g == 1:
+        return blocks[0]
     whole = blocks.new_zeros(g, a, g, b)
     whole[torch.arange(g), :, torch.arange(g)] = blocks
     return whole.view(g * a, g * b)

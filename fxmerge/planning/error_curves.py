@@ -139,11 +139,12 @@ def _ranked(
     norm = candidates(group, captured, tensors, options.seed).norms
     loss = torch.zeros(group.channels, group.channels, dtype=torch.float64)
     for reading in readings:
-        moments, energy = reading.gram, reading.weight.square().sum(0)
+        moments, weight = reading.gram.double(), reading.weight.double()
+        energy = weight.square().sum(0)
         lost = moments.diagonal()[:, None].expand_as(moments)
         if options.decomposition != "prune" and group.partners:
             lost = lost - moments.clamp(min=0).square() / moments.diagonal().clamp(min=1e-300)[None, :]
-        whole = ((reading.weight @ moments) * reading.weight).sum().clamp(min=1e-300)
+        whole = ((weight @ moments) * weight).sum().clamp(min=1e-300)
         at = reading.channels
         loss[at[:, None], at[None, :]] += energy[:, None] * lost / whole
 
