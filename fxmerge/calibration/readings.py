@@ -8,7 +8,7 @@ The `repair` selection chooses channels by them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from fxmerge.calibration.decided import expert_rows, is_routed, real_rows, route
 from fxmerge.calibration.epilogue import epilogue_of, pair
 from fxmerge.calibration.held_out import samples
 from fxmerge.calibration.paired_run import PairedRun, Settings, Visit, line
-from fxmerge.calibration.patches import enough, form_of, input_of, matrices_of, patches, sample
+from fxmerge.calibration.patches import Form, enough, form_of, input_of, matrices_of, patches, sample
 from fxmerge.calibration.score_readings import score_reading, scores_of
 from fxmerge.calibration.tail import shaped
 from fxmerge.calibration.work import shares_of_work
@@ -35,6 +35,16 @@ from fxmerge.weights.disk_tensor import beside
 
 WIDE = 1024  # columns of a consumer's patches from which their second moments are kept in float32
 WIDEST = 8192  # columns of a consumer's patches, all its blocks together; a consumer with more is left out
+
+
+@dataclass(frozen=True)
+class _Moments:
+    """Of the patches of one input: as in `Reading`."""
+
+    gram: Tensor
+    mean: Tensor
+    independent: float
+    finite: bool
 
 
 def readings(
@@ -54,6 +64,7 @@ def readings(
     found: dict[str, list[Reading]] = {g.name: [] for g in groups}
     module = captured.module
     norms, scored = batch_norms(facts), scores_of(module.graph, facts, grouping, groups)
+    known: dict[tuple[str, Form], _Moments] = {}
     generator = torch.Generator().manual_seed(settings.seed)
     done = shares_of_work(facts, module, sum(map(samples, batches)), settings)
     with evaluating(module), torch.no_grad():
@@ -76,7 +87,7 @@ def readings(
                 for group, number, member in members if layer.reads_apart else ():
                     found[group.name] += _of_experts(run, visit, layer, member, number, settings)
                 continue
-            made = _consumer(run, visit, layer, norms=norms, settings=settings, generator=generator)
+            made = _consumer(run, visit, layer, norms=norms, settings=settings, generator=generator, known=known)
             if made is None:
                 continue
             reading, width = made
@@ -89,11 +100,13 @@ def readings(
 
 def _consumer(
     run: PairedRun, visit: Visit, layer: Layer, *, norms: dict[str, Layer], settings: Settings,
-    generator: torch.Generator,
+    generator: torch.Generator, known: dict[tuple[str, Form], _Moments],
 ) -> tuple[Reading, int] | None:  # fmt: skip
     """The reading of all channels together, and the number of columns for each input channel.
 
     The weight is multiplied by the gain of the norm after it.
+
+    known: the moments of the input that was read last, by form: queries, keys and values have the same
     None where the geometry of the call is unknown, patches are wider than WIDEST, or inputs are not finite.
     """
     module, node, outputs = run.original.module, visit.node, visit.outputs
@@ -106,14 +119,22 @@ def _consumer(
     blocks, width = form.groups, rows.size(2)
     if blocks * width > WIDEST:
         return None
-    shapes = shaped(outputs)
-    count, real = enough(settings.rows, blocks * width, settings.memory), run.real(node.name, shapes, form)
-    index_of = sample(shapes, form, count, generator, settings.reduce, real)
-    inputs = run.original.values[input_of(node, layer.op).name]
-    parts = [patches(x, form, index) for x, index in zip(inputs, index_of, strict=True)]
-    mean, second = second_moments(parts, settings.reduce)
-    gram = _diagonal(second)
-    if not bool(torch.isfinite(gram).all()):
+    source = input_of(node, layer.op).name
+    if (source, form) not in known:
+        for other in [key for key in known if key[0] != source]:
+            del known[other]
+        shapes = shaped(outputs)
+        count, real = enough(settings.rows, blocks * width, settings.memory), run.real(node.name, shapes, form)
+        index_of = sample(shapes, form, count, generator, settings.reduce, real)
+        parts = [patches(x, form, index) for x, index in zip(run.original.values[source], index_of, strict=True)]
+        mean, second = second_moments(parts, settings.reduce)
+        independent = independent_rows(parts, mean, second, settings.reduce)
+        gram = _diagonal(second)
+        finite = bool(torch.isfinite(gram).all())
+        gram = beside(weight, (gram.float() if len(gram) >= WIDE else gram).cpu())
+        known[source, form] = _Moments(gram, mean.flatten().cpu(), independent, finite)
+    moments = known[source, form]
+    if not moments.finite:
         return None
     whole = _diagonal(rows)
     norm = epilogue_of(module, node, norms, set()).norm
@@ -122,12 +143,12 @@ def _consumer(
     assert layer.reads is not None
     each = blocks * width // layer.reads.numel()
     reading = Reading(
-        gram=beside(weight, (gram.float() if len(gram) >= WIDE else gram).cpu()),
+        gram=moments.gram,
         weight=beside(weight, whole.cpu()),
         channels=torch.arange(0),
         columns=torch.zeros(0, each, dtype=torch.int64),
-        mean=mean.flatten().cpu(),
-        independent=independent_rows(parts, mean, second, settings.reduce),
+        mean=moments.mean,
+        independent=moments.independent,
     )
     return reading, each
 
