@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from fxmerge.errors import FxMergeError
 from fxmerge.graph.eval_mode import evaluating, random_states, reproducible
+from fxmerge.graph.inputs import other_values
 from fxmerge.graph.nested import fresh, leaves
 from fxmerge.graph.outputs import counting, returned
 
@@ -125,10 +126,11 @@ def judged(
 
     expected:      the original's real and complex outputs, from a run with the same seed
     unsure:        whether the original may take random numbers that torch's own generators do not show
-    lengths_vary:  whether the lengths of outputs depend on values, so that only those of equal length are compared
+    lengths_vary:  whether the length of the outputs' first axis may depend on values
 
-    The original is run once more where outputs are integers, or may be random. Raises FxMergeError where the merged
-    model does not run, or where its outputs have other shapes.
+    The original is run once more where outputs are integers, or may be random, or where shapes differ. Raises
+    FxMergeError where the merged model does not run, or where its outputs have other shapes and these do not depend on
+    values; else only those of equal shapes are compared.
     """
     try:
         found = run(merged, *inputs)
@@ -137,7 +139,9 @@ def judged(
     random = unsure or found.drawn
     again = run(original, *inputs) if random or found.integers else None
     before, after = list(expected), found.outputs
-    if lengths_vary and [t.shape[1:] for t in before] == [t.shape[1:] for t in after]:
+    if [t.shape for t in before] != [t.shape for t in after] and _lengths(
+        before, after, lengths_vary, original, inputs
+    ):
         pairs = [(b, a) for b, a in zip(before, after, strict=True) if b.shape == a.shape]
         if before and not pairs:
             return Verdict(nan, "the merged model's outputs have other lengths than the original's")
@@ -152,6 +156,24 @@ def judged(
     if not before and share is not None:
         return Verdict(share, differing=share)
     return replace(measured(before, after), differing=share)
+
+
+def _lengths(
+    before: Sequence[Tensor], after: Sequence[Tensor], first: bool, original: nn.Module, inputs: tuple[Any, Any]
+) -> bool:
+    """Whether outputs differ in lengths that depend on values, as the number of boxes, or the length of what is spoken.
+
+    first: whether those of the first axis may; others do if the original's change with values of the inputs
+    """
+    if [t.dim() for t in before] != [t.dim() for t in after]:
+        return False
+    if first and all(b.shape[1:] == a.shape[1:] for b, a in zip(before, after, strict=True)):
+        return True
+    other = run(original, *other_values(inputs)).outputs
+    if [t.dim() for t in before] != [t.dim() for t in other]:
+        return False
+    sizes = zip(*([n for t in some for n in t.shape] for some in (before, after, other)), strict=True)
+    return all(b == a or b != o for b, a, o in sizes)
 
 
 def has_generators(module: fx.GraphModule) -> bool:
