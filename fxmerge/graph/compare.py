@@ -18,6 +18,7 @@ from fxmerge.graph.outputs import counting, returned
 
 REPEATED = 1e-4  # the relative difference of two runs of one model by rounding, at most
 SMALLEST = 1e-8  # of the norm of all outputs: up to here, one output has no norm of its own
+VARIED = 4  # runs of the original on other values, to find the lengths of outputs that depend on them
 _REMEDY = "please report this model; until then, exclude the layer with ignore="
 
 
@@ -169,11 +170,14 @@ def _lengths(
         return False
     if first and all(b.shape[1:] == a.shape[1:] for b, a in zip(before, after, strict=True)):
         return True
-    other = run(original, *other_values(inputs)).outputs
-    if [t.dim() for t in before] != [t.dim() for t in other]:
-        return False
-    sizes = zip(*([n for t in some for n in t.shape] for some in (before, after, other)), strict=True)
-    return all(b == a or b != o for b, a, o in sizes)
+    sizes, found = ([n for t in some for n in t.shape] for some in (before, after))
+    fixed = {at for at, (own, other) in enumerate(zip(sizes, found, strict=True)) if own != other}
+    for _ in range(VARIED):
+        inputs = other_values(inputs)
+        others = [n for t in run(original, *inputs).outputs for n in t.shape]
+        if len(others) == len(sizes):
+            fixed = {at for at in fixed if others[at] == sizes[at]}
+    return not fixed
 
 
 def has_generators(module: fx.GraphModule) -> bool:

@@ -31,7 +31,7 @@ class Speaking(nn.Module):
 
 
 def test_a_model_that_decides_how_long_its_output_is() -> None:
-    torch.manual_seed(0)
+    torch.manual_seed(2)
     model, ids = Speaking().eval(), torch.randint(0, 20, (1, 6))
     with torch.no_grad():
         model.length[2].weight.mul_(8)
