@@ -81,7 +81,8 @@ class Result:
 
         It is made on first use: a copy of that model in which the tensors are the merged ones, and attributes that
         hold widths (`head_dim`, `in_channels`) have followed. None if the class cannot take the merged weights: sizes
-        may be written in its code, or its layers cannot differ in width. `report` then says why.
+        may be written in its code, or its layers cannot differ in width. `report` then says why, and which groups to
+        leave whole, if that helps.
         """
         return self._own.model
 
