@@ -16,7 +16,7 @@ class Method:
     """How a network is narrowed and trained.
 
     options:   of `fxmerge.merge`, beside the budget
-    distilled: trained with `fxmerge.distill` and the labels, else with the labels alone
+    distilled: trained with `fxmerge.distill`, without labels, else with the labels alone
     shrunk:    narrowed by `fxmerge.Shrinker` over the first half of the epochs, else by `merge` before the first
     """
 

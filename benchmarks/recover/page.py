@@ -8,7 +8,7 @@ from benchmarks.harness.page import escaped, pyplot, save_plot, short
 from benchmarks.harness.rows import Row
 from benchmarks.networks.published import NETWORKS as TITLES
 from benchmarks.recover.methods import METHODS, NETWORKS, ORIGINAL, SAMPLES
-from benchmarks.recover.training import BATCH, LR, MOMENTUM, WEIGHT_DECAY
+from benchmarks.recover.training import BATCH, LR, MOMENTUM, OWN_LR, WEIGHT_DECAY
 
 Key = tuple[Any, ...]  # seed, network, method, epochs
 Rows = Mapping[tuple[str, str, int], Row]  # (network, method, epochs) -> the row, of one seed
@@ -30,8 +30,9 @@ them.
   epochs; masked channels may grow back (`fxmerge.Shrinker`; REPrune, Park et al., AAAI 2024).
 - *merged*: `fxmerge.merge` with `refit="none"`, widths by greedy allocation.
 - *refit*: `fxmerge.merge` with {SAMPLES} unlabelled training images as `calibration`.
-- *distilled*: the same, trained with `fxmerge.distill`, its own optimizer (AdamW, 0.001) and the labels. All others
-  are trained with the labels alone. An epoch takes nearly twice as long, for the original's outputs and activations.
+- *distilled*: the same, trained with `fxmerge.distill` on means of two images, without labels (`mix=True`, `hidden=0`,
+  AdamW with a learning rate of {OWN_LR} times the square root of the epochs). All others are trained with the labels
+  alone. An epoch takes half as long again, for the original's outputs.
 """
 
 
@@ -39,7 +40,7 @@ def page(rows: Rows, seed: int) -> str:
     """The page of one seed."""
     parts = [INTRODUCTION, f"{conditions(rows)}, seed {seed}.", ""]
     if any("accuracy" in row for row in rows.values()):
-        parts += ["![accuracy against epochs](recovery.svg)", ""]
+        parts += ["![error against epochs](recovery.svg)", ""]
     for network in (n for n in NETWORKS if any(key[0] == n for key in rows)):
         parts += section(network, rows)
     return "\n".join(parts)
@@ -85,7 +86,7 @@ def spread(shares: list[float]) -> str:
 
 
 def plot(rows: Rows, path: Path) -> None:
-    """Accuracy against epochs, one panel for each network. ImportError without matplotlib."""
+    """The share of wrong answers against epochs, one panel for each network. ImportError without matplotlib."""
     plt = pyplot()
     networks = [n for n in NETWORKS if any(key[0] == n and "accuracy" in row for key, row in rows.items())]
     if not networks:
@@ -94,14 +95,17 @@ def plot(rows: Rows, path: Path) -> None:
     for axis, network in zip(axes[0], networks, strict=True):
         for at, method in enumerate(COMPARED):
             of = {key[2]: row for key, row in rows.items() if key[:2] == (network, method)}
-            points = sorted((count, row["accuracy"]) for count, row in of.items() if "accuracy" in row)
+            points = sorted((count, 100 - row["accuracy"]) for count, row in of.items() if "accuracy" in row)
             if points:
                 axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=method, color=f"C{at}")
         original = rows.get((network, ORIGINAL, 0), {}).get("accuracy")
         if original is not None:
-            axis.axhline(original, color="grey", linestyle=":")
-            axis.set_ylim(top=original + 1, bottom=original - 12)
+            axis.axhline(100 - original, color="grey", linestyle=":")
         axis.set_xscale("symlog", linthresh=1)
-        axis.set(title=TITLES[network].title, xlabel="epochs", ylabel="top-1 accuracy, %")
+        axis.set(title=TITLES[network].title, xlabel="epochs", ylabel="top-1 error, %", yscale="log")
+        axis.set_xticks(sorted({key[2] for key in rows if key[0] == network}), minor=False)
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
     axes[0][0].legend(fontsize="small")
     save_plot(figure, path)
