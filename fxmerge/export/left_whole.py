@@ -20,8 +20,9 @@ from fxmerge.plan import planned
 from fxmerge.report.reports import Report
 from fxmerge.rewrite.reassemble import assembled
 from fxmerge.rewrite.rewriter import Rewriter
+from fxmerge.weights.disk_tensor import has_disk_tensors
 
-TRIALS = 24  # merges of which the class is tried, at most
+TRIALS, COPIED = 24, 4e9  # merges of which the class is tried, at most, and their parameters together
 FEW = 4  # kinds of groups in a class of modules of which pairs are tried as well
 
 Taken = Callable[[Report], tuple[bool, Stopped | None]]  # whether a merge's class takes it, or where its code stopped
@@ -33,20 +34,22 @@ def left_whole(report: Report, stopped: Stopped | None, taken: Taken) -> tuple[s
     stopped: where the code of the class raised; None if it ran, and returned something else
     taken:   tries the class; merges are tried with their dropped channels simply cut, since only sizes matter here
     """
-    if report.captured.cut is not None or report.captured.recorded is not None:
+    captured = report.captured
+    if captured.cut is not None or captured.recorded is not None or has_disk_tensors(captured.module):
         return ()
+    left = min(TRIALS, int(COPIED / max(1, sum(p.numel() for p in captured.module.parameters()))))
     held: tuple[str, ...] = ()
     if stopped is None:
         computed = tuple(_of_computed(report))
         kinds = dict.fromkeys(_kind(plan.name) for plan in report.plan.groups)
-        for held in [computed] if computed else [(kind,) for kind in kinds][:TRIALS]:
+        for held in [computed] if computed else [(kind,) for kind in kinds][:left]:
             trial = _without(report, held)
             fits, stopped = taken(trial) if trial is not None else (False, None)
             if fits:
                 return held
         if stopped is None or not computed:
             return ()
-    left, owners, calls = TRIALS, stopped.owners, stopped.calls
+    owners, calls = stopped.owners, stopped.calls
 
     def tried(patterns: Sequence[str]) -> tuple[bool, Stopped | None]:
         nonlocal left
