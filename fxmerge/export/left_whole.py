@@ -61,7 +61,8 @@ def left_whole(report: Report, stopped: Stopped | None, taken: Taken) -> tuple[s
         inside = _patterns(report, owners[0], held)
         furthest: tuple[int, tuple[str, ...], tuple[type, ...]] | None = None
         sizes = (1, 2, len(inside)) if len(inside) <= FEW else (1, len(inside))
-        for choice in dict.fromkeys(c for size in sizes for c in itertools.combinations(inside, size)):
+        choices = dict.fromkeys(c for size in sizes for c in itertools.combinations(inside, size)) if inside else ()
+        for choice in choices:
             fits, raised = tried((*held, *choice))
             if fits:
                 return _fewest((*held, *choice), lambda fewer: tried(fewer)[0])

@@ -69,8 +69,8 @@ def _hint(report: Report, stopped: Stopped | None) -> str:
     options, captured = report.plan.options, report.captured
     if captured.model is None or isinstance(captured.model, fx.GraphModule):
         return ""
-    if options.budget and not options.same_widths:
-        return "; with same_widths=True, layers of one kind share a width"
+    uneven = bool(options.budget) and not options.same_widths
+    even = "; with same_widths=True, layers of one kind share a width" if uneven else ""
 
     def where(trial: Report) -> tuple[bool, Stopped | None]:
         fit, _, raised = fit_of(trial, _own_tensors(trial), Expected(captured, trial.module))
@@ -78,7 +78,7 @@ def _hint(report: Report, stopped: Stopped | None) -> str:
 
     patterns = left_whole(report, stopped, where)
     keep = ", ".join(f'"{pattern}": 1.0' for pattern in patterns)
-    return f"; there is one with keep={{{keep}}}, which leaves these groups whole" if patterns else ""
+    return even + (f"; there is one with keep={{{keep}}}, which leaves these groups whole" if patterns else "")
 
 
 def into(other: nn.Module, report: Report, own: Own) -> nn.Module:
