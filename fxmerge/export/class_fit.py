@@ -85,7 +85,7 @@ def fitted(
     from_own = [
         names
         for names in recomputed(captured, tensors).values()
-        if stopped is None or type(model.get_submodule(names[0].rpartition(".")[0])) is stopped.owners[0]
+        if stopped is None or type(model.get_submodule(names[0].rpartition(".")[0])) in stopped.owners[:1]
     ]
     if from_own:
         names = ", ".join(from_own[0])
