@@ -32,7 +32,7 @@ them.
 - *refit*: `fxmerge.merge` with {SAMPLES} unlabelled training images as `calibration`.
 - *distilled*: the same, trained with `fxmerge.distill` on means of two images, without labels (`mix=True`, `hidden=0`,
   AdamW with a learning rate of {OWN_LR} times the square root of the epochs). All others are trained with the labels
-  alone. An epoch takes half as long again, for the original's outputs.
+  alone.
 """
 
 
