@@ -42,7 +42,8 @@ def left_whole(report: Report, stopped: Stopped | None, taken: Taken) -> tuple[s
     if stopped is None:
         computed = tuple(_of_computed(report))
         kinds = dict.fromkeys(_kind(plan.name) for plan in report.plan.groups)
-        for held in [computed] if computed else [(kind,) for kind in kinds][:left]:
+        some = [choice for size in (1, 2) for choice in itertools.combinations(kinds, size)]
+        for held in [computed] if computed else some[:left]:
             trial = _without(report, held)
             fits, stopped = taken(trial) if trial is not None else (False, None)
             if fits:
