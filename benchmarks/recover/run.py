@@ -1,9 +1,9 @@
 """Recovery of narrowed networks by fine-tuning: `python -m benchmarks.recover --data DIR --weights DIR --out docs`.
 
 Trained networks are narrowed to a share of their FLOPs by several methods, and trained for some epochs on the same
-images. Each row is a training of its own, whose learning rate falls to zero over its epochs. It
-is measured in its own process and appended to a file as soon as it is known; a later run only measures missing rows,
-and goes on with the one that was stopped. recovery.md and recovery.svg are written from that file.
+images. Each row is a training of its own, whose learning rate falls to zero over its epochs. It is measured in its own
+process and appended to a file as soon as it is known; a later run only measures missing rows, and goes on with the one
+that was stopped. recovery.md and recovery.svg are written from that file.
 """
 
 import argparse

@@ -18,7 +18,7 @@ from itertools import takewhile
 from torch import fx
 
 from fxmerge.errors import source_line
-from fxmerge.graph.ops import in_place
+from fxmerge.graph.ops import updates
 from fxmerge.ir.branches import Branch
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.provenance import Layer, Provenance
@@ -46,8 +46,7 @@ def _updated(captured: Capture, facts: Provenance) -> str:
     for node in captured.module.graph.nodes:
         if set(facts.sources.get(node.name, ())) - {source.name for source in node.all_input_nodes}:
             return f"a tensor is updated in place before {call_name(node)} reads it [{source_line(node)}]"
-        target = captured.module.get_submodule(str(node.target)) if node.op == "call_module" else node.target
-        if node.op.startswith("call") and in_place(node, target) and node.args and isinstance(node.args[0], fx.Node):
+        if updates(captured.module, node) and node.args and isinstance(node.args[0], fx.Node):
             view = node.args[0]
             moved = facts.kinds.get(view.name) == "movement"
             if moved and any(len(source.users) > 1 for source in view.all_input_nodes):

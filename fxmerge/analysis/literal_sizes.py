@@ -28,6 +28,7 @@ from fxmerge.analysis.kept_values import (
 )
 from fxmerge.analysis.original_values import Originals, StuckError, computed, sources
 from fxmerge.graph import nested
+from fxmerge.graph.ops import called
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.labels import compact, numbers, simplify, thin
 from fxmerge.ir.provenance import Lab, Param, Provenance, blocks_left
@@ -231,9 +232,8 @@ class _Check:
         args, kwargs = self.arguments(node)
         # sizes inside a module cannot be changed by its call, nor can the user's own code
         fixed = node.op == "call_module" or node.name in self.rigid
-        target = self.captured.module.get_submodule(str(node.target)) if node.op == "call_module" else node.target
         for want in expected:
-            if same(self.attempt(node, target, args, kwargs), want):
+            if same(self.attempt(node, called(self.captured.module, node), args, kwargs), want):
                 return want
         if fixed and node.name in self.facts.made and len(expected) == 1:  # the user's code may follow the width
             return expected[0]

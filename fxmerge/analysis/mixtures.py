@@ -16,7 +16,7 @@ from torch import fx
 from fxmerge.analysis.expert_axes import ExpertAxes
 from fxmerge.analysis.expert_ops import follow, start
 from fxmerge.errors import source_line
-from fxmerge.graph.ops import in_place
+from fxmerge.graph.ops import updates
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.mixtures import Mixture
 from fxmerge.ir.provenance import Layer, Provenance, Stack
@@ -163,9 +163,8 @@ class _Walk:
         """Why these nodes cannot be run twice: one of them updates a value from outside in place; or ""."""
         held = set(inside)
         for node in inside:
-            target = self.captured.module.get_submodule(str(node.target)) if node.op == "call_module" else node.target
             first = node.args[0] if node.args else None
-            if isinstance(first, fx.Node) and first not in held and in_place(node, target):
+            if isinstance(first, fx.Node) and first not in held and updates(self.captured.module, node):
                 return f"{call_name(node)} updates a tensor in place [{source_line(node)}]"
         return ""
 

@@ -19,7 +19,7 @@ from fxmerge.calibration.paired_run import Settings
 from fxmerge.calibration.trial_runs import first_samples
 from fxmerge.calibration.whole_run import WholeRun, affordable
 from fxmerge.graph.eval_mode import evaluating
-from fxmerge.graph.ops import in_place
+from fxmerge.graph.ops import updates
 from fxmerge.graph.outputs import agree
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.mixtures import Mixture, Thinned
@@ -153,7 +153,9 @@ class MaskedRun:
             for source in node.all_input_nodes:
                 if source not in run.env:
                     held = run.run_node(source) if source.op == "get_attr" else values[source.name][number]
-                    run.env[source] = held.clone() if self._updates(node) and isinstance(held, Tensor) else held
+                    run.env[source] = (
+                        held.clone() if updates(self.captured.module, node) and isinstance(held, Tensor) else held
+                    )
             roles = self.mixture.choices.get(node.name)
             if roles is None or gone is None:
                 run.env[node] = run.run_node(node)
@@ -171,7 +173,3 @@ class MaskedRun:
         each = self.mixture.experts // self.mixture.groups
         sizes = {"E": self.mixture.experts, "P": each, "G": self.mixture.groups if "P" in roles else 1}
         return gone.view([sizes.get(role, 1) for role in roles])
-
-    def _updates(self, node: fx.Node) -> bool:
-        called = node.op == "call_module"
-        return in_place(node, self.captured.module.get_submodule(str(node.target)) if called else node.target)

@@ -105,9 +105,9 @@ def _consumer(
     """The reading of all channels together, and the number of columns for each input channel.
 
     The weight is multiplied by the gain of the norm after it.
+    None where the geometry of the call is unknown, patches are wider than WIDEST, or inputs are not finite.
 
     known: the moments of the input that was read last, by form: queries, keys and values have the same
-    None where the geometry of the call is unknown, patches are wider than WIDEST, or inputs are not finite.
     """
     module, node, outputs = run.original.module, visit.node, visit.outputs
     owner = module.get_submodule(str(node.target)) if node.op == "call_module" else None

@@ -12,7 +12,7 @@ from typing import Any, overload
 import torch
 from torch import fx
 
-from fxmerge.graph.ops import in_place
+from fxmerge.graph.ops import updates
 
 LARGE = 2**24  # elements over all batches, above which values are computed again
 
@@ -28,8 +28,7 @@ def tail(module: fx.GraphModule, layers: Container[str]) -> frozenset[str]:
         if node.op in ("placeholder", "get_attr"):
             continue
         if not any(user in ahead or user.name in layers for user in node.users):
-            target = module.get_submodule(str(node.target)) if node.op == "call_module" else node.target
-            if in_place(node, target):
+            if updates(module, node):
                 return frozenset()
             found.add(node)
         else:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from fxmerge.calibration.live import last_readers
-from fxmerge.graph.ops import in_place
+from fxmerge.graph.ops import updates
 from fxmerge.ir.provenance import Kind
 
 WIDE = 2**26  # elements over all batches, above which values are computed again
@@ -53,7 +53,7 @@ def between(module: fx.GraphModule, kinds: Mapping[str, Kind], apart: Container[
         if node.name not in waists:
             inside.append(node)
             continue
-        if begun and not any(_updates(module, n) for n in (*inside, node)):
+        if begun and not any(updates(module, n) for n in (*inside, node)):
             named = [n.name for n in inside if n.name not in apart]
             cheap.update(name for name in named if kinds.get(name) in CHEAP)
             costly.update(name for name in named if kinds.get(name) in COSTLY)
@@ -78,9 +78,3 @@ def _waists(nodes: Sequence[fx.Node], kinds: Mapping[str, Kind]) -> tuple[set[st
             if live == {node.name}:
                 waists.add(node.name)
     return waists, flow
-
-
-def _updates(module: fx.GraphModule, node: fx.Node) -> bool:
-    if node.op not in ("call_module", "call_function", "call_method"):
-        return False
-    return in_place(node, module.get_submodule(str(node.target)) if node.op == "call_module" else node.target)

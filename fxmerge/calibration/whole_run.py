@@ -15,7 +15,7 @@ from fxmerge.calibration.batches import batch_size
 from fxmerge.calibration.epilogue import pair
 from fxmerge.calibration.output_error import difference, relative
 from fxmerge.calibration.paired_run import PairedRun, Settings
-from fxmerge.graph.ops import in_place
+from fxmerge.graph.ops import updates
 from fxmerge.graph.outputs import returned
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.provenance import Provenance
@@ -101,11 +101,8 @@ class WholeRun:
 
     def _updated(self, node: fx.Node) -> fx.Node | None:
         """The operand that a node updates in place."""
-        if node.op not in ("call_module", "call_function", "call_method") or not node.args:
-            return None
-        target = self.module.get_submodule(str(node.target)) if node.op == "call_module" else node.target
-        first = node.args[0]
-        return first if isinstance(first, fx.Node) and in_place(node, target) else None
+        first = node.args[0] if node.args and updates(self.module, node) else None
+        return first if isinstance(first, fx.Node) else None
 
 
 def _copied(value: Any) -> Any:

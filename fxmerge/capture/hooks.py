@@ -20,7 +20,7 @@ import torch
 from torch import fx, nn
 
 from fxmerge.errors import of_user
-from fxmerge.graph.ops import in_place
+from fxmerge.graph.ops import updates
 
 
 def hooked(module: nn.Module) -> bool:
@@ -115,8 +115,7 @@ def without_hooks(traced: fx.GraphModule, leaves: set[nn.Module]) -> None:
                 owner._modules[name] = bare[child]
 
     def needed(node: fx.Node) -> bool:  # torch.fx does not know of methods such as `mul_`, whose value nobody may read
-        target = traced.get_submodule(str(node.target)) if node.op == "call_module" else node.target
-        return node.is_impure() or in_place(node, target)
+        return node.is_impure() or updates(traced, node)
 
     traced.graph.eliminate_dead_code(needed)  # what hooks compute and nobody uses
     traced.recompile()

@@ -81,7 +81,7 @@ def fitted(
     if found is not None:
         attributes, rows = found
         return Fit(attributes={**fewer, **attributes}, rows=rows, **common), None
-    stopped, why = trials.stopped, "its outputs on the example inputs differ"
+    stopped, why = trials.furthest.stopped, "its outputs on the example inputs differ"
     from_own = [
         names
         for names in recomputed(captured, tensors).values()
@@ -117,14 +117,14 @@ class Stopped:
 class _Outcome:
     """How a run of the class went.
 
-    fits:    the rows to scale, where its outputs are those of the merged model; otherwise None
-    calls:   the calls of torch that succeeded
-    raised:  the classes of the modules in which it raised, innermost first; None if it did not raise
+    fits:     the rows to scale, where its outputs are those of the merged model; otherwise None
+    calls:    the calls of torch that succeeded
+    stopped:  where it raised; None if it did not
     """
 
     fits: Rows | None
     calls: int
-    raised: tuple[type, ...] | None = None
+    stopped: Stopped | None = None
 
 
 class _Trials:
@@ -133,9 +133,7 @@ class _Trials:
     def __init__(self, model: nn.Module, given: Mapping[str, Tensor], fits: Sequence[Fit], expected: Expected) -> None:
         self.model, self.given, self.fits, self.expected = model, given, fits, expected
         self.copies: dict[int, nn.Module] = {}
-        self.left = TRIALS
-        self.furthest = -1  # calls of torch that succeeded in the run that came furthest
-        self.stopped: Stopped | None = None  # where that run raised
+        self.left, self.furthest = TRIALS, _Outcome(None, -1)
 
     def copy(self, number: int) -> nn.Module:
         """Raises FxMergeError if the class cannot hold the tensors."""
@@ -163,22 +161,21 @@ class _Trials:
     def run(self, attributes: Mapping[str, int]) -> _Outcome:
         """Runs the class with these attributes."""
         self.left -= 1
-        calls, raised, stopped = 0, None, None
+        calls, stopped = 0, None
         for number, fit in enumerate(self.fits):
             own, counter = self.copy(number), _Counter()
             try:
                 with _given(own, attributes), counter:
                     if self.expected.error(own, calls=1) <= 1 and self.expected.error(own) <= 1:
-                        return _Outcome(fit.rows, counter.calls, None)
+                        return _Outcome(fit.rows, counter.calls)
             except Exception as error:  # the user's code may raise anything on sizes that it was not written for
                 stopped = _stopped(error, counter.calls)
-                raised = stopped.owners
             calls = max(calls, counter.calls)
-            if raised is not None:
+            if stopped is not None:
                 break  # it would raise with other values too
-        if calls > self.furthest:
-            self.furthest, self.stopped = calls, stopped
-        return _Outcome(None, calls, raised)
+        outcome = _Outcome(None, calls, stopped)
+        self.furthest = max(self.furthest, outcome, key=lambda run: run.calls)
+        return outcome
 
 
 class _Counter(TorchFunctionMode):
@@ -242,8 +239,8 @@ def _searched(trials: _Trials, numbers: Numbers) -> tuple[dict[str, int], Rows] 
 def _step(trials: _Trials, numbers: Numbers, chosen: Chosen, best: _Outcome) -> tuple[Chosen, _Outcome] | None:
     """One more attribute, or two, with which the code comes further than before, and how far."""
     kinds = list(numbers)
-    if best.raised is not None:
-        order = {owner: i for i, owner in reversed(list(enumerate(best.raised)))}
+    if best.stopped is not None:
+        order = {owner: i for i, owner in reversed(list(enumerate(best.stopped.owners)))}
         kinds = sorted((k for k in numbers if k[0] in order), key=lambda k: order[k[0]])
     single = [(kind, choice) for kind in kinds for choice in numbers[kind] if chosen.get(kind) != choice]
     for size in (1, 2):
@@ -258,7 +255,7 @@ def _step(trials: _Trials, numbers: Numbers, chosen: Chosen, best: _Outcome) -> 
             if outcome.fits is not None:
                 return tried, outcome
             further = outcome.calls > (found[1] if found else best).calls
-            if best.raised is not None and (further or (outcome.raised is None and found is None)):
+            if best.stopped is not None and (further or (outcome.stopped is None and found is None)):
                 found = tried, outcome
         if found:
             return found

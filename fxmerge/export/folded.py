@@ -67,22 +67,28 @@ def sources(captured: Capture, tensors: Mapping[str, Tensor], labels: Labels, al
 
 def _undone(value: Tensor, before: Tensor, now: Tensor) -> Tensor | None:
     """What a tensor has to be for `now` to be computed from it, if `before` is no more than a view of it; or None."""
-    alike = [n for n in value.shape if n > 1] == [n for n in before.shape if n > 1]
-    if alike and torch.equal(value.flatten(), before.flatten().to(value)):
-        sizes = iter([new for old, new in zip(before.shape, now.shape, strict=True) if old > 1])
-        return now.reshape([next(sizes) if n > 1 else 1 for n in value.shape]).to(value.dtype)
+    if _alike(value, before) and torch.equal(value.flatten(), before.flatten().to(value)):
+        return _reshaped(now, before, value).to(value.dtype)
     if value.dim() == 2 and value.t().shape == before.shape and torch.equal(value.t(), before.to(value)):
         return now.t().to(value.dtype)
     return None
 
 
+def _alike(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have the same shape up to axes of size 1."""
+    return [n for n in one.shape if n > 1] == [n for n in other.shape if n > 1]
+
+
+def _reshaped(now: Tensor, before: Tensor, like: Tensor) -> Tensor:
+    """`now`, which `before` became, with the axes of `like`, which has the shape of `before` up to axes of size 1."""
+    sizes = iter([new for old, new in zip(before.shape, now.shape, strict=True) if old > 1])
+    return now.reshape([next(sizes) if n > 1 else 1 for n in like.shape])
+
+
 def _narrowed(value: Tensor, like: Tensor, labels: ParamLabels, alive: Tensor) -> Tensor:
     """A tensor without the dropped places of another, which broadcasts with it; unchanged where it has no such axes."""
-    wide = [axis for axis in range(like.dim()) if like.size(axis) > 1]
-    if value.shape != like.shape and [n for n in value.shape if n > 1] == [like.size(axis) for axis in wide]:
-        narrow = _narrowed(value.reshape(like.shape), like, labels, alive)  # as (n,) is used as (1, n, 1, 1)
-        sizes = iter([narrow.size(axis) for axis in wide])
-        return narrow.reshape([next(sizes) if n > 1 else 1 for n in value.shape])
+    if value.shape != like.shape and _alike(value, like):  # as (n,) is used as (1, n, 1, 1)
+        return _reshaped(_narrowed(value.reshape(like.shape), like, labels, alive), like, value)
     first = like.dim() - value.dim()
     axes = {
         axis - first: along

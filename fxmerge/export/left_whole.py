@@ -38,19 +38,6 @@ def left_whole(report: Report, stopped: Stopped | None, taken: Taken) -> tuple[s
     if captured.cut is not None or captured.recorded is not None or has_disk_tensors(captured.module):
         return ()
     left = min(TRIALS, int(COPIED / max(1, sum(p.numel() for p in captured.module.parameters()))))
-    held: tuple[str, ...] = ()
-    if stopped is None:
-        computed = tuple(_of_computed(report))
-        kinds = dict.fromkeys(_kind(plan.name) for plan in report.plan.groups)
-        some = [choice for size in (1, 2) for choice in itertools.combinations(kinds, size)]
-        for held in [computed] if computed else some[:left]:
-            trial = _without(report, held)
-            fits, stopped = taken(trial) if trial is not None else (False, None)
-            if fits:
-                return held
-        if stopped is None or not computed:
-            return ()
-    owners, calls = stopped.owners, stopped.calls
 
     def tried(patterns: Sequence[str]) -> tuple[bool, Stopped | None]:
         nonlocal left
@@ -58,6 +45,18 @@ def left_whole(report: Report, stopped: Stopped | None, taken: Taken) -> tuple[s
         left -= trial is not None
         return taken(trial) if trial is not None else (False, None)
 
+    held: tuple[str, ...] = ()
+    if stopped is None:
+        computed = tuple(_of_computed(report))
+        kinds = dict.fromkeys(_kind(plan.name) for plan in report.plan.groups)
+        some = (choice for size in (1, 2) for choice in itertools.combinations(kinds, size))
+        for held in [computed] if computed else some:
+            fits, stopped = tried(held)
+            if fits:
+                return held
+        if stopped is None or not computed:
+            return ()
+    owners, calls = stopped.owners, stopped.calls
     while owners:
         inside = _patterns(report, owners[0], held)
         furthest: tuple[int, tuple[str, ...], tuple[type, ...]] | None = None
@@ -87,15 +86,15 @@ def _fewest(patterns: tuple[str, ...], fits: Callable[[tuple[str, ...]], bool]) 
 
 def _patterns(report: Report, owner: type, held: Sequence[str]) -> list[str]:
     """The kinds of narrowed groups that are produced inside modules of a class, as patterns of their names."""
-    model, narrowed = report.captured.model, {p.name for p in report.plan.groups}
+    model = report.captured.model
     assert model is not None
-    inside = [path + "." for path, module in model.named_modules(remove_duplicate=False) if type(module) is owner]
+    inside = tuple(path + "." for path, m in model.named_modules(remove_duplicate=False) if type(m) is owner)
     if "." in inside:  # the whole model
         return []
     found = [
         _kind(group.name)
-        for group in report.grouping.everything
-        if group.name in narrowed and any(f"{p.layer.module}.".startswith(tuple(inside)) for p in group.producers)
+        for group, _ in planned(report.grouping.everything, report.plan)
+        if any(f"{producer.layer.module}.".startswith(inside) for producer in group.producers)
     ]
     return [pattern for pattern in dict.fromkeys(found) if pattern not in held]
 
@@ -104,11 +103,9 @@ def _of_computed(report: Report) -> list[str]:
     """The kinds of narrowed groups with tensors that the class computes from others, or with one of these."""
     changed = recomputed(report.captured, report.module.state_dict())
     paths = {*changed, *itertools.chain.from_iterable(changed.values())}
-    narrowed = {p.name for p in report.plan.groups}
     found = [
         _kind(group.name)
-        for group in report.grouping.everything
-        if group.name in narrowed
+        for group, _ in planned(report.grouping.everything, report.plan)
         for member in (*group.producers, *group.per_channel_params, *group.consumers)
         if not paths.isdisjoint(member.layer.params.values())
     ]

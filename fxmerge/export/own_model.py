@@ -72,11 +72,11 @@ def _hint(report: Report, stopped: Stopped | None) -> str:
     uneven = bool(options.budget) and not options.same_widths
     even = "; with same_widths=True, layers of one kind share a width" if uneven else ""
 
-    def where(trial: Report) -> tuple[bool, Stopped | None]:
+    def taken(trial: Report) -> tuple[bool, Stopped | None]:
         fit, _, raised = fit_of(trial, _own_tensors(trial), Expected(captured, trial.module))
         return not fit.refused, raised
 
-    patterns = left_whole(report, stopped, where)
+    patterns = left_whole(report, stopped, taken)
     keep = ", ".join(f'"{pattern}": 1.0' for pattern in patterns)
     return even + (f"; there is one with keep={{{keep}}}, which leaves these groups whole" if patterns else "")
 

@@ -140,15 +140,13 @@ def judged(
     random = unsure or found.drawn
     again = run(original, *inputs) if random or found.integers else None
     before, after = list(expected), found.outputs
-    if [t.shape for t in before] != [t.shape for t in after] and _lengths(
-        before, after, lengths_vary, original, inputs
-    ):
+    if [t.shape for t in before] != [t.shape for t in after]:
+        if not _only_lengths(before, after, lengths_vary, original, inputs):
+            raise FxMergeError(f"the merged model's outputs have other shapes than the original's; {_REMEDY}")
         pairs = [(b, a) for b, a in zip(before, after, strict=True) if b.shape == a.shape]
-        if before and not pairs:
+        if not pairs:
             return Verdict(nan, "the merged model's outputs have other lengths than the original's")
         before, after = [b for b, _ in pairs], [a for _, a in pairs]
-    if [t.shape for t in before] != [t.shape for t in after]:
-        raise FxMergeError(f"the merged model's outputs have other shapes than the original's; {_REMEDY}")
     if again is None:
         return measured(before, after)
     if random and (why := _random(expected, found, again)):
@@ -159,7 +157,7 @@ def judged(
     return replace(measured(before, after), differing=share)
 
 
-def _lengths(
+def _only_lengths(
     before: Sequence[Tensor], after: Sequence[Tensor], first: bool, original: nn.Module, inputs: tuple[Any, Any]
 ) -> bool:
     """Whether outputs differ in lengths that depend on values, as the number of boxes, or the length of what is spoken.

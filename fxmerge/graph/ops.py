@@ -1,7 +1,8 @@
 """Calls of ops: as graph nodes, as a torch function mode sees them, and as aten overloads.
 
 node_call, HARMLESS, PLAIN, tensors, held_tensors: for a graph that is recorded while the model runs.
-in_place: whether a call updates its first argument.
+called: what a node calls.
+in_place, updates: whether a call updates its first argument.
 Aten, overload_name, by_name: for aten ops, whose names and arguments follow a schema.
 """
 
@@ -84,6 +85,16 @@ def in_place(node: fx.Node, target: Any) -> bool:
         return True
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
     return (name.endswith("_") and not name.endswith("__")) or name in _UPDATES
+
+
+def called(module: fx.GraphModule, node: fx.Node) -> Any:
+    """The module that a call_module node calls; for any other node, its target."""
+    return module.get_submodule(str(node.target)) if node.op == "call_module" else node.target
+
+
+def updates(module: fx.GraphModule, node: fx.Node) -> bool:
+    """Returns whether a node of a graph module is a call that updates its first argument (`in_place`)."""
+    return node.op.startswith("call_") and in_place(node, called(module, node))
 
 
 @dataclass(frozen=True)

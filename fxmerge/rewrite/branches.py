@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxmerge.graph.cost import parameters
-from fxmerge.graph.ops import in_place
+from fxmerge.graph.ops import updates
 from fxmerge.ir.branches import Branch, Measured
 from fxmerge.ir.capture import Capture, Cut
 from fxmerge.ir.provenance import Provenance
@@ -62,7 +62,7 @@ class _Cutter:
         self.graph, self.levels = self.module.graph, dict[str, Tensor]()
         self.nodes: dict[str, fx.Node] = {node.name: node for node in self.graph.nodes}
         self.read = {node for node in self.graph.nodes if node.users}
-        self.updates = any(map(self._in_place, self.graph.nodes))
+        self.updates = any(updates(self.module, node) for node in self.graph.nodes)
 
     def drop(self, one: Measured) -> set[str]:
         """Takes a branch out. Returns the names of the nodes that now read something else."""
@@ -114,8 +114,3 @@ class _Cutter:
         trained = any(p.requires_grad for p in self.module.parameters())
         modules[owner].register_parameter(name, nn.Parameter(level.clone(), requires_grad=trained))
         return f"{owner}.{name}".lstrip(".")
-
-    def _in_place(self, node: fx.Node) -> bool:
-        if node.op not in ("call_module", "call_function", "call_method"):
-            return False
-        return in_place(node, self.module.get_submodule(str(node.target)) if node.op == "call_module" else node.target)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from fxmerge.graph.nested import tree
-from fxmerge.graph.ops import in_place
+from fxmerge.graph.ops import updates
 from fxmerge.ir.capture import SIZE_CHECK
 from fxmerge.ir.groups import Member, Merge
 from fxmerge.ir.labels import compact
@@ -224,7 +224,7 @@ class Rewriter:
         for node in [
             n for n in reversed(self.module.graph.nodes) if n.op in ("call_function", "call_method") and not n.users
         ]:
-            query = self.facts.kinds.get(node.name) == "query" and not in_place(node, node.target)  # `fill_` updates
+            query = self.facts.kinds.get(node.name) == "query" and not updates(self.module, node)  # `fill_` does
             if query and not node.meta.get(SIZE_CHECK):
                 self.module.graph.erase_node(node)
 

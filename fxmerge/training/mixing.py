@@ -19,18 +19,14 @@ def mixed(values: Sequence[Any]) -> list[Any]:
         a teacher, Beyer et al., CVPR 2022).
     Raises FxMergeError for samples that are no floating-point tensors, such as token ids.
     """
-    tensors = [v for v in values if isinstance(v, Tensor) and v.dim()]
-    count = len(tensors[0]) if tensors else 0
-    for tensor in tensors:
-        if len(tensor) == count and not tensor.is_floating_point():
-            raise FxMergeError(
-                f"mix needs inputs that are floating-point tensors; one is {tensor.dtype}: leave mix out"
-            )
+    count = next((len(v) for v in values if isinstance(v, Tensor) and v.dim()), 0)
     shares, partners = torch.rand(count), torch.randperm(count)
 
     def between(value: Any) -> Any:
         if not isinstance(value, Tensor) or not value.dim() or len(value) != count:
             return value
+        if not value.is_floating_point():
+            raise FxMergeError(f"mix needs inputs that are floating-point tensors; one is {value.dtype}: leave mix out")
         share = shares.to(value).reshape(-1, *[1] * (value.dim() - 1))
         return value + share * (value[partners.to(value.device)] - value)
 

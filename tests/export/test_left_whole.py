@@ -85,21 +85,6 @@ def test_a_number_that_is_only_compared_follows() -> None:
     assert result.model.get_submodule("2").num_channels == 6
 
 
-def test_no_advice_where_nothing_helps() -> None:
-    class Fixed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(6, 16), nn.Linear(16, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            y: Tensor = self.b(torch.relu(self.a(x)).view(-1, 4, 4).transpose(1, 2).transpose(1, 2).reshape(-1, 16))
-            return y
-
-    result = fxmerge.merge(Fixed().eval(), torch.randn(4, 6), ratio=0.5, refit="none")
-    assert result.model is None
-    assert "there is one with" not in result.report.text(400)
-
-
 class Pooling(nn.Module):
     """nn.MultiheadAttention computes its three weights from one parameter, and asks for heads of the full width."""
 

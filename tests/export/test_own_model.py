@@ -211,6 +211,7 @@ def test_the_report_says_why_there_is_none(given: dict[str, Any]) -> None:
     for text in (result.report.text(width=200), result.report.json()):
         assert "result.model is None: the code of Written has sizes that cannot be changed from outside" in text
         assert ("with same_widths=True" in text) is ("budget" in given)
+        assert "there is one with" not in text  # no advice where nothing helps
     with pytest.raises(FxMergeError, match="the merged weights cannot be put into Written: the code of Written has"):
         result.into(Written())
 
