@@ -102,6 +102,7 @@ def plot(rows: Rows, path: Path) -> None:
         if original is not None:
             axis.axhline(100 - original, color="grey", linestyle=":")
         axis.set_xscale("symlog", linthresh=1)
+        axis.set_xlim(left=-0.1)
         axis.set(title=TITLES[network].title, xlabel="epochs", ylabel="top-1 error, %", yscale="log")
         axis.set_xticks(sorted({key[2] for key in rows if key[0] == network}))
         axis.xaxis.set_major_formatter("{x:g}")
