@@ -15,6 +15,7 @@ from math import inf, isfinite
 
 from fxmerge.analysis.branches import branches
 from fxmerge.calibration.branch_losses import measured
+from fxmerge.calibration.division import for_trials
 from fxmerge.errors import FxMergeError
 from fxmerge.experts import as_planned, measured_on, with_share
 from fxmerge.graph.cost import parameters
@@ -26,6 +27,7 @@ from fxmerge.plan import Plan
 from fxmerge.planning.depth import droppable, in_order, searched
 from fxmerge.planning.draft import Choice
 from fxmerge.planning.scope import check_patterns
+from fxmerge.refit.trials import trial_error
 from fxmerge.report.tables import first_names
 from fxmerge.result import Result
 from fxmerge.rewrite.branches import without_branches
@@ -85,13 +87,22 @@ class _Trials:
         ready = _without(self.ready, self.order[:number]) if number else self.ready
         try:
             choice = ready.choose(self.options)
-            error = ready.judged(choice, refitted=True)
+            error = _judged(ready, choice)
         except FxMergeError as failed:
             self.failed = self.failed or failed
             return inf
         if error < self.least or not self.chosen:
             self.least, self.chosen = error, {number: (ready, choice)}
         return error
+
+
+def _judged(ready: Prepared, choice: Choice) -> float:
+    """The error of a choice on samples that it was not fitted to, after a short refit if that lowers it."""
+    fit, held = for_trials(ready.captured, ready.data.batches[: ready.data.made or None])
+    streams = ready.streams(ready.draft(replace(choice, batches=fit)))
+    settings = ready.settings if held else replace(ready.settings, held=False)
+    batches = fit if choice.batches else []
+    return trial_error(streams, batches, held or [ready.captured.inputs], settings, ready.stage)
 
 
 def _measured(ready: Prepared, found: Sequence[Branch]) -> tuple[Measured, ...]:

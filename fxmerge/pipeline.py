@@ -23,10 +23,11 @@ from fxmerge.analysis.groups import overlaps
 from fxmerge.analysis.head_widths import head_widths
 from fxmerge.analysis.propagate import provenance
 from fxmerge.calibration.batches import Batches, with_data
-from fxmerge.calibration.division import for_trials, solving
+from fxmerge.calibration.division import comparing, solving
 from fxmerge.calibration.epilogue import against
 from fxmerge.calibration.fit_probes import RefitData, refit_data
-from fxmerge.calibration.paired_run import Settings
+from fxmerge.calibration.output_error import output_error
+from fxmerge.calibration.paired_run import Pair, Settings
 from fxmerge.calibration.readings import readings
 from fxmerge.calibration.sensitivity import sensitivity
 from fxmerge.capture.capture_model import capture, check_weights, confined
@@ -39,14 +40,14 @@ from fxmerge.ir.capture import Capture
 from fxmerge.ir.groups import Group, Grouping, Refusal
 from fxmerge.ir.provenance import Provenance, without_new_biases
 from fxmerge.methods.allocation import Counts
+from fxmerge.methods.elimination import Orders
 from fxmerge.methods.evidence import Reading
 from fxmerge.options import Options
 from fxmerge.plan import GroupPlan, Plan
-from fxmerge.planning.alone import losses_alone
 from fxmerge.planning.budget import Allotted, allot, original_of
 from fxmerge.planning.counts import by_ratio
 from fxmerge.planning.draft import Choice, Draft, drafted
-from fxmerge.planning.error_curves import curves
+from fxmerge.planning.error_curves import errors as losses
 from fxmerge.planning.roles import without
 from fxmerge.planning.room import Room
 from fxmerge.planning.scope import check_patterns, in_scope, replayed
@@ -56,7 +57,6 @@ from fxmerge.progress import Stage
 from fxmerge.refit.contradiction import contradiction
 from fxmerge.refit.handed_out import MERGED, PRUNED, HandedOut, closest
 from fxmerge.refit.records import Refitted
-from fxmerge.refit.trials import trial_error
 from fxmerge.report.reports import Report
 from fxmerge.result import Analysis, Result
 from fxmerge.rewrite.reassemble import assembled
@@ -94,6 +94,7 @@ class Prepared:
         self.probing = Settings(rows=options.rows, seed=options.seed, held=held, reduce=summed, memory=memory)
         self.tensors = state(captured.module)
         self.seen: dict[int, dict[str, tuple[Reading, ...]]] = {}  # by the identity of the batches
+        self.orders = Orders()
         self.thinner: dict[Any, tuple[Prepared, tuple[str, ...]]] = {}  # with fewer experts (see `experts.py`)
 
     @cached_property
@@ -218,13 +219,9 @@ class Prepared:
         if options.allocation != "uniform":
             surveyed = self.readings(free) if batches else {}
             self.stage("curves")
-            known = losses_alone(
-                room, lambda counts: self.selection(free, counts, options), batches, self.settings,
-                readings=surveyed, tensors=self.tensors, stage=self.stage,
-            )  # fmt: skip
-            errors |= curves(
-                self.captured, facts, free, options, ladders=room.ladders, readings=surveyed, tensors=self.tensors,
-                refitted=bool(batches), sensitivity=self.sensitive if batches and not known else {}, alone=known,
+            errors |= losses(
+                room, lambda counts: self.selection(free, counts, options), batches, self.settings, readings=surveyed,
+                tensors=self.tensors, orders=self.orders, sensitivity=lambda: self.sensitive, stage=self.stage,
             )  # fmt: skip
         room = replace(room, errors=errors, refitted=bool(batches))
         return allot(room, self.tensors, self.stage, lambda counts: self.error(groups, counts, options))
@@ -234,7 +231,8 @@ class Prepared:
         narrowed = [g for g in groups if sum(counts[g.name]) < g.channels]
         needed = wanted(narrowed, options)
         surveyed = self.readings(needed) if needed else {}
-        return selected(narrowed, counts, self.captured, *self.found, self.tensors, options, surveyed, self.stage)
+        known, stage = self.orders, self.stage
+        return selected(narrowed, counts, self.captured, *self.found, self.tensors, options, surveyed, known, stage)
 
     def error(self, groups: Sequence[Group], counts: Counts, options: Options) -> float:
         """The error of the outputs with these channel counts before refit, on samples that the draft was not fitted to.
@@ -244,21 +242,20 @@ class Prepared:
         """
         if self.captured.recorded is not None and not self.data.batches:
             return 0.0
-        self.readings(groups, self.divided[0])  # at once, for all that are compared
-        return self.judged(self.choice(options, self.selection(groups, counts, options), (), [], ()))
-
-    def judged(self, choice: Choice, refitted: bool = False) -> float:
-        """The error of a choice, as in `error`; refitted: after a short refit of the draft, if that is better."""
-        (fit, held), settings = self.divided, self.settings
-        draft = self.draft(replace(choice, batches=fit))
-        streams = against(self.captured, self.found[0], draft.graph, draft.alive, draft.original)
-        fit, settings = fit if refitted and choice.batches else [], settings if held else replace(settings, held=False)
-        return trial_error(streams, fit, held or [self.captured.inputs], settings, self.stage)
+        fit, held, judges = self.compared
+        self.readings(groups, fit)  # at once, for all that are compared
+        draft = self.draft(self.choice(options, self.selection(groups, counts, options), (), fit, ()))
+        settings = replace(self.settings, made=0, held=self.settings.held and bool(held))
+        return output_error(self.streams(draft), held or [self.captured.inputs], settings, judges)
 
     @cached_property
-    def divided(self) -> tuple[Batches, Batches]:
-        """Some of refit's data, without variants, divided into batches to fit a draft on and batches to judge it on."""
-        return for_trials(self.captured, self.data.batches[: self.data.made or None])
+    def compared(self) -> tuple[Batches, Batches, list[torch.Tensor] | None]:
+        """What drafts are fitted and compared on: see `comparing`."""
+        return comparing(self.captured, self.data.batches, self.settings)
+
+    def streams(self, draft: Draft) -> Pair:
+        """The original graph and that of a draft."""
+        return against(self.captured, self.found[0], draft.graph, draft.alive, draft.original)
 
     def apply(self, choice: Choice, started: float) -> Result:
         """Builds the merged model of a choice, refits it, and compares it with the original.
@@ -271,7 +268,7 @@ class Prepared:
         if choice.batches and (choice.chosen or captured.cut):
             pruned = replace(choice, options=choice.options.replace(decomposition="prune"))
             others = {MERGED: lambda: self.draft(choice), PRUNED: lambda: self.draft(pruned)}
-            streams = against(captured, facts, draft.graph, draft.alive, draft.original)
+            streams = self.streams(draft)
             refitted, best = closest(captured, streams, others, choice.batches, self.settings, stage=self.stage)
             draft = others[best.name]() if best.name in others else draft
         module = assembled(captured, draft.graph)

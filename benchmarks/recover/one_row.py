@@ -35,6 +35,7 @@ class Task:
     state: Path  # the file from which the row continues if it was stopped
     threads: int
     bf16: bool
+    compiled: bool = False
 
 
 def findings(task: Task) -> Iterator[Finding]:
@@ -51,7 +52,7 @@ def _findings(task: Task) -> Iterator[Finding]:
     metadata = load_checkpoint(published.find_weights(network, task.weights), model)
     images, labels = data.DATASETS[network.dataset](task.data, "train")
     mean, std = data.mean_and_std(metadata)
-    run = training.Training(images, labels, mean, std, task.epochs, task.state, task.seed, task.bf16)
+    run = training.Training(images, labels, mean, std, task.epochs, task.state, task.seed, task.bf16, task.compiled)
     calibration = data.normalise(images[:SAMPLES], mean, std)
     before = size(Specimen(model, (calibration[:1],)))
     yield {"train_images": len(images), "stage": "train"}

@@ -52,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                         help=f"default: {' '.join(map(str, EPOCHS))}")  # fmt: skip
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     parser.add_argument("--bf16", action="store_true", help="train under bfloat16 autocast")
+    parser.add_argument("--compile", action="store_true", help="train through torch.compile, in half the time")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything that is random (default: 0)")
     parser.add_argument("--limit", type=float, default=72000, metavar="S", help="CPU seconds for each row")
     parser.add_argument("--again", action="store_true", help="also measure rows that the file already has")
@@ -64,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     def measure(key: Key) -> Row:
         seed, network, method, epochs = key
         state = path.with_name(f"{path.stem}-{'-'.join(map(str, key))}.safetensors")
-        task = one_row.Task(network, method, epochs, seed, args.data, args.weights, state, args.threads, args.bf16)
+        how = args.threads, args.bf16, args.compile
+        task = one_row.Task(network, method, epochs, seed, args.data, args.weights, state, *how)
         return runs.measure(key, KEY, one_row.findings, (task,), args.limit)
 
     process.preload(one_row.__name__)

@@ -16,7 +16,7 @@ from benchmarks.networks.train import augment
 from fxmerge.training import checkpoint
 
 LR, MOMENTUM, WEIGHT_DECAY, BATCH = 0.05, 0.9, 5e-4, 128
-OWN_LR = 1e-4  # of AdamW for one epoch; it grows with the square root of the epochs
+OWN_LR = 0.0025  # of a distilled network, for each epoch; at most LR
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Training:
     images: uint8 (N, H, W, C); labels: (N,); mean, std: one entry for each channel
     epochs: the learning rate falls from LR to zero over them by half a cosine
     state:  the file from which a training that was stopped continues
+    compiled: whether models run through torch.compile
     """
 
     images: Tensor
@@ -36,6 +37,7 @@ class Training:
     state: Path
     seed: int = 0
     bf16: bool = False
+    compiled: bool = False
 
     def __len__(self) -> int:
         """Batches in an epoch."""
@@ -48,9 +50,9 @@ class Training:
             yield inputs.contiguous(memory_format=torch.channels_last), self.labels[index]
 
 
-def sgd(parameters: Any) -> torch.optim.SGD:
-    """The optimizer of all methods that train with the labels alone."""
-    return torch.optim.SGD(parameters, LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True)
+def sgd(parameters: Any, lr: float = LR) -> torch.optim.SGD:
+    """The optimizer of all methods."""
+    return torch.optim.SGD(parameters, lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True)
 
 
 def with_labels(model: nn.Module, training: Training) -> nn.Module:
@@ -58,8 +60,9 @@ def with_labels(model: nn.Module, training: Training) -> nn.Module:
     optimizer, begun = sgd(model.parameters()), 0
     if training.state.exists():
         begun = checkpoint.restore(training.state, {"model": model}, optimizer)["epochs"]
+    run: Any = torch.compile(model) if training.compiled else model
     for epoch in range(begun, training.epochs):
-        for _ in steps(model, optimizer, training, epoch):
+        for _ in steps(run, optimizer, training, epoch):
             pass
         checkpoint.save(training.state, {"model": model}, optimizer, {"epochs": epoch + 1})
     return model
@@ -99,7 +102,8 @@ def steps(model: nn.Module, optimizer: torch.optim.Optimizer, training: Training
 def towards(result: fxmerge.Result, training: Training) -> nn.Module:
     """Trains a merged model towards its original on means of two images, without labels."""
     trained = fxmerge.distill(
-        result, training, epochs=training.epochs, lr=OWN_LR * math.sqrt(training.epochs), hidden=0.0, mix=True,
-        bf16=training.bf16, checkpoint=training.state, seed=training.seed,
+        result, training, epochs=training.epochs, hidden=0.0, batch_statistics=True, mix=True, bf16=training.bf16,
+        optimizer=lambda weights: sgd(weights, min(LR, OWN_LR * training.epochs)), compile=training.compiled,
+        checkpoint=training.state, seed=training.seed,
     )  # fmt: skip
     return trained.module

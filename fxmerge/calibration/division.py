@@ -7,7 +7,7 @@ expressed, leaves the samples out that are held out of refit's solves.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -39,6 +39,22 @@ def halves(batches: Batches, divisible: bool) -> tuple[Batches, Batches]:
         batches = [part for batch in batches for part in (_cut(batch) if divisible else [batch])]
     last = max(1, len(batches) // 4)
     return (batches[:-last], batches[-last:]) if len(batches) > 1 else (batches, batches)
+
+
+def comparing(captured: Capture, batches: Batches, settings: Settings) -> tuple[Batches, Batches, list[Tensor] | None]:
+    """Batches to fit drafts on that are compared; batches to compare them on, and which of their samples judge, or None
+    for all.
+
+    Samples that the survey leaves out judge, and it serves the drafts; where there are none, as in `for_trials`.
+    """
+    if not any(bool((own == HELD_OUT).any()) for own in sample_folds([samples(b) for b in batches], settings.made)):
+        return *for_trials(captured, batches[: settings.made or None]), None
+    held, judges = judging(captured, batches, settings)
+    if all(bool(own.all()) for own in judges):
+        return batches, held, None
+    before = accumulate((samples(batch) for batch in held), initial=0)
+    count = sum(seen < TRIED for seen in list(before)[:-1])  # whole batches, in which streams are held
+    return batches, held[:count], judges[:count]
 
 
 def solving(captured: Capture, batches: Sequence[Sequence[Any]], made: int) -> list[Sequence[Any]]:

@@ -12,6 +12,7 @@ from fxmerge.calibration.live import last_readers
 from fxmerge.calibration.sample_run import SampleRun
 from fxmerge.calibration.tail import LARGE, Recomputed
 from fxmerge.calibration.waists import WIDE, Between
+from fxmerge.graph.eval_mode import of_the_model
 from fxmerge.graph.nested import tree
 from fxmerge.graph.ops import tensors
 from fxmerge.weights.by_path import at
@@ -101,11 +102,12 @@ class Stream:
                 return operand(leaf) if isinstance(leaf, fx.Node) else other
 
             args, kwargs = tree(value, (node.args, node.kwargs))
-        if node.op == "call_module":
-            return self.module.get_submodule(str(node.target))(*args, **kwargs)
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        return node.target(*args, **kwargs) if node.op == "call_function" else args[0]  # type: ignore[operator]
+        with of_the_model():
+            if node.op == "call_module":
+                return self.module.get_submodule(str(node.target))(*args, **kwargs)
+            if node.op == "call_method":
+                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            return node.target(*args, **kwargs) if node.op == "call_function" else args[0]  # type: ignore[operator]
 
     def put(self, name: str, number: int, value: Any) -> None:
         """Replace the value of a node for one batch, after weights before it have changed."""

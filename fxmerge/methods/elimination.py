@@ -14,6 +14,7 @@ altogether costs u' (G o W'W) u, with 1 in u for each of them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from fxmerge.methods.generalisation import elsewhere
 
 RIDGE = 1e-2  # of H, as a share of the mean diagonal of G
 WIDE = 1024  # columns from which matrices are factored in float32, whose rounding errors are far below the ridge
-ROUNDS = 48  # at most; in a wide group, several channels are removed in each round
+TOGETHER = 64  # of so many channels that are left, one is removed in each round; the order then depends on them alone
 
 
 class _Consumer:
@@ -143,28 +144,63 @@ def _inverse_root(block: Tensor) -> Tensor:
     return root.to(block)
 
 
-def eliminate(readings: Sequence[Reading], candidates: Tensor, count: int) -> Tensor:
+@dataclass(frozen=True)
+class Order:
+    """The order in which candidates are removed, as far as it is known.
+
+    removed: (drop,) positions in the candidates
+    losses:  (drop,) the expected loss once each of them is gone
+    """
+
+    removed: Tensor
+    losses: Tensor
+
+
+class Orders:
+    """The orders that are known. One that has been computed for many channels to drop also tells of fewer."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[Reading, ...], Order]] = {}
+
+    def of(self, readings: Sequence[Reading], candidates: Tensor, drop: int) -> Order:
+        """The order of the first `drop` of the candidates (indices of a group's channels), at least."""
+        key = tuple(map(id, readings)), tuple(candidates.tolist())
+        _, found = self._known.get(key, (None, None))
+        if found is None or len(found.removed) < drop:
+            found = _order(readings, candidates, drop)
+            self._known[key] = tuple(readings), found  # with the readings, whose identities then stay theirs
+        return found
+
+
+def eliminate(readings: Sequence[Reading], candidates: Tensor, count: int, orders: Orders | None = None) -> Tensor:
     """The `count` of the candidates (indices of a group's channels) to keep: positions in `candidates`, ascending."""
+    drop = len(candidates) - count
     left = torch.ones(len(candidates), dtype=torch.bool)
-    for cheapest, _ in _descent(readings, candidates, len(candidates) - count):
-        left[cheapest] = False
+    left[(orders or Orders()).of(readings, candidates, drop).removed[:drop]] = False
     return left.nonzero().flatten()
 
 
-def curve(readings: Sequence[Reading], candidates: Tensor, least: int) -> Tensor:
+def curve(readings: Sequence[Reading], candidates: Tensor, least: int, orders: Orders | None = None) -> Tensor:
     """The loss at which only k of `candidates` are kept: (n + 1,) by k, infinite below `least`.
 
     It is the share of the variance of a consumer's outputs that re-solving cannot recover on rows that it was not
     solved on (see `generalisation`), summed over the consumers. All k take one factorisation.
     """
     n = len(candidates)
+    losses = (orders or Orders()).of(readings, candidates, n - least).losses[: n - least]
     found = torch.full((n + 1,), torch.inf, dtype=torch.float64)
-    found[n], left, total = 0.0, n, 0.0
-    for cheapest, now in _descent(readings, candidates, n - least):
-        steps = torch.arange(1, len(cheapest) + 1) / len(cheapest)
-        found[left - torch.arange(1, len(cheapest) + 1)] = total + (now - total) * steps.double()
-        left, total = left - len(cheapest), now
+    found[least:] = torch.cat([losses.flip(0), losses.new_zeros(1)])
     return found
+
+
+def _order(readings: Sequence[Reading], candidates: Tensor, drop: int) -> Order:
+    removed, losses, total = [candidates.new_zeros(0)], [torch.zeros(0, dtype=torch.float64)], 0.0
+    for cheapest, now in _descent(readings, candidates, drop):
+        steps = torch.arange(1, len(cheapest) + 1, dtype=torch.float64) / len(cheapest)
+        removed.append(cheapest)
+        losses.append(total + (now - total) * steps)
+        total = now
+    return Order(torch.cat(removed), torch.cat(losses))
 
 
 def _descent(readings: Sequence[Reading], candidates: Tensor, drop: int) -> Iterator[tuple[Tensor, float]]:
@@ -174,8 +210,8 @@ def _descent(readings: Sequence[Reading], candidates: Tensor, drop: int) -> Iter
     consumers = [_Consumer(r, drop) if r.solved else _Sum(r) for r in readings]
     channels = 1 + max(int(candidates.max()), *(int(r.channels.max()) for r in readings))
     left = torch.ones(len(candidates), dtype=torch.bool)
-    at_once = max(1, -(-drop // ROUNDS))
     while drop > 0:
+        at_once = max(1, int(left.sum()) // TOGETHER)
         total = torch.stack([r.losses(channels) for r in consumers]).sum(0)[candidates]
         cheapest = torch.where(left, total, torch.inf).argsort(stable=True)[: min(at_once, drop)]
         left[cheapest] = False

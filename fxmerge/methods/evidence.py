@@ -6,11 +6,15 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fxmerge.methods.linalg import Pairs, coordinates, gram
+
+if TYPE_CHECKING:
+    from fxmerge.methods.elimination import Orders
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class Candidates:
     terms:    how the parts make up a channel, where some are multiplied (gates): the last one is the channel. Without
               terms, a channel is the sum of all parts. The row of a product is the outer product of the factors' rows,
               so that its norm is the product of their norms
+    orders:   the orders of elimination that are known
 
     `rows` and `kernels` are computed on first use, as the weights of a large classifier are slow to copy.
     """
@@ -56,6 +61,7 @@ class Candidates:
     readings: tuple[Reading, ...] = ()
     index: Tensor | None = None
     terms: tuple[Term, ...] = ()
+    orders: Orders | None = None
 
     def __len__(self) -> int:
         return len(self.filters) if self.index is None else len(self.index)

@@ -132,7 +132,7 @@ def repair(channels: Candidates, count: int) -> Tensor:
     """The channels that remain after `eliminate`; `l2` without readings."""
     index = torch.arange(len(channels)) if channels.index is None else channels.index
     seeing = [r for r in channels.readings if bool(torch.isin(r.channels, index).any())]
-    return eliminate(seeing, index, count) if seeing else l2(channels, count)
+    return eliminate(seeing, index, count, channels.orders) if seeing else l2(channels, count)
 
 
 SELECTORS: dict[str, Callable[[Candidates, int], Tensor]] = {

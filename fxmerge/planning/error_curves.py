@@ -15,25 +15,58 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fxmerge.calibration.batches import Batches
 from fxmerge.calibration.epilogue import epilogue_of
-from fxmerge.calibration.paired_run import line
+from fxmerge.calibration.paired_run import Settings, line
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.groups import Group
 from fxmerge.ir.provenance import Layer, Provenance, batch_norms
-from fxmerge.methods.allocation import Floats
-from fxmerge.methods.elimination import curve
+from fxmerge.methods.allocation import Counts, Floats
+from fxmerge.methods.elimination import Orders, curve
 from fxmerge.methods.evidence import Reading
 from fxmerge.options import Options
-from fxmerge.planning.alone import NONE, calibrated
+from fxmerge.planning.alone import NONE, calibrated, losses_alone
 from fxmerge.planning.candidates import candidates
 from fxmerge.planning.components import able, components_of
+from fxmerge.planning.room import Room
+from fxmerge.planning.selecting import Selected
 from fxmerge.planning.sources import covariance_of
 from fxmerge.planning.statistics import Statistics, moments, statistics
+from fxmerge.progress import Stage
 from fxmerge.weights.layout import columns
 
 # The error of a group is weighted by its consumers' sensitivity to this power. 0 would weight all groups equally. 1
 # would be right if later layers did not compensate for errors in their inputs, but re-solving lets them do so.
 POWER = 0.5
+
+
+def errors(
+    room: Room,
+    select: Callable[[Counts], Selected],
+    batches: Batches,
+    settings: Settings,
+    *,
+    readings: Mapping[str, tuple[Reading, ...]],
+    tensors: Mapping[str, Tensor],
+    orders: Orders,
+    sensitivity: Callable[[], Mapping[str, float]],
+    stage: Stage,
+) -> dict[str, Floats]:
+    """{group: the error at each of its rungs, (R,)} for the groups that may narrow, in one unit.
+
+    Curves are scaled to what the outputs lose if their group alone narrows (see `alone`). Where that cannot be
+    measured, they are weighted by the sensitivity of the outputs to their consumers' errors.
+
+    batches: refit's data, if there are any
+    """
+    free, seen = room.free, bool(batches)
+    found = curves(
+        room.captured, room.facts, free, room.options, ladders=room.ladders, readings=readings, tensors=tensors,
+        refitted=seen, orders=orders,
+    )  # fmt: skip
+    alone = losses_alone(room, select, batches, settings, readings=readings, tensors=tensors, stage=stage)
+    weights = sensitivity() if seen and not alone else {}
+    return scaled(found, free, ladders=room.ladders, sensitivity=weights, alone=alone)
 
 
 @torch.no_grad()
@@ -47,16 +80,14 @@ def curves(
     readings: Mapping[str, tuple[Reading, ...]],
     tensors: Mapping[str, Tensor],
     refitted: bool,
-    sensitivity: Mapping[str, float],
-    alone: Mapping[str, tuple[int, float]],
+    orders: Orders,
 ) -> dict[str, Floats]:
-    """{group: the error at each of its rungs, (R,)}, ascending.
+    """{group: the error at each of its rungs, (R,)}, ascending, as shares of the variances of the consumers' outputs.
 
     ladders:      {group: channels kept in each cell at each rung, (R, cells)}
     readings:     {group: its consumers' second moments on refit's data}, where there is data
     refitted:     whether layers will be re-solved
-    sensitivity:  {layer: how much the model's outputs change with an error in its outputs}
-    alone:        {group: a rung, and what the outputs lose if the group alone narrows to it}: curves are scaled to it
+    orders:       the orders of elimination that are known
     """
     norms = batch_norms(facts)
     refitted = refitted or options.by_channels.decomposition in ("lstsq", "auto")
@@ -75,13 +106,36 @@ def curves(
                 least = int(kept[:, cell].min())
                 seeing = [r for r in seen if bool(torch.isin(r.channels, inside).any())] or seen
                 if turned is None or options.decomposition != "pca":
-                    own = curve(seeing, inside, least).numpy() if ranked is None else ranked(inside)
+                    own = (
+                        curve(seeing, inside, least, orders if group.name in readings else None).numpy()
+                        if ranked is None
+                        else ranked(inside)
+                    )
                 if turned is not None:
                     by_components = turned.curve(cell).numpy()
                     own = by_components if options.decomposition == "pca" else np.minimum(own, by_components)
                 total += own[kept[:, cell].astype(np.int64)]
+        found[group.name] = np.maximum.accumulate(total)
+    return found
+
+
+def scaled(
+    errors: Mapping[str, Floats],
+    groups: Sequence[Group],
+    *,
+    ladders: Mapping[str, Floats],
+    sensitivity: Mapping[str, float],
+    alone: Mapping[str, tuple[int, float]],
+) -> dict[str, Floats]:
+    """The errors of groups, (R,) each, as shares of the variance of the model's outputs, or in proportion to them.
+
+    sensitivity:  {layer: how much the model's outputs change with an error in its outputs}
+    alone:        {group: a rung, and what the outputs lose if the group alone narrows to it}: curves are scaled to it
+    """
+    found = {}
+    for group in groups:
         weights = [sensitivity.get(m.layer.node, 0.0) for m in group.consumers or group.producers]
-        found[group.name] = np.maximum.accumulate(total) * (sum(weights) ** POWER if sensitivity else 1.0)
+        found[group.name] = errors[group.name] * (sum(weights) ** POWER if sensitivity else 1.0)
     pairs = [(loss, found[name][rung]) for name, (rung, loss) in alone.items()]
     factors = [loss / own for loss, own in pairs if loss > NONE and own > NONE]
     typical = float(np.median(factors)) if factors else 1.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from torch import Tensor
@@ -13,6 +13,7 @@ from fxmerge.ir.capture import Capture
 from fxmerge.ir.groups import Group, Grouping, Refusal
 from fxmerge.ir.provenance import Provenance
 from fxmerge.methods.allocation import Counts
+from fxmerge.methods.elimination import Orders
 from fxmerge.methods.evidence import Reading
 from fxmerge.methods.selection import select
 from fxmerge.options import Options
@@ -43,7 +44,7 @@ def wanted(groups: Sequence[Group], options: Options) -> list[Group]:
 def selected(
     groups: Sequence[Group], counts: Counts, captured: Capture, facts: Provenance, grouping: Grouping,
     tensors: Mapping[str, Tensor], options: Options, readings: Mapping[str, tuple[Reading, ...]],
-    stage: Stage,
+    orders: Orders, stage: Stage,
 ) -> Selected:  # fmt: skip
     """The channels that each of these groups keeps, `counts` of them in each of its cells.
 
@@ -59,7 +60,7 @@ def selected(
         parts = components_of(g, captured, tensors, options, own)[0] if turns else None
         if parts is None or options.decomposition != "pca":
             seen = candidates(g, captured, tensors, options.seed, own if options.selection == "repair" else ())
-            kept = select(options.selection, seen, g.cells, counts[g.name])
+            kept = select(options.selection, replace(seen, orders=orders), g.cells, counts[g.name])
         if parts is not None and (options.decomposition == "pca" or parts.lose_less(kept)):
             kept = parts.first(counts[g.name])
             turned.add(g.name)

@@ -43,7 +43,7 @@ from fxmerge.refit.records import EXACTLY, NO_BETTER, TOO_FEW, Refitted
 from fxmerge.refit.regions import regions
 from fxmerge.refit.shared import COSTLY, Gathered, Shared, shared_weights
 from fxmerge.refit.sites import Site, Sites
-from fxmerge.refit.solve import ROUNDS, Problem, Rows, relative_error
+from fxmerge.refit.solve import FEW, ROUNDS, Problem, Rows, relative_error
 from fxmerge.weights.by_path import at
 
 EXACT = 1e-10  # the relative square error below which a layer needs no refit
@@ -213,13 +213,14 @@ class _Refit:
         """Solve the weight of these sites on rows of all of them, and write it where it is better on those held out."""
         layer, held, node = sites[0].layer, sites[0].held, sites[0].visit.node.name
         start, bias = held.matrices, held.offsets
-        whole = self._error(rows, start, bias)
+        reduce, judging = self.settings.reduce, rows.judging
+        plenty = judging.count(reduce) >= FEW
+        whole = self._error(judging if plenty else rows, start, bias)
         if not isfinite(whole):
             return Refitted(layer.module, 0.0, 0.0, "unchanged: its inputs or outputs are not finite")
         if whole <= EXACT:
             return Refitted(layer.module, whole, whole, EXACTLY)
-        reduce = self.settings.reduce
-        if not rows.judging.count(reduce):
+        if not judging.count(reduce):
             return Refitted(layer.module, whole, whole, TOO_FEW)
         found = Problem(
             rows=rows,

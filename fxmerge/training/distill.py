@@ -41,6 +41,7 @@ def distill(
     patience: int | None = None,
     ema: float | None = None,
     bf16: bool = False,
+    compile: bool = False,
     checkpoint: str | Path | None = None,
     seed: int = 0,
 ) -> Result:
@@ -54,7 +55,7 @@ def distill(
     lr: learning rate, which falls to zero over the epochs by half a cosine.
     optimizer: from parameters, an optimizer in place of AdamW without weight decay, whose learning rates fall likewise.
     loss: of (the merged model's outputs, the batch), added to the distillation loss: cross entropy with labels.
-    hidden, temperature, batch_statistics: as in `Distillation`.
+    hidden, temperature, batch_statistics, compile: as in `Distillation`.
     mix: train on means of two samples, with weights drawn at random, in place of the samples themselves. The original
         knows its training data by heart, and its outputs between them say more. Not for integers, such as token ids,
         nor with `loss`, whose labels are those of samples.
@@ -75,7 +76,7 @@ def distill(
         raise FxMergeError("patience needs held_out, batches on which the loss is measured after each epoch")
     if mix and loss is not None:
         raise FxMergeError("mix trains on means of two samples, whose labels loss does not know; leave one of them out")
-    teaching = Distillation(result, hidden, temperature, batch_statistics)
+    teaching = Distillation(result, hidden, temperature, batch_statistics, compile)
     captured = result.analysis.captured
     weights = [p for p in teaching.student.parameters() if p.requires_grad]
     steps = optimizer(weights) if optimizer else torch.optim.AdamW(weights, lr, weight_decay=0.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +183,27 @@ def test_batchnorms_keep_their_running_statistics_unless_told_otherwise(merged: 
     with torch.no_grad():
         outputs, evaluated = distillation(x)["outputs"], merged.module(x)
     assert torch.allclose(outputs, evaluated, atol=1e-5) != own
+
+
+@pytest.mark.parametrize("hidden", [0.0, 1.0])
+def test_compiled_models_are_trained_to_the_same_weights(
+    merged: Result, hidden: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The default backend needs a C++ compiler and a minute; another one is given here, and what it is given counted."""
+    given: list[int] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        given.append(len(graph.graph.nodes))
+        return graph.forward
+
+    plain = fxmerge.distill(merged, batches(), hidden=hidden)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    compiled = fxmerge.distill(merged, batches(), hidden=hidden, compile=True)
+    assert len(given) >= 2  # the original and the merged model
+    for name, value in bits(plain.module).items():
+        torch.testing.assert_close(bits(compiled.module)[name], value, rtol=1e-4, atol=1e-6)
+    assert not equal(bits(compiled.module), bits(merged.module))
+    assert compiled.module(batches(1)[0]).shape == (16, 5)
 
 
 def test_means_of_two_samples() -> None:
