@@ -16,7 +16,7 @@ from benchmarks.networks.train import augment
 from fxmerge.training import checkpoint
 
 LR, MOMENTUM, WEIGHT_DECAY, BATCH = 0.05, 0.9, 5e-4, 128
-OWN_LR = 0.0025  # of a distilled network, for each epoch; at most LR
+OWN_LR = 0.005  # of a distilled network, for each epoch; at most LR
 
 
 @dataclass(frozen=True)

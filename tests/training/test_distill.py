@@ -189,7 +189,7 @@ def test_batchnorms_keep_their_running_statistics_unless_told_otherwise(merged: 
 def test_compiled_models_are_trained_to_the_same_weights(
     merged: Result, hidden: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The default backend needs a C++ compiler and a minute; another one is given here, and what it is given counted."""
+    """The default backend needs a C++ compiler and a minute; another is given here, and what it is given is counted."""
     given: list[int] = []
 
     def backend(graph: Any, inputs: Any) -> Any:
