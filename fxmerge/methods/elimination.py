@@ -24,7 +24,7 @@ from fxmerge.methods.generalisation import elsewhere
 
 RIDGE = 1e-2  # of H, as a share of the mean diagonal of G
 WIDE = 1024  # columns from which matrices are factored in float32, whose rounding errors are far below the ridge
-TOGETHER = 64  # of so many channels that are left, one is removed in each round; the order then depends on them alone
+ROUNDS = 64  # in which a wide group loses all its channels; the order is the same however many are to be dropped
 
 
 class _Consumer:
@@ -32,29 +32,33 @@ class _Consumer:
 
     The matrix H^-1 itself is not written. If the removed columns c left H^-1 - F'F, with F = K^-1 H^-1_c: and K K' =
     H^-1_cc, then the rows of the next ones are computed from H^-1 and all F so far, and only the diagonal blocks of the
-    channels that are left are kept up to date.
+    channels that are left are kept up to date, as are their rows of W.
     """
 
-    def __init__(self, reading: Reading, drop: int) -> None:
-        """drop: the number of channels that will be removed."""
+    def __init__(self, reading: Reading, candidates: Tensor, drop: int) -> None:
+        """candidates: the channels that may be removed; drop: the number of those that will be"""
         precise = torch.float64 if len(reading.gram) < WIDE else torch.float32
         gram = reading.gram.to(precise)
-        self.weight = reading.weight.T.to(precise, memory_format=torch.contiguous_format, copy=True)  # (p, o)
+        weight = reading.weight.T.to(precise)
         self.inverse, self.ridge = _inverse(gram)
         self.lost, self.independent = 0.0, reading.independent  # the loss so far, and independent rows of the readings
         # the number of columns that are left, and the sum of H^-1's diagonal there
         self.left, self.trace = len(gram), float(self.inverse.diagonal().sum(dtype=torch.float64))
-        self.scale = float(((gram @ self.weight) * self.weight).sum(dtype=torch.float64).clamp(min=1e-300))
-        self.columns, self.channels = reading.columns, reading.channels
+        self.scale = float(((gram @ weight) * weight).sum(dtype=torch.float64).clamp(min=1e-300))
+        able = torch.isin(reading.channels, candidates.to(reading.channels))
+        self.columns, self.channels = reading.columns[able], reading.channels[able]
+        self.weight = weight[self.columns]  # (m, q, o)
         self.blocks = self.inverse[self.columns[:, :, None], self.columns[:, None, :]].double()  # (m, q, q)
-        most = drop * int(torch.bincount(self.channels).max()) * self.columns.size(1)
+        most = drop * int(torch.bincount(reading.channels).max()) * self.columns.size(1)
         self.factors, self.known = gram.new_empty(min(most, len(gram)), len(gram)), 0  # all F, and their rows so far
 
     def losses(self, count: int) -> Tensor:
         """The loss of each of the group's channels at this consumer: (count,), 0 for channels that it does not read."""
-        own = self.weight[self.columns]  # (m, q, o)
-        found = (torch.linalg.inv_ex(self.blocks)[0] * (own @ own.mT)).sum((1, 2)).cpu() / self.scale
-        return torch.zeros(count, dtype=torch.float64).index_add_(0, self.channels, found)
+        if self.columns.size(1) == 1:
+            found = torch.linalg.vector_norm(self.weight[:, 0], dim=1).double().square() / self.blocks[:, 0, 0]
+        else:
+            found = (torch.linalg.inv_ex(self.blocks)[0] * (self.weight @ self.weight.mT)).sum((1, 2))
+        return torch.zeros(count, dtype=torch.float64).index_add_(0, self.channels, found.cpu() / self.scale)
 
     @property
     def expected(self) -> float:
@@ -72,14 +76,17 @@ class _Consumer:
         root = _inverse_root(across[:, columns])
         own = self.factors[self.known : self.known + len(columns)]
         torch.mm(root, across, out=own)
-        share = root @ self.weight[columns]  # (c, o)
+        share = root @ self.weight[here].flatten(0, 1)  # (c, o)
         self.lost += float(share.square().sum(dtype=torch.float64)) / self.scale
-        self.weight.addmm_(own.T, share, alpha=-1)
         self.known, self.left = self.known + len(columns), self.left - len(columns)
         self.trace -= float(own.square().sum(dtype=torch.float64))
         self.columns, self.channels = self.columns[~here], self.channels[~here]
-        parts = own[:, self.columns].permute(1, 2, 0)  # (m, q, c)
-        self.blocks = self.blocks[~here] - parts @ parts.mT
+        parts = own[:, self.columns.flatten()].T  # (m q, c)
+        self.weight = self.weight[~here]
+        self.weight.view(len(parts), -1).addmm_(parts, share, alpha=-1)
+        parts = parts.reshape(*self.columns.shape, -1)
+        self.blocks = self.blocks[~here]
+        self.blocks -= parts @ parts.mT if parts.size(1) > 1 else parts.double().square().sum(2, keepdim=True)
 
 
 class _Sum:
@@ -207,11 +214,11 @@ def _descent(readings: Sequence[Reading], candidates: Tensor, drop: int) -> Iter
     """Yields (positions in `candidates` of the channels removed next, the expected loss of all that are removed by
     then), until `drop` are removed.
     """
-    consumers = [_Consumer(r, drop) if r.solved else _Sum(r) for r in readings]
+    consumers = [_Consumer(r, candidates, drop) if r.solved else _Sum(r) for r in readings]
     channels = 1 + max(int(candidates.max()), *(int(r.channels.max()) for r in readings))
     left = torch.ones(len(candidates), dtype=torch.bool)
+    at_once = max(1, len(candidates) // ROUNDS)
     while drop > 0:
-        at_once = max(1, int(left.sum()) // TOGETHER)
         total = torch.stack([r.losses(channels) for r in consumers]).sum(0)[candidates]
         cheapest = torch.where(left, total, torch.inf).argsort(stable=True)[: min(at_once, drop)]
         left[cheapest] = False
