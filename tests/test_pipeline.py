@@ -11,10 +11,11 @@ import networkx as nx
 import pytest
 import torch
 from torch import fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fxmerge
-from fxmerge import Options, Plan
+from fxmerge import FxMergeError, Options, Plan
 from fxmerge.pipeline import prepared
 from fxmerge.rewrite import slicing
 from tests.helpers.netmaking import one_thread, plain_merge  # noqa: F401
@@ -337,3 +338,35 @@ def test_denormal_numbers_count_as_zero_during_a_merge_alone(before: bool) -> No
         assert seen and all(seen) and zero() == before
     finally:
         torch.set_flush_denormal(False)
+
+
+class _Precisions(TorchDispatchMode):
+    """The precision of matrix products while each op runs, by its name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[str, set[str]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.setdefault(func.__name__.split(".")[0], set()).add(torch.get_float32_matmul_precision())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("asked", ["highest", "medium"])
+def test_only_the_models_own_products_have_the_precision_that_torch_is_told(asked: str) -> None:
+    model = nn.Sequential(nn.Conv1d(3, 8, 1), nn.ReLU(), nn.Conv1d(8, 2, 1)).eval()
+    ready = prepared(model, torch.randn(3, 3, 5), Options(samples=32), None, lambda *_: None)
+    torch.set_float32_matmul_precision(asked)
+    try:
+        with _Precisions() as precisions:
+            ready.merged(Options(samples=32))
+            assert torch.get_float32_matmul_precision() == asked
+            with pytest.raises(FxMergeError, match="refit"):
+                fxmerge.merge(model, torch.randn(3, 3, 5), refit="calibration")
+            assert torch.get_float32_matmul_precision() == asked
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert precisions.seen["convolution"] == {asked, "highest"}  # the check of the merged model is precise
+    sums = [name for name in precisions.seen if name in ("bmm", "mm", "addmm", "baddbmm", "linalg_cholesky_ex")]
+    assert "bmm" in sums and "linalg_cholesky_ex" in sums
+    assert all(precisions.seen[name] == {"highest"} for name in sums)
