@@ -16,6 +16,7 @@ from math import inf, isfinite
 from fxmerge.analysis.branches import branches
 from fxmerge.calibration.branch_losses import measured
 from fxmerge.calibration.division import for_trials
+from fxmerge.class_choice import for_class
 from fxmerge.errors import FxMergeError
 from fxmerge.experts import as_planned, measured_on, with_share
 from fxmerge.graph.cost import parameters
@@ -44,7 +45,7 @@ def merged(ready: Prepared, options: Options, plan: Plan | None = None) -> Resul
         return (_without(ready, _named(ready, plan.branches)) if plan.branches else ready).merged(options, decided)
     if not options.depth:
         ready, notes = with_share(ready, options)
-        return _noted(ready.merged(options), *notes)
+        return _noted(ready.merged(options, choosing=for_class if options.own_class else None), *notes)
     started = time.perf_counter()
     ((kind, share),) = options.budget.items()
     check_patterns(ready.found[1].everything, [n for n, _ in ready.captured.module.named_modules()], options)

@@ -46,6 +46,7 @@ class SweepKeywords(TypedDict, total=False):
     memory: float
     round_to: int
     same_widths: bool
+    own_class: bool
     new_biases: bool
     seed: int
 

@@ -106,6 +106,8 @@ class Options:
     """the number of kept channels is a multiple of this"""
     same_widths: bool = False
     """groups of the same role in repeated blocks, such as the MLPs of all layers, keep equally many channels"""
+    own_class: bool = False
+    """leave groups whole as far as the model's own class needs it to take the merge, so that there is a result.model"""
     new_biases: bool = True
     """layers without a bias may be given one, which carries constants of dropped channels, and what refit finds"""
     seed: int = 0
@@ -123,7 +125,7 @@ class Options:
             value, least = getattr(self, name), 0 if name in ("seed", "samples") else 1
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise FxMergeError(f"{name} is {value!r}; give an integer of at least {least}")
-        for name in ("depth", "same_widths", "new_biases"):
+        for name in ("depth", "same_widths", "own_class", "new_biases"):
             if not isinstance(getattr(self, name), bool):
                 raise FxMergeError(f"{name} is {getattr(self, name)!r}; give True or False")
         for name, allowed in choices().items():
@@ -187,6 +189,8 @@ class Options:
             raise FxMergeError("depth drops branches of the whole model; give it without of")
         if self.depth and self.experts < 1:
             raise FxMergeError("depth and experts cannot be combined; merge with one of them")
+        if self.depth and self.own_class:
+            raise FxMergeError("depth drops branches that the code of own_class runs; leave one of the two options out")
         if self.depth and "cache" in self.budget:
             raise FxMergeError("depth cannot be priced by the key-value cache; give another budget, or depth=False")
 

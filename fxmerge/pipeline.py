@@ -9,7 +9,7 @@ Prepared.apply      decomposition -> rewrite -> refit -> verify
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -146,15 +146,18 @@ class Prepared:
         return sensitivity(self.captured, self.found[0], groups, self.data.batches, self.settings, self.stage)
 
     @computing()
-    def merged(self, options: Options, decided: Mapping[str, GroupPlan] | None = None) -> Result:
+    def merged(
+        self, options: Options, decided: Mapping[str, GroupPlan] | None = None,
+        choosing: Callable[[Prepared, Options], Choice] | None = None,
+    ) -> Result:  # fmt: skip
         """The model merged with these options, which may differ from those it was prepared with in their budget only.
 
-        decided: a plan's groups by name, to be replayed
+        decided: a plan's groups by name, to be replayed; choosing: in place of `choose`
         """
-        started = time.perf_counter()
+        started, choosing = time.perf_counter(), choosing or Prepared.choose
 
         def run(own: Prepared) -> Result:
-            return own.apply(own.choose(options) if decided is None else own.replay(options, decided), started)
+            return own.apply(choosing(own, options) if decided is None else own.replay(options, decided), started)
 
         try:
             return run(self)

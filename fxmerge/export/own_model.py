@@ -64,6 +64,17 @@ def fit_of(
     return fit, {**tensors} if fit.refused else {**tensors, **more}, stopped
 
 
+def advised(report: Report) -> tuple[bool, tuple[str, ...]]:
+    """Whether the user's class takes the merged tensors; if not, patterns of groups to leave whole, if any help."""
+    taken, stopped = _taken(report)
+    return taken, () if taken else left_whole(report, stopped, _taken)
+
+
+def _taken(report: Report) -> tuple[bool, Stopped | None]:
+    fit, _, stopped = fit_of(report, _own_tensors(report), Expected(report.captured, report.module))
+    return not fit.refused, stopped
+
+
 def _hint(report: Report, stopped: Stopped | None) -> str:
     """What to give a merge instead, so that there is a model of the user's class; "" if nothing is known."""
     options, captured = report.plan.options, report.captured
@@ -71,14 +82,10 @@ def _hint(report: Report, stopped: Stopped | None) -> str:
         return ""
     uneven = bool(options.budget) and not options.same_widths
     even = "; with same_widths=True, layers of one kind share a width" if uneven else ""
-
-    def taken(trial: Report) -> tuple[bool, Stopped | None]:
-        fit, _, raised = fit_of(trial, _own_tensors(trial), Expected(captured, trial.module))
-        return not fit.refused, raised
-
-    patterns = left_whole(report, stopped, taken)
+    patterns = left_whole(report, stopped, _taken)
     keep = ", ".join(f'"{pattern}": 1.0' for pattern in patterns)
-    return even + (f"; there is one with keep={{{keep}}}, which leaves these groups whole" if patterns else "")
+    found = f"; there is one with keep={{{keep}}}, which leaves these groups whole, or with own_class=True"
+    return even + (found if patterns else "")
 
 
 def into(other: nn.Module, report: Report, own: Own) -> nn.Module:

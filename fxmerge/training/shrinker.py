@@ -74,6 +74,11 @@ class Shrinker:
                 raise FxMergeError(f"{name} is {share!r}; it is a share, 0 to 1")
         if changes.get("depth") or (options is not None and options.depth):
             raise FxMergeError("depth is True, but a Shrinker only narrows layers; fxmerge.merge can drop branches")
+        if changes.get("own_class") or (options is not None and options.own_class):
+            raise FxMergeError(
+                "own_class is True, but a Shrinker chooses channels while the model is trained; give keep= for the "
+                "groups that a merge with own_class=True leaves whole"
+            )
         if changes.get("experts", 1) != 1 or (options is not None and options.experts != 1):
             raise FxMergeError("experts is below 1, but a Shrinker only narrows layers; fxmerge.merge can drop experts")
         self.options = settled(options, {"selection": "l2", "refit": "none", **changes})

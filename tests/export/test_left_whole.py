@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import re
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -135,3 +137,99 @@ def test_a_class_that_returns_something_else() -> None:
     advised = fxmerge.merge(net, x, ratio=0.5, refit="none", keep=ast.literal_eval(found))
     assert advised.model is not None
     torch.testing.assert_close(advised.model(x), advised.module(x))
+
+
+@pytest.mark.parametrize("options", [
+    {"ratio": 0.5, "refit": "none", "keep": {"blocks.*.up": 0.75}}, {"budget": {"params": 0.9}, "refit": "none"},
+    {"ratio": 0.5, "samples": 32, "rows": 512, "keep": {"blocks.*.up": 0.75}},
+    {"budget": {"flops": 0.9}, "samples": 32, "rows": 512},
+], ids=str)  # fmt: skip
+def test_own_class_leaves_whole_what_the_code_cannot_take(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    net, x = Net().eval(), torch.randn(2, 6, 8, 8)
+    assert fxmerge.merge(net, x, **options).model is None
+    result = fxmerge.merge(net, x, **options, own_class=True)
+    assert type(result.model) is Net
+    torch.testing.assert_close(result.model(x), result.module(x))
+    narrowed = {g.name for g in result.plan.groups if len(g.kept) < g.channels}
+    assert narrowed and narrowed <= {"blocks.0.down", "blocks.1.down"}
+    (found,) = re.findall(r"own_class: (\S+), (\S+) stay whole", " ".join(result.report.text(400).split()))
+    assert {*found} == {"blocks.*.up", "blocks.*.reduce.conv"}
+    assert (result.report.spent is None) == ("ratio" in options)
+    again = fxmerge.apply(result.plan, net, x)
+    assert [g.kept for g in again.plan.groups] == [g.kept for g in result.plan.groups] and type(again.model) is Net
+
+
+def test_own_class_changes_nothing_where_the_class_takes_the_merge() -> None:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 4)).eval(), torch.randn(4, 6)
+    one, other = (fxmerge.merge(net, x, ratio=0.5, samples=64, own_class=own) for own in (False, True))
+    assert one.plan.groups == other.plan.groups and one.report.notes == other.report.notes
+    torch.testing.assert_close(one.module(x), other.module(x))
+
+
+class Even(nn.Module):
+    """Two layers whose widths are one attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width = 12
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(5, 12), nn.ReLU(), nn.Linear(12, 5)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for up, act, down in self.layers:
+            x = x + down(act(up(x)).reshape(-1, self.width))
+        return x
+
+
+def test_own_class_lets_layers_share_a_width() -> None:
+    """The first layer's channels are nearly copies, so that a budget alone would narrow it much more."""
+    torch.manual_seed(0)
+    net, x = Even().eval(), torch.randn(4, 5)
+    with torch.no_grad():
+        for p in (net.layers[0][0].weight, net.layers[0][0].bias):
+            p.copy_(p[:1] + 1e-3 * torch.randn_like(p))
+    options: dict[str, Any] = {"budget": {"params": 0.6}, "samples": 64}
+    plain = fxmerge.merge(net, x, **options)
+    assert plain.model is None and [g.name for g in plain.plan.groups] == ["layers.0.0"]
+    result = fxmerge.merge(net, x, **options, own_class=True)
+    assert type(result.model) is Even and result.model.width < 12
+    torch.testing.assert_close(result.model(x), result.module(x))
+    assert "own_class: layers of one kind share a width" in " ".join(result.report.text(400).split())
+
+
+class Fixed(nn.Module):
+    """The size is written in its code, so that no group of it can narrow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(6, 16), nn.Linear(16, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fc2(torch.relu(self.fc1(x)).reshape(-1, 16))
+        return y
+
+
+def test_own_class_that_cannot_be_had_is_said() -> None:
+    torch.manual_seed(0)
+    net, x = Fixed().eval(), torch.randn(4, 6)
+    result = fxmerge.merge(net, x, ratio=0.5, refit="none", own_class=True)
+    text = " ".join(result.report.text(400).split())
+    assert result.model is None and "own_class: not found" in text
+    traced = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 4))).eval()
+    text = " ".join(fxmerge.merge(traced, x, refit="none", own_class=True).report.text(400).split())
+    assert "own_class: a graph of Sequential was given, and no model of its class" in text
+
+
+def test_a_budget_that_the_class_leaves_no_room_for_is_not_met_at_its_cost() -> None:
+    torch.manual_seed(0)
+    net, x = Net().eval(), torch.randn(2, 6, 8, 8)
+    result = fxmerge.merge(net, x, budget={"params": 0.5}, refit="none", own_class=True)
+    text = " ".join(result.report.text(400).split())
+    assert result.model is None and re.search(r"own_class: not found: blocks\S+ .*stays? whole, but then", text)
+    assert result.report.spent is not None and result.report.spent.left == pytest.approx(0.5, rel=0.02)
+
+
+def test_own_class_and_depth_contradict_each_other() -> None:
+    with pytest.raises(fxmerge.FxMergeError, match="depth drops branches that the code of own_class runs"):
+        fxmerge.Options(budget={"flops": 0.5}, depth=True, own_class=True)

@@ -217,6 +217,7 @@ def test_two_processes_end_as_one(tmp_path: Any) -> None:
         ({"steps": 5, "ratio": 0.5, "ignore": ("conv*",)}, "no group of this model can be masked while it trains"),
         ({"steps": 5, "budget": {"speed": 0.5}}, "budget has the key 'speed'"),
         ({"steps": 5, "budget": {"params": 0.5}, "depth": True}, "a Shrinker only narrows layers"),
+        ({"steps": 5, "ratio": 0.5, "own_class": True}, "a Shrinker chooses channels while the model is trained"),
     ],
 )
 def test_options_that_make_no_sense(options: Any, text: str) -> None:
