@@ -23,6 +23,7 @@ from fxmerge.capture.declared_sizes import Shapes
 from fxmerge.capture.free_sizes import with_declared_sizes, with_free_sizes
 from fxmerge.capture.guards import insert, sizes_of
 from fxmerge.errors import FxMergeError, first_line
+from fxmerge.graph.ops import updates
 
 
 def export(
@@ -76,6 +77,7 @@ def _graph_module_of(program: torch.export.ExportedProgram) -> fx.GraphModule:
     module._forward_pre_hooks.clear()  # these hooks check the shapes of inputs as well
     module._forward_pre_hooks_with_kwargs.clear()
     remove_guards(module)
+    _let_views_copy(module)
     module.graph.eliminate_dead_code()
     module.recompile()
     # torch.load makes an instance of this class without arguments, which torch.export's own class does not allow
@@ -85,6 +87,20 @@ def _graph_module_of(program: torch.export.ExportedProgram) -> fx.GraphModule:
         owner.__dict__.pop("train", None)
         owner.__dict__.pop("eval", None)
     return module
+
+
+def _let_views_copy(module: fx.GraphModule) -> None:
+    """Makes `reshape` of `view`, in place.
+
+    torch.export leaves out a `contiguous` before it where the example's tensor is contiguous already. Elsewhere it may
+    not be: kernels of attention lay out their outputs differently, by the dtype, the device and the widths, which a
+    merge changes. Where a graph updates tensors, views stay.
+    """
+    nodes = module.graph.nodes
+    if not any(updates(module, node) for node in nodes):
+        for node in nodes:
+            if node.target == torch.ops.aten.view.default:
+                node.target = torch.ops.aten.reshape.default
 
 
 _ASSERTIONS = (torch.ops.aten._assert_tensor_metadata.default, torch.ops.aten._assert_async.msg)
