@@ -12,6 +12,7 @@ import inspect
 import io
 import keyword
 import logging
+import operator
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -90,17 +91,22 @@ def _graph_module_of(program: torch.export.ExportedProgram) -> fx.GraphModule:
 
 
 def _let_views_copy(module: fx.GraphModule) -> None:
-    """Makes `reshape` of `view`, in place.
+    """Makes `reshape` of `view`, in place, except of tensors that the graph updates.
 
     torch.export leaves out a `contiguous` before it where the example's tensor is contiguous already. Elsewhere it may
     not be: kernels of attention lay out their outputs differently, by the dtype, the device and the widths, which a
-    merge changes. Where a graph updates tensors, views stay.
+    merge changes.
     """
-    nodes = module.graph.nodes
-    if not any(updates(module, node) for node in nodes):
-        for node in nodes:
-            if node.target == torch.ops.aten.view.default:
-                node.target = torch.ops.aten.reshape.default
+    nodes, shared = module.graph.nodes, dict[fx.Node, fx.Node]()  # node -> the first whose memory it may share
+    for node in nodes:
+        returns = node.target._schema.returns if isinstance(node.target, torch._ops.OpOverload) else ()
+        shares = node.target is operator.getitem or any(r.alias_info is not None for r in returns)
+        source = node.args[0] if node.args and shares else None
+        shared[node] = shared[source] if isinstance(source, fx.Node) else node
+    updated = {shared[node] for node in nodes if updates(module, node)}
+    for node in nodes:
+        if node.target == torch.ops.aten.view.default and shared[node] not in updated:
+            node.target = torch.ops.aten.reshape.default
 
 
 _ASSERTIONS = (torch.ops.aten._assert_tensor_metadata.default, torch.ops.aten._assert_async.msg)
