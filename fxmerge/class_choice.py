@@ -28,6 +28,8 @@ TRIES = 4  # choices for each way to share out a budget; each leaves more groups
 def for_class(ready: Prepared, options: Options) -> Choice:
     """A choice that the class takes, with a note on what was changed for it; the plain one if none is found."""
     plain = ready.choose(options)
+    if not plain.chosen:
+        return plain
     if ready.captured.model is None or isinstance(ready.captured.model, fx.GraphModule):
         return _noted(plain, f"a graph of {ready.captured.name} was given, and no model of its class")
     ways = [options]
@@ -36,7 +38,7 @@ def for_class(ready: Prepared, options: Options) -> Choice:
     for way in ways:
         choice, own = plain if way is options else ready.choose(way), way
         for _ in range(TRIES):
-            if not choice.chosen:
+            if not choice.chosen:  # all groups have to stay whole
                 break
             ready.stage("own class")
             taken, patterns = advised(_sketch(ready, choice))

@@ -21,6 +21,7 @@ from fxmerge import verify
 from fxmerge.analysis.grouping import grouped, provable
 from fxmerge.analysis.groups import overlaps
 from fxmerge.analysis.head_widths import head_widths
+from fxmerge.analysis.new_biases import limited
 from fxmerge.analysis.propagate import provenance
 from fxmerge.calibration.batches import Batches, with_data
 from fxmerge.calibration.division import comparing, solving
@@ -38,7 +39,7 @@ from fxmerge.graph.eval_mode import computing
 from fxmerge.graph.latency import compared
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.groups import Group, Grouping, Refusal
-from fxmerge.ir.provenance import Provenance, without_new_biases
+from fxmerge.ir.provenance import Provenance
 from fxmerge.methods.allocation import Counts
 from fxmerge.methods.elimination import Orders
 from fxmerge.methods.evidence import Reading
@@ -102,7 +103,7 @@ class Prepared:
         """The provenance of every channel, and the merge groups."""
         self.stage("provenance")
         facts = provenance(self.captured, self.options.heads != "width")
-        facts = facts if self.options.new_biases else without_new_biases(facts)
+        facts = limited(self.captured, facts, self.options)
         self.stage("groups")
         return grouped(self.captured, facts, self.options.heads)
 

@@ -80,6 +80,9 @@ def _hint(report: Report, stopped: Stopped | None) -> str:
     options, captured = report.plan.options, report.captured
     if captured.model is None or isinstance(captured.model, fx.GraphModule):
         return ""
+    there = {name for name, _ in captured.model.named_parameters(remove_duplicate=False)}
+    if any(name not in there and name.removesuffix("_bias") in there for name in _own_tensors(report)):
+        return "; with own_class=True, layers whose class has no place for a bias get none"
     uneven = bool(options.budget) and not options.same_widths
     even = "; with same_widths=True, layers of one kind share a width" if uneven else ""
     patterns = left_whole(report, stopped, _taken)
