@@ -31,8 +31,8 @@ them.
 - *merged*: `fxmerge.merge` with `refit="none"`, widths by greedy allocation.
 - *refit*: `fxmerge.merge` with {SAMPLES} unlabelled training images as `calibration`.
 - *distilled*: the same, trained with `fxmerge.distill` on means of two images, without labels (`mix=True`, `hidden=0`,
-  `batch_statistics=True`; the same optimizer, but a learning rate of {OWN_LR} times the epochs, at most {LR}). All
-  others are trained with the labels alone.
+  AdamW with a learning rate of {OWN_LR} times the square root of the epochs). All others are trained with the labels
+  alone.
 """
 
 

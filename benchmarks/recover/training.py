@@ -16,7 +16,7 @@ from benchmarks.networks.train import augment
 from fxmerge.training import checkpoint
 
 LR, MOMENTUM, WEIGHT_DECAY, BATCH = 0.05, 0.9, 5e-4, 128
-OWN_LR = 0.005  # of a distilled network, for each epoch; at most LR
+OWN_LR = 1e-4  # of AdamW for one epoch; it grows with the square root of the epochs
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,9 @@ class Training:
             yield inputs.contiguous(memory_format=torch.channels_last), self.labels[index]
 
 
-def sgd(parameters: Any, lr: float = LR) -> torch.optim.SGD:
-    """The optimizer of all methods."""
-    return torch.optim.SGD(parameters, lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True)
+def sgd(parameters: Any) -> torch.optim.SGD:
+    """The optimizer of all methods that train with the labels alone."""
+    return torch.optim.SGD(parameters, LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True)
 
 
 def with_labels(model: nn.Module, training: Training) -> nn.Module:
@@ -102,8 +102,7 @@ def steps(model: nn.Module, optimizer: torch.optim.Optimizer, training: Training
 def towards(result: fxmerge.Result, training: Training) -> nn.Module:
     """Trains a merged model towards its original on means of two images, without labels."""
     trained = fxmerge.distill(
-        result, training, epochs=training.epochs, hidden=0.0, batch_statistics=True, mix=True, bf16=training.bf16,
-        optimizer=lambda weights: sgd(weights, min(LR, OWN_LR * training.epochs)), compile=training.compiled,
-        checkpoint=training.state, seed=training.seed,
+        result, training, epochs=training.epochs, lr=OWN_LR * math.sqrt(training.epochs), hidden=0.0, mix=True,
+        bf16=training.bf16, compile=training.compiled, checkpoint=training.state, seed=training.seed,
     )  # fmt: skip
     return trained.module
