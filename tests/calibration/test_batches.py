@@ -207,8 +207,8 @@ class Viewed(Plain):
     """Fails on images in channels_last."""
 
     def forward(self, x: Tensor) -> Tensor:
-        flat = torch.relu(self.a(x)).view(len(x), 8 * 16 * 16)
-        return self.head(torch.relu(self.b(flat.view(len(x), 8, 16, 16))).mean((2, 3)))
+        flat = torch.relu(self.a(x)).view(x.size(0), 8 * 16 * 16)
+        return self.head(torch.relu(self.b(flat.view(x.size(0), 8, 16, 16))).mean((2, 3)))
 
 
 @pytest.mark.slow
