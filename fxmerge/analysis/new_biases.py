@@ -7,7 +7,7 @@ from dataclasses import replace
 from torch import fx
 
 from fxmerge.ir.capture import Capture
-from fxmerge.ir.provenance import Layer, Provenance, without_new_biases
+from fxmerge.ir.provenance import Provenance, without_new_biases
 from fxmerge.options import Options
 from fxmerge.weights.by_path import at
 
@@ -25,7 +25,8 @@ def limited(captured: Capture, facts: Provenance, options: Options) -> Provenanc
         return without_new_biases(facts)
     able = [layer for layer in facts.layers if layer.op in ABLE]
     weights = {layer.params["weight"]: at(captured.module, layer.params["weight"]).numel() for layer in able}
-    bare = {la.params["weight"] for la in able if "bias" not in la.params and not _has_place(captured, la)}
+    homeless = _without_place(captured)
+    bare = {la.params["weight"] for la in able if "bias" not in la.params and la.params["weight"] in homeless}
     few = sum(weights[path] for path in bare) <= FEW * sum(weights.values())
     if not bare or not (few or options.own_class):
         return facts
@@ -33,10 +34,13 @@ def limited(captured: Capture, facts: Provenance, options: Options) -> Provenanc
     return replace(facts, layers=tuple(replace(la, bare=la.bare or la.node in nodes) for la in facts.layers))
 
 
-def _has_place(captured: Capture, layer: Layer) -> bool:
-    """Whether the module of the user's model that has the layer's weight can have a bias too, or is not known."""
+def _without_place(captured: Capture) -> set[str]:
+    """The parameters of the user's model in whose module there is no place for a bias beside them."""
     if captured.model is None or isinstance(captured.model, fx.GraphModule):
-        return True
-    path, _, name = layer.params["weight"].rpartition(".")
-    owner = dict(captured.model.named_modules(remove_duplicate=False)).get(path)
-    return owner is None or (name == "weight" and "bias" in owner._parameters)
+        return set()
+    return {
+        f"{path}.{name}".lstrip(".")
+        for path, module in captured.model.named_modules(remove_duplicate=False)
+        for name in module._parameters
+        if not (name == "weight" and "bias" in module._parameters)
+    }

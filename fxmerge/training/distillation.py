@@ -87,7 +87,7 @@ class Distillation(nn.Module):
         self._merged = result
         self._teacher = [captured.whole.module]  # in a list, so that it is no submodule: not trained, not saved
         self._taps = {tap.node: tap for tap in taps(result)} if hidden else {}
-        self._compiled = [torch.compile(_tapped(m, self._taps)) for m in (self._teacher[0], self.student) if compile]
+        self._compiles, self._compiled = compile, list[Any]()
 
     def train(self, mode: bool = True) -> Distillation:
         """Puts the merged model in training mode, if it has one."""
@@ -119,7 +119,9 @@ class Distillation(nn.Module):
 
     def _run(self, number: int, module: fx.GraphModule, values: list[Any]) -> tuple[Any, dict[str, Tensor]]:
         """A module's outputs, and the activations that are compared. number: 0 for the original"""
-        if self._compiled:
+        if self._compiles:
+            if not self._compiled:  # on first use, when the modules are on their device
+                self._compiled = [torch.compile(_tapped(m, self._taps)) for m in (self._teacher[0], self.student)]
             outputs, found = self._compiled[number](*values)
             return outputs, found
         run = _Tapped(module, self._taps)
