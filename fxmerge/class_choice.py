@@ -35,9 +35,14 @@ def for_class(ready: Prepared, options: Options) -> Choice:
     ways = [options]
     if options.budget and not options.same_widths:
         ways.append(options.replace(same_widths=True))
-    for way in ways:
-        choice, own = plain if way is options else ready.choose(way), way
+    why = ""
+    for own in ways:
         for _ in range(TRIES):
+            try:
+                choice = plain if own is options else ready.choose(own)
+            except FxMergeError as error:  # a budget that the other groups cannot meet
+                why = why or f"{_changed(options, own)}, but then {error}"
+                break
             if not choice.chosen:  # all groups have to stay whole
                 break
             ready.stage("own class")
@@ -48,11 +53,7 @@ def for_class(ready: Prepared, options: Options) -> Choice:
                 break
             rest = {name: kept for name, kept in own.keep.items() if name not in patterns}
             own = own.replace(keep={**dict.fromkeys(patterns, 1.0), **rest})  # the first that matches is valid
-            try:
-                choice = ready.choose(own)
-            except FxMergeError as error:  # a budget that the other groups cannot meet
-                return _noted(plain, f"not found: {_changed(options, own)}, but then {error}")
-    return _noted(plain, "not found: no groups are known without which the class takes the merge")
+    return _noted(plain, f"not found: {why or 'no groups are known without which the class takes the merge'}")
 
 
 def _changed(options: Options, own: Options) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fxmerge
+from fxmerge.pipeline import Prepared
 
 
 class Reduction(nn.Module):
@@ -228,6 +229,22 @@ def test_a_budget_that_the_class_leaves_no_room_for_is_not_met_at_its_cost() -> 
     text = " ".join(result.report.text(400).split())
     assert result.model is None and re.search(r"own_class: not found: blocks\S+ .*stays? whole, but then", text)
     assert result.report.spent is not None and result.report.spent.left == pytest.approx(0.5, rel=0.02)
+
+
+def test_a_budget_that_equal_widths_cannot_meet_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The class is asked for, not the equal widths that are tried for it."""
+    torch.manual_seed(0)
+    choose = Prepared.choose
+
+    def choosing(self: Prepared, options: fxmerge.Options) -> Any:
+        if options.same_widths:
+            raise fxmerge.FxMergeError("the budget cannot be met")
+        return choose(self, options)
+
+    monkeypatch.setattr(Prepared, "choose", choosing)
+    result = fxmerge.merge(Fixed().eval(), torch.randn(4, 6), budget={"params": 0.5}, refit="none", own_class=True)
+    text = " ".join(result.report.text(400).split())
+    assert "own_class: not found: layers of one kind share a width, but then the budget cannot be met" in text
 
 
 def test_own_class_and_depth_contradict_each_other() -> None:
