@@ -97,6 +97,7 @@ def curves(
         total = np.zeros(len(kept))
         if len(kept) > 1:
             seen = readings.get(group.name) or _expected(captured, group, tensors, norms, options, refitted)
+            known = orders if group.name in readings else None  # else these readings are made for this curve alone
             ranked = None if refitted else _ranked(captured, group, seen, tensors, options)
             turned = None
             if able(group, options):
@@ -106,11 +107,7 @@ def curves(
                 least = int(kept[:, cell].min())
                 seeing = [r for r in seen if bool(torch.isin(r.channels, inside).any())] or seen
                 if turned is None or options.decomposition != "pca":
-                    own = (
-                        curve(seeing, inside, least, orders if group.name in readings else None).numpy()
-                        if ranked is None
-                        else ranked(inside)
-                    )
+                    own = curve(seeing, inside, least, known).numpy() if ranked is None else ranked(inside)
                 if turned is not None:
                     by_components = turned.curve(cell).numpy()
                     own = by_components if options.decomposition == "pca" else np.minimum(own, by_components)
