@@ -61,6 +61,7 @@ from fxmerge.refit.records import Refitted
 from fxmerge.report.reports import Report
 from fxmerge.result import Analysis, Result
 from fxmerge.rewrite.reassemble import assembled
+from fxmerge.weights.shards import divided
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -86,9 +87,8 @@ class Prepared:
     """A captured model and all that is computed once for any number of merges; each part is computed on first use."""
 
     def __init__(
-        self, captured: Capture, options: Options, given: Any, stage: Stage,
-        data: RefitData | None = None,
-    ) -> None:  # fmt: skip
+        self, captured: Capture, options: Options, given: Any, stage: Stage, data: RefitData | None = None
+    ) -> None:
         self.captured, self.options, self.given, self.stage = captured, options, given, stage
         self.known = data  # of the whole model, if the capture lacks branches of it
         held, memory = options.refit == "synthetic", options.memory
@@ -290,7 +290,9 @@ class Prepared:
             graph=draft.graph, plan=plan, verdict=verdict, refitted=refitted, handed_out=best, notes=notes,
             source=self.data.source if refitted else "", seconds=time.perf_counter() - started, timing=timing,
         )  # fmt: skip
-        return Result(module, plan, report, Analysis(captured, facts, grouping, choice.refusals))
+        return Result(
+            divided(module, captured.sharding), plan, report, Analysis(captured, *self.found, choice.refusals)
+        )
 
     def draft(self, choice: Choice) -> Draft:
         """The merged graph of a choice before refit."""

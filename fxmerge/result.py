@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,13 +13,15 @@ from fxmerge.errors import FxMergeError
 from fxmerge.export import hugging_face, program, save
 from fxmerge.export.check import Expected
 from fxmerge.export.own_model import Own, into, own_model
-from fxmerge.ir.capture import Capture
+from fxmerge.ir.capture import Capture, Sharding
 from fxmerge.ir.groups import Group, Grouping, Refusal
 from fxmerge.ir.provenance import Provenance
 from fxmerge.plan import Plan
 from fxmerge.report.analysis_report import AnalysisReport
 from fxmerge.report.reports import Report
 from fxmerge.weights.copy import inside
+from fxmerge.weights.on_disk import in_memory
+from fxmerge.weights.shards import divided, undivided, written_once
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -34,6 +36,10 @@ class Analysis:
     grouping: Grouping
     refusals: tuple[Refusal, ...]
 
+    def __post_init__(self) -> None:
+        if self.captured.sharding:
+            _ = self.report  # which reads weights of all processes
+
     @property
     def groups(self) -> tuple[Group, ...]:
         """The merge groups, including those of blocks that can be removed as a whole."""
@@ -44,7 +50,7 @@ class Analysis:
         """The groups and layers as a networkx.DiGraph (see analysis/groups.py)."""
         return self.grouping.graph
 
-    @property
+    @cached_property
     def report(self) -> AnalysisReport:
         """The analysis as text, JSON or a drawing."""
         return AnalysisReport(captured=self.captured, facts=self.facts, grouping=self.grouping, refusals=self.refusals)
@@ -84,7 +90,12 @@ class Result:
         may be written in its code, or its layers cannot differ in width. `report` then says why, and which groups to
         leave whole, if that helps.
         """
-        return self._own.model
+        return self._model
+
+    @cached_property
+    def _model(self) -> nn.Module | None:
+        own = self._own.model
+        return None if own is None else divided(own, self._sharding)
 
     @cached_property
     def _own(self) -> Own:
@@ -98,14 +109,16 @@ class Result:
 
         Raises FxMergeError if the class cannot take them, or if `other` is not of the class that was merged.
         """
-        return into(other, self.report, self._own)
+        return divided(into(other, self.report, self._own), self._sharding)
 
     def save(self, folder: str | Path) -> None:
         """Writes model.py, weights.safetensors, plan.json and the report to a folder, all or none of them.
 
         `fxmerge.load` reads the folder. Raises FxMergeError if the folder contains files that fxmerge did not write.
         """
-        save.save(Path(folder), self.report)
+        module = undivided(self.module)[0] if self._sharding else self.report.module
+        with written_once(folder, self._sharding) as path:
+            save.save(path, replace(self.report, module=module))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes a merged model of Hugging Face transformers as a folder that its from_pretrained reads.
@@ -118,12 +131,13 @@ class Result:
             raise FxMergeError(
                 f"{self.analysis.captured.name} is not a model of Hugging Face transformers; use result.save(folder)"
             )
-        if self._own.model is None:
+        if self.model is None:
             raise FxMergeError(
                 f"the merged model does not fit into its class: {self._own.fit.refused}; use result.save(folder)"
             )
-        own = inside(self._own.model)
-        hugging_face.save_pretrained(Path(folder), own, self.analysis.captured.model, self._expected())
+        own = self._whole(inside(self.model))
+        with written_once(folder, self._sharding) as path:
+            hugging_face.save_pretrained(path, own, self.analysis.captured.model, self._expected())
 
     def exported(self, dynamic_shapes: Any = None) -> ExportedProgram:
         """The merged model as an ExportedProgram.
@@ -140,7 +154,8 @@ class Result:
         Raises FxMergeError as `exported` does, also for the program in the file.
         """
         expected = self._expected()
-        program.save(self._exported(expected), Path(path), expected)
+        with written_once(path, self._sharding) as there:
+            program.save(self._exported(expected), there, expected)
 
     def to_onnx(self, path: str | Path, dynamic_shapes: Any = None) -> None:
         """Writes `exported(dynamic_shapes)` to an ONNX file. Needs the extra fxmerge[onnx].
@@ -150,12 +165,21 @@ class Result:
         """
         expected = self._expected()
         made = self._exported(expected, dynamic_shapes)
-        program.to_onnx(made, Path(path), expected, random=expected.is_random(self.module))
+        with written_once(path, self._sharding) as there:
+            program.to_onnx(made, there, expected, random=expected.is_random(self._whole(self.module)))
+
+    @property
+    def _sharding(self) -> Sharding | None:
+        return self.analysis.captured.sharding
+
+    def _whole(self, module: nn.Module) -> nn.Module:
+        """The module, or a copy with all weights in this process where they are divided among several."""
+        return in_memory(module) if self._sharding else module
 
     def _expected(self) -> Expected:
-        return Expected(self.analysis.captured, self.module)
+        return Expected(self.analysis.captured, self._whole(self.module))
 
     def _exported(self, expected: Expected, dynamic_shapes: Any = None) -> ExportedProgram:
         captured = self.analysis.captured
         shapes = dynamic_shapes or program.dynamic(captured.program) or captured.dynamic_shapes
-        return program.exported(self.module, expected, shapes)
+        return program.exported(self._whole(self.module), expected, shapes)

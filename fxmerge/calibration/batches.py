@@ -78,10 +78,11 @@ def fed(
         found, more_given = given(captured, batches, limit, batch_size(captured))
         if fault := refused(captured, found[0]):
             raise FxMergeError(f"the model {fault} on a calibration batch; give inputs as its forward takes them")
-        mine, (rank, size) = share([*found]), rank_and_size()
+        taken = _even([*found], captured)
+        mine, (rank, size) = share(taken), rank_and_size()
         wanted = min(limit, options.samples or enough(captured, facts))
         more = variants(captured, mine, wanted // size, options.seed + rank)
-        text = f"{sum(map(samples, found)):,} calibration samples"
+        text = f"{sum(map(samples, taken)):,} calibration samples"
         if more_given:
             text += ", the others left out for their memory"
         if more:
@@ -118,7 +119,7 @@ def fed(
         count = min(count, BATCHES * size)
         if family in OF_EXAMPLE:
             count = max(count, own)  # all samples of the example are used
-    mine = share(made(family, count))
+    mine = share(_even(made(family, count), captured))
     real = real and family in OF_EXAMPLE
     text = _described(captured, family if probed(captured.inputs) else "", sum(map(samples, mine)), real, bool(tables))
     return Fed(batches=mine, made=0, real=real, source=text, alike=family == ALIKE)
@@ -249,6 +250,12 @@ def _apart(captured: Capture, facts: Provenance) -> frozenset[str]:
 def batch_size(captured: Capture) -> int:
     """The batch size of the example inputs: the first axis of the first tensor."""
     return next((v.size(0) for v in captured.inputs if isinstance(v, Tensor) and v.dim()), 1)
+
+
+def _even(batches: Batches, captured: Capture) -> Batches:
+    """The batches that are run: of a model that is divided among processes, as many for each of them."""
+    size = rank_and_size()[1] if captured.sharding else 1
+    return batches[: max(len(batches) // size, 1) * size]
 
 
 def share(batches: Sequence[Sequence[Any]]) -> Batches:

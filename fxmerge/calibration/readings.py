@@ -31,7 +31,7 @@ from fxmerge.methods.generalisation import independent_rows
 from fxmerge.methods.least_squares import second_moments
 from fxmerge.progress import Stage, silent
 from fxmerge.weights.by_path import at
-from fxmerge.weights.disk_tensor import beside
+from fxmerge.weights.stored_tensor import beside
 
 WIDE = 1024  # columns of a consumer's patches from which their second moments are kept in float32
 WIDEST = 8192  # columns of a consumer's patches, all its blocks together; a consumer with more is left out

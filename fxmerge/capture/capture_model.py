@@ -25,7 +25,6 @@ from fxmerge.capture.symbolic import trace
 from fxmerge.capture.torch_export import graph_module_of
 from fxmerge.capture.training import differs_in_training
 from fxmerge.errors import FxMergeError, first_line, source_line
-from fxmerge.graph.distributed import check_whole
 from fxmerge.graph.eval_mode import (
     FlagModule,
     State,
@@ -43,6 +42,7 @@ from fxmerge.graph.outputs import agree, foreign, plain, returned, returning_pla
 from fxmerge.ir.capture import Capture, Recorded
 from fxmerge.weights.copy import deep_copy, inside
 from fxmerge.weights.meta import make_fake
+from fxmerge.weights.shards import undivided
 
 
 def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -68,7 +68,6 @@ def check_model(model: Any) -> None:
         inner = [name for name, part in model.named_children() if type(part).forward is not nn.Module.forward]
         hint = f"the part that computes, such as .{inner[0]}" if len(inner) == 1 else "a model that can be called"
         raise FxMergeError(f"{type(model).__name__} has no forward of its own; give {hint}")
-    check_whole(model)
     check_not_quantized(model)
     for name, value in [*model.named_parameters(), *model.named_buffers()]:
         if torch.nn.parameter.is_lazy(value):
@@ -98,6 +97,10 @@ def capture(model: Any, example_inputs: Any, dynamic_shapes: Any = None) -> Capt
     if program is not None:
         model = graph_module_of(program)
     given, model = model, inside(model) if isinstance(model, nn.Module) else model
+    sharding = None
+    if isinstance(model, nn.Module):
+        model, sharding = undivided(model)
+        given = given if sharding is None else model
     check_model(model)
     own = program.example_inputs if program is not None and example_inputs is None else None
     args, kwargs = own if own is not None else arguments(example_inputs)
@@ -179,6 +182,7 @@ def capture(model: Any, example_inputs: Any, dynamic_shapes: Any = None) -> Capt
         exported=is_exported(module),
         random=is_random,
         dynamic_shapes=shapes,
+        sharding=sharding,
     )
 
 

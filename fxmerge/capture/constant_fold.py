@@ -23,7 +23,7 @@ from fxmerge.rules.lookup import name_of, rule_of
 from fxmerge.rules.products import STACKED
 from fxmerge.rules.rule import Rule
 from fxmerge.weights.by_path import at
-from fxmerge.weights.disk_tensor import beside
+from fxmerge.weights.stored_tensor import beside
 
 _Folded = tuple[str, tuple[str, ...]]  # (path of a new parameter, paths of the tensors that it was computed from)
 _RANDOM = ("dropout", "rrelu", "stochastic_depth", "new")  # rules whose ops may return other values in each run

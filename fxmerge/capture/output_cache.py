@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxmerge.weights.disk_tensor import DiskTensor
+from fxmerge.weights.stored_tensor import StoredTensor
 
 _PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # not their subclasses, whose forward may do anything
 
@@ -34,7 +34,7 @@ class OutputCache:
             for m in nn.Module.modules(model)
             if type(m) in _PLAIN and not (m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__)
         ]
-        self.room = sum(p.numel() for p in model.parameters() if not isinstance(p, DiskTensor))
+        self.room = sum(p.numel() for p in model.parameters() if not isinstance(p, StoredTensor))
         handles = [m.register_forward_hook(self._store) for m in watched]
         try:
             yield

@@ -15,7 +15,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm, remove_spectral_norm
 from torch.nn.utils.weight_norm import WeightNorm, remove_weight_norm
 
-from fxmerge.weights.disk_tensor import beside
+from fxmerge.weights.stored_tensor import beside
 
 
 def unparametrize(model: nn.Module) -> None:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from fxmerge.errors import FxMergeError
 from fxmerge.export.folded import plain_copy
-from fxmerge.weights.disk_tensor import DiskTensor, beside
 from fxmerge.weights.layout import resize, resize_recurrent
 from fxmerge.weights.memory_format import MEMORY_FORMATS
+from fxmerge.weights.stored_tensor import StoredTensor, beside
 
 _CONSTANT = (
     "lifted_tensor",
@@ -106,7 +106,7 @@ def narrowed(model: nn.Module, tensors: Mapping[str, Tensor], fit: Fit) -> nn.Mo
             for first, end, factor in scaled:
                 fresh[first:end] *= factor
             fresh = beside(value, fresh)
-            if name in fit.formats and not isinstance(fresh, DiskTensor):
+            if name in fit.formats and not isinstance(fresh, StoredTensor):
                 fresh = fresh.to(memory_format=MEMORY_FORMATS[fit.formats[name]])
             trained = value.is_floating_point() if old is None else old.requires_grad
             made[tie] = nn.Parameter(fresh, trained) if last in owner._parameters else fresh

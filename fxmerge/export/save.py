@@ -31,8 +31,9 @@ from fxmerge.ir.capture import Capture
 from fxmerge.plan import Plan
 from fxmerge.report.reports import Report
 from fxmerge.weights.by_path import at
-from fxmerge.weights.disk_tensor import has_disk_tensors, open_tensors, raw, regions
+from fxmerge.weights.file_regions import open_tensors, regions
 from fxmerge.weights.files import write_folder, write_tensors, write_text
+from fxmerge.weights.stored_tensor import has_stored_tensors, raw
 
 VERSION = 1
 MODEL, WEIGHTS, PLAN = "model.py", "weights.safetensors", "plan.json"
@@ -72,7 +73,7 @@ def save(folder: Path, report: Report) -> None:
             write_text(there / name, method(report))
         write_tensors(there / WEIGHTS, tensors, metadata)
         if text:
-            confirmed(there, expected, on_disk=has_disk_tensors(module))
+            confirmed(there, expected, on_disk=has_stored_tensors(module))
 
     write_folder(folder, {MODEL, WEIGHTS, PLAN, *REPORTS}, fill)
 
@@ -102,9 +103,9 @@ def model_source(captured: Capture, module: nn.Module, expected: Expected) -> tu
     for plain in (True, False):
         try:
             text = source(graph, type(captured.model).__name__, plain)
-            made = _made(text, Path(MODEL), has_disk_tensors(graph))
+            made = _made(text, Path(MODEL), has_stored_tensors(graph))
             held = {name: at(graph, name).detach() for name in made.state_dict()}
-            _load_into(made, held, has_disk_tensors(graph))
+            _load_into(made, held, has_stored_tensors(graph))
             made.to(next((v.device for v in held.values()), None))
             if expected.error(made) <= 1:
                 return text, held, ""

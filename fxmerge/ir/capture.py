@@ -42,6 +42,7 @@ class Capture:
     exported: bool = False  # was the graph made by torch.export?
     dynamic_shapes: Mapping[str, Any] | None = None  # by input, what the user declared about its sizes
     random: bool = False  # do two runs of the model on the same inputs differ, in evaluation mode?
+    sharding: Sharding | None = None  # for a model that is divided among processes
     cut: Cut | None = None  # for a graph that lacks residual branches or experts of the model
 
     @property
@@ -66,6 +67,27 @@ class Capture:
         if self.recorded is not None:
             return "recorded"
         return "export" if self.exported else "symbolic"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sharding:
+    """How a model was divided among processes.
+
+    given: the user's model
+    calls: those of fully_shard, from the inside out
+    """
+
+    given: nn.Module
+    calls: tuple[ShardCall, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardCall:
+    """A call of fully_shard on the module at a path."""
+
+    path: str
+    mesh: Any
+    settings: Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -125,8 +125,9 @@ def _inverse(gram: Tensor) -> tuple[Tensor, float]:
     """
     for change in (_as_it_is, _positive):
         found = change(gram)
-        level = found.diagonal().mean().clamp(min=torch.finfo(gram.dtype).tiny / RIDGE)
-        found.diagonal().add_(RIDGE * level)
+        diagonal = found.diagonal()
+        level = diagonal.mean().clamp(min=torch.finfo(gram.dtype).tiny / RIDGE)
+        found = torch.diagonal_scatter(found, diagonal + RIDGE * level)  # a view of a stored tensor cannot be written
         factor, failed = torch.linalg.cholesky_ex(found)
         if not bool(failed):
             return torch.cholesky_inverse(factor), RIDGE * float(level)
@@ -134,7 +135,7 @@ def _inverse(gram: Tensor) -> tuple[Tensor, float]:
 
 
 def _as_it_is(gram: Tensor) -> Tensor:
-    return gram.clone()
+    return gram
 
 
 def _positive(gram: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from torch import fx
 
@@ -55,6 +56,18 @@ class Drawable:
         """The boxes, arrows, frames and groups that all formats show."""
         return draw(self.captured, self.facts, self.grouping, self.refusals, self.plan)
 
+    @cached_property
+    def _panels(self) -> list[dict[str, Any]]:
+        """What the page shows of each group."""
+        return group_panels(self.groups, self.captured, self.plan, self._costs(), self._outcome()[0])
+
+    def _read_weights(self) -> None:
+        """Reads now what any format shows of weights that are divided among processes, as all of them must take part;
+        later, one alone may print the report.
+        """
+        if self.captured.sharding:
+            _ = self._costs(), self._panels
+
     def _costs(self) -> tuple[Cost, ...]:
         """The cost of the original and, after a merge, of the merged model."""
         raise NotImplementedError
@@ -75,11 +88,10 @@ class Drawable:
     def html(self, path: str | Path | None = None) -> str:
         """A self-contained HTML page with the network, its groups and their channels. It opens without a network."""
         costs = self._costs()
-        refitted, figures = self._outcome()
-        panels = group_panels(self.groups, self.captured, self.plan, costs, refitted)
+        figures = self._outcome()[1]
         layers = layer_panels(self.picture.boxes, self.captured, self.facts.layers, costs, self.graph)
         summary = {"parameters": [c.parameters for c in costs], "flops": [c.flops for c in costs], **figures}
-        return _written(page(self.picture, summary, panels, layers), path)
+        return _written(page(self.picture, summary, self._panels, layers), path)
 
     def _repr_html_(self) -> str:
         """For a notebook: the figures, and a button that opens the page."""

@@ -23,6 +23,7 @@ from fxmerge.result import Result
 from fxmerge.training.optimizer_state import follow
 from fxmerge.verify.silencing import set_to_zero
 from fxmerge.weights.by_path import at
+from fxmerge.weights.shards import is_divided
 
 FINAL = 0.8  # of the steps, after which the choice is final
 
@@ -81,6 +82,12 @@ class Shrinker:
             )
         if changes.get("experts", 1) != 1 or (options is not None and options.experts != 1):
             raise FxMergeError("experts is below 1, but a Shrinker only narrows layers; fxmerge.merge can drop experts")
+        split = next((name for name, value in model.named_parameters() if is_divided(value)), "")
+        if split:
+            raise FxMergeError(
+                f"{split} is divided among processes. A Shrinker writes the weights of the model in place, as a whole; "
+                "shrink the model before fully_shard, or merge it after training"
+            )
         self.options = settled(options, {"selection": "l2", "refit": "none", **changes})
         self.model, self.example_inputs = model, example_inputs
         self.steps, self.every, self.decay, self.regrow = steps, every or max(1, steps // 20), decay, regrow

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from fxmerge.weights.disk_tensor import beside
 from fxmerge.weights.memory_format import in_format
+from fxmerge.weights.stored_tensor import beside
 
 
 def at(module: nn.Module, path: str) -> Tensor:

@@ -15,7 +15,8 @@ from typing import Any
 from torch import Tensor
 
 from fxmerge.errors import FxMergeError
-from fxmerge.weights.disk_tensor import TYPE_NAMES, raw
+from fxmerge.weights.file_regions import TYPE_NAMES
+from fxmerge.weights.stored_tensor import raw
 
 
 def write(path: Path, fill: Callable[[Path], object]) -> None:

@@ -13,7 +13,9 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from fxmerge.errors import FxMergeError
 from fxmerge.weights.by_path import Weights
 from fxmerge.weights.copy import deep_copy
-from fxmerge.weights.disk_tensor import DiskTensor, FileRegion, open_tensors, regions
+from fxmerge.weights.file_regions import FileRegion, open_tensors, regions
+from fxmerge.weights.shards import undivided
+from fxmerge.weights.stored_tensor import StoredTensor
 
 INDEX = "model.safetensors.index.json"
 
@@ -66,11 +68,15 @@ def without_memory() -> Iterator[None]:
 
 
 def in_memory(module: nn.Module) -> nn.Module:
-    """A copy of a module with all of its weights in memory."""
-    copied = deep_copy(module, [])
+    """A copy of a module with all of its weights in memory.
+
+    Each process gets a whole copy of a module that fully_shard divided; all processes must call this.
+    """
+    plain = undivided(module)[0]
+    copied = plain if plain is not module else deep_copy(module, [])
     into = Weights(copied)
     for path, value in [*copied.named_parameters(), *copied.named_buffers()]:
-        if isinstance(value, DiskTensor):
+        if isinstance(value, StoredTensor):
             into.replace(path, value.backing.read().clone())
     return copied
 

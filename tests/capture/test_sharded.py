@@ -1,35 +1,60 @@
-"""Models whose weights are divided among processes: the error says what to do, and that works."""
+"""Models whose weights are divided among processes by FSDP2: each holds its rows, before the merge and after it."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
-import fxmerge
-from fxmerge.graph.distributed import check_whole
 from tests.helpers.two_processes import run_on_two
 
-
-@pytest.mark.slow
-@pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="FSDP2 of torch 2.6 does not run on CPUs")
-def test_the_error_for_a_sharded_model_says_what_works(tmp_path: Path) -> None:
-    run_on_two("sharded_model.py", tmp_path)
-    for rank in range(2):
-        said, same = json.loads((tmp_path / f"{rank}.json").read_text(encoding="utf-8"))
-        assert "0.weight is divided among processes (a DTensor)" in said and "fxmerge.on_disk(make, files)" in said
-        assert same
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not hasattr(torch.cpu.Stream, "record_event"), reason="FSDP2 of torch 2.6 does not run on CPUs"
+    ),
+]
 
 
-def test_a_sharded_tensor_is_named_and_others_pass() -> None:
-    class Sharded(torch.Tensor):
-        __module__ = "torch.distributed.tensor"
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("sharded")
+    run_on_two("sharded_model.py", folder)
+    return [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
 
-    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-    check_whole(model)
-    model[1].running_mean = torch.zeros(2).as_subclass(Sharded)
-    with pytest.raises(fxmerge.FxMergeError, match=r"1\.running_mean is divided among processes \(a Sharded\)"):
-        fxmerge.analyze(model, torch.zeros(3, 2))
+
+@pytest.mark.parametrize("name", ["none", "calibration", "budget"])
+def test_a_sharded_model_is_merged_as_a_whole_one_is(found: list[dict[str, Any]], name: str) -> None:
+    """To the bit. Each process holds half of every weight, also of what is handed out, which can be trained."""
+    for own in (of[name] for of in found):
+        assert own["plan"] and own["weights"] and own["rows"] and own["before"] and own["gradient"]
+        assert own["kinds"] == [["DTensor"], ["DTensor"]]
+        assert own["classes"] == ["FSDPNet", "FSDPBlock", "FSDPLinear"]
+        assert max(own["outputs"]) < 1e-6
+
+
+def test_what_is_written_is_whole_and_trained(found: list[dict[str, Any]]) -> None:
+    for own in found:
+        assert max(own["saved"]) < 1e-6 and own["program"] < 1e-6
+        assert own["in memory"] == [["Parameter"], ["saved"]]  # and no other folder beside it
+
+
+def test_one_process_alone_may_print_the_report(found: list[dict[str, Any]]) -> None:
+    assert min(found[0]["report"]) > 1000 and "report" not in found[1]
+
+
+def test_meshes_policies_and_uneven_batches(found: list[dict[str, Any]]) -> None:
+    for own in found:
+        placements, dtype, same = own["replicated"]
+        assert "Replicate()" in placements and "Shard(dim=0)" in placements and dtype == "torch.bfloat16" and same
+        assert own["uneven"][1] == ["DTensor"] and "32 calibration samples" in own["uneven"][0]
+
+
+def test_what_is_refused(found: list[dict[str, Any]]) -> None:
+    for own in found:
+        assert "blocks.0.up.weight is divided among processes as Shard(dim=0)" in own["refused"]
+        assert "fxmerge.on_disk(make, files)" in own["refused"]
+        assert "A Shrinker writes the weights of the model in place" in own["shrinker"]
+        assert "the processes do not fetch the same weight" in own["order"]

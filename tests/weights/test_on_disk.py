@@ -22,9 +22,10 @@ import fxmerge
 from fxmerge import FxMergeError
 from fxmerge.calibration import stream
 from fxmerge.graph.compare import difference, outputs
-from fxmerge.weights import disk_tensor
-from fxmerge.weights.disk_tensor import Backing, DiskTensor, Spool
+from fxmerge.weights import stored_tensor
+from fxmerge.weights.file_regions import Spool, regions
 from fxmerge.weights.files import write_tensors
+from fxmerge.weights.stored_tensor import Backing, StoredTensor
 from tests.helpers.netmaking import one_thread  # noqa: F401
 from tests.helpers.nets import NETS
 from tests.helpers.small_llama import made
@@ -52,10 +53,10 @@ def net(path: Path, seed: int = 0) -> tuple[Net, Tensor]:
     return model, torch.randn(2, 160)
 
 
-def on_disk(values: Tensor, path: Path) -> DiskTensor:
+def on_disk(values: Tensor, path: Path) -> StoredTensor:
     save_file({"w": values}, path)
-    region = disk_tensor.regions(path)["w"]
-    return DiskTensor(Backing(region, region.dtype, Spool()))
+    region = regions(path)["w"]
+    return StoredTensor(Backing(region, region.dtype, Spool()))
 
 
 def same(one: nn.Module, other: nn.Module) -> bool:
@@ -109,7 +110,7 @@ def test_gradients_pass(tmp_path: Path) -> None:
 
 def test_temporary_files_go_with_their_tensors(tmp_path: Path) -> None:
     kept = on_disk(torch.randn(8, 6), tmp_path / "w.safetensors")
-    folder = Path(kept.backing.spool.folder.name)
+    folder = Path(kept.backing.store.folder.name)
     changed = kept.clone()
     changed.add_(1)
     changed.add_(1)
@@ -140,14 +141,14 @@ def test_safetensors_written_here_are_read_by_their_library(tmp_path: Path) -> N
 @pytest.mark.parametrize("refit", ["none", "synthetic"])
 @pytest.mark.parametrize("name", ["chain_2d", "residual", "grouped", "encoder", "raw_parameters", "flatten", "shuffle"])
 def test_merged_as_in_memory_to_the_bit(name: str, refit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(disk_tensor, "SMALL", 0)  # every tensor stays on disk
+    monkeypatch.setattr(stored_tensor, "SMALL", 0)  # every tensor stays on disk
     model, x = NETS[name]()
     save_model(model, str(tmp_path / "w.safetensors"))
     options = {"refit": refit, "samples": 64}
     before = fxmerge.merge(model, x, **options)
     after = fxmerge.merge(fxmerge.on_disk(model, tmp_path / "w.safetensors"), x, **options)
     assert after.plan == before.plan and same(before.module, after.module)
-    assert sum(isinstance(v, DiskTensor) for v in after.module.parameters()) > 2
+    assert sum(isinstance(v, StoredTensor) for v in after.module.parameters()) > 2
     after.save(tmp_path / "after")
     before.save(tmp_path / "before")
     files = {p.name for p in (tmp_path / "before").iterdir()}
@@ -166,10 +167,23 @@ def _call(x: Any) -> tuple[Any, ...]:
 def test_every_method_works_on_disk(options: dict[str, str], tmp_path: Path) -> None:
     model, x = net(tmp_path / "w.safetensors")
     kept = fxmerge.on_disk(Net, tmp_path / "w.safetensors")
-    assert isinstance(kept.a.weight, DiskTensor) and not isinstance(kept.a.bias, DiskTensor)
+    assert isinstance(kept.a.weight, StoredTensor) and not isinstance(kept.a.bias, StoredTensor)
     one, other = (fxmerge.merge(m, x, refit="none", **options) for m in (model, kept))
     assert same(one.module, other.module)
     assert same(fxmerge.apply(one.plan, kept, x).module, other.module)
+
+
+def test_few_samples_choose_the_same_channels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With fewer samples than columns, the ridge of the second moments decides, which is added to stored ones too."""
+    monkeypatch.setattr(stored_tensor, "SMALL", 0)  # second moments are stored too
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 60), nn.ReLU(), nn.Linear(60, 60), nn.ReLU(), nn.Linear(60, 5)).eval()
+    save_model(model, str(tmp_path / "w.safetensors"))
+    options: dict[str, Any] = {"ratio": 0.5, "calibration": torch.randn(24, 20).split(8)}
+    before = fxmerge.merge(model, torch.randn(2, 20), **options)
+    after = fxmerge.merge(fxmerge.on_disk(model, tmp_path / "w.safetensors"), torch.randn(2, 20), **options)
+    assert [g.kept for g in after.plan.groups] == [g.kept for g in before.plan.groups]
+    assert same(before.module, after.module)
 
 
 def test_a_language_model_is_refitted_as_in_memory_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,7 +192,7 @@ def test_a_language_model_is_refitted_as_in_memory_to_the_bit(tmp_path: Path, mo
     save_model(model.bfloat16(), str(tmp_path / "w.safetensors"))
     options: dict[str, Any] = {"keep": {"*.gate": 0.75, "*": 1.0}, "calibration": data}
     before = fxmerge.merge(model, ids, **options)
-    monkeypatch.setattr(disk_tensor, "SMALL", 0)  # every tensor stays on disk
+    monkeypatch.setattr(stored_tensor, "SMALL", 0)  # every tensor stays on disk
     monkeypatch.setattr(stream, "WIDE", 0)
     after = fxmerge.merge(fxmerge.on_disk(model, tmp_path / "w.safetensors"), ids, **options)
     assert after.plan == before.plan and same(before.module, after.module)
@@ -210,8 +224,8 @@ def test_tied_weights_stay_tied(tmp_path: Path) -> None:
     tied[2].weight = tied[0].weight
     save_model(tied, str(tmp_path / "w.safetensors"))
     kept = fxmerge.on_disk(tied, tmp_path / "w.safetensors")
-    assert kept[2].weight is kept[0].weight and isinstance(kept[0].weight, DiskTensor)
-    assert isinstance(tied[0].weight, nn.Parameter) and not isinstance(tied[0].weight, DiskTensor)
+    assert kept[2].weight is kept[0].weight and isinstance(kept[0].weight, StoredTensor)
+    assert isinstance(tied[0].weight, nn.Parameter) and not isinstance(tied[0].weight, StoredTensor)
 
 
 def test_in_memory_again(tmp_path: Path) -> None:
@@ -222,8 +236,8 @@ def test_in_memory_again(tmp_path: Path) -> None:
     with pytest.raises(FxMergeError, match=r"result\.save"):
         pickle.dumps(kept.a.weight)
     back = fxmerge.in_memory(kept)
-    assert not any(isinstance(p, DiskTensor) for p in back.parameters()) and same(back, model)
-    assert isinstance(kept.a.weight, DiskTensor)
+    assert not any(isinstance(p, StoredTensor) for p in back.parameters()) and same(back, model)
+    assert isinstance(kept.a.weight, StoredTensor)
     assert torch.allclose(back.double()(x.double()).float(), model(x), atol=1e-5)
 
 

@@ -18,8 +18,8 @@ from fxmerge.export.source.containers import (
     reached,
 )
 from fxmerge.export.source.names import literal
-from fxmerge.weights.disk_tensor import DiskTensor
 from fxmerge.weights.memory_format import MEMORY_FORMATS, memory_format
+from fxmerge.weights.stored_tensor import StoredTensor
 
 
 class Init:
@@ -46,7 +46,7 @@ class Init:
 
     def _formats(self) -> Iterator[str]:
         """The lines that store tensors as channels_last: the whole model where all may be, or else one by one."""
-        tensors = {k: v for k, v in self.root.state_dict(keep_vars=True).items() if not isinstance(v, DiskTensor)}
+        tensors = {k: v for k, v in self.root.state_dict(keep_vars=True).items() if not isinstance(v, StoredTensor)}
         for name, memory in MEMORY_FORMATS.items():
             these = [path for path, value in tensors.items() if memory_format(value) == name]
             dims = tensors[these[0]].dim() if these else 0
