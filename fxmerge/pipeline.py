@@ -93,9 +93,8 @@ class Prepared:
         self.known = data  # of the whole model, if the capture lacks branches of it
         held, memory = options.refit == "synthetic", options.memory
         self.probing = Settings(rows=options.rows, seed=options.seed, held=held, reduce=summed, memory=memory)
-        self.tensors = state(captured.module)
         self.seen: dict[int, dict[str, tuple[Reading, ...]]] = {}  # by the identity of the batches
-        self.orders = Orders()
+        self.orders, self.tensors = Orders(), state(captured.module)
         self.thinner: dict[Any, tuple[Prepared, tuple[str, ...]]] = {}  # with fewer experts (see `experts.py`)
 
     @cached_property
@@ -290,9 +289,8 @@ class Prepared:
             graph=draft.graph, plan=plan, verdict=verdict, refitted=refitted, handed_out=best, notes=notes,
             source=self.data.source if refitted else "", seconds=time.perf_counter() - started, timing=timing,
         )  # fmt: skip
-        return Result(
-            divided(module, captured.sharding), plan, report, Analysis(captured, *self.found, choice.refusals)
-        )
+        analysis = Analysis(captured, facts, grouping, choice.refusals)
+        return Result(divided(module, captured.sharding), plan, report, analysis)
 
     def draft(self, choice: Choice) -> Draft:
         """The merged graph of a choice before refit."""
