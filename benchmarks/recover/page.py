@@ -8,7 +8,7 @@ from benchmarks.harness.page import escaped, pyplot, save_plot, short
 from benchmarks.harness.rows import Row
 from benchmarks.networks.published import NETWORKS as TITLES
 from benchmarks.recover.methods import METHODS, NETWORKS, ORIGINAL, SAMPLES
-from benchmarks.recover.training import BATCH, LR, MOMENTUM, OWN_LR, WEIGHT_DECAY
+from benchmarks.recover.training import BATCH, LR, MOMENTUM, OWN_LR, SHORT, SHORT_LR, WEIGHT_DECAY
 
 Key = tuple[Any, ...]  # seed, network, method, epochs
 Rows = Mapping[tuple[str, str, int], Row]  # (network, method, epochs) -> the row, of one seed
@@ -30,8 +30,9 @@ them.
   epochs; masked channels may grow back (`fxmerge.Shrinker`; REPrune, Park et al., AAAI 2024).
 - *merged*: `fxmerge.merge` with `refit="none"`, widths by greedy allocation.
 - *refit*: `fxmerge.merge` with {SAMPLES} unlabelled training images as `calibration`.
-- *distilled*: the same, trained with `fxmerge.distill` on means of two images, without labels (`mix=True`, `hidden=0`,
-  AdamW with a learning rate of {OWN_LR} times the square root of the epochs). All others are trained with the labels
+- *distilled*: the same, trained with `fxmerge.distill` on means of two images, without labels (`mix=True`, `hidden=0`).
+  For {SHORT} epochs and more, with `batch_statistics=True` and a learning rate of {OWN_LR} times the epochs, at most
+  {LR}; for fewer, by AdamW with {SHORT_LR} times the square root of the epochs. All others are trained with the labels
   alone.
 """
 

@@ -16,7 +16,8 @@ from benchmarks.networks.train import augment
 from fxmerge.training import checkpoint
 
 LR, MOMENTUM, WEIGHT_DECAY, BATCH = 0.05, 0.9, 5e-4, 128
-OWN_LR = 1e-4  # of AdamW for one epoch; it grows with the square root of the epochs
+SHORT, SHORT_LR = 4, 1e-4  # distilling for fewer epochs: AdamW, its learning rate for one epoch
+OWN_LR = 0.005  # of longer distilling, for each epoch; at most LR
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,9 @@ class Training:
             yield inputs.contiguous(memory_format=torch.channels_last), self.labels[index]
 
 
-def sgd(parameters: Any) -> torch.optim.SGD:
-    """The optimizer of all methods that train with the labels alone."""
-    return torch.optim.SGD(parameters, LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True)
+def sgd(parameters: Any, lr: float = LR) -> torch.optim.SGD:
+    """The optimizer of all methods, but for a short distilling."""
+    return torch.optim.SGD(parameters, lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True)
 
 
 def with_labels(model: nn.Module, training: Training) -> nn.Module:
@@ -100,9 +101,16 @@ def steps(model: nn.Module, optimizer: torch.optim.Optimizer, training: Training
 
 
 def towards(result: fxmerge.Result, training: Training) -> nn.Module:
-    """Trains a merged model towards its original on means of two images, without labels."""
+    """Trains a merged model towards its original on means of two images, without labels.
+
+    A short training with batch statistics, or with SGD, would end farther from the original (docs/experiments.md).
+    """
+    epochs = training.epochs
+    how: dict[str, Any] = {"lr": SHORT_LR * math.sqrt(epochs)}
+    if epochs >= SHORT:
+        how = {"optimizer": lambda weights: sgd(weights, min(LR, OWN_LR * epochs)), "batch_statistics": True}
     trained = fxmerge.distill(
-        result, training, epochs=training.epochs, lr=OWN_LR * math.sqrt(training.epochs), hidden=0.0, mix=True,
-        bf16=training.bf16, compile=training.compiled, checkpoint=training.state, seed=training.seed,
+        result, training, epochs=epochs, hidden=0.0, mix=True, bf16=training.bf16, compile=training.compiled,
+        checkpoint=training.state, seed=training.seed, **how,
     )  # fmt: skip
     return trained.module
