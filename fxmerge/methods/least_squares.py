@@ -6,7 +6,10 @@ centred about their means, G = P'P / rows and R = P'T / rows:
     W' = argmin |P W' - T|^2 / rows + mu d |W' - W0|^2,     d = mean(diag G)
        = W0 + (G + mu d I)^-1 (R - G W0),                   b' = mean T - W' mean P
 
-A layer that cannot have a bias (`centred=False`) is solved about zero instead.
+A layer that cannot have a bias (`centred=False`) is solved about zero instead. With fewer rows than columns, G is not
+written: with X = P / sqrt(rows), G = X'X, and
+
+    W' = W0 + X' (X X' + mu d I)^-1 (Y - X W0'),           Y = T / sqrt(rows)
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ BLOCK = 576  # columns of a Gram matrix that are multiplied at a time with those
 
 @dataclass(frozen=True)
 class System:
-    """Moments of patches and targets about their means, or about zero if it is not centred, float64."""
+    """What a weight is solved from: moments of patches and targets about their means, or about zero, in float64."""
 
     count: float
     mean_p: Tensor  # (g, p)
@@ -62,13 +65,45 @@ class System:
         return torch.einsum("gop,gpo->go", weight, self.gram @ weight.mT).clamp(min=0)
 
 
+class FewRows(System):
+    """The same with fewer rows n than columns: `gram` is X (g, n, p), and `cross` and gaps are Y and Y - X W0'."""
+
+    def with_targets(self, rows: list[Tensor], targets: list[Tensor], reduce: Reduce) -> System:
+        mean = _mean(targets, self.count, reduce) * self.centred
+        return replace(self, mean_t=mean, cross=_scaled(targets, mean))
+
+    def lifted(self, ridge: float) -> Lifted:
+        n, p = self.gram.shape[1:]
+        return lifted(self.gram @ self.gram.mT, ridge * n / p)  # X X' has the trace of G, over n entries
+
+    def solve(self, start: Tensor, factors: Lifted, gap: Tensor | None = None) -> Tensor:
+        return start + factors.solve(self.gap(start) if gap is None else gap).mT @ self.gram
+
+    def variance(self, weight: Tensor) -> Tensor:
+        return (self.gram @ weight.mT).square().sum(1)
+
+
 def system(rows: list[Tensor], targets: list[Tensor], reduce: Reduce, centred: bool = True) -> System:
     """The system of patches (rows, g, p) and targets (rows, g, o), by batch."""
     count = _count(rows, reduce)
     mean_p, mean_t = _mean(rows, count, reduce) * centred, _mean(targets, count, reduce) * centred
+    if _few(rows, count):
+        return FewRows(count, mean_p, mean_t, _scaled(rows, mean_p), _scaled(targets, mean_t), centred)
     gram = reduce(_product(rows, mean_p, rows, mean_p)).div_(count)
     cross = reduce(_product(rows, mean_p, targets, mean_t)).div_(count)
     return System(count, mean_p, mean_t, gram, cross, centred)
+
+
+def _few(rows: list[Tensor], count: float) -> bool:
+    """Whether there are fewer rows than columns, all of them in this process."""
+    own = sum(map(len, rows))
+    return own == count and own < rows[0].size(2)
+
+
+def _scaled(rows: list[Tensor], mean: Tensor) -> Tensor:
+    """Rows (rows, g, p) about their mean, divided by the root of their number: (g, rows, p), float64."""
+    whole = torch.cat(rows).double().sub_(mean).div_(max(sum(map(len, rows)), 1) ** 0.5)
+    return whole.transpose(0, 1).contiguous()
 
 
 def without_each(
@@ -78,11 +113,14 @@ def without_each(
 
     folds: (rows,) by batch, the fold of each row
     """
+    if _few(rows, _count(rows, reduce)):
+        kept = ([(own != fold).nonzero().flatten() for own in folds] for fold in range(count))
+        return [system(_chosen(rows, some), _chosen(targets, some), reduce, centred) for some in kept]
     middle = tuple(_mean(parts, _count(rows, reduce), reduce) * centred for parts in (rows, targets))
     parts = []
     for fold in range(count):
         inside = [(own == fold).nonzero().flatten() for own in folds]
-        own, wanted = ([x.index_select(0, i) for x, i in zip(of, inside, strict=True)] for of in (rows, targets))
+        own, wanted = _chosen(rows, inside), _chosen(targets, inside)
         number = _count(own, reduce)
         p, t = (_mean(of, 1.0, reduce) * centred - number * m for of, m in zip((own, wanted), middle, strict=True))
         gram, cross = (reduce(_product(own, middle[0], *of)) for of in ((own, middle[0]), (wanted, middle[1])))
@@ -91,6 +129,10 @@ def without_each(
     while parts:  # of each fold, the sums are freed once its system is known
         found.append(whole.without(parts.pop(0), *middle))
     return found
+
+
+def _chosen(rows: list[Tensor], index_of: list[Tensor]) -> list[Tensor]:
+    return [x.index_select(0, i) for x, i in zip(rows, index_of, strict=True)]
 
 
 @dataclass(frozen=True)
