@@ -38,7 +38,7 @@ class Analysis:
 
     def __post_init__(self) -> None:
         if self.captured.sharding:
-            _ = self.report  # which reads weights of all processes
+            self.report.read_weights()
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -72,6 +72,9 @@ class Result:
     plan: Plan
     report: Report
     analysis: Analysis
+
+    def __post_init__(self) -> None:
+        self.report.read_weights()
 
     def __repr__(self) -> str:
         name, groups = self.analysis.captured.name, f"{len(self.plan.groups)} of {len(self.analysis.groups)} groups"

@@ -20,7 +20,6 @@ from fxmerge.plan import planned
 from fxmerge.report.reports import Report
 from fxmerge.rewrite.reassemble import assembled
 from fxmerge.rewrite.rewriter import Rewriter
-from fxmerge.weights.stored_tensor import has_stored_tensors
 
 TRIALS, COPIED = 24, 4e9  # merges of which the class is tried, at most, and their parameters together
 FEW = 4  # kinds of groups in a class of modules of which pairs are tried as well
@@ -35,7 +34,7 @@ def left_whole(report: Report, stopped: Stopped | None, taken: Taken) -> tuple[s
     taken:   tries the class; merges are tried with their dropped channels simply cut, since only sizes matter here
     """
     captured = report.captured
-    if captured.cut is not None or captured.recorded is not None or has_stored_tensors(captured.module):
+    if captured.cut is not None or captured.recorded is not None:
         return ()
     left = min(TRIALS, int(COPIED / max(1, sum(p.numel() for p in captured.module.parameters()))))
 

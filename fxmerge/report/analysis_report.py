@@ -29,9 +29,6 @@ class AnalysisReport(Drawable):
     plan: None = None
     graph: None = None
 
-    def __post_init__(self) -> None:
-        self._read_weights()
-
     def __repr__(self) -> str:
         return f"<AnalysisReport of {self.captured.name}: {len(self.groups)} groups; .text() shows them>"
 

@@ -61,9 +61,10 @@ class Drawable:
         """What the page shows of each group."""
         return group_panels(self.groups, self.captured, self.plan, self._costs(), self._outcome()[0])
 
-    def _read_weights(self) -> None:
-        """Reads now what any format shows of weights that are divided among processes, as all of them must take part;
-        later, one alone may print the report.
+    def read_weights(self) -> None:
+        """Reads now what any format shows of weights that are divided among processes, as all of them must take part.
+
+        Later, one alone may print the report. Of other models, weights are read when they are shown.
         """
         if self.captured.sharding:
             _ = self._costs(), self._panels

@@ -73,7 +73,6 @@ class Report(Drawable):
 
     def __post_init__(self) -> None:
         _ = self.notices  # now, since the user may put the model in another mode later
-        self._read_weights()
 
     def __repr__(self) -> str:
         groups = f"{len(self.plan.groups)} of {len(self.groups)} groups merged"

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import ast
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_model
 from torch import Tensor, nn
 
 import fxmerge
 from fxmerge.pipeline import Prepared
+from fxmerge.weights import stored_tensor
 
 
 class Reduction(nn.Module):
@@ -159,6 +162,17 @@ def test_own_class_leaves_whole_what_the_code_cannot_take(options: dict[str, Any
     assert (result.report.spent is None) == ("ratio" in options)
     again = fxmerge.apply(result.plan, net, x)
     assert [g.kept for g in again.plan.groups] == [g.kept for g in result.plan.groups] and type(again.model) is Net
+
+
+def test_own_class_of_a_model_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stored_tensor, "SMALL", 0)
+    torch.manual_seed(0)
+    net, x = Net().eval(), torch.randn(2, 6, 8, 8)
+    save_model(net, str(tmp_path / "w.safetensors"))
+    options: dict[str, Any] = {"ratio": 0.5, "refit": "none", "keep": {"blocks.*.up": 0.75}, "own_class": True}
+    one, other = (fxmerge.merge(m, x, **options) for m in (net, fxmerge.on_disk(net, tmp_path / "w.safetensors")))
+    assert type(other.model) is Net and other.plan == one.plan
+    torch.testing.assert_close(other.model(x), one.module(x))
 
 
 def test_own_class_changes_nothing_where_the_class_takes_the_merge() -> None:
