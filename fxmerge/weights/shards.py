@@ -8,7 +8,6 @@ is checked each time. `divided` calls `fully_shard` on a merged model as it was 
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,7 +29,6 @@ from fxmerge.weights.stored_tensor import Backing, StoredTensor
 
 _DTENSOR = ("torch.distributed.tensor", "torch.distributed._tensor")
 _OF_FSDP = ("__composable_api", "_is_fsdp_managed_module", "_fsdp_use_orig_params")  # fields that fully_shard adds
-_numbers = itertools.count()
 
 
 def is_divided(value: Tensor) -> bool:
@@ -67,6 +65,7 @@ def undivided(model: nn.Module) -> tuple[nn.Module, Sharding | None]:
     }
     called = [path for path in reversed(paths) if path in meshes]
     calls = tuple(ShardCall(path=path, mesh=meshes[path], settings=settings[path]) for path in called)
+    _count_alike(next(iter(parts.values())))
     with _plain(model):
         copied = deep_copy(model, tensors.values())
     into = Weights(copied)
@@ -110,11 +109,13 @@ def written_once(path: str | Path, sharding: Sharding | None) -> Iterator[Path]:
 class _Rows:
     """The place of a tensor of which each process of a group holds some rows, as `torch.chunk` divides them."""
 
+    made = 0  # so many, in all processes alike
+
     def __init__(self, held: Tensor, shape: tuple[int, ...], group: Any) -> None:
         """held: the rows of this process"""
         self.held, self.shape, self.group = held, shape, group
         self.dtype, self.device = held.dtype, held.device
-        self.number = next(_numbers)  # the same in all processes, if they do the same
+        self.number = _Rows.made = _Rows.made + 1  # the same in all processes, if they do the same
 
     def read(self) -> Tensor:
         size = distributed.get_world_size(self.group)
@@ -156,6 +157,14 @@ def _stored(value: Any) -> Tensor:
     if value.numel() * value.dtype.itemsize < stored_tensor.SMALL:
         return region.read()
     return StoredTensor(Backing(region, region.dtype, _Shards(group, region.device)))
+
+
+def _count_alike(value: Any) -> None:
+    """Lets all processes number the places of tensors alike, whatever they did before."""
+    most = torch.tensor([_Rows.made], device=value.device)
+    for axis in range(value.device_mesh.ndim):
+        distributed.all_reduce(most, distributed.ReduceOp.MAX, value.device_mesh.get_group(axis))
+    _Rows.made = int(most)
 
 
 def _bytes(value: Tensor) -> Tensor:

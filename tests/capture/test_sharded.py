@@ -58,3 +58,4 @@ def test_what_is_refused(found: list[dict[str, Any]]) -> None:
         assert "fxmerge.on_disk(make, files)" in own["refused"]
         assert "A Shrinker writes the weights of the model in place" in own["shrinker"]
         assert "the processes do not fetch the same weight" in own["order"]
+        assert own["again"] == ["DTensor"]
