@@ -60,7 +60,8 @@ class Distillation(nn.Module):
     batch_statistics: let BatchNorms normalize with each batch's own statistics in training mode, which are new to a
                   merged model; a training of many epochs with a large learning rate may want them.
     compile:      run both models through torch.compile: a step takes about half the time, after a minute at first
-    Raises FxMergeError for a model that was captured in parts, which has no single graph.
+    Raises FxMergeError for a model that was captured in parts, which has no single graph, and for one that is divided
+    among processes.
     """
 
     def __init__(
@@ -77,6 +78,11 @@ class Distillation(nn.Module):
             raise FxMergeError(
                 f"{captured.name} was captured in parts, and has no single graph to distil; train result.module with "
                 "your own code"
+            )
+        if captured.sharding is not None:
+            raise FxMergeError(
+                f"the weights of this {captured.name} are divided among processes, which fxmerge.distill does not "
+                "train; train result.module towards the model that was merged, in a loop of your own"
             )
         if temperature is not None and not temperature > 0:
             raise FxMergeError(f"temperature is {temperature!r}; give a positive number, or None")

@@ -57,5 +57,6 @@ def test_what_is_refused(found: list[dict[str, Any]]) -> None:
         assert "blocks.0.up.weight is divided among processes as Shard(dim=0)" in own["refused"]
         assert "fxmerge.on_disk(make, files)" in own["refused"]
         assert "A Shrinker writes the weights of the model in place" in own["shrinker"]
+        assert "are divided among processes, which fxmerge.distill does not train" in own["distilled"]
         assert "the processes do not fetch the same weight" in own["order"]
         assert own["again"] == ["DTensor"]

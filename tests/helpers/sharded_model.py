@@ -146,6 +146,7 @@ parallel = make()
 parallelize_module(parallel, mesh, {"blocks.0.up": ColwiseParallel()})
 found["refused"] = said(lambda: fxmerge.merge(parallel, x))
 found["shrinker"] = said(lambda: fxmerge.Shrinker(sharded(mesh), x, ratio=0.5, steps=10))
+found["distilled"] = said(lambda: fxmerge.distill(result, [x]))
 plain, _ = shards.undivided(sharded(mesh))
 read = [plain.get_parameter("embed.weight"), plain.get_parameter("head.weight")]
 found["order"] = said(lambda: read[rank] + 0)
