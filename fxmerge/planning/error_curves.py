@@ -38,6 +38,7 @@ from fxmerge.weights.layout import columns
 # The error of a group is weighted by its consumers' sensitivity to this power. 0 would weight all groups equally. 1
 # would be right if later layers did not compensate for errors in their inputs, but re-solving lets them do so.
 POWER = 0.5
+ALONE = 0.7  # the same for what the outputs lose if a group alone narrows, as a multiple of what is typical
 
 
 def errors(
@@ -127,19 +128,25 @@ def scaled(
     """The errors of groups, (R,) each, as shares of the variance of the model's outputs, or in proportion to them.
 
     sensitivity:  {layer: how much the model's outputs change with an error in its outputs}
-    alone:        {group: a rung, and what the outputs lose if the group alone narrows to it}: curves are scaled to it
+    alone:        {group: a rung, and what the outputs lose if the group alone narrows to it}: curves are scaled to it,
+                  by factors that are drawn towards the median of all
     """
     found = {}
     for group in groups:
         weights = [sensitivity.get(m.layer.node, 0.0) for m in group.consumers or group.producers]
         found[group.name] = errors[group.name] * (sum(weights) ** POWER if sensitivity else 1.0)
-    pairs = [(loss, found[name][rung]) for name, (rung, loss) in alone.items()]
-    factors = [loss / own for loss, own in pairs if loss > NONE and own > NONE]
-    typical = float(np.median(factors)) if factors else 1.0
-    return {
-        name: calibrated(own, ladders[name], *alone[name], typical) if name in alone else own * typical
-        for name, own in found.items()
-    }
+    pairs = {name: (loss, found[name][rung]) for name, (rung, loss) in alone.items()}
+    factors = {name: loss / own for name, (loss, own) in pairs.items() if loss > NONE and own > NONE}
+    typical = float(np.median([*factors.values()])) if factors else 1.0
+
+    def own_scale(name: str, own: Floats) -> Floats:
+        if name not in alone:
+            return own * typical
+        rung, loss = alone[name]
+        drawn = own[rung] * typical * (factors[name] / typical) ** ALONE if name in factors else loss
+        return calibrated(own, ladders[name], rung, drawn, typical)
+
+    return {name: own_scale(name, own) for name, own in found.items()}
 
 
 def _expected(

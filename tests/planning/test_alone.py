@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from fxmerge.calibration.division import judging
 from fxmerge.graph.outputs import returned
 from fxmerge.pipeline import Prepared, prepared
 from fxmerge.planning.alone import calibrated, losses_alone
+from fxmerge.planning.error_curves import scaled
 from fxmerge.planning.room import Room
 from fxmerge.planning.scope import in_scope
 from fxmerge.progress import silent
@@ -117,3 +119,16 @@ def test_curves_are_scaled_to_what_was_measured_and_grow_beyond() -> None:
     assert calibrated(errors, ladder, 2, 0.04, 9.0) == pytest.approx([0, 0.01, 0.04, 0.16])
     # where nothing was lost, the curve counts by the typical factor
     assert calibrated(errors, ladder, 1, 0.0, 3.0) == pytest.approx([0, 0.3, 1.2, 4.8])
+
+
+def test_factors_are_drawn_towards_their_median() -> None:
+    """A group that loses ten times the median weighs 10^0.7 times as much; one that was not measured, as the median."""
+    ladder = np.array([[10.0], [5.0]])
+    names = ["rare", "middle", "usual", "unknown"]
+    groups: Any = [SimpleNamespace(name=name, consumers=(), producers=()) for name in names]
+    errors = {name: np.array([0.0, 0.5]) for name in names}
+    alone = {"rare": (1, 0.2), "middle": (1, 0.02), "usual": (1, 0.002)}
+    found = scaled(errors, groups, ladders=dict.fromkeys(names, ladder), sensitivity={}, alone=alone)
+    assert {name: own[1] for name, own in found.items()} == pytest.approx(
+        {"rare": 0.02 * 10**0.7, "middle": 0.02, "usual": 0.02 * 10**-0.7, "unknown": 0.02}
+    )
