@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, fx
 
+from fxmerge.ir.capture import Capture
 from fxmerge.ir.provenance import Provenance
 from fxmerge.weights.by_path import at
 
@@ -35,3 +36,9 @@ def word_counts(module: fx.GraphModule, facts: Provenance) -> frozenset[int]:
     constant added to all scores changes.
     """
     return frozenset(len(table) for table in vocabularies(module, facts).values())
+
+
+def scores_words(captured: Capture, facts: Provenance) -> bool:
+    """Whether an output of the model scores the words of a vocabulary that it reads."""
+    counts = word_counts(captured.module, facts)
+    return any(y.dim() > 1 and y.size(-1) in counts for y in captured.outputs)

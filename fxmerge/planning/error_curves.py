@@ -18,6 +18,7 @@ from torch import Tensor
 from fxmerge.calibration.batches import Batches
 from fxmerge.calibration.epilogue import epilogue_of
 from fxmerge.calibration.paired_run import Settings, line
+from fxmerge.calibration.words import scores_words
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.groups import Group
 from fxmerge.ir.provenance import Layer, Provenance, batch_norms
@@ -38,7 +39,9 @@ from fxmerge.weights.layout import columns
 # The error of a group is weighted by its consumers' sensitivity to this power. 0 would weight all groups equally. 1
 # would be right if later layers did not compensate for errors in their inputs, but re-solving lets them do so.
 POWER = 0.5
-ALONE = 0.7  # the same for what the outputs lose if a group alone narrows, as a multiple of what is typical
+# The same for what the outputs lose if a group alone narrows, as a multiple of what is typical. Refit brings square
+# errors down, and hardly the divergences of a language model, which count as they are.
+ALONE = 0.7
 
 
 def errors(
@@ -67,7 +70,8 @@ def errors(
     )  # fmt: skip
     alone = losses_alone(room, select, batches, settings, readings=readings, tensors=tensors, stage=stage)
     weights = sensitivity() if seen and not alone else {}
-    return scaled(found, free, ladders=room.ladders, sensitivity=weights, alone=alone)
+    power = 1.0 if scores_words(room.captured, room.facts) else ALONE
+    return scaled(found, free, ladders=room.ladders, sensitivity=weights, alone=alone, power=power)
 
 
 @torch.no_grad()
@@ -124,12 +128,13 @@ def scaled(
     ladders: Mapping[str, Floats],
     sensitivity: Mapping[str, float],
     alone: Mapping[str, tuple[int, float]],
+    power: float,
 ) -> dict[str, Floats]:
     """The errors of groups, (R,) each, as shares of the variance of the model's outputs, or in proportion to them.
 
     sensitivity:  {layer: how much the model's outputs change with an error in its outputs}
     alone:        {group: a rung, and what the outputs lose if the group alone narrows to it}: curves are scaled to it,
-                  by factors that are drawn towards the median of all
+                  by factors f that are drawn towards the median m of all, m (f / m)^power
     """
     found = {}
     for group in groups:
@@ -143,7 +148,7 @@ def scaled(
         if name not in alone:
             return own * typical
         rung, loss = alone[name]
-        drawn = own[rung] * typical * (factors[name] / typical) ** ALONE if name in factors else loss
+        drawn = own[rung] * typical * (factors[name] / typical) ** power if name in factors else loss
         return calibrated(own, ladders[name], rung, drawn, typical)
 
     return {name: own_scale(name, own) for name, own in found.items()}

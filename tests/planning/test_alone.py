@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import fxmerge
 from fxmerge import Options
 from fxmerge.calibration.division import judging
 from fxmerge.graph.outputs import returned
 from fxmerge.pipeline import Prepared, prepared
+from fxmerge.planning import error_curves
 from fxmerge.planning.alone import calibrated, losses_alone
 from fxmerge.planning.error_curves import scaled
 from fxmerge.planning.room import Room
@@ -128,7 +130,19 @@ def test_factors_are_drawn_towards_their_median() -> None:
     groups: Any = [SimpleNamespace(name=name, consumers=(), producers=()) for name in names]
     errors = {name: np.array([0.0, 0.5]) for name in names}
     alone = {"rare": (1, 0.2), "middle": (1, 0.02), "usual": (1, 0.002)}
-    found = scaled(errors, groups, ladders=dict.fromkeys(names, ladder), sensitivity={}, alone=alone)
+    found = scaled(errors, groups, ladders=dict.fromkeys(names, ladder), sensitivity={}, alone=alone, power=0.7)
     assert {name: own[1] for name, own in found.items()} == pytest.approx(
         {"rare": 0.02 * 10**0.7, "middle": 0.02, "usual": 0.02 * 10**-0.7, "unknown": 0.02}
     )
+
+
+@pytest.mark.parametrize(("words", "power"), [(True, 1.0), (False, error_curves.ALONE)])
+def test_divergences_of_words_count_as_they_are(words: bool, power: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(30, 8), nn.Linear(8, 24), nn.ReLU(), nn.Linear(24, 30 if words else 7)).eval()
+    given: list[float] = []
+    drawn = error_curves.scaled
+    monkeypatch.setattr(error_curves, "scaled", lambda *a, **k: given.append(k["power"]) or drawn(*a, **k))
+    ids = torch.randint(30, (64, 6))
+    fxmerge.merge(model, ids[:2], budget={"params": 0.8}, calibration=ids.split(16))
+    assert given == [power]
