@@ -41,7 +41,7 @@ def undivided(model: nn.Module) -> tuple[nn.Module, Sharding | None]:
 
     Raises FxMergeError where weights are divided in another way than by `fully_shard` along their first axis.
     """
-    sharded: list[Any] = [m for m in model.modules() if _is_fsdp(m)]
+    sharded: list[Any] = [m for m in nn.Module.modules(model) if _is_fsdp(m)]
     for module in sharded:
         module.reshard()  # after a forward, the outermost weights are whole until then
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
