@@ -73,11 +73,9 @@ class Capture:
 class Sharding:
     """How a model was divided among processes.
 
-    given: the user's model
     calls: those of fully_shard, from the inside out
     """
 
-    given: nn.Module
     calls: tuple[ShardCall, ...]
 
 

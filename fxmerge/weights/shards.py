@@ -41,6 +41,12 @@ def undivided(model: nn.Module) -> tuple[nn.Module, Sharding | None]:
 
     Raises FxMergeError where weights are divided in another way than by `fully_shard` along their first axis.
     """
+    for path, module in model.named_modules():
+        if type(module).__name__ == "FullyShardedDataParallel":
+            raise FxMergeError(
+                f"{path or 'the model'} is wrapped in FullyShardedDataParallel, which hides its weights; merge the "
+                "model before it is wrapped, or divide it by fully_shard"
+            )
     sharded: list[Any] = [m for m in nn.Module.modules(model) if _is_fsdp(m)]
     for module in sharded:
         module.reshard()  # after a forward, the outermost weights are whole until then
@@ -71,7 +77,7 @@ def undivided(model: nn.Module) -> tuple[nn.Module, Sharding | None]:
     into = Weights(copied)
     for path, value in parts.items():
         into.replace(path, _stored(value))
-    return copied, Sharding(given=model, calls=calls)
+    return copied, Sharding(calls=calls)
 
 
 def divided(module: nn.Module, sharding: Sharding | None) -> nn.Module:
@@ -184,7 +190,7 @@ def _check_same(number: int, device: torch.device, group: Any) -> None:
 
 
 def _is_fsdp(module: nn.Module) -> bool:
-    return any(base.__module__.startswith("torch.distributed.fsdp") for base in type(module).__mro__[:2])
+    return any(base.__name__ == "FSDPModule" for base in type(module).__mro__[:2])
 
 
 def _within(path: str, outer: str) -> bool:

@@ -54,3 +54,12 @@ def test_a_tensor_that_fully_shard_did_not_divide_is_refused() -> None:
     model[1].running_mean = torch.zeros(2).as_subclass(Elsewhere)
     with pytest.raises(fxmerge.FxMergeError, match=r"1\.running_mean is divided among processes as 'Shard\(dim=1\)'"):
         fxmerge.analyze(model, torch.zeros(3, 2))
+
+
+def test_the_older_wrapper_is_refused() -> None:
+    class FullyShardedDataParallel(nn.Sequential):
+        __module__ = "torch.distributed.fsdp.fully_sharded_data_parallel"
+
+    model = nn.Sequential(FullyShardedDataParallel(nn.Linear(2, 2)), nn.Linear(2, 2))
+    with pytest.raises(fxmerge.FxMergeError, match="0 is wrapped in FullyShardedDataParallel, which hides its weights"):
+        fxmerge.analyze(model, torch.zeros(3, 2))
