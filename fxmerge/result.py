@@ -119,9 +119,9 @@ class Result:
 
         `fxmerge.load` reads the folder. Raises FxMergeError if the folder contains files that fxmerge did not write.
         """
-        module = undivided(self.module)[0] if self._sharding else self.report.module
+        report = replace(self.report, module=undivided(self.module)[0]) if self._sharding else self.report
         with written_once(folder, self._sharding) as path:
-            save.save(path, replace(self.report, module=module))
+            save.save(path, report)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes a merged model of Hugging Face transformers as a folder that its from_pretrained reads.
@@ -138,9 +138,9 @@ class Result:
             raise FxMergeError(
                 f"the merged model does not fit into its class: {self._own.fit.refused}; use result.save(folder)"
             )
-        own = self._whole(inside(self.model))
+        own, (_, expected) = self._whole(inside(self.model)), self._expected()
         with written_once(folder, self._sharding) as path:
-            hugging_face.save_pretrained(path, own, self.analysis.captured.model, self._expected())
+            hugging_face.save_pretrained(path, own, self.analysis.captured.model, expected)
 
     def exported(self, dynamic_shapes: Any = None) -> ExportedProgram:
         """The merged model as an ExportedProgram.
@@ -149,16 +149,16 @@ class Result:
             was an ExportedProgram.
         Raises FxMergeError if torch.export cannot export the model, or if the program returns other values.
         """
-        return self._exported(self._expected(), dynamic_shapes)
+        return self._exported(*self._expected(), dynamic_shapes)
 
     def save_program(self, path: str | Path) -> None:
         """Writes `exported()` to a .pt2 file, which torch.export.load reads. No partial file is left after an error.
 
         Raises FxMergeError as `exported` does, also for the program in the file.
         """
-        expected = self._expected()
+        module, expected = self._expected()
         with written_once(path, self._sharding) as there:
-            program.save(self._exported(expected), there, expected)
+            program.save(self._exported(module, expected), there, expected)
 
     def to_onnx(self, path: str | Path, dynamic_shapes: Any = None) -> None:
         """Writes `exported(dynamic_shapes)` to an ONNX file. Needs the extra fxmerge[onnx].
@@ -166,10 +166,10 @@ class Result:
         Raises FxMergeError if torch.export or torch.onnx cannot convert the model, or if onnxruntime returns other
         values for the file.
         """
-        expected = self._expected()
-        made = self._exported(expected, dynamic_shapes)
+        module, expected = self._expected()
+        made = self._exported(module, expected, dynamic_shapes)
         with written_once(path, self._sharding) as there:
-            program.to_onnx(made, there, expected, random=expected.is_random(self._whole(self.module)))
+            program.to_onnx(made, there, expected, random=expected.is_random(module))
 
     @property
     def _sharding(self) -> Sharding | None:
@@ -179,10 +179,12 @@ class Result:
         """The module, or a copy with all weights in this process where they are divided among several."""
         return in_memory(module) if self._sharding else module
 
-    def _expected(self) -> Expected:
-        return Expected(self.analysis.captured, self._whole(self.module))
+    def _expected(self) -> tuple[nn.Module, Expected]:
+        """The merged module with all of its weights, and what it returns."""
+        module = self._whole(self.module)
+        return module, Expected(self.analysis.captured, module)
 
-    def _exported(self, expected: Expected, dynamic_shapes: Any = None) -> ExportedProgram:
+    def _exported(self, module: nn.Module, expected: Expected, dynamic_shapes: Any = None) -> ExportedProgram:
         captured = self.analysis.captured
         shapes = dynamic_shapes or program.dynamic(captured.program) or captured.dynamic_shapes
-        return program.exported(self._whole(self.module), expected, shapes)
+        return program.exported(module, expected, shapes)

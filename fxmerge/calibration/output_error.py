@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fxmerge.calibration.padding import rest
 from fxmerge.calibration.paired_run import Pair, PairedRun, Settings, Visit
+from fxmerge.calibration.words import scores_words
 from fxmerge.graph.eval_mode import evaluating
 from fxmerge.graph.outputs import returned
 from fxmerge.methods.least_squares import Reduce
@@ -83,7 +84,7 @@ def difference(run: PairedRun, number: int, y: Tensor, z: Tensor, judges: Tensor
         y, z = (t.reshape(*real.shape, *rest(t.shape, real))[chosen] for t in (y, z))
     elif own is not None and y.dim() and y.size(0) == len(own):
         y, z = (t[own] for t in (y, z))
-    if y.dim() > 1 and y.size(-1) in run.words and y.is_floating_point():
+    if scores_words(y, run.words):
         return _of_words(y.flatten(0, -2), z.flatten(0, -2))
     y, z = (torch.view_as_real(t) if t.is_complex() else t for t in (y, z))
     parts = [(z.double() - y.double()).square().sum(), y.double().square().sum()]

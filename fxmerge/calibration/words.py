@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 from torch import Tensor, fx
 
-from fxmerge.ir.capture import Capture
 from fxmerge.ir.provenance import Provenance
 from fxmerge.weights.by_path import at
 
@@ -38,7 +39,6 @@ def word_counts(module: fx.GraphModule, facts: Provenance) -> frozenset[int]:
     return frozenset(len(table) for table in vocabularies(module, facts).values())
 
 
-def scores_words(captured: Capture, facts: Provenance) -> bool:
-    """Whether an output of the model scores the words of a vocabulary that it reads."""
-    counts = word_counts(captured.module, facts)
-    return any(y.dim() > 1 and y.size(-1) in counts for y in captured.outputs)
+def scores_words(y: Tensor, counts: Container[int]) -> bool:
+    """Whether an output scores the words of a vocabulary. counts: `word_counts` of the model"""
+    return y.dim() > 1 and y.size(-1) in counts and y.is_floating_point()

@@ -113,10 +113,11 @@ def without_each(
 
     folds: (rows,) by batch, the fold of each row
     """
-    if _few(rows, _count(rows, reduce)):
+    whole_count = _count(rows, reduce)
+    if _few(rows, whole_count):
         kept = ([(own != fold).nonzero().flatten() for own in folds] for fold in range(count))
         return [system(_chosen(rows, some), _chosen(targets, some), reduce, centred) for some in kept]
-    middle = tuple(_mean(parts, _count(rows, reduce), reduce) * centred for parts in (rows, targets))
+    middle = tuple(_mean(parts, whole_count, reduce) * centred for parts in (rows, targets))
     parts = []
     for fold in range(count):
         inside = [(own == fold).nonzero().flatten() for own in folds]

@@ -18,7 +18,7 @@ from torch import Tensor
 from fxmerge.calibration.batches import Batches
 from fxmerge.calibration.epilogue import epilogue_of
 from fxmerge.calibration.paired_run import Settings, line
-from fxmerge.calibration.words import scores_words
+from fxmerge.calibration.words import scores_words, word_counts
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.groups import Group
 from fxmerge.ir.provenance import Layer, Provenance, batch_norms
@@ -70,7 +70,8 @@ def errors(
     )  # fmt: skip
     alone = losses_alone(room, select, batches, settings, readings=readings, tensors=tensors, stage=stage)
     weights = sensitivity() if seen and not alone else {}
-    power = 1.0 if scores_words(room.captured, room.facts) else ALONE
+    words = word_counts(room.captured.module, room.facts)
+    power = 1.0 if any(scores_words(y, words) for y in room.captured.outputs) else ALONE
     return scaled(found, free, ladders=room.ladders, sensitivity=weights, alone=alone, power=power)
 
 

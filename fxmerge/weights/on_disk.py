@@ -72,8 +72,7 @@ def in_memory(module: nn.Module) -> nn.Module:
 
     Each process gets a whole copy of a module that fully_shard divided; all processes must call this.
     """
-    plain = undivided(module)[0]
-    copied = plain if plain is not module else deep_copy(module, [])
+    copied = deep_copy(undivided(module)[0], [])
     into = Weights(copied)
     for path, value in [*copied.named_parameters(), *copied.named_buffers()]:
         if isinstance(value, StoredTensor):

@@ -41,18 +41,18 @@ def undivided(model: nn.Module) -> tuple[nn.Module, Sharding | None]:
 
     Raises FxMergeError where weights are divided in another way than by `fully_shard` along their first axis.
     """
-    for path, module in model.named_modules():
+    modules: dict[str, Any] = dict(model.named_modules())
+    for path, module in modules.items():
         if type(module).__name__ == "FullyShardedDataParallel":
             raise FxMergeError(
                 f"{path or 'the model'} is wrapped in FullyShardedDataParallel, which hides its weights; merge the "
                 "model before it is wrapped, or divide it by fully_shard"
             )
-    sharded: list[Any] = [m for m in nn.Module.modules(model) if _is_fsdp(m)]
-    for module in sharded:
-        module.reshard()  # after a forward, the outermost weights are whole until then
+    paths = [path for path, m in modules.items() if _is_fsdp(m)]
+    for path in paths:
+        modules[path].reshard()  # after a forward, the outermost weights are whole until then
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    parts = {path: value for path, value in tensors.items() if is_divided(value)}
-    paths = [path for path, m in model.named_modules() if _is_fsdp(m)]
+    parts: dict[str, Any] = {path: value for path, value in tensors.items() if is_divided(value)}
     for path, value in parts.items():
         if not any(_within(path, outer) for outer in paths) or not _by_rows(value):
             raise FxMergeError(
@@ -63,21 +63,18 @@ def undivided(model: nn.Module) -> tuple[nn.Module, Sharding | None]:
             )
     if not parts:
         return model, None
-    settings = {path: _settings(model.get_submodule(path)) for path in paths}
-    meshes = {
-        path: next(v.device_mesh for name, v in parts.items() if _within(name, path))  # type: ignore[attr-defined]
-        for path in paths
-        if any(_within(name, path) for name in parts)
-    }
-    called = [path for path in reversed(paths) if path in meshes]
-    calls = tuple(ShardCall(path=path, mesh=meshes[path], settings=settings[path]) for path in called)
+    calls = []
+    for path in reversed(paths):
+        mesh = next((v.device_mesh for name, v in parts.items() if _within(name, path)), None)
+        if mesh is not None:
+            calls.append(ShardCall(path=path, mesh=mesh, settings=_settings(modules[path])))
     _count_alike(next(iter(parts.values())))
     with _plain(model):
         copied = deep_copy(model, tensors.values())
     into = Weights(copied)
     for path, value in parts.items():
         into.replace(path, _stored(value))
-    return copied, Sharding(calls=calls)
+    return copied, Sharding(calls=tuple(calls))
 
 
 def divided(module: nn.Module, sharding: Sharding | None) -> nn.Module:

@@ -38,6 +38,7 @@ def test_a_sharded_model_is_merged_as_a_whole_one_is(found: list[dict[str, Any]]
 def test_what_is_written_is_whole_and_trained(found: list[dict[str, Any]]) -> None:
     for own in found:
         assert max(own["saved"]) < 1e-6 and own["program"] < 1e-6
+        assert own["buffer"] == [0, 0, 0]  # that of a copy in memory is its own
         assert own["in memory"] == [["Parameter"], ["saved"]]  # and no other folder beside it
 
 

@@ -117,6 +117,10 @@ result.save(folder)
 in_memory = fxmerge.in_memory(module)
 found["saved"] = [float((m(x) - trained).abs().max()) for m in (fxmerge.load(folder), in_memory)]
 found["in memory"] = kinds(in_memory), sorted(p.name for p in Path(sys.argv[1]).iterdir() if not p.suffix)
+counting = sharded(mesh)
+counting.register_buffer("seen", torch.zeros(3))
+fxmerge.in_memory(counting).get_buffer("seen").add_(1)
+found["buffer"] = counting.get_buffer("seen").tolist()
 result.save_program(Path(sys.argv[1], "program.pt2"))
 found["program"] = float((torch.export.load(Path(sys.argv[1], "program.pt2")).module()(x) - trained).abs().max())
 if rank == 0:  # one process alone may look at the reports
@@ -127,9 +131,9 @@ policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
 pairs = init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicate", "shard"))
 result = fxmerge.merge(sharded(pairs, mp_policy=policy), x, ratio=0.5, refit="none")
 weight = result.module.get_parameter("head.weight")
-found["replicated"] = [str(weight.placements), str(result.module(x).dtype), equal(result.report.module, whole_none := (
-    fxmerge.merge(make(), x, ratio=0.5, refit="none").module
-))]  # fmt: skip
+whole = fxmerge.merge(make(), x, ratio=0.5, refit="none").module
+same = equal(result.report.module, whole)
+found["replicated"] = [str(weight.placements), str(result.module(x).dtype), same]
 uneven = fxmerge.merge(sharded(mesh), x, ratio=0.5, calibration=batches)
 found["uneven"] = [str(uneven.report.source), kinds(uneven.module)]
 
