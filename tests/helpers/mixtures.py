@@ -44,3 +44,10 @@ def tokens(*shape: int, seed: int = 0) -> Tensor:
 def logits(model: nn.Module, ids: Tensor) -> Tensor:
     found = model(input_ids=ids)
     return (found["logits"] if isinstance(found, dict) else found.logits).detach()
+
+
+def divided_work() -> dict[str, Any]:
+    """Arguments of `merge` for two processes, the first of which sees one token only, and no row of most experts."""
+    batches = [torch.full((8, 12), 7), tokens(8, 12, seed=1), torch.full((8, 12), 7), tokens(8, 12, seed=2)]
+    given = [{"input_ids": ids} for ids in batches]
+    return {"example_inputs": {"input_ids": tokens(2, 12)}, "ratio": 0.5, "calibration": given}

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 import fxmerge
 from fxmerge import verify
-from tests.helpers.mixtures import KINDS, logits, model_of, tokens
+from tests.helpers.mixtures import KINDS, divided_work, logits, model_of, tokens
 from tests.helpers.netmaking import one_thread, plain_merge  # noqa: F401
+from tests.helpers.two_processes import run_on_two
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -174,3 +177,17 @@ def test_own_class_and_plain_folder(name: str, tmp_path: Any) -> None:
     again = type(model).from_pretrained(tmp_path / "small").eval()
     assert getattr(again.config, KINDS[name][1]) == 8
     assert torch.allclose(logits(again, ids), logits(result.module, ids), rtol=0, atol=1e-5)
+
+
+def test_two_processes_of_which_one_uses_few_experts(tmp_path: Path) -> None:
+    """The same bits in both, and nearly those of one process. It would wait for ever where a process that sends no row
+    to an expert leaves out a sum over the processes.
+    """
+    run_on_two("distributed_mixture.py", tmp_path)
+    for experts in (1.0, 0.5):
+        one, other = (load_file(tmp_path / f"{experts}_{rank}.safetensors") for rank in range(2))
+        alone = fxmerge.merge(model_of("Mixtral"), **divided_work(), experts=experts).module.state_dict()
+        assert set(one) == set(alone)
+        for key, value in alone.items():
+            assert torch.equal(one[key], other[key])
+            torch.testing.assert_close(one[key], value, rtol=0.1, atol=0.1)
