@@ -171,7 +171,7 @@ def _of_experts(
         index = [i if r is None else i[r[i]] for i, r in zip(expert_rows(ends, expert), real, strict=True)]
         parts = [x[i[: settings.rows]][:, None] for x, i in zip(inputs, index, strict=True)]
         count = torch.tensor(float(sum(map(len, parts))), dtype=torch.float64, device=weight.device)
-        if not float(settings.reduce(count)) or not bool(here.any()):  # other processes may have rows where this has none
+        if not float(settings.reduce(count)) or not bool(here.any()):  # of all processes
             continue
         mean, second = second_moments(parts, settings.reduce)
         matrix = weight[expert].T if layer.transposed else weight[expert]
