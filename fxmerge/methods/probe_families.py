@@ -60,8 +60,10 @@ def leaf(count: int, height: int, width: int, generator: Generator) -> Tensor:
     angle, aspect = torch.pi * draw[3], (0.5 + 1.5 * draw[4]).sqrt()
     along = (across * angle.cos() + down * angle.sin()) / radius * aspect
     athwart = (down * angle.cos() - across * angle.sin()) / radius / aspect
-    power = torch.where(draw[5] < 0.5, 2.0, 8.0)  # a disc or a box
-    return (along.abs() ** power + athwart.abs() ** power < 1)[:, None]
+    along, athwart = along.square_(), athwart.square_()
+    box = (draw[5] >= 0.5).flatten()  # the others are discs
+    along[box], athwart[box] = along[box].square().square(), athwart[box].square().square()
+    return (along.add_(athwart) < 1)[:, None]
 
 
 def standard(x: Tensor) -> Tensor:

@@ -4,10 +4,12 @@ Let a layer have weights W (o, p), and patches with Gram matrix G about their me
 by Kronecker factors (Martens & Grosse, 2015, "Optimizing neural networks with Kronecker-factored approximate
 curvature", section 3):
 
-    W = W0 + K'^-1 V L^-1,    L L' = G + ridge d I,  d = mean(diag G),    K K' = S + LEAST mean(diag S) I,  S = mean J'J
+    W = W0 + K'^-1 V L^-1,    L L' = G + ridge d I,  d = mean(diag G),    K K' = S + LEAST mean(diag S) I
+    S = sum J'J / N
 
-where J is the derivative of r by the layer's outputs at the same position. The gradient of r times random signs has the
-mean square S (Hutchinson, 1990). The pull is ridge d tr(DW' S DW) / 2 for DW = W - W0, which is the pull that
+where J is the derivative of r by the layer's outputs at one of its positions, and the sum is over all of them: a layer
+before a stride has several positions for each of the N at the end. The gradient of r times random signs has the mean
+square J'J (Hutchinson, 1990). The pull is ridge d tr(DW' S DW) / 2 for DW = W - W0, which is the pull that
 `least_squares` has for one layer alone.
 """
 

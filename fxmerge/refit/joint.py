@@ -244,7 +244,7 @@ class _Joint:
         batches = float(self.reduce(self.leaves[0].new_tensor(float(self.batches), dtype=torch.float64)))
         rows: dict[str, list[Tensor]] = {name: [] for name in self.weights}
         squares: dict[str, Tensor] = {}
-        counts = dict.fromkeys(self.weights, 0.0)
+        seen = {name: sum(counts) for name, counts in self._counts.items()}  # output positions
         nodes = {node.name: node for node in self.region.nodes}
         sources = {layer.node: input_of(nodes[layer.node], layer.op).name for layer in self.region.layers}
         for number in range(self.batches):
@@ -256,9 +256,9 @@ class _Joint:
                     for name, missed in self.residuals.items():
                         gap = missed[number](outputs[name])
                         signs = torch.randint(0, 2, gap.shape, generator=generator).to(gap) * 2 - 1
-                        seen = (self.held[name][number] | self.used[name][number]).to(gap)
-                        noisy = scaled_by_position(gap * signs, self.weights[name].form, seen)
-                        noise = noise + noisy.sum() * self.units[name] ** 0.5
+                        real = (self.held[name][number] | self.used[name][number]).to(gap)
+                        noisy = scaled_by_position(gap * signs, self.weights[name].form, real)
+                        noise = noise + noisy.sum() * (self.units[name] / seen[name]) ** 0.5
                     slopes = torch.autograd.grad(noise, list(outputs.values()))
             except RuntimeError:
                 return []
@@ -274,11 +274,10 @@ class _Joint:
                 by_row = by_row.reshape(count, form.groups, -1).transpose(0, 1)  # (g, rows, o)
                 square = by_row.mT @ by_row
                 squares[name] = squares[name] + square if name in squares else square
-                counts[name] += count
         found = []
         for name, held in self.weights.items():
             mean, gram = second_moments(rows[name], self.reduce)
-            square = self.reduce(squares[name]) / self.reduce(squares[name].new_tensor(counts[name]))
+            square = self.reduce(squares[name])
             if not bool(gram.isfinite().all()) or not bool(square.isfinite().all()):
                 return []
             try:

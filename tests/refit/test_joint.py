@@ -190,6 +190,51 @@ def test_slopes_by_differences(groups: int, bias: bool) -> None:
         assert difference == pytest.approx(float((slope * way).sum()), rel=1e-5, abs=1e-6)
 
 
+class Pooled(nn.Module):
+    """A linear net; A has four output positions for each of B's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.pool, self.b = nn.Conv2d(6, 16, 1), nn.AvgPool2d(2), nn.Conv2d(16, 24, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.b(self.pool(self.a(x)))
+        return out
+
+
+def test_the_energy_is_as_steep_along_all_coordinates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Second differences of E and the pull along random directions of each layer's coordinates: 1 for white inputs,
+    but 4 for the bias of A, which is the same at the four positions that are averaged.
+    """
+    found: list[float] = []
+
+    def measured(one: joint._Joint, variables: list[Coordinates]) -> bool:
+        def energy() -> float:
+            for variable in variables:
+                variable.write()
+            total, _, slopes = one._slopes()
+            return float(total + sum(variable.slope(slopes) for variable in variables))
+
+        start = energy()
+        for variable in variables:
+            steep = []
+            for _ in range(20):
+                way = torch.randn_like(variable.at)
+                sides = []
+                for sign in (0.01, -0.01):
+                    variable.at.data.copy_(sign * way)
+                    sides.append(energy())
+                variable.at.data.zero_()
+                steep.append((sum(sides) - 2 * start) / float((0.01 * way).square().sum()))
+            found.append(sum(steep) / len(steep))
+        return False
+
+    monkeypatch.setattr(joint._Joint, "_descend", measured)
+    torch.manual_seed(0)
+    merged(Pooled().double().eval(), torch.randn(256, 6, 8, 8, dtype=F64), ratio=0.25)
+    assert found == pytest.approx([(6 * 1 + 4) / 7, 1.0], abs=0.1)
+
+
 @pytest.mark.parametrize("gram", [-1.0, torch.inf])
 def test_a_gram_without_a_root_is_left_to_single_layers(gram: float, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = Narrow().double().eval(), torch.randn(200, 12, dtype=F64)
