@@ -137,10 +137,14 @@ def example_counts(captured: Capture, facts: Provenance) -> bool:
         """The most rows that one of the first layers after a placeholder sees."""
         most, waiting, seen = 0, [start], {start}
         while waiting:
-            for node in waiting.pop().users:
-                layer, shape = readers.get(node.name), captured.shapes.get(node.name)
+            source = waiting.pop()
+            for node in source.users:
+                layer = readers.get(node.name)
+                recurrent = layer is not None and layer.operation.is_recurrent  # its outputs are a tuple
+                shape = captured.shapes.get((source if recurrent else node).name)
                 if layer is not None and shape is not None and layer.writes is not None:
-                    most = max(most, torch.Size(shape).numel() // max(1, len(layer.writes)))
+                    each = shape[-1] if recurrent else len(layer.writes)
+                    most = max(most, torch.Size(shape).numel() // max(1, each))
                 elif node not in seen:
                     seen.add(node)
                     waiting.append(node)

@@ -19,6 +19,7 @@ from fxmerge.calibration.epilogue import epilogue_of, pair
 from fxmerge.calibration.held_out import samples
 from fxmerge.calibration.paired_run import PairedRun, Settings, Visit, line
 from fxmerge.calibration.patches import Form, enough, form_of, input_of, matrices_of, patches, sample
+from fxmerge.calibration.recurrent_readings import recurrent_readings
 from fxmerge.calibration.score_readings import score_reading, scores_of
 from fxmerge.calibration.tail import shaped
 from fxmerge.calibration.work import shares_of_work
@@ -83,6 +84,10 @@ def readings(
                 continue
             layer = members[0][2].layer
             stage(f"survey {layer.module}", done[layer.node])
+            if layer.operation.is_recurrent:
+                for name, reading in recurrent_readings(run, visit, members, settings):
+                    found[name].append(reading)
+                continue
             if is_routed(layer, facts):
                 for group, number, member in members if layer.reads_apart else ():
                     found[group.name] += _of_experts(run, visit, layer, member, number, settings)

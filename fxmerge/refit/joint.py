@@ -256,8 +256,8 @@ class _Joint:
                     for name, missed in self.residuals.items():
                         gap = missed[number](outputs[name])
                         signs = torch.randint(0, 2, gap.shape, generator=generator).to(gap) * 2 - 1
-                        real = (self.held[name][number] | self.used[name][number]).to(gap)
-                        noisy = scaled_by_position(gap * signs, self.weights[name].form, real)
+                        known = (self.held[name][number] | self.used[name][number]).to(gap)
+                        noisy = scaled_by_position(gap * signs, self.weights[name].form, known)
                         noise = noise + noisy.sum() * (self.units[name] / seen[name]) ** 0.5
                     slopes = torch.autograd.grad(noise, list(outputs.values()))
             except RuntimeError:

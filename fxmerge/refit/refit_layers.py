@@ -40,6 +40,7 @@ from fxmerge.refit.experts import Experts
 from fxmerge.refit.joint_steps import JointSteps
 from fxmerge.refit.layer_weights import GraphWeights, LayerWeights
 from fxmerge.refit.records import EXACTLY, NO_BETTER, TOO_FEW, Refitted
+from fxmerge.refit.recurrent import Recurrent
 from fxmerge.refit.regions import regions
 from fxmerge.refit.shared import COSTLY, Gathered, Shared, shared_weights
 from fxmerge.refit.sites import Site, Sites
@@ -75,6 +76,10 @@ class _Refit:
         self.pair, self.batches, self.kept, self.settings = pair, batches, pair.kept, settings
         self.original, self.merged, self.weights = pair.original, pair.merged, GraphWeights(pair.merged)
         facts, self.layers = pair.facts, {layer.node: layer for layer in pair.facts.layers}
+        self.recurrent: dict[str, list[Layer]] = {}  # by node
+        for layer in facts.layers:
+            if layer.operation.is_recurrent:
+                self.recurrent.setdefault(layer.node, []).append(layer)
         self.norms = batch_norms(facts)
         self.shared = shared_weights(facts.layers, self.merged.graph)
         self.generator = torch.Generator().manual_seed(settings.seed)
@@ -160,9 +165,10 @@ class _Refit:
     def _is_due(self, node: str, gathered: Gathered | None) -> bool:
         """Whether a layer is solved in this run: not before a shared weight that it depends on."""
         waits = gathered is not None and node in gathered.shared.after
-        layer = self.layers[node]
-        able = layer.op in SOLVED or is_routed(layer, self.pair.facts)
-        return self.moved[node] and able and node not in self.records and not waits
+        layer, own = self.layers[node], self.recurrent.get(node, ())
+        able = layer.op in SOLVED or is_routed(layer, self.pair.facts) or bool(own)
+        moved = self.moved[node] or any(self._changed(path) for part in own for path in part.params.values())
+        return moved and able and node not in self.records and not waits
 
     def _changed(self, path: str) -> bool:
         before, now = at(self.original, path), at(self.merged, path)
@@ -173,6 +179,9 @@ class _Refit:
         held, node = self.weights.of(visit.node, layer), visit.node.name
         if layer.params["weight"] in self.shared:
             return {node: Refitted(layer.module, 0.0, 0.0, self.shared[layer.params["weight"]].reason or COSTLY)}
+        if node in self.recurrent:
+            recurrent = Recurrent(self.paired, self.settings, EXACT)
+            return {node: recurrent.solve(visit.node, self.recurrent[node])}
         if layer.is_stacked:
             return {node: self.experts.solve(visit, layer, self.weights.weight(layer), self.generator)}
         if why := self._unsolvable(visit, held):
