@@ -76,12 +76,12 @@ class _Refit:
         self.pair, self.batches, self.kept, self.settings = pair, batches, pair.kept, settings
         self.original, self.merged, self.weights = pair.original, pair.merged, GraphWeights(pair.merged)
         facts, self.layers = pair.facts, {layer.node: layer for layer in pair.facts.layers}
-        self.recurrent: dict[str, list[Layer]] = {}  # by node
-        for layer in facts.layers:
-            if layer.operation.is_recurrent:
-                self.recurrent.setdefault(layer.node, []).append(layer)
         self.norms = batch_norms(facts)
         self.shared = shared_weights(facts.layers, self.merged.graph)
+        self.recurrent: dict[str, list[Layer]] = {}  # networks that are called once, by node
+        for layer in facts.layers:
+            if layer.operation.is_recurrent and layer.params["weight"] not in self.shared:
+                self.recurrent.setdefault(layer.node, []).append(layer)
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.records: dict[str, Refitted] = {}  # by node
         self.ridges: dict[str, float] = {}  # of the layers that have been solved, by node

@@ -201,3 +201,36 @@ def test_probes_are_made_of_what_a_recurrent_layer_reads(bare: bool) -> None:
     model = nn.Sequential(*([] if bare else [nn.Identity()]), Last("lstm")).eval()
     result = fxmerge.merge(model, smooth(2, 1).repeat(1, 2, 1), ratio=0.5, samples=32)
     assert "made from the 2 example inputs" in result.report.source
+
+
+class Twice(Last):
+    """One layer that is called twice."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + super().forward(x.flip(1))
+
+
+class Stepped(nn.Module):
+    """A cell in a loop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.out = nn.GRUCell(5, 12), nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.zeros(x.shape[0], 12)
+        for step in range(6):
+            h = self.cell(x[:, step], h)
+        out: Tensor = self.out(h)
+        return out
+
+
+@pytest.mark.parametrize("make", [lambda: Twice("lstm"), Stepped], ids=["twice", "cell"])
+def test_what_is_called_more_than_once_is_not_solved(make: Any) -> None:
+    """And has no line in the report for each call."""
+    torch.manual_seed(0)
+    model, data = make().eval(), smooth(64, 1)
+    given: dict[str, Any] = {"decomposition": "prune", "selection": "l2", "samples": 64}
+    result = fxmerge.merge(model, data[:2], ratio=0.34, calibration=list(data.split(16)), **given)
+    assert [record.name for record in result.report.refitted] == ["out"]
+    assert len(result.plan.groups[0].kept) == 8
