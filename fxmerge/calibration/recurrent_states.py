@@ -36,7 +36,7 @@ class States:
     hidden: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Network:
     """An LSTM, a GRU or an RNN as a node calls it.
 
@@ -64,15 +64,21 @@ def network_of(module: fx.GraphModule, node: fx.Node) -> Network | None:
         if not isinstance(called, nn.RNNBase):
             return None
         paths = {name: f"{node.target}.{name}" for name, _ in called.named_parameters(recurse=False)}
-        return Network(
-            called.mode, called.num_layers, called.bias, called.bidirectional, called.batch_first, paths
-        )  # fmt: skip
+        own = Network(
+            mode=called.mode,
+            layers=called.num_layers,
+            bias=called.bias,
+            bidirectional=called.bidirectional,
+            batch_first=called.batch_first,
+            paths=paths,
+        )
+        return own if all(f"weight_hh{place}" in paths for place in own.places) else None  # else it is computed
     mode = plain_name(node).upper()
     if node.op != "call_function" or mode not in _FUNCTIONS or len(node.args) != 9:
         return None
     given: Any = node.args[2:]
     parameters, bias, layers, _, _, bidirectional, batch_first = given
-    found = Network(mode, layers, bias, bidirectional, batch_first, {})
+    found = Network(mode=mode, layers=layers, bias=bias, bidirectional=bidirectional, batch_first=batch_first, paths={})
     each = len(parameters) // len(found.places)
     names = ["weight_ih", "weight_hh", *(["bias_ih", "bias_hh"] if bias else [])]
     names += ["weight_hr"] if each > len(names) else []
