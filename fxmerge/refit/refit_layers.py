@@ -97,6 +97,7 @@ class _Refit:
         self.paired = PairedRun(self.pair, self.batches, self.settings, decided=True)
         self.sites = Sites(self.paired, self.norms)
         self.experts = Experts(self.paired, self.settings, EXACT)
+        self.networks = Recurrent(self.paired, self.settings, EXACT)
         for name in self.layers:
             index = rows_of(self.paired.original.named[name], self.pair.facts)
             if index is not None:
@@ -180,8 +181,7 @@ class _Refit:
         if layer.params["weight"] in self.shared:
             return {node: Refitted(layer.module, 0.0, 0.0, self.shared[layer.params["weight"]].reason or COSTLY)}
         if node in self.recurrent:
-            recurrent = Recurrent(self.paired, self.settings, EXACT)
-            return {node: recurrent.solve(visit.node, self.recurrent[node])}
+            return {node: self.networks.solve(visit.node, self.recurrent[node])}
         if layer.is_stacked:
             return {node: self.experts.solve(visit, layer, self.weights.weight(layer), self.generator)}
         if why := self._unsolvable(visit, held):
