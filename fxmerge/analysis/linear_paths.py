@@ -2,21 +2,19 @@
 
 Let a group's channels x be rotated, x' = B x, by multiplying the rows of its producers by B and the columns of its
 consumers by B^-1. The model computes the same if each op between them is linear and treats all channels alike: moving
-entries, sums over positions (attention, pooling), sums of two outputs, products with a number. A function, a norm or a
-parameter of each channel hinders it, and so does an op that is not known to be linear (`Rule.linear`). Copies of the
+entries, sums over positions (attention, pooling), sums of two outputs, products with a number. A function hinders it,
+and so does an op that is not known to be linear (`Rule.linear`). Norms over all channels and parameters of each channel
+do not, where these can be moved into the layers and B is orthogonal (`channel_factors.py`). Copies of the
 channels that never meet are strands, each of which may have a matrix of its own.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
-from torch import fx
 
-from fxmerge.graph.nested import leaves
+from fxmerge.analysis.channel_factors import ChannelFactors, HinderedError, operands
 from fxmerge.ir.capture import Capture
-from fxmerge.ir.groups import Ints, Meeting, Member, Strands
+from fxmerge.ir.groups import Factors, Ints, Path, Strands
 from fxmerge.ir.labels import numbers
 from fxmerge.ir.provenance import Provenance
 from fxmerge.rules.call_names import call_name
@@ -25,26 +23,29 @@ _LAYERS = ("linear", "conv", "matrix", "embedding")  # layers whose rows or colu
 _SUMS = ("add", "sub")  # rules that are linear in all operands together, not in each
 
 
-@dataclass(frozen=True)
-class Path:
-    """A group's layers, the nodes that hold its channels, and how they meet."""
+def mixable(
+    captured: Capture, facts: Provenance, path: Path, atom: Ints, inside: Ints, cells: int
+) -> tuple[str, Factors]:
+    """Why the channels of a group cannot be mixed by orthogonal matrices, a clause, or "" where they can; its factors.
 
-    nodes: frozenset[str]
-    producers: tuple[Member, ...]
-    per_channel_params: tuple[Member, ...]
-    consumers: tuple[Member, ...]
-    meetings: tuple[Meeting, ...]
-    mixers: tuple[str, ...]
-
-
-def nonlinear(captured: Capture, facts: Provenance, path: Path) -> str:
-    """Why the channels of a group cannot be mixed by any matrix, a clause; "" where they can."""
+    atom: (label_count,) the atom of each label; inside: (n,) the atoms of the group; cells: how many it has
+    """
     if not path.consumers:
-        return "no layer reads its channels"
-    if path.mixers:
-        return f"{_called(captured, path.mixers[0])} mixes its channels"
-    if path.per_channel_params:
-        return f"its channels have parameters of their own ({path.per_channel_params[0].layer.op})"
+        return "no layer reads its channels", Factors()
+    try:
+        passed = ChannelFactors(captured, facts, path, atom, inside).found()
+    except HinderedError as hindrance:
+        return str(hindrance), Factors()
+    why = _nonlinear(captured, facts, path, passed.nodes)
+    if passed.factors.centred and cells > 1:
+        why = why or "a norm subtracts the mean of channels that are merged in several parts"
+    return why, Factors() if why else passed.factors
+
+
+def _nonlinear(captured: Capture, facts: Provenance, path: Path, passed: frozenset[str]) -> str:
+    mixers = [name for name in path.mixers if name not in passed]
+    if mixers:
+        return f"{_called(captured, mixers[0])} mixes its channels"
     if any(meeting.op not in ("add", "sub", "either") for meeting in path.meetings):
         return "its channels are multiplied by each other"
     for member in (*path.producers, *path.consumers):
@@ -52,11 +53,11 @@ def nonlinear(captured: Capture, facts: Provenance, path: Path) -> str:
         if layer.op not in _LAYERS or layer.groups > 1 or layer.inner or layer.is_stacked:
             kind = f"{layer.op} in groups" if layer.groups > 1 else layer.op
             return f"it is written or read by a layer whose rows or columns are not mixed ({kind})"
-    return _hindered(captured, facts, path)
+    return _hindered(captured, facts, path, passed)
 
 
-def _hindered(captured: Capture, facts: Provenance, path: Path) -> str:
-    """The first op on the way that is not linear, or ""."""
+def _hindered(captured: Capture, facts: Provenance, path: Path, passed: frozenset[str]) -> str:
+    """The first op on the way that is not linear, or "", but for those that are passed."""
     nodes = {node.name: node for node in captured.module.graph.nodes}
     written, read = ({m.layer.node for m in members} for members in (path.producers, path.consumers))
     for name in (n for n in facts.kinds if n in path.nodes):
@@ -65,14 +66,20 @@ def _hindered(captured: Capture, facts: Provenance, path: Path) -> str:
             return f"{_called(captured, name)} gives values of {str(dtype).removeprefix('torch.')}"
         if name in facts.made:
             return f"{_called(captured, name)} makes values as wide as its channels"
-        if name in written or facts.kinds[name] in ("movement", "query"):
+        if name in written or name in passed or facts.kinds[name] in ("movement", "query"):
             continue
-        times = sum(leaf.name in path.nodes for leaf in _operands(nodes[name]))
+        times = sum(leaf.name in path.nodes for leaf in operands(nodes[name]))
         if not facts.linear.get(name, False) or (times != 1 and facts.rules[name] not in _SUMS):
             return f"{_called(captured, name)} is not linear"
     for name, sources in facts.sources.items():
         reads = any(source in path.nodes for source in sources)
-        if reads and name not in path.nodes and name not in read and facts.kinds[name] != "query":
+        if (
+            reads
+            and name not in path.nodes
+            and name not in read
+            and name not in passed
+            and facts.kinds[name] != "query"
+        ):
             return f"{_called(captured, name)} is not linear"
     return ""
 
@@ -119,11 +126,6 @@ def strands(facts: Provenance, path: Path, atom: Ints, inside: Ints) -> Strands:
         return together
     count = first.where.size(1)
     return Strands(count, (tuple(range(count)),) * len(path.producers), tuple(found))
-
-
-def _operands(node: fx.Node) -> list[fx.Node]:
-    """The nodes that a call takes, each as often as it does."""
-    return [leaf for leaf in leaves([list(node.args), dict(node.kwargs)]) if isinstance(leaf, fx.Node)]
 
 
 def _called(captured: Capture, name: str) -> str:

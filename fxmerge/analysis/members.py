@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from fxmerge.analysis.copies import Copies, alike
-from fxmerge.analysis.linear_paths import Path, nonlinear, strands
+from fxmerge.analysis.linear_paths import mixable, strands
 from fxmerge.analysis.meetings import meetings
 from fxmerge.ir.capture import Capture
-from fxmerge.ir.groups import Group, Ints, Member, Strands
+from fxmerge.ir.groups import Factors, Group, Ints, Member, Path, Strands
 from fxmerge.ir.provenance import Layer, Provenance
 from fxmerge.weights.by_path import at as tensor_at
 
@@ -88,7 +88,9 @@ class Builder:
         lookup[inside] = -1
         met = meetings(self.facts, ordered, producers)
         path = Path(frozenset(nodes), tuple(producers), tuple(members["carry"]), tuple(consumers), met, tuple(mixed))
-        why = nonlinear(self.captured, self.facts, path) if partners else "its channels cannot be mixed"
+        why, factors = "its channels cannot be mixed", Factors()
+        if partners:
+            why, factors = mixable(self.captured, self.facts, path, self.atom, inside, int(cell.max()) + 1)
         single = len(producers) == 1 and len(consumers) == 1 and not junctions and not mixed
         return Group(
             name=first,
@@ -107,6 +109,7 @@ class Builder:
             multiple=max((self._multiple(m.layer) for m in (*producers, *consumers)), default=1),
             nonlinear=why,
             strands=strands(self.facts, path, self.atom, inside) if not why else Strands(),
+            factors=factors,
         )
 
     def _multiple(self, layer: Layer) -> int:

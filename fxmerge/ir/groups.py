@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -71,6 +71,40 @@ class Strands:
     consumers: tuple[tuple[int, ...], ...] = ()
 
 
+@dataclass(frozen=True)
+class Path:
+    """A group's layers, the nodes that hold its channels, and how they meet."""
+
+    nodes: frozenset[str]
+    producers: tuple[Member, ...]
+    per_channel_params: tuple[Member, ...]
+    consumers: tuple[Member, ...]
+    meetings: tuple[Meeting, ...]
+    mixers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What else stands on a linear path: parameters of each channel that move into the layers, and norms.
+
+    A rotation passes a LayerNorm or RMSNorm as it keeps norms; that of a LayerNorm must also keep the vector of ones.
+    Their gains, and those of LayerScale, are moved into the weights of consumers and producers first.
+
+    producers, consumers: for each of them, the parameters that are moved into it; a norm's bias stays with the norm
+    added:    what is added to the channels, or joined to them as a class token is: it is rotated as a producer's rows
+    normed:   for each consumer, does it read the output of a norm?
+    constant: for each consumer, does a constant that the norm adds reach it as it is?
+    centred:  is there a norm that subtracts the mean over channels?
+    """
+
+    producers: tuple[tuple[Member, ...], ...] = ()
+    consumers: tuple[tuple[Member, ...], ...] = ()
+    added: tuple[Member, ...] = ()
+    normed: tuple[bool, ...] = ()
+    constant: tuple[bool, ...] = ()
+    centred: bool = False
+
+
 @dataclass(frozen=True, kw_only=True)
 class Group:
     """A merge group: n channels that are compared with each other and merged into each other.
@@ -119,6 +153,7 @@ class Group:
     nonlinear: str = "it is not known whether its paths are linear"  # why no matrix passes from producers to consumers;
     # "" where channels of a cell may be mixed by any matrix if the consumers are multiplied by its inverse
     strands: Strands = Strands()  # of a group with linear paths
+    factors: Factors = Factors()  # likewise
 
     @property
     def channels(self) -> int:
@@ -172,6 +207,7 @@ class Merge:
     down:       (k, n) how the producers' rows are mixed; None if rows are only selected
     consumers:  what each consumer absorbs
     gains:      for each producer, (n,) gain on rows, (n,) gain on constants, (n,) constant in the common coordinates
+    norms:      {weight of a norm: what it is multiplied by}, as it is of fewer channels
     """
 
     group: Group
@@ -179,6 +215,7 @@ class Merge:
     down: Tensor | None = None
     consumers: tuple[Decomposition, ...] = ()
     gains: tuple[tuple[Tensor, Tensor, Tensor], ...] = ()
+    norms: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ returns an orthogonal B (n, n) whose first k rows span those of `down` for each 
 M^1/2 U. A rotation by B changes nothing that a model computes, nor the norms and inner products of other groups' rows,
 and is as exact as the weights are; what is left to do is to drop channels of the rotated group.
 
+A LayerNorm that reads the channels leaves fewer rotations (`centred_rotation`).
+
 M is restricted to the range of C first, which changes no loss. Then B's first rows span this range, or what the
 consumers read of it, so that at the rank of C, or of M, dropping the other channels is exact.
 """
@@ -123,19 +125,23 @@ def _missed_by_one(covariance: Tensor, kept: Tensor) -> Tensor:
     return (power - removed.amax(1)).clamp(min=0) if len(kept) else power
 
 
-def components(covariance: Tensor, mass: Tensor, cells: Tensor, independent: float) -> Components:
+def components(
+    covariance: Tensor, mass: Tensor, cells: Tensor, independent: float, centred: bool = False
+) -> Components:
     """The components of a group of n channels.
 
     covariance, mass: C and M of each strand, (strands, n, n)
     cells:            (n,) the cell of each channel
     independent:      rows that C is known from
+    centred:          does a LayerNorm read them? See `centred_rotation`.
     """
     found = []
     for strand in range(len(covariance)):
         for number in range(int(cells.max()) + 1):
             inside = (cells == number).nonzero().flatten()
             own, read = (square[strand][inside][:, inside] for square in (covariance, mass))
-            found.append(Cell(number, strand, inside, *rotation(own, read), own, read))
+            turn = centred_rotation if centred else rotation
+            found.append(Cell(number, strand, inside, *turn(own, read), own, read))
     return Components(tuple(found), independent)
 
 
@@ -156,6 +162,27 @@ def rotation(covariance: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
     powers = torch.zeros(n, dtype=covariance.dtype)
     powers[: len(singular)] = singular.square()
     return rows * torch.where(largest < 0, -1.0, 1.0), powers
+
+
+def centred_rotation(covariance: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
+    """B (n, n) with B 1 = 1, so that it passes the centring of a LayerNorm, and the powers that each place adds (n,).
+
+    The components are among the vectors that sum to zero. Those to be kept must do so within the places that are kept:
+    in the Helmert basis, the first k - 1 vectors span all vectors over k places that sum to zero, and the others are
+    constant there, which a LayerNorm over the k places takes out. So k places hold k - 1 components, for each k.
+    """
+    basis = helmert(len(covariance)).to(covariance)
+    within, powers = rotation(basis.T @ covariance @ basis, basis.T @ mass @ basis)
+    ones = torch.full_like(covariance, 1 / len(covariance))
+    return basis @ within @ basis.T + ones, torch.cat([powers.new_zeros(1), powers])
+
+
+def helmert(n: int) -> Tensor:
+    """An orthonormal basis (n, n - 1) of the vectors that sum to zero: column j is (1, ..., 1, -j, 0, ...), scaled."""
+    j = torch.arange(1, n, dtype=torch.float64)
+    place = torch.arange(n)[:, None]
+    columns = (place < j).double() - j * (place == j)
+    return columns / (j * (j + 1)).sqrt()
 
 
 def _root(square: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from fxmerge.ir.groups import Group, Member, Merge
 from fxmerge.methods.allocation import Counts, Floats
 from fxmerge.methods.evidence import Reading
 from fxmerge.options import Options
-from fxmerge.planning.components import components_of, merge_of
+from fxmerge.planning.components import Read, components_of, regressed
 from fxmerge.planning.counts import nearest
 from fxmerge.planning.decompose import decompose
 from fxmerge.planning.room import Room
@@ -117,9 +117,8 @@ def _maps(
     members = group.consumers or group.producers
     if turned:
         own, reads = components_of(group, captured, tensors, options, readings)
-        merge = merge_of(group, kept, reads, own.rotation)
-    else:
-        merge = decompose(group, kept, captured, tensors, options.by_channels, readings)[1]
+        return [_turned(group, number, kept, own.rotation, reads) for number in range(len(members))]
+    merge = decompose(group, kept, captured, tensors, options.by_channels, readings)[1]
     found = []
     for number, member in enumerate(members):
         copies = member.where.size(1)
@@ -127,16 +126,23 @@ def _maps(
         if group.consumers and merge.consumers:
             up, shift = _of_copies(merge, number)
         up, shift = up.expand(copies, -1, -1), shift.double().T.expand(copies, -1)
-        if turned:
-            strands = list(group.strands.consumers[number])
-            basis = own.rotation[strands]
-            matrix, shift = basis.mT @ up @ basis[:, kept], (basis.mT @ shift[:, :, None])[:, :, 0]
-        else:
-            matrix = torch.zeros(copies, group.channels, group.channels, dtype=torch.float64)
-            matrix[:, :, kept] = up
+        matrix = torch.zeros(copies, group.channels, group.channels, dtype=torch.float64)
+        matrix[:, :, kept] = up
         own_channels = member.channels
         found.append(Map(matrix[:, own_channels][:, :, own_channels], shift[:, own_channels]))
     return found
+
+
+def _turned(group: Group, number: int, kept: Tensor, rotation: Tensor, reads: Sequence[Read]) -> Map:
+    """What one consumer reads in place of its input, where components are kept."""
+    read, channels, matrices, shifts = reads[number], group.consumers[number].channels, [], []
+    parts = regressed(group, [number], kept, reads, rotation)
+    for strand, part in zip(group.strands.consumers[number], parts, strict=True):
+        basis = rotation[strand]
+        matrix = read.gain[:, None] * (basis.T @ part.up @ basis[kept]) * read.inverse
+        matrices.append(matrix[channels][:, channels])
+        shifts.append((read.gain * (basis.T @ part.shift))[channels])
+    return Map(torch.stack(matrices), torch.stack(shifts))
 
 
 def _of_copies(merge: Merge, number: int) -> tuple[Tensor, Tensor]:

@@ -47,6 +47,8 @@ class Rewriter:
                 self._absorb_producers(merge, merge.down)
             if merge.consumers:
                 self._absorb_consumers(merge)
+            for path, factor in merge.norms.items():
+                self.weights.own(path).mul_(factor)
 
     def finish(self, alive: Tensor, edits: Mapping[str, Call]) -> fx.GraphModule:
         """Slices every parameter, updates sizes, and recompiles. Names and metadata of nodes stay.

@@ -9,55 +9,83 @@ import torch
 from torch import Tensor
 
 from fxmerge.ir.capture import Capture
-from fxmerge.ir.groups import Group
+from fxmerge.ir.groups import Group, Member
 from fxmerge.methods.linalg import precise
 from fxmerge.weights.by_path import Weights
 from fxmerge.weights.copy import sharing_copy
+from fxmerge.weights.factors import gain_of
 from fxmerge.weights.layout import columns, from_columns, from_out_first, out_first
 
 
 def rotated(captured: Capture, rotations: Sequence[tuple[Group, Tensor]]) -> Capture:
     """A capture of the same graph in which each group's channels x are B x, for orthogonal B (strands, n, n).
 
-    The rows of producers become B rows, and the columns of consumers W B'. Tensors that do not change are shared with
-    the original's graph module.
+    The rows of producers become B G rows, and the columns of consumers W G B', with the gains G of the group's factors,
+    which become 1. Tensors that do not change are shared with the original's graph module.
     """
     if not rotations:
         return captured
     module, weights = sharing_copy(captured.module)
     with torch.no_grad():
         for group, rotation in rotations:
-            _rotate(weights, group, rotation)
+            _rotate_layers(weights, group, rotation)
+            _rotate_factors(weights, group, rotation[0])
     return replace(captured, module=module)
 
 
-def _rotate(weights: Weights, group: Group, rotation: Tensor) -> None:
-    done: set[tuple[str, bytes]] = set()
-    for producer, strands in zip(group.producers, group.strands.producers, strict=True):
-        if producer.place in done:
-            continue  # a module that is called twice
-        done.add(producer.place)
-        weight, own = weights.own(producer.layer.params["weight"]), _own(rotation, producer.channels, strands)
+def _rotate_layers(weights: Weights, group: Group, rotation: Tensor) -> None:
+    factors, strands = group.factors, group.strands
+    for producer, copies, own in _once(group.producers, strands.producers, factors.producers):
+        mixing = _mixing(weights, group, rotation[list(copies)], producer, own)
+        weight = weights.own(producer.layer.params["weight"])
         first = out_first(weight, producer.layer)
-        rows = precise(first.flatten(1)).clone()
-        rows[producer.where] = torch.einsum("ckm,mcx->kcx", own.to(rows), rows[producer.where])
+        rows = _mixed(first.flatten(1), producer, mixing)
         weight.copy_(from_out_first(rows.reshape(first.shape), weight, producer.layer))
         if "bias" in producer.layer.params:
             bias = weights.own(producer.layer.params["bias"])
-            constants = precise(bias).clone()
-            constants[producer.where] = torch.einsum("ckm,mc->kc", own.to(constants), constants[producer.where])
-            bias.copy_(constants)
-    done = set()
-    for consumer, strands in zip(group.consumers, group.strands.consumers, strict=True):
-        if consumer.place in done:
-            continue
-        done.add(consumer.place)
-        weight, own = weights.own(consumer.layer.params["weight"]), _own(rotation, consumer.channels, strands)
-        read = precise(columns(weight, consumer.layer)).clone()
-        read[consumer.where] = torch.einsum("ckm,mcx->kcx", own.to(read), read[consumer.where])
+            bias.copy_(_mixed(bias[:, None], producer, mixing)[:, 0])
+    for consumer, copies, own in _once(group.consumers, strands.consumers, factors.consumers):
+        mixing = _mixing(weights, group, rotation[list(copies)], consumer, own)
+        weight = weights.own(consumer.layer.params["weight"])
+        read = _mixed(columns(weight, consumer.layer), consumer, mixing)
         weight.copy_(from_columns(read, weight, consumer.layer))
 
 
-def _own(rotation: Tensor, channels: Tensor, strands: Sequence[int]) -> Tensor:
-    """B of each copy of some channels, (copies, m, m)."""
-    return rotation[list(strands)][:, channels][:, :, channels]
+def _rotate_factors(weights: Weights, group: Group, rotation: Tensor) -> None:
+    """What is added to the channels is rotated; gains become 1, and a norm's bias b becomes B (b / gain)."""
+    factors = group.factors
+    moved = {m.place: m for own in (*factors.producers, *factors.consumers) for m in own}
+    for added in {m.place: m for m in factors.added}.values():
+        value = weights.own(added.layer.params["weight"])
+        copies = rotation.expand(added.where.size(1), -1, -1)
+        value.copy_(_mixed(value.reshape(-1, 1), added, copies).view(value.shape))
+    for member in moved.values():
+        params = member.layer.params
+        if "bias" in params:
+            bias, gain = weights.own(params["bias"]), gain_of([member], weights.__getitem__, group.channels)
+            at_rest = precise(bias) / gain.to(bias.device)[torch.argsort(member.where[:, 0])]
+            bias.copy_(_mixed(torch.nan_to_num(at_rest)[:, None], member, rotation[None])[:, 0])
+    for member in moved.values():
+        weight = weights.own(member.layer.params["weight"])
+        weight.view(-1)[member.where[:, 0].to(weight.device)] = 1.0
+
+
+def _mixing(weights: Weights, group: Group, rotation: Tensor, member: Member, own: Sequence[Member]) -> Tensor:
+    """B G for each copy of a member's channels, (copies, m, m), with the gains G of the factors that move into it."""
+    within = rotation[:, member.channels][:, :, member.channels]
+    return within * gain_of(own, weights.__getitem__, group.channels)[member.channels] if own else within
+
+
+def _mixed(rows: Tensor, member: Member, mixing: Tensor) -> Tensor:
+    """Rows (places, x), in float64, of which those of a member's channels are mixed, copy by copy."""
+    found = precise(rows).clone()
+    found[member.where] = torch.einsum("ckm,mcx->kcx", mixing.to(found), found[member.where])
+    return found
+
+
+def _once(
+    members: Sequence[Member], strands: Sequence[tuple[int, ...]], factors: Sequence[tuple[Member, ...]]
+) -> list[tuple[Member, tuple[int, ...], tuple[Member, ...]]]:
+    """Each layer once, however often it is called."""
+    parts = zip(members, strands, factors or [()] * len(members), strict=True)
+    return list({member.place: (member, copies, own) for member, copies, own in parts}.values())

@@ -12,14 +12,23 @@ from fxmerge.rewrite.rotate import rotated
 
 
 def drawn(group: Group, seed: int = 0) -> Tensor:
-    """A random orthogonal matrix for each strand, which mixes the channels of each cell: (strands, n, n)."""
+    """A random orthogonal matrix for each strand, which mixes the channels of each cell: (strands, n, n).
+
+    With a norm that subtracts the mean of the channels, it keeps the vector of ones, and has one dimension less.
+    """
     generator = torch.Generator().manual_seed(seed)
     found = torch.zeros(group.strands.count, group.channels, group.channels, dtype=torch.float64)
     for own in found:
         for cell in group.cells.unique():
             inside = (group.cells == cell).nonzero().flatten()
-            noise = torch.randn(len(inside), len(inside), generator=generator, dtype=torch.float64)
-            own[inside[:, None], inside] = torch.linalg.qr(noise)[0]
+            m, centred = len(inside), int(group.factors.centred)
+            noise = torch.randn(m - centred, m - centred, generator=generator, dtype=torch.float64)
+            mixing = torch.block_diag(torch.eye(centred, dtype=torch.float64), torch.linalg.qr(noise)[0])
+            if centred:
+                first = torch.cat([torch.ones(m, 1).double(), torch.randn(m, m - 1, generator=generator).double()], 1)
+                basis = torch.linalg.qr(first)[0]  # its first column is in the direction of ones
+                mixing = basis @ mixing @ basis.T
+            own[inside[:, None], inside] = mixing
     return found
 
 

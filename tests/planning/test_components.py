@@ -81,12 +81,12 @@ def test_values_in_one_block_with_queries_are_merged_as_by_auto() -> None:
 HINDERED = {
     "a function": (lambda m, x: m.b(torch.relu(m.a(x))), {}, "relu is not linear"),
     "a module": (lambda m, x: m.b(m.n(m.a(x))), {"n": nn.GELU()}, "GELU is not linear"),
-    "a norm": (lambda m, x: m.b(m.n(m.a(x))), {"n": nn.LayerNorm(14)}, "LayerNorm mixes its channels"),
+    "a softmax": (lambda m, x: m.b(torch.softmax(m.a(x), -1)), {}, "softmax mixes its channels"),
     "a norm of each channel": (
         lambda m, x: m.b(m.n(m.a(x))), {"n": nn.BatchNorm1d(14)}, "parameters of their own (batch_norm)"
     ),
-    "a norm alone": (lambda m, x: m.b(F.layer_norm(m.a(x), (14,))), {}, "layer_norm mixes its channels"),
-    "a scale": (lambda m, x: m.b(m.a(x) * m.s), {"s": nn.Parameter(torch.rand(14))}, "parameters of their own"),
+    "a norm of parts": (lambda m, x: m.b(F.layer_norm(m.a(x).view(3, 6, 2, 7), (7,)).flatten(2)), {}, "or some twice"),
+    "a scale": (lambda m, x: m.b(m.s / m.a(x)), {"s": nn.Parameter(torch.rand(14))}, "parameters of their own"),
     "a gate": (lambda m, x: m.b(m.a(x) * torch.sigmoid(m.a(x))), {}, "multiplied by each other"),
     "a square": (lambda m, x: m.b(m.a(x) * m.a(x)), {}, "multiplied by each other"),
     "a constant": (lambda m, x: m.b(m.a(x) + 1.0), {}, "add is not linear"),
