@@ -14,13 +14,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import fx
 
-from fxmerge.graph.nested import leaves
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.groups import Factors, Ints, Member, Path
 from fxmerge.ir.provenance import Provenance
 from fxmerge.weights.by_path import at
 
 NORMS = ("layer_norm", "rms_norm")
+_ADDED = ("offset", "joined")  # parameters that are rotated as a producer's rows are
 _KEEPING = ("dropout", "identity", "mean")  # ops that leave a constant as it is, beside movement
 _LARGEST = 1e3  # beta / gamma, as beyond it rounding counts
 
@@ -50,14 +50,13 @@ class _State:
 class ChannelFactors:
     """Finds the factors of one group. Any `HinderedError` tells what a rotation does not pass."""
 
-    def __init__(
-        self, captured: Capture, facts: Provenance, path: Path, atom: Ints, inside: Ints
-    ) -> None:  # fmt: skip
+    def __init__(self, captured: Capture, facts: Provenance, path: Path, atom: Ints, inside: Ints) -> None:
         self.captured, self.facts, self.nodes = captured, facts, path.nodes
         self.producers, self.consumers = path.producers, path.consumers
         self.carried: dict[str, Member] = {}
         for member in path.per_channel_params:
-            if member.layer.node in self.carried or len(member.channels) < len(inside):
+            several = member.layer.node in self.carried or len(member.channels) < len(inside)
+            if several or member.layer.op not in (*NORMS, *_ADDED, "scale"):
                 raise HinderedError(f"its channels have parameters of their own ({member.layer.op})")
             self.carried[member.layer.node] = member
         self.atom, self.inside = atom, inside
@@ -69,8 +68,6 @@ class ChannelFactors:
 
     def found(self) -> Passed:
         """The factors. Raises HinderedError."""
-        if not self.carried and not self.norms and not self.squares:
-            return Passed(Factors(), frozenset())
         whole = [m for m in (*self.producers, *self.consumers) if len(m.channels) == len(self.inside)]
         if len(whole) < len(self.producers) + len(self.consumers) or any(p.where.size(1) > 1 for p in self.producers):
             raise HinderedError(
@@ -91,7 +88,7 @@ class ChannelFactors:
         factors = Factors(
             producers=tuple(tuple(self.carried[s] for s in scales[n]) for n in range(len(self.producers))),
             consumers=tuple(tuple(self.carried[s] for s in state.behind) for state in read),
-            added=tuple(m for m in self.carried.values() if m.layer.op in ("offset", "joined")),
+            added=tuple(m for m in self.carried.values() if m.layer.op in _ADDED),
             normed=tuple(state.normed for state in read),
             constant=tuple(state.constant for state in read),
             centred=any(self.facts.rules[n] == "layer_norm" for n in self.norms),
@@ -109,7 +106,7 @@ class ChannelFactors:
             divided = name in self.divided
             keeps = divided or self.facts.kinds[name] == "movement" or self.facts.rules.get(name) in _KEEPING
             return replace(state, normed=state.normed or divided, constant=state.constant and keeps)
-        if member.layer.op in ("offset", "joined") and member.layer.operation.inverted is None:
+        if member.layer.op in _ADDED and member.layer.operation.inverted is None:
             self._plain(name, state)
             return state
         if member.layer.op != "scale" or member.layer.operation.inverted or member.where.size(1) > 1:
@@ -119,7 +116,7 @@ class ChannelFactors:
         return replace(state, behind=(*state.behind, name))
 
     def _plain(self, name: str, state: _State) -> None:
-        if state.ahead or state.behind:
+        if state.behind:
             raise HinderedError(f"{name} stands between parameters of each channel")
 
     def _read(self, member: Member, states: Mapping[str, _State]) -> _State:
@@ -127,10 +124,7 @@ class ChannelFactors:
         own = {states[s] for s in self.facts.sources[member.layer.node] if s in states}
         if len(own) != 1:
             raise HinderedError("a layer reads its channels before and after parameters of their own")
-        (state,) = own
-        if state.ahead:
-            raise HinderedError(f"{member.layer.node} reads its channels before they are scaled")
-        return state
+        return own.pop()
 
     def _scales_after(self, producer: Member) -> tuple[str, ...]:
         """The scales that alone follow a producer: nothing else reads what is between."""
@@ -206,8 +200,3 @@ class ChannelFactors:
 
 class HinderedError(Exception):
     """A rotation does not pass; the message tells why, in a clause."""
-
-
-def operands(node: fx.Node) -> list[fx.Node]:
-    """The nodes that a call takes, each as often as it does."""
-    return [leaf for leaf in leaves([list(node.args), dict(node.kwargs)]) if isinstance(leaf, fx.Node)]

@@ -11,8 +11,10 @@ channels that never meet are strands, each of which may have a matrix of its own
 from __future__ import annotations
 
 import numpy as np
+from torch import fx
 
-from fxmerge.analysis.channel_factors import ChannelFactors, HinderedError, operands
+from fxmerge.analysis.channel_factors import ChannelFactors, HinderedError, Passed
+from fxmerge.graph.nested import leaves
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.groups import Factors, Ints, Path, Strands
 from fxmerge.ir.labels import numbers
@@ -32,8 +34,10 @@ def mixable(
     """
     if not path.consumers:
         return "no layer reads its channels", Factors()
+    passed = Passed(Factors(), frozenset())
     try:
-        passed = ChannelFactors(captured, facts, path, atom, inside).found()
+        if path.per_channel_params or path.mixers:
+            passed = ChannelFactors(captured, facts, path, atom, inside).found()
     except HinderedError as hindrance:
         return str(hindrance), Factors()
     why = _nonlinear(captured, facts, path, passed.nodes)
@@ -68,7 +72,7 @@ def _hindered(captured: Capture, facts: Provenance, path: Path, passed: frozense
             return f"{_called(captured, name)} makes values as wide as its channels"
         if name in written or name in passed or facts.kinds[name] in ("movement", "query"):
             continue
-        times = sum(leaf.name in path.nodes for leaf in operands(nodes[name]))
+        times = sum(leaf.name in path.nodes for leaf in _operands(nodes[name]))
         if not facts.linear.get(name, False) or (times != 1 and facts.rules[name] not in _SUMS):
             return f"{_called(captured, name)} is not linear"
     for name, sources in facts.sources.items():
@@ -126,6 +130,11 @@ def strands(facts: Provenance, path: Path, atom: Ints, inside: Ints) -> Strands:
         return together
     count = first.where.size(1)
     return Strands(count, (tuple(range(count)),) * len(path.producers), tuple(found))
+
+
+def _operands(node: fx.Node) -> list[fx.Node]:
+    """The nodes that a call takes, each as often as it does."""
+    return [leaf for leaf in leaves([list(node.args), dict(node.kwargs)]) if isinstance(leaf, fx.Node)]
 
 
 def _called(captured: Capture, name: str) -> str:
