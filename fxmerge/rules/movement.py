@@ -174,6 +174,13 @@ def pad(ctx: RuleContext, input: Operand, pad: Sequence[int], mode: str = "const
     return AsKind("movement", padded) if moved else padded
 
 
+def pads_with_zero(
+    ctx: RuleContext, input: Operand, pad: Sequence[int], mode: str = "constant", value: Operand = None
+) -> bool:
+    """Padding is linear unless it adds something."""
+    return mode != "constant" or value is None or (isinstance(value, (int, float)) and value == 0)
+
+
 def enter(value: Any) -> Any:
     """The identity. A recorded graph calls it on each value that enters a part, and so names the value inside it."""
     return value

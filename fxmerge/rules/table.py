@@ -240,7 +240,7 @@ _ROWS: tuple[Rule, ...] = (
     *indexed.ROWS,
     Rule("sampled", "per_channel", sampled_rule,
          (F.grid_sample, Aten("grid_sampler"), Aten("torchvision::roi_align")), True),
-    Rule("pad", "per_channel", movement.pad, (F.pad,), True),
+    Rule("pad", "per_channel", movement.pad, (F.pad,), True, movement.pads_with_zero),
     # shapes and other plain values
     Rule("new", "query", constant_rule, ("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor",
                                          torch.zeros, torch.ones, torch.full, torch.empty)),
