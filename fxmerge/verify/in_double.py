@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -17,6 +16,7 @@ from fxmerge.graph.eval_mode import quiet
 from fxmerge.graph.nested import tree
 from fxmerge.ir.capture import Capture
 from fxmerge.rewrite.reassemble import assembled
+from fxmerge.weights.copy import deep_copy
 
 M = TypeVar("M", bound=nn.Module)
 _WIDE = {torch.float32: torch.float64, torch.complex64: torch.complex128}
@@ -32,7 +32,7 @@ def in_float64(captured: Capture) -> tuple[fx.GraphModule, tuple[Any, ...], dict
     if captured.blank:
         raise FxMergeError("a model on the meta device has no values to verify; give a model with weights")
 
-    module = widened(copy.deepcopy(captured.module))
+    module = widened(deep_copy(captured.module, ()))
     for node in module.graph.nodes:  # casts to float32 in the graph would lose the precision of float64
 
         def cast(leaf: Any) -> Any:

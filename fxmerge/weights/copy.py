@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import copyreg
+import gc
 from collections import OrderedDict
 from collections.abc import Iterable
+from types import FunctionType
 from typing import Any, TypeVar
 
 from torch import Tensor, fx, nn
@@ -33,14 +35,39 @@ def deep_copy(module: M, shared: Iterable[Tensor]) -> M:
 
     `copy.deepcopy` takes longer than a forward of a small model, mostly for the many empty dicts of plain modules. So
     the fields of plain modules are copied here. Their other values, and modules that define how they are copied, are
-    left to `copy.deepcopy`. Tensors with a history, which `copy.deepcopy` refuses, are detached.
+    left to `copy.deepcopy`. Tensors with a history, which `copy.deepcopy` refuses, are detached. Other objects that it
+    refuses, such as Python modules, locks and open files, are shared.
     """
-    shared = list(shared)
+    known: list[object] = list(shared)
     try:
-        return _copied(module, shared)
+        return _copied(module, known)
     except RuntimeError:
         with _Detached():
-            return _copied(module, shared)
+            return _copied(module, known)
+    except TypeError:
+        if not (uncopied := _uncopied(module)):
+            raise
+        return _copied(module, [*known, *uncopied])
+
+
+def _uncopied(module: nn.Module) -> list[object]:
+    """What the fields of a module and of its submodules hold, at any depth, that cannot be copied."""
+    waiting: list[object] = [value for m in nn.Module.modules(module) for value in m.__dict__.values()]
+    seen, found = set[int](), list[object]()
+    while waiting:
+        value = waiting.pop()
+        atom = type(value) in _ATOMS or isinstance(value, type | FunctionType | Tensor | nn.Module)
+        if atom or id(value) in seen:
+            continue
+        seen.add(id(value))
+        try:
+            if not isinstance(value, (dict, list, tuple, set)) and not hasattr(value, "__deepcopy__"):
+                value.__reduce_ex__(4)
+        except TypeError:
+            found.append(value)
+        else:
+            waiting += gc.get_referents(value)
+    return found
 
 
 class _Detached(TorchFunctionMode):
@@ -53,7 +80,7 @@ class _Detached(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _copied(module: M, shared: Iterable[Tensor]) -> M:
+def _copied(module: M, shared: Iterable[object]) -> M:
     memo: dict[int, Any] = {id(t): t for t in shared}
     modules = list(nn.Module.modules(module))
     classes = {cls: _plain(cls) for cls in {type(m) for m in modules}}
