@@ -2,16 +2,14 @@
 
 `torch.export` finds out which sizes can vary (`Dim.AUTO`). First all sizes are left to it: a language model then takes
 any length, a convolutional network any image. Where that fails, or sizes inside the model become long formulas of the
-inputs' sizes, those of images are multiples of 32, or of as large a power of 2 as the example allows: halved by five
-strides, they stay short. Where that fails, too, only the number of samples is free. The graph has to return what the
-model returns, on the example and in other sizes; where it raises, by the assertions of `guards`, nothing is wrong.
+inputs' sizes, only the number of samples is. The graph has to return what the model returns, on the example and in
+other sizes; where it raises, by the assertions of `guards`, nothing is wrong.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -22,14 +20,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fxmerge.capture.declared_sizes import Call, Shapes, differs, doubled, refused
-from fxmerge.capture.guards import Sizes, insert, multiple_of, sizes_of
+from fxmerge.capture.guards import Sizes, insert, sizes_of
 from fxmerge.capture.without_rule import without_rule
 from fxmerge.graph.inputs import bind, other_sizes
 from fxmerge.graph.nested import fresh
 
 # in the formula of a size and in those of all sizes, at most; torch.export may take minutes over longer and more ones
 OPERATIONS, ALL_OPERATIONS = 48, 3000
-MULTIPLE, LEAST = 32, 4  # of the sizes of images, where they are not free: at most, at least
 
 ModuleOf = Callable[[torch.export.ExportedProgram], fx.GraphModule]
 Axes = Callable[[Tensor], Iterable[int]]
@@ -38,8 +35,7 @@ Axes = Callable[[Tensor], Iterable[int]]
 def with_free_sizes(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], module_of: ModuleOf
 ) -> fx.GraphModule | None:
-    """The model exported with all sizes free, or as multiples, or the number of samples (the first axis); None where
-    nothing works.
+    """The model exported with all sizes free, or the number of samples (the first axis); None where neither works.
 
     If calls without a rule are left in the first graph, the one with fewer of them is taken. A batch of 1 is doubled
     for the export, as torch.export takes a size of 1 as a constant.
@@ -50,20 +46,18 @@ def with_free_sizes(
     """
     from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-    call, found = (args, kwargs), list[fx.GraphModule]()
-    for shapes in (_free(model, call, lambda v: range(v.dim())), _multiples(model, call)):
-        with contextlib.suppress(Exception), _ShortFormulas():  # torch.export raises many types
-            free = _exported(model, call, shapes, module_of) if shapes else None
-            if free is not None and not without_rule(free):
-                return free
-            found += [free] if free is not None else []
+    free, call = None, (args, kwargs)
+    with contextlib.suppress(Exception), _ShortFormulas():  # torch.export raises many types
+        free = _exported(model, call, _free(model, call, lambda v: range(v.dim())), module_of)
+        if free is not None and not without_rule(free):
+            return free
     try:
         samples = _exported(model, call, _free(model, call, lambda v: (0,)), module_of)
     except GuardOnDataDependentSymNode:  # a constant number of samples would not help
         raise
     except Exception:
-        samples = None
-    return min((m for m in (*found, samples) if m is not None), key=without_rule, default=None)
+        return free
+    return min((m for m in (free, samples) if m is not None), key=without_rule, default=None)
 
 
 def with_declared_sizes(
@@ -95,27 +89,6 @@ def _free(model: nn.Module, call: Call, axes: Axes) -> Shapes:
     return found
 
 
-def _multiples(model: nn.Module, call: Call) -> Shapes:
-    """Sizes of images that are multiples of up to MULTIPLE; {} where the example has no images with such sizes."""
-    count = 0
-
-    def multiples(value: Any) -> Any:
-        nonlocal count
-        if not isinstance(value, Tensor) or not value.dim():
-            return None
-        found: dict[int, Any] = {0: torch.export.Dim.AUTO}
-        factors = [math.gcd(MULTIPLE, size) for size in value.shape[2:]]
-        factors = [f // 2 if f == size else f for f, size in zip(factors, value.shape[2:], strict=True)]  # not 1 time
-        if len(factors) == 2 and min(factors) >= LEAST:
-            for axis, factor in enumerate(factors, 2):
-                found[axis], count = factor * torch.export.Dim(f"size{count}"), count + 1
-        return found
-
-    bound = dict(inspect.signature(model.forward).bind(*call[0], **call[1]).arguments)
-    found: Shapes = tree_map(multiples, bound)
-    return found if count else {}
-
-
 def _exported(model: nn.Module, call: Call, shapes: Shapes, module_of: ModuleOf) -> fx.GraphModule | None:
     """The model exported with these sizes free, and with assertions; None where it returns other values."""
     given, named = doubled(call, model.forward, shapes)
@@ -126,23 +99,7 @@ def _exported(model: nn.Module, call: Call, shapes: Shapes, module_of: ModuleOf)
     ones, together = _ones(module, call, found, lambda one: _alike(model, module, one, if_raised=False))
     symbols = {symbol for several in ones for symbol in several}
     insert(module, found, symbols, [bind(module, *inputs) for inputs in (call, *ones.values())], together)
-    smaller = _fewer_multiples(module, call, found)
-    if smaller is not None and not _alike(model, module, smaller, if_raised=False):
-        return None
     return module if all(_alike(model, module, other, if_raised=True) for other in other_sizes(call)) else None
-
-
-def _fewer_multiples(module: fx.GraphModule, call: Call, found: Sizes) -> Call | None:
-    """The inputs with all sizes that are multiples smaller by a half of them; None where there are none."""
-    narrowed: dict[int, Tensor] = {}
-    for value, shape in zip(bind(module, *call), found.shapes, strict=False):
-        for axis, size in enumerate(shape or ()):
-            factor, _ = multiple_of(size) or (1, "")
-            if factor > 1:
-                own = narrowed.get(id(value), value)
-                narrowed[id(value)] = own.narrow(axis, 0, (value.size(axis) // factor + 1) // 2 * factor)
-    made: Call = tree_map(lambda value: narrowed.get(id(value), value), call)
-    return made if narrowed else None
 
 
 class _ShortFormulas(TorchFunctionMode):
@@ -172,21 +129,20 @@ def _ones(
     if all of them are.
     """
     values = bind(module, *call)
-    places: dict[str, dict[int, list[tuple[int, int]]]] = {}  # symbol -> identity of the input -> (axis, factor)
+    places: dict[str, dict[int, list[int]]] = {}  # symbol -> identity of the input -> axes
     sizes: dict[tuple[int, int], list[str]] = {}  # (axis, its size in the example) -> symbols
     for value, shape in zip(values, found.shapes, strict=False):
         for axis, size in enumerate(shape or ()):
-            factor, symbol = multiple_of(size) or (1, size)
-            if isinstance(symbol, str):
-                if symbol not in places:
-                    sizes.setdefault((axis, value.size(axis) // factor), []).append(symbol)
-                places.setdefault(symbol, {}).setdefault(id(value), []).append((axis, factor))
+            if isinstance(size, str):
+                if size not in places:
+                    sizes.setdefault((axis, value.size(axis)), []).append(size)
+                places.setdefault(size, {}).setdefault(id(value), []).append(axis)
 
     def single(symbols: Iterable[str]) -> Call:
         def narrowed(value: Any) -> Any:
             for symbol in symbols:
-                for axis, factor in places[symbol].get(id(value), ()):
-                    value = value.narrow(axis, 0, factor)
+                for axis in places[symbol].get(id(value), ()):
+                    value = value.narrow(axis, 0, 1)
             return value
 
         made: Call = tree_map(narrowed, call)

@@ -14,14 +14,18 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, fx
 
-from fxmerge.capture.size_checks import NAME, REMEDY, Allowed, Place, Writer
+from fxmerge.capture.bitwise import Bitwise
+from fxmerge.ir.capture import SIZE_CHECK
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
-_MULTIPLE = re.compile(r"(?:(\d+)\*)?(s\d+)")
+# no comma outside of brackets: the writer of model.py breaks lines there
+_REMEDY = "to use other sizes give fxmerge example inputs of these"
+_NAME = re.compile(r"\bs\d+\b")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,18 +76,12 @@ def sizes_of(program: ExportedProgram) -> Sizes:
         for spelled, size in place.items():
             text = text.replace(spelled, f"({size})")
         guards += [] if "L[" in text else [text]
-    symbols = {name for shape in shapes for size in shape or () for name in NAME.findall(str(size))}
-    return Sizes(shapes=shapes, limits=limits, guards=[g for g in guards if set(NAME.findall(g)) <= symbols])
+    symbols = {name for shape in shapes for size in shape or () for name in _NAME.findall(str(size))}
+    return Sizes(shapes=shapes, limits=limits, guards=[g for g in guards if set(_NAME.findall(g)) <= symbols])
 
 
 def _size(expression: Any, code: Callable[[Any], str]) -> int | str:
     return int(expression) if expression.is_Integer else code(expression)
-
-
-def multiple_of(size: int | str) -> tuple[int, str] | None:
-    """(k, s) for a size that is k times a symbol, as of images whose sizes are multiples of 32; None for others."""
-    found = _MULTIPLE.fullmatch(size) if isinstance(size, str) else None
-    return (int(found[1] or 1), found[2]) if found else None
 
 
 def user_inputs(program: ExportedProgram) -> list[fx.Node]:
@@ -113,14 +111,12 @@ def insert(
     if len(placeholders) != len(found.shapes):
         return
     tensors = [(node, shape) for node, shape in zip(placeholders, found.shapes, strict=True) if shape is not None]
-    first: dict[str, Place] = {}  # symbol -> the first place where a size is that symbol, or else a multiple of it
-    for times in (False, True):
-        for node, shape in tensors:
-            for axis, size in enumerate(shape):
-                factor, symbol = multiple_of(size) or (0, "")
-                if factor and (factor > 1) == times:
-                    first.setdefault(symbol, Place(node, axis, factor))
-    writer = Writer(module.graph, placeholders[-1], first)
+    first: dict[str, tuple[fx.Node, int]] = {}  # symbol -> the first place where a size is that symbol
+    for node, shape in tensors:
+        for axis, size in enumerate(shape):
+            if isinstance(size, str) and _NAME.fullmatch(size):
+                first.setdefault(size, (node, axis))
+    writer = _Writer(module.graph, placeholders[-1], first)
     for node, shape in tensors:
         writer.shape(node, shape)
     alone, joint = _by_symbols(found.guards)
@@ -130,17 +126,14 @@ def insert(
         allowed[symbol] = _allowed(alone.get(symbol, ()), found.limits.get(symbol, (2, None)), smallest, symbol)
         writer.size(symbol, allowed[symbol])
     for a, b in together:
-        said = [f"{first[name].node.name} (axis {first[name].axis})" for name in (a, b)]
-        writer.code(f"({a} != 1) | ({b} == 1)", f"inputs {said[0]} and {said[1]} must agree; {REMEDY}", [a, b])
+        said = [f"{first[name][0].name} (axis {first[name][1]})" for name in (a, b)]
+        writer.code(f"({a} != 1) | ({b} == 1)", f"inputs {said[0]} and {said[1]} must agree; {_REMEDY}", [a, b])
     for guard in joint:
-        names = sorted(set(NAME.findall(guard)))
+        names = sorted(set(_NAME.findall(guard)))
         if not all(n in first for n in names):
             continue
-        places = {n: (placeholders.index(first[n].node), first[n]) for n in names}
-        fine = [
-            eval(guard, {}, {n: inputs[at].size(own.axis) // own.factor for n, (at, own) in places.items()})
-            for inputs in proved
-        ]
+        places = {n: (placeholders.index(first[n][0]), first[n][1]) for n in names}
+        fine = [eval(guard, {}, {n: inputs[at].size(axis) for n, (at, axis) in places.items()}) for inputs in proved]
         if all(fine) and not _implied(guard, [allowed[n] for n in names], names):
             writer.code(guard, f"the sizes of the inputs must be as in the example ({guard})", names)
     module.graph.lint()
@@ -152,12 +145,22 @@ def _by_symbols(guards: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]
     alone: dict[str, list[str]] = {}
     joint = []
     for guard in dict.fromkeys(guards):
-        names = set(NAME.findall(guard))
+        names = set(_NAME.findall(guard))
         if len(names) == 1:
             alone.setdefault(names.pop(), []).append(guard)
         elif names:
             joint.append(guard)
     return alone, joint
+
+
+@dataclass(frozen=True, kw_only=True)
+class Allowed:
+    """The sizes from `low` to `high` whose remainder by `step` is that of `low`, if they fulfil `guards` too."""
+
+    low: int
+    high: int | None
+    step: int = 1
+    guards: Sequence[str] = ()
 
 
 def _allowed(guards: Sequence[str], limits: tuple[int, int | None], smallest: int, symbol: str) -> Allowed:
@@ -195,3 +198,77 @@ def _implied(guard: str, allowed: Sequence[Allowed], names: Sequence[str]) -> bo
 
 def _fits(allowed: Allowed, symbol: str, size: int) -> bool:
     return all(eval(guard, {}, {symbol: size}) for guard in allowed.guards)
+
+
+class _Writer:
+    """Writes assertions after the placeholders of a graph."""
+
+    def __init__(self, graph: fx.Graph, after: fx.Node, first: Mapping[str, tuple[fx.Node, int]]) -> None:
+        self.graph, self.first = graph, first
+        self.before = after.next
+
+    def shape(self, node: fx.Node, shape: Sequence[int | str]) -> None:
+        """Asserts the sizes of one input that are numbers, and those that follow from other sizes."""
+        names = [axis for axis, size in enumerate(shape) if not isinstance(size, int)]
+        start = names[-1] + 1 if names else 0  # from here on, all sizes are numbers
+        said = ", ".join("any" if isinstance(n, str) else str(n) for n in shape) + ("," if len(shape) == 1 else "")
+        message = f"input {node.name} must have the shape ({said}); {_REMEDY}"
+
+        def whole(x: fx.Proxy) -> Any:
+            sizes: Any = x.shape
+            return (sizes if start == 0 else sizes[start:]) == tuple(shape[start:])
+
+        if start < len(shape) or not shape:
+            self._assert(lambda: whole(fx.Proxy(node)), message)
+        for axis, size in enumerate(shape[:start]):
+            if isinstance(size, int):
+                self._assert(lambda a=axis, n=size: self._size(node, a) == n, message)  # type: ignore[misc]
+            elif self.first.get(size) != (node, axis):
+                said = f"input {node.name} (axis {axis}) must agree with the other inputs as in the example"
+                self.code(f"{node.name}_size == {size}", f"{said}; {_REMEDY}", _NAME.findall(size), (node, axis))
+
+    def size(self, symbol: str, allowed: Allowed) -> None:
+        """Asserts the limits of one symbol, at the first place where it is the size of an input."""
+        node, axis = self.first[symbol]
+        said = f"input {node.name} (axis {axis}) must have a size that is "
+
+        def here() -> Any:
+            return self._size(node, axis)
+
+        if allowed.high == allowed.low:
+            self._assert(lambda: here() == allowed.low, f"{said}{allowed.low}; {_REMEDY}")
+            return
+        if allowed.low > 1:
+            self._assert(lambda: here() >= allowed.low, f"{said}at least {allowed.low}; {_REMEDY}")
+        if allowed.high is not None:
+            self._assert(lambda: here() <= allowed.high, f"{said}at most {allowed.high}; {_REMEDY}")
+        if allowed.step > 1:
+            rest = allowed.low % allowed.step
+            what = f"a multiple of {allowed.step}" + (f" plus {rest}" if rest else "")
+            self._assert(lambda: here() % allowed.step == rest, f"{said}{what}; {_REMEDY}")
+        for guard in allowed.guards:
+            self.code(guard, f"{said}an {symbol} for which {guard}; {_REMEDY}", [symbol])
+
+    def code(self, text: str, message: str, names: Sequence[str], size: tuple[fx.Node, int] | None = None) -> None:
+        """Asserts a condition that is written as code in symbols.
+
+        size: an input and the axis whose size the code calls `NAME_size`
+        """
+
+        def condition() -> Any:
+            known = {name: self._size(*self.first[name]) for name in names}
+            if size is not None:
+                known[f"{size[0].name}_size"] = self._size(*size)
+            code = compile(Bitwise.of(text), "guard", "eval")
+            return eval(code, {"math": __import__("math"), "torch": torch}, known)
+
+        self._assert(condition, message)
+
+    def _size(self, node: fx.Node, axis: int) -> Any:
+        sizes: Any = fx.Proxy(node).shape
+        return sizes[axis]
+
+    def _assert(self, condition: Callable[[], Any], message: str) -> None:
+        with self.graph.inserting_before(self.before):
+            made = condition()
+            self.graph.call_function(torch._assert, (made.node, message)).meta[SIZE_CHECK] = True

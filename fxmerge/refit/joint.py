@@ -33,6 +33,7 @@ from fxmerge.calibration.patches import (
     positions,
     scaled_by_position,
 )
+from fxmerge.graph.kernels import without_faults
 from fxmerge.methods.least_squares import Reduce, second_moments
 from fxmerge.refit import solve
 from fxmerge.refit.coordinates import Coordinates
@@ -221,7 +222,8 @@ class _Joint:
                 shares = fitted.to(missed) * (self.units[name] / used)
                 slopes_at_ends.append(scaled_by_position(residual.slope(missed), form, shares))
             ends = [outputs[name] for name in self.residuals]
-            slopes = torch.autograd.grad(ends, self.leaves, slopes_at_ends)
+            with without_faults((held.weight, held.form.stride) for held in self.weights.values()):
+                slopes = torch.autograd.grad(ends, self.leaves, slopes_at_ends)
             for sum_, slope in zip(found, slopes, strict=True):
                 sum_ += slope
         judged = dict(zip(counts, self.reduce(aside).tolist(), strict=True))

@@ -113,6 +113,44 @@ def test_images_of_any_size() -> None:
             assert difference([model(x)], [merged.module(x)]) < 1e-6
 
 
+class Shuffled(nn.Module):
+    """A ShuffleNet's block and a small feature pyramid, as in detectors for phones."""
+
+    def __init__(self, scaled: bool) -> None:
+        super().__init__()
+        self.stem, self.branch = nn.Conv2d(3, 16, 3, 4, 1), nn.Conv2d(8, 8, 1)
+        self.down, self.last, self.head = nn.Conv2d(16, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 2, 1), nn.Conv2d(16, 4, 1)
+        self.scaled = scaled
+        randomised(self, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = torch.relu(self.stem(x))
+        samples, channels, height, width = x.data.size()
+        assert channels % 4 == 0
+        x = x.reshape(samples * channels // 2, 2, height * width).permute(1, 0, 2)
+        one, two = x.reshape(2, -1, channels // 2, height, width)
+        wide = torch.relu(self.down(torch.cat((one, self.branch(two)), 1)))
+        last = torch.relu(self.last(wide))
+        up = F.interpolate(last, scale_factor=2) if self.scaled else F.interpolate(last, size=wide.shape[2:])
+        return self.head(torch.cat((up, wide), 1)), last
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_detector_takes_other_images(scaled: bool) -> None:
+    """torch.export's conditions on sizes hold an `or` there."""
+    model = Shuffled(scaled).eval()
+    merged = plain_merge(model, torch.randn(2, 3, 64, 64), ratio=0.0)
+    assert merged.analysis.captured.route == "export"
+    for size in ((64, 64), (32, 96), (128, 160), (50, 70)):
+        x = torch.randn(3, 3, *size)
+        if scaled and size == (50, 70):
+            with pytest.raises(AssertionError, match="must have a size that is"):
+                merged.module(x)
+        else:
+            with torch.no_grad():
+                assert difference(list(model(x)), list(merged.module(x))) < 1e-6
+
+
 class Same(Padded):
     """As much padding as makes the next size a quotient, whose formula grows from layer to layer."""
 
