@@ -48,7 +48,8 @@ class Rewriter:
             if merge.consumers:
                 self._absorb_consumers(merge)
             for path, factor in merge.norms.items():
-                self.weights.own(path).mul_(factor)
+                weight = self.weights.own(path)
+                weight.copy_(weight * factor)
 
     def finish(self, alive: Tensor, edits: Mapping[str, Call]) -> fx.GraphModule:
         """Slices every parameter, updates sizes, and recompiles. Names and metadata of nodes stay.

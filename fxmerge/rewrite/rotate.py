@@ -67,7 +67,10 @@ def _rotate_factors(weights: Weights, group: Group, rotation: Tensor) -> None:
             bias.copy_(_mixed(torch.nan_to_num(at_rest)[:, None], member, rotation[None])[:, 0])
     for member in moved.values():
         weight = weights.own(member.layer.params["weight"])
-        weight.view(-1)[member.where[:, 0].to(weight.device)] = 1.0
+        one = torch.ones(len(member.where), dtype=weight.dtype, device=weight.device)
+        weight.copy_(
+            weight.detach().flatten().index_put((member.where[:, 0].to(weight.device),), one).view(weight.shape)
+        )
 
 
 def _mixing(weights: Weights, group: Group, rotation: Tensor, member: Member, own: Sequence[Member]) -> Tensor:
