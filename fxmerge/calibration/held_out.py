@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fxmerge.calibration.patches import Form, positions
 from fxmerge.calibration.sample_run import SampleRun
+from fxmerge.methods.probes import sample_axis
 
 FOLDS, JUDGES = 8, 32
 HELD_OUT, NO_FOLD = FOLDS - 1, -1
@@ -38,9 +39,10 @@ def of_samples(batch: Sequence[Any], index: Tensor | slice) -> Sequence[Any]:
     count = samples(batch)
 
     def some(value: Any) -> Any:
-        if not isinstance(value, Tensor) or not value.dim() or value.size(0) != count:
+        if (axis := sample_axis(value, count)) is None:
             return value
-        return value[index if isinstance(index, slice) else index.to(value.device)]
+        own = index if isinstance(index, slice) else index.to(value.device)
+        return value[:, own] if axis else value[own]
 
     return [some(value) for value in batch]
 

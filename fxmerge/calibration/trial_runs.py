@@ -15,6 +15,7 @@ from fxmerge.graph.eval_mode import evaluating
 from fxmerge.graph.nested import fresh
 from fxmerge.graph.outputs import returned
 from fxmerge.ir.capture import Capture
+from fxmerge.methods.probes import sample_axis
 
 
 def refused(captured: Capture, values: Sequence[Any]) -> str:
@@ -42,7 +43,8 @@ def takes_any_batch(captured: Capture) -> bool:
     """
     if captured.recorded is not None:
         return False
-    return not any(refused(captured, [_first(value, count) for value in captured.inputs]) for count in (1, 2))
+    own = samples(captured.inputs)
+    return not any(refused(captured, [_first(value, own, count) for value in captured.inputs]) for count in (1, 2))
 
 
 def first_samples(captured: Capture, batches: Sequence[Sequence[Any]], wanted: int) -> list[Sequence[Any]]:
@@ -58,11 +60,12 @@ def first_samples(captured: Capture, batches: Sequence[Sequence[Any]], wanted: i
     return found
 
 
-def _first(value: Any, count: int) -> Any:
-    """The first `count` samples of an input, which is repeated if it has fewer."""
+def _first(value: Any, own: int, count: int) -> Any:
+    """The first `count` samples of an input, which is repeated if it has fewer. own: the samples in the example"""
     if not isinstance(value, Tensor) or not value.dim():
         return value
-    return torch.cat([value] * -(-count // max(len(value), 1)))[:count]
+    axis = sample_axis(value, own) or 0
+    return torch.cat([value] * -(-count // max(value.size(axis), 1)), axis).narrow(axis, 0, count)
 
 
 def channels_last(captured: Capture, batches: list[Sequence[Any]]) -> list[Sequence[Any]]:

@@ -43,6 +43,23 @@ def batched(inputs: Sequence[object]) -> list[int]:
     ]
 
 
+def sample_axis(value: object, count: int) -> int | None:
+    """The axis of the samples of an input, of which there are `count`: the first, or the second as in the states of
+    recurrent layers, (layers, samples, features); None for other inputs.
+    """
+    if not isinstance(value, Tensor) or not value.dim():
+        return None
+    if value.size(0) == count:
+        return 0
+    return 1 if value.dim() > 2 and value.is_floating_point() and value.size(1) == count else None
+
+
+def states(inputs: Sequence[object]) -> list[int]:
+    """The indices of the inputs whose second axis is that of the samples."""
+    first = next((v for v in inputs if isinstance(v, Tensor) and v.dim()), None)
+    return [] if first is None else [at for at, v in enumerate(inputs) if sample_axis(v, first.size(0)) == 1]
+
+
 def probed(inputs: Sequence[object]) -> list[int]:
     """The indices of the inputs that get numbers of a family: floating-point ones with an axis of samples that are not
     masks.
@@ -72,16 +89,21 @@ def probes(
 
     An input whose first axis is the example's batch gets new content: token ids if its number is in `tables`
     (placeholder number -> weight of an embedding, (vocabulary, features)), numbers of the family if it is
-    floating-point, and otherwise the example's content, repeated. An input with another first axis, or that is not a
-    tensor, is used unchanged. Sample i is made from sample i % n of the n in the example, in all inputs.
+    floating-point, and otherwise the example's content, repeated. States, whose second axis is the example's batch,
+    get noise with the example's mean and deviation. Another input, or one that is not a tensor, is used unchanged.
+    Sample i is made from sample i % n of the n in the example, in all inputs.
     """
     if not batched(inputs):
         return [list(inputs)]
     sizes = [min(batch, count - start) for start in range(0, count, batch)]
-    samples, drawn_anew = batched(inputs), probed(inputs)
+    samples, drawn_anew, beside = batched(inputs), probed(inputs), states(inputs)
     stays = padding(inputs, tables)
 
     def made(number: int, value: object) -> list[object]:
+        if number in beside and isinstance(value, Tensor):
+            first = value.movedim(1, 0)
+            drawn = placed(first, white(first, count, torch.Generator().manual_seed(seed + number))).to(value)
+            return [part.movedim(0, 1).contiguous() for part in torch.split(drawn, sizes)]
         if number not in samples or not isinstance(value, Tensor):
             return [value] * len(sizes)
         generator = torch.Generator().manual_seed(seed)  # the same for every input, so that they are changed alike

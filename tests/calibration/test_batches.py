@@ -14,7 +14,7 @@ from fxmerge.calibration.batches import determines, example_counts, variants, vo
 from fxmerge.calibration.fit_probes import RefitData, refit_data
 from fxmerge.calibration.held_out import samples
 from fxmerge.calibration.paired_run import Settings
-from fxmerge.calibration.trial_runs import takes_any_batch
+from fxmerge.calibration.trial_runs import first_samples, takes_any_batch
 from fxmerge.capture.capture_model import capture
 from fxmerge.options import Options
 from fxmerge.progress import silent
@@ -277,3 +277,35 @@ def test_the_report_says_what_refit_ran_on() -> None:
     merged = fxmerge.merge(Plain().eval(), IMAGES, ratio=0.5, **data)
     assert "refit ran on 20 calibration samples and 20 variants of them" in merged.report.text()
     assert "refit ran on" not in fxmerge.merge(Plain().eval(), IMAGES, ratio=0.5, refit="none").report.text()
+
+
+class Listener(nn.Module):
+    """A streaming network: a chunk of sound and the state of an LSTM, (2, samples, features), as in voice detectors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv1d(1, 12, 8, 4), nn.Conv1d(12, 10, 8, 4)
+        self.cell, self.head = nn.LSTMCell(10, 6), nn.Linear(6, 1)
+        randomised(self, 1)
+
+    def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        y = torch.relu(self.two(torch.relu(self.one(x[:, None])))).mean(2)
+        h, c = self.cell(y, (state[0], state[1]))
+        return self.head(torch.relu(h)), torch.stack([h, c])
+
+
+def test_states_have_the_samples_on_their_second_axis() -> None:
+    model, x = Listener().eval(), (smooth(1, 256, axes=1), torch.randn(2, 1, 6))
+    found = data(model, x).batches
+    assert [tuple(v.shape) for v in found[0]] == [(64, 256), (2, 64, 6)] and samples(found[0]) == 64
+    state = torch.cat([batch[1] for batch in found], 1)
+    assert abs(float(state.std() / x[1].std()) - 1) < 0.1 and abs(float(state.mean() - x[1].mean())) < 0.1
+    captured = capture(model, x)
+    assert takes_any_batch(captured)
+    part = first_samples(captured, found, 72)
+    assert [tuple(v.shape) for v in part[1]] == [(8, 256), (2, 8, 6)]
+    assert torch.equal(part[1][1], found[1][1][:, :8])
+    given = [(torch.randn(16, 256), torch.randn(2, 16, 6)) for _ in range(8)]
+    for more in ({}, {"calibration": given}):
+        result = fxmerge.merge(model, x, ratio=0.3, **more)
+        assert any(r.after < r.before for r in result.report.refitted)
