@@ -258,7 +258,7 @@ class Prepared:
 
     def streams(self, draft: Draft) -> Pair:
         """The original graph and that of a draft."""
-        return against(self.captured, self.found[0], draft.graph, draft.alive, draft.original)
+        return against(self.captured, self.found[0], draft.graph, draft.alive, draft.original, draft.rotated)
 
     def apply(self, choice: Choice, started: float) -> Result:
         """Builds the merged model of a choice, refits it, and compares it with the original.

@@ -3,7 +3,9 @@
 A residual stream is read through norms, y = gamma x / |x| + beta, and its branches may end in a LayerScale. An
 orthogonal matrix B changes no norm, nor the mean over channels if it keeps the vector of ones. So B passes once gamma
 and the scales have moved into the weights next to them, and beta is B (beta / gamma) (Ashkboos et al., SliceGPT, ICLR
-2024, section 3.2, which turns each LayerNorm into an RMSNorm; here it stays what it is).
+2024, section 3.2, which turns each LayerNorm into an RMSNorm; here it stays what it is). A BatchNorm after a layer is
+an affine map of each channel, whose gain moves into the layer, too: so linear bottlenecks are rotated, as of
+MobileNetV2.
 """
 
 from __future__ import annotations
@@ -56,7 +58,7 @@ class ChannelFactors:
         self.carried: dict[str, Member] = {}
         for member in path.per_channel_params:
             several = member.layer.node in self.carried or len(member.channels) < len(inside)
-            if several or member.layer.op not in (*NORMS, *_ADDED, "scale"):
+            if several or member.layer.op not in (*NORMS, *_ADDED, "scale", "batch_norm"):
                 raise HinderedError(f"its channels have parameters of their own ({member.layer.op})")
             self.carried[member.layer.node] = member
         self.atom, self.inside = atom, inside
@@ -109,10 +111,10 @@ class ChannelFactors:
         if member.layer.op in _ADDED and member.layer.operation.inverted is None:
             self._plain(name, state)
             return state
-        if member.layer.op != "scale" or member.layer.operation.inverted or member.where.size(1) > 1:
-            raise HinderedError(f"its channels have parameters of their own ({member.layer.operation})")
         if state.ahead:
             return _State(ahead=state.ahead[1:])
+        if member.layer.op != "scale" or not _moves(member):
+            raise HinderedError(f"its channels have parameters of their own ({member.layer.operation})")
         return replace(state, behind=(*state.behind, name))
 
     def _plain(self, name: str, state: _State) -> None:
@@ -135,7 +137,7 @@ class ChannelFactors:
             member = self.carried.get(node.name)
             if node.name not in self.nodes or node.name in self.norms or len(sources) != 1:
                 break
-            if member is not None and member.layer.op != "scale":
+            if member is not None and not _moves(member):
                 break
             found += [node.name] if member is not None else []
         return tuple(found)
@@ -196,6 +198,13 @@ class ChannelFactors:
                 gain, constant = (at(self.captured.module, params[slot]).double() for slot in ("weight", "bias"))
                 if bool((constant.abs() > _LARGEST * gain.abs()).any()):
                     raise HinderedError(f"{name} has gains near zero")
+
+
+def _moves(member: Member) -> bool:
+    """Is it a gain of each channel that can move into the layer before it? It may add something, too."""
+    norm = member.layer.op == "batch_norm" and member.layer.has_running_statistics and "bias" in member.layer.params
+    scale = member.layer.op == "scale" and not member.layer.operation.inverted
+    return (norm or scale) and member.where.size(1) == 1
 
 
 class HinderedError(Exception):

@@ -34,9 +34,12 @@ def mixable(
     """
     if not path.consumers:
         return "no layer reads its channels", Factors()
+    carried = frozenset(m.layer.node for m in path.per_channel_params)
+    if not path.mixers and (why := _nonlinear(captured, facts, path, carried)):
+        return why, Factors()
     passed = Passed(Factors(), frozenset())
     try:
-        if path.per_channel_params or path.mixers:
+        if carried or path.mixers:
             passed = ChannelFactors(captured, facts, path, atom, inside).found()
     except HinderedError as hindrance:
         return str(hindrance), Factors()

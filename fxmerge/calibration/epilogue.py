@@ -90,15 +90,17 @@ def pair(
 
 
 def against(
-    captured: Capture, facts: Provenance, merged: fx.GraphModule, alive: Tensor, turned: fx.GraphModule
-) -> Pair:
+    captured: Capture, facts: Provenance, merged: fx.GraphModule, alive: Tensor, turned: fx.GraphModule,
+    free: frozenset[str],
+) -> Pair:  # fmt: skip
     """The original and a merged graph; the original has all residual branches and experts, also those left out.
 
     turned: the captured graph module with its groups rotated, of which the merged one is a part
+    free:   the BatchNorms of rotated groups, which are not held
     """
     cut = captured.cut
     if cut is None:
-        return pair(turned, facts, merged, alive)
+        return replace(pair(turned, facts, merged, alive), free=free)
     if cut.target is not None:
         return replace(pair(cut.target, facts, merged, alive), starts=cut.starts)
     original, own = cut.whole.module, {layer.node: layer for layer in facts.layers}

@@ -69,6 +69,7 @@ class Pair:
     alive:      (label_count,) which channels the merged graph still has, as `ir.groups.survivors` returns it
     beyond:     the layers that the original alone has
     starts:     the nodes of the merged graph that read other values than those of the same names in the original
+    free:       the BatchNorms that are not held: of rotated channels, the statistics are known to be about right only
     """
 
     original: fx.GraphModule
@@ -78,6 +79,7 @@ class Pair:
     alive: Tensor | None = None
     beyond: tuple[Layer, ...] = ()
     starts: frozenset[str] = frozenset()
+    free: frozenset[str] = frozenset()
 
     def kept(self, labels: Tensor) -> Tensor:
         """The positions in labels (m,) of the channels that the merged graph still has."""
@@ -102,7 +104,8 @@ class PairedRun:
     ) -> None:
         """decided: whether the merged graph sends its rows to the experts that the original chooses"""
         self.layers = (*pair.facts.layers, *pair.beyond)
-        self.norms = {la.node: la for la in self.layers if la.op == "batch_norm"} if settings.held else {}
+        norms = {la.node: la for la in self.layers if la.op == "batch_norm" and la.node not in pair.free}
+        self.norms = norms if settings.held else {}
         self.rectified: Mapping[str, Layer] = pair.rectified if settings.held else {}
         self.recorded = any(isinstance(batch, SampleRun) for batch in batches)
         self.facts, self.alive = pair.facts, pair.alive

@@ -23,7 +23,7 @@ from fxmerge.planning.channel_ops import bias_of
 from fxmerge.planning.decompose import mixture, served
 from fxmerge.planning.sources import covariance_of
 from fxmerge.planning.statistics import moments_seen, statistics
-from fxmerge.weights.factors import constant_of, gain_of
+from fxmerge.weights.factors import constant_of, gain_of, slot_of
 from fxmerge.weights.layout import columns, out_first
 
 WIDEST = 2048  # channels of a cell; the eigenvectors of more take long
@@ -109,7 +109,14 @@ def _modelled(
         covariance = torch.einsum("msx,nsx->smn", rows, rows)
         moved = group.factors.producers[number] if group.factors.producers else ()
         gain = gain_of(moved, tensors.__getitem__, group.channels)
-        found.append((gain * level, gain[:, None] * gain * covariance))
+        level, covariance = gain * level, gain[:, None] * gain * covariance
+        norms = [at for at, part in enumerate(moved) if part.layer.has_running_statistics]
+        if norms:  # its outputs have the mean beta, and together the variance gamma^2
+            last, later = moved[norms[-1]], gain_of(moved[norms[-1] + 1 :], tensors.__getitem__, group.channels)
+            gamma, beta = (slot_of(last, slot, tensors.__getitem__, group.channels) for slot in ("weight", "bias"))
+            whole = covariance[0].diagonal().sum().clamp(min=torch.finfo(torch.float64).tiny)
+            level, covariance = (later * beta)[None], covariance * ((gamma * later).square().sum() / whole)
+        found.append((level, covariance))
     return torch.stack([level for level, _ in found]).sum(0), torch.stack([own for _, own in found]).sum(0)
 
 

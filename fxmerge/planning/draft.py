@@ -53,12 +53,14 @@ class Draft:
     """A merged graph, what was decided for each of its groups, and (label_count,) which labels are alive in it.
 
     original: the graph module that it is a part of: the captured one, with groups rotated
+    rotated:  the nodes of BatchNorms of rotated groups
     """
 
     graph: fx.GraphModule
     plans: tuple[GroupPlan, ...]
     alive: Tensor
     original: fx.GraphModule
+    rotated: frozenset[str] = frozenset()
 
 
 def drafted(
@@ -105,4 +107,6 @@ def drafted(
         plans.append(plan)
     stage("rewrite")
     alive = survivors(grouping, choice.chosen)
-    return Draft(rewriter.finish(alive, choice.edits), tuple(plans), alive, turned.module)
+    moved = [m for g, _ in choice.chosen if g.name in turning for own in g.factors.producers for m in own]
+    norms = frozenset(m.layer.node for m in moved if m.layer.has_running_statistics)
+    return Draft(rewriter.finish(alive, choice.edits), tuple(plans), alive, turned.module, norms)

@@ -13,7 +13,7 @@ from fxmerge.ir.groups import Group, Member
 from fxmerge.methods.linalg import precise
 from fxmerge.weights.by_path import Weights
 from fxmerge.weights.copy import sharing_copy
-from fxmerge.weights.factors import gain_of
+from fxmerge.weights.factors import gain_of, slot_of
 from fxmerge.weights.layout import columns, from_columns, from_out_first, out_first
 
 
@@ -28,8 +28,12 @@ def rotated(captured: Capture, rotations: Sequence[tuple[Group, Tensor]]) -> Cap
     module, weights = sharing_copy(captured.module)
     with torch.no_grad():
         for group, rotation in rotations:
+            norms = _batch_norms(weights, group, rotation[0])
             _rotate_layers(weights, group, rotation)
             _rotate_factors(weights, group, rotation[0])
+            for member, tensors in norms:
+                for slot, value in tensors.items():
+                    _put(weights, member, slot, value)
     return replace(captured, module=module)
 
 
@@ -54,23 +58,51 @@ def _rotate_layers(weights: Weights, group: Group, rotation: Tensor) -> None:
 def _rotate_factors(weights: Weights, group: Group, rotation: Tensor) -> None:
     """What is added to the channels is rotated; gains become 1, and a norm's bias b becomes B (b / gain)."""
     factors = group.factors
-    moved = {m.place: m for own in (*factors.producers, *factors.consumers) for m in own}
+    moved = {m.place: m for own in (*factors.producers, *factors.consumers) for m in own if m.layer.op != "batch_norm"}
     for added in {m.place: m for m in factors.added}.values():
         value = weights.own(added.layer.params["weight"])
         copies = rotation.expand(added.where.size(1), -1, -1)
         value.copy_(_mixed(value.reshape(-1, 1), added, copies).view(value.shape))
     for member in moved.values():
-        params = member.layer.params
-        if "bias" in params:
-            bias, gain = weights.own(params["bias"]), gain_of([member], weights.__getitem__, group.channels)
-            at_rest = precise(bias) / gain.to(bias.device)[torch.argsort(member.where[:, 0])]
-            bias.copy_(_mixed(torch.nan_to_num(at_rest)[:, None], member, rotation[None])[:, 0])
+        if "bias" in member.layer.params:
+            gain = gain_of([member], weights.__getitem__, group.channels)
+            constant = slot_of(member, "bias", weights.__getitem__, group.channels)
+            _put(weights, member, "bias", rotation @ torch.where(constant == 0, 0.0, constant / gain))
     for member in moved.values():
-        weight = weights.own(member.layer.params["weight"])
-        one = torch.ones(len(member.where), dtype=weight.dtype, device=weight.device)
-        weight.copy_(
-            weight.detach().flatten().index_put((member.where[:, 0].to(weight.device),), one).view(weight.shape)
-        )
+        _put(weights, member, "weight", torch.ones(group.channels, dtype=torch.float64))
+
+
+def _batch_norms(weights: Weights, group: Group, rotation: Tensor) -> list[tuple[Member, dict[str, Tensor]]]:
+    """The BatchNorms among the factors, and what they become: with gains of 1, and with the statistics of the rotated
+    channels. How channels vary together is not stored; their correlations are taken to be those of the layer's rows.
+    """
+    found = []
+    for producer, _, own in _once(group.producers, group.strands.producers, group.factors.producers):
+        for number, member in enumerate(own):
+            if not member.layer.has_running_statistics:
+                continue
+            later = gain_of(own[number + 1 :], weights.__getitem__, group.channels)
+            gain = later * gain_of([member], weights.__getitem__, group.channels)
+            mean, variance, constant = (
+                slot_of(member, slot, weights.__getitem__, group.channels)
+                for slot in ("running_mean", "running_var", "bias")
+            )
+            rows = precise(out_first(weights[producer.layer.params["weight"]], producer.layer).flatten(1)).cpu()
+            unit = torch.nn.functional.normalize(rows[producer.where[:, 0]], dim=1)
+            unit = rotation * (gain * variance.clamp(min=0).sqrt()) @ unit
+            variance = unit.square().sum(1)
+            weight = (variance + member.layer.eps).sqrt()
+            tensors = {"running_mean": rotation @ (gain * mean), "running_var": variance}
+            found.append((member, {**tensors, "weight": weight, "bias": rotation @ (later * constant)}))
+    return found
+
+
+def _put(weights: Weights, member: Member, slot: str, value: Tensor) -> None:
+    """Writes one tensor of a factor, by channel (n,)."""
+    tensor = weights.own(member.layer.params[slot])
+    own = value[member.channels].to(tensor)
+    index = member.where[:, 0].to(tensor.device)
+    tensor.copy_(tensor.detach().flatten().index_put((index,), own).view(tensor.shape))
 
 
 def _mixing(weights: Weights, group: Group, rotation: Tensor, member: Member, own: Sequence[Member]) -> Tensor:

@@ -83,7 +83,8 @@ HINDERED = {
     "a module": (lambda m, x: m.b(m.n(m.a(x))), {"n": nn.GELU()}, "GELU is not linear"),
     "a softmax": (lambda m, x: m.b(torch.softmax(m.a(x), -1)), {}, "softmax mixes its channels"),
     "a norm of each channel": (
-        lambda m, x: m.b(m.n(m.a(x))), {"n": nn.BatchNorm1d(14)}, "parameters of their own (batch_norm)"
+        lambda m, x: m.b(m.n(m.a(x))), {"n": nn.BatchNorm1d(14, track_running_stats=False)},
+        "parameters of their own (batch_norm)"
     ),
     "a norm of parts": (lambda m, x: m.b(F.layer_norm(m.a(x).view(3, 6, 2, 7), (7,)).flatten(2)), {}, "or some twice"),
     "a scale": (lambda m, x: m.b(m.s / m.a(x)), {"s": nn.Parameter(torch.rand(14))}, "parameters of their own"),

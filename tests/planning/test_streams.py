@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,8 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxmerge
+from fxmerge.calibration.paired_run import PairedRun
+from fxmerge.options import Options
+from fxmerge.pipeline import prepared
+from fxmerge.progress import silent
+from fxmerge.rewrite.rotate import rotated
 from tests.helpers.netmaking import Net, one_thread, plain_merge  # noqa: F401
-from tests.helpers.rotation import rotation_errors
+from tests.helpers.rotation import drawn, rotation_errors
 from tests.helpers.small_llama import LENGTH, WORDS, Llama
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -155,6 +161,88 @@ def test_budgets_measure_what_the_stream_loses_alone() -> None:
     (plan,) = (g for g in result.plan.groups if g.name == NAME)
     assert plan.components is not None and len(plan.kept) < WIDTH
     assert off(result.module, model, inputs(32, 2)) < 0.05
+
+
+class Bottlenecks(nn.Module):
+    """Two linear bottlenecks as in MobileNetV2, of which the second one is added to the first one."""
+
+    def __init__(self, rank: int = WIDTH, scaled: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.project = nn.ModuleList(nn.Conv2d(n, WIDTH, 1, bias=b) for n, b in ((16, True), (32, False)))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(WIDTH) for _ in range(2))
+        self.expand = nn.ModuleList(nn.Conv2d(WIDTH, 32, k, padding=k // 2, bias=False) for k in (1, 3))
+        self.after = nn.BatchNorm2d(32)
+        self.scale = nn.Parameter(torch.rand(WIDTH, 1, 1) + 0.5) if scaled else 1.0
+        self.head = nn.Linear(32, CLASSES)
+        basis = torch.linalg.qr(torch.randn(WIDTH, rank))[0]
+        with torch.no_grad():
+            for conv, own, last in zip(self.project, self.norms, (1.0, self.scale), strict=True):
+                own.running_var.uniform_(0.5, 2)
+                own.weight.uniform_(0.5, 2)
+                last = torch.as_tensor(last).reshape(-1, 1)
+                gain = (own.weight / (own.running_var + own.eps).sqrt())[:, None] * last
+                conv.weight.copy_((basis @ torch.randn(rank, conv.in_channels) / gain)[..., None, None])
+                own.bias.copy_((basis @ torch.randn(rank, 1) / last)[:, 0])
+                own.running_mean.copy_(torch.zeros(WIDTH) if conv.bias is None else conv.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        x = self.norms[0](self.project[0](x))
+        x = x + self.norms[1](self.project[1](torch.relu(self.after(self.expand[0](x))))) * self.scale
+        return self.head(torch.relu(self.expand[1](x)).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def images(count: int, seed: int = 1) -> Tensor:
+    return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(seed)).double()
+
+
+BOTTLENECK: dict[str, Any] = {"keep": {"project.0": RANK, "stem": 1.0, "expand.*": 1.0}, "scope": "all"}
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_linear_bottlenecks_may_be_rotated(scaled: bool) -> None:
+    """Their BatchNorms become those of the rotated channels."""
+    model = Bottlenecks(scaled=scaled).double().eval()
+    assert rotation_errors(fxmerge.analyze(model, images(4), scope="all"))["project.0"] < 1e-12
+    narrow = Bottlenecks(rank=RANK, scaled=scaled).double().eval()
+    for more in ({"refit": "none"}, {"calibration": [images(64)]}):
+        for decomposition in ("pca", "auto"):
+            result = fxmerge.merge(narrow, images(8), decomposition=decomposition, **BOTTLENECK, **more)
+            (plan,) = (g for g in result.plan.groups if g.name == "project.0")
+            assert len(plan.kept) == RANK and plan.components == pytest.approx(1)
+            assert off(result.module, narrow, images(16, 2)) < 1e-6
+    assert isinstance(result.model, Bottlenecks) and result.model.norms[0].num_features == RANK
+    assert off(result.model, narrow, images(16, 2)) < 1e-6
+
+
+def test_running_statistics_are_those_of_rotated_channels() -> None:
+    """Exactly so for white inputs: a copy in training mode computes nearly the same."""
+    model = Bottlenecks().double().eval()
+    model.stem = nn.Identity()
+    model.project[0] = nn.Conv2d(3, WIDTH, 1).double()
+    weight = model.project[0].weight.detach().flatten(1)
+    model.norms[0].running_var.copy_(weight.square().sum(1))
+    model.norms[0].running_mean.copy_(model.project[0].bias.detach())
+    found = fxmerge.analyze(model, images(4), scope="all")
+    (group,) = (g for g in found.groups if g.name == "project.0")
+    turned = rotated(found.captured, [(group, drawn(group))]).module
+    outputs = turned.get_submodule("project.0")(torch.randn(4096, 3, 2, 2).double())
+    norm = turned.get_submodule("norms.0")
+    torch.testing.assert_close(norm.running_var, outputs.var((0, 2, 3)), rtol=0.05, atol=1e-3)
+    torch.testing.assert_close(norm.running_mean, outputs.mean((0, 2, 3)), rtol=0, atol=0.05)
+    torch.testing.assert_close(norm.weight, (norm.running_var + norm.eps).sqrt())
+
+
+@pytest.mark.parametrize("decomposition", ["pca", "prune"])
+def test_rotated_norms_are_not_held(decomposition: str) -> None:
+    """The statistics of rotated channels are estimates, so that probes are not scaled to them."""
+    options = Options(decomposition=decomposition, refit="synthetic", samples=64, **BOTTLENECK)
+    ready = prepared(Bottlenecks().double().eval(), images(8), options, None, silent)
+    streams = ready.streams(ready.draft(ready.choose(options)))
+    run = PairedRun(streams, ready.data.batches, replace(ready.settings, held=True))
+    assert set(run.norms) == {"after"} | (set() if decomposition == "pca" else {"norms_0", "norms_1"})
 
 
 def after(m: Any, x: Tensor) -> Tensor:
