@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,7 +16,6 @@ from fxmerge.graph.eval_mode import evaluating, reproducible
 from fxmerge.graph.nested import fresh, tree
 from fxmerge.graph.outputs import foreign
 from fxmerge.ir.capture import Capture
-from fxmerge.weights.copy import deep_copy
 
 _CLOSE = {torch.float16: 1e-2, torch.bfloat16: 3e-2}  # accepted relative error by dtype; 1e-5 for others
 _LEAST = 1e-3  # a tensor's error is measured against at least this share of the largest tensor's mean square root
@@ -172,7 +172,7 @@ def _check_code(module: nn.Module, example: Call, values: Values) -> None:
     stale = [path for path, m in graphs if m.code != m.graph.python_code("self").src]
     if not stale:
         return
-    copied = deep_copy(module, [*module.parameters(), *module.buffers()])
+    copied = copy.deepcopy(module, {id(t): t for t in [*module.parameters(), *module.buffers()]})
     for path in stale:
         copied.get_submodule(path).recompile()  # type: ignore[operator]
     if difference(values, run(copied, example)) > bound(values):

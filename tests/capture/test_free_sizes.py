@@ -135,6 +135,7 @@ class Shuffled(nn.Module):
         return self.head(torch.cat((up, wide), 1)), last
 
 
+@pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason="torch 2.6 has no condition on the pyramid")
 @pytest.mark.parametrize("scaled", [False, True])
 def test_a_detector_takes_other_images(scaled: bool) -> None:
     """torch.export's conditions on sizes hold an `or` there."""
