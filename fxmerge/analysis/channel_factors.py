@@ -192,7 +192,8 @@ class ChannelFactors:
                 moved = tuple(part.layer.params for part in own)
                 if found.setdefault(member.place, moved) != moved:
                     raise HinderedError("one layer is called beside different parameters of its channels")
-        for name in () if self.captured.blank else self.norms & set(self.carried):
+        # in order, as processes that divide the weights among them read each together
+        for name in () if self.captured.blank else sorted(self.norms & set(self.carried)):
             params = self.carried[name].layer.params
             if "bias" in params and "weight" in params:
                 gain, constant = (at(self.captured.module, params[slot]).double() for slot in ("weight", "bias"))
