@@ -18,6 +18,7 @@ from torch import fx
 
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.groups import Factors, Ints, Member, Path
+from fxmerge.ir.labels import thin
 from fxmerge.ir.provenance import Provenance
 from fxmerge.weights.by_path import at
 
@@ -58,13 +59,15 @@ class ChannelFactors:
         self.carried: dict[str, Member] = {}
         for member in path.per_channel_params:
             several = member.layer.node in self.carried or len(member.channels) < len(inside)
-            if several or member.layer.op not in (*NORMS, *_ADDED, "scale", "batch_norm"):
+            known = member.layer.op in (*NORMS, *_ADDED, "scale", "batch_norm")
+            alone = "bias" in member.layer.params and "weight" not in member.layer.params
+            if several or alone or not known:
                 raise HinderedError(f"its channels have parameters of their own ({member.layer.op})")
             self.carried[member.layer.node] = member
         self.atom, self.inside = atom, inside
         self.graph = {node.name: node for node in captured.module.graph.nodes}
         self.written = {m.layer.node: number for number, m in enumerate(self.producers)}
-        self.squares = {self._square(name): name for name in self.graph if self._is_mean_of_squares(name)}
+        self.squares = {self._square(name): name for name in path.mixers if self._is_mean_of_squares(name)}
         self.norms = {n for n in path.nodes if facts.rules.get(n) in NORMS and self._normalises_all(n)}
         self.divided = self._divided()
 
@@ -103,7 +106,7 @@ class ChannelFactors:
         member = self.carried.get(name)
         if name in self.norms or name in self.squares:
             self._plain(name, state)
-            return _State(behind=(name,) if member else (), normed=True)
+            return _State(behind=(name,) if member and member.layer.params else (), normed=True)
         if member is None:
             divided = name in self.divided
             keeps = divided or self.facts.kinds[name] == "movement" or self.facts.rules.get(name) in _KEEPING
@@ -179,10 +182,10 @@ class ChannelFactors:
         return sources[0] if len(sources) == 1 else ""
 
     def _normalises_all(self, name: str) -> bool:
-        """Are all channels of the group along the last axis, once?"""
-        labels = self.facts.labels[name]
-        own = self.atom[labels[(0,) * (labels.dim() - 1)].numpy()]
-        return np.array_equal(np.sort(own), np.sort(self.inside))
+        """Are all channels of the group along the last axis, once, at each position?"""
+        labels = thin(self.facts.labels[name])
+        rows = np.sort(self.atom[labels.reshape(-1, labels.size(-1)).numpy()], 1)
+        return rows.shape[1] == len(self.inside) and bool((rows == np.sort(self.inside)).all())
 
     def _check(self, factors: Factors) -> None:
         """Raises HinderedError for parameters that cannot be moved."""

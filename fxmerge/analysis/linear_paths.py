@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 from torch import fx
 
-from fxmerge.analysis.channel_factors import ChannelFactors, HinderedError, Passed
+from fxmerge.analysis.channel_factors import ChannelFactors, HinderedError
 from fxmerge.graph.nested import leaves
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.groups import Factors, Ints, Path, Strands
@@ -35,15 +35,15 @@ def mixable(
     if not path.consumers:
         return "no layer reads its channels", Factors()
     carried = frozenset(m.layer.node for m in path.per_channel_params)
-    if not path.mixers and (why := _nonlinear(captured, facts, path, carried)):
+    why = "" if path.mixers else _nonlinear(captured, facts, path, carried)
+    if why or not (carried or path.mixers):
         return why, Factors()
-    passed = Passed(Factors(), frozenset())
     try:
-        if carried or path.mixers:
-            passed = ChannelFactors(captured, facts, path, atom, inside).found()
+        passed = ChannelFactors(captured, facts, path, atom, inside).found()
     except HinderedError as hindrance:
         return str(hindrance), Factors()
-    why = _nonlinear(captured, facts, path, passed.nodes)
+    if path.mixers:
+        why = _nonlinear(captured, facts, path, passed.nodes)
     if passed.factors.centred and cells > 1:
         why = why or "a norm subtracts the mean of channels that are merged in several parts"
     return why, Factors() if why else passed.factors

@@ -33,16 +33,6 @@ PROBES: dict[str, Callable[[Tensor, int, Generator], Tensor]] = {
 }  # fmt: skip
 
 
-def batched(inputs: Sequence[object]) -> list[int]:
-    """The indices of the inputs whose first axis is that of the samples: that of the first tensor."""
-    first = next((v for v in inputs if isinstance(v, Tensor) and v.dim()), None)
-    return [
-        place
-        for place, v in enumerate(inputs)
-        if isinstance(v, Tensor) and first is not None and v.dim() and v.size(0) == first.size(0)
-    ]
-
-
 def sample_axis(value: object, count: int) -> int | None:
     """The axis of the samples of an input, of which there are `count`: the first, or the second as in the states of
     recurrent layers, (layers, samples, features); None for other inputs.
@@ -54,10 +44,19 @@ def sample_axis(value: object, count: int) -> int | None:
     return 1 if value.dim() > 2 and value.is_floating_point() and value.size(1) == count else None
 
 
+def batched(inputs: Sequence[object]) -> list[int]:
+    """The indices of the inputs whose first axis is that of the samples: that of the first tensor."""
+    return _along(inputs, 0)
+
+
 def states(inputs: Sequence[object]) -> list[int]:
     """The indices of the inputs whose second axis is that of the samples."""
+    return _along(inputs, 1)
+
+
+def _along(inputs: Sequence[object], axis: int) -> list[int]:
     first = next((v for v in inputs if isinstance(v, Tensor) and v.dim()), None)
-    return [] if first is None else [at for at, v in enumerate(inputs) if sample_axis(v, first.size(0)) == 1]
+    return [] if first is None else [at for at, v in enumerate(inputs) if sample_axis(v, first.size(0)) == axis]
 
 
 def probed(inputs: Sequence[object]) -> list[int]:

@@ -262,6 +262,9 @@ HINDERED = {
         lambda m, x: m.b(m.n((y := m.a(x)) * m.s + m.c(x))) + m.b(y), {"s": nn.Parameter(torch.rand(14))}, "joins"
     ),
     "a constant after the norm": (lambda m, x: m.b(after(m, x) + m.s), {"s": nn.Parameter(torch.rand(14))}, "between"),
+    "a norm with a bias alone": (
+        lambda m, x: m.b(F.layer_norm(m.a(x), (14,), None, m.s)), {"s": nn.Parameter(torch.rand(14))}, "of their own"
+    ),
     "one head after two norms": (
         lambda m, x: m.b(after(m, x)) + m.b(m.o(m.a(x) + m.c(x))), {"o": nn.LayerNorm(14)}, "different parameters"
     ),
@@ -290,6 +293,22 @@ def test_what_hinders_a_rotation_is_told(case: str) -> None:
     result = plain_merge(model, x, ratio=0.3, decomposition="pca", scope="all")
     assert all(g.components is None for g in result.plan.groups)
     assert reason in result.report.text(width=400)
+
+
+WRITTEN = {
+    "powers": lambda y: y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-5),
+    "products": lambda y: y * torch.rsqrt((y * y).mean(2, True) + 1e-5),
+    "a norm without parameters": lambda y: F.layer_norm(y, (14,)),
+    "a quotient": lambda y: y / torch.sqrt(torch.mean(y**2, dim=-1, keepdim=True) + 1e-5),
+}
+
+
+@pytest.mark.parametrize("form", WRITTEN)
+def test_however_a_norm_is_written_out(form: str) -> None:
+    torch.manual_seed(0)
+    model = Net(lambda m, x: m.b(WRITTEN[form](m.a(x) + m.c(x)) * m.s), s=nn.Parameter(torch.rand(14)), **parts())
+    found = fxmerge.analyze(model.double().eval(), inputs(3), scope="all")
+    assert rotation_errors(found)["a"] < 1e-12
 
 
 def test_a_gain_of_zero_beside_a_bias_hinders() -> None:
