@@ -31,6 +31,7 @@ _ARGUMENTS = {
 }
 _DEFAULTS: dict[str, Any] = {"stride": 1, "padding": 0, "output_padding": 0, "dilation": 1, "groups": 1}
 FEWEST = 16384  # positions that a wide layer is solved on, unless `Settings.rows` is smaller
+SALIENT = 0.5  # the share of positions that are drawn by salience, where it is known
 ENTRIES = 2**24  # entries of the patches that a narrow layer is solved on, at most
 
 
@@ -166,23 +167,49 @@ def enough(rows: int, width: int, memory: float = 0.0) -> int:
 
 def sample(
     outputs: Sequence[Tensor], form: Form, rows: int, generator: torch.Generator, reduce: Reduce,
-    real: Sequence[Tensor | None] | None = None,
+    real: Sequence[Tensor | None] | None = None, salience: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """About `rows` output positions at random, the same share of each batch: ascending indices, by batch.
 
-    real: the positions to choose from, (positions,) bool by batch; None for all
+    real:     the positions to choose from, (positions,) bool by batch; None for all
+    salience: (positions,) by batch: half of the positions are drawn in proportion to it, some of them several times,
+              and more of a batch that has more of it; None for uniformly
     """
     among = [None if own is None else own.nonzero().flatten().cpu() for own in real or [None] * len(outputs)]
     counts = [positions(y, form) if own is None else len(own) for y, own in zip(outputs, among, strict=True)]
     total = float(reduce(torch.tensor(float(sum(counts)), dtype=torch.float64, device=outputs[0].device)))
     share, found = rows / max(total, 1), []
-    for y, count, own in zip(outputs, counts, among, strict=True):
-        index = torch.arange(count)
-        if share < 1:
+    often = None if salience is None else _oftenness(salience, among, total, reduce)
+    for number, (y, count, own) in enumerate(zip(outputs, counts, among, strict=True)):
+        if often is not None:
+            index = _systematic(often[number] * min(share, 1), generator)
+        elif share < 1:
             index = torch.randperm(count, generator=generator)[: max(1, round(count * share))].sort().values
+        else:
+            index = torch.arange(count)
         index = index if own is None else own[index]
         found.append(index.to(y.device))
     return found
+
+
+def _oftenness(
+    salience: Sequence[Tensor], among: Sequence[Tensor | None], total: float, reduce: Reduce
+) -> list[Tensor] | None:
+    """By batch, how often each position is drawn where all are drawn once on average; None if all salience is 0.
+
+    among: the positions to draw from, or None for all; total: their number, on all processes
+    """
+    pairs = zip(salience, among, strict=True)
+    own = [s.cpu().double() if index is None else s.cpu().double()[index] for s, index in pairs]
+    whole = float(reduce(torch.stack([s.sum() for s in own]).sum().to(salience[0].device)))
+    return [1 - SALIENT + s * (SALIENT * total / whole) for s in own] if whole > 0 else None
+
+
+def _systematic(often: Tensor, generator: torch.Generator) -> Tensor:
+    """Ascending indices, each about `often` times: rounded up or down so that the sum is kept (systematic sampling)."""
+    bounds = often.cumsum(0) - torch.rand((), dtype=torch.float64, generator=generator)
+    times = bounds.floor().diff(prepend=bounds.new_full((1,), -1.0)).long()
+    return torch.arange(len(often)).repeat_interleave(times) if int(times.sum()) else often.argmax()[None]
 
 
 def by_position(out: Tensor, form: Form) -> Tensor:

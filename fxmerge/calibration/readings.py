@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from fxmerge.calibration.decided import expert_rows, is_routed, real_rows, routed_operands, rows_of
-from fxmerge.calibration.epilogue import epilogue_of, pair
+from fxmerge.calibration.epilogue import SOLVED, epilogue_of, pair
 from fxmerge.calibration.held_out import samples
 from fxmerge.calibration.paired_run import PairedRun, Settings, Visit, line
 from fxmerge.calibration.patches import Form, enough, form_of, input_of, matrices_of, patches, sample
 from fxmerge.calibration.recurrent_readings import recurrent_readings
+from fxmerge.calibration.salience import salience
 from fxmerge.calibration.score_readings import score_reading, scores_of
 from fxmerge.calibration.tail import shaped
 from fxmerge.calibration.work import shares_of_work
@@ -68,6 +69,10 @@ def readings(
     known: dict[tuple[str, Form], _Moments] = {}
     generator = torch.Generator().manual_seed(settings.seed)
     done = shares_of_work(facts, module, sum(map(samples, batches)), settings)
+    plain = {n: own[0][2].layer for n, own in consumers.items() if own[0][2].layer.op in SOLVED}
+    salient = salience(
+        captured, facts, {n: la for n, la in plain.items() if not is_routed(la, facts)}, batches, settings
+    )
     with evaluating(module), torch.no_grad():
         run = PairedRun(pair(module, facts), batches, settings)
         for name in consumers:
@@ -92,7 +97,10 @@ def readings(
                 for group, number, member in members if layer.reads_apart else ():
                     found[group.name] += _of_experts(run, visit, layer, member, number, settings)
                 continue
-            made = _consumer(run, visit, layer, norms=norms, settings=settings, generator=generator, known=known)
+            made = _consumer(
+                run, visit, layer, norms=norms, settings=settings, generator=generator, known=known,
+                salient=salient.get(layer.node),
+            )  # fmt: skip
             if made is None:
                 continue
             reading, width = made
@@ -105,14 +113,15 @@ def readings(
 
 def _consumer(
     run: PairedRun, visit: Visit, layer: Layer, *, norms: dict[str, Layer], settings: Settings,
-    generator: torch.Generator, known: dict[tuple[str, Form], _Moments],
+    generator: torch.Generator, known: dict[tuple[str, Form], _Moments], salient: Sequence[Tensor] | None,
 ) -> tuple[Reading, int] | None:  # fmt: skip
     """The reading of all channels together, and the number of columns for each input channel.
 
     The weight is multiplied by the gain of the norm after it.
     None where the geometry of the call is unknown, patches are wider than WIDEST, or inputs are not finite.
 
-    known: the moments of the input that was read last, by form: queries, keys and values have the same
+    known:   the moments of the input that was read last, by form: queries, keys and values have the same
+    salient: the salience of the layer's output positions, if it is known
     """
     module, node, outputs = run.original.module, visit.node, visit.outputs
     owner = module.get_submodule(str(node.target)) if node.op == "call_module" else None
@@ -130,7 +139,7 @@ def _consumer(
             del known[other]
         shapes = shaped(outputs)
         count, real = enough(settings.rows, blocks * width, settings.memory), run.real(node.name, shapes, form)
-        index_of = sample(shapes, form, count, generator, settings.reduce, real)
+        index_of = sample(shapes, form, count, generator, settings.reduce, real, salient)
         parts = [patches(x, form, index) for x, index in zip(run.original.values[source], index_of, strict=True)]
         mean, second = second_moments(parts, settings.reduce)
         independent = independent_rows(parts, mean, second, settings.reduce)
