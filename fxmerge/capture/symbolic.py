@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import linecache
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from fxmerge.capture.hooks import hooked, overridden, traced_call, without_hooks
 from fxmerge.capture.torch_export import export
 from fxmerge.capture.without_rule import without_rule
 from fxmerge.errors import FxMergeError, first_line, of_user
+from fxmerge.graph.nested import leaves
 from fxmerge.graph.odd_names import writable
 from fxmerge.rules.recurrent import PACKING
 from fxmerge.weights.copy import deep_copy
@@ -40,6 +41,7 @@ class Tracer(fx.Tracer):
         self.expanded: set[nn.Module] = set()
         self.unhooked: set[nn.Module] = set()  # leaves whose hooks were traced
         self.names: dict[int, str] = {}  # id of a parameter or buffer -> its first path
+        self.made: dict[nn.Module, str] = {}  # leaves that are no submodules of the model -> names in the graph
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         if isinstance(root, nn.Module):
@@ -76,6 +78,8 @@ class Tracer(fx.Tracer):
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        if m not in (self.submodule_paths or ()) and not [*m.parameters(), *m.buffers()]:
+            return self.outside(m, forward, args, kwargs)
         args, kwargs = self.without_zero_state(m, args, kwargs)
         if hooked(m) and self.is_leaf_module(m, self.path_of_module(m)):
             call = super().call_module
@@ -84,17 +88,42 @@ class Tracer(fx.Tracer):
             return result
         expansion = expansion_of(m)
         if expansion is not None:
-            stack, last = dict(self.module_stack), len(self.graph.nodes)
             self.expanded.add(m)
             try:
-                return super().call_module(m, lambda *a, **k: expansion(m, *a, **k), args, kwargs)
-            except NotImplementedError:  # the module stays a leaf: undo the trace of its expansion
+                with self.undone_if(NotImplementedError):
+                    return super().call_module(m, lambda *a, **k: expansion(m, *a, **k), args, kwargs)
+            except NotImplementedError:  # the module stays a leaf
                 self.expanded.discard(m)
-                self.module_stack.clear()
-                self.module_stack.update(stack)
-                for node in list(reversed(self.graph.nodes))[: len(self.graph.nodes) - last]:
-                    self.graph.erase_node(node)
         return super().call_module(m, forward, args, kwargs)
+
+    def outside(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The call of a module without tensors that is no submodule of the model: made in forward, or in a list.
+
+        Its forward is traced, or else, where it is one of torch's that asks for the shapes of its inputs, it is a leaf.
+        """
+        try:
+            with self.undone_if(Exception):
+                return forward(*args, **kwargs)
+        except Exception:
+            if not super().is_leaf_module(m, "") or any(
+                isinstance(v, fx.Proxy) for v in leaves(list(vars(m).values()))
+            ):
+                raise
+        name = self.made.setdefault(m, f"{type(m).__name__.lower()}_{len(self.made)}")
+        return self.create_proxy("call_module", name, args, kwargs)
+
+    @contextmanager
+    def undone_if(self, kinds: type[Exception]) -> Iterator[None]:
+        """Erases the nodes that were created in it where it raises an exception of these kinds."""
+        stack, last = dict(self.module_stack), len(self.graph.nodes)
+        try:
+            yield
+        except kinds:
+            self.module_stack.clear()
+            self.module_stack.update(stack)
+            for node in list(reversed(self.graph.nodes))[: len(self.graph.nodes) - last]:
+                self.graph.erase_node(node)
+            raise
 
     def without_zero_state(
         self, m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -189,7 +218,11 @@ def symbolic(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
             for name, value in list(vars(module).items()):
                 if isinstance(value, fx.Proxy):
                     vars(module)[name] = fields.get(name)
+        for module, name in tracer.made.items():
+            model.add_module(name, module)
         made = fx.GraphModule(model, graph, type(model).__name__)
+        for name in tracer.made.values():
+            delattr(model, name)
         if tracer.unhooked:
             without_hooks(made, tracer.unhooked)
         return made

@@ -12,6 +12,7 @@ To add a rule for an op of your own:
 from __future__ import annotations
 
 import operator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -213,8 +214,9 @@ _ROWS: tuple[Rule, ...] = (
     *over_axes.ROWS,
     # mixers: without one channel, the others change
     Rule("softmax", "mixer", softmax_rule,
-         (Module(nn.Softmax, ("dim",)), Module(nn.LogSoftmax, ("dim",)), F.softmax, F.log_softmax, torch.softmax,
-          torch.log_softmax, "softmax", "log_softmax")),
+         (*(Module(cls, ("dim",)) for cls in (nn.Softmax, nn.LogSoftmax, nn.Softmin)), F.softmax, F.log_softmax,
+          F.softmin, torch.softmax, torch.log_softmax, "softmax", "log_softmax")),
+    Rule("softmax2d", "mixer", partial(softmax_rule, dim=-3), (Module(nn.Softmax2d),)),
     Rule("norm", "mixer", norms.norm,
          (torch.linalg.vector_norm, torch.norm, "norm", torch.functional.norm, Aten("linalg_vector_norm"),
           torch.linalg.norm)),

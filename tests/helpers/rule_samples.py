@@ -323,6 +323,7 @@ SAMPLES: dict[str, Callable[[Any], Sample]] = {
     "adaptive_pool": by_dims(2),
     "interpolate": interpolate,
     "softmax": lambda key: spelled(key, 2),
+    "softmax2d": lambda key: spelled(key, exact=False),
     "view": view,
     "flatten": flat(1, module=()),
     "unflatten": lambda key: spelled(key, 1, (2, -1), then=lambda x: x.flatten(1, 2)),
