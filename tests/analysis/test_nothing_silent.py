@@ -144,3 +144,23 @@ def test_a_parameter_without_axes_is_one_channel() -> None:
     told = {r["name"]: r for r in json.loads(found.report.json())["refusals"]}
     assert told["scale"]["parameters"] == 1
     assert "scale" in found.report.text() and "scale" in found.report.html()
+
+
+class Collecting(nn.Module):
+    """Returns what the head computes, and in a list what it read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(4, 8), nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        read = torch.relu(self.a(x)) + self.b(x)
+        score = self.head(read)
+        return score, [read]
+
+
+def test_each_of_several_outputs_is_told_with_its_line() -> None:
+    found = fxmerge.analyze(Collecting().eval(), torch.randn(2, 4)).refusals
+    lines = {r.name: (r.reason, r.where.rpartition(": ")[2]) for r in found}
+    read = ("is the model's output", "read = torch.relu(self.a(x)) + self.b(x)")
+    assert lines == {"a": read, "b": read, "head": (read[0], "score = self.head(read)")}
