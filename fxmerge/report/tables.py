@@ -47,7 +47,7 @@ def refusal_lines(title: str, refusals: Sequence[Refusal], captured: Capture, wi
 def _reason(same: Sequence[Refusal]) -> str:
     """The reason of some refusals with the source line of the first."""
     places = list(dict.fromkeys(r.where for r in same if r.where))
-    more = f", and {len(places) - 1} more lines" if len(places) > 1 else ""
+    more = f", and {len(places) - 1} more line{'s' * (len(places) > 2)}" if len(places) > 1 else ""
     return same[0].reason + (f" [{places[0]}{more}]" if places else "")
 
 

@@ -106,13 +106,13 @@ def test_equal_refusals_share_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = NETS["residual"]()
     report = fxmerge.analyze(model, x).report
     gates, why = [f"blocks.{i}.gate" for i in range(9)], "weight maps positions"
-    alike = [Refusal(gate, 4, f"{gate}.{why}", "net.py:7, in f") for gate in gates]
+    alike = [Refusal(gate, 4, f"{gate}.{why}", f"net.py:{7 + (gate in gates[:-1])}, in f") for gate in gates]
     others = [Refusal(f"layer{i}", 2, "reason " + "x" * i, "") for i in range(REFUSED + 5)]
     several = [Refusal("head", 3, "topk has no rule", f"net.py:{i}, in f") for i in range(3)]
     text = dataclasses.replace(report, refusals=(*alike, *several)).text(100)
     found = rows(text, "Cannot be merged")
     assert [row.split() for row in found[::2]] == [["blocks.0.gate", "+8", "36", "0"], ["head", "9", "0"]]
-    assert found[1] == "    blocks.0.gate.weight maps positions [net.py:7, in f]"
+    assert found[1] == "    blocks.0.gate.weight maps positions [net.py:8, in f, and 1 more line]"
     assert found[3] == "    topk has no rule [net.py:0, in f, and 2 more lines]"
     text = dataclasses.replace(report, refusals=tuple(others)).text(100)
     assert text.count("    reason") == REFUSED and "and 5 more for other reasons, with 0 parameters" in text
