@@ -29,7 +29,7 @@ LEAST = 1e-3  # the ridge of S, which `solve.RIDGE` is for G
 class Coordinates:
     """A layer's weights W0 + K'^-1 V L^-1 and its bias b0 + K'^-1 v - DW mean, by the leaf `at`: V with v as a column.
 
-    mean, gram: of the patches, (g, p) and (g, p, p); square: S, (g, o, o)
+    mean, gram: of the patches, (g, p) and (g, p, p), of which gram is overwritten; square: S, (g, o, o)
     """
 
     def __init__(self, held: LayerWeights, mean: Tensor, gram: Tensor, square: Tensor, ridge: float) -> None:
@@ -37,13 +37,13 @@ class Coordinates:
         self.start = matrices_of(held.weight.detach(), held.form).to(torch.float64, copy=True)  # (g, o, p)
         blocks = self.start.shape[:2]
         self.bias = None if held.bias is None else held.bias.detach().to(torch.float64, copy=True).view(blocks)
-        self.square = square + LEAST * _level(square) * _eye(square)
+        self.square = _ridged(square, LEAST * _level(square))
         if held.bias is None:  # moments about zero
-            gram = gram + mean[:, :, None] * mean[:, None]
+            gram += mean[:, :, None] * mean[:, None]
         pull = ridge * _level(gram)  # (g, 1, 1)
         precise = held.weight.dtype  # weights and slopes use the same factors: rounding only changes the coordinates
         self.left = _inverse_factor(self.square, precise)  # K^-1
-        self.right = _inverse_factor(gram + pull * _eye(gram), precise)  # L^-1
+        self.right = _inverse_factor(_ridged(gram, pull), precise)  # L^-1
         self.mean, self.pull, self.square = (t.to(precise) for t in (self.mean, pull, self.square))
         shape = (*self.start.shape[:2], self.start.size(2) + (self.bias is not None))
         self.at = torch.zeros(shape, dtype=precise, device=self.start.device, requires_grad=True)
@@ -76,6 +76,12 @@ def _inverse_factor(square: Tensor, precise: torch.dtype) -> Tensor:
     factor = torch.linalg.cholesky(square).to(precise)
     inverse: Tensor = torch.linalg.solve_triangular(factor, _eye(factor), upper=False)
     return inverse
+
+
+def _ridged(square: Tensor, ridge: Tensor) -> Tensor:
+    """`square` with a ridge (g, 1, 1) added to its diagonal, in place: a copy may take hundreds of megabytes."""
+    square.diagonal(dim1=-2, dim2=-1).add_(ridge[..., 0])
+    return square
 
 
 def _level(square: Tensor) -> Tensor:

@@ -278,7 +278,7 @@ class _Joint:
                 squares[name] = squares[name] + square if name in squares else square
         found = []
         for name, held in self.weights.items():
-            mean, gram = second_moments(rows[name], self.reduce)
+            mean, gram = second_moments(rows.pop(name), self.reduce)
             square = self.reduce(squares[name])
             if not bool(gram.isfinite().all()) or not bool(square.isfinite().all()):
                 return []

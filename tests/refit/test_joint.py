@@ -158,7 +158,7 @@ def test_slopes_by_differences(groups: int, bias: bool) -> None:
     rows = torch.randn(groups, 50, width, dtype=F64)
     mean, gram = rows.mean(1), (rows - rows.mean(1, keepdim=True)).mT @ (rows - rows.mean(1, keepdim=True)) / 50
     half = torch.randn(groups, outs, outs, dtype=F64)
-    variable = Coordinates(there, mean, gram, half @ half.mT, 0.2)
+    variable = Coordinates(there, mean, gram.clone(), half @ half.mT, 0.2)
     start, weights = variable.start.clone(), torch.randn(groups, outs, width, dtype=F64)
     by_bias = torch.randn(groups, outs, dtype=F64)
     about = gram if bias else gram + mean[:, :, None] * mean[:, None]
