@@ -44,6 +44,22 @@ def varying(labels: Tensor) -> tuple[int, ...]:
     return tuple(a for a in range(labels.dim()) if labels.size(a) > 1 and labels.stride(a) != 0)
 
 
+def innermost(labels: Tensor) -> int:
+    """Of the axes that the labels vary along, the one along which they are nearest to each other, or the last of such.
+
+    Layers number their channels one after the other, so this is an axis of channels of one layer. Axes along which
+    layers are stacked, or heads, are not, wherever they stand.
+    """
+    small = thin(labels)
+
+    def step(axis: int) -> int:
+        one, other = small.narrow(axis, 1, small.size(axis) - 1), small.narrow(axis, 0, small.size(axis) - 1)
+        steps = (one - other).abs()[(one != FIXED) & (other != FIXED) & (one != other)]
+        return int(steps.min()) if steps.numel() else torch.iinfo(torch.int64).max
+
+    return min(reversed(varying(labels)), key=step)
+
+
 def fixed(shape: Sequence[int]) -> Tensor:
     """The labels of a tensor that holds no channels: FIXED everywhere."""
     return torch.zeros((), dtype=torch.int64).expand(tuple(shape))

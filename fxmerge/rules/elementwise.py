@@ -9,7 +9,7 @@ from typing import Concatenate
 from torch import Tensor, nn
 
 from fxmerge.graph import nested
-from fxmerge.ir.labels import along, fixed, holds, rows, varying, without
+from fxmerge.ir.labels import along, fixed, holds, innermost, rows, varying, without
 from fxmerge.ir.provenance import Lab, Param, View
 from fxmerge.rules import binary, layers, movement
 from fxmerge.rules.context import RuleContext, resized
@@ -88,7 +88,8 @@ def reduced(ctx: RuleContext, x: Lab, dim: Dims, keepdim: bool, shape: tuple[int
     held = varying(x.t)
     blocks = [axis for axis in held if axis not in axes]
     labels = x.t
-    if axes & set(held) and held[-1] in axes:  # over the channels inside blocks, or over all channels
+    inside = bool(held) and held[-1] in axes and innermost(x.t) in axes
+    if inside:  # over the channels inside blocks, or over all channels
         ctx.mix(x.t)
         ctx.hold_places(x.t, blocks, single=True)
         if not blocks or not ctx.whole:

@@ -21,6 +21,7 @@ from tests.helpers.netmaking import one_thread, plain_merge, raw  # noqa: F401
 from tests.helpers.rotation import rotation_errors
 from tests.helpers.rule_samples import SAMPLES
 from tests.helpers.sandwich import Sample, spelled
+from tests.helpers.silencing import error_of_silence
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -129,6 +130,39 @@ def test_a_reduction_over_the_channels_is_a_mixer(op: str) -> None:
     assert [(g.name, len(g.mixers), g.internal) for g in found.groups] == [("producer", 1, False)]
     assert len(result.plan.groups[0].kept) == 4
     assert max(verify.permutation(found.captured, found.facts, found.grouping).values()) < 1e-10
+
+
+class Stacked(nn.Module):
+    """Three layers, stacked along some axis, and reduced over it."""
+
+    def __init__(self, step: Callable[[list[Tensor]], Tensor]) -> None:
+        super().__init__()
+        self.layers, self.step = nn.ModuleList(nn.Conv1d(4, 8, k, padding=k // 2) for k in (1, 3, 5)), step
+        self.head = nn.Conv1d(8, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.step([torch.relu(layer(x)) for layer in self.layers]))
+        return y
+
+
+STACKS: dict[str, Callable[[list[Tensor]], Tensor]] = {
+    "first": lambda t: torch.stack(t).amax(0),
+    "before the channels": lambda t: torch.max(torch.stack(t, 1), 1)[0],
+    "last": lambda t: torch.max(torch.stack(t, 3), 3)[0],
+    "last, of tokens": lambda t: torch.stack([h.mT for h in t], -1).mean(-1).mT,
+    "kept": lambda t: torch.stack(t, -1).sum(-1, keepdim=True).squeeze(-1),
+}
+
+
+@pytest.mark.parametrize("axis", STACKS)
+def test_a_reduction_over_stacked_layers_leaves_one_channel_of_each(axis: str) -> None:
+    torch.manual_seed(0)
+    model, x, unseen = Stacked(STACKS[axis]), torch.randn(2, 4, 6), torch.randn(3, 4, 9)
+    error, result = error_of_silence(model, x, unseen, ratio=0.5)
+    assert error < 1e-6
+    assert [(g.name, len(g.kept)) for g in result.plan.groups] == [("layers.0", 4)]
+    found = result.analysis
+    assert max(verify.permutation(found.captured, found.facts, found.grouping).values()) < 1e-5
 
 
 MUST_STAY: dict[str, tuple[Sample, str]] = {
