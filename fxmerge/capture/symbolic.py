@@ -163,7 +163,8 @@ def trace(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], check: Check, shapes: Shapes | None = None,
     symbolically: bool = True,
 ) -> fx.GraphModule:  # fmt: skip
-    """A graph module of the model: traced symbolically, or exported where that leaves fewer calls without a rule.
+    """A graph module of the model: traced symbolically, or exported where that leaves fewer calls without a rule, or
+    where arguments are tuples, lists or dicts of tensors, each of which then is an input of its own.
 
     check: raises for a graph that is not faithful to the model; the other tracer is then tried
     shapes: the sizes of inputs that the user declares for an export
@@ -183,7 +184,8 @@ def trace(
             check(traced)
     except Exception as error:
         traced, why = None, error
-    if traced is not None and not without_rule(traced):
+    nested = any(_holds_tensors(v) for v in (*args, *kwargs.values()))
+    if traced is not None and not nested and not without_rule(traced):
         return traced
     try:
         with restored(model):
@@ -199,7 +201,13 @@ def trace(
             f"nor exported by torch.export ({first_line(error)}); move control flow that depends on values into a leaf "
             "submodule, or merge the submodules that can be traced one by one"
         ) from error
-    return exported if traced is None or without_rule(exported) < without_rule(traced) else traced
+    if traced is None:
+        return exported
+    return exported if without_rule(exported) < without_rule(traced) + nested else traced
+
+
+def _holds_tensors(argument: Any) -> bool:
+    return not isinstance(argument, Tensor) and any(isinstance(leaf, Tensor) for leaf in leaves(argument))
 
 
 def symbolic(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
