@@ -19,6 +19,7 @@ from fxmerge.calibration.words import vocabularies
 from fxmerge.errors import FxMergeError
 from fxmerge.graph.cost import cost
 from fxmerge.graph.distributed import rank_and_size
+from fxmerge.graph.nested import leaves
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.provenance import Provenance, batch_norms
 from fxmerge.methods.probe_statistics import is_image, looks_real
@@ -36,6 +37,10 @@ LEAST = 8  # and few images have positions enough
 BATCHES = 512  # at most, unless `Options.samples` is given: small ones cost as much time as large ones
 TOKENS = 2**13  # so many are enough where a forward pass is expensive
 PLENTY, MOSTLY = 4, 0.9  # rows for each column, and a share of the FLOPs: see `determines`
+NESTED = (
+    "an argument of the model holds several tensors, and torch.export, which would make each of them an input, cannot "
+    "capture the model; give a model whose forward takes each tensor by itself"
+)
 ROWS = 64  # the first layers see at least so many rows of an example that probes are made of
 
 
@@ -73,6 +78,8 @@ def fed(
 
     Raises FxMergeError where the batches do not fit the model, UnprobedError where the model does not run on probes.
     """
+    if any(not isinstance(v, Tensor) and any(isinstance(leaf, Tensor) for leaf in leaves(v)) for v in captured.inputs):
+        raise FxMergeError(NESTED) if options.refit == "calibration" else UnprobedError(f"refit is left out: {NESTED}")
     limit = samples_at_most(captured, facts, options.memory)
     if options.refit == "calibration":
         found, more_given = given(captured, batches, limit, batch_size(captured))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fxmerge
+from fxmerge.capture import symbolic
 
 
 class Reader(nn.Module):
@@ -70,3 +71,16 @@ def test_they_are_refitted_with_data_and_without(form: str, given: bool) -> None
     assert result.model is not None
     again = result.model(*args, **kwargs)
     assert torch.allclose(again[0] if isinstance(again, tuple) else again, first, atol=1e-5)
+
+
+def test_refit_is_left_out_where_torch_export_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise RuntimeError("not exportable")
+
+    monkeypatch.setattr(symbolic, "export", fails)
+    model, pair = Reader(0).eval(), (tokens(4), lengths(4))
+    result = fxmerge.merge(model, (pair,), ratio=0.5)
+    assert "refit is left out: an argument of the model holds several tensors" in result.report.text(width=400)
+    assert result.module(pair).shape == model(pair).shape
+    with pytest.raises(fxmerge.FxMergeError, match=r"^an argument of the model holds several tensors"):
+        fxmerge.merge(model, (pair,), ratio=0.5, calibration=[(pair,)])
