@@ -37,10 +37,6 @@ LEAST = 8  # and few images have positions enough
 BATCHES = 512  # at most, unless `Options.samples` is given: small ones cost as much time as large ones
 TOKENS = 2**13  # so many are enough where a forward pass is expensive
 PLENTY, MOSTLY = 4, 0.9  # rows for each column, and a share of the FLOPs: see `determines`
-NESTED = (
-    "an argument of the model holds several tensors, and torch.export, which would make each of them an input, cannot "
-    "capture the model; give a model whose forward takes each tensor by itself"
-)
 ROWS = 64  # the first layers see at least so many rows of an example that probes are made of
 
 
@@ -79,7 +75,11 @@ def fed(
     Raises FxMergeError where the batches do not fit the model, UnprobedError where the model does not run on probes.
     """
     if any(not isinstance(v, Tensor) and any(isinstance(leaf, Tensor) for leaf in leaves(v)) for v in captured.inputs):
-        raise FxMergeError(NESTED) if options.refit == "calibration" else UnprobedError(f"refit is left out: {NESTED}")
+        error = FxMergeError(
+            "an argument of the model holds several tensors, and torch.export, which would make each of them an input, "
+            "cannot capture the model; give a model whose forward takes each tensor by itself"
+        )
+        raise error if options.refit == "calibration" else UnprobedError(f"refit is left out: {error}")
     limit = samples_at_most(captured, facts, options.memory)
     if options.refit == "calibration":
         found, more_given = given(captured, batches, limit, batch_size(captured))
