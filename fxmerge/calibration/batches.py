@@ -19,7 +19,7 @@ from fxmerge.calibration.words import vocabularies
 from fxmerge.errors import FxMergeError
 from fxmerge.graph.cost import cost
 from fxmerge.graph.distributed import rank_and_size
-from fxmerge.graph.nested import leaves
+from fxmerge.graph.nested import holds_tensors
 from fxmerge.ir.capture import Capture
 from fxmerge.ir.provenance import Provenance, batch_norms
 from fxmerge.methods.probe_statistics import is_image, looks_real
@@ -74,7 +74,7 @@ def fed(
 
     Raises FxMergeError where the batches do not fit the model, UnprobedError where the model does not run on probes.
     """
-    if any(not isinstance(v, Tensor) and any(isinstance(leaf, Tensor) for leaf in leaves(v)) for v in captured.inputs):
+    if any(map(holds_tensors, captured.inputs)):
         error = FxMergeError(
             "an argument of the model holds several tensors, and torch.export, which would make each of them an input, "
             "cannot capture the model; give a model whose forward takes each tensor by itself"

@@ -19,7 +19,7 @@ from fxmerge.capture.hooks import hooked, overridden, traced_call, without_hooks
 from fxmerge.capture.torch_export import export
 from fxmerge.capture.without_rule import without_rule
 from fxmerge.errors import FxMergeError, first_line, of_user
-from fxmerge.graph.nested import leaves
+from fxmerge.graph.nested import holds_tensors, leaves
 from fxmerge.graph.odd_names import writable
 from fxmerge.rules.recurrent import PACKING
 from fxmerge.weights.copy import deep_copy
@@ -184,7 +184,7 @@ def trace(
             check(traced)
     except Exception as error:
         traced, why = None, error
-    nested = any(_holds_tensors(v) for v in (*args, *kwargs.values()))
+    nested = any(map(holds_tensors, (*args, *kwargs.values())))
     if traced is not None and not nested and not without_rule(traced):
         return traced
     try:
@@ -204,10 +204,6 @@ def trace(
     if traced is None:
         return exported
     return exported if without_rule(exported) < without_rule(traced) + nested else traced
-
-
-def _holds_tensors(argument: Any) -> bool:
-    return not isinstance(argument, Tensor) and any(isinstance(leaf, Tensor) for leaf in leaves(argument))
 
 
 def symbolic(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:

@@ -42,6 +42,11 @@ def leaves(value: Any) -> list[Any]:
     return found
 
 
+def holds_tensors(value: Any) -> bool:
+    """Whether a value is no tensor, but a tuple, list or dict with tensors in it."""
+    return not isinstance(value, Tensor) and any(isinstance(leaf, Tensor) for leaf in leaves(value))
+
+
 def finite(value: Any) -> Any:
     """Plain data with NaN and infinity, which JSON does not have, replaced by None."""
     if isinstance(value, float):
