@@ -147,7 +147,7 @@ class _Interpreter:
         args, kwargs = nested.tree(operand, list(node.args)), nested.tree(operand, dict(node.kwargs))
         if node.op == "output":
             for source in node.all_input_nodes:
-                self.hold([operand(source)], node, "is the model's output", made_by=source)
+                self.hold([operand(source)], source, "is the model's output")
             return None, "output"
         return self.call(node, args, kwargs)
 
@@ -228,11 +228,11 @@ class _Interpreter:
             shape = tuple(args[0].t.shape if isinstance(args[0], Lab) else args[0].shape)
         return Lab(fixed(shape)) if shape is not None else Opaque()
 
-    def hold(self, values: list[Any], node: fx.Node, reason: str, of_param: str = "", made_by: Any = None) -> None:
+    def hold(self, values: list[Any], node: fx.Node, reason: str, of_param: str = "") -> None:
         """Pin the channels of activations, and freeze parameters."""
         for leaf in nested.leaves(values):
             if isinstance(leaf, Lab):
-                self.facts.pin(node, leaf.t, reason, made_by)
+                self.facts.pin(node, leaf.t, reason)
             elif isinstance(leaf, (Param, Turned)):
                 held = leaf.param if isinstance(leaf, Turned) else leaf
                 self.facts.freeze(node, held, of_param or reason)

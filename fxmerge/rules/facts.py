@@ -76,9 +76,8 @@ class FactsBuilder:
             axes = {a + offset for a in varying(labels) if a + offset >= 0 and value.size(a + offset) > 1}
             self.wanted.setdefault(node.name, set()).update(axes)
 
-    def pin(self, node: fx.Node, labels: Tensor, reason: str, made_by: fx.Node | None = None) -> None:
-        """These channels stay. The source line is that of `made_by`, or else of the node."""
-        self.pins += pins_of(node, labels, reason, made_by)
+    def pin(self, node: fx.Node, labels: Tensor, reason: str) -> None:
+        self.pins += pins_of(node, labels, reason)
 
     def freeze(self, node: fx.Node, param: Param, reason: str) -> None:
         """The parameter may not change its shape; the first reason is kept."""
@@ -101,7 +100,7 @@ class FactsBuilder:
                     self.ties.append(Tie("", first.expand_as(others).flatten(), others.flatten()))
 
 
-def pins_of(node: fx.Node, labels: Tensor, reason: str, made_by: fx.Node | None = None) -> list[Pin]:
+def pins_of(node: fx.Node, labels: Tensor, reason: str) -> list[Pin]:
     """The pin of the channels among some labels; none where there are no channels."""
     found = numbers(labels)
-    return [Pin(found, reason, node.name, source_line(made_by or node))] if found.numel() else []
+    return [Pin(found, reason, node.name, source_line(node))] if found.numel() else []
