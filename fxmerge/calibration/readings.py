@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fxmerge.calibration.decided import expert_rows, is_routed, real_rows, routed_operands, rows_of
-from fxmerge.calibration.epilogue import SOLVED, epilogue_of, pair
+from fxmerge.calibration.epilogue import epilogue_of, pair
 from fxmerge.calibration.held_out import samples
 from fxmerge.calibration.paired_run import PairedRun, Settings, Visit, line
 from fxmerge.calibration.patches import Form, enough, form_of, input_of, matrices_of, patches, sample
@@ -69,10 +69,8 @@ def readings(
     known: dict[tuple[str, Form], _Moments] = {}
     generator = torch.Generator().manual_seed(settings.seed)
     done = shares_of_work(facts, module, sum(map(samples, batches)), settings)
-    plain = {n: own[0][2].layer for n, own in consumers.items() if own[0][2].layer.op in SOLVED}
-    salient = salience(
-        captured, facts, {n: la for n, la in plain.items() if not is_routed(la, facts)}, batches, settings
-    )
+    layers = {name: members[0][2].layer for name, members in consumers.items()}
+    salient = salience(captured, facts, layers, batches, settings)
     with evaluating(module), torch.no_grad():
         run = PairedRun(pair(module, facts), batches, settings)
         for name in consumers:

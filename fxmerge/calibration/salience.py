@@ -40,39 +40,32 @@ def salience(
 ) -> dict[str, list[Tensor]]:
     """Layer -> (positions,) for each batch, up to a common factor, in the order of `patches.positions`.
 
-    Of convolutions, in models whose outputs have positions, too. Layers without finite slopes are left out; all of them
+    Of convolutions in models whose outputs have positions, too. Layers without finite slopes are left out; all of them
     where an op has no gradient, where the activations of a sample have more than ELEMENTS, and for a model that is
     divided among processes.
 
-    layers: by node, whose outputs are single tensors
+    layers: by node; those that are no convolutions are left out
     """
     layers = {name: layer for name, layer in layers.items() if layer.op in _CONVOLUTIONS}
     dense = captured.recorded is not None or any(output.dim() > 2 for output in captured.outputs)
     if captured.sharding is not None or not layers or not dense:
         return {}
-    generator = torch.Generator().manual_seed(settings.seed)
+    generator, fit = torch.Generator().manual_seed(settings.seed), affordable(captured, ELEMENTS)
+    able = all(samples(batch) <= fit for batch in batches) or (fit > 0 and takes_any_batch(captured))
     found: dict[str, list[Tensor]] = {name: [] for name in layers}
     try:
         with evaluating(captured.module), torch.enable_grad():
-            for batch in batches:
-                parts = [_of(captured, facts, layers, part, settings, generator) for part in _parts(captured, batch)]
+            for batch in batches if able else ():
+                count = samples(batch)
+                parts = [of_samples(batch, slice(first, first + fit)) for first in range(0, count, fit)]
+                slopes = [_of(captured, facts, layers, part, settings, generator) for part in parts]
                 for name in layers:
-                    found[name] += _joined([part[name] for part in parts if name in part], samples(batch))
+                    found[name] += _joined([own[name] for own in slopes if name in own], count)
     except RuntimeError:  # an op without a gradient
         found = {name: [] for name in layers}
     missing = [not _usable(found[name], len(batches)) for name in layers]
     bad = settings.reduce(torch.tensor(missing, dtype=torch.float64))  # on any process
     return {name: found[name] for name, failures in zip(layers, bad.tolist(), strict=True) if not failures}
-
-
-def _parts(captured: Capture, batch: Sequence[Any]) -> list[Sequence[Any]]:
-    """The samples of a batch, as many at a time as have ELEMENTS; none if that cannot be."""
-    count, fit = samples(batch), affordable(captured, ELEMENTS)
-    if count <= fit:
-        return [batch]
-    if not fit or not takes_any_batch(captured):
-        return []
-    return [of_samples(batch, slice(first, first + fit)) for first in range(0, count, fit)]
 
 
 def _of(
