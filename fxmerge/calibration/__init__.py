@@ -14,4 +14,6 @@ rectifiers    activations that clamp their input to bounds
 readings      the second moments of the consumers' patches, for selections that use them
 score_readings  what attention scores lose without some channels of queries and keys
 sensitivity   how much the outputs of the model change with an error at one layer
+salience      how much they depend on each output position of a layer
+slopes        the gradients from which both are computed
 """
