@@ -24,27 +24,30 @@ from fxmerge.methods.generalisation import elsewhere
 
 RIDGE = 1e-2  # of H, as a share of the mean diagonal of G
 WIDE = 1024  # columns from which matrices are factored in float32, whose rounding errors are far below the ridge
+OUTPUTS = 4096  # whose rows are multiplied at once, to bound the memory for copies of a head's weight
 ROUNDS = 64  # in which a wide group loses all its channels; the order is the same however many are to be dropped
 
 
 class _Consumer:
-    """The weights W of one consumer, from which channels are removed, and what remains of H^-1.
+    """The weights W of consumers of one input, from which channels are removed, and what remains of H^-1.
 
     The matrix H^-1 itself is not written. If the removed columns c left H^-1 - F'F, with F = K^-1 H^-1_c: and K K' =
     H^-1_cc, then the rows of the next ones are computed from H^-1 and all F so far, and only the diagonal blocks of the
     channels that are left are kept up to date, as are their rows of W.
     """
 
-    def __init__(self, reading: Reading, candidates: Tensor, drop: int) -> None:
-        """candidates: the channels that may be removed; drop: the number of those that will be"""
+    def __init__(self, readings: Sequence[Reading], candidates: Tensor, drop: int) -> None:
+        """readings: of the same patches; candidates: the channels that may be removed; drop: the number of those that
+        will be
+        """
+        reading = readings[0]
         precise = torch.float64 if len(reading.gram) < WIDE else torch.float32
         gram = reading.gram.to(precise)
-        weight = reading.weight.T.to(precise)
+        weight = _in_units(readings, gram)
         self.inverse, self.ridge = _inverse(gram)
         self.lost, self.independent = 0.0, reading.independent  # the loss so far, and independent rows of the readings
         # the number of columns that are left, and the sum of H^-1's diagonal there
         self.left, self.trace = len(gram), float(self.inverse.diagonal().sum(dtype=torch.float64))
-        self.scale = float(((gram @ weight) * weight).sum(dtype=torch.float64).clamp(min=1e-300))
         able = torch.isin(reading.channels, candidates.to(reading.channels))
         self.columns, self.channels = reading.columns[able], reading.channels[able]
         self.weight = weight[self.columns]  # (m, q, o)
@@ -53,12 +56,12 @@ class _Consumer:
         self.factors, self.known = gram.new_empty(min(most, len(gram)), len(gram)), 0  # all F, and their rows so far
 
     def losses(self, count: int) -> Tensor:
-        """The loss of each of the group's channels at this consumer: (count,), 0 for channels that it does not read."""
+        """The loss of each of the group's channels here: (count,), 0 for channels that are not read."""
         if self.columns.size(1) == 1:
             found = torch.linalg.vector_norm(self.weight[:, 0], dim=1).double().square() / self.blocks[:, 0, 0]
         else:
             found = (torch.linalg.inv_ex(self.blocks)[0] * (self.weight @ self.weight.mT)).sum((1, 2))
-        return torch.zeros(count, dtype=torch.float64).index_add_(0, self.channels, found.cpu() / self.scale)
+        return torch.zeros(count, dtype=torch.float64).index_add_(0, self.channels, found.cpu())
 
     @property
     def expected(self) -> float:
@@ -77,7 +80,7 @@ class _Consumer:
         own = self.factors[self.known : self.known + len(columns)]
         torch.mm(root, across, out=own)
         share = root @ self.weight[here].flatten(0, 1)  # (c, o)
-        self.lost += float(share.square().sum(dtype=torch.float64)) / self.scale
+        self.lost += float(share.square().sum(dtype=torch.float64))
         self.known, self.left = self.known + len(columns), self.left - len(columns)
         self.trace -= float(own.square().sum(dtype=torch.float64))
         self.columns, self.channels = self.columns[~here], self.channels[~here]
@@ -115,6 +118,54 @@ class _Sum:
         here = removed[self.channels]
         self.gone[self.columns[here].flatten()] = 1
         self.columns, self.channels = self.columns[~here], self.channels[~here]
+
+
+def _of_one_input(readings: Sequence[Reading]) -> list[list[Reading]]:
+    """The readings that are solved again, those of the same patches together, as of queries, keys and values."""
+    found: list[list[Reading]] = []
+    for r in readings:
+        for one in found:
+            same = r.gram is one[0].gram and torch.equal(r.channels, one[0].channels)
+            if same and torch.equal(r.columns, one[0].columns):
+                one.append(r)
+                break
+        else:
+            found.append([r])
+    return found
+
+
+def _in_units(readings: Sequence[Reading], gram: Tensor) -> Tensor:
+    """The weights (p, outputs) of consumers, each divided by the deviation of its outputs; `gram`: of their patches.
+
+    Where they have more outputs than columns, (p, p) with the same products of rows, on which alone losses depend.
+    """
+    if sum(len(r.weight) for r in readings) > len(gram):
+        return _root(torch.stack([_products(r.weight, gram) for r in readings]).sum(0)).to(gram)
+    found = []
+    for r in readings:
+        weight = r.weight.T.to(gram)
+        variance = ((gram @ weight) * weight).sum(dtype=torch.float64)
+        found.append(weight / variance.clamp(min=1e-300).sqrt().to(weight))
+    return torch.cat(found, 1)
+
+
+def _products(weight: Tensor, gram: Tensor) -> Tensor:
+    """W'W (p, p) of a weight (o, p), divided by the variance of its outputs."""
+    found = torch.zeros_like(gram, dtype=torch.float64)
+    for some in weight.split(OUTPUTS):
+        found += (some.to(gram).T @ some.to(gram)).double()
+    return found / (gram * found).sum().clamp(min=1e-300)
+
+
+def _root(products: Tensor) -> Tensor:
+    """R (p, p) with R R' = products, which are positive semidefinite."""
+    factor, failed = torch.linalg.cholesky_ex(products)
+    if not bool(failed):
+        found: Tensor = factor
+        return found
+    values, vectors = torch.linalg.eigh(products)
+    root: Tensor = vectors * values.clamp(min=0).sqrt()
+    return root
 
 
 def _inverse(gram: Tensor) -> tuple[Tensor, float]:
@@ -215,7 +266,8 @@ def _descent(readings: Sequence[Reading], candidates: Tensor, drop: int) -> Iter
     """Yields (positions in `candidates` of the channels removed next, the expected loss of all that are removed by
     then), until `drop` are removed.
     """
-    consumers = [_Consumer(r, candidates, drop) if r.solved else _Sum(r) for r in readings]
+    consumers: list[_Consumer | _Sum] = [_Sum(r) for r in readings if not r.solved]
+    consumers += [_Consumer(same, candidates, drop) for same in _of_one_input([r for r in readings if r.solved])]
     channels = 1 + max(int(candidates.max()), *(int(r.channels.max()) for r in readings))
     left = torch.ones(len(candidates), dtype=torch.bool)
     at_once = max(1, len(candidates) // ROUNDS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -58,6 +60,28 @@ def test_the_order_is_that_of_the_least_losses(
     assert [candidates[at] for at in found.removed.tolist()] == gone
     wanted = torch.tensor([loss(readings, gone[: k + 1]) for k in range(drop)], dtype=torch.float64)
     torch.testing.assert_close(found.losses, wanted, rtol=1e-8 if wide > 1 else 1e-3, atol=1e-8)
+
+
+@pytest.mark.parametrize("outputs", [(4, 30), (20, 20, 3)])
+@pytest.mark.parametrize("of_zero", [False, True])
+def test_readings_of_the_same_patches_are_solved_together(
+    outputs: tuple[int, ...], of_zero: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Queries, keys and values, with more outputs than columns. of_zero: a column that no output reads"""
+    own = reading(1, 4, seed=1)
+    weights = [torch.randn(o, N, generator=torch.Generator().manual_seed(o), dtype=torch.float64) for o in outputs]
+    if of_zero:
+        for weight in weights:
+            weight[:, 3] = 0
+    shared = [replace(own, weight=weight) for weight in weights]
+    readings, every, drop = [*shared, reading(1, 4, seed=2)], torch.arange(N), N - 2
+    gone, made = greedy(readings, every.tolist(), drop), []
+    monkeypatch.setattr(elimination, "_inverse", lambda gram, own=elimination._inverse: made.append(gram) or own(gram))
+    found = Orders().of(readings, every, drop)
+    assert len(made) == 2
+    assert found.removed.tolist() == gone
+    wanted = torch.tensor([loss(readings, gone[: k + 1]) for k in range(drop)], dtype=torch.float64)
+    torch.testing.assert_close(found.losses, wanted, rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize("rounds", [elimination.ROUNDS, 3])
