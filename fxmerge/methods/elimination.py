@@ -152,7 +152,7 @@ def _in_units(readings: Sequence[Reading], gram: Tensor) -> Tensor:
 def _products(weight: Tensor, gram: Tensor) -> Tensor:
     """W'W (p, p) of a weight (o, p), divided by the variance of its outputs."""
     found = torch.zeros_like(gram, dtype=torch.float64)
-    for some in weight.split(OUTPUTS):
+    for some in torch.split(weight, OUTPUTS):
         found += (some.to(gram).T @ some.to(gram)).double()
     return found / (gram * found).sum().clamp(min=1e-300)
 
