@@ -46,6 +46,10 @@ class WholeRun:
         self.module, self.facts = captured.module, facts
         self.paired = PairedRun(pair(captured.module, facts), batches, settings)
         self.nodes: list[fx.Node] = list(captured.module.graph.nodes)
+        last = {operand.name: node.name for node in self.nodes for operand in node.all_input_nodes}  # its last reader
+        self.read: dict[str, list[str]] = {node.name: [] for node in self.nodes}  # what no node reads after this one
+        for name, reader in last.items():
+            self.read[reader].append(name)
 
     def run(self, at: Callable[[fx.Node], None] = lambda node: None) -> None:
         """Runs the original; at: is called at each node that has been run."""
@@ -85,18 +89,18 @@ class WholeRun:
         return given[name] if name in given else self.paired.merged.values[name][number]
 
     def _known(self, changes: Mapping[str, Change], number: int) -> dict[str, Any]:
-        """The values of the nodes that change, in one batch."""
+        """The values of the nodes that change, in one batch, as far as the output reads them."""
         known: dict[str, Any] = {}
-        for node in self.nodes:
+        for node in self.nodes[:-1]:
             if node.name in changes:
                 known[node.name] = changes[node.name](known, number)
-                continue
-            if node.op == "output" or not any(n.name in known for n in node.all_input_nodes):
-                continue
-            first, given = self._updated(node), known
-            if first is not None and first.name not in known:
-                given = known | {first.name: _copied(self.paired.merged.values[first.name][number])}
-            known[node.name] = self.again(node, given, number)
+            elif any(n.name in known for n in node.all_input_nodes):
+                first, given = self._updated(node), known
+                if first is not None and first.name not in known:
+                    given = known | {first.name: _copied(self.paired.merged.values[first.name][number])}
+                known[node.name] = self.again(node, given, number)
+            for name in self.read[node.name]:
+                known.pop(name, None)
         return known
 
     def _updated(self, node: fx.Node) -> fx.Node | None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import fxmerge
 from fxmerge import Options
 from fxmerge.calibration.division import judging
+from fxmerge.calibration.whole_run import WholeRun
 from fxmerge.graph.outputs import returned
 from fxmerge.pipeline import Prepared, prepared
 from fxmerge.planning import error_curves
@@ -103,6 +104,22 @@ def test_it_is_the_error_with_only_that_group_narrowed(make: Any) -> None:
         small = ready.draft(chosen).graph
         close = 0.3 if any(isinstance(m, nn.Conv2d) for m in model.modules()) else 1e-3  # constants before padding
         assert loss == pytest.approx(by_hand(model, small, held[0], make is attending), rel=close, abs=1e-7), group.name
+
+
+def test_values_that_are_run_again_are_kept_while_they_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a deep model, the memory for them is that of a few activations, not of all."""
+    layers = [part for _ in range(20) for part in (nn.Linear(8, 8), nn.ReLU())]
+    model, x = randomised(nn.Sequential(*layers)), torch.randn(2, 8)
+    kept: list[int] = []
+    again = WholeRun.again
+
+    def counted(self: WholeRun, node: Any, given: Any, number: int) -> Any:
+        kept.append(len(given))
+        return again(self, node, given, number)
+
+    monkeypatch.setattr(WholeRun, "again", counted)
+    assert measured(*of(model, x))
+    assert max(kept) <= 2
 
 
 def test_the_model_is_not_changed() -> None:
