@@ -16,7 +16,7 @@ from fxmerge.graph.eval_mode import evaluating
 from fxmerge.graph.outputs import returned
 from fxmerge.methods.least_squares import Reduce
 
-ROWS = 256  # scores of words that are compared at a time
+SCORES = 2**22  # of words that are compared at a time, to bound the memory
 
 
 def output_error(
@@ -95,8 +95,8 @@ def _of_words(y: Tensor, z: Tensor) -> Tensor:
     """`difference` of scores (rows, words)."""
     lost = entropy = torch.zeros(1, dtype=torch.float64, device=y.device)
     whole = torch.zeros(y.size(-1), dtype=torch.float64, device=y.device)
-    for first in range(0, len(y), ROWS):
-        own, other = y[first : first + ROWS], z[first : first + ROWS]
+    rows = max(1, SCORES // y.size(-1))
+    for own, other in zip(torch.split(y, rows), torch.split(z, rows), strict=True):
         logs, others = own.float().log_softmax(-1), other.float().log_softmax(-1)
         shares = logs.exp()
         lost = lost + (shares * (logs - others)).sum(-1).double().sum()
