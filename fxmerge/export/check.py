@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
+from math import sqrt
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fxmerge.errors import FxMergeError, first_line
+from fxmerge.graph.compare import in_pieces, squared
 from fxmerge.graph.eval_mode import evaluating, reproducible
 from fxmerge.graph.nested import fresh, tree
 from fxmerge.graph.outputs import foreign
@@ -124,14 +126,14 @@ def _error(one: Tensor, other: Tensor, scale: float) -> float:
     other = other.to(one.device)
     if not _is_float(one):
         return float((one != other).double().mean()) if one.numel() else 0.0
-    one, other = _double(one), _double(other)
-    odd = ~torch.isfinite(one)
-    same = (one == other) | (one.isnan() & other.isnan())
-    if not bool(same[odd].all()):
-        return float("inf")
-    apart = (one - other)[~odd].abs().square().sum().sqrt()
+    apart = 0.0
+    for own, made in in_pieces(one, other):
+        odd = ~torch.isfinite(own)
+        if not bool(((own == made) | (own.isnan() & made.isnan()))[odd].all()):
+            return float("inf")
+        apart += squared((own - made)[~odd])
     least = max(_LEAST * scale * one.numel() ** 0.5, 1e-300)
-    found = float(apart) / max(_size(one), least)
+    found = sqrt(apart) / max(_size(one), least)
     return found if found == found else float("inf")
 
 
@@ -139,16 +141,11 @@ def _size(value: Tensor) -> float:
     """The norm of a tensor's finite values; 0 for integers."""
     if not _is_float(value):
         return 0.0
-    value = _double(value)
-    return float(value[torch.isfinite(value)].abs().square().sum().sqrt())
+    return sqrt(sum(squared(own[torch.isfinite(own)]) for (own,) in in_pieces(value)))
 
 
 def _is_float(value: Tensor) -> bool:
     return value.is_floating_point() or value.is_complex()
-
-
-def _double(value: Tensor) -> Tensor:
-    return value.to(torch.complex128 if value.is_complex() else torch.float64)
 
 
 def _placed(call: Call, module: nn.Module) -> Call:

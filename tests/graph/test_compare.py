@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxmerge
+from fxmerge.graph import compare
 from fxmerge.graph.compare import Verdict, difference, measured
 from tests.helpers.netmaking import plain_merge
 
@@ -182,3 +183,13 @@ def test_an_output_of_zeros_is_measured_by_the_others() -> None:
     zeros, ones = torch.zeros(2), torch.ones(4)  # |(zeros, ones)| = 2
     assert difference([zeros, ones], [torch.tensor([0.0, 0.5]), ones]) == pytest.approx(0.25)
     assert difference([ones * 1e-20, ones], [ones * 0, ones]) < 1e-19
+
+
+def test_large_outputs_are_compared_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of any strides, and with the last piece shorter; a difference in any of them is found."""
+    monkeypatch.setattr(compare, "PIECE", 7)
+    one = torch.randn(5, 4, generator=torch.Generator().manual_seed(0)).T
+    for place in range(one.numel()):
+        other = one.clone()
+        other[place // 5, place % 5] += 1
+        assert compare.difference([one], [other]) == pytest.approx(1 / float(one.norm()), rel=1e-5)
