@@ -56,7 +56,7 @@ def _share(total: Tensor) -> float:
         if len(level) == 1
         else count * float(torch.special.entr(level).sum()) - power
     )
-    return float(lost / whole.clamp(min=1e-300))
+    return float(lost.clamp(min=0) / whole.clamp(min=1e-300))  # rounding leaves divergences just below 0
 
 
 def _sums(run: PairedRun, visit: Visit, judges: Sequence[Tensor] | None) -> list[Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fxmerge.analysis.propagate import provenance
 from fxmerge.calibration.division import halves
-from fxmerge.calibration.output_error import output_error
+from fxmerge.calibration.output_error import output_error, relative
 from fxmerge.calibration.paired_run import Pair, Settings
 from fxmerge.capture.capture_model import capture
 
@@ -47,6 +47,12 @@ def test_it_is_the_share_of_the_variance_that_outputs_are_off_by() -> None:
     with torch.no_grad():
         other.get_parameter("a.bias")[0] = torch.nan
     assert found(other) == float("inf")
+
+
+def test_a_divergence_that_rounding_left_below_zero_is_none() -> None:
+    words = torch.full((4,), 2.5, dtype=torch.float64)
+    total = torch.cat([torch.tensor([-1e-9, 13.0, 10.0], dtype=torch.float64), words])
+    assert relative([total], lambda value: value) == 0
 
 
 def test_a_quarter_of_the_samples_is_held_out() -> None:
