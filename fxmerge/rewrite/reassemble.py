@@ -68,9 +68,9 @@ def _part(part: Part, merged: fx.GraphModule, nodes: dict[str, fx.Node], origina
                 )
     graph, made = fx.Graph(), dict[fx.Node, fx.Node]()
     for name, placeholder, default in part.entered:
-        made[nodes[name]] = graph.placeholder(
-            placeholder, default_value=default[0] if default else inspect.Parameter.empty
-        )
+        argument = graph.placeholder(placeholder, default_value=default[0] if default else inspect.Parameter.empty)
+        if name in nodes:  # what the part does not use has no node, but is an argument of its calls
+            made[nodes[name]] = argument
     entered = {name for name, _, _ in part.entered}
 
     def local(node: fx.Node) -> fx.Node:

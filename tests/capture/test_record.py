@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from typing import Any
 
@@ -103,6 +104,17 @@ class Custom(Levels):
     def forward(self, images: list[Tensor]) -> Tensor:
         h = Reverse.apply(self.one(self.stem(self.check(images[0]))))
         return self.top(self.two(h))
+
+
+class Open(nn.Module):
+    """Takes keyword arguments that it does not use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(8, 12), nn.Linear(12, 5)
+
+    def forward(self, h: Tensor, **kwargs: Any) -> Tensor:
+        return self.outer(self.inner(h).relu())
 
 
 class Unvisited(Levels):
@@ -227,6 +239,14 @@ def test_plan_report_and_gradients() -> None:
     assert "one.0" in result.report.text() and result.report.after.flops < result.report.before.flops
     result.module(X).sum().backward()
     assert all(p.grad is not None for p in result.module.one.parameters())
+
+
+def test_arguments_that_a_part_does_not_use_stay() -> None:
+    model = Branch()
+    model.head = Open()
+    result = merged(model, X)
+    assert result.module.head.inner.out_features == 6 and "kwargs" in str(inspect.signature(result.module.head.forward))
+    assert result.module(X).shape == model(X).shape == (2, 5)
 
 
 def test_two_names_stay_one_module() -> None:
