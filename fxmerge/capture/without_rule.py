@@ -8,7 +8,8 @@ from torch.fx._symbolic_trace import _assert_is_none
 
 from fxmerge.rules.lookup import rule_of
 
-_ARGUMENT_CHECKS = (_assert_is_none, torch._assert)  # torch.fx's checks that arguments left out stay left out
+# torch.fx's checks that arguments left out stay left out, and what torch.export asserts of numbers read from tensors
+_CHECKS = (_assert_is_none, torch._assert, torch.ops.aten._assert_scalar.default)
 
 
 def without_rule(module: fx.GraphModule) -> int:
@@ -18,7 +19,7 @@ def without_rule(module: fx.GraphModule) -> int:
     for node in module.graph.nodes:
         if node.op == "placeholder":
             activations.add(node)
-        elif node.target in _ARGUMENT_CHECKS:
+        elif node.target in _CHECKS:
             continue
         elif node.op in ("call_module", "call_function", "call_method") and activations & set(node.all_input_nodes):
             found = rule_of(node, module)

@@ -202,6 +202,24 @@ def test_sizes_that_cannot_vary_raise(model: nn.Module, example: tuple[Tensor], 
             result.module(*other)
 
 
+class Counted(Sentence):
+    """Checks a number read from a tensor against the lengths of both inputs, which have a symbol each."""
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        longest = mask.sum(1).max().item()
+        torch._check(longest <= tokens.size(1))
+        torch._check(longest <= mask.size(1))
+        return self.down(F.gelu(self.up(self.words(tokens)))) * mask.sum()
+
+
+def test_assertions_of_numbers_read_from_tensors_do_not_fix_a_length() -> None:
+    model = Counted().eval()
+    result = plain_merge(model, sentences(4, 12), ratio=0.0)
+    given = sentences(3, 7)
+    with torch.no_grad():
+        assert difference([model(*given)], [result.module(*given)]) < 1e-6
+
+
 class Picked(Sentence):
     """The mask is indexed by the samples of the tokens: torch.export gives the two a symbol each."""
 
