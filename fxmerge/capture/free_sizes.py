@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from fxmerge.capture.declared_sizes import Call, Shapes, differs, doubled, refused
 from fxmerge.capture.guards import Sizes, insert, sizes_of
 from fxmerge.capture.without_rule import without_rule
+from fxmerge.graph.eval_mode import reproducible
 from fxmerge.graph.inputs import bind, other_sizes
 from fxmerge.graph.nested import fresh
 
@@ -161,10 +162,15 @@ def _ones(
 def _alike(model: nn.Module, module: fx.GraphModule, call: Call, if_raised: bool) -> bool:
     """Whether both return the same; `if_raised` where either raises."""
     try:
-        before, after = (tree_leaves(m(*fresh(call[0]), **fresh(call[1]))) for m in (model, module))
+        before, after = (_outputs(m, call) for m in (model, module))
     except Exception:
         return if_raised
     return len(before) == len(after) and all(map(_agree, before, after))
+
+
+def _outputs(module: nn.Module, call: Call) -> list[Any]:
+    with reproducible():  # a model may draw numbers, such as those of a random mask
+        return tree_leaves(module(*fresh(call[0]), **fresh(call[1])))
 
 
 def _agree(one: Any, other: Any) -> bool:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxmerge
+from fxmerge.graph import compare
 from fxmerge.graph.compare import difference
 from tests.helpers.netmaking import one_thread, plain_merge, randomised  # noqa: F401
 
@@ -218,6 +219,20 @@ def test_assertions_of_numbers_read_from_tensors_do_not_fix_a_length() -> None:
     given = sentences(3, 7)
     with torch.no_grad():
         assert difference([model(*given)], [result.module(*given)]) < 1e-6
+
+
+class Masked(Sentence):
+    """Leaves out a random half of the tokens, as masked autoencoders do."""
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        return super().forward(tokens, mask * (torch.rand(tokens.shape) < 0.5))
+
+
+def test_random_numbers_do_not_fix_a_size() -> None:
+    model = Masked().eval()
+    result = plain_merge(model, sentences(4, 12), ratio=0.0)
+    given = sentences(3, 7)
+    assert difference(compare.outputs(model, given), compare.outputs(result.module, given)) < 1e-6
 
 
 class Picked(Sentence):
