@@ -14,6 +14,7 @@ guards            the sizes of inputs for which such a graph holds, as assertion
 quantized         quantized models, which are declined
 record            a graph recorded from one run, for models that cannot be traced
 constant_fold     values computed from parameters alone, folded into parameters
+biased_products   products that add a bias in one call, written as a product and a sum
 frames            one frame of a recorded run
 training          models whose graph is another one in training mode
 """

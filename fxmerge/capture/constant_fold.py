@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from fxmerge.capture import biased_products
 from fxmerge.graph.ops import in_place, overload_name
 from fxmerge.ir.capture import FOLDED
 from fxmerge.rules import movement
@@ -36,6 +37,7 @@ def fold(module: fx.GraphModule) -> fx.GraphModule:
     Raises nothing: what cannot be computed stays in the graph.
     """
     _linear_for_transposed(module)
+    biased_products.split(module)
     constant: dict[fx.Node, bool] = {}  # node that depends on parameters alone -> whether arithmetic is involved
     updates: list[fx.Node] = []
     for node in module.graph.nodes:
