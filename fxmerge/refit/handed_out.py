@@ -60,7 +60,9 @@ def closest(
     """
     assert pair.merged is not None
     held, judges = judging(captured, batches, settings)
-    alone = replaced(settings, made=0)
+    # BatchNorms are held for refit alone: what is handed out runs with their own statistics
+    normed = any(layer.op == "batch_norm" for layer in pair.facts.layers)
+    alone = replaced(settings, made=0, held=settings.held and not normed)
 
     def off(graph: fx.GraphModule | None) -> float:
         return sqrt(output_error(replaced(pair, merged=graph), held, alone, judges))

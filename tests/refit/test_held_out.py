@@ -9,8 +9,11 @@ import torch
 from torch import Tensor, nn
 
 import fxmerge
+from fxmerge.calibration.division import judging
 from fxmerge.calibration.held_out import HELD_OUT, NO_FOLD, position_folds, sample_folds
 from fxmerge.calibration.patches import Form
+from fxmerge.pipeline import prepared
+from fxmerge.progress import silent
 from fxmerge.refit import handed_out, joint, solve
 from fxmerge.refit.records import NO_BETTER, TOO_FEW
 from tests.helpers.netmaking import one_thread, plain_merge  # noqa: F401
@@ -180,3 +183,26 @@ def test_a_layer_ends_one_chain_and_begins_the_next(monkeypatch: pytest.MonkeyPa
     result = fxmerge.merge(model, x[:2], calibration=[x], ratio=0.25, samples=1)
     assert fitted == [["0", "2"], ["2", "4"], ["4", "6"]]
     assert NO_BETTER not in {r.note for r in result.report.refitted}
+
+
+def test_models_are_compared_as_they_run() -> None:
+    """On probes, refit runs BatchNorms with the statistics of the probes; what is handed out has its own."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 12, 3), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 16, 3), nn.BatchNorm2d(16), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5))
+    for _ in range(40):  # the statistics of such inputs
+        model(torch.randn(16, 3, 12, 12))
+    model.eval()
+    with torch.no_grad():
+        model[4].running_var[:3] /= 4  # of channels that are less active on the user's data
+    options = fxmerge.Options(ratio=0.25, scope="all", samples=64)
+    ready = prepared(model, torch.randn(2, 3, 12, 12), options, None, silent)
+    result = ready.merged(options)
+    assert ready.settings.held
+    held, judges = judging(ready.captured, ready.data.batches, ready.settings)
+    with torch.no_grad():
+        pairs = [[m(*batch)[own] for m in (model, result.module)] for batch, own in zip(held, judges, strict=True)]
+    wanted, found = (torch.cat(outputs).double() for outputs in zip(*pairs, strict=True))
+    error = float((found - wanted).norm() / (wanted - wanted.mean()).norm())
+    handed = result.report.handed_out
+    assert handed is not None and handed.errors[handed.name] == pytest.approx(error, rel=1e-3)
