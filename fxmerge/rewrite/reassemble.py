@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from fxmerge.errors import FxMergeError
 from fxmerge.graph.odd_names import writable
@@ -49,8 +49,26 @@ def assembled(captured: Capture, merged: fx.GraphModule) -> nn.Module:
             owner, _, name = str(node.target).rpartition(".")
             if owner in paths or not owner:
                 setattr(host.get_submodule(owner), name, getattr(merged.get_submodule(owner), name))
-    Weights(host, frozenset(id(t) for t in tensors)).own_all()
+    weights = Weights(host, frozenset(id(t) for t in tensors))
+    _tie(weights, recorded.host)
+    weights.own_all()
     return host
+
+
+def _tie(weights: Weights, original: nn.Module) -> None:
+    """Gives modules that were not run, such as T5's `shared`, the tensors that they have in common with others.
+
+    Only where the others have one tensor now, of the original's shape.
+    """
+    names: dict[Tensor, list[str]] = {}
+    for tensors in (original.named_parameters, original.named_buffers):
+        for path, value in tensors(remove_duplicate=False):
+            names.setdefault(value, []).append(path)
+    for value, paths in names.items():
+        now = dict.fromkeys(tensor for path in paths if (tensor := weights.find(path)) is not None)
+        others = [tensor for tensor in now if tensor is not value]
+        if value in now and len(others) == 1 and others[0].shape == value.shape:
+            weights.tie(value, others[0])
 
 
 def _put(host: nn.Module, path: str, module: nn.Module) -> None:

@@ -38,6 +38,19 @@ class Weights:
         value: Tensor = getattr(self.owners[owner], name)
         return value
 
+    def find(self, path: str) -> Tensor | None:
+        """The tensor at a path, or None where there is none."""
+        owner, _, name = path.rpartition(".")
+        value = getattr(self.owners.get(owner), name, None)
+        return value if isinstance(value, Tensor) else None
+
+    def tie(self, old: Tensor, value: Tensor) -> None:
+        """Puts a tensor that the module already has in the places of another."""
+        holders = self.holders.pop(id(old))
+        for held, name in holders:
+            held[name] = value
+        self.holders[id(value)] += holders
+
     def put(self, path: str, value: Tensor) -> Tensor:
         """Replaces a tensor wherever the module holds it; if the old tensor is on disk, the new one is too."""
         return self.replace(path, beside(self[path], value))

@@ -249,6 +249,22 @@ def test_arguments_that_a_part_does_not_use_stay() -> None:
     assert result.module(X).shape == model(X).shape == (2, 5)
 
 
+def test_a_module_that_does_not_run_stays_tied() -> None:
+    """As T5's `shared`, whose weight its encoder and decoder read through modules of their own."""
+
+    class Shared(Branch):
+        def __init__(self) -> None:
+            super().__init__()
+            self.spare, self.alone = nn.Conv2d(8, 16, 3), nn.Linear(8, 8)
+            self.spare.weight = self.one[0].weight
+
+    model = Shared()
+    whole, half = merged(model, X, ratio=0.0).module, merged(model, X).module
+    assert dict(whole.one.named_parameters())["0.weight"] is whole.spare.weight is not model.spare.weight
+    assert sum(p.numel() for p in whole.parameters()) == sum(p.numel() for p in model.parameters())
+    assert half(X).shape == model(X).shape and half.spare.weight.shape == (16, 8, 3, 3)
+
+
 def test_two_names_stay_one_module() -> None:
     class Twice(Branch):
         def __init__(self) -> None:
