@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fxmerge.calibration.batches import Batches, UnprobedError, fed
 from fxmerge.calibration.diverse_outputs import diversified
-from fxmerge.calibration.epilogue import pair
+from fxmerge.calibration.epilogue import pair, rectified_layers
 from fxmerge.calibration.input_moves import affordable, extent, movable, step
 from fxmerge.calibration.padding import Padding, padding_of
 from fxmerge.calibration.paired_run import PairedRun, Settings, channel_shape, moments
@@ -70,7 +70,7 @@ def refit_data(
 
     Raises FxMergeError where the batches do not fit the model.
     """
-    held = settings.held
+    held = settings.held and bool(batch_norms(facts) or rectified_layers(captured.module, facts))
     if options.refit == "none":
         return RefitData(batches=[], held=held)
     stage("probes" if given is None else "calibration")

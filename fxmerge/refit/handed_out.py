@@ -18,6 +18,7 @@ from fxmerge.calibration.division import judging
 from fxmerge.calibration.output_error import output_error
 from fxmerge.calibration.paired_run import Pair, Settings
 from fxmerge.ir.capture import Capture
+from fxmerge.ir.provenance import batch_norms
 from fxmerge.progress import Stage
 from fxmerge.refit.records import Refitted
 from fxmerge.refit.refit_layers import refit
@@ -59,10 +60,10 @@ def closest(
             is closer to the original
     """
     assert pair.merged is not None
-    held, judges = judging(captured, batches, settings)
     # BatchNorms are held for refit alone: what is handed out runs with their own statistics
-    normed = any(layer.op == "batch_norm" for layer in pair.facts.layers)
-    alone = replaced(settings, made=0, held=settings.held and not normed)
+    settled = replaced(settings, held=settings.held and not batch_norms(pair.facts))
+    held, judges = judging(captured, batches, settled)
+    alone = replaced(settled, made=0)
 
     def off(graph: fx.GraphModule | None) -> float:
         return sqrt(output_error(replaced(pair, merged=graph), held, alone, judges))

@@ -206,3 +206,22 @@ def test_models_are_compared_as_they_run() -> None:
     error = float((found - wanted).norm() / (wanted - wanted.mean()).norm())
     handed = result.report.handed_out
     assert handed is not None and handed.errors[handed.name] == pytest.approx(error, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("between", "run"), [([nn.GELU()], 8), ([nn.BatchNorm1d(16), nn.ReLU()], 8), ([nn.ReLU()], 64)]
+)
+def test_models_are_compared_on_the_probes_held_out(
+    between: list[nn.Module], run: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On all 64 only where rectified layers are held by the statistics of as many."""
+    model = nn.Sequential(nn.Linear(8, 16), *between, nn.Linear(16, 4)).eval()
+    found, counts = handed_out.output_error, set()
+
+    def counted(pair: Any, batches: Any, *rest: Any) -> float:
+        counts.add(sum(len(batch[0]) for batch in batches))
+        return found(pair, batches, *rest)
+
+    monkeypatch.setattr(handed_out, "output_error", counted)
+    fxmerge.merge(model, torch.randn(2, 8), ratio=0.25, samples=64)
+    assert counts == {run}
