@@ -2,6 +2,9 @@
 
 Their outputs are compared with the original's on samples that were held out of refit's solves, and the closest model
 is handed out, so that neither refit nor what kept channels carry ends below plain pruning.
+
+On probes, refit holds BatchNorms by the probes' statistics, which the user's run will not. Where these are far from the
+running ones, a model that is close as refit runs it can be far off, and is not handed out.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from fxmerge.refit.records import Refitted
 from fxmerge.refit.refit_layers import refit
 
 REFITTED, MERGED, PRUNED = "refitted", "merged without refit", "pruned"
+FAR = 2.0  # times the least error: what is farther as it runs is not handed out, however close it is as refit runs it
 
 
 class Draft(Protocol):
@@ -60,17 +64,21 @@ def closest(
             is closer to the original
     """
     assert pair.merged is not None
-    # BatchNorms are held for refit alone: what is handed out runs with their own statistics
-    settled = replaced(settings, held=settings.held and not batch_norms(pair.facts))
-    held, judges = judging(captured, batches, settled)
-    alone = replaced(settled, made=0)
+    ways = [settings]
+    if settings.held and batch_norms(pair.facts):
+        ways.append(replaced(settings, held=False))
+    compared = [(*judging(captured, batches, own), replaced(own, made=0)) for own in ways]
 
-    def off(graph: fx.GraphModule | None) -> float:
-        return sqrt(output_error(replaced(pair, merged=graph), held, alone, judges))
+    def off(graph: fx.GraphModule | None) -> list[float]:
+        """The error as refit runs the graph, and as the user will."""
+        own = replaced(pair, merged=graph)
+        return [sqrt(output_error(own, some, way, judges)) for some, judges, way in compared]
 
     errors = {MERGED: off(pair.merged)}
     stage("refit")
     refitted = refit(pair, batches, settings, stage)
     errors = {REFITTED: off(pair.merged), **errors, PRUNED: off(others[PRUNED]().graph)}
-    best = min(errors, key=errors.__getitem__)
-    return refitted if best == REFITTED else (), HandedOut(best, errors)
+    way, best = 0, min(errors, key=lambda name: errors[name][0])
+    if errors[best][-1] > FAR * min(own[-1] for own in errors.values()):
+        way, best = -1, min(errors, key=lambda name: errors[name][-1])
+    return refitted if best == REFITTED else (), HandedOut(best, {name: own[way] for name, own in errors.items()})
