@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from math import prod
 
 from torch import fx
@@ -29,12 +29,18 @@ def last_readers(nodes: Sequence[fx.Node]) -> dict[str, str]:
     return {source.name: node.name for node in nodes for source in node.all_input_nodes}
 
 
+def ends(last: Mapping[str, str]) -> dict[str, list[str]]:
+    """{node: the nodes that it is the last to read}, from the last reader of each."""
+    found: dict[str, list[str]] = {}
+    for name, reader in last.items():
+        found.setdefault(reader, []).append(name)
+    return found
+
+
 def live_elements(captured: Capture, apart: Collection[str] = ()) -> int:
     """The most elements that are stored at one time while the graph runs node by node on the example inputs."""
     nodes = list(captured.module.graph.nodes)
-    ending: dict[str, list[str]] = {}
-    for name, reader in last_readers(nodes).items():
-        ending.setdefault(reader, []).append(name)
+    ending = ends(last_readers(nodes))
     stored: dict[str, int] = {}
     most = 0
     for node in nodes:

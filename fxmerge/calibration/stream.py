@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxmerge.calibration.live import last_readers
+from fxmerge.calibration.live import ends, last_readers
 from fxmerge.calibration.sample_run import SampleRun
 from fxmerge.calibration.tail import LARGE, Recomputed
 from fxmerge.calibration.waists import WIDE, Between
@@ -43,9 +43,7 @@ class Stream:
         self.ends = first.ends if isinstance(first, SampleRun) else ()
         late = [*self.ends, *(s.name for n in self.nodes if n.name in tail for s in n.all_input_nodes)]
         self.last |= dict.fromkeys(late, self.nodes[-1].name)
-        self.expires: dict[str, list[str]] = {}  # node -> the nodes that it is the last to read
-        for source_name, consumer in self.last.items():
-            self.expires.setdefault(consumer, []).append(source_name)
+        self.expires = ends(self.last)  # node -> the nodes that it is the last to read
 
     def every(self, node: fx.Node) -> Values:
         """The values of a node for all batches."""

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from fxmerge.calibration.batches import batch_size
 from fxmerge.calibration.epilogue import pair
+from fxmerge.calibration.live import ends, last_readers
 from fxmerge.calibration.output_error import difference, relative
 from fxmerge.calibration.paired_run import PairedRun, Settings
 from fxmerge.graph.ops import updates
@@ -46,10 +47,7 @@ class WholeRun:
         self.module, self.facts = captured.module, facts
         self.paired = PairedRun(pair(captured.module, facts), batches, settings)
         self.nodes: list[fx.Node] = list(captured.module.graph.nodes)
-        last = {operand.name: node.name for node in self.nodes for operand in node.all_input_nodes}  # its last reader
-        self.read: dict[str, list[str]] = {node.name: [] for node in self.nodes}  # what no node reads after this one
-        for name, reader in last.items():
-            self.read[reader].append(name)
+        self.ends = ends(last_readers(self.nodes))
 
     def run(self, at: Callable[[fx.Node], None] = lambda node: None) -> None:
         """Runs the original; at: is called at each node that has been run."""
@@ -99,7 +97,7 @@ class WholeRun:
                 if first is not None and first.name not in known:
                     given = known | {first.name: _copied(self.paired.merged.values[first.name][number])}
                 known[node.name] = self.again(node, given, number)
-            for name in self.read[node.name]:
+            for name in self.ends.get(node.name, ()):
                 known.pop(name, None)
         return known
 
