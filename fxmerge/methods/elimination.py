@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -121,17 +122,12 @@ class _Sum:
 
 
 def _of_one_input(readings: Sequence[Reading]) -> list[list[Reading]]:
-    """The readings that are solved again, those of the same patches together, as of queries, keys and values."""
-    found: list[list[Reading]] = []
+    """The readings of the same patches together, as of queries, keys and values."""
+    found: dict[tuple[Any, ...], list[Reading]] = {}
     for r in readings:
-        for one in found:
-            same = r.gram is one[0].gram and torch.equal(r.channels, one[0].channels)
-            if same and torch.equal(r.columns, one[0].columns):
-                one.append(r)
-                break
-        else:
-            found.append([r])
-    return found
+        where = tuple(r.channels.tolist()), tuple(r.columns.flatten().tolist())
+        found.setdefault((id(r.gram), *where), []).append(r)
+    return [*found.values()]
 
 
 def _in_units(readings: Sequence[Reading], gram: Tensor) -> Tensor:
@@ -153,19 +149,19 @@ def _products(weight: Tensor, gram: Tensor) -> Tensor:
     """W'W (p, p) of a weight (o, p), divided by the variance of its outputs."""
     found = torch.zeros_like(gram, dtype=torch.float64)
     for some in torch.split(weight, OUTPUTS):
-        found += (some.to(gram).T @ some.to(gram)).double()
+        rows = some.to(gram)
+        found += (rows.T @ rows).double()
     return found / (gram * found).sum().clamp(min=1e-300)
 
 
 def _root(products: Tensor) -> Tensor:
     """R (p, p) with R R' = products, which are positive semidefinite."""
-    factor, failed = torch.linalg.cholesky_ex(products)
-    if not bool(failed):
-        found: Tensor = factor
-        return found
-    values, vectors = torch.linalg.eigh(products)
-    root: Tensor = vectors * values.clamp(min=0).sqrt()
-    return root
+    root, failed = torch.linalg.cholesky_ex(products)
+    if bool(failed):
+        values, vectors = torch.linalg.eigh(products)
+        root = vectors * values.clamp(min=0).sqrt()
+    found: Tensor = root
+    return found
 
 
 def _inverse(gram: Tensor) -> tuple[Tensor, float]:
