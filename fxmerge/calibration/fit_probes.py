@@ -71,6 +71,7 @@ def refit_data(
     Raises FxMergeError where the batches do not fit the model.
     """
     held = settings.held and bool(batch_norms(facts) or rectified_layers(captured.module, facts))
+    settings = replace(settings, held=held)
     if options.refit == "none":
         return RefitData(batches=[], held=held)
     stage("probes" if given is None else "calibration")

@@ -70,7 +70,7 @@ def closest(
     compared = [(*judging(captured, batches, own), replaced(own, made=0)) for own in ways]
 
     def off(graph: fx.GraphModule | None) -> list[float]:
-        """The error as refit runs the graph, and as the user will."""
+        """The error as refit runs the graph; where that differs, as the user will, too."""
         own = replaced(pair, merged=graph)
         return [sqrt(output_error(own, some, way, judges)) for some, judges, way in compared]
 
@@ -78,7 +78,7 @@ def closest(
     stage("refit")
     refitted = refit(pair, batches, settings, stage)
     errors = {REFITTED: off(pair.merged), **errors, PRUNED: off(others[PRUNED]().graph)}
-    way, best = 0, min(errors, key=lambda name: errors[name][0])
-    if errors[best][-1] > FAR * min(own[-1] for own in errors.values()):
-        way, best = -1, min(errors, key=lambda name: errors[name][-1])
-    return refitted if best == REFITTED else (), HandedOut(best, {name: own[way] for name, own in errors.items()})
+    held, run = ({name: own[way] for name, own in errors.items()} for way in (0, -1))
+    decisive = run if run[min(held, key=held.__getitem__)] > FAR * min(run.values()) else held
+    best = min(decisive, key=decisive.__getitem__)
+    return refitted if best == REFITTED else (), HandedOut(best, decisive)
